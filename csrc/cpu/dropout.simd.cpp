@@ -1,0 +1,180 @@
+// Dropout's loops, compiled once for each instruction set (isa.h).
+//
+// Reads x, writes y: 2 * sizeof(T) bytes an element, streamed past the caches where y is larger than
+// they are. A tile of mask draws is made into the first-level cache, then a plain loop applies it.
+#include "dropout.h"
+
+#include "random.h"
+#include "reg_kernels/dropout_math.h"
+#include "stream.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+constexpr int64_t kTile = 1024;  // elements: 2 KiB of draws beside at most 8 KiB of output
+static_assert(kTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A tile's draws; room for the group that a tile starts in the middle of.
+struct Draws {
+  alignas(64) uint16_t half_words[kTile + kGroupBatch * kGroup];
+
+  // Draws `count` mask elements from index `first` on and returns the first one's half-word.
+  __attribute__((noinline)) const uint16_t* fill(const RngStream& stream, int64_t first, int64_t count) {
+    const int64_t lead = first % kGroup;
+    const int64_t batch = kGroupBatch * kGroup;
+    const int64_t groups = (lead + count + batch - 1) / batch * kGroupBatch;
+    draw_half_words(stream, first / kGroup, groups, half_words);
+    return half_words + lead;
+  }
+};
+
+// Where a loop writes: y itself, or a tile that is streamed to y when it is full.
+template <typename T>
+class Output {
+ public:
+  Output(T* y, bool stream) : y_(y), stream_(stream) {}
+  ~Output() {
+    if (stream_) stream_fence();
+  }
+
+  T* at(int64_t element) { return stream_ ? tile_ : y_ + element; }
+  void done(int64_t element, int64_t count) {
+    if (stream_) stream_copy(y_ + element, tile_, count * static_cast<int64_t>(sizeof(T)));
+  }
+
+ private:
+  T* y_;
+  bool stream_;
+  alignas(64) T tile_[kTile];
+};
+
+template <typename T>
+struct Dropout {
+  const T* x;
+  Output<T> out;
+  RngStream rng;
+  compute_t<T> scale;
+  // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
+  uint16_t last_kept;
+
+  explicit Dropout(const DropoutTask& task)
+      : x(static_cast<const T*>(task.x)),
+        out(static_cast<T*>(task.y), task.stream),
+        rng(RngTag::dropout, task.seed, task.offset),
+        scale(static_cast<compute_t<T>>(task.scale)),
+        last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)) {}
+
+  // Elements [first, first + count), each with its own half-word. At most a tile.
+  void apply(int64_t first, int64_t count, const uint16_t* half_words) {
+    const T* from = x + first;
+    T* to = out.at(first);
+    const compute_t<T> kept = scale;
+    const uint16_t last = last_kept;
+#pragma omp simd  // also where y is x: an element depends on no other
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = dropout_element(from[i], half_words[i] <= last, kept);
+    }
+    out.done(first, count);
+  }
+
+  // The same with one half-word for all of them.
+  void apply_one(int64_t first, int64_t count, uint16_t half_word) {
+    const T* from = x + first;
+    T* to = out.at(first);
+    const bool keep = half_word <= last_kept;
+    const compute_t<T> kept = scale;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = dropout_element(from[i], keep, kept);
+    out.done(first, count);
+  }
+};
+
+template <typename T>
+void elements(const DropoutTask& task, int64_t begin, int64_t end) {
+  Dropout<T> dropout(task);
+  Draws draws;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = min(kTile, end - first);
+    dropout.apply(first, count, draws.fill(dropout.rng, task.mask_offset + first, count));
+  }
+}
+
+// Rows are planes: one draw for L elements.
+template <typename T>
+void channels_first_rows(const DropoutTask& task, int64_t begin, int64_t end) {
+  Dropout<T> dropout(task);
+  Draws draws;
+  const uint16_t* half_words = nullptr;
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const int64_t drawn = (plane - begin) % kTile;
+    if (drawn == 0) {
+      half_words = draws.fill(dropout.rng, task.mask_offset + plane, min(kTile, end - plane));
+    }
+    for (int64_t i = 0; i < task.length; i += kTile) {
+      dropout.apply_one(plane * task.length + i, min(kTile, task.length - i), half_words[drawn]);
+    }
+  }
+}
+
+// Rows are positions: the C draws of a sample, once for each of its L positions.
+template <typename T>
+void channels_last_rows(const DropoutTask& task, int64_t begin, int64_t end) {
+  Dropout<T> dropout(task);
+  Draws draws;
+  const int64_t channels = task.channels;
+  if (channels > kTile) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t sample = task.mask_offset + row / task.length * channels;
+      for (int64_t c = 0; c < channels; c += kTile) {
+        const int64_t count = min(kTile, channels - c);
+        dropout.apply(row * channels + c, count, draws.fill(dropout.rng, sample + c, count));
+      }
+    }
+    return;
+  }
+  // The draws of a sample, repeated until a tile can start in any channel.
+  uint16_t repeated[2 * kTile];
+  for (int64_t row = begin; row < end;) {
+    const int64_t sample = row / task.length;
+    const int64_t next = min(end, (sample + 1) * task.length);
+    const uint16_t* half_words =
+        draws.fill(dropout.rng, task.mask_offset + sample * channels, channels);
+    const int64_t needed = channels + min(kTile, (next - row) * channels);
+    for (int64_t i = 0; i < needed; i += channels) {
+      const int64_t count = min(channels, needed - i);
+      memcpy(repeated + i, half_words, count * sizeof(uint16_t));
+    }
+    const int64_t last = next * channels;
+    for (int64_t first = row * channels; first < last; first += kTile) {
+      dropout.apply(first, min(kTile, last - first), repeated + first % channels);
+    }
+    row = next;
+  }
+}
+
+template <typename T>
+void rows(const DropoutTask& task, int64_t begin, int64_t end) {
+  (task.channels_last ? channels_last_rows<T> : channels_first_rows<T>)(task, begin, end);
+}
+
+}  // namespace
+
+#define RK_FOR_DTYPE(function, task, begin, end)                         \
+  switch ((task).dtype) {                                                \
+    case DType::float64: return function<double>(task, begin, end);      \
+    case DType::float32: return function<float>(task, begin, end);       \
+    case DType::float16: return function<float16>(task, begin, end);     \
+    case DType::bfloat16: return function<bfloat16>(task, begin, end);   \
+  }
+
+void dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
+  RK_FOR_DTYPE(elements, task, begin, end)
+}
+
+void feature_dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
+  RK_FOR_DTYPE(rows, task, begin, end)
+}
+
+RK_NAMESPACE_END

@@ -1,0 +1,66 @@
+// Dropout on the CUDA key: tensors to raw pointers. The kernels are in dropout.cuh.
+#include "dropout.cuh"
+
+#include "../torch/cuda.cuh"
+#include "../torch/dropout.h"
+
+namespace reg_kernels {
+namespace {
+
+void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
+         int64_t element_offset) {
+  const cuda::Launch launch(x, rng_state, "dropout");
+  const DropoutRate rate = DropoutRate::from_probability(p);
+  cuda::for_dtype(x, "dropout", [&]<typename T>(T) {
+    cuda::launch_dropout(static_cast<const T*>(x.const_data_ptr()),
+                         static_cast<T*>(y.mutable_data_ptr()), x.numel(), element_offset, rate,
+                         launch.rng, launch.stream);
+  });
+}
+
+void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
+                 int64_t element_offset) {
+  const cuda::Launch launch(x, rng_state, "feature_dropout");
+  const DropoutRate rate = DropoutRate::from_probability(p);
+  const ChannelLayout layout = channel_layout(x);
+  cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
+    cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),
+                                 static_cast<T*>(y.mutable_data_ptr()), x.numel(), layout,
+                                 element_offset, rate, launch.rng, launch.stream);
+  });
+}
+
+Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+  const Tensor x = dense(input);
+  Tensor y = empty_like_dense(x);
+  run(x, y, p, rng_state, element_offset);
+  return y;
+}
+
+void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+  check_dense(input, "dropout_");
+  run(input, input, p, rng_state, element_offset);
+}
+
+Tensor feature_dropout(const Tensor& input, double p, const Tensor& rng_state,
+                       int64_t element_offset) {
+  Tensor y = empty_like_dense(input);
+  run_feature(input, y, p, rng_state, element_offset);
+  return y;
+}
+
+void feature_dropout_(const Tensor& input, double p, const Tensor& rng_state,
+                      int64_t element_offset) {
+  run_feature(input, input, p, rng_state, element_offset);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CUDA, m) {
+  m.impl("dropout", TORCH_BOX(&dropout));
+  m.impl("dropout_", TORCH_BOX(&dropout_));
+  m.impl("feature_dropout", TORCH_BOX(&feature_dropout));
+  m.impl("feature_dropout_", TORCH_BOX(&feature_dropout_));
+}
+
+}  // namespace reg_kernels

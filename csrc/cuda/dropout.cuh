@@ -1,0 +1,155 @@
+// Dropout and channel dropout on raw pointers, for CUDA and for its emulation on the CPU.
+//
+// Reads x, writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32),
+// forward and backward alike. The mask is drawn again from rng_state, never stored.
+//
+// Layout: x and y share one dense layout and are walked in storage order. A thread draws one group
+// of eight mask elements; a warp's 32 groups cover 256 consecutive elements, which its lanes load
+// and store 16 bytes each, side by side. In fp32 and fp64 a group spans several of those vectors,
+// so a lane's vector belongs to a group that another lane drew: the eight keep bits come by shuffle.
+#pragma once
+
+#include "reg_kernels/dropout_math.h"
+#include "reg_kernels/launch.cuh"
+#include "reg_kernels/rng_state.cuh"
+#include "reg_kernels/vec.cuh"
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr int kDropoutThreads = 256;
+constexpr int kVectorsInFlight = 4;  // 64 bytes a thread hide the latency of HBM
+// Blocks a multiprocessor. Left alone, the 16-bit kernels take 105 registers and leave room for two
+// blocks; held to four they take 64 and spill nothing (five spills).
+constexpr int kDropoutBlocks = 4;
+
+// Bit j is set when half-word j keeps its element.
+__device__ __forceinline__ uint32_t keep_bits(const PhiloxWords& words, uint32_t threshold) {
+  uint32_t bits = 0;
+  RK_UNROLL
+  for (int j = 0; j < kGroup; ++j) bits |= (half_word(words, j) < threshold ? 1u : 0u) << j;
+  return bits;
+}
+
+template <typename T>
+constexpr int kElementsABlock = kDropoutThreads * kVectorsInFlight * kVector<T>;
+
+// The work of one thread; `block` is its block's first element.
+template <bool kWhole, typename T>
+__device__ __forceinline__ void dropout_block(const Span<const T>& x, const Span<T>& y,
+                                              int64_t block, uint64_t first_group,
+                                              const DropoutRate& rate, const RngStream& stream) {
+  constexpr int kVectors = kGroup / kVector<T>;        // vectors a group
+  constexpr int kSteps = kVectorsInFlight / kVectors;  // groups a thread
+  const auto scale = static_cast<compute_t<T>>(rate.scale);
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warp_group = block / kGroup + threadIdx.x / kWarp * (kSteps * kWarp);
+
+  const auto element = [&](int v) {  // the first one of this thread's vector v
+    return (warp_group * kVectors + v * kWarp + lane) * kVector<T>;
+  };
+  Vector<T> vectors[kVectorsInFlight];
+  RK_UNROLL
+  for (int v = 0; v < kVectorsInFlight; ++v) vectors[v] = load_vector<kWhole>(x, element(v));
+
+  RK_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    const uint64_t group = first_group + warp_group + step * kWarp + lane;
+    const uint32_t drawn = keep_bits(stream(group), rate.threshold);
+    RK_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      uint32_t keep = drawn;
+      if constexpr (kVectors > 1) {
+        keep = __shfl_sync(kFullWarp, drawn, (k * kWarp + lane) / kVectors);
+        keep >>= lane % kVectors * kVector<T>;
+      }
+      Vector<T>& vector = vectors[step * kVectors + k];
+      RK_UNROLL
+      for (int j = 0; j < kVector<T>; ++j) {
+        vector.v[j] = dropout_element(vector.v[j], (keep >> j & 1u) != 0, scale);
+      }
+      store_vector<kWhole>(y, element(step * kVectors + k), vector);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocks)
+    dropout_kernel(Span<const T> x, Span<T> y, uint64_t first_group, DropoutRate rate,
+                   RngState rng) {
+  const RngStream stream = rng.stream(RngTag::dropout);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kElementsABlock<T>;
+  const int64_t next = block + kElementsABlock<T>;
+  if (x.whole(block, next) && y.whole(block, next)) {
+    dropout_block<true>(x, y, block, first_group, rate, stream);
+  } else {
+    dropout_block<false>(x, y, block, first_group, rate, stream);
+  }
+}
+
+// One thread a vector: a vector lies in few channels, mostly in one group of them.
+template <typename T>
+__global__ void __launch_bounds__(kDropoutThreads)
+    feature_dropout_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, int64_t mask_offset,
+                           DropoutRate rate, RngState rng) {
+  const int64_t first =
+      (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * kVector<T>;
+  if (first >= x.end) return;
+  const bool whole =
+      x.whole(first, first + kVector<T>) && y.whole(first, first + kVector<T>);
+  const RngStream stream = rng.stream(RngTag::dropout);
+  const auto scale = static_cast<compute_t<T>>(rate.scale);
+  Vector<T> vector = whole ? load_vector<true>(x, first) : load_vector<false>(x, first);
+
+  ChannelCursor cursor(layout, first);
+  int64_t drawn_group = -1;
+  uint32_t keep = 0;
+  RK_UNROLL
+  for (int j = 0; j < kVector<T>; ++j, cursor.advance()) {
+    const int64_t mask_index = mask_offset + cursor.mask_index;
+    if (mask_index / kGroup != drawn_group) {
+      drawn_group = mask_index / kGroup;
+      keep = keep_bits(stream(drawn_group), rate.threshold);
+    }
+    vector.v[j] =
+        dropout_element(vector.v[j], (keep >> (mask_index % kGroup) & 1u) != 0, scale);
+  }
+  if (whole) {
+    store_vector<true>(y, first, vector);
+  } else {
+    store_vector<false>(y, first, vector);
+  }
+}
+
+// y[i] = x[i] * mask(element_offset + i) for i < numel, in storage order; y may be x.
+template <typename T>
+void launch_dropout(const T* x, T* y, int64_t numel, int64_t element_offset, DropoutRate rate,
+                    RngState rng, cudaStream_t stream) {
+  if (numel == 0) return;
+  // Elements are counted from the start of the group that the first one falls in.
+  const int64_t lead = element_offset % kGroup;
+  const Span<const T> in{x - lead, lead, lead + numel};
+  const Span<T> out{y - lead, lead, lead + numel};
+  const dim3 grid(static_cast<unsigned>(ceil_div(lead + numel, kElementsABlock<T>)));
+  RK_LAUNCH(dropout_kernel<T>, grid, dim3(kDropoutThreads), 0, stream, in, out,
+            static_cast<uint64_t>(element_offset / kGroup), rate, rng);
+  check_launch("dropout");
+}
+
+// y[i] = x[i] * mask(mask_offset + n * C + c) for i < numel, (n, c) the channel that element i of
+// the (N, C, L) tensor lies in; y may be x.
+template <typename T>
+void launch_feature_dropout(const T* x, T* y, int64_t numel, ChannelLayout layout,
+                            int64_t mask_offset, DropoutRate rate, RngState rng,
+                            cudaStream_t stream) {
+  if (numel == 0) return;
+  const Span<const T> in{x, 0, numel};
+  const Span<T> out{y, 0, numel};
+  const dim3 grid(static_cast<unsigned>(ceil_div(numel, kDropoutThreads * kVector<T>)));
+  RK_LAUNCH(feature_dropout_kernel<T>, grid, dim3(kDropoutThreads), 0, stream, in, out, layout,
+            mask_offset, rate, rng);
+  check_launch("feature_dropout");
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END

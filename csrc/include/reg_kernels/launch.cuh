@@ -1,0 +1,41 @@
+// Launching a kernel: on a GPU, or on the CPU where RK_CUDA_ON_CPU asks for the emulation that the
+// tests run the very same kernels through.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "portable.h"
+
+#if defined(RK_CUDA_ON_CPU)
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_runtime_api.h>
+#define RK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// The block's shared memory, `shared_bytes` of it, as a `T* name`. Declared as bytes everywhere, since
+// one name can have one type only; aligned for any vector.
+#define RK_SHARED(T, name)                                           \
+  extern __shared__ __align__(16) unsigned char rk_shared_memory[];  \
+  T* const name = reinterpret_cast<T*>(rk_shared_memory)
+#endif
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr uint32_t kFullWarp = 0xffffffffu;
+constexpr int kWarp = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// After every launch: a refused one is an error here, not a wrong result later.
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
+  }
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END

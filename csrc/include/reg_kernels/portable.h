@@ -1,0 +1,28 @@
+// What lets one header serve g++, nvcc and every instruction set the CPU kernels are built for.
+#pragma once
+
+#if defined(__CUDACC__)
+#define RK_HD __host__ __device__ __forceinline__
+#define RK_UNROLL _Pragma("unroll")
+#else
+#define RK_HD inline __attribute__((always_inline))
+#define RK_UNROLL
+#endif
+
+// csrc/cpu/ is compiled once for each instruction set, with RK_ISA naming it. An inline function
+// compiled for AVX-512 must never be the copy that the linker keeps for a machine without it, so
+// everything below include/ lives in an inline namespace of that name.
+#ifndef RK_ISA
+#define RK_ISA baseline
+#endif
+
+#define RK_NAMESPACE_BEGIN   \
+  namespace reg_kernels {    \
+  inline namespace RK_ISA {
+#define RK_NAMESPACE_END \
+  }                      \
+  }
+
+// Opened here, so that naming it elsewhere (csrc/cpu/isa.h) finds it inline already.
+RK_NAMESPACE_BEGIN
+RK_NAMESPACE_END

@@ -1,0 +1,24 @@
+// rng_state as a kernel argument: two integers by value, or a pointer where a CUDA graph or a
+// compiled program draws the state on the device itself.
+#pragma once
+
+#include "philox.h"
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+struct RngState {
+  const int64_t* on_device;  // [seed, offset], or null: then the two values below
+  uint64_t seed;
+  uint64_t offset;
+
+  __device__ RngStream stream(RngTag tag) const {
+    if (on_device) {
+      return {tag, static_cast<uint64_t>(on_device[0]), static_cast<uint64_t>(on_device[1])};
+    }
+    return {tag, seed, offset};
+  }
+};
+
+}  // namespace cuda
+RK_NAMESPACE_END

@@ -1,0 +1,68 @@
+// What the launchers share of LibTorch's stable ABI. Python has validated the arguments once
+// (reg_kernels/ops/); what is checked here is what a kernel's memory safety rests on.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace reg_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Whether the elements fill one stretch of memory, each place once, in whatever order of dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (sizes[d] > 1) order.push_back(d);
+  }
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const int64_t d : order) {
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// `input` itself where it is dense, otherwise a contiguous copy: storage order is then defined.
+inline Tensor dense(const Tensor& input) {
+  return is_dense(input) ? input : torch::stable::contiguous(input);
+}
+
+// An uninitialised tensor of x's shape, strides, dtype and device. Straight from the allocator: the
+// stable ABI's empty_like looks its operator up by name at each call, which a small one would feel.
+inline Tensor empty_like_dense(const Tensor& x) {
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
+                                                  dtype, device_type, x.get_device_index(),
+                                                  &handle));
+  return Tensor(handle);
+}
+
+inline void check_dense(const Tensor& tensor, const char* op) {
+  STD_TORCH_CHECK(is_dense(tensor), op, ": expected a dense tensor to write into");
+}
+
+inline void check_rng_state(const Tensor& rng_state, const char* op) {
+  STD_TORCH_CHECK(rng_state.scalar_type() == ScalarType::Long && rng_state.numel() == 2 &&
+                      rng_state.is_contiguous(),
+                  op, ": rng_state must be a contiguous int64 tensor [seed, offset]");
+}
+
+}  // namespace reg_kernels

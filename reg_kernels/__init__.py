@@ -1,0 +1,13 @@
+"""Fused regularisation kernels for PyTorch: CUDA C++, Triton and native CPU code.
+
+`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model; `backend` picks
+the implementation.
+"""
+
+from . import functional, nn
+from .backends import BackendUnavailable, backend
+from .convert import convert, revert
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailable", "backend", "convert", "functional", "nn", "revert"]

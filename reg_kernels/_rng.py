@@ -1,0 +1,59 @@
+"""Random state: where it comes from, and what the implementations derive from it.
+
+`rng_state` is an int64 tensor [seed, offset], saved by a forward for its backward to draw the same
+numbers again. csrc/include/reg_kernels/philox.h states the contract that turns it into masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 8  # mask elements drawn by one Philox call
+
+# Xored into the seed, so that no two kinds of op share draws. As in philox.h.
+TAG_DROPOUT = 0x64726F706F757431
+
+_CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are multiples of 4
+
+
+def draw_state(device: torch.device) -> Tensor:
+    """A fresh `rng_state` from torch's default generator of `device`, under `torch.manual_seed`.
+
+    Eager calls on CUDA get it on the host, with no launch and no synchronisation. Inside a CUDA-graph
+    capture or `torch.compile` it is drawn on the device, so that each replay draws anew.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if not torch.cuda.is_current_stream_capturing():
+            return _advance_cuda_generator(device)
+    return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+def _advance_cuda_generator(device: torch.device) -> Tensor:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + _CUDA_OFFSET)
+    return torch.tensor([_as_int64(generator.initial_seed()), _as_int64(offset)])
+
+
+def _as_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def check_state(rng_state: Tensor, device: torch.device, op: str) -> None:
+    """Raises unless `rng_state` is what the kernels take for an input on `device`."""
+    if not isinstance(rng_state, Tensor):
+        raise TypeError(
+            f"{op}: rng_state must be an int64 tensor [seed, offset], got {type(rng_state).__name__}"
+        )
+    if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
+        raise RuntimeError(
+            f"{op}: rng_state must be an int64 tensor of shape (2,), "
+            f"got {str(rng_state.dtype).removeprefix('torch.')} of shape {tuple(rng_state.shape)}"
+        )
+    if rng_state.device.type != "cpu" and rng_state.device != device:
+        raise RuntimeError(
+            f"{op}: rng_state must be on the CPU or on {device} like the input, "
+            f"got {rng_state.device}"
+        )

@@ -1,0 +1,156 @@
+"""Which implementation an op runs, and why the others cannot.
+
+An op has up to three: `native` (C++ on the CPU, CUDA C++ on a GPU), `triton` and `reference` (plain
+PyTorch). The first that can run on the input's device and dtype is taken, in that order. One can be
+forced for a block by `with reg_kernels.backend("triton"):`, for a call by its `backend=` argument and
+for a process by the environment variable REG_KERNELS_BACKEND; a forced one that cannot run raises
+`BackendUnavailable` and never falls back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+NAMES = ("native", "triton", "reference")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_ENVIRONMENT = "REG_KERNELS_BACKEND"
+_forced: str | None = None  # by `backend(...)`, for the whole process
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced implementation that cannot run here; the message says why and what helps."""
+
+
+def check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+if os.environ.get(_ENVIRONMENT):
+    _forced = check_name(os.environ[_ENVIRONMENT], _ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Forces an implementation inside a `with` block, in every thread; None: the automatic choice.
+
+    Args:
+        name: "native", "triton", "reference" or None.
+
+    Raises:
+        ValueError: for another name.
+
+    The backward of a call runs where its forward did, whatever is forced by then.
+    """
+    global _forced
+    if name is not None:
+        check_name(name, "backend")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@functools.cache
+def build_facts() -> dict[str, str | None]:
+    """`native_missing` and `cuda_missing`: why that part was not built, or None where it was."""
+    try:
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except FileNotFoundError:
+        reason = "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
+        return {"native_missing": reason, "cuda_missing": reason}
+
+
+@functools.cache
+def _load_native() -> str | None:
+    """Loads the CPU kernels; returns why they are missing, or None."""
+    if (missing := build_facts()["native_missing"]) is not None:
+        return missing
+    try:
+        from . import _C  # noqa: F401  (its import registers the kernels)
+    except ImportError as error:
+        return f"the native library does not load ({error})"
+    return None
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; returns why they are missing, or None."""
+    if torch.version.cuda is None:
+        return "this torch is a CPU build"
+    if (missing := build_facts()["cuda_missing"]) is not None:
+        return missing
+    try:
+        torch.ops.load_library(Path(__file__).parent / "libreg_kernels_cuda.so")
+    except OSError as error:
+        return f"the CUDA library does not load ({error})"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why implementation `name` cannot run on this device and dtype, or None where it can."""
+    if dtype not in DTYPES:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return f"dtype {str(dtype).removeprefix('torch.')} is none of {supported}"
+    if name == "reference":
+        return None
+    if name == "native":
+        if device_type == "cpu":
+            return _load_native()
+        if device_type == "cuda":
+            return _load_cuda()
+        return f"there is no native code for {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
+        return None
+    if device_type == "cpu":
+        return "triton compiles for a GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    return f"there is no triton code for {device_type}"
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> str:
+    """The implementation that `op` runs on this device and dtype.
+
+    Args:
+        op: the op's name, for the message.
+        device_type: as `torch.device.type`.
+        name: the implementation to force; None takes what `backend(...)` or REG_KERNELS_BACKEND
+            forces, else the first that can run.
+
+    Raises:
+        BackendUnavailable: a forced implementation cannot run here.
+        ValueError: `name` names none.
+    """
+    name = name or _forced
+    if name is None:
+        return _first_that_runs(device_type, dtype)
+    check_name(name, "backend")
+    if (reason := why_not(name, device_type, dtype)) is not None:
+        others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
+        remedy = f"use {' or '.join(others)}, or leave backend unset" if others else "convert the input"
+        raise BackendUnavailable(
+            f"{op}: backend {name!r} cannot run on {device_type}: {reason}; {remedy}"
+        )
+    return name
+
+
+@functools.cache
+def _first_that_runs(device_type: str, dtype: torch.dtype) -> str:
+    return next(n for n in NAMES if why_not(n, device_type, dtype) is None)

@@ -1,0 +1,42 @@
+"""The command line: `reg-kernels`, also `python -m reg_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ._errors import UsageError
+
+# Each names a module here that has SUMMARY, add_arguments(parser) and run(args) -> exit code.
+COMMANDS = ("info", "check", "bench", "train")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reg-kernels",
+        description="Fused regularisation kernels for PyTorch: what runs here, how exactly, how fast.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f".{name}", __name__)
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UsageError as error:
+        print(f"reg-kernels {args.command}: {error}", file=sys.stderr)
+        return 2

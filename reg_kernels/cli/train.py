@@ -1,0 +1,490 @@
+"""Trains one small conv net twice, plain and regularised, and shows what regularisation does.
+
+Both nets start from the same weights and see the same batches; the regularised one has dropout and
+weight decay. Prints accuracies and seconds per epoch and writes curves.png, metrics.json and
+model.pt (the regularised net's state_dict) to the --out directory. Ctrl-C leaves checkpoint.pt
+there, which --resume continues: on the CPU, to the same result bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__, backends, convert
+from ._data import DIGITS, Images, Split, load_images, split
+from ._errors import UsageError
+from ._files import write_whole
+from ._trainer import RECIPES, Convert, Training, load_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+SUMMARY = "train a small net plain and regularised, and compare"
+
+CHECKPOINT = "checkpoint.pt"
+CURVES, METRICS, MODEL = "curves.png", "metrics.json", "model.pt"
+CHECKPOINT_EVERY = 10.0  # seconds: what a kill may lose
+INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
+_HERE = ""  # --resume without a path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default=DIGITS,
+        metavar="digits|FILE.npz",
+        help="scikit-learn's 1,797 handwritten digits, or a file with x, uint8 or floating point "
+        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N] "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("eager", "fused"),
+        default="fused",
+        help="train with PyTorch's layers or with their fused twins (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=backends.NAMES,
+        help="the implementation that the fused layers must use (default: the first that runs)",
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)"
+    )
+    parser.add_argument(
+        "--train-size",
+        type=int,
+        default=300,
+        metavar="N",
+        help="images to train on, the rest is for testing (default: %(default)s, few enough to "
+        "overfit)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=60, metavar="N", help="epochs of each net (default: 60)"
+    )
+    parser.add_argument(
+        "--time-epochs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="epochs to time with PyTorch's and with the fused layers, after the training and "
+        "apart from it; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="for the split, the weights, the order and the dropout (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the files go; those of an earlier run are replaced (default: runs/digits, or "
+        "runs/ and the name of FILE)",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=_HERE,
+        metavar="PATH",
+        help="continue an interrupted run, given the same options (default PATH: checkpoint.pt in "
+        "the --out directory)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted before any training: nothing to resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Everything that can be wrong with the input is found here, before anything is written.
+    _check_numbers(args)
+    device = _device(args.device)
+    implementation = _implementation(args, device)
+    images = load_images(args.data)
+    data = split(images, args.train_size, args.seed)
+    out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
+
+    layers: dict[str, Convert] = {
+        "eager": lambda model: model,
+        "fused": lambda model: convert(model, inplace=True, backend=args.backend),
+    }
+    options = _result_options(args, device, implementation, images)
+    training = Training(data, images.classes, args.epochs, args.seed, device, layers[args.kernels])
+    if args.resume is not None:
+        _resume(training, Path(args.resume) if args.resume != _HERE else out / CHECKPOINT, options)
+    _make_writable(out)
+
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on, "
+        f"{images.classes} classes; {args.kernels} layers on {device}",
+        highlight=False,
+    )
+    checkpoint = _Checkpoint(out / CHECKPOINT, options, training)
+    try:
+        with _progress(args) as progress:
+            _train(training, progress, checkpoint)
+            seconds = _time(training, args.time_epochs, layers, progress)
+        metrics = _metrics(args, options, data, images, training, seconds, implementation)
+        _write_results(out, metrics, training)
+    except KeyboardInterrupt:
+        with _no_interrupt():
+            checkpoint.write()
+        print(f"\ninterrupted: add --resume to continue from {checkpoint.path}", file=sys.stderr)
+        return INTERRUPTED
+    checkpoint.path.unlink(missing_ok=True)
+    _print_table(console, metrics)
+    print(f"wrote {CURVES}, {METRICS} and {MODEL} to {out}")
+    return 0
+
+
+# Checks of the arguments
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("train_size", 1), ("epochs", 1), ("time_epochs", 0)):
+        if (value := getattr(args, name)) < least:
+            raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
+    # scikit-learn's seeds are the narrowest of those that --seed feeds.
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed: must be in 0..{2**32 - 1}, got {args.seed}")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise UsageError(f"--device: must be there, got {name} where torch finds {found} GPUs")
+    return device
+
+
+def _implementation(args: argparse.Namespace, device: torch.device) -> str:
+    """The implementation that the fused layers run: in training, or at least in the timing."""
+    if args.kernels == "eager" and args.backend is not None:
+        raise UsageError(f"--backend: goes with --kernels fused, got {args.backend} with eager")
+    try:
+        return backends.choose("dropout", device.type, torch.float32, args.backend)
+    except backends.BackendUnavailable as error:
+        source = "--backend" if args.backend is not None else "REG_KERNELS_BACKEND"
+        raise UsageError(f"{source}: {error}") from None
+
+
+def _make_writable(out: Path) -> None:
+    """Creates `out` and makes sure, before minutes of work, that the results can be put there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    for name in (CURVES, METRICS, MODEL, CHECKPOINT):
+        if (out / name).is_dir():
+            raise UsageError(f"--out: {out / name} must be a file or free, got a directory")
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"--out: must be a directory that can be written to, got {out}: {error.strerror or error}"
+    )
+
+
+# Checkpoints
+
+
+def _result_options(
+    args: argparse.Namespace, device: torch.device, implementation: str, images: Images
+) -> dict[str, str | int]:
+    """All that determines the result; a checkpoint continues only a run that agrees on it."""
+    return {
+        "data sha256": images.sha256[:16],  # not the name: a file may be moved
+        "kernels": args.kernels,
+        "implementation": implementation if args.kernels == "fused" else "PyTorch",
+        "device": device.type,
+        "train-size": args.train_size,
+        "epochs": args.epochs,
+        "seed": args.seed,
+    }
+
+
+class _Checkpoint:
+    """The state at the end of the last epoch: kept in memory, written now and then."""
+
+    def __init__(self, path: Path, options: dict[str, Any], training: Training) -> None:
+        self.path = path
+        self._options = options
+        self._training = training
+        self._state = training.state()
+        self._written = time.monotonic()
+
+    def take(self) -> None:
+        """Notes the end of an epoch; an interruption from here on goes back no further."""
+        # One assignment: Ctrl-C during the copying leaves the state before, whole.
+        self._state = self._training.state()
+        if time.monotonic() - self._written >= CHECKPOINT_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        _write(self.path, lambda path: save_checkpoint(path, self._options, self._state))
+        self._written = time.monotonic()
+
+
+def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
+    """Brings `training` to the state of the checkpoint at `path`, if that is one of this run."""
+    try:
+        saved, state = load_checkpoint(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"--resume: must name a checkpoint, got {path}: {reason}") from None
+    except ValueError:
+        raise _damaged(path) from None
+    for name, here in options.items():
+        if (there := saved.get(name)) != here:
+            where = f"{there} there, {here} here"
+            raise UsageError(f"--resume: {path} is of another run: {name} {where}")
+    try:
+        training.restore(state)
+    except Exception:  # whatever a state of the wrong make trips over
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UsageError:
+    return UsageError(
+        f"--resume: must name a whole checkpoint of `train`, got a damaged or other file: {path}"
+    )
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Keeps an impatient second Ctrl-C from stopping what saves the work of the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# The work
+
+
+def _progress(args: argparse.Namespace) -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> None:
+    bars: dict[str, Any] = {}
+
+    def show() -> None:
+        name = training.recipe.name
+        if name not in bars:
+            bars[name] = progress.add_task(name, total=training.epochs, note="")
+        rows = training.history[name]
+        note = f"test accuracy {rows[-1]['test_accuracy']:.1%}" if rows else ""
+        progress.update(bars[name], completed=training.epoch, note=note)
+
+    def after_epoch() -> None:
+        checkpoint.take()
+        show()
+
+    show()
+    training.run(after_epoch)
+
+
+def _time(
+    training: Training, rounds: int, layers: dict[str, Convert], progress: Progress
+) -> dict[str, dict[str, float]] | None:
+    if rounds == 0:
+        return None
+    bar = progress.add_task("timing", total=rounds + 1, note="PyTorch's layers against fused ones")
+    return training.time_epochs(rounds, layers, lambda: progress.advance(bar))
+
+
+# The results
+
+
+def _metrics(
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    data: Split,
+    images: Images,
+    training: Training,
+    seconds: dict[str, dict[str, float]] | None,
+    implementation: str,
+) -> dict[str, Any]:
+    runs = {}
+    for recipe in RECIPES:
+        history = training.history[recipe.name]
+        final = dict(history[-1])
+        final["gap"] = final["train_accuracy"] - final["test_accuracy"]
+        runs[recipe.name] = {
+            "dropout": recipe.dropout,
+            "weight_decay": recipe.weight_decay,
+            "final": final,
+            "history": [{"epoch": i, **row} for i, row in enumerate(history, start=1)],
+        }
+    return {
+        "options": {"data": args.data, **options},
+        "versions": {"torch": torch.__version__, "reg_kernels": __version__},
+        "device": options["device"],
+        "threads": torch.get_num_threads(),
+        "images": {
+            "shape": list(images.x.shape[1:]),
+            "classes": images.classes,
+            "train": len(data.train_y),
+            "test": len(data.test_y),
+        },
+        "runs": runs,
+        "seconds_per_epoch": seconds
+        and {"median_of": args.time_epochs, "fused_implementation": implementation, **seconds},
+    }
+
+
+def _write_results(out: Path, metrics: dict[str, Any], training: Training) -> None:
+    model = {name: value.cpu() for name, value in training.model.state_dict().items()}
+    text = json.dumps(_without_nan(metrics), indent=2, allow_nan=False) + "\n"
+    _write(out / CURVES, lambda path: _draw(path, metrics))
+    _write(out / MODEL, lambda path: torch.save(model, path))
+    _write(out / METRICS, lambda path: path.write_text(text))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    except RuntimeError as error:
+        # torch.save words a full disk as a RuntimeError of several lines.
+        raise UsageError(f"--out: cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with null for a loss that ran away: JSON has neither NaN nor Infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(path: Path, metrics: dict[str, Any]) -> None:
+    # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    colours = {"plain": "#d95f02", "regularised": "#1b6ca8"}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    settled = []
+    for axes, measure in zip(panels, ("accuracy", "loss"), strict=True):
+        for name, result in metrics["runs"].items():
+            epochs = [row["epoch"] for row in result["history"]]
+            for part, style in (("train", "--"), ("test", "-")):
+                values = [row[f"{part}_{measure}"] for row in result["history"]]
+                label = f"{name}, {part}"
+                if measure == "accuracy":
+                    label += f" ({values[-1]:.1%})"
+                    settled += values[len(values) // 10 :]
+                axes.plot(
+                    epochs,
+                    values,
+                    style,
+                    color=colours[name],
+                    linewidth=1.8 if part == "test" else 1.2,
+                    marker="o" if len(epochs) == 1 else None,
+                    label=label,
+                )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(measure)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    # The first epochs' climb would squeeze the gap, which is what there is to see.
+    panels[0].set_ylim(max(0.0, min(settled) - 0.02), 1.005)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[1].set_yscale("log")
+    panels[1].set_ylabel("cross-entropy (log scale)")
+    gaps = ", ".join(
+        f"{name} {100 * run['final']['gap']:.1f}" for name, run in metrics["runs"].items()
+    )
+    sizes = metrics["images"]
+    figure.suptitle(
+        f"{sizes['train']} training images, {sizes['test']} test images; "
+        f"train minus test accuracy, in points: {gaps}"
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _print_table(console: Console, metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    seconds = metrics["seconds_per_epoch"]
+    table = Table()
+    table.add_column("net")
+    columns = ["train", "test", "gap"]
+    if seconds:
+        columns += ["s/epoch PyTorch", f"s/epoch fused ({seconds['fused_implementation']})"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, result in metrics["runs"].items():
+        final = result["final"]
+        cells = [
+            f"{final['train_accuracy']:.2%}",
+            f"{final['test_accuracy']:.2%}",
+            f"{100 * final['gap']:.2f} points",
+        ]
+        if seconds:
+            cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
+        table.add_row(name, *cells)
+    console.print(table)

@@ -1,0 +1,63 @@
+"""Dropout layers: torch's, with the fused ops inside."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .. import functional as F
+from ..convert import twin_of
+from ..ops.dropout import check_probability
+
+
+class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
+    """What the four layers share: torch's constructor and state, and a choice of implementation.
+
+    Args:
+        p: the probability of dropping, in [0, 1].
+        inplace: write over the input.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+    """
+
+    backend: str | None = None
+    _function: ClassVar[Any]
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None) -> None:
+        check_probability(type(self).__name__, p)
+        super().__init__(p, inplace)
+        if backend is not None:
+            self.backend = backends.check_name(backend, "backend")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._function(input, self.p, self.training, self.inplace, backend=self.backend)
+
+
+@twin_of(torch.nn.Dropout)
+class Dropout(_FusedDropout, torch.nn.Dropout):
+    """`torch.nn.Dropout` by `reg_kernels.functional.dropout`: any shape, each element by itself."""
+
+    _function = staticmethod(F.dropout)
+
+
+@twin_of(torch.nn.Dropout1d)
+class Dropout1d(_FusedDropout, torch.nn.Dropout1d):
+    """`torch.nn.Dropout1d` by `reg_kernels.functional.dropout1d`: channels of (N, C, L) or (C, L)."""
+
+    _function = staticmethod(F.dropout1d)
+
+
+@twin_of(torch.nn.Dropout2d)
+class Dropout2d(_FusedDropout, torch.nn.Dropout2d):
+    """`torch.nn.Dropout2d` by `reg_kernels.functional.dropout2d`: channels of (N, C, H, W)."""
+
+    _function = staticmethod(F.dropout2d)
+
+
+@twin_of(torch.nn.Dropout3d)
+class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
+    """`torch.nn.Dropout3d` by `reg_kernels.functional.dropout3d`: channels of (N, C, D, H, W)."""
+
+    _function = staticmethod(F.dropout3d)

@@ -1,0 +1,30 @@
+"""The memory order that an op walks: storage order of a dense tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x fills one stretch of memory, each place once, in any order of its dimensions."""
+    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape: of x's strides where x is dense, else contiguous."""
+    if is_dense(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x itself where it has these strides, else a copy that has them."""
+    if x.stride() == strides:
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an (N, C, ...) tensor is dense with its channels innermost, and not contiguous."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()

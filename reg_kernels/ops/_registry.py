@@ -1,0 +1,84 @@
+"""How an op is registered with torch.
+
+An op `name` has one overload for each implementation, all of one schema: `name` itself is the native
+one, whose kernels csrc/ registers for the CPU and CUDA keys; `name.triton` and `name.reference` are
+registered here. The caller picks the overload, so a compiled graph shows which implementation it
+runs, and nothing is chosen behind the dispatcher's back.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import backends
+
+_library = torch.library.Library("reg_kernels", "FRAGMENT")
+
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op."""
+
+    name: str
+    overloads: dict[str, Any] = field(repr=False)  # implementation name -> torch.ops overload
+
+    def overload(self, device_type: str, dtype: torch.dtype, backend: str | None) -> Any:
+        """The overload to call; raises BackendUnavailable where a forced one cannot run."""
+        return self.overloads[backends.choose(self.name, device_type, dtype, backend)]
+
+
+def register(
+    name: str,
+    arguments: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    triton: str,
+    autograd: Callable[..., Any] | None = None,
+) -> Op:
+    """Registers an op and its implementations.
+
+    Args:
+        name: the op's name; its kernels in csrc/ carry the same one.
+        arguments: the schema after the name, as "(Tensor input, float p) -> Tensor".
+        fake: shapes and strides of the result, for compilation.
+        reference: the implementation in plain PyTorch.
+        triton: "module:function" below reg_kernels.triton, imported at the first call.
+        autograd: called as autograd(overload, *args) above the implementation, when a gradient
+            may be wanted; None where the op has no gradient of its own.
+    """
+
+    def run_triton(*args: Any) -> Any:
+        module, function = triton.split(":")
+        return getattr(importlib.import_module(f"reg_kernels.triton.{module}"), function)(*args)
+
+    kernels: dict[str, tuple[str, Callable[..., Any] | None]] = {
+        "native": ("", None),
+        "triton": (".triton", run_triton),
+        "reference": (".reference", reference),
+    }
+    overloads = {}
+    for backend, (suffix, kernel) in kernels.items():
+        qualified = f"{name}{suffix}"
+        _library.define(f"{qualified}{arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"reg_kernels::{qualified}", fake, lib=_library)
+        if kernel is not None:
+            _library.impl(qualified, kernel, "CompositeExplicitAutograd")
+        packet = getattr(torch.ops.reg_kernels, name)
+        overload = getattr(packet, suffix.removeprefix(".") or "default")
+        overloads[backend] = overload
+        if autograd is not None:
+            _library.impl(qualified, _bind(autograd, overload), "Autograd")
+    OPS[name] = Op(name, overloads)
+    return OPS[name]
+
+
+def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
+    return lambda *args: function(overload, *args)

@@ -1,0 +1,424 @@
+"""Dropout and channel dropout: schema, fake, gradient, validation, and the public functions.
+
+The gradient of y = x m is g m with the same mask, so the backward is the op itself on the gradient,
+with the forward's rng_state: 16 bytes are saved, and it can be differentiated any number of times.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .. import _rng
+from ..backends import DTYPES
+from ..reference import dropout as reference
+from ._layout import dense_like, is_channels_last, is_dense, with_strides
+from ._registry import Op, register
+
+
+class _Dropout(torch.autograd.Function):
+    """y = x m, and as its backward the same op on the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, overload: Any, p: float, rng_state: Tensor, element_offset: int
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(input, p, rng_state, element_offset)
+        _remember(ctx, overload, p, rng_state, element_offset, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _gradient(ctx, grad_output), None, None, None, None
+
+
+class _DropoutInPlace(torch.autograd.Function):
+    """The same, written over its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        in_place: Any,
+        overload: Any,
+        p: float,
+        rng_state: Tensor,
+        element_offset: int,
+    ) -> Tensor:
+        ctx.mark_dirty(input)
+        with torch._C._AutoDispatchBelowAutograd():
+            in_place(input, p, rng_state, element_offset)
+        _remember(ctx, overload, p, rng_state, element_offset, input)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return _gradient(ctx, grad_output), None, None, None, None, None
+
+
+def _remember(
+    ctx: Any, overload: Any, p: float, rng_state: Tensor, element_offset: int, output: Tensor
+) -> None:
+    ctx.save_for_backward(rng_state)
+    ctx.overload, ctx.p, ctx.element_offset = overload, p, element_offset
+    # The mask follows storage order, so the gradient has to come in the output's.
+    ctx.strides = output.stride()
+
+
+def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    (rng_state,) = ctx.saved_tensors
+    grad_output = with_strides(grad_output, ctx.strides)
+    return _differentiable(ctx.overload, grad_output, ctx.p, rng_state, ctx.element_offset)
+
+
+def _differentiable(
+    overload: Any, input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0
+) -> Tensor:
+    if input.requires_grad and torch.is_grad_enabled():
+        return _Dropout.apply(input, overload, p, rng_state, element_offset)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(input, p, rng_state, element_offset)
+
+
+def _fake(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
+    return dense_like(input)
+
+
+def _fake_in_place(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
+    return None
+
+
+def _in_place_reference(function: Any) -> Any:
+    def run(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
+        input.copy_(function(input, p, rng_state, element_offset))
+
+    return run
+
+
+_ARGUMENTS = "float p, Tensor rng_state, int element_offset=0)"
+
+
+def _register(name: str, function: Any) -> tuple[Op, Op]:
+    """An op and its in-place twin; the twin's gradient is _DropoutInPlace's business."""
+    fresh = register(
+        name,
+        f"(Tensor input, {_ARGUMENTS} -> Tensor",
+        fake=_fake,
+        reference=function,
+        triton=f"dropout:{name}",
+        autograd=_differentiable,
+    )
+    in_place = register(
+        f"{name}_",
+        f"(Tensor(a!) input, {_ARGUMENTS} -> ()",
+        fake=_fake_in_place,
+        reference=_in_place_reference(function),
+        triton=f"dropout:{name}_",
+    )
+    return fresh, in_place
+
+
+_DROPOUT = _register("dropout", reference.dropout)
+_FEATURE_DROPOUT = _register("feature_dropout", reference.feature_dropout)
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raises unless p is a probability; NaN is none."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: p must be in [0, 1], got {p}")
+
+
+def _check(name: str, input: Tensor, p: float, element_offset: int) -> None:
+    check_probability(name, p)
+    if element_offset < 0:
+        raise ValueError(f"{name}: element_offset must be at least 0, got {element_offset}")
+    if input.dtype not in DTYPES:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise RuntimeError(
+            f"{name}: input must be one of {supported}, "
+            f"got {str(input.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check_in_place(name: str, input: Tensor) -> None:
+    """What autograd would raise as well, but only after the input had been overwritten."""
+    if not torch.is_grad_enabled():
+        return
+    base = input._base if input._is_view() else None
+    if (input.is_leaf and input.requires_grad) or (
+        base is not None and base.is_leaf and base.requires_grad
+    ):
+        raise RuntimeError(
+            f"{name}: a leaf tensor that requires grad, or a view of one, cannot be changed in "
+            "place: use inplace=False, or torch.no_grad()"
+        )
+
+
+def _run(
+    ops: tuple[Op, Op],
+    input: Tensor,
+    p: float,
+    inplace: bool,
+    rng_state: Tensor | None,
+    element_offset: int,
+    backend: str | None,
+) -> Tensor:
+    fresh, in_place = ops
+    device = input.device
+    overload = fresh.overload(device.type, input.dtype, backend)
+    if p == 0.0 or input.numel() == 0:
+        return input
+    if p == 1.0:
+        return input.mul_(0) if inplace else input * 0
+    if rng_state is None:
+        if inplace:
+            _check_in_place(fresh.name, input)  # before the generator moves on
+        rng_state = _rng.draw_state(device)
+    else:
+        _rng.check_state(rng_state, device, fresh.name)
+    if torch.compiler.is_compiling():
+        output = overload(input, p, rng_state, element_offset)
+        return input.copy_(output) if inplace else output
+    if not inplace:
+        return _differentiable(overload, input, p, rng_state, element_offset)
+
+    _check_in_place(fresh.name, input)
+    if not is_dense(input):
+        return input.copy_(_differentiable(overload, input, p, rng_state, element_offset))
+    write = in_place.overload(device.type, input.dtype, backend)
+    if input.requires_grad and torch.is_grad_enabled():
+        return _DropoutInPlace.apply(input, write, overload, p, rng_state, element_offset)
+    with torch._C._AutoDispatchBelowAutograd():
+        write(input, p, rng_state, element_offset)
+    torch.autograd.graph.increment_version(input)
+    return input
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng_state: Tensor | None = None,
+    element_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Zeroes each element with probability `p` and scales the others up: :math:`y = x m`,
+    :math:`m \in \{0, 65536 / T\}`, kept with probability :math:`T / 65536`,
+    :math:`T = \mathrm{round}(65536 (1 - p))`.
+
+    The probability that is realised is `p` rounded to 1/65536, and the scale is the inverse of the
+    one of keeping, so :math:`E[y] = x` exactly. An element that is dropped is multiplied by zero: NaN
+    and infinities stay NaN, as with torch.
+
+    Args:
+        input: any shape; float64, float32, float16 or bfloat16. float16 and bfloat16 are computed
+            in float32 and rounded once.
+        p: the probability of dropping, in [0, 1].
+        training: False returns `input` itself.
+        inplace: write over `input` and return it.
+        rng_state: int64 tensor `[seed, offset]` of shape (2,), on the CPU or on the input's device:
+            the same state gives the same mask, in every implementation and on every device. By
+            default it is drawn from torch's generator, so `torch.manual_seed` rules.
+        element_offset: the index, in the mask, of the input's first element: a shard of a batch
+            then gets its part of the whole batch's mask.
+        backend: "native", "triton" or "reference"; by default the first that can run here.
+
+    Returns:
+        A tensor like `input`, in its memory layout where that is dense, else contiguous.
+
+    Raises:
+        ValueError: `p` outside [0, 1], or an unknown `backend`.
+        RuntimeError: another dtype, a `backend` that cannot run here (`BackendUnavailable`), an
+            `rng_state` of another shape, dtype or device, or `inplace` on a leaf that requires grad.
+
+    Element e of the mask, counted in storage order, is drawn from Philox4x32-10: the result depends
+    on rng_state alone, not on threads, and two runs give the same bits.
+
+    Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from
+    overfitting", JMLR 15 (2014), section 10 (inverted scaling).
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            rng_state=rng_state,
+            element_offset=element_offset,
+            backend=backend,
+        )
+    if not training:
+        check_probability("dropout", p)
+        return input
+    _check("dropout", input, p, element_offset)
+    return _run(_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
+
+
+def _feature_dropout(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    rng_state: Tensor | None,
+    element_offset: int,
+    backend: str | None,
+) -> Tensor:
+    """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
+    if input.dim() < 2:
+        raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
+    if not training:
+        check_probability(name, p)
+        return input
+    _check(name, input, p, element_offset)
+    if input.is_contiguous() or is_channels_last(input):
+        return _run(_FEATURE_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
+    if inplace:
+        _check_in_place(name, input)
+    output = _run(
+        _FEATURE_DROPOUT, input.contiguous(), p, False, rng_state, element_offset, backend
+    )
+    return input.copy_(output) if inplace else output
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng_state: Tensor | None = None,
+    element_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dropout of whole channels of an input (N, C, L) or (C, L): one draw a channel.
+
+    Arguments, result and errors are those of `dropout`; `element_offset` counts channels, n C + c.
+    An input of another number of dimensions is a RuntimeError.
+
+    Source: J. Tompson et al., "Efficient object localization using convolutional networks",
+    CVPR 2015.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout1d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            rng_state=rng_state,
+            element_offset=element_offset,
+            backend=backend,
+        )
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"dropout1d: input must be (N, C, L) or (C, L), got {input.dim()} dims")
+    options = (p, training, inplace, rng_state, element_offset, backend)
+    return _with_batch("dropout1d", input, input.dim() == 3, options)
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng_state: Tensor | None = None,
+    element_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dropout of whole channels of an input (N, C, H, W): one draw a channel.
+
+    As torch's, it takes three dimensions for (N, C, L) and warns of it, and warns of any number
+    other than four. Otherwise as `dropout1d`.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout2d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            rng_state=rng_state,
+            element_offset=element_offset,
+            backend=backend,
+        )
+    if input.dim() == 3:
+        warnings.warn(
+            "dropout2d: a 3-d input is taken for (N, C, L), as torch does for now; use dropout1d "
+            "to keep that",
+            stacklevel=2,
+        )
+    elif input.dim() != 4:
+        _warn_of_dimensions("dropout2d", "(N, C, H, W)", input)
+    options = (p, training, inplace, rng_state, element_offset, backend)
+    return _with_batch("dropout2d", input, True, options)
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rng_state: Tensor | None = None,
+    element_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dropout of whole channels of an input (N, C, D, H, W) or (C, D, H, W): one draw a channel.
+
+    As torch's, it warns of another number of dimensions and takes it without a batch. Otherwise as
+    `dropout1d`.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout3d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            rng_state=rng_state,
+            element_offset=element_offset,
+            backend=backend,
+        )
+    if input.dim() not in (4, 5):
+        _warn_of_dimensions("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input)
+    options = (p, training, inplace, rng_state, element_offset, backend)
+    return _with_batch("dropout3d", input, input.dim() == 5, options)
+
+
+def _warn_of_dimensions(name: str, expected: str, input: Tensor) -> None:
+    warnings.warn(
+        f"{name}: input should be {expected}, got {input.dim()} dims; torch deprecates that, "
+        "use dropout instead",
+        stacklevel=3,
+    )
+
+
+def _with_batch(name: str, input: Tensor, batched: bool, options: tuple[Any, ...]) -> Tensor:
+    """_feature_dropout of an input that may lack its batch dimension."""
+    if batched:
+        return _feature_dropout(name, input, *options)
+    p, training, inplace, *rest = options
+    if not inplace:
+        return _feature_dropout(name, input.unsqueeze(0), *options).squeeze(0)
+    # In place the caller's own tensor takes the dimension on for the call: a view would not do,
+    # since autograd lets a leaf's data be written, not a view of it.
+    _check_in_place(name, input)
+    input.unsqueeze_(0)
+    try:
+        _feature_dropout(name, input, p, training, inplace, *rest)
+    finally:
+        input.squeeze_(0)
+    return input

@@ -1,0 +1,27 @@
+"""What the launchers share: rng_state as kernel arguments, and the current device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def state_arguments(rng_state: Tensor, x: Tensor) -> dict[str, Any]:
+    """Arguments of `_random.load_state`: two integers from the host, or a pointer on the device."""
+    on_device = rng_state.device.type != "cpu"
+    seed, offset = (0, 0) if on_device else rng_state.tolist()
+    # Where the state is on the host its pointer is not read; any pointer will do.
+    return {
+        "state_ptr": rng_state if on_device else x,
+        "seed": seed,
+        "offset": offset,
+        "ON_DEVICE": on_device,
+    }
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes x's device current: Triton launches there."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,51 @@
+"""Philox draws in the house's order, on values: other kernels can fuse them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def half_words(key, offset, first_group, GROUPS: tl.constexpr):
+    """Draws mask elements [8 first_group, 8 (first_group + GROUPS)): uint32 [8 GROUPS], in order.
+
+    `key` is seed ^ tag. A group's draw is four words of two half-words each, low half first.
+    """
+    group = first_group + tl.arange(0, GROUPS).to(tl.int64)
+    w0, w1, w2, w3 = philox(key, offset, group)
+    # join appends the fastest dimension: [group, word / 2, word % 2, half].
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [8 * GROUPS])
+
+
+@triton.jit
+def half_word_at(key, offset, index):
+    """The draw of mask element `index`, by itself: for draws that lie apart."""
+    w0, w1, w2, w3 = philox(key, offset, index // 8)
+    word = (index % 8) // 2
+    w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return tl.where(index % 2 == 0, w & 0xFFFF, w >> 16)
+
+
+@triton.jit
+def philox(key, offset, group):
+    """The four words of each group: counter (group low, group high, offset low, offset high)."""
+    zero = group * 0
+    return tl.philox(
+        key,
+        (group & 0xFFFFFFFF).to(tl.uint32),
+        ((group >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        ((zero + offset) & 0xFFFFFFFF).to(tl.uint32),
+        (((zero + offset) >> 32) & 0xFFFFFFFF).to(tl.uint32),
+    )
+
+
+@triton.jit
+def load_state(state_ptr, seed, offset, ON_DEVICE: tl.constexpr):
+    """(seed, offset): from int64 [2] at state_ptr where a graph drew them, else by value."""
+    if ON_DEVICE:
+        return tl.load(state_ptr), tl.load(state_ptr + 1)
+    # The interpreter takes a small integer for an int32, whatever the kernel's annotation says.
+    return seed.to(tl.int64), offset.to(tl.int64)

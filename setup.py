@@ -1,0 +1,235 @@
+"""Builds the native code. Environment variables:
+
+REG_KERNELS_BUILD      auto (default): the CPU kernels, and CUDA's as below; none: no compiler is
+                       called, the package runs its Triton and reference implementations.
+REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a CUDA
+                       build; 1: build them or fail; 0: leave them out.
+REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
+CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
+
+One extension serves torch 2.11 and later (LibTorch's stable ABI); the CUDA kernels are a shared
+library of their own, loaded only where torch has CUDA. What was built, and why something was not, is
+written to reg_kernels/_build.json, which `reg-kernels info` reads.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
+CUDA_ARCHITECTURES = "80;90;100"
+
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # The same bits from every instruction set: no multiply-add that only some of them have.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    # g++ 12 finds its own AVX-512 header at fault.
+    "-Wno-maybe-uninitialized",
+]
+ISA_FLAGS = {
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def fail(message):
+    raise SystemExit(f"reg_kernels: {message}")
+
+
+def setting(name, default, allowed):
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        fail(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def import_torch():
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except ImportError as error:
+        fail(
+            f"the build needs an installed torch ({error}): install torch, then "
+            "`pip install --no-build-isolation .`, or set REG_KERNELS_BUILD=none"
+        )
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 11):
+        fail(f"torch 2.11 or later is needed, found {torch.__version__}")
+    return torch
+
+
+def find_compiler():
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name.split()[0]) is None:
+        fail(
+            f"no C++ compiler: {name!r} was not found; install g++ (or set CXX), or set "
+            "REG_KERNELS_BUILD=none to do without native kernels"
+        )
+    return name
+
+
+def find_nvcc(torch):
+    """Path of nvcc and None, or None and why the CUDA kernels are left out."""
+    wanted = setting("REG_KERNELS_CUDA", "auto", ("auto", "0", "1"))
+    if wanted == "0":
+        return None, "left out by REG_KERNELS_CUDA=0"
+    if wanted == "auto" and torch.version.cuda is None:
+        return None, "torch is a CPU build (REG_KERNELS_CUDA=1 builds them all the same)"
+    name = os.environ.get("NVCC", "nvcc")
+    nvcc = shutil.which(name)
+    if nvcc is None and torch.utils.cpp_extension.CUDA_HOME:
+        nvcc = shutil.which(str(Path(torch.utils.cpp_extension.CUDA_HOME) / "bin" / "nvcc"))
+    if nvcc is None:
+        if wanted == "1":
+            fail(
+                f"REG_KERNELS_CUDA=1, but {name!r} was not found: install the CUDA toolkit and put "
+                "nvcc on PATH (or set NVCC), or unset REG_KERNELS_CUDA"
+            )
+        return None, "nvcc was not found when reg_kernels was installed"
+    return nvcc, None
+
+
+def cuda_architectures(torch):
+    value = os.environ.get("REG_KERNELS_CUDA_ARCH", CUDA_ARCHITECTURES)
+    if value == "native":
+        if not torch.cuda.is_available():
+            fail("REG_KERNELS_CUDA_ARCH=native, but torch sees no GPU: name an architecture, as 90")
+        value = "{}{}".format(*torch.cuda.get_device_capability())
+    architectures = value.replace(".", "").split(";")
+    if not all(a.isdigit() for a in architectures):
+        fail(f"REG_KERNELS_CUDA_ARCH must be like {CUDA_ARCHITECTURES!r} or 'native', got {value!r}")
+    return architectures
+
+
+def quoted(words):
+    return " ".join(f"'{word}'" if " " in str(word) else str(word) for word in words)
+
+
+def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
+    """One file for ninja: it rebuilds what changed, headers included."""
+    from ninja import ninja_syntax
+    from pybind11 import get_include as pybind11_include
+
+    torch_root = Path(torch.__file__).parent
+    torch_includes = torch.utils.cpp_extension.include_paths()
+    system = [*torch_includes, pybind11_include(), sysconfig.get_path("include")]
+    flags = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    for directory in system:
+        flags += ["-isystem", directory]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    facts = [
+        f'-DRK_COMPILER=\\"{Path(compiler).name}\\"',
+        f'-DRK_TORCH_VERSION=\\"{torch.__version__}\\"',
+    ]
+
+    with open(path, "w") as file:
+        ninja = ninja_syntax.Writer(file)
+        ninja.variable("builddir", path.parent)
+        ninja.rule(
+            "cxx",
+            f"{compiler} -MMD -MF $out.d {quoted(CXX_FLAGS + flags)} $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="CXX $out",
+        )
+        ninja.rule("link", f"{compiler} -shared $in -o $out $flags", description="LINK $out")
+        objects = []
+
+        def compile_cxx(source, name, *options):
+            target = path.parent / f"{name}.o"
+            ninja.build(str(target), "cxx", str(source), variables={"flags": quoted(options)})
+            objects.append(str(target))
+
+        compile_cxx(CSRC / "module.cpp", "module", *facts)
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            compile_cxx(source, f"cpu.{source.stem}")
+            if source.name.endswith(".simd.cpp") and platform.machine() in ("x86_64", "AMD64"):
+                for isa, options in ISA_FLAGS.items():
+                    compile_cxx(source, f"cpu.{source.stem}.{isa}", *options, f"-DRK_ISA={isa}")
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        ninja.build(str(extension), "link", objects, variables={"flags": quoted(libraries)})
+
+        if nvcc:
+            targets = cuda_architectures(torch)
+            options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+            # The newest one's PTX as well: a later GPU compiles that when it loads the library.
+            options.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+            ninja.rule(
+                "nvcc",
+                f"{nvcc} -MD -MF $out.d {quoted(NVCC_FLAGS + options + flags)} -DUSE_CUDA "
+                "-c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description="NVCC $out",
+            )
+            ninja.rule(
+                "link_cuda",
+                f"{nvcc} -shared -cudart shared $in -o $out $flags",
+                description="LINK $out",
+            )
+            cuda_objects = []
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                target = str(path.parent / f"cuda.{source.stem}.o")
+                ninja.build(target, "nvcc", str(source))
+                cuda_objects.append(target)
+            ninja.build(
+                str(cuda_library), "link_cuda", cuda_objects, variables={"flags": quoted(libraries)}
+            )
+
+
+class Build(build_ext):
+    """Compiles csrc/ by ninja and writes down what it built."""
+
+    def run(self):
+        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        package = package / "reg_kernels"
+        package.mkdir(parents=True, exist_ok=True)
+        facts = self.compile(package)
+        (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+        for part in ("native", "cuda"):
+            missing = facts[f"{part}_missing"]
+            print(f"reg_kernels: {part}: {'built' if missing is None else 'not built: ' + missing}")
+
+    def compile(self, package):
+        cuda_library = package / "libreg_kernels_cuda.so"
+        extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if setting("REG_KERNELS_BUILD", "auto", ("auto", "none")) == "none":
+            for stale in (extension, cuda_library):
+                stale.unlink(missing_ok=True)
+            reason = "installed with REG_KERNELS_BUILD=none"
+            return {"native_missing": reason, "cuda_missing": reason}
+        torch = import_torch()
+        compiler = find_compiler()
+        nvcc, cuda_missing = find_nvcc(torch)
+        if nvcc is None:
+            cuda_library.unlink(missing_ok=True)
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        build.mkdir(parents=True, exist_ok=True)
+        ninja_file = build / "build.ninja"
+        write_ninja(ninja_file, torch, compiler, nvcc, extension, cuda_library)
+        command = ["ninja", "-f", ninja_file, "-j", os.environ.get("MAX_JOBS", "2")]
+        try:
+            subprocess.run([sys.executable, "-m", *command], check=True)
+        except subprocess.CalledProcessError as error:
+            fail(f"the native build failed (exit code {error.returncode}): the lines above say why")
+        return {"native_missing": None, "cuda_missing": cuda_missing}
+
+    def get_outputs(self):
+        return []  # setuptools' list would name an object that this command does not make
+
+
+setup(
+    ext_modules=[Extension("reg_kernels._C", sources=[])],
+    cmdclass={"build_ext": Build},
+)

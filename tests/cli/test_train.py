@@ -1,0 +1,573 @@
+"""The `train` command: what it writes, what resuming continues, what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from reg_kernels import backends
+from reg_kernels.cli import _trainer, main, train
+from reg_kernels.cli._data import load_images, split
+from reg_kernels.cli._trainer import build_net
+
+RESULTS = ["curves.png", "metrics.json", "model.pt"]
+EPOCHS = 3
+STEPS = 2 * EPOCHS  # of each net: 70 images make two batches
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 noisy images of three classes, told apart by which row is bright."""
+    rng = np.random.default_rng(0)
+    y = np.arange(100) % 3
+    x = rng.normal(size=(100, 6, 5))
+    x[np.arange(100), y] += 1
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x=x.astype(np.float32), y=y)
+    return path
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny training; one test looks at the picture."""
+    monkeypatch.setattr(train, "_draw", lambda path, metrics: path.write_bytes(b"picture"))
+
+
+def command(data: Path, out: Path, *more: object) -> list[str]:
+    options = ["--data", data, "--out", out, "--device", "cpu", "--train-size", 70]
+    return ["train", *map(str, [*options, "--epochs", EPOCHS, "--time-epochs", 0, *more])]
+
+
+def results(out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """All that two runs of one result share: the times are left out."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["seconds_per_epoch"]
+    return metrics, torch.load(out / "model.pt", weights_only=True)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    (metrics, model), (other_metrics, other_model) = results(first), results(second)
+    assert metrics == other_metrics
+    assert model.keys() == other_model.keys()
+    for name, value in model.items():
+        assert value.equal(other_model[name]), name
+
+
+def refusal(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    capsys.readouterr()
+    assert main(argv) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("reg-kernels train: ")
+    assert streams.err.count("\n") == 1
+    return streams.err.removeprefix("reg-kernels train: ").rstrip("\n")
+
+
+# What it writes
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_the_files_agree_with_a_net_of_pytorchs_own_layers(
+    data: Path, tmp_path: Path, kernels: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a" / "b"
+    assert main(command(data, out, "--kernels", kernels, "--time-epochs", 1)) == 0
+    assert sorted(path.name for path in out.iterdir()) == RESULTS
+
+    metrics, weights = results(out)
+    pair = split(load_images(str(data)), 70, 0)
+    net = build_net(1, 3, 0.0)
+    net.load_state_dict(weights)
+    net.eval()
+    final = metrics["runs"]["regularised"]["final"]
+    for part, x, y in (
+        ("train", pair.train_x, pair.train_y),
+        ("test", pair.test_x, pair.test_y),
+    ):
+        with torch.no_grad():
+            scores = net(x)
+        assert final[f"{part}_accuracy"] == (scores.argmax(1) == y).double().mean().item()
+        assert final[f"{part}_loss"] == pytest.approx(F.cross_entropy(scores, y).item(), rel=1e-5)
+    for run in metrics["runs"].values():
+        assert [row.pop("epoch") for row in run["history"]] == list(range(1, EPOCHS + 1))
+        gap = run["final"].pop("gap")
+        assert gap == run["final"]["train_accuracy"] - run["final"]["test_accuracy"]
+        assert run["final"] == run["history"][-1]
+    assert metrics["options"]["kernels"] == kernels
+    assert metrics["versions"]["torch"] == torch.__version__
+
+    seconds = json.loads((out / "metrics.json").read_text())["seconds_per_epoch"]
+    for name in ("plain", "regularised"):
+        assert 0 < seconds[name]["eager"] < 60
+        assert 0 < seconds[name]["fused"] < 60
+    table = capsys.readouterr().out
+    assert f"({backends.choose('dropout', 'cpu', torch.float32)})" in table
+    assert f"{final['test_accuracy']:.2%}" in table
+    assert f"{seconds['regularised']['fused']:.4f}" in table
+
+
+def test_the_picture_shows_both_nets(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    assert main(command(data, tmp_path)) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    metrics, _ = results(tmp_path)
+    for axes, measure in zip(drawn[0].axes, ("accuracy", "loss"), strict=True):
+        lines = {line.get_label().split(" (")[0]: line for line in axes.lines}
+        for name, run in metrics["runs"].items():
+            for part in ("train", "test"):
+                expected = [row[f"{part}_{measure}"] for row in run["history"]]
+                assert list(lines.pop(f"{name}, {part}").get_ydata()) == expected
+        assert not lines
+
+
+@pytest.mark.usefixtures("no_plot")
+class TestResult:
+    """What the result depends on, and what it does not."""
+
+    def test_the_seed_alone_and_not_the_timing(self, data: Path, tmp_path: Path) -> None:
+        for name, more in (
+            ("first", ()),
+            ("again", ("--time-epochs", 1)),
+            ("other", ("--seed", 1)),
+        ):
+            assert main(command(data, tmp_path / name, *more)) == 0
+        assert_same_bits(tmp_path / "first", tmp_path / "again")
+        first, other = (results(tmp_path / name)[1] for name in ("first", "other"))
+        assert not first["0.weight"].equal(other["0.weight"])
+
+    def test_fused_dropout_draws_other_masks_and_changes_nothing_else(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        for kernels in ("eager", "fused"):
+            assert main(command(data, tmp_path / kernels, "--kernels", kernels)) == 0
+        (eager, eager_model), (fused, fused_model) = (
+            results(tmp_path / kernels) for kernels in ("eager", "fused")
+        )
+        assert eager["runs"]["plain"] == fused["runs"]["plain"]
+        assert not eager_model["9.weight"].equal(fused_model["9.weight"])
+
+    @pytest.mark.skipif(
+        backends.why_not("native", "cpu", torch.float32) is not None,
+        reason="the native kernels are not built",
+    )
+    def test_every_implementation_trains_to_the_same_bits(self, data: Path, tmp_path: Path) -> None:
+        for backend in ("native", "reference"):
+            assert main(command(data, tmp_path / backend, "--backend", backend)) == 0
+        native, reference = (results(tmp_path / name) for name in ("native", "reference"))
+        assert native[0]["runs"] == reference[0]["runs"]
+        assert native[0]["options"]["implementation"] == "native"
+        assert all(value.equal(reference[1][name]) for name, value in native[1].items())
+
+    def test_both_nets_start_from_the_same_weights_and_only_one_is_regularised(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        starts, decays = [], []
+        original = torch.optim.AdamW.step
+
+        def step(self: torch.optim.AdamW) -> None:
+            if not self.state:
+                starts.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+                decays.append(self.param_groups[0]["weight_decay"])
+            original(self)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        assert main(command(data, tmp_path)) == 0
+        plain, regularised = starts
+        assert all(a.equal(b) for a, b in zip(plain, regularised, strict=True))
+        assert decays[0] == 0 < decays[1]
+        runs = results(tmp_path)[0]["runs"]
+        assert runs["plain"]["dropout"] == 0 < runs["regularised"]["dropout"] < 1
+
+
+def test_the_last_batch_is_never_a_single_image(data: Path, tmp_path: Path) -> None:
+    assert main(command(data, tmp_path, "--train-size", _trainer.BATCH + 1, "--epochs", 1)) == 0
+
+
+def test_an_image_of_one_pixel_and_three_channels_trains(tmp_path: Path) -> None:
+    y = np.arange(20) % 2
+    x = np.random.default_rng(0).integers(0, 256, (20, 3, 1, 1), dtype=np.uint8)
+    np.savez(tmp_path / "dots.npz", x=x, y=y)
+    argv = command(tmp_path / "dots.npz", tmp_path / "out", "--train-size", 10, "--epochs", 1)
+    assert main(argv) == 0
+
+
+# Interrupting and resuming
+
+
+def at_step(
+    monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException]
+) -> Callable[[], None]:
+    """Makes the optimizer's `step`-th update from now on, and all after it, raise."""
+    done = 0
+    original = torch.optim.AdamW.step
+
+    def wrapped(self: torch.optim.AdamW) -> None:
+        nonlocal done
+        done += 1
+        if done >= step:
+            raise error
+        original(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", wrapped)
+    return lambda: monkeypatch.setattr(torch.optim.AdamW, "step", original)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    done: dict[str, Path] = {}
+
+    def run(kernels: str) -> Path:
+        if kernels not in done:
+            done[kernels] = tmp_path_factory.mktemp(kernels)
+            assert main(command(data, done[kernels], "--kernels", kernels)) == 0
+        return done[kernels]
+
+    return run
+
+
+@pytest.mark.usefixtures("no_plot")
+class TestResume:
+    @pytest.mark.parametrize("kernels", ["eager", "fused"])
+    @pytest.mark.parametrize(
+        "step",
+        [1, 4, STEPS, STEPS + 1, STEPS + 4, 2 * STEPS],
+        ids=["first", "plain", "plain-end", "regularised-first", "regularised", "last"],
+    )
+    def test_ctrl_c_anywhere_changes_nothing(
+        self,
+        data: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        uninterrupted: Callable[[str], Path],
+        kernels: str,
+        step: int,
+    ) -> None:
+        expected = uninterrupted(kernels)
+        argv = command(data, tmp_path, "--kernels", kernels)
+        restore = at_step(monkeypatch, step, KeyboardInterrupt)
+        assert main(argv) == 130
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        assert "--resume" in capsys.readouterr().err
+        restore()
+        torch.manual_seed(12345)  # a new process starts from another random state
+        assert main([*argv, "--resume"]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
+        assert_same_bits(tmp_path, expected)
+
+    def test_no_finished_epoch_is_trained_again(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        restore = at_step(monkeypatch, STEPS + 4, KeyboardInterrupt)
+        assert main(command(data, tmp_path)) == 130
+        restore()
+        # One epoch of the second net was whole: its two others are left, of two steps each.
+        restore = at_step(monkeypatch, 5, KeyboardInterrupt)
+        assert main(command(data, tmp_path, "--resume")) == 0
+        restore()
+
+    def test_again_and_again_and_from_another_path(
+        self,
+        data: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        uninterrupted: Callable[[str], Path],
+    ) -> None:
+        expected = uninterrupted("fused")
+        resume: list[object] = []
+        for _ in range(4):
+            restore = at_step(monkeypatch, 4, KeyboardInterrupt)
+            assert main(command(data, tmp_path / "first", *resume)) == 130
+            restore()
+            resume = ["--resume"]
+        elsewhere = tmp_path / "kept.pt"
+        (tmp_path / "first" / "checkpoint.pt").rename(elsewhere)
+        assert main(command(data, tmp_path / "second", "--resume", elsewhere)) == 0
+        assert_same_bits(tmp_path / "second", expected)
+        assert elsewhere.exists()
+
+    def test_a_killed_run_resumes_from_the_last_checkpoint(
+        self,
+        data: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        uninterrupted: Callable[[str], Path],
+    ) -> None:
+        expected = uninterrupted("fused")
+        monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+        restore = at_step(monkeypatch, STEPS + 4, SystemExit)
+        with pytest.raises(SystemExit):
+            main(command(data, tmp_path))
+        restore()
+        assert main(command(data, tmp_path, "--resume")) == 0
+        assert_same_bits(tmp_path, expected)
+
+    def test_ctrl_c_while_the_results_are_written_or_timed(
+        self,
+        data: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        uninterrupted: Callable[[str], Path],
+    ) -> None:
+        expected = uninterrupted("fused")
+
+        def interrupt(*args: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        for owner, name in ((_trainer.Training, "time_epochs"), (train.json, "dumps")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupt)
+                more = () if name == "time_epochs" else ("--resume",)
+                assert main(command(data, tmp_path, "--time-epochs", 1, *more)) == 130
+            assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        assert main(command(data, tmp_path, "--resume")) == 0
+        assert_same_bits(tmp_path, expected)
+
+    def test_ctrl_c_before_any_training_leaves_nothing(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(source: str) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "load_images", interrupt)
+        assert main(command(data, tmp_path / "out")) == 130
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_real_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(
+    data: Path, tmp_path: Path
+) -> None:
+    # Long enough for the signal to find it training: some seconds, of which half a one is used.
+    more = ("--epochs", 40)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "reg_kernels", *command(data, tmp_path / "a", *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert "70 images to train on" in child.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=0.5)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert f"add --resume to continue from {tmp_path / 'a' / 'checkpoint.pt'}" in err
+    assert main(command(data, tmp_path / "a", *more, "--resume")) == 0
+    assert main(command(data, tmp_path / "b", *more)) == 0
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+# What it refuses
+
+
+@pytest.fixture(scope="session")
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A checkpoint of `command(data, ...)`, interrupted in its second epoch."""
+    out = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        at_step(monkeypatch, 4, KeyboardInterrupt)
+        assert main(command(data, out)) == 130
+    return (out / "checkpoint.pt").read_bytes()
+
+
+class Trap:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self.path),)
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        ("more", "difference"),
+        [
+            (["--seed", 5], "seed 0 there, 5 here"),
+            (["--epochs", 4], "epochs 3 there, 4 here"),
+            (["--train-size", 71], "train-size 70 there, 71 here"),
+            (["--kernels", "eager"], "kernels fused there, eager here"),
+        ],
+    )
+    def test_a_checkpoint_of_another_run(
+        self,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        checkpoint: bytes,
+        more: list[object],
+        difference: str,
+    ) -> None:
+        path = tmp_path / "c.pt"
+        path.write_bytes(checkpoint)
+        argv = command(data, tmp_path / "out", "--resume", path, *more)
+        assert refusal(capsys, argv) == f"--resume: {path} is of another run: {difference}"
+        assert not (tmp_path / "out").exists()
+
+    def test_a_checkpoint_of_other_data(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: bytes
+    ) -> None:
+        path = tmp_path / "c.pt"
+        path.write_bytes(checkpoint)
+        with np.load(data) as arrays:
+            np.savez(tmp_path / "tiny.npz", x=arrays["x"] + 1, y=arrays["y"])
+        argv = command(tmp_path / "tiny.npz", tmp_path / "out", "--resume", path)
+        assert "is of another run: data sha256" in refusal(capsys, argv)
+
+    def test_a_damaged_checkpoint(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: bytes
+    ) -> None:
+        path = tmp_path / "c.pt"
+        size = len(checkpoint)
+        middle = bytearray(checkpoint)
+        middle[size // 2] ^= 1  # within a weight: torch itself would load it
+        other = tmp_path / "other.pt"
+        torch.save({"weight": torch.zeros(3)}, other)
+        for content in (
+            b"",
+            b"text",
+            checkpoint[: size // 2],
+            checkpoint[:-1],
+            bytes(middle),
+            other.read_bytes(),
+        ):
+            path.write_bytes(content)
+            message = refusal(capsys, command(data, tmp_path / "out", "--resume", path))
+            assert message == (
+                "--resume: must name a whole checkpoint of `train`, "
+                f"got a damaged or other file: {path}"
+            )
+            assert not (tmp_path / "out").exists()
+
+    def test_a_checkpoint_that_runs_code(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.save({"format": Trap(tmp_path / "sprung")}, tmp_path / "c.pt")
+        argv = command(data, tmp_path / "out", "--resume", tmp_path / "c.pt")
+        assert refusal(capsys, argv).startswith("--resume: ")
+        assert not (tmp_path / "sprung").exists()
+
+    def test_a_sound_checkpoint_of_an_impossible_state(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: bytes
+    ) -> None:
+        path = tmp_path / "c.pt"
+        path.write_bytes(checkpoint)
+        options, state = _trainer.load_checkpoint(path)
+        for wrong in (
+            {"epoch": 2},
+            {"epoch": EPOCHS + 1},
+            {"phase": 2},
+            {"model": {}},
+            {"rng": None},
+            {"history": []},
+        ):
+            _trainer.save_checkpoint(path, options, state | wrong)
+            argv = command(data, tmp_path / "out", "--resume", path)
+            assert "got a damaged or other file" in refusal(capsys, argv)
+
+    def test_a_checkpoint_that_is_not_there(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        expected = f"--resume: must name a checkpoint, got {out / 'checkpoint.pt'}: No such file"
+        assert refusal(capsys, command(data, out, "--resume")).startswith(expected)
+        assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--seed", -1], "--seed: must be in 0..4294967295, got -1"),
+            (["--seed", 2**32], "--seed: must be in 0..4294967295, got 4294967296"),
+            (["--epochs", 0], "--epochs: must be at least 1, got 0"),
+            (["--time-epochs", -1], "--time-epochs: must be at least 0, got -1"),
+            (["--train-size", -3], "--train-size: must be at least 1, got -3"),
+            (["--train-size", 98], "--train-size: must be in 3..97 for 100 images of 3 classes"),
+            (["--device", "toaster"], "--device: must be cpu, cuda or cuda:N, got 'toaster'"),
+            (["--device", "meta"], "--device: must be cpu, cuda or cuda:N, got 'meta'"),
+            (["--device", "cuda:99"], "--device: must be there, got cuda:99 where torch finds "),
+            (
+                ["--kernels", "eager", "--backend", "native"],
+                "--backend: goes with --kernels fused, got native with eager",
+            ),
+            (["--data", "missing.npz"], "--data missing.npz: cannot be read: No such file"),
+        ],
+    )
+    def test_options_that_cannot_be(
+        self,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        more: list[object],
+        message: str,
+    ) -> None:
+        assert refusal(capsys, command(data, tmp_path / "out", *more)).startswith(message)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_backend_that_cannot_run_here(
+        self,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        argv = command(data, tmp_path / "out", "--backend", "triton")
+        message = refusal(capsys, argv)
+        assert message.startswith("--backend: dropout: backend 'triton' cannot run on cpu: ")
+        assert not (tmp_path / "out").exists()
+        with backends.backend("triton"):
+            message = refusal(capsys, command(data, tmp_path / "out"))
+        assert message.startswith("REG_KERNELS_BACKEND: ")
+
+    def test_an_out_that_cannot_be_written(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file").write_text("mine")
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            expected = f"--out: must be a directory that can be written to, got {out}: "
+            assert refusal(capsys, command(data, out)).startswith(expected)
+        assert (tmp_path / "file").read_text() == "mine"
+        (tmp_path / "out" / "metrics.json").mkdir(parents=True)
+        expected = f"--out: {tmp_path / 'out' / 'metrics.json'} must be a file or free"
+        assert refusal(capsys, command(data, tmp_path / "out")).startswith(expected)
+
+    def test_a_disk_that_fills_up_leaves_the_earlier_files(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    ) -> None:
+        (tmp_path / "curves.png").write_bytes(b"an earlier run's")
+
+        def full(path: Path, metrics: object) -> None:
+            path.write_bytes(b"half a pict")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(train, "_draw", full)
+        assert main(command(data, tmp_path)) == 2
+        assert capsys.readouterr().err.endswith(f"got {tmp_path}: No space left on device\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+        assert (tmp_path / "curves.png").read_bytes() == b"an earlier run's"

@@ -1,0 +1,137 @@
+// What the programs in this directory share: buffers whose every byte counts, counted comparisons
+// and the program's end.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "reg_kernels/dtypes.h"
+#include "reg_kernels/launch.cuh"
+
+namespace driver {
+
+using reg_kernels::bfloat16;
+using reg_kernels::float16;
+
+template <typename T>
+constexpr const char* kName = "";
+template <>
+inline constexpr const char* kName<double> = "float64";
+template <>
+inline constexpr const char* kName<float> = "float32";
+template <>
+inline constexpr const char* kName<float16> = "float16";
+template <>
+inline constexpr const char* kName<bfloat16> = "bfloat16";
+
+// `count` elements, `shift` of them past a 16-byte boundary. On the heap and to the byte: ASan sees
+// an access past the end, and before the beginning where shift is 0. Otherwise `untouched` tells.
+template <typename T>
+class Buffer {
+ public:
+  Buffer(int64_t count, int64_t shift) : count_(count), shift_(shift), bytes_(new Byte[bytes()]) {
+    std::memset(bytes_.get(), kMark, bytes());
+  }
+
+  T* data() { return reinterpret_cast<T*>(bytes_.get()) + shift_; }
+  const T* data() const { return reinterpret_cast<const T*>(bytes_.get()) + shift_; }
+  int64_t size() const { return count_; }
+
+  // Whether the bytes in front of the data are as they were.
+  bool untouched() const {
+    for (size_t i = 0; i < shift_ * sizeof(T); ++i) {
+      if (bytes_[i] != kMark) return false;
+    }
+    return true;
+  }
+
+  // Every bit pattern there is: NaNs, infinities, subnormals and zeros of both signs among them.
+  void fill_with_bits(uint64_t seed) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const uint64_t draw = mix(seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(i));
+      // One in four is all exponent or no exponent, which random bits rarely are in wide types.
+      constexpr int kExponentBits = sizeof(T) == 8 ? 11 : std::is_same_v<T, float16> ? 5 : 8;
+      constexpr int kBits = 8 * sizeof(T);
+      constexpr uint64_t kExponent = ((uint64_t{1} << kExponentBits) - 1)
+                                     << (kBits - 1 - kExponentBits);
+      constexpr uint64_t kSign = uint64_t{1} << (kBits - 1);
+      uint64_t bits = mix(draw);
+      switch (draw % 16) {
+        case 0: bits = (bits & kSign) | kExponent; break;  // infinity
+        case 1: bits = bits | kExponent; break;            // NaN
+        case 2: bits = bits & kSign; break;                // zero
+        case 3: bits = bits & ~kExponent; break;           // subnormal
+      }
+      std::memcpy(data() + i, &bits, sizeof(T));
+    }
+  }
+
+ private:
+  using Byte = unsigned char;
+  static constexpr Byte kMark = 0xa5;
+
+  static uint64_t mix(uint64_t z) {  // the finaliser of splitmix64
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+
+  size_t bytes() const { return static_cast<size_t>(count_ + shift_) * sizeof(T); }
+
+  int64_t count_, shift_;
+  std::unique_ptr<Byte[]> bytes_;
+};
+
+inline int64_t comparisons = 0;
+inline int64_t failures = 0;
+
+// Counts one comparison; `describe` says what was compared, and is asked only when it failed.
+template <typename Describe>
+void expect(bool passed, const Describe& describe) {
+  constexpr int kShown = 10;
+  ++comparisons;
+  if (!passed && ++failures <= kShown) std::printf("FAILED %s\n", describe().c_str());
+}
+
+template <typename T>
+std::string bits_of(const T& value) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  char digits[24];
+  std::snprintf(digits, sizeof(digits), "0x%0*llx", static_cast<int>(2 * sizeof(T)),
+                static_cast<unsigned long long>(bits));
+  return digits;
+}
+
+// Element by element, bit for bit.
+template <typename T, typename Describe>
+void expect_same_bits(const Buffer<T>& actual, const T* expected, const Describe& describe) {
+  for (int64_t i = 0; i < actual.size(); ++i) {
+    expect(std::memcmp(actual.data() + i, expected + i, sizeof(T)) == 0, [&] {
+      return describe() + " at " + std::to_string(i) + ": " + bits_of(actual.data()[i]) +
+             ", expected " + bits_of(expected[i]);
+    });
+  }
+  expect(actual.untouched(), [&] { return describe() + ": wrote in front of its output"; });
+}
+
+// Every program takes the order its threads run in.
+inline bool set_order(int argc, char** argv) {
+  const std::string_view order = argc == 2 ? argv[1] : "";
+  cuda_on_cpu::reversed = order == "reversed";
+  if (order == "forward" || order == "reversed") return true;
+  std::fprintf(stderr, "usage: %s forward|reversed\n", argv[0]);
+  return false;
+}
+
+inline int finish() {
+  std::printf("%lld comparisons, %lld failed\n", static_cast<long long>(comparisons),
+              static_cast<long long>(failures));
+  return comparisons > 0 && failures == 0 ? 0 : 1;
+}
+
+}  // namespace driver
