@@ -26,7 +26,7 @@ def draw_state(device: torch.device) -> Tensor:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         if not torch.cuda.is_current_stream_capturing():
             return _advance_cuda_generator(device)
-    return torch.empty(2, dtype=torch.int64, device=device).random_()
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def _advance_cuda_generator(device: torch.device) -> Tensor:

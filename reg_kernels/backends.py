@@ -31,6 +31,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def check_name(name: str, source: str) -> str:
+    """`name`, if it names an implementation; `source` is what to blame if not."""
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
     return name
@@ -98,11 +99,18 @@ def _load_cuda() -> str | None:
     return None
 
 
+def forced_by() -> str | None:
+    """The implementation that `backend(...)` or REG_KERNELS_BACKEND forces, or None."""
+    return _forced
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# A fact of the process: torch.compile takes it as a constant, not as code to trace.
+@torch.compiler.assume_constant_result
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why implementation `name` cannot run on this device and dtype, or None where it can."""
     if dtype not in DTYPES:
@@ -140,7 +148,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
     """
     name = name or _forced
     if name is None:
-        return _first_that_runs(device_type, dtype)
+        return _automatic(device_type, dtype)
     check_name(name, "backend")
     if (reason := why_not(name, device_type, dtype)) is not None:
         others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
@@ -149,6 +157,11 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
             f"{op}: backend {name!r} cannot run on {device_type}: {reason}; {remedy}"
         )
     return name
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device_type: str, dtype: torch.dtype) -> str:
+    return _first_that_runs(device_type, dtype)
 
 
 @functools.cache

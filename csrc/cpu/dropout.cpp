@@ -23,10 +23,15 @@ DType dtype_of(const Tensor& tensor) {
 }
 
 DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-                      int64_t mask_offset) {
+                      int64_t mask_offset, const std::optional<Tensor>& traced_p) {
   check_rng_state(rng_state, "dropout");
   STD_TORCH_CHECK(rng_state.is_cpu(), "dropout: rng_state must be on the CPU for a CPU input");
   const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
+  if (traced_p) {
+    check_probability(*traced_p, "dropout");
+    STD_TORCH_CHECK(traced_p->is_cpu(), "dropout: traced_p must be on the CPU for a CPU input");
+    p = *static_cast<const double*>(traced_p->const_data_ptr());
+  }
   const DropoutRate rate = DropoutRate::from_probability(p);
   DropoutTask task{};
   task.x = x.const_data_ptr();
@@ -65,28 +70,30 @@ void run_feature(DropoutTask task, const Tensor& x) {
                               [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
 }
 
-Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
+               const std::optional<Tensor>& traced_p) {
   const Tensor x = dense(input);
   Tensor y = empty_like_dense(x);
-  run(make_task(x, y, p, rng_state, element_offset));
+  run(make_task(x, y, p, rng_state, element_offset, traced_p));
   return y;
 }
 
-void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
+               const std::optional<Tensor>& traced_p) {
   check_dense(input, "dropout_");
-  run(make_task(input, input, p, rng_state, element_offset));
+  run(make_task(input, input, p, rng_state, element_offset, traced_p));
 }
 
 Tensor feature_dropout(const Tensor& input, double p, const Tensor& rng_state,
-                       int64_t element_offset) {
+                       int64_t element_offset, const std::optional<Tensor>& traced_p) {
   Tensor y = empty_like_dense(input);
-  run_feature(make_task(input, y, p, rng_state, element_offset), input);
+  run_feature(make_task(input, y, p, rng_state, element_offset, traced_p), input);
   return y;
 }
 
 void feature_dropout_(const Tensor& input, double p, const Tensor& rng_state,
-                      int64_t element_offset) {
-  run_feature(make_task(input, input, p, rng_state, element_offset), input);
+                      int64_t element_offset, const std::optional<Tensor>& traced_p) {
+  run_feature(make_task(input, input, p, rng_state, element_offset, traced_p), input);
 }
 
 }  // namespace

@@ -7,10 +7,18 @@
 namespace reg_kernels {
 namespace {
 
+cuda::RateArgument rate_argument(double p, const std::optional<Tensor>& traced_p) {
+  if (!traced_p) return DropoutRate::from_probability(p);
+  check_probability(*traced_p, "dropout");
+  const auto* value = static_cast<const double*>(traced_p->const_data_ptr());
+  if (traced_p->is_cpu()) return DropoutRate::from_probability(*value);
+  return cuda::RateArgument(value);
+}
+
 void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-         int64_t element_offset) {
+         int64_t element_offset, const std::optional<Tensor>& traced_p) {
   const cuda::Launch launch(x, rng_state, "dropout");
-  const DropoutRate rate = DropoutRate::from_probability(p);
+  const cuda::RateArgument rate = rate_argument(p, traced_p);
   cuda::for_dtype(x, "dropout", [&]<typename T>(T) {
     cuda::launch_dropout(static_cast<const T*>(x.const_data_ptr()),
                          static_cast<T*>(y.mutable_data_ptr()), x.numel(), element_offset, rate,
@@ -19,9 +27,9 @@ void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
 }
 
 void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-                 int64_t element_offset) {
+                 int64_t element_offset, const std::optional<Tensor>& traced_p) {
   const cuda::Launch launch(x, rng_state, "feature_dropout");
-  const DropoutRate rate = DropoutRate::from_probability(p);
+  const cuda::RateArgument rate = rate_argument(p, traced_p);
   const ChannelLayout layout = channel_layout(x);
   cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
     cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),
@@ -30,28 +38,30 @@ void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_s
   });
 }
 
-Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
+               const std::optional<Tensor>& traced_p) {
   const Tensor x = dense(input);
   Tensor y = empty_like_dense(x);
-  run(x, y, p, rng_state, element_offset);
+  run(x, y, p, rng_state, element_offset, traced_p);
   return y;
 }
 
-void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset) {
+void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
+               const std::optional<Tensor>& traced_p) {
   check_dense(input, "dropout_");
-  run(input, input, p, rng_state, element_offset);
+  run(input, input, p, rng_state, element_offset, traced_p);
 }
 
 Tensor feature_dropout(const Tensor& input, double p, const Tensor& rng_state,
-                       int64_t element_offset) {
+                       int64_t element_offset, const std::optional<Tensor>& traced_p) {
   Tensor y = empty_like_dense(input);
-  run_feature(input, y, p, rng_state, element_offset);
+  run_feature(input, y, p, rng_state, element_offset, traced_p);
   return y;
 }
 
 void feature_dropout_(const Tensor& input, double p, const Tensor& rng_state,
-                      int64_t element_offset) {
-  run_feature(input, input, p, rng_state, element_offset);
+                      int64_t element_offset, const std::optional<Tensor>& traced_p) {
+  run_feature(input, input, p, rng_state, element_offset, traced_p);
 }
 
 }  // namespace

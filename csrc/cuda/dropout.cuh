@@ -23,6 +23,20 @@ constexpr int kVectorsInFlight = 4;  // 64 bytes a thread hide the latency of HB
 // blocks; held to four they take 64 and spill nothing (five spills).
 constexpr int kDropoutBlocks = 4;
 
+// The rate as a kernel argument: by value, or as the probability itself where a compiled program
+// holds that on the device, so that a new p needs no new program.
+struct RateArgument {
+  const double* p_on_device;  // or null: then `value`
+  DropoutRate value;
+
+  RateArgument(DropoutRate value) : p_on_device(nullptr), value(value) {}
+  explicit RateArgument(const double* p_on_device) : p_on_device(p_on_device), value{} {}
+
+  __device__ DropoutRate read() const {
+    return p_on_device ? DropoutRate::from_probability(*p_on_device) : value;
+  }
+};
+
 // Bit j is set when half-word j keeps its element.
 __device__ __forceinline__ uint32_t keep_bits(const PhiloxWords& words, uint32_t threshold) {
   uint32_t bits = 0;
@@ -75,8 +89,9 @@ __device__ __forceinline__ void dropout_block(const Span<const T>& x, const Span
 
 template <typename T>
 __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocks)
-    dropout_kernel(Span<const T> x, Span<T> y, uint64_t first_group, DropoutRate rate,
+    dropout_kernel(Span<const T> x, Span<T> y, uint64_t first_group, RateArgument rate_argument,
                    RngState rng) {
+  const DropoutRate rate = rate_argument.read();
   const RngStream stream = rng.stream(RngTag::dropout);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kElementsABlock<T>;
   const int64_t next = block + kElementsABlock<T>;
@@ -91,10 +106,11 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocks)
 template <typename T>
 __global__ void __launch_bounds__(kDropoutThreads)
     feature_dropout_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, int64_t mask_offset,
-                           DropoutRate rate, RngState rng) {
+                           RateArgument rate_argument, RngState rng) {
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * kVector<T>;
   if (first >= x.end) return;
+  const DropoutRate rate = rate_argument.read();
   const bool whole =
       x.whole(first, first + kVector<T>) && y.whole(first, first + kVector<T>);
   const RngStream stream = rng.stream(RngTag::dropout);
@@ -123,7 +139,7 @@ __global__ void __launch_bounds__(kDropoutThreads)
 
 // y[i] = x[i] * mask(element_offset + i) for i < numel, in storage order; y may be x.
 template <typename T>
-void launch_dropout(const T* x, T* y, int64_t numel, int64_t element_offset, DropoutRate rate,
+void launch_dropout(const T* x, T* y, int64_t numel, int64_t element_offset, RateArgument rate,
                     RngState rng, cudaStream_t stream) {
   if (numel == 0) return;
   // Elements are counted from the start of the group that the first one falls in.
@@ -140,7 +156,7 @@ void launch_dropout(const T* x, T* y, int64_t numel, int64_t element_offset, Dro
 // the (N, C, L) tensor lies in; y may be x.
 template <typename T>
 void launch_feature_dropout(const T* x, T* y, int64_t numel, ChannelLayout layout,
-                            int64_t mask_offset, DropoutRate rate, RngState rng,
+                            int64_t mask_offset, RateArgument rate, RngState rng,
                             cudaStream_t stream) {
   if (numel == 0) return;
   const Span<const T> in{x, 0, numel};

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
+#include <optional>
 #include <vector>
 
 namespace reg_kernels {
@@ -57,6 +57,12 @@ inline Tensor empty_like_dense(const Tensor& x) {
 
 inline void check_dense(const Tensor& tensor, const char* op) {
   STD_TORCH_CHECK(is_dense(tensor), op, ": expected a dense tensor to write into");
+}
+
+// A probability that a compiled program passes as a tensor.
+inline void check_probability(const Tensor& p, const char* op) {
+  STD_TORCH_CHECK(p.scalar_type() == ScalarType::Double && p.numel() == 1, op,
+                  ": a traced p must be one float64");
 }
 
 inline void check_rng_state(const Tensor& rng_state, const char* op) {

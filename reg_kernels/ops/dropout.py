@@ -24,90 +24,92 @@ class _Dropout(torch.autograd.Function):
     """y = x m, and as its backward the same op on the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, overload: Any, p: float, rng_state: Tensor, element_offset: int
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, overload: Any, *draw: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = overload(input, p, rng_state, element_offset)
-        _remember(ctx, overload, p, rng_state, element_offset, output)
+            output = overload(input, *draw)
+        _remember(ctx, overload, draw, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _gradient(ctx, grad_output), None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return _gradient(ctx, grad_output), *[None] * 5
 
 
 class _DropoutInPlace(torch.autograd.Function):
     """The same, written over its input."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        in_place: Any,
-        overload: Any,
-        p: float,
-        rng_state: Tensor,
-        element_offset: int,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, in_place: Any, overload: Any, *draw: Any) -> Tensor:
         ctx.mark_dirty(input)
         with torch._C._AutoDispatchBelowAutograd():
-            in_place(input, p, rng_state, element_offset)
-        _remember(ctx, overload, p, rng_state, element_offset, input)
+            in_place(input, *draw)
+        _remember(ctx, overload, draw, input)
         return input
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        return _gradient(ctx, grad_output), None, None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return _gradient(ctx, grad_output), *[None] * 6
 
 
-def _remember(
-    ctx: Any, overload: Any, p: float, rng_state: Tensor, element_offset: int, output: Tensor
-) -> None:
-    ctx.save_for_backward(rng_state)
+# `draw` is what decides the mask: (p, rng_state, element_offset, traced_p), the op's arguments
+# after the input.
+
+
+def _remember(ctx: Any, overload: Any, draw: tuple[Any, ...], output: Tensor) -> None:
+    p, rng_state, element_offset, traced_p = draw
+    ctx.save_for_backward(rng_state, traced_p)
     ctx.overload, ctx.p, ctx.element_offset = overload, p, element_offset
     # The mask follows storage order, so the gradient has to come in the output's.
     ctx.strides = output.stride()
 
 
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    (rng_state,) = ctx.saved_tensors
+    rng_state, traced_p = ctx.saved_tensors
     grad_output = with_strides(grad_output, ctx.strides)
-    return _differentiable(ctx.overload, grad_output, ctx.p, rng_state, ctx.element_offset)
+    draw = (ctx.p, rng_state, ctx.element_offset, traced_p)
+    return _differentiable(ctx.overload, grad_output, *draw)
 
 
 def _differentiable(
-    overload: Any, input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0
+    overload: Any,
+    input: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
 ) -> Tensor:
+    draw = (p, rng_state, element_offset, traced_p)
     if input.requires_grad and torch.is_grad_enabled():
-        return _Dropout.apply(input, overload, p, rng_state, element_offset)
+        return _Dropout.apply(input, overload, *draw)
     with torch._C._AutoDispatchBelowAutograd():
-        return overload(input, p, rng_state, element_offset)
+        return overload(input, *draw)
 
 
-def _fake(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
+def _fake(input: Tensor, *draw: Any) -> Tensor:
     return dense_like(input)
 
 
-def _fake_in_place(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
+def _fake_in_place(input: Tensor, *draw: Any) -> None:
     return None
 
 
 def _in_place_reference(function: Any) -> Any:
-    def run(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
-        input.copy_(function(input, p, rng_state, element_offset))
+    def run(input: Tensor, *draw: Any) -> None:
+        input.copy_(function(input, *draw))
 
     return run
 
 
-_ARGUMENTS = "float p, Tensor rng_state, int element_offset=0)"
+# A compiled program passes p as a float64 tensor, traced_p, which then counts instead of p: a float
+# would be a constant of the program, and each new value a recompile.
+_DRAW = "float p, Tensor rng_state, int element_offset=0, Tensor? traced_p=None)"
 
 
 def _register(name: str, function: Any) -> tuple[Op, Op]:
     """An op and its in-place twin; the twin's gradient is _DropoutInPlace's business."""
     fresh = register(
         name,
-        f"(Tensor input, {_ARGUMENTS} -> Tensor",
+        f"(Tensor input, {_DRAW} -> Tensor",
         fake=_fake,
         reference=function,
         triton=f"dropout:{name}",
@@ -115,7 +117,7 @@ def _register(name: str, function: Any) -> tuple[Op, Op]:
     )
     in_place = register(
         f"{name}_",
-        f"(Tensor(a!) input, {_ARGUMENTS} -> ()",
+        f"(Tensor(a!) input, {_DRAW} -> ()",
         fake=_fake_in_place,
         reference=_in_place_reference(function),
         triton=f"dropout:{name}_",
@@ -175,26 +177,29 @@ def _run(
         return input
     if p == 1.0:
         return input.mul_(0) if inplace else input * 0
-    if rng_state is None:
-        if inplace:
-            _check_in_place(fresh.name, input)  # before the generator moves on
-        rng_state = _rng.draw_state(device)
-    else:
+    if rng_state is not None:
         _rng.check_state(rng_state, device, fresh.name)
     if torch.compiler.is_compiling():
-        output = overload(input, p, rng_state, element_offset)
+        # Times a tensor, a float that varies can stay one input of the program: see _DRAW.
+        traced_p = torch.ones((), dtype=torch.float64, device=device) * p
+        state = _rng.draw_state(device) if rng_state is None else rng_state
+        output = overload(input, 0.0, state, element_offset, traced_p)
         return input.copy_(output) if inplace else output
-    if not inplace:
-        return _differentiable(overload, input, p, rng_state, element_offset)
 
-    _check_in_place(fresh.name, input)
+    if inplace:
+        _check_in_place(fresh.name, input)  # before the generator moves on
+    if rng_state is None:
+        rng_state = _rng.draw_state(device)
+    draw = (p, rng_state, element_offset, None)
+    if not inplace:
+        return _differentiable(overload, input, *draw)
     if not is_dense(input):
-        return input.copy_(_differentiable(overload, input, p, rng_state, element_offset))
+        return input.copy_(_differentiable(overload, input, *draw))
     write = in_place.overload(device.type, input.dtype, backend)
     if input.requires_grad and torch.is_grad_enabled():
-        return _DropoutInPlace.apply(input, write, overload, p, rng_state, element_offset)
+        return _DropoutInPlace.apply(input, write, overload, *draw)
     with torch._C._AutoDispatchBelowAutograd():
-        write(input, p, rng_state, element_offset)
+        write(input, *draw)
     torch.autograd.graph.increment_version(input)
     return input
 

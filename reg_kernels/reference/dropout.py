@@ -51,16 +51,33 @@ def _permuted_back(y: Tensor, order: list[int]) -> Tensor:
     return y.permute([order.index(d) for d in range(len(order))])
 
 
-def dropout(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
-    """y = x * m, m in {0, 65536 / T}, one draw an element in storage order; any shape."""
+def dropout(
+    input: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
+) -> Tensor:
+    """y = x * m, m in {0, 65536 / T}, one draw an element in storage order; any shape.
+
+    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
+    """
+    p = p if traced_p is None else float(traced_p)
     compute = _compute_dtype(input.dtype)
     x, order = _in_storage_order(input)
     m = multipliers(x.numel(), p, rng_state.to(x.device), element_offset, compute)
     return _permuted_back((x.to(compute) * m.view(x.shape)).to(x.dtype), order)
 
 
-def feature_dropout(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
+def feature_dropout(
+    input: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
+) -> Tensor:
     """y[n, c] = x[n, c] * m[n C + c]: one draw for each channel of an input [N, C, ...]."""
+    p = p if traced_p is None else float(traced_p)
     compute = _compute_dtype(input.dtype)
     n, c = input.shape[:2]
     m = multipliers(n * c, p, rng_state.to(input.device), element_offset, compute)

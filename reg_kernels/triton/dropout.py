@@ -5,6 +5,8 @@ Reads x, writes y: 2 * sizeof(dtype) bytes an element, forward and backward alik
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,23 +32,37 @@ def dropout_values(x, half_word, threshold, scale):
     return (x.to(compute) * m).to(x.dtype)
 
 
+@triton.jit
+def load_rate(p_ptr, threshold, scale, P_ON_DEVICE: tl.constexpr):
+    """(threshold, scale): from the probability at p_ptr where a program holds it, else by value."""
+    if P_ON_DEVICE:
+        keep = (1.0 - tl.load(p_ptr)) * 65536.0
+        # Adding and taking off 1.5 2^52 rounds to the nearest integer, ties to even.
+        rounded = (keep + 6755399441055744.0) - 6755399441055744.0
+        return rounded.to(tl.int32), tl.where(rounded > 0.0, 65536.0 / rounded, 0.0)
+    return threshold, scale
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def dropout_kernel(
     x_ptr,  # [numel] in storage order
     y_ptr,  # likewise; may be x_ptr
     numel,
     element_offset: tl.int64,  # mask index of element 0
+    p_ptr,
     threshold,
     scale: tl.float64,
     state_ptr,
     seed: tl.int64,
     offset: tl.int64,
     TAG: tl.constexpr,
+    P_ON_DEVICE: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
     BLOCK: tl.constexpr,
 ):
     seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
+    threshold, scale = load_rate(p_ptr, threshold, scale, P_ON_DEVICE)
     block = tl.program_id(0).to(tl.int64) * BLOCK
     drawn = half_words(seed ^ TAG, offset, (element_offset - LEAD + block) // 8, BLOCK // 8)
     i = block - LEAD + tl.arange(0, BLOCK)
@@ -64,17 +80,20 @@ def feature_dropout_kernel(
     stride_c,  # L and 1, or for channels last 1 and C
     stride_l,
     element_offset: tl.int64,
+    p_ptr,
     threshold,
     scale: tl.float64,
     state_ptr,
     seed: tl.int64,
     offset: tl.int64,
     TAG: tl.constexpr,
+    P_ON_DEVICE: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
+    threshold, scale = load_rate(p_ptr, threshold, scale, P_ON_DEVICE)
     blocks_c, blocks_l = tl.cdiv(C, BLOCK_C), tl.cdiv(L, BLOCK_L)
     program = tl.program_id(0).to(tl.int64)
     n = program // (blocks_c * blocks_l)
@@ -87,12 +106,34 @@ def feature_dropout_kernel(
     tl.store(y_ptr + i, dropout_values(x, drawn[:, None], threshold, scale), mask=inside)
 
 
+def _draw_arguments(
+    x: Tensor, p: float, rng_state: Tensor, traced_p: Tensor | None
+) -> dict[str, Any]:
+    """The kernels' arguments that decide the mask, each by value or by pointer."""
+    on_device = traced_p is not None and traced_p.device.type != "cpu"
+    if traced_p is not None and not on_device:
+        p = float(traced_p)
+    threshold, scale = (0, 0.0) if on_device else rate(p)
+    return {
+        "p_ptr": traced_p if on_device else x,
+        "threshold": threshold,
+        "scale": scale,
+        "P_ON_DEVICE": on_device,
+        "TAG": TAG_DROPOUT,
+        **state_arguments(rng_state, x),
+    }
+
+
 def _launch_dropout(
-    x: Tensor, y: Tensor, p: float, rng_state: Tensor, element_offset: int
+    x: Tensor,
+    y: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
 ) -> None:
     if x.numel() == 0:
         return
-    threshold, scale = rate(p)
     lead = element_offset % GROUP
     with device_of(x):
         dropout_kernel[(triton.cdiv(lead + x.numel(), BLOCK),)](
@@ -100,10 +141,7 @@ def _launch_dropout(
             y,
             x.numel(),
             element_offset,
-            threshold,
-            scale,
-            **state_arguments(rng_state, x),
-            TAG=TAG_DROPOUT,
+            **_draw_arguments(x, p, rng_state, traced_p),
             LEAD=lead,
             BLOCK=BLOCK,
             num_warps=8,
@@ -111,11 +149,15 @@ def _launch_dropout(
 
 
 def _launch_feature_dropout(
-    x: Tensor, y: Tensor, p: float, rng_state: Tensor, element_offset: int
+    x: Tensor,
+    y: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
 ) -> None:
     if x.numel() == 0:
         return
-    threshold, scale = rate(p)
     n, c = x.shape[:2]
     length = x.numel() // (n * c)
     if is_channels_last(x):
@@ -136,36 +178,33 @@ def _launch_feature_dropout(
             stride_c,
             stride_l,
             element_offset,
-            threshold,
-            scale,
-            **state_arguments(rng_state, x),
-            TAG=TAG_DROPOUT,
+            **_draw_arguments(x, p, rng_state, traced_p),
             BLOCK_C=block_c,
             BLOCK_L=block_l,
             num_warps=8,
         )
 
 
-def dropout(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
-    """The op's result as a fresh tensor; any shape, any layout."""
+def dropout(input: Tensor, *draw: Any) -> Tensor:
+    """The op's result as a fresh tensor; any shape, any layout. `draw`: p, rng_state, ..."""
     x = input if is_dense(input) else input.contiguous()
     y = dense_like(x)
-    _launch_dropout(x, y, p, rng_state, element_offset)
+    _launch_dropout(x, y, *draw)
     return y
 
 
-def dropout_(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
+def dropout_(input: Tensor, *draw: Any) -> None:
     """The same over a dense input."""
-    _launch_dropout(input, input, p, rng_state, element_offset)
+    _launch_dropout(input, input, *draw)
 
 
-def feature_dropout(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> Tensor:
+def feature_dropout(input: Tensor, *draw: Any) -> Tensor:
     """The op's result as a fresh tensor; input (N, C, ...) contiguous or channels last."""
     y = torch.empty_like(input)
-    _launch_feature_dropout(input, y, p, rng_state, element_offset)
+    _launch_feature_dropout(input, y, *draw)
     return y
 
 
-def feature_dropout_(input: Tensor, p: float, rng_state: Tensor, element_offset: int = 0) -> None:
+def feature_dropout_(input: Tensor, *draw: Any) -> None:
     """The same over such an input."""
-    _launch_feature_dropout(input, input, p, rng_state, element_offset)
+    _launch_feature_dropout(input, input, *draw)

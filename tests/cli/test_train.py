@@ -198,15 +198,12 @@ class TestResult:
         assert runs["plain"]["dropout"] == 0 < runs["regularised"]["dropout"] < 1
 
 
-def test_the_last_batch_is_never_a_single_image(data: Path, tmp_path: Path) -> None:
-    assert main(command(data, tmp_path, "--train-size", _trainer.BATCH + 1, "--epochs", 1)) == 0
-
-
-def test_an_image_of_one_pixel_and_three_channels_trains(tmp_path: Path) -> None:
-    y = np.arange(20) % 2
-    x = np.random.default_rng(0).integers(0, 256, (20, 3, 1, 1), dtype=np.uint8)
+@pytest.mark.parametrize("size", [2, _trainer.BATCH + 1])
+def test_images_of_one_pixel_train_with_no_batch_of_a_single_one(tmp_path: Path, size: int) -> None:
+    y = np.arange(140) % 2
+    x = np.random.default_rng(0).integers(0, 256, (140, 3, 1, 1), dtype=np.uint8)
     np.savez(tmp_path / "dots.npz", x=x, y=y)
-    argv = command(tmp_path / "dots.npz", tmp_path / "out", "--train-size", 10, "--epochs", 1)
+    argv = command(tmp_path / "dots.npz", tmp_path / "out", "--train-size", size, "--epochs", 1)
     assert main(argv) == 0
 
 

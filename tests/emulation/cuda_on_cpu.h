@@ -407,7 +407,8 @@ T* shared_memory() {
   return reinterpret_cast<T*>(block.shared.get());
 }
 
-// Offers a value to the warp and waits for the other lanes of `mask`; returns what each one offered.
+// Offers a value to the warp and waits for the other lanes of `mask`; returns what each one
+// offered.
 inline const uint64_t* exchange(const char* operation, uint32_t mask, uint64_t value,
                                 const Location& where) {
   Thread& thread = *block.current;
@@ -482,9 +483,8 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate,
 template <cuda_on_cpu::Shuffled T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = cuda_on_cpu::kWarp,
               cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
-  return cuda_on_cpu::shuffle(
-      "__shfl_sync", mask, value, width, where,
-      [=](int, int first, int) { return first + (source & (width - 1)); });
+  return cuda_on_cpu::shuffle("__shfl_sync", mask, value, width, where,
+                              [=](int, int first, int) { return first + (source & (width - 1)); });
 }
 
 template <cuda_on_cpu::Shuffled T>

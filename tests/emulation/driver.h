@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "reg_kernels/dtypes.h"
 #include "reg_kernels/launch.cuh"
@@ -94,7 +95,9 @@ template <typename Describe>
 void expect(bool passed, const Describe& describe) {
   constexpr int kShown = 10;
   ++comparisons;
-  if (!passed && ++failures <= kShown) std::printf("FAILED %s\n", describe().c_str());
+  if (!passed && ++failures <= kShown) {
+    std::printf("FAILED %s\n", std::string(describe()).c_str());
+  }
 }
 
 template <typename T>
@@ -112,19 +115,19 @@ template <typename T, typename Describe>
 void expect_same_bits(const Buffer<T>& actual, const T* expected, const Describe& describe) {
   for (int64_t i = 0; i < actual.size(); ++i) {
     expect(std::memcmp(actual.data() + i, expected + i, sizeof(T)) == 0, [&] {
-      return describe() + " at " + std::to_string(i) + ": " + bits_of(actual.data()[i]) +
-             ", expected " + bits_of(expected[i]);
+      return std::string(describe()) + " at " + std::to_string(i) + ": " +
+             bits_of(actual.data()[i]) + ", expected " + bits_of(expected[i]);
     });
   }
-  expect(actual.untouched(), [&] { return describe() + ": wrote in front of its output"; });
+  expect(actual.untouched(),
+         [&] { return std::string(describe()) + ": wrote in front of its output"; });
 }
 
-// Every program takes the order its threads run in.
-inline bool set_order(int argc, char** argv) {
-  const std::string_view order = argc == 2 ? argv[1] : "";
+// Every program's first argument is the order that its threads run in.
+inline bool set_order(std::string_view order) {
   cuda_on_cpu::reversed = order == "reversed";
   if (order == "forward" || order == "reversed") return true;
-  std::fprintf(stderr, "usage: %s forward|reversed\n", argv[0]);
+  std::fprintf(stderr, "the order is forward or reversed\n");
   return false;
 }
 

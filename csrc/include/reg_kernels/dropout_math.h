@@ -16,8 +16,8 @@ struct DropoutRate {
   uint32_t threshold;  // 0 to 65536
   double scale;
 
-  static DropoutRate from_probability(double p) {
-    const uint32_t threshold = static_cast<uint32_t>(std::nearbyint((1.0 - p) * 65536.0));
+  static RK_HD DropoutRate from_probability(double p) {
+    const auto threshold = static_cast<uint32_t>(nearbyint((1.0 - p) * 65536.0));
     return {threshold, threshold ? 65536.0 / threshold : 0.0};
   }
 };

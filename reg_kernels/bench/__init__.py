@@ -1,0 +1,38 @@
+"""Microbenchmarks: what is measured, and how.
+
+Each public module here holds the benchmarks of the op of the same name, as a function
+`cases(scope) -> list[Case]`; adding the file is all that a new op needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from ._measure import Case, Contender, Goal, Plan, Scope, Skipped, WrongValues, measure
+
+__all__ = [
+    "Case",
+    "Contender",
+    "Goal",
+    "Plan",
+    "Scope",
+    "Skipped",
+    "WrongValues",
+    "all_cases",
+    "measure",
+    "modules",
+]
+
+
+def modules() -> list[str]:
+    """The modules that hold benchmarks, by the basename of their op."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def all_cases(scope: Scope) -> list[Case]:
+    """Every benchmark of every op, in the order in which they run."""
+    cases = []
+    for name in modules():
+        cases += importlib.import_module(f".{name}", __name__).cases(scope)
+    return cases

@@ -1,0 +1,391 @@
+"""How a benchmark is measured.
+
+The contenders of one benchmark run interleaved: each round takes one sample of every one of them, so
+that a machine that slows down for a while slows them all. A ratio of two contenders is the median
+over the rounds of the ratio within a round. Values are checked before anything is timed. Beside them
+runs `Tensor.copy_` of as many bytes, the floor that a share of bandwidth is measured against.
+
+On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU was
+kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COPY, EAGER, COMPILE = "copy", "eager", "compile"
+
+_POOL_OVER_L2 = 4  # the pool of inputs is this many times the L2 cache
+_LARGEST_POOL = 512
+# Calls up to this long get an untimed one first, which wipes out what the contender before them
+# left in the caches; longer ones do not feel it.
+_LEAD_IN = 0.05
+_CUDA_CALLS = 20  # in a sample at most: what is queued must fit the launch queue
+_CUDA_SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
+_HOST_CALLS = 2000
+
+
+class WrongValues(Exception):
+    """A contender computes something else than it should; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is to be measured."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    everything: bool = False  # every size and layout in every dtype
+    compiled: bool = True  # torch.compile among the contenders: it takes seconds a case
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure a benchmark."""
+
+    seconds: float  # for all rounds together
+    least: int  # rounds, whatever they take
+    most: int
+    sample: float  # seconds that a sample of short calls is filled up to
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute what a benchmark asks for."""
+
+    name: str
+    call: Callable[[int], object]  # one call, on input number i of the pool
+    check: Callable[[], None]  # raises WrongValues; the first to call, so it compiles as well
+    within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around each sample
+    may_fail: bool = False  # an exception skips it, with its message, and is no error
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A contender that cannot run here, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one figure of one contender: a key of its result."""
+
+    contender: str
+    text: str
+    figure: str
+    limit: float
+    at_least: bool = False
+
+    def result(self, value: float | None) -> dict[str, Any]:
+        met = None
+        if value is not None:
+            met = value >= self.limit if self.at_least else value <= self.limit
+        return {
+            "text": self.text,
+            "figure": self.figure,
+            "limit": self.limit,
+            "at_least": self.at_least,
+            "value": value,
+            "met": met,
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: an op in one direction, dtype and shape."""
+
+    op: str
+    direction: str  # "forward" or "backward"
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    bytes: int  # that have to move: what is read and what is written, once each
+    prepare: Callable[[torch.device, int], Sequence[Contender | Skipped]]  # for a pool of n inputs
+    layout: str = "contiguous"
+    requires_grad: bool = True
+    host: bool = False  # the time that a call takes on the host, whatever the device does
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def label(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if len(self.shape) > 1:
+            size = "×".join(map(str, self.shape))
+        elif self.host:
+            size = f"{self.shape[0]} elements"
+        else:
+            size = format_bytes(self.shape[0] * self.dtype.itemsize)
+        words = [self.op, self.direction, dtype, size]
+        if self.layout != "contiguous":
+            words.append(self.layout)
+        if not self.requires_grad:
+            words.append("no grad")
+        if self.host:
+            words.append("host time")
+        return " ".join(words)
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    plan: Plan,
+    after_round: Callable[[int, int], None] = lambda done, rounds: None,
+) -> dict[str, Any]:
+    """Checks and times the contenders of `case`.
+
+    Args:
+        case: the benchmark.
+        device: where to run it.
+        plan: how long to.
+        after_round: called with the number of rounds done and of all.
+
+    Returns:
+        What describes the case and, under "contenders", a dictionary for each: "name" and either
+        "skipped" (a reason), "wrong" (what is wrong with its values) or its figures, with the raw
+        seconds of each call.
+    """
+    clock = _clock(case, device)
+    pool = pool_size(case, device)
+    entries = [_copy_contender(case, device, pool), *case.prepare(device, pool)]
+    rows: list[dict[str, Any]] = []
+    running: list[Contender] = []
+    for entry in entries:
+        row: dict[str, Any] = {"name": entry.name}
+        rows.append(row)
+        if isinstance(entry, Skipped):
+            row["skipped"] = entry.reason
+            continue
+        try:
+            with entry.within():
+                entry.check()
+        except WrongValues as error:
+            row["wrong"] = str(error)
+        except Exception as error:
+            if not entry.may_fail:
+                raise
+            row["skipped"] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        else:
+            running.append(entry)
+    samples, calls = _interleave(running, clock, plan, after_round)
+    for row in rows:
+        if (seconds := samples.get(row["name"])) is None:
+            continue
+        row["calls_per_sample"] = calls[row["name"]]
+        row |= figures(seconds, samples, case.bytes)
+    for entry in running:
+        row = next(r for r in rows if r["name"] == entry.name)
+        with entry.within():
+            if case.requires_grad and case.direction == "forward":
+                row["kept_bytes"] = _kept_bytes(entry.call)
+            if device.type == "cuda":
+                row["extra_bytes"] = _extra_bytes(entry.call, device)
+    for goal in case.goals:
+        row = next((r for r in rows if r["name"] == goal.contender), None)
+        if row is not None:
+            row.setdefault("goals", []).append(goal.result(row.get(goal.figure)))
+    return {
+        "label": case.label,
+        "op": case.op,
+        "direction": case.direction,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": list(case.shape),
+        "layout": case.layout,
+        "requires_grad": case.requires_grad,
+        "host": case.host,
+        "bytes": case.bytes,
+        "inputs": pool,
+        "contenders": rows,
+    }
+
+
+def figures(
+    seconds: list[float], samples: dict[str, list[float]], bytes_moved: int
+) -> dict[str, Any]:
+    """What is derived from the times of one contender and of those it ran beside, by name."""
+    median = statistics.median(seconds)
+    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    row = {
+        "seconds": seconds,
+        "median": median,
+        "quartiles": [lower, upper],
+        "bytes_per_second": bytes_moved / median,
+    }
+    for name in (COPY, EAGER, COMPILE):
+        if name in samples:
+            pairs = zip(seconds, samples[name], strict=True)
+            row[f"time_over_{name}"] = statistics.median(own / other for own, other in pairs)
+    if COPY in samples:
+        row["share_of_copy"] = 1 / row["time_over_copy"]
+    for name in (EAGER, COMPILE):
+        if name in samples:
+            row[f"speedup_over_{name}"] = 1 / row[f"time_over_{name}"]
+    return row
+
+
+def pool_size(case: Case, device: torch.device) -> int:
+    """How many inputs to walk, so that none of them is in the GPU's L2 cache when its turn comes."""
+    if device.type != "cuda" or case.host:
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    size = math.prod(case.shape) * case.dtype.itemsize
+    return min(_LARGEST_POOL, max(1, math.ceil(_POOL_OVER_L2 * cache / size)))
+
+
+def _copy_contender(case: Case, device: torch.device, pool: int) -> Contender:
+    count = max(1, case.bytes // 2 // case.dtype.itemsize)  # a copy reads and writes each byte
+    sources = [torch.randn(count, device=device).to(case.dtype) for _ in range(pool)]
+    destination = torch.zeros_like(sources[0])
+
+    def check() -> None:
+        destination.copy_(sources[0])
+        if not torch.equal(destination, sources[0]):
+            raise WrongValues("copy_: the copy differs from its source")
+
+    return Contender(COPY, lambda i: destination.copy_(sources[i % pool]), check)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """`seconds(call, calls, first)`: the time a call takes, over `calls` of them from number `first`."""
+
+    seconds: Callable[[Callable[[int], object], int, int], float]
+    most_calls: int
+
+
+def _clock(case: Case, device: torch.device) -> _Clock:
+    if device.type != "cuda":
+        return _Clock(_host_seconds, _HOST_CALLS)
+    if not case.host:
+        return _Clock(_cuda_seconds, _CUDA_CALLS)
+
+    def host_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
+        torch.cuda.synchronize(device)
+        seconds = _host_seconds(call, calls, first)
+        torch.cuda.synchronize(device)
+        return seconds
+
+    # Few enough that the launch queue never fills, which would hold the host up.
+    return _Clock(host_seconds, 100)
+
+
+def _host_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
+    begin = time.perf_counter()
+    for i in range(first, first + calls):
+        call(i)
+    return (time.perf_counter() - begin) / calls
+
+
+def _cuda_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_CUDA_SLEEP)
+    begin.record()
+    for i in range(first, first + calls):
+        call(i)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def _interleave(
+    contenders: list[Contender],
+    clock: _Clock,
+    plan: Plan,
+    after_round: Callable[[int, int], None],
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """The seconds of each contender, one for each round, and how many calls a sample of it is."""
+    calls: dict[str, int] = {}
+    lead_in: dict[str, bool] = {}
+    number = 0
+    round_seconds = 0.0
+
+    def sample(contender: Contender, count: int, lead: bool) -> float:
+        nonlocal number
+        with contender.within():
+            if lead:
+                contender.call(number)
+            seconds = clock.seconds(contender.call, count, number + 1)
+        number += count + 1
+        return seconds
+
+    for contender in contenders:
+        # The check has warmed it up; the shorter of two is the better guess of what is to come.
+        guess = min(sample(contender, 1, False) for _ in range(2))
+        wanted = math.ceil(plan.sample / max(guess, 1e-9))
+        calls[contender.name] = max(1, min(wanted, clock.most_calls))
+        lead_in[contender.name] = guess <= _LEAD_IN
+        round_seconds += guess * (calls[contender.name] + lead_in[contender.name])
+    rounds = max(plan.least, min(plan.most, int(plan.seconds / max(round_seconds, 1e-9))))
+
+    samples: dict[str, list[float]] = {c.name: [] for c in contenders}
+    with _no_collection():
+        for done in range(rounds):
+            # Nobody runs always behind the same neighbour, nor always first.
+            turn = done % max(1, len(contenders))
+            order = contenders[turn:] + contenders[:turn]
+            for contender in order[::-1] if done % 2 else order:
+                name = contender.name
+                samples[name].append(sample(contender, calls[name], lead_in[name]))
+            after_round(done + 1, rounds)
+    return samples, calls
+
+
+@contextlib.contextmanager
+def _no_collection() -> Any:
+    """Keeps the garbage collector out of the samples."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _kept_bytes(call: Callable[[int], object]) -> int:
+    """Bytes that a forward keeps for its backward: all storages that autograd saves, once each."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call(0)
+    del result  # alive until here: a freed storage's address could have come twice
+    return sum(kept.values())
+
+
+def _extra_bytes(call: Callable[[int], object], device: torch.device) -> int:
+    """Memory at the peak of a call, beyond what it returns."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call(0)
+    torch.cuda.synchronize(device)
+    outputs = result if isinstance(result, tuple) else (result,)
+    # A result that was there before, such as the copy's destination, is no allocation of the call.
+    grown = torch.cuda.memory_allocated(device) - before
+    returned = min(grown, sum(t.untyped_storage().nbytes() for t in outputs))
+    return max(0, torch.cuda.max_memory_allocated(device) - before - returned)

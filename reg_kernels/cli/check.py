@@ -1,0 +1,215 @@
+"""Checks every op, implementation and dtype on this machine against the fp64 reference.
+
+The error of an output and of a gradient may be twice what PyTorch's own arithmetic makes of the same
+formula in the same dtype, plus a rounding of the dtype. float64 has to pass gradcheck as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from .. import backends
+from ..cases import Case, all_cases
+from ._errors import UsageError
+from ._files import write_whole
+
+SUMMARY = "errors of every op against the fp64 reference, and gradcheck; exit 1 if one is over"
+
+
+@dataclass
+class Result:
+    """The worst figures of an op's cases in one implementation and dtype.
+
+    `error` and `allowed` are absolute, of the case that uses most of its allowance.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    cases: int
+    worst_case: str
+    error: float
+    allowed: float
+    gradcheck: bool | None  # None where the dtype is not float64
+    message: str = ""  # what went wrong, where it is not a figure
+
+    @property
+    def ok(self) -> bool:
+        return not self.message and self.error <= self.allowed and self.gradcheck is not False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--op", action="append", help="check this op only; may be given again (default: all)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=backends.NAMES,
+        action="append",
+        help="check this implementation only; may be given again (default: all that run here)",
+    )
+    parser.add_argument(
+        "--device", help="cpu or cuda (default: the GPU where torch sees one, else the CPU)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = device_argument(args.device)
+    names = args.op or sorted({case.op for case in all_cases()})
+    for name in names:
+        if name not in {case.op for case in all_cases()}:
+            known = ", ".join(sorted({case.op for case in all_cases()}))
+            raise UsageError(f"--op must be one of {known}, got {name!r}")
+    chosen = list(_implementations(args.backend, device))
+    work = [(n, b, d) for n in names for b in chosen for d in backends.DTYPES]
+    results = [
+        check(name, backend, device, dtype)
+        for name, backend, dtype in track(work, "checking", transient=True)
+    ]
+    Console().print(_table(results))
+    if args.json is not None:
+        text = json.dumps([asdict(r) | {"ok": r.ok} for r in results], indent=1) + "\n"
+        try:
+            write_whole(args.json, lambda path: path.write_text(text))
+        except OSError as error:
+            raise UsageError(f"--json: cannot write {args.json}: {error.strerror}") from error
+    over = [r for r in results if not r.ok]
+    print(f"{len(results) - len(over)} passed, {len(over)} failed")
+    return 1 if over else 0
+
+
+def device_argument(name: str | None) -> torch.device:
+    """The device that `--device` names; by default the GPU where torch sees one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def _implementations(wanted: list[str] | None, device: torch.device) -> Iterator[str]:
+    for name in wanted or backends.NAMES:
+        reason = backends.why_not(name, device.type, torch.float32)
+        if reason is None:
+            yield name
+        elif wanted:
+            raise UsageError(f"--backend {name} cannot run on {device.type}: {reason}")
+        else:
+            print(f"{name}: not checked: {reason}")
+
+
+def check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Result:
+    """Runs the cases of one op in one implementation and dtype."""
+    interpreted = backend == "triton" and device.type == "cpu"
+    cases = [c for c in all_cases() if c.op == op and (c.small or not interpreted)]
+    result = Result(op, backend, str(device), str(dtype).removeprefix("torch."), 0, "", 0, 0, None)
+    worst = -1.0
+    try:
+        for case in cases:
+            error, allowed = measure(case, backend, device, dtype)
+            result.cases += 1
+            # A NaN error compares as the worst there is.
+            share = error / allowed if allowed else (0.0 if error == 0 else float("inf"))
+            if not share <= worst:
+                worst, result.worst_case = share, case.name
+                result.error, result.allowed = error, allowed
+        if dtype == torch.float64:
+            result.gradcheck = all(gradcheck(c, backend, device) for c in cases if c.small)
+    except Exception as error:  # a crash of one implementation is a result, not the end
+        result.message = f"{type(error).__name__}: {error}".splitlines()[0]
+    return result
+
+
+def measure(
+    case: Case, backend: str, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The largest error of output and gradients, and what is allowed for it.
+
+    Allowed is twice PyTorch's error in this dtype plus one rounding of the largest value: half an
+    ulp, and for bfloat16 in Triton's interpreter, which truncates, a whole one.
+    """
+    inputs = case.inputs(device, dtype)
+    exact_inputs = [x.double().requires_grad_() for x in inputs]
+    exact = case.oracle(*exact_inputs)
+    grad = torch.linspace(-1, 1, exact.numel(), device=device).to(dtype).view(exact.shape)
+
+    def outputs(function: Any, *tensors: Tensor) -> list[Tensor]:
+        y = function(*tensors)
+        # The incoming gradient has the output's layout, as autograd's own usually does.
+        g = torch.empty_like(y).copy_(grad)
+        return [y, *torch.autograd.grad(y, tensors, g)]
+
+    def detached() -> list[Tensor]:
+        return [x.detach().requires_grad_() for x in inputs]
+
+    truth = outputs(case.oracle, *exact_inputs)
+    theirs = outputs(case.oracle, *detached())
+    ours = outputs(lambda *t: case.function(*t, backend=backend), *detached())
+    error = max(_distance(a, b) for a, b in zip(ours, truth, strict=True))
+    baseline = max(_distance(a, b) for a, b in zip(theirs, truth, strict=True))
+    largest = max((float(t.detach().abs().max()) for t in truth if t.numel()), default=0.0)
+    truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
+    rounding = torch.finfo(dtype).eps * (1.0 if truncates else 0.5)
+    return error, 2 * baseline + rounding * largest
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    return float((a.detach().double() - b.detach()).abs().max())
+
+
+def gradcheck(case: Case, backend: str, device: torch.device) -> bool:
+    """torch.autograd.gradcheck and gradgradcheck of the case in float64."""
+    inputs = [x.detach().requires_grad_() for x in case.inputs(device, torch.float64)]
+    if inputs[0].numel() > 300:
+        # Numerical gradients call the op twice an element; past this size a sample has to do.
+        return torch.autograd.gradcheck(
+            lambda *t: case.function(*t, backend=backend), inputs, fast_mode=True
+        )
+
+    def function(*tensors: Tensor) -> Tensor:
+        return case.function(*tensors, backend=backend)
+
+    return torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(
+        function, inputs
+    )
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(title="errors against the fp64 reference")
+    for column in ("op", "backend", "dtype", "cases", "error", "allowed", "gradcheck", "worst case"):
+        table.add_column(column, justify="right" if column in ("cases", "error") else "left")
+    for r in results:
+        verdict = {None: "", True: "passed", False: "FAILED"}[r.gradcheck]
+        table.add_row(
+            r.op,
+            r.backend,
+            r.dtype,
+            str(r.cases),
+            f"{r.error:.2e}",
+            f"{r.allowed:.2e}",
+            verdict,
+            r.message or r.worst_case,
+            style=None if r.ok else "bold red",
+        )
+    return table

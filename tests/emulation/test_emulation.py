@@ -1,0 +1,47 @@
+"""Every CUDA kernel runs on the CPU, under ASan and UBSan, against a scalar reference.
+
+An op's kernels are csrc/cuda/<op>.cuh; tests/emulation/<op>.cpp runs them.
+"""
+
+import re
+
+import pytest
+import toolchain
+
+OPS = sorted(path.stem for path in (toolchain.CSRC / "cuda").glob("*.cuh"))
+PROGRAMS = {
+    # The emulation itself, with both ways to switch stacks: this CPU's, and that of any other.
+    "cuda_on_cpu": (toolchain.HERE / "cuda_on_cpu.cpp",),
+    "cuda_on_cpu, ucontext": (toolchain.HERE / "cuda_on_cpu.cpp", "-DCUDA_ON_CPU_UCONTEXT"),
+    **{op: (toolchain.HERE / f"{op}.cpp",) for op in OPS},
+}
+
+
+@pytest.fixture(scope="module")
+def programs(request):
+    """{name: future of the program} for the tests that were selected."""
+    selected = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.function is test_passes
+    }
+    futures = toolchain.compile_programs([PROGRAMS[name] for name in selected])
+    return dict(zip(selected, futures, strict=True))
+
+
+def test_there_are_kernels():
+    assert OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_has_a_program(op):
+    assert PROGRAMS[op][0].exists(), f"no tests/emulation/{op}.cpp runs csrc/cuda/{op}.cuh"
+
+
+@pytest.mark.parametrize("order", toolchain.ORDERS)
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if PROGRAMS[name][0].exists()])
+def test_passes(name, order, programs):
+    result = toolchain.run_program(programs[name].result(), order)
+    assert result.code == 0, str(result)
+    closing = re.search(r"^(\d+) comparisons, 0 failed$", result.output, re.MULTILINE)
+    assert closing and int(closing[1]) > 0, str(result)
