@@ -108,7 +108,9 @@ def cuda_architectures(torch):
         value = "{}{}".format(*torch.cuda.get_device_capability())
     architectures = value.replace(".", "").split(";")
     if not all(a.isdigit() for a in architectures):
-        fail(f"REG_KERNELS_CUDA_ARCH must be like {CUDA_ARCHITECTURES!r} or 'native', got {value!r}")
+        fail(
+            f"REG_KERNELS_CUDA_ARCH must be like {CUDA_ARCHITECTURES!r} or 'native', got {value!r}"
+        )
     return architectures
 
 

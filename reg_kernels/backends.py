@@ -69,7 +69,9 @@ def build_facts() -> dict[str, str | None]:
     try:
         return json.loads((Path(__file__).parent / "_build.json").read_text())
     except FileNotFoundError:
-        reason = "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
+        reason = (
+            "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
+        )
         return {"native_missing": reason, "cuda_missing": reason}
 
 
@@ -152,7 +154,9 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
     check_name(name, "backend")
     if (reason := why_not(name, device_type, dtype)) is not None:
         others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
-        remedy = f"use {' or '.join(others)}, or leave backend unset" if others else "convert the input"
+        remedy = (
+            f"use {' or '.join(others)}, or leave backend unset" if others else "convert the input"
+        )
         raise BackendUnavailable(
             f"{op}: backend {name!r} cannot run on {device_type}: {reason}; {remedy}"
         )

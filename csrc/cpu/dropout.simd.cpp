@@ -1,7 +1,8 @@
 // Dropout's loops, compiled once for each instruction set (isa.h).
 //
-// Reads x, writes y: 2 * sizeof(T) bytes an element, streamed past the caches where y is larger than
-// they are. A tile of mask draws is made into the first-level cache, then a plain loop applies it.
+// Reads x, writes y: 2 * sizeof(T) bytes an element, streamed past the caches where y is larger
+// than they are. A tile of mask draws is made into the first-level cache, then a plain loop applies
+// it.
 #include "dropout.h"
 
 #include "random.h"
@@ -21,7 +22,8 @@ struct Draws {
   alignas(64) uint16_t half_words[kTile + kGroupBatch * kGroup];
 
   // Draws `count` mask elements from index `first` on and returns the first one's half-word.
-  __attribute__((noinline)) const uint16_t* fill(const RngStream& stream, int64_t first, int64_t count) {
+  __attribute__((noinline)) const uint16_t* fill(const RngStream& stream, int64_t first,
+                                                 int64_t count) {
     const int64_t lead = first % kGroup;
     const int64_t batch = kGroupBatch * kGroup;
     const int64_t groups = (lead + count + batch - 1) / batch * kGroupBatch;
@@ -161,20 +163,19 @@ void rows(const DropoutTask& task, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define RK_FOR_DTYPE(function, task, begin, end)                         \
-  switch ((task).dtype) {                                                \
-    case DType::float64: return function<double>(task, begin, end);      \
-    case DType::float32: return function<float>(task, begin, end);       \
-    case DType::float16: return function<float16>(task, begin, end);     \
-    case DType::bfloat16: return function<bfloat16>(task, begin, end);   \
+#define RK_FOR_DTYPE(function, task, begin, end)                       \
+  switch ((task).dtype) {                                              \
+    case DType::float64: return function<double>(task, begin, end);    \
+    case DType::float32: return function<float>(task, begin, end);     \
+    case DType::float16: return function<float16>(task, begin, end);   \
+    case DType::bfloat16: return function<bfloat16>(task, begin, end); \
   }
 
 void dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
   RK_FOR_DTYPE(elements, task, begin, end)
 }
 
-void feature_dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
-  RK_FOR_DTYPE(rows, task, begin, end)
-}
+void feature_dropout_range(const DropoutTask& task, int64_t begin,
+                           int64_t end){RK_FOR_DTYPE(rows, task, begin, end)}
 
 RK_NAMESPACE_END

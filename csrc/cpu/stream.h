@@ -1,8 +1,8 @@
 // Stores that go past the caches.
 //
-// An ordinary store first reads the cache line that it will overwrite; one that streams does not, so
-// an output larger than the last-level cache costs one transfer a byte instead of two. Below that
-// size ordinary stores win: the next op reads the output from the cache.
+// An ordinary store first reads the cache line that it will overwrite; one that streams does not,
+// so an output larger than the last-level cache costs one transfer a byte instead of two. Below
+// that size ordinary stores win: the next op reads the output from the cache.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@
 
 RK_NAMESPACE_BEGIN
 
-// Copies `bytes` from `source`, which lies in the first-level cache, to `target` by streaming stores.
+// Copies `bytes` from `source`, which lies in the first-level cache, to `target` by streaming
+// stores.
 RK_HD void stream_copy(void* target, const void* source, int64_t bytes) {
   auto* to = static_cast<char*>(target);
   const auto* from = static_cast<const char*>(source);

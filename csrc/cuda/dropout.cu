@@ -47,7 +47,7 @@ Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t e
 }
 
 void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
-               const std::optional<Tensor>& traced_p) {
+              const std::optional<Tensor>& traced_p) {
   check_dense(input, "dropout_");
   run(input, input, p, rng_state, element_offset, traced_p);
 }

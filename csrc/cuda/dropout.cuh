@@ -6,7 +6,8 @@
 // Layout: x and y share one dense layout and are walked in storage order. A thread draws one group
 // of eight mask elements; a warp's 32 groups cover 256 consecutive elements, which its lanes load
 // and store 16 bytes each, side by side. In fp32 and fp64 a group spans several of those vectors,
-// so a lane's vector belongs to a group that another lane drew: the eight keep bits come by shuffle.
+// so a lane's vector belongs to a group that another lane drew: the eight keep bits come by
+// shuffle.
 #pragma once
 
 #include "reg_kernels/dropout_math.h"
@@ -111,8 +112,7 @@ __global__ void __launch_bounds__(kDropoutThreads)
       (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * kVector<T>;
   if (first >= x.end) return;
   const DropoutRate rate = rate_argument.read();
-  const bool whole =
-      x.whole(first, first + kVector<T>) && y.whole(first, first + kVector<T>);
+  const bool whole = x.whole(first, first + kVector<T>) && y.whole(first, first + kVector<T>);
   const RngStream stream = rng.stream(RngTag::dropout);
   const auto scale = static_cast<compute_t<T>>(rate.scale);
   Vector<T> vector = whole ? load_vector<true>(x, first) : load_vector<false>(x, first);
@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kDropoutThreads)
       drawn_group = mask_index / kGroup;
       keep = keep_bits(stream(drawn_group), rate.threshold);
     }
-    vector.v[j] =
-        dropout_element(vector.v[j], (keep >> (mask_index % kGroup) & 1u) != 0, scale);
+    vector.v[j] = dropout_element(vector.v[j], (keep >> (mask_index % kGroup) & 1u) != 0, scale);
   }
   if (whole) {
     store_vector<true>(y, first, vector);

@@ -19,7 +19,8 @@ namespace reg_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Whether the elements fill one stretch of memory, each place once, in whatever order of dimensions.
+// Whether the elements fill one stretch of memory, each place once, in whatever order of
+// dimensions.
 inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes();
@@ -28,7 +29,8 @@ inline bool is_dense(const Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (sizes[d] > 1) order.push_back(d);
   }
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
   for (const int64_t d : order) {
     if (strides[d] != expected) return false;

@@ -9,7 +9,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ._measure import Case, Contender, Goal, Plan, Scope, Skipped, WrongValues, measure
+from ._measure import (
+    Case,
+    Contender,
+    Goal,
+    Plan,
+    Scope,
+    Skipped,
+    WrongValuesError,
+    contenders,
+    measure,
+)
 
 __all__ = [
     "Case",
@@ -18,8 +28,9 @@ __all__ = [
     "Plan",
     "Scope",
     "Skipped",
-    "WrongValues",
+    "WrongValuesError",
     "all_cases",
+    "contenders",
     "measure",
     "modules",
 ]

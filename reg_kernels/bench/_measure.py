@@ -1,12 +1,14 @@
 """How a benchmark is measured.
 
-The contenders of one benchmark run interleaved: each round takes one sample of every one of them, so
-that a machine that slows down for a while slows them all. A ratio of two contenders is the median
-over the rounds of the ratio within a round. Values are checked before anything is timed. Beside them
-runs `Tensor.copy_` of as many bytes, the floor that a share of bandwidth is measured against.
+The contenders of one benchmark run interleaved: each round takes one sample of every one of them,
+so that a machine that slows down for a while slows them all. A ratio of two contenders is the
+median over the rounds of the ratio within a round. Values are checked before anything is timed.
+Beside them runs `Tensor.copy_` of as many bytes, the floor that a share of bandwidth is measured
+against.
 
-On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU was
-kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2 cache.
+On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU
+was kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2
+cache.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _CUDA_SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host 
 _HOST_CALLS = 2000
 
 
-class WrongValues(Exception):
+class WrongValuesError(Exception):
     """A contender computes something else than it should; it is not timed."""
 
 
@@ -66,7 +68,7 @@ class Contender:
 
     name: str
     call: Callable[[int], object]  # one call, on input number i of the pool
-    check: Callable[[], None]  # raises WrongValues; the first to call, so it compiles as well
+    check: Callable[[], None]  # raises WrongValuesError; the first to call, so it compiles as well
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around each sample
     may_fail: bool = False  # an exception skips it, with its message, and is no error
 
@@ -164,9 +166,10 @@ def measure(
         "skipped" (a reason), "wrong" (what is wrong with its values) or its figures, with the raw
         seconds of each call.
     """
+    gc.collect()  # the tensors of the case before
     clock = _clock(case, device)
     pool = pool_size(case, device)
-    entries = [_copy_contender(case, device, pool), *case.prepare(device, pool)]
+    entries = contenders(case, device)
     rows: list[dict[str, Any]] = []
     running: list[Contender] = []
     for entry in entries:
@@ -178,7 +181,7 @@ def measure(
         try:
             with entry.within():
                 entry.check()
-        except WrongValues as error:
+        except WrongValuesError as error:
             row["wrong"] = str(error)
         except Exception as error:
             if not entry.may_fail:
@@ -242,8 +245,14 @@ def figures(
     return row
 
 
+def contenders(case: Case, device: torch.device) -> list[Contender | Skipped]:
+    """The copy and those of the case, with their tensors made."""
+    pool = pool_size(case, device)
+    return [_copy_contender(case, device, pool), *case.prepare(device, pool)]
+
+
 def pool_size(case: Case, device: torch.device) -> int:
-    """How many inputs to walk, so that none of them is in the GPU's L2 cache when its turn comes."""
+    """How many inputs to walk, so that none is in the GPU's L2 cache when its turn comes."""
     if device.type != "cuda" or case.host:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -259,14 +268,14 @@ def _copy_contender(case: Case, device: torch.device, pool: int) -> Contender:
     def check() -> None:
         destination.copy_(sources[0])
         if not torch.equal(destination, sources[0]):
-            raise WrongValues("copy_: the copy differs from its source")
+            raise WrongValuesError("copy_: the copy differs from its source")
 
     return Contender(COPY, lambda i: destination.copy_(sources[i % pool]), check)
 
 
 @dataclass(frozen=True)
 class _Clock:
-    """`seconds(call, calls, first)`: the time a call takes, over `calls` of them from number `first`."""
+    """`seconds(call, calls, first)`: the time of each of `calls` calls, numbered from `first`."""
 
     seconds: Callable[[Callable[[int], object], int, int], float]
     most_calls: int
@@ -353,7 +362,6 @@ def _interleave(
 def _no_collection() -> Any:
     """Keeps the garbage collector out of the samples."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -1,7 +1,7 @@
 """Benchmarks of dropout and channel dropout.
 
-Forward reads x and writes y, backward reads the gradient and writes another: 2 * sizeof(dtype) bytes
-an element either way. The mask is drawn again, never read.
+Forward reads x and writes y, backward reads the gradient and writes another: 2 * sizeof(dtype)
+bytes an element either way. The mask is drawn again, never read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import backends, nn
 from .. import functional as fused
 from ..reference.dropout import rate
-from ._measure import COMPILE, EAGER, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import COMPILE, EAGER, Case, Contender, Goal, Scope, Skipped, WrongValuesError
 
 P = 0.1
 
@@ -99,12 +99,11 @@ def _case(
 ) -> Case:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         inputs = [_input(shape, dtype, layout, device, requires_grad) for _ in range(pool)]
-        grads = [_input(shape, dtype, layout, device, False) for _ in range(pool)]
+        count = pool if direction == "backward" else 0
+        grads = [_input(shape, dtype, layout, device, False) for _ in range(count)]
         ways = _modules(op) if host else _functions(op)
         return [
-            way
-            if isinstance(way, Skipped)
-            else _contender(*way, op, direction, inputs, grads)
+            way if isinstance(way, Skipped) else _contender(*way, op, direction, inputs, grads)
             for way in _ways(ways, device, dtype, shape, scope.compiled)
         ]
 
@@ -246,7 +245,7 @@ def _contender(
 
 
 def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> None:
-    """Raises WrongValues unless y is x with a share P of it dropped and the rest scaled.
+    """Raises WrongValuesError unless y is x with a share P of it dropped and the rest scaled.
 
     The share has to be within 5 standard deviations; x must hold no zeros. Channel dropout has to
     drop whole channels.
@@ -257,16 +256,16 @@ def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> Non
         channels = dropped.flatten(2)
         dropped = channels.all(2)
         if not torch.equal(dropped, channels.any(2)):
-            raise WrongValues(f"{name}: a channel is dropped in part")
+            raise WrongValuesError(f"{name}: a channel is dropped in part")
     count = dropped.numel()
     share = int(dropped.sum()) / count
     if abs(share - P) > 5 * math.sqrt(P * (1 - P) / count):
-        raise WrongValues(f"{name}: {share:.4%} of {count} were dropped, p is {P:.0%}")
+        raise WrongValuesError(f"{name}: {share:.4%} of {count} were dropped, p is {P:.0%}")
     _compare(f"{name}: output", y, x, y, scale)
 
 
 def check_backward(name: str, y: Tensor, grad_output: Tensor, grad: Tensor, scale: float) -> None:
-    """Raises WrongValues unless grad is grad_output with the mask that y shows."""
+    """Raises WrongValuesError unless grad is grad_output with the mask that y shows."""
     _compare(f"{name}: gradient", grad, grad_output, y.detach(), scale)
 
 
@@ -279,4 +278,4 @@ def _compare(name: str, actual: Tensor, source: Tensor, mask: Tensor, scale: flo
         expected = torch.where(m != 0, s.double() * scale, 0.0)
         error = ((got.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max()
         if not error <= allowed:
-            raise WrongValues(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")
+            raise WrongValuesError(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -85,9 +86,7 @@ def _elements(
     )
 
 
-def _channels(
-    shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _contiguous
-) -> Case:
+def _channels(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _contiguous) -> Case:
     function = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}[len(shape)]
     return Case(
         op="feature_dropout",
@@ -97,6 +96,17 @@ def _channels(
         oracle=_channel_oracle,
         small=torch.Size(shape).numel() <= 2100,
     )
+
+
+def _in_place(case: Case) -> Case:
+    """The case's op written over a copy of its input, which has the input's layout."""
+
+    def function(x: Tensor, backend: str | None = None) -> Tensor:
+        copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        return inplace[case.op](copy, P, inplace=True, rng_state=state(), backend=backend)
+
+    inplace = {"dropout": F.dropout, "feature_dropout": F.dropout2d}
+    return dataclasses.replace(case, op=f"{case.op}_", function=function)
 
 
 CASES = [
@@ -126,4 +136,10 @@ CASES = [
     _channels((2, 1030, 3), _channels_last),
     _channels((16, 64, 55, 57)),
     _channels((16, 64, 55, 57), _channels_last),
+]
+CASES += [
+    _in_place(_elements((2049,))),
+    _in_place(_elements((2, 3, 4, 5), _channels_last)),
+    _in_place(_channels((2, 8, 4, 4))),
+    _in_place(_channels((2, 3, 5, 5), _channels_last)),
 ]

@@ -30,7 +30,6 @@ from ._files import write_whole
 from ._trainer import RECIPES, Convert, Training, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
 
 SUMMARY = "train a small net plain and regularised, and compare"
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted before any training: nothing to resume", file=sys.stderr)
+        print("\ninterrupted before training began", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -135,17 +134,11 @@ def _run(args: argparse.Namespace) -> int:
         _resume(training, Path(args.resume) if args.resume != _HERE else out / CHECKPOINT, options)
     _make_writable(out)
 
-    from rich.console import Console
-
-    console = Console()
-    console.print(
-        f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on, "
-        f"{images.classes} classes; {args.kernels} layers on {device}",
-        highlight=False,
-    )
     checkpoint = _Checkpoint(out / CHECKPOINT, options, training)
     try:
-        with _progress(args) as progress:
+        sizes = f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on"
+        print(f"{sizes}, {images.classes} classes; {args.kernels} layers on {device}", flush=True)
+        with _progress() as progress:
             _train(training, progress, checkpoint)
             seconds = _time(training, args.time_epochs, layers, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
@@ -156,7 +149,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"\ninterrupted: add --resume to continue from {checkpoint.path}", file=sys.stderr)
         return INTERRUPTED
     checkpoint.path.unlink(missing_ok=True)
-    _print_table(console, metrics)
+    _print_table(metrics)
     print(f"wrote {CURVES}, {METRICS} and {MODEL} to {out}")
     return 0
 
@@ -300,7 +293,7 @@ def _no_interrupt() -> Iterator[None]:
 # The work
 
 
-def _progress(args: argparse.Namespace) -> Progress:
+def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -466,7 +459,8 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _print_table(console: Console, metrics: dict[str, Any]) -> None:
+def _print_table(metrics: dict[str, Any]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     seconds = metrics["seconds_per_epoch"]
@@ -487,4 +481,4 @@ def _print_table(console: Console, metrics: dict[str, Any]) -> None:
         if seconds:
             cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
         table.add_row(name, *cells)
-    console.print(table)
+    Console().print(table)

@@ -25,7 +25,9 @@ class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
     backend: str | None = None
     _function: ClassVar[Any]
 
-    def __init__(self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None) -> None:
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None
+    ) -> None:
         check_probability(type(self).__name__, p)
         super().__init__(p, inplace)
         if backend is not None:

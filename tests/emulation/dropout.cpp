@@ -14,6 +14,7 @@ using driver::Buffer;
 using reg_kernels::ChannelLayout;
 using reg_kernels::compute_t;
 using reg_kernels::DropoutRate;
+using reg_kernels::cuda::RateArgument;
 using reg_kernels::cuda::RngState;
 
 // A shard of a batch can begin anywhere; the last one's groups need the counter's second word.
@@ -22,11 +23,12 @@ const uint32_t kThresholds[] = {0, 1, 32768, 65535, 65536};
 // 2048, 4096 and 8192 elements fill a block in fp64, fp32 and 16 bits.
 const int64_t kSizes[] = {0, 1, 3, 7, 8, 9, 127, 1024, 2049, 8191, 8192, 20001};
 
-// As the high and the low half each are a counter or key word of their own, both are in use.
+// No half is zero: each is a key or counter word of its own.
 constexpr uint64_t kSeed = 0x9e3779b97f4a7c15ull, kRngOffset = 0x0000000500000007ull;
 
-DropoutRate rate_of(uint32_t threshold) {
-  return {threshold, threshold ? 65536.0 / threshold : 0.0};
+template <typename T>
+compute_t<T> scale_of(uint32_t threshold) {
+  return static_cast<compute_t<T>>(threshold ? 65536.0 / threshold : 0.0);
 }
 
 // The contract of philox.h, one element at a time.
@@ -56,32 +58,35 @@ class Mask {
 // How a launch is made, apart from its sizes.
 struct Variant {
   int64_t x_shift, y_shift;  // elements past a 16-byte boundary
-  bool on_device;            // rng_state behind a pointer
+  bool on_device;            // p and rng_state behind pointers
   bool in_place;
 
   std::string text() const {
     return "x+" + std::to_string(x_shift) + " y+" + std::to_string(y_shift) +
-           (on_device ? " rng on device" : "") + (in_place ? " in place" : "");
+           (on_device ? " on device" : "") + (in_place ? " in place" : "");
   }
 };
 
-// Calls launch(x, y, rng) as the variant says; returns what it left in y and whether x survived.
+// Calls launch(x, y, rate, rng) as the variant says, and checks what it left in y and in x.
 template <typename T, typename Launch, typename Describe>
-void run(const Buffer<T>& x, const std::vector<T>& expected, const Variant& variant,
-         const Launch& launch, const Describe& describe) {
+void run(const Buffer<T>& x, const std::vector<T>& expected, uint32_t threshold,
+         const Variant& variant, const Launch& launch, const Describe& describe) {
+  const auto p = std::make_unique<double>(1.0 - threshold / 65536.0);
   const auto state = std::make_unique<int64_t[]>(2);
   state[0] = static_cast<int64_t>(kSeed);
   state[1] = static_cast<int64_t>(kRngOffset);
-  // Where one form of the state is in use, the other one holds what would be wrong.
+  // Where one form of an argument is in use, the other one holds what would be wrong.
+  const RateArgument rate =
+      variant.on_device ? RateArgument(p.get()) : RateArgument(DropoutRate::from_probability(*p));
   const RngState rng =
       variant.on_device ? RngState{state.get(), 1, 2} : RngState{nullptr, kSeed, kRngOffset};
   Buffer<T> y(x.size(), variant.y_shift);
   if (variant.in_place) {
     std::copy_n(x.data(), x.size(), y.data());
-    launch(y.data(), y.data(), rng);
+    launch(y.data(), y.data(), rate, rng);
   } else {
     const std::vector<T> before(x.data(), x.data() + x.size());
-    launch(x.data(), y.data(), rng);
+    launch(x.data(), y.data(), rate, rng);
     driver::expect(
         std::equal(before.begin(), before.end(), x.data(),
                    [](const T& a, const T& b) { return !std::memcmp(&a, &b, sizeof(T)); }),
@@ -93,21 +98,21 @@ void run(const Buffer<T>& x, const std::vector<T>& expected, const Variant& vari
 template <typename T>
 void test_dropout(int64_t numel, int64_t offset, uint32_t threshold,
                   const std::vector<Variant>& variants) {
-  const DropoutRate rate = rate_of(threshold);
+  const auto scale = scale_of<T>(threshold);
   Mask mask(threshold);
   std::vector<T> expected;
   Buffer<T> values(numel, 0);
   values.fill_with_bits(numel);
   for (int64_t i = 0; i < numel; ++i) {
-    expected.push_back(reg_kernels::dropout_element(values.data()[i], mask.keeps(offset + i),
-                                                    static_cast<compute_t<T>>(rate.scale)));
+    expected.push_back(
+        reg_kernels::dropout_element(values.data()[i], mask.keeps(offset + i), scale));
   }
   for (const Variant& variant : variants) {
     Buffer<T> x(numel, variant.x_shift);
     std::copy_n(values.data(), numel, x.data());
     run(
-        x, expected, variant,
-        [&](const T* in, T* out, const RngState& rng) {
+        x, expected, threshold, variant,
+        [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
           reg_kernels::cuda::launch_dropout(in, out, numel, offset, rate, rng, nullptr);
         },
         [&] {
@@ -121,8 +126,7 @@ void test_dropout(int64_t numel, int64_t offset, uint32_t threshold,
 template <typename T>
 void test_feature_dropout(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t offset,
                           uint32_t threshold, const Variant& variant) {
-  const DropoutRate rate = rate_of(threshold);
-  const auto scale = static_cast<compute_t<T>>(rate.scale);
+  const auto scale = scale_of<T>(threshold);
   const int64_t numel = N * C * L;
   Mask mask(threshold);
   Buffer<T> x(numel, variant.x_shift);
@@ -139,8 +143,8 @@ void test_feature_dropout(int64_t N, int64_t C, int64_t L, bool channels_last, i
   }
   const ChannelLayout layout{C, L, channels_last};
   run(
-      x, expected, variant,
-      [&](const T* in, T* out, const RngState& rng) {
+      x, expected, threshold, variant,
+      [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
         reg_kernels::cuda::launch_feature_dropout(in, out, numel, layout, offset, rate, rng,
                                                   nullptr);
       },

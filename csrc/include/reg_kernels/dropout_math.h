@@ -30,10 +30,11 @@ RK_HD T dropout_element(T x, bool keep, compute_t<T> scale) {
 }
 
 // Channel dropout draws once a channel. A dense (N, C, L) tensor lies in memory with the channel's
-// L values together (channels first), or with the C channels of a position together (channels last).
+// L values together (channels first), or with the C channels of a position together (channels
+// last).
 struct ChannelLayout {
-  int64_t channels;      // C
-  int64_t length;        // L, the product of the spatial sizes
+  int64_t channels;  // C
+  int64_t length;    // L, the product of the spatial sizes
   bool channels_last;
 };
 

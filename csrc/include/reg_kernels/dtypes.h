@@ -110,8 +110,8 @@ struct Store<float16> {
     } else if (magnitude >= 65520.0f) {  // the midpoint above the largest finite value
       half = 0x7c00u;
     } else if (magnitude < 6.103515625e-05f) {
-      // Adding 0.5 leaves the value in units of 2^-24, the subnormal step, in the low mantissa bits:
-      // the float addition has rounded it.
+      // Adding 0.5 leaves the value in units of 2^-24, the subnormal step, in the low mantissa
+      // bits: the float addition has rounded it.
       half = bit_cast<uint32_t>(magnitude + 0.5f) - 0x3f000000u;
     } else {
       const uint32_t m = bit_cast<uint32_t>(magnitude);

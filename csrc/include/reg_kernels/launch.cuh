@@ -14,10 +14,10 @@
 #include <cuda_runtime_api.h>
 #define RK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
-// The block's shared memory, `shared_bytes` of it, as a `T* name`. Declared as bytes everywhere, since
-// one name can have one type only; aligned for any vector.
-#define RK_SHARED(T, name)                                           \
-  extern __shared__ __align__(16) unsigned char rk_shared_memory[];  \
+// The block's shared memory, as many bytes as the launch asks for, as `T* name`. Bytes in every
+// kernel, since one name can have one type only; aligned for any vector.
+#define RK_SHARED(T, name)                                          \
+  extern __shared__ __align__(16) unsigned char rk_shared_memory[]; \
   T* const name = reinterpret_cast<T*>(rk_shared_memory)
 #endif
 
@@ -33,7 +33,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) +
+                             ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 }
 

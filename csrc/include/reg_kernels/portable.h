@@ -16,8 +16,8 @@
 #define RK_ISA baseline
 #endif
 
-#define RK_NAMESPACE_BEGIN   \
-  namespace reg_kernels {    \
+#define RK_NAMESPACE_BEGIN \
+  namespace reg_kernels {  \
   inline namespace RK_ISA {
 #define RK_NAMESPACE_END \
   }                      \

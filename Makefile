@@ -1,0 +1,50 @@
+# Each target does its own set-up. With PYTHON=python3 VENV=none the targets use the packages that
+# this Python has and touch no network; otherwise they make a virtual environment, with the versions
+# that pyproject.toml pins.
+PYTHON ?= python3
+VENV ?= .venv
+export MAX_JOBS ?= 2
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+BIN :=
+READY :=
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin/
+READY := $(VENV)/.ready
+endif
+
+CXX_SOURCES = $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# A linter that is missing is an error, except where nothing may be installed: there it is said.
+lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(2); \
+	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
+	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
+
+.PHONY: demo test lint build bench gpu-report clean
+
+demo: build
+	$(PY) -m reg_kernels train --data digits --out runs/digits
+
+test: lint build
+	$(PY) -m pytest -q tests
+
+lint: $(READY)
+	@$(call lint_with,ruff,check --quiet .)
+	@$(call lint_with,ruff,format --quiet --check .)
+	@$(call lint_with,clang-format,--dry-run -Werror $(CXX_SOURCES))
+
+build: $(READY)
+	$(PY) setup.py -q build_ext --inplace
+
+# The dependencies first and without a build of their own; `build` then compiles against them, and
+# only what has changed.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -f reg_kernels/*.so reg_kernels/_build.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,71 @@
+"""pytest-benchmark over the definitions in reg_kernels/bench.
+
+A test's `contender` in bench_<op>.py runs over every case and contender of that op. What runs one
+after the other cannot be compared on a machine that changes its speed: this follows one contender
+over time (--benchmark-autosave, --benchmark-compare), `reg-kernels bench` compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from reg_kernels import backends, bench
+from reg_kernels.bench import _environment
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
+NAMES = ("copy", *backends.NAMES, "native[avx2]", "native[baseline]", "eager", "compile")
+
+
+class Prepared(NamedTuple):
+    """A contender whose values were checked, and the case it runs in."""
+
+    case: bench.Case
+    contender: bench.Contender
+
+
+def pytest_report_header() -> str:
+    if DEVICE.type == "cuda":
+        return f"benchmarks on {_environment.device_name(DEVICE)}"
+    settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
+    warm = "keeps freed memory" if _environment.allocator() else f"is cold: set {settings}"
+    return f"benchmarks on {torch.get_num_threads()} threads, malloc {warm}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contender" not in metafunc.fixturenames:
+        return
+    op = metafunc.module.__name__.removeprefix("bench_")
+    cases = importlib.import_module(f"reg_kernels.bench.{op}").cases(SCOPE)
+    metafunc.parametrize(
+        "contender",
+        [
+            pytest.param((case, name), id=f"{case.label}-{name}".replace(" ", "-"))
+            for case in cases
+            for name in NAMES
+        ],
+        indirect=True,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _contenders(case: bench.Case) -> dict[str, bench.Contender | bench.Skipped]:
+    return {entry.name: entry for entry in bench.contenders(case, DEVICE)}
+
+
+@pytest.fixture
+def contender(request: pytest.FixtureRequest) -> Prepared:
+    case, name = request.param
+    entry = _contenders(case).get(name)
+    if entry is None:
+        pytest.skip(f"{name} is no contender here")
+    if isinstance(entry, bench.Skipped):
+        pytest.skip(entry.reason)
+    with entry.within():
+        entry.check()
+    return Prepared(case, entry)

@@ -1,0 +1,75 @@
+"""Puts the results in bench/results/*/bench.json into README.md, between its two markers.
+
+`python bench/readme_table.py` rewrites the README, `--check` exits 1 where that would change it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from reg_kernels.bench import _report  # noqa: E402  (a script: the path comes first)
+from reg_kernels.cli._files import write_whole  # noqa: E402
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SHOWN = ("native", "triton")  # the other implementations' rows are in the files
+
+
+def results(folder: Path) -> str:
+    """The Markdown of all results below `folder`, a section for each device."""
+    sections = []
+    for path in sorted(folder.glob("*/bench.json")):
+        data = json.loads(path.read_text())
+        if data["schema"] != _report.SCHEMA:
+            raise ValueError(f"{path}: schema {data['schema']}, expected {_report.SCHEMA}")
+        link = f"bench/results/{path.parent.name}/bench.json"
+        text = _report.markdown(data, SHOWN)
+        sections.append(
+            f"### {data['device']['name']}\n\n{text}\n"
+            f"Raw times and every contender: [{link}]({link}).\n"
+        )
+    return "\n".join(sections) or "No results yet: `make bench` writes them.\n"
+
+
+def replaced(readme: str, text: str) -> str:
+    """`readme` with `text` between the markers.
+
+    Raises ValueError where they are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ValueError(f"README must hold {BEGIN} and, behind it, {END}, once each")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(argv)
+    try:
+        old = args.readme.read_text()
+        new = replaced(old, results(args.results))
+    except (OSError, ValueError) as error:
+        print(f"readme_table: {error}", file=sys.stderr)
+        return 2
+    if old == new:
+        return 0
+    if args.check:
+        print(f"{args.readme} is stale: run `python bench/readme_table.py`", file=sys.stderr)
+        return 1
+    write_whole(args.readme, lambda path: path.write_text(new))
+    print(f"wrote {args.readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""What is shown of the measurements: tables in the terminal and in Markdown, and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._measure import COMPILE, COPY, EAGER, format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+BASELINES = (COPY, EAGER, COMPILE)
+
+RESULT_COLUMNS = (
+    "benchmark",
+    "implementation",
+    "time",
+    "copy",
+    "eager",
+    "compile",
+    "kept",
+    "goals",
+)
+GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def result_rows(
+    data: dict[str, Any], implementations: Container[str] | None = None
+) -> list[tuple[str, ...]]:
+    """A row for each benchmark and implementation of ours, all or these, as RESULT_COLUMNS.
+
+    `copy` is the share of its bandwidth; beside eager's and torch.compile's times stands how many
+    times faster ours is.
+    """
+    rows = []
+    for case in data["benchmarks"]:
+        found = {row["name"]: row for row in case["contenders"]}
+        for name, row in found.items():
+            if name in BASELINES or "skipped" in row:
+                continue
+            if implementations is not None and name not in implementations:
+                continue
+            if "wrong" in row:
+                blanks = ("",) * (len(RESULT_COLUMNS) - 3)
+                rows.append((case["label"], name, "WRONG VALUES", *blanks))
+                continue
+            rows.append(
+                (
+                    case["label"],
+                    name,
+                    f"{format_seconds(row['median'])} ({_spread(row)})",
+                    "" if case["host"] or COPY not in found else f"{row['share_of_copy']:.2f}",
+                    _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
+                    _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
+                    format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
+                    _verdict(row.get("goals", [])),
+                )
+            )
+    return rows
+
+
+def goal_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each goal, as GOAL_COLUMNS: where each figure stands against its floor."""
+    rows = []
+    for case in data["benchmarks"]:
+        for row in case["contenders"]:
+            for goal in row.get("goals", []):
+                value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}"
+                verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
+                rows.append((case["label"], f"{row['name']}: {goal['text']}", value, verdict))
+    return rows
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """Contenders that did not run, or ran wrong, and why: one line for each reason."""
+    cases: dict[str, list[str]] = {}
+    for case in data["benchmarks"]:
+        for row in case["contenders"]:
+            if "wrong" in row:
+                cases.setdefault(f"WRONG VALUES: {row['wrong']}", []).append(case["label"])
+            elif "skipped" in row:
+                text = f"{row['name']} was not measured: {row['skipped']}"
+                cases.setdefault(text, []).append(case["label"])
+    lines = [
+        text if len(where) == len(data["benchmarks"]) else f"{text} ({len(where)} benchmarks)"
+        for text, where in cases.items()
+    ]
+    return lines + [f"left out by --time-limit: {label}" for label in data["left_out"]]
+
+
+def wrong(data: dict[str, Any]) -> list[str]:
+    """What contenders computed wrongly."""
+    return [row["wrong"] for c in data["benchmarks"] for row in c["contenders"] if "wrong" in row]
+
+
+def conditions(data: dict[str, Any]) -> list[str]:
+    """The lines above every table: device, commit, versions, settings."""
+    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items() if value)
+    device = data["device"]
+    where = device["name"] + (f", driver {device['driver']}" if device["driver"] else "")
+    lines = [where, f"commit {format_commit(data['commit'])}, {data['date']}", versions]
+    if device["type"] == "cpu":
+        warm = "keeps freed memory" if data["allocator"] else "as it is by default"
+        lines.append(f"{data['threads']} threads, {data['isa'] or 'no native code'}, malloc {warm}")
+    return lines
+
+
+def format_commit(commit: dict[str, Any] | None) -> str:
+    if commit is None:
+        return "unknown"
+    note = {True: " with changes", False: "", None: " (as stated, not verified)"}[commit["dirty"]]
+    return commit["hash"][:12] + note
+
+
+def rich_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    previous = None
+    for row in rows:
+        style = "bold red" if "MISSED" in row or "WRONG VALUES" in row else ""
+        cells = [Text(cell) for cell in row]
+        if row[0] == previous:
+            cells[0] = Text("")
+        previous = row[0]
+        table.add_row(*cells, style=style)
+    return table
+
+
+def markdown(data: dict[str, Any], implementations: Container[str] | None = None) -> str:
+    """Conditions, results and goals of one run; of all implementations of ours, or of these."""
+    parts = [
+        "\n".join(f"{line}  " for line in conditions(data)).rstrip(),
+        markdown_table(RESULT_COLUMNS, result_rows(data, implementations)),
+        "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the "
+        "same run. `eager`, `compile`: their time, and how many times faster ours is. `kept`: "
+        "bytes saved for the backward.",
+    ]
+    if rows := goal_rows(data):
+        parts.append(markdown_table(GOAL_COLUMNS, rows))
+    if lines := notes(data):
+        parts.append("\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" if i < 2 else "---:" for i in range(len(columns))), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def draw(path: Path, data: dict[str, Any]) -> None:
+    """A bar for each benchmark and contender: the share of the copy's bandwidth."""
+    # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
+    from matplotlib.figure import Figure
+
+    cases = [case for case in data["benchmarks"] if not case["host"]]
+    names = list(
+        dict.fromkeys(
+            row["name"]
+            for case in cases
+            for row in case["contenders"]
+            if "share_of_copy" in row and row["name"] != COPY
+        )
+    )
+    palette = ("#1b6ca8", "#4f9bd0", "#9cc9e8", "#2a9d6f", "#86cbb0", "#7a5fa8")
+    ours = [name for name in names if name not in BASELINES]
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(ours)}
+    colours |= {EAGER: "#d95f02", COMPILE: "#f0b072"}
+
+    ticks, labels = [], []
+    seen = set()
+    y = 0.0
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for case in cases:
+        bars = [r for r in case["contenders"] if r["name"] in names and "share_of_copy" in r]
+        for offset, row in enumerate(bars):
+            name = row["name"]
+            label = None if name in seen else name
+            seen.add(name)
+            share = row["share_of_copy"]
+            axes.barh(y + offset, share, height=0.85, color=colours[name], label=label)
+            text = f" {share:.2f}" if share >= 0.1 else f" {share:.1g}"
+            axes.text(share, y + offset, text, va="center", fontsize=7)
+        ticks.append(y + max(0, len(bars) - 1) / 2)
+        labels.append(case["label"])
+        y += len(bars) + 1
+    figure.set_size_inches(10, max(3.0, 1.2 + 0.19 * y))
+    axes.axvline(1.0, color="#444444", linewidth=1, linestyle="--")
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.set_ylim(max(y, 1.0) - 0.5, -1)
+    axes.set_xlabel("bytes/s over Tensor.copy_ (dashed: as fast as the copy)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    if seen:
+        figure.legend(loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
+    axes.set_title(f"{data['device']['name']}, torch {data['versions']['torch']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    lower, upper = row["quartiles"]
+    low, high = format_seconds(lower), format_seconds(upper)
+    # One unit is enough where both have the same.
+    if low.split()[1] == high.split()[1]:
+        low = low.split()[0]
+    return f"{low}–{high}"
+
+
+def _beside(row: dict[str, Any], other: dict[str, Any] | None, figure: str) -> str:
+    if other is None or "median" not in other or figure not in row:
+        return ""
+    speedup = row[figure]
+    digits = f"{speedup:.0f}" if speedup >= 9.95 else f"{speedup:.2g}"
+    return f"{format_seconds(other['median'])} ({digits}×)"
+
+
+def _verdict(goals: list[dict[str, Any]]) -> str:
+    known = [goal["met"] for goal in goals if goal["met"] is not None]
+    if not known:
+        return ""
+    return "met" if all(known) else f"MISSED {known.count(False)} of {len(known)}"

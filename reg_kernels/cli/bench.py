@@ -1,0 +1,237 @@
+"""Times the ops against PyTorch eager and torch.compile, beside a copy of the same bytes.
+
+The contenders of a benchmark run interleaved in one process, after a check of their values. Shown
+are median times with quartiles, the share of the copy's bandwidth, how many times faster the op is
+than PyTorch's, and how each figure stands against its goal. In FILE, {device} stands for the
+device's name, as in --json 'bench/results/{device}/bench.json'. Exit code 1: a contender computed
+something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backends, bench
+from ..bench import _environment, _report
+from ._errors import UsageError
+from ._files import write_whole
+from .check import device_argument
+
+SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
+DEFAULT_DTYPES = ("float32", "bfloat16")
+INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
+
+FULL = bench.Plan(seconds=4.0, least=7, most=40, sample=5e-3)
+FULL_CUDA = bench.Plan(seconds=1.0, least=7, most=40, sample=1e-3)
+QUICK = bench.Plan(seconds=0.3, least=3, most=10, sample=1e-3)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--op", action="append", help="measure this op only; may be given again (default: all)"
+    )
+    parser.add_argument(
+        "--device", help="cpu or cuda (default: the GPU where torch sees one, else the CPU)"
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=tuple(DTYPES),
+        help=f"measure this dtype; may be given again (default: {', '.join(DEFAULT_DTYPES)})",
+    )
+    parser.add_argument("--all", action="store_true", help="every case in every dtype")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few rounds, float32 and no torch.compile: a look, in less than half a minute",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: as many as torch takes)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start no benchmark later than this, and name those left out",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every figure and the raw times to FILE"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the shares of the copy")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = device_argument(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UsageError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise UsageError(f"--time-limit must be above 0, got {args.time_limit}")
+    scope = _scope(args, device)
+    # Cases are light: their tensors are made when they are measured.
+    cases = bench.all_cases(scope)
+    ops = sorted({case.op for case in cases})
+    for name in args.op or ():
+        if name not in ops:
+            raise UsageError(f"--op must be one of {', '.join(ops)}, got {name!r}")
+    cases = [case for case in cases if not args.op or case.op in args.op]
+    json_path = _output("--json", args.json, device)
+    plot_path = _output("--plot", args.plot, device)
+    if device.type == "cpu" and _environment.allocator() is None and _environment.has_glibc():
+        _start_again(args)
+
+    try:
+        data = _measure_all(cases, device, _plan(args, device), args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    _print(data)
+    if json_path is not None:
+        text = json.dumps(data, indent=1) + "\n"
+        _write("--json", json_path, lambda path: path.write_text(text))
+    if plot_path is not None:
+        _write("--plot", plot_path, lambda path: _report.draw(path, data))
+    if errors := _report.wrong(data):
+        for error in errors:
+            print(f"reg-kernels bench: wrong values: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _scope(args: argparse.Namespace, device: torch.device) -> bench.Scope:
+    default = DEFAULT_DTYPES[:1] if args.quick else DEFAULT_DTYPES
+    names = args.dtype or (tuple(DTYPES) if args.all else default)
+    return bench.Scope(
+        device=device,
+        dtypes=tuple(DTYPES[name] for name in dict.fromkeys(names)),
+        everything=args.all,
+        compiled=not args.quick,
+    )
+
+
+def _plan(args: argparse.Namespace, device: torch.device) -> bench.Plan:
+    if args.quick:
+        return QUICK
+    return FULL_CUDA if device.type == "cuda" else FULL
+
+
+def _start_again(args: argparse.Namespace) -> None:
+    """Becomes the same command in an environment where malloc keeps freed memory.
+
+    glibc reads those settings when a process starts, so they cannot be made later.
+    """
+    settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
+    print(f"started again with {settings}, so that fresh outputs cost no page faults", flush=True)
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "reg_kernels", "bench", *_arguments(args)]
+    os.execve(sys.executable, command, {**os.environ, **_environment.ALLOCATOR})
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line that `args` came from, in a form that means the same."""
+    words = []
+    for name in ("op", "dtype"):
+        for value in getattr(args, name) or ():
+            words += [f"--{name}", value]
+    for name in ("device", "threads", "time_limit", "json", "plot"):
+        if (value := getattr(args, name)) is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return words + [f"--{name}" for name in ("all", "quick") if getattr(args, name)]
+
+
+def _output(option: str, path: Path | None, device: torch.device) -> Path | None:
+    """The file to write, made sure of before minutes of work."""
+    if path is None:
+        return None
+    name = _environment.slug(_environment.device_name(device))
+    path = Path(str(path).replace("{device}", name))
+    if path.is_dir():
+        raise UsageError(f"{option}: must be a file, got the directory {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _write(option: str, path: Path, write: Any) -> None:
+    try:
+        write_whole(path, write)
+    except (OSError, ValueError) as error:
+        # A ValueError is matplotlib's word for a format that it does not know.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{option}: cannot write {path}: {reason}") from error
+    print(f"wrote {path}")
+
+
+def _measure_all(
+    cases: list[bench.Case], device: torch.device, plan: bench.Plan, args: argparse.Namespace
+) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    data = {
+        "schema": _report.SCHEMA,
+        **_environment.environment(device),
+        "options": {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype},
+        "benchmarks": [],
+        "left_out": [],  # by --time-limit
+    }
+    begin = time.monotonic()
+    console = Console(stderr=True)
+    torch.manual_seed(0)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    described = TextColumn("{task.description}")
+    with Progress(
+        *columns, described, console=console, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=len(cases))
+        for number, case in enumerate(cases, start=1):
+            progress.update(bar, description=case.label)
+            if args.time_limit is not None and time.monotonic() - begin > args.time_limit:
+                data["left_out"].append(case.label)
+                continue
+
+            def after_round(done: int, rounds: int, case: bench.Case = case) -> None:
+                progress.update(bar, description=f"{case.label}, round {done} of {rounds}")
+
+            data["benchmarks"].append(bench.measure(case, device, plan, after_round))
+            progress.advance(bar)
+            if not console.is_terminal:
+                print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
+    return data
+
+
+def _print(data: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width to fit into.
+        console = Console(width=200)
+    for line in _report.conditions(data):
+        console.print(line, highlight=False, markup=False)
+    columns, rows = _report.RESULT_COLUMNS, _report.result_rows(data)
+    console.print(_report.rich_table("times", columns, rows))
+    if rows := _report.goal_rows(data):
+        console.print(_report.rich_table("goals", _report.GOAL_COLUMNS, rows))
+    for line in _report.notes(data):
+        console.print(line, highlight=False, markup=False)

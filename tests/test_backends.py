@@ -1,0 +1,99 @@
+"""The choice of implementation, forced and free."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import reg_kernels
+from reg_kernels import backends
+from reg_kernels import functional as F
+
+NATIVE = backends.why_not("native", "cpu", torch.float32) is None
+
+
+def python(code, **environment):
+    environment = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def overload(**arguments):
+    return F.dropout(torch.ones(3, requires_grad=True), **arguments).grad_fn.overload
+
+
+def test_the_first_that_can_run_is_taken():
+    expected = "default" if NATIVE else "triton"
+    assert overload() is getattr(torch.ops.reg_kernels.dropout, expected)
+
+
+def test_forcing_nests_and_is_undone():
+    reference, native = torch.ops.reg_kernels.dropout.reference, overload()
+    with reg_kernels.backend("reference"):
+        assert overload() is reference
+        if NATIVE:
+            assert overload(backend="native") is torch.ops.reg_kernels.dropout.default
+        with reg_kernels.backend(None):
+            assert overload() is native
+        with pytest.raises(KeyError), reg_kernels.backend("triton"):
+            raise KeyError
+        assert overload() is reference
+    assert overload() is native
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backend must be one of native, triton, reference"):
+        with reg_kernels.backend("cuda"):
+            pass
+    result = python("import reg_kernels", REG_KERNELS_BACKEND="fast")
+    assert "ValueError: REG_KERNELS_BACKEND must be one of native" in result.stderr
+
+
+def test_the_environment_forces_one():
+    result = python(
+        "import torch, reg_kernels.functional as F\n"
+        "print(F.dropout(torch.ones(3, requires_grad=True)).grad_fn.overload)",
+        REG_KERNELS_BACKEND="reference",
+    )
+    assert result.stdout.strip() == "reg_kernels.dropout.reference"
+
+
+def test_a_forced_one_that_cannot_run_raises_with_reason_and_remedy():
+    result = python(
+        "import torch, reg_kernels\n"
+        "try:\n"
+        "    reg_kernels.functional.dropout(torch.ones(3), backend='triton')\n"
+        "except reg_kernels.BackendUnavailable as error:\n"
+        "    print(isinstance(error, RuntimeError), error)",
+        TRITON_INTERPRET="0",
+    )
+    assert result.stdout.startswith("True dropout: backend 'triton' cannot run on cpu: triton ")
+    assert "use native or reference" in result.stdout or not NATIVE
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(
+        backends, "build_facts", lambda: {"native_missing": "not built", "cuda_missing": "no"}
+    )
+    for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
+        function.cache_clear()
+    try:
+        assert backends.why_not("native", "cpu", torch.float32) == "not built"
+        assert backends.choose("dropout", "cpu", torch.float32) != "native"
+        assert F.dropout(torch.ones(100), 0.5).unique().tolist() == [0.0, 2.0]
+        with pytest.raises(reg_kernels.BackendUnavailable, match="not built"):
+            F.dropout(torch.ones(3), backend="native")
+    finally:
+        monkeypatch.undo()
+        for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
+            function.cache_clear()
+
+
+def test_devices_without_kernels_of_their_own_run_the_reference():
+    assert backends.choose("dropout", "mps", torch.float32) == "reference"
+    assert "no native code for mps" in backends.why_not("native", "mps", torch.float32)
+    assert "dtype int64 is none of" in backends.why_not("reference", "cpu", torch.int64)

@@ -1,0 +1,116 @@
+"""Swapping layers: what changes, what stays, what is reported."""
+
+import pytest
+import torch
+from torch import nn
+
+import reg_kernels
+from reg_kernels.convert import twin_of
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, input):
+        return input * 3
+
+
+def model():
+    return nn.Sequential(
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.25),
+        nn.Sequential(nn.Dropout2d(0.5, inplace=True), nn.AlphaDropout(0.1)),
+        OwnDropout(0.1),
+    )
+
+
+def test_a_copy_is_converted_and_the_model_is_not():
+    original = model()
+    converted = reg_kernels.convert(original)
+    assert type(original[2]) is nn.Dropout
+    assert type(converted[2]) is reg_kernels.nn.Dropout
+    assert type(converted[3][0]) is reg_kernels.nn.Dropout2d
+    assert (converted[3][0].p, converted[3][0].inplace) == (0.5, True)
+    assert type(converted[4]) is OwnDropout
+
+
+def test_everything_else_stays_the_same_object():
+    net = model()
+    hooks = []
+    net[2].register_forward_hook(lambda *_: hooks.append(1))
+    net[2].eval()
+    net[2].note = "kept"
+    layers, parameters = list(net.modules()), list(net.parameters())
+    keys = list(net.state_dict())
+    assert reg_kernels.convert(net, inplace=True) is net
+    assert all(a is b for a, b in zip(layers, net.modules(), strict=True))
+    assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
+    assert list(net.state_dict()) == keys
+    assert not net[2].training
+    assert net[2].note == "kept"
+    net[2](torch.ones(3))
+    assert hooks == [1]
+
+
+def test_revert_undoes_it():
+    net = model()
+    before = repr(net)
+    reg_kernels.convert(net, inplace=True, backend="reference")
+    assert net[2].backend == "reference"
+    reg_kernels.revert(net, inplace=True)
+    assert type(net[2]) is nn.Dropout
+    assert "backend" not in net[2].__dict__
+    assert repr(net) == before
+    assert type(reg_kernels.revert(reg_kernels.convert(net))[3][0]) is nn.Dropout2d
+
+
+def test_the_report_says_what_and_why():
+    reports = []
+    reg_kernels.convert(model(), report=reports.append)
+    (report,) = reports
+    assert ("2", "torch.nn.Dropout", "reg_kernels.nn.Dropout") in report.swapped
+    assert {name for name, _, _ in report.left} == {"1", "3.1", "4"}
+    text = str(report)
+    assert "2 swapped" in text.splitlines()[0] or "swapped" in text
+    assert "OwnDropout left: a subclass of torch.nn.Dropout" in text
+    assert "3.1: torch.nn.AlphaDropout left: there is no fused twin" in text
+    again = []
+    reg_kernels.convert(reg_kernels.convert(model()), report=again.append)
+    assert again[0].swapped == []
+    assert ("2", "reg_kernels.nn.Dropout", "fused already") in again[0].left
+
+
+def test_a_shared_layer_stays_shared():
+    shared = nn.Dropout(0.5)
+    net = nn.ModuleDict({"a": shared, "b": shared})
+    converted = reg_kernels.convert(net)
+    assert converted["a"] is converted["b"]
+    assert type(converted["a"]) is reg_kernels.nn.Dropout
+
+
+def test_a_single_layer_is_a_model():
+    assert type(reg_kernels.convert(nn.Dropout(0.5))) is reg_kernels.nn.Dropout
+
+
+def test_the_converted_model_trains():
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+    converted = reg_kernels.convert(net)
+    x = torch.ones(3, 4)
+    assert torch.equal(net.eval()(x), converted.eval()(x))
+    converted.train()(x).sum().backward()
+    assert converted[0].weight.grad is not None
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"convert: model must be an nn\.Module, got list"):
+        reg_kernels.convert([nn.Dropout()])
+    with pytest.raises(TypeError, match=r"revert: model must be an nn\.Module, got dict"):
+        reg_kernels.revert({})
+    net = nn.Sequential(nn.Dropout())
+    with pytest.raises(ValueError, match="backend must be one of"):
+        reg_kernels.convert(net, inplace=True, backend="fast")
+    assert type(net[0]) is nn.Dropout
+
+
+def test_a_twin_must_be_a_subclass():
+    with pytest.raises(TypeError, match="must be a subclass of Dropout"):
+        twin_of(nn.Dropout)(nn.Linear)

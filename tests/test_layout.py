@@ -1,0 +1,151 @@
+"""The house's own rules: where an op lives, and which way imports point."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import reg_kernels.cases
+from reg_kernels.ops._registry import OPS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "reg_kernels"
+CSRC = ROOT / "csrc"
+# An in-place twin and a channel-wise variant live in their op's files.
+FILES = sorted({re.sub(r"^feature_|_$", "", name) for name in OPS})
+
+
+@pytest.mark.parametrize("op", FILES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "csrc/include/reg_kernels/{}_math.h",
+        "csrc/cpu/{}.cpp",
+        "csrc/cuda/{}.cu",
+        "csrc/cuda/{}.cuh",
+        "reg_kernels/reference/{}.py",
+        "reg_kernels/triton/{}.py",
+        "reg_kernels/ops/{}.py",
+        "reg_kernels/cases/{}.py",
+        "reg_kernels/bench/{}.py",
+        "bench/bench_{}.py",
+        "tests/ops/test_{}.py",
+        "tests/triton/test_{}.py",
+        "tests/emulation/{}.cpp",
+    ],
+)
+def test_an_op_has_the_same_basename_in_every_layer(op, place):
+    assert (ROOT / place.format(op)).is_file()
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_registered_op_has_implementations_a_fake_and_cases(op):
+    for backend, overload in OPS[op].overloads.items():
+        name = overload.name()
+        key = "CPU" if backend == "native" else "CompositeExplicitAutograd"
+        if (
+            backend != "native"
+            or reg_kernels.backends.why_not("native", "cpu", torch.float32) is None
+        ):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+        assert torch._library.utils.has_fake_kernel(overload), name
+    assert any(case.op == op for case in reg_kernels.cases.all_cases())
+
+
+def test_files_of_ops_that_do_not_exist():
+    for directory in ("ops", "reference", "triton", "cases", "bench"):
+        for path in (PACKAGE / directory).glob("*.py"):
+            if not path.stem.startswith("_"):
+                assert path.stem in FILES, path
+
+
+# Python: faces -> ops -> implementations.
+
+
+def imported(path):
+    """Names of the reg_kernels modules that a file imports, at any depth of nesting."""
+    package = ["reg_kernels", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield ".".join([*base, alias.name])
+
+
+def layer(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "reg_kernels" else None
+
+
+FORBIDDEN = {
+    # from -> layers it must not import
+    "reference": {"ops", "triton", "nn", "functional", "cli", "convert", "cases", "bench"},
+    "triton": {"nn", "functional", "cli", "convert", "cases", "bench"},
+    "ops": {"nn", "functional", "cli", "convert", "cases", "bench"},
+    "nn": {"cli", "cases", "bench", "triton", "reference"},
+    "functional": {"nn", "cli", "cases", "bench", "triton", "reference"},
+}
+
+
+@pytest.mark.parametrize("where", sorted(FORBIDDEN))
+def test_imports_point_one_way(where):
+    paths = list((PACKAGE / where).glob("*.py")) or [PACKAGE / f"{where}.py"]
+    assert paths
+    for path in paths:
+        for module in imported(path):
+            assert layer(module) not in FORBIDDEN[where], f"{path}: {module}"
+
+
+def test_the_reference_imports_torch_alone():
+    for path in (PACKAGE / "reference").glob("*.py"):
+        for module in imported(path):
+            ok = module.startswith(("torch", "__future__", "reg_kernels.reference"))
+            assert ok, f"{path}: {module}"
+
+
+def test_public_names_exist_and_are_documented():
+    for name in ("reg_kernels", "reg_kernels.functional", "reg_kernels.nn"):
+        module = importlib.import_module(name)
+        assert module.__doc__
+        for public in module.__all__:
+            value = getattr(module, public)
+            assert value.__doc__, f"{name}.{public}"
+
+
+# C++: cpu, cuda -> torch -> include.
+
+
+def includes(path):
+    return re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text())
+
+
+def test_the_kernel_headers_know_no_torch():
+    for path in (CSRC / "include").rglob("*.*"):
+        for name in includes(path):
+            assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", name), f"{path}: {name}"
+
+
+def test_cuda_and_cpu_do_not_include_each_other():
+    for here, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        for path in (CSRC / here).iterdir():
+            for name in includes(path):
+                assert f"{other}/" not in name, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", [*CSRC.glob("cpu/*.simd.cpp"), *CSRC.glob("cuda/*.cuh")], ids=str)
+def test_kernels_are_free_of_torch(path):
+    seen, todo = set(), [path]
+    while todo:
+        file = todo.pop()
+        for name in includes(file):
+            assert not re.match(r"(torch|ATen|c10)/", name), f"{file}: {name}"
+            for base in (file.parent, CSRC, CSRC / "include"):
+                if (base / name).is_file() and (base / name) not in seen:
+                    seen.add(base / name)
+                    todo.append(base / name)

@@ -1,0 +1,46 @@
+"""Dropout's Triton kernels ahead of time: every architecture, no spills, wide accesses."""
+
+import pytest
+from aot import ARCHITECTURES, compile_kernel
+
+pytest.importorskip("triton")
+
+DTYPES = ["fp64", "fp32", "fp16", "bf16"]
+SHARED = {
+    "x_ptr": "*{dtype}",
+    "y_ptr": "*{dtype}",
+    "element_offset": "i64",
+    "p_ptr": "*fp64",
+    "threshold": "i32",
+    "scale": "fp64",
+    "state_ptr": "*i64",
+    "seed": "i64",
+    "offset": "i64",
+}
+KERNELS = {
+    "dropout_kernel": ({"numel": "i64"}, {"LEAD": 0, "BLOCK": 2048}),
+    "feature_dropout_kernel": (
+        {"C": "i32", "L": "i32", "stride_c": "i32", "stride_l": "i32"},
+        {"BLOCK_C": 8, "BLOCK_L": 256},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_spilling(kernel, dtype, on_device, architecture):
+    arguments, constants = KERNELS[kernel]
+    result = compile_kernel(
+        f"reg_kernels.triton.dropout:{kernel}",
+        {**{k: v.format(dtype=dtype) for k, v in SHARED.items()}, **arguments},
+        {"TAG": 1, "P_ON_DEVICE": on_device, "ON_DEVICE": on_device, **constants},
+        architecture,
+        divisible=("x_ptr", "y_ptr", "numel"),
+    )
+    assert result["stack"] == 0
+    if kernel == "dropout_kernel":
+        # 16 bytes a thread and access, not element by element.
+        assert result["widest_load"] == 128
+        assert result["widest_store"] == 128
