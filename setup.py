@@ -2,14 +2,14 @@
 
 REG_KERNELS_BUILD      auto (default): the CPU kernels, and CUDA's as below; none: no compiler is
                        called, the package runs its Triton and reference implementations.
-REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a CUDA
-                       build; 1: build them or fail; 0: leave them out.
+REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a
+                       CUDA build; 1: build them or fail; 0: leave them out.
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
 
 One extension serves torch 2.11 and later (LibTorch's stable ABI); the CUDA kernels are a shared
-library of their own, loaded only where torch has CUDA. What was built, and why something was not, is
-written to reg_kernels/_build.json, which `reg-kernels info` reads.
+library of their own, loaded only where torch has CUDA. What was built, and why something was not,
+is written to reg_kernels/_build.json, which `reg-kernels info` reads.
 """
 
 import json
@@ -135,7 +135,7 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
         f'-DRK_TORCH_VERSION=\\"{torch.__version__}\\"',
     ]
 
-    with open(path, "w") as file:
+    with path.open("w") as file:
         ninja = ninja_syntax.Writer(file)
         ninja.variable("builddir", path.parent)
         ninja.rule(

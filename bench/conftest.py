@@ -40,7 +40,7 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
-    op = metafunc.module.__name__.removeprefix("bench_")
+    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
     cases = importlib.import_module(f"reg_kernels.bench.{op}").cases(SCOPE)
     metafunc.parametrize(
         "contender",

@@ -226,7 +226,7 @@ class Report:
 
     def write(self) -> None:
         self.data["copy_bandwidth"] = copy_bandwidth(self.data["results"].get("bench"))
-        text = json.dumps(self.data, indent=1) + "\n"
+        text = _report.to_json(self.data)
         write_whole(self._folder / "report.json", lambda path: path.write_text(text))
         page = render(self.data)
         write_whole(self._folder / "report.md", lambda path: path.write_text(page))

@@ -1,7 +1,7 @@
 """Fused regularisation kernels for PyTorch: CUDA C++, Triton and native CPU code.
 
-`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model; `backend` picks
-the implementation.
+`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model; `backend`
+picks the implementation.
 """
 
 from . import functional, nn

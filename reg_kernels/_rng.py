@@ -20,12 +20,12 @@ _CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are mul
 def draw_state(device: torch.device) -> Tensor:
     """A fresh `rng_state` from torch's default generator of `device`, under `torch.manual_seed`.
 
-    Eager calls on CUDA get it on the host, with no launch and no synchronisation. Inside a CUDA-graph
-    capture or `torch.compile` it is drawn on the device, so that each replay draws anew.
+    Eager calls on CUDA get it on the host, with no launch and no synchronisation. Inside a
+    CUDA-graph capture or `torch.compile` it is drawn on the device, so that each replay draws anew.
     """
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if not torch.cuda.is_current_stream_capturing():
-            return _advance_cuda_generator(device)
+    traced = torch.compiler.is_compiling()
+    if device.type == "cuda" and not traced and not torch.cuda.is_current_stream_capturing():
+        return _advance_cuda_generator(device)
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
@@ -45,7 +45,8 @@ def check_state(rng_state: Tensor, device: torch.device, op: str) -> None:
     """Raises unless `rng_state` is what the kernels take for an input on `device`."""
     if not isinstance(rng_state, Tensor):
         raise TypeError(
-            f"{op}: rng_state must be an int64 tensor [seed, offset], got {type(rng_state).__name__}"
+            f"{op}: rng_state must be an int64 tensor [seed, offset], "
+            f"got {type(rng_state).__name__}"
         )
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
         raise RuntimeError(

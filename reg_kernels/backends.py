@@ -2,9 +2,9 @@
 
 An op has up to three: `native` (C++ on the CPU, CUDA C++ on a GPU), `triton` and `reference` (plain
 PyTorch). The first that can run on the input's device and dtype is taken, in that order. One can be
-forced for a block by `with reg_kernels.backend("triton"):`, for a call by its `backend=` argument and
-for a process by the environment variable REG_KERNELS_BACKEND; a forced one that cannot run raises
-`BackendUnavailable` and never falls back.
+forced for a block by `with reg_kernels.backend("triton"):`, for a call by its `backend=` argument
+and for a process by the environment variable REG_KERNELS_BACKEND; a forced one that cannot run
+raises `BackendUnavailable` and never falls back.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def twin_of(layer: type[nn.Module]) -> Callable[[type[Module]], type[Module]]:
     """Class decorator: the fused class that `convert` swaps `layer` for.
 
     The class must be a subclass of `layer` that keeps its state as it is, with a class attribute
-    `backend`: a swap changes a module's class and nothing else, so its parameters, buffers, hooks and
-    flags stay the very objects they were.
+    `backend`: a swap changes a module's class and nothing else, so its parameters, buffers, hooks
+    and flags stay the very objects they were.
     """
 
     def register(fused: type[Module]) -> type[Module]:
@@ -77,8 +77,8 @@ def convert(
     Args:
         model: any module, itself a layer or made of them.
         inplace: change `model` itself; by default a deep copy is changed.
-        backend: the implementation that the swapped layers force: "native", "triton", "reference" or
-            None, the automatic choice at each call.
+        backend: the implementation that the swapped layers force: "native", "triton", "reference"
+            or None, the automatic choice at each call.
         report: called with a `Conversion`: what was swapped, what was left and why. `report=print`
             shows it.
 
@@ -113,7 +113,7 @@ def convert(
 
 
 def _why_left(cls: type[nn.Module]) -> str | None:
-    """The reason to report for a layer that stays, or None for one that nobody expects to change."""
+    """The reason to report for a layer that stays; None where nobody expects a change."""
     for layer, twin in _TWINS.items():
         if issubclass(cls, twin):
             return "fused already"

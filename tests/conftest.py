@@ -1,14 +1,14 @@
-"""Settings that have to stand before torch and triton are imported."""
+"""Settings that have to stand before triton is imported, and one seed for every test."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("MAX_JOBS", "2")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "triton")]
-
 import pytest
 import torch
+
+# Helper modules that tests share.
+sys.path[:0] = [str(Path(__file__).parent / d) for d in ("", "triton", "emulation")]
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, on the CPU.

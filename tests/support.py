@@ -14,7 +14,7 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
 def implementations(device: str = DEVICE) -> list[object]:
-    """The implementations as pytest parameters; those that cannot run are skipped with the reason."""
+    """The implementations as parameters; one that cannot run is skipped with its reason."""
     parameters = []
     for name in backends.NAMES:
         reason = backends.why_not(name, device, torch.float32)

@@ -16,7 +16,7 @@ from ._measure import (
     Plan,
     Scope,
     Skipped,
-    WrongValuesError,
+    WrongValues,
     contenders,
     measure,
 )
@@ -28,7 +28,7 @@ __all__ = [
     "Plan",
     "Scope",
     "Skipped",
-    "WrongValuesError",
+    "WrongValues",
     "all_cases",
     "contenders",
     "measure",

@@ -38,7 +38,7 @@ _CUDA_SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host 
 _HOST_CALLS = 2000
 
 
-class WrongValuesError(Exception):
+class WrongValues(Exception):
     """A contender computes something else than it should; it is not timed."""
 
 
@@ -68,9 +68,9 @@ class Contender:
 
     name: str
     call: Callable[[int], object]  # one call, on input number i of the pool
-    check: Callable[[], None]  # raises WrongValuesError; the first to call, so it compiles as well
+    check: Callable[[], None]  # raises WrongValues; the first to call, so it compiles as well
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around each sample
-    may_fail: bool = False  # an exception skips it, with its message, and is no error
+    may_fail: bool = False  # an exception in the check skips it, and is no error
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def measure(
 
     Returns:
         What describes the case and, under "contenders", a dictionary for each: "name" and either
-        "skipped" (a reason), "wrong" (what is wrong with its values) or its figures, with the raw
-        seconds of each call.
+        "skipped" (a reason), "wrong" (what is wrong with its values, or what it raised) or its
+        figures, with the raw seconds of a call in each round.
     """
     gc.collect()  # the tensors of the case before
     clock = _clock(case, device)
@@ -181,12 +181,11 @@ def measure(
         try:
             with entry.within():
                 entry.check()
-        except WrongValuesError as error:
+        except WrongValues as error:
             row["wrong"] = str(error)
-        except Exception as error:
-            if not entry.may_fail:
-                raise
-            row["skipped"] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        except Exception as error:  # a crash of one contender is a result, not the end
+            message = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            row["skipped" if entry.may_fail else "wrong"] = message
         else:
             running.append(entry)
     samples, calls = _interleave(running, clock, plan, after_round)
@@ -268,7 +267,7 @@ def _copy_contender(case: Case, device: torch.device, pool: int) -> Contender:
     def check() -> None:
         destination.copy_(sources[0])
         if not torch.equal(destination, sources[0]):
-            raise WrongValuesError("copy_: the copy differs from its source")
+            raise WrongValues("copy_: the copy differs from its source")
 
     return Contender(COPY, lambda i: destination.copy_(sources[i % pool]), check)
 

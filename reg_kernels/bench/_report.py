@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,13 @@ RESULT_COLUMNS = (
     "goals",
 )
 GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """`data` as indented JSON with each list of numbers on one line, since they are long."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    numbers = re.compile(r"\[\s+(-?\d[\d.eE+-]*(?:,\s+-?\d[\d.eE+-]*)*)\s+\]")
+    return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def format_seconds(seconds: float) -> str:
@@ -96,7 +105,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         text if len(where) == len(data["benchmarks"]) else f"{text} ({len(where)} benchmarks)"
         for text, where in cases.items()
     ]
-    return lines + [f"left out by --time-limit: {label}" for label in data["left_out"]]
+    return lines + [f"left out: {row['label']}: {row['reason']}" for row in data["left_out"]]
 
 
 def wrong(data: dict[str, Any]) -> list[str]:

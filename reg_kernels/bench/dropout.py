@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import backends, nn
 from .. import functional as fused
 from ..reference.dropout import rate
-from ._measure import COMPILE, EAGER, Case, Contender, Goal, Scope, Skipped, WrongValuesError
+from ._measure import COMPILE, EAGER, Case, Contender, Goal, Scope, Skipped, WrongValues
 
 P = 0.1
 
@@ -245,7 +245,7 @@ def _contender(
 
 
 def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> None:
-    """Raises WrongValuesError unless y is x with a share P of it dropped and the rest scaled.
+    """Raises WrongValues unless y is x with a share P of it dropped and the rest scaled.
 
     The share has to be within 5 standard deviations; x must hold no zeros. Channel dropout has to
     drop whole channels.
@@ -256,16 +256,16 @@ def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> Non
         channels = dropped.flatten(2)
         dropped = channels.all(2)
         if not torch.equal(dropped, channels.any(2)):
-            raise WrongValuesError(f"{name}: a channel is dropped in part")
+            raise WrongValues(f"{name}: a channel is dropped in part")
     count = dropped.numel()
     share = int(dropped.sum()) / count
     if abs(share - P) > 5 * math.sqrt(P * (1 - P) / count):
-        raise WrongValuesError(f"{name}: {share:.4%} of {count} were dropped, p is {P:.0%}")
+        raise WrongValues(f"{name}: {share:.4%} of {count} were dropped, p is {P:.0%}")
     _compare(f"{name}: output", y, x, y, scale)
 
 
 def check_backward(name: str, y: Tensor, grad_output: Tensor, grad: Tensor, scale: float) -> None:
-    """Raises WrongValuesError unless grad is grad_output with the mask that y shows."""
+    """Raises WrongValues unless grad is grad_output with the mask that y shows."""
     _compare(f"{name}: gradient", grad, grad_output, y.detach(), scale)
 
 
@@ -278,4 +278,4 @@ def _compare(name: str, actual: Tensor, source: Tensor, mask: Tensor, scale: flo
         expected = torch.where(m != 0, s.double() * scale, 0.0)
         error = ((got.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max()
         if not error <= allowed:
-            raise WrongValuesError(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")
+            raise WrongValues(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")

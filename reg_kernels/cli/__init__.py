@@ -16,7 +16,7 @@ COMMANDS = ("info", "check", "bench", "train")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reg-kernels",
-        description="Fused regularisation kernels for PyTorch: what runs here, how exactly, how fast.",
+        description="Fused regularisation kernels for PyTorch: what runs here and how well.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

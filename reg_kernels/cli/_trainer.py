@@ -222,8 +222,8 @@ class Training:
     ) -> None:
         model.train()
         order = torch.randperm(len(self._train_y), generator=shuffle)
-        # Batches of nearly one size: a last one of a single image would count as much as the others,
-        # and BatchNorm cannot train on a single image of one pixel.
+        # Batches of nearly one size: a last one of a single image would count as much as the
+        # others, and BatchNorm cannot train on a single image of one pixel.
         batches = order.tensor_split(math.ceil(len(order) / BATCH))
         for index, batch in enumerate(batches):
             done = (epoch + index / len(batches)) / self.epochs

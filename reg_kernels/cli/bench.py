@@ -10,11 +10,11 @@ something else.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
+PICTURES = (".png", ".svg", ".pdf")
 INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 
 FULL = bench.Plan(seconds=4.0, least=7, most=40, sample=5e-3)
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     cases = [case for case in cases if not args.op or case.op in args.op]
     json_path = _output("--json", args.json, device)
     plot_path = _output("--plot", args.plot, device)
+    if plot_path is not None and plot_path.suffix not in PICTURES:
+        raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
     if device.type == "cpu" and _environment.allocator() is None and _environment.has_glibc():
         _start_again(args)
 
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     _print(data)
     if json_path is not None:
-        text = json.dumps(data, indent=1) + "\n"
+        text = _report.to_json(data)
         _write("--json", json_path, lambda path: path.write_text(text))
     if plot_path is not None:
         _write("--plot", plot_path, lambda path: _report.draw(path, data))
@@ -172,13 +175,11 @@ def _output(option: str, path: Path | None, device: torch.device) -> Path | None
     return path
 
 
-def _write(option: str, path: Path, write: Any) -> None:
+def _write(option: str, path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_whole(path, write)
-    except (OSError, ValueError) as error:
-        # A ValueError is matplotlib's word for a format that it does not know.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{option}: cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
     print(f"wrote {path}")
 
 
@@ -193,7 +194,7 @@ def _measure_all(
         **_environment.environment(device),
         "options": {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype},
         "benchmarks": [],
-        "left_out": [],  # by --time-limit
+        "left_out": [],
     }
     begin = time.monotonic()
     console = Console(stderr=True)
@@ -207,13 +208,16 @@ def _measure_all(
         for number, case in enumerate(cases, start=1):
             progress.update(bar, description=case.label)
             if args.time_limit is not None and time.monotonic() - begin > args.time_limit:
-                data["left_out"].append(case.label)
+                data["left_out"].append({"label": case.label, "reason": "the time was up"})
                 continue
 
             def after_round(done: int, rounds: int, case: bench.Case = case) -> None:
                 progress.update(bar, description=f"{case.label}, round {done} of {rounds}")
 
-            data["benchmarks"].append(bench.measure(case, device, plan, after_round))
+            try:
+                data["benchmarks"].append(bench.measure(case, device, plan, after_round))
+            except torch.OutOfMemoryError:
+                data["left_out"].append({"label": case.label, "reason": "out of GPU memory"})
             progress.advance(bar)
             if not console.is_terminal:
                 print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)

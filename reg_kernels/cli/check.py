@@ -1,7 +1,7 @@
 """Checks every op, implementation and dtype on this machine against the fp64 reference.
 
-The error of an output and of a gradient may be twice what PyTorch's own arithmetic makes of the same
-formula in the same dtype, plus a rounding of the dtype. float64 has to pass gradcheck as well.
+The error of an output and of a gradient may be twice what PyTorch's own arithmetic makes of the
+same formula in the same dtype, plus a rounding of the dtype. float64 has to pass gradcheck as well.
 """
 
 from __future__ import annotations

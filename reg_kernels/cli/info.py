@@ -1,4 +1,4 @@
-"""Shows torch, the devices, and which implementation each op uses here and why the others cannot."""
+"""Shows torch, the devices, which implementation each op uses here and why others cannot."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Dropout(_FusedDropout, torch.nn.Dropout):
 
 @twin_of(torch.nn.Dropout1d)
 class Dropout1d(_FusedDropout, torch.nn.Dropout1d):
-    """`torch.nn.Dropout1d` by `reg_kernels.functional.dropout1d`: channels of (N, C, L) or (C, L)."""
+    """`torch.nn.Dropout1d` by `reg_kernels.functional.dropout1d`: (N, C, L) or (C, L)."""
 
     _function = staticmethod(F.dropout1d)
 

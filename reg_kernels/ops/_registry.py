@@ -1,9 +1,9 @@
 """How an op is registered with torch.
 
-An op `name` has one overload for each implementation, all of one schema: `name` itself is the native
-one, whose kernels csrc/ registers for the CPU and CUDA keys; `name.triton` and `name.reference` are
-registered here. The caller picks the overload, so a compiled graph shows which implementation it
-runs, and nothing is chosen behind the dispatcher's back.
+An op `name` has one overload for each implementation, all of one schema: `name` itself is the
+native one, whose kernels csrc/ registers for the CPU and CUDA keys; `name.triton` and
+`name.reference` are registered here. The caller picks the overload, so a compiled graph shows which
+implementation it runs, and nothing is chosen behind the dispatcher's back.
 """
 
 from __future__ import annotations

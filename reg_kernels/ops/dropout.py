@@ -219,8 +219,8 @@ def dropout(
     :math:`T = \mathrm{round}(65536 (1 - p))`.
 
     The probability that is realised is `p` rounded to 1/65536, and the scale is the inverse of the
-    one of keeping, so :math:`E[y] = x` exactly. An element that is dropped is multiplied by zero: NaN
-    and infinities stay NaN, as with torch.
+    one of keeping, so :math:`E[y] = x` exactly. An element that is dropped is multiplied by zero:
+    NaN and infinities stay NaN, as with torch.
 
     Args:
         input: any shape; float64, float32, float16 or bfloat16. float16 and bfloat16 are computed
@@ -241,7 +241,8 @@ def dropout(
     Raises:
         ValueError: `p` outside [0, 1], or an unknown `backend`.
         RuntimeError: another dtype, a `backend` that cannot run here (`BackendUnavailable`), an
-            `rng_state` of another shape, dtype or device, or `inplace` on a leaf that requires grad.
+            `rng_state` of another shape, dtype or device, or `inplace` on a leaf that requires
+            grad.
 
     Element e of the mask, counted in storage order, is drawn from Philox4x32-10: the result depends
     on rng_state alone, not on threads, and two runs give the same bits.

@@ -1,1 +1,1 @@
-"""Each op in Triton. Imported by reg_kernels.ops at an op's first call, since triton is optional."""
+"""Each op in Triton, imported at its first call: triton is optional."""

@@ -1,6 +1,7 @@
 """Dropout and channel dropout in Triton.
 
-Reads x, writes y: 2 * sizeof(dtype) bytes an element, forward and backward alike; no mask is stored.
+Reads x, writes y: 2 * sizeof(dtype) bytes an element, forward and backward alike; no mask is
+stored.
 """
 
 from __future__ import annotations

@@ -442,9 +442,9 @@ def test_bad_offset_and_backend():
     ("function", "shape"), [(F.dropout1d, (3,)), (F.dropout1d, (1, 2, 3, 4)), (F.dropout2d, (3,))]
 )
 def test_channel_dropout_of_wrong_rank(function, shape):
-    with pytest.warns(UserWarning) if function is F.dropout2d else nullcontext():
-        with pytest.raises(RuntimeError, match=f"{function.__name__}: input must"):
-            function(torch.ones(shape))
+    warning = pytest.warns(UserWarning) if function is F.dropout2d else nullcontext()
+    with warning, pytest.raises(RuntimeError, match=f"{function.__name__}: input must"):
+        function(torch.ones(shape))
 
 
 # Registration and compilation

@@ -1,4 +1,4 @@
-"""A kernel that shows the Philox words of reg_kernels.triton; imported where triton is installed."""
+"""A kernel that shows the Philox words of reg_kernels.triton; needs triton."""
 
 import triton
 import triton.language as tl

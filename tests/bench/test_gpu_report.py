@@ -1,0 +1,281 @@
+"""bench/gpu_report.py without a GPU: stages, limits, merging, rendering, on commands of our own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+FACTS = {
+    "commit": {"hash": "a" * 40, "dirty": False},
+    "date": "2026-01-01T00:00:00+00:00",
+    "device": {"type": "cuda", "name": "Made-up GPU", "driver": "1.2"},
+    "versions": {"torch": "2.11.0", "triton": None},
+}
+ROW = {"calls_per_sample": 1, "seconds": [1e-3, 1e-3], "quartiles": [1e-3, 1e-3]}
+BENCH = {
+    **FACTS,
+    "schema": 1,
+    "threads": 2,
+    "allocator": None,
+    "isa": None,
+    "left_out": [{"label": "dropout forward float32 1 GiB", "reason": "the time was up"}],
+    "benchmarks": [
+        {
+            "label": "dropout forward float32 64 MiB",
+            "op": "dropout",
+            "dtype": "float32",
+            "host": False,
+            "bytes": 2**27,
+            "contenders": [
+                {"name": "copy", "median": 1e-3, "bytes_per_second": 4e12, **ROW},
+                {
+                    "name": "native",
+                    "median": 1e-3,
+                    "share_of_copy": 0.95,
+                    "speedup_over_eager": 1.5,
+                    "kept_bytes": 16,
+                    "goals": [
+                        {"text": "ahead of all", "figure": "x", "limit": 1, "value": 2, "met": True}
+                    ],
+                    **ROW,
+                },
+                {"name": "triton", "skipped": "not installed"},
+                {"name": "eager", "median": 1.5e-3, **ROW},
+            ],
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    path = ROOT / "bench" / "gpu_report.py"
+    spec = importlib.util.spec_from_file_location("gpu_report", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_report"] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def any_time_is_enough(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LEAST", 0.01)
+
+
+def python(report: Any, name: str, code: str, group: str = "group", **fields: Any) -> Any:
+    return report.Stage(name, group, (sys.executable, "-S", "-c", code), 30, **fields)
+
+
+def outcome(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = json.loads((folder / "report.json").read_text())["stages"]
+    return {row["name"]: row for row in rows}
+
+
+def test_a_stage_that_fails_is_reported_and_the_rest_runs(
+    report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    stages = [
+        python(report, "good", "print('all well')"),
+        python(report, "bad", "print('a reason'); raise SystemExit(3)"),
+        python(report, "known", "raise SystemExit(5)", reasons={5: "no test was selected"}),
+        report.Stage("missing", "group", ("no-such-program",), 30),
+        python(report, "last", "print('here')"),
+    ]
+    folder = tmp_path / "results" / "gpu"
+    assert report.make_report(folder, FACTS, stages) == 1
+    rows = outcome(folder)
+    assert {name: (r["status"], r["reason"]) for name, r in rows.items()} == {
+        "good": ("ok", ""),
+        "bad": ("failed", "exit code 3"),
+        "known": ("failed", "no test was selected"),
+        "missing": ("not available", "no-such-program was not found"),
+        "last": ("ok", ""),
+    }
+    assert rows["bad"]["tail"] == "a reason"
+    page = (folder / "report.md").read_text()
+    assert "| group | bad | failed |" in page and "a reason" in page
+    assert page[-100:] in capsys.readouterr().out
+
+
+def test_success_and_missing_tools_exit_0(report: Any, tmp_path: Path):
+    stages = [
+        python(report, "good", ""),
+        report.Stage("missing", "group", ("no-such-program",), 30),
+    ]
+    assert report.make_report(tmp_path, FACTS, stages) == 0
+
+
+def test_a_stage_is_stopped_at_its_limit_with_all_it_started(report: Any, tmp_path: Path):
+    pid = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time; print('begun', flush=True)\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    begin = time.monotonic()
+    row = report.run_stage(python(report, "slow", code), 3.0)
+    assert time.monotonic() - begin < 20
+    assert (row["status"], row["reason"]) == ("timed out", "stopped after 3 s")
+    assert row["tail"] == "begun"
+    deadline = time.monotonic() + 10
+    while _alive(int(pid.read_text())):
+        assert time.monotonic() < deadline, "the grandchild runs on"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_what_the_budget_has_not_room_for_is_skipped(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "LEAST", 1.0)
+    stages = [python(report, "one", ""), python(report, "two", "")]
+    assert report.make_report(tmp_path, FACTS, stages, budget=0.5) == 0
+    assert {r["status"] for r in outcome(tmp_path).values()} == {"skipped"}
+
+
+def test_time_is_kept_for_a_stage_that_was_promised_it(report: Any, tmp_path: Path):
+    stages = [
+        python(report, "long", "import time; time.sleep(60)"),
+        python(report, "promised", "import sys; print(sys.argv)", promised=60.0),
+    ]
+    assert report.make_report(tmp_path, FACTS, stages, budget=61.0) == 1
+    rows = outcome(tmp_path)
+    assert rows["long"]["status"] == "timed out" and rows["promised"]["status"] == "ok"
+
+
+def test_a_command_learns_what_it_may_take(report: Any):
+    stage = python(report, "x", "import sys; print(sys.argv[1])")
+    stage = report.Stage("x", "group", (*stage.command, "{seconds}"), 30)
+    assert report.run_stage(stage, 40.0)["tail"] == "30"
+
+
+def test_the_report_is_there_after_every_stage(report: Any, tmp_path: Path):
+    path = tmp_path / "report.json"
+    code = f"import json; print(len(json.load(open({str(path)!r}))['stages']))"
+    stages = [python(report, name, code) for name in ("a", "b", "c")]
+    assert report.make_report(tmp_path, FACTS, stages) == 0
+    assert [row["tail"] for row in outcome(tmp_path).values()] == ["0", "1", "2"]
+
+
+def test_interruption_keeps_what_was_done(report: Any, tmp_path: Path):
+    code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(30)"
+    stages = [
+        python(report, "done", ""),
+        python(report, "stopped", code),
+        python(report, "never", ""),
+    ]
+    assert report.make_report(tmp_path, FACTS, stages) == 130
+    assert {n: r["status"] for n, r in outcome(tmp_path).items()} == {
+        "done": "ok",
+        "stopped": "interrupted",
+    }
+
+
+def test_only_reruns_a_part_of_the_same_commit(report: Any, tmp_path: Path):
+    counted = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    stages = [
+        python(report, "first", counted, group="one"),
+        python(report, "second", "raise SystemExit(1)", group="two"),
+        python(report, "third", counted, group="two"),
+    ]
+    assert report.make_report(tmp_path, FACTS, stages) == 1
+    stages[1] = python(report, "second", "", group="two")
+    assert report.make_report(tmp_path, FACTS, stages, "second") == 0
+    rows = outcome(tmp_path)
+    assert list(rows) == ["first", "second", "third"]
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    assert (tmp_path / "count").read_text() == "xx"
+    assert report.make_report(tmp_path, FACTS, stages, "one,third") == 0
+    assert (tmp_path / "count").read_text() == "xxxx"
+    # Another commit's outcomes are none of this one.
+    other = FACTS | {"commit": {"hash": "b" * 40, "dirty": False}}
+    assert report.make_report(tmp_path, other, stages, "second") == 0
+    assert list(outcome(tmp_path)) == ["second"]
+
+
+def test_only_refuses_what_it_does_not_know(report: Any, tmp_path: Path):
+    stages = [python(report, "first", "", group="one")]
+    with pytest.raises(ValueError, match=r"--only must name stages of one \(first\), got 'frist'"):
+        report.make_report(tmp_path / "new", FACTS, stages, "first,frist")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_report_is_replaced(report: Any, tmp_path: Path):
+    (tmp_path / "report.json").write_text("{")
+    assert report.make_report(tmp_path, FACTS, [python(report, "a", "")], "a") == 0
+    assert list(outcome(tmp_path)) == ["a"]
+
+
+def test_results_are_embedded_and_rendered(report: Any, tmp_path: Path):
+    made, wanted = tmp_path / "made.json", tmp_path / "bench.json"
+    made.write_text(json.dumps(BENCH))
+    copy = f"open({str(wanted)!r}, 'w').write(open({str(made)!r}).read())"
+    stages = [
+        python(report, "bench", copy, "benchmarks", result="bench.json"),
+        python(report, "broken", "", result="made.json"),  # there, but none of this stage's
+    ]
+    assert report.make_report(tmp_path, FACTS, stages) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["results"] == {"bench": BENCH}
+    assert data["copy_bandwidth"] == {"float32 64 MiB": 4e12}
+    page = (tmp_path / "report.md").read_text()
+    assert page.startswith("# Made-up GPU\n")
+    assert "- commit: aaaaaaaaaaaa\n" in page and "- driver: 1.2\n" in page
+    assert "- copy bandwidth, float32 64 MiB: 4.000 TB/s read and written\n" in page
+    row = "1 ms (1–1 ms) | 0.95 | 1.5 ms (1.5×) |  | 16 B | met |"
+    assert f"| dropout forward float32 64 MiB | native | {row}" in page
+    assert "| dropout forward float32 64 MiB | native: ahead of all | 2 | met |" in page
+    assert "- triton was not measured: not installed" in page
+    assert "- left out: dropout forward float32 1 GiB: the time was up" in page
+
+
+def test_a_result_that_is_no_json_fails_its_stage(report: Any, tmp_path: Path):
+    code = f"open({str(tmp_path / 'bench.json')!r}, 'w').write('half')"
+    stages = [python(report, "bench", code, result="bench.json"), python(report, "next", "")]
+    assert report.make_report(tmp_path, FACTS, stages) == 1
+    rows = outcome(tmp_path)
+    assert rows["bench"]["reason"] == "bench.json is no JSON" and rows["next"]["status"] == "ok"
+
+
+def test_reports_do_not_name_the_places_of_this_machine(report: Any):
+    row = report.run_stage(python(report, "x", f"print({sys.executable!r}, {str(ROOT)!r})"), 30.0)
+    assert row["tail"] == "python ."
+    assert sys.executable not in row["command"]
+
+
+def test_the_stages_are_those_that_are_promised(report: Any, tmp_path: Path):
+    stages = report.stages(tmp_path)
+    groups = list(dict.fromkeys(stage.group for stage in stages))
+    assert groups == ["environment", "build", "suite", "sanitizer", "benchmarks"]
+    by_name = {stage.name: stage for stage in stages}
+    assert by_name["compile"].environment["REG_KERNELS_CUDA_ARCH"] == "native"
+    assert {"memcheck", "racecheck", "initcheck"} <= set(by_name)
+    assert all(by_name[t].limit <= 60 for t in ("memcheck", "racecheck", "initcheck"))
+    # Whatever the others take, the benchmarks get a share worth having.
+    assert by_name["bench"].promised >= 100
+    for stage in stages:
+        assert stage.limit <= report.BUDGET - report.RESERVE
+        assert stage.result is None or str(tmp_path / stage.result) in stage.command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert report.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("sees no GPU here\n")
+    assert list(tmp_path.iterdir()) == []

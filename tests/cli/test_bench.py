@@ -1,0 +1,522 @@
+"""The `bench` command and what it is made of: arithmetic, checks, files, errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from reg_kernels import backends, bench, ops
+from reg_kernels.bench import _environment, _measure, _report, dropout
+from reg_kernels.cli import bench as command
+from reg_kernels.cli import main
+from reg_kernels.ops.dropout import dropout as fused_dropout
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+NATIVE = backends.why_not("native", "cpu", torch.float32) is None
+TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+P = dropout.P
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def case(*contenders: bench.Contender | bench.Skipped, **fields: Any) -> bench.Case:
+    """A benchmark of 256 floats with these contenders beside the copy."""
+    described = {"op": "toy", "direction": "forward", "dtype": torch.float32, "shape": (256,)}
+    described |= {"bytes": 2048, "requires_grad": False}
+    return bench.Case(**(described | fields), prepare=lambda device, pool: list(contenders))
+
+
+def contender(name: str, call: Callable[[int], object], **fields: Any) -> bench.Contender:
+    return bench.Contender(name, call, fields.pop("check", lambda: None), **fields)
+
+
+def measured(subject: bench.Case, plan: bench.Plan = TINY) -> dict[str, dict[str, Any]]:
+    result = bench.measure(subject, CPU, plan)
+    return {row["name"]: row for row in result["contenders"]}
+
+
+# The measuring engine
+
+
+def test_figures_are_medians_over_rounds_of_ratios_within_a_round():
+    # The second round is slow for both, which a ratio of medians would not see through.
+    samples = {
+        "copy": [1.0, 8.0, 2.0],
+        "native": [2.0, 16.0, 8.0],
+        "eager": [8.0, 80.0, 16.0],
+    }
+    row = _measure.figures(samples["native"], samples, 1000)
+    assert row["median"] == 8.0
+    assert row["quartiles"] == [5.0, 12.0]
+    assert row["bytes_per_second"] == 125.0
+    assert row["time_over_copy"] == 2.0
+    assert row["share_of_copy"] == 0.5
+    assert row["time_over_eager"] == 0.25
+    assert row["speedup_over_eager"] == 4.0
+    assert not any("compile" in key for key in row)
+
+
+def test_contenders_run_interleaved_and_nobody_always_first():
+    log: list[str] = []
+    names = ("a", "b", "c")
+    ways = [contender(n, lambda i, n=n: log.append(n)) for n in names]
+    plan = bench.Plan(seconds=0.0, least=6, most=6, sample=0.0)
+    rows = measured(case(*ways), plan)
+    assert all(len(rows[n]["seconds"]) == 6 for n in (*names, "copy"))
+    # Two guesses each, then in each round a lead-in and a sample of one call.
+    rounds = [log[i : i + 6] for i in range(6, 6 + 36, 6)]
+    assert all(sorted(part) == sorted(names * 2) for part in rounds)
+    assert {part[0] for part in rounds} == set(names)
+
+
+def test_each_call_gets_the_next_input():
+    seen: list[int] = []
+    measured(case(contender("a", seen.append)))
+    assert len(set(seen)) == len(seen)
+
+
+def test_short_calls_fill_a_sample():
+    plan = bench.Plan(seconds=0.0, least=3, most=3, sample=1e-3)
+    calls = []
+    rows = measured(case(contender("a", calls.append)), plan)
+    assert 1 < rows["a"]["calls_per_sample"] <= 2000
+    assert len(calls) >= 3 * rows["a"]["calls_per_sample"]
+
+
+def test_within_surrounds_every_call():
+    inside = []
+
+    class Within:
+        def __enter__(self) -> None:
+            inside.append(True)
+
+        def __exit__(self, *error: object) -> None:
+            inside.pop()
+
+    def call(i: int) -> None:
+        assert inside
+
+    measured(case(contender("a", call, check=lambda: call(0), within=Within)))
+    assert not inside
+
+
+def test_a_contender_of_wrong_values_is_not_timed_and_the_others_are():
+    def check() -> None:
+        raise bench.WrongValues("toy: off by one")
+
+    def crash() -> None:
+        raise RuntimeError("no kernel\nand a traceback")
+
+    rows = measured(
+        case(
+            contender("wrong", lambda i: None, check=check),
+            contender("crashing", lambda i: None, check=crash),
+            contender("optional", lambda i: None, check=crash, may_fail=True),
+            bench.Skipped("absent", "not built"),
+            contender("right", lambda i: None),
+            goals=(bench.Goal("wrong", "fast", "time_over_copy", 1.0),),
+        )
+    )
+    assert rows["wrong"]["wrong"] == "toy: off by one"
+    assert rows["wrong"]["goals"][0]["met"] is None
+    assert rows["crashing"]["wrong"] == "RuntimeError: no kernel"
+    assert rows["optional"]["skipped"] == "RuntimeError: no kernel"
+    assert rows["absent"]["skipped"] == "not built"
+    assert "seconds" not in rows["wrong"] and len(rows["right"]["seconds"]) == 3
+
+
+def test_the_copy_moves_the_bytes_of_the_case():
+    (copy,) = bench.contenders(case(bytes=4096, dtype=torch.bfloat16), CPU)
+    assert copy.call(0).nbytes == 2048
+
+
+def test_kept_bytes_count_each_storage_once():
+    x = torch.ones(256, requires_grad=True)
+    rows = measured(
+        case(contender("square", lambda i: x * x), requires_grad=True),
+    )
+    assert rows["square"]["kept_bytes"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"), [(0.9, False, True), (1.1, False, False), (1.1, True, True)]
+)
+def test_goals(value: float, at_least: bool, met: bool):
+    goal = bench.Goal("native", "text", "time_over_copy", 1.0, at_least)
+    assert goal.result(value)["met"] is met
+    assert goal.result(None)["met"] is None
+
+
+# Dropout's benchmarks
+
+
+def test_every_op_has_benchmarks():
+    assert bench.modules() == sorted(
+        m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")
+    )
+
+
+@pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", ["dropout", "dropout2d"])
+def test_every_contender_computes_dropout(op: str, layout: str, dtype: torch.dtype):
+    scope = bench.Scope(CPU, (dtype,), compiled=False)
+    for direction in ("forward", "backward"):
+        subject = dropout._case(op, direction, dtype, (32, 16, 4, 4), layout, scope)
+        for entry in bench.contenders(subject, CPU):
+            if isinstance(entry, bench.Contender):
+                with entry.within():
+                    entry.check()
+
+
+def test_compiled_dropout_can_repeat_its_backward():
+    scope = bench.Scope(CPU, (torch.float32,))
+    subject = dropout._case("dropout", "backward", torch.float32, (512,), "contiguous", scope)
+    rows = measured(subject)
+    assert len(rows["compile"]["seconds"]) == 3, rows["compile"]
+
+
+def test_the_cases_cover_what_is_promised():
+    full = bench.Scope(CPU, backends.DTYPES, everything=True)
+    default = bench.Scope(CPU, (torch.float32, torch.bfloat16))
+    labels = [c.label for c in dropout.cases(default)]
+    assert len(set(labels)) == len(labels)
+    assert set(labels) < {c.label for c in dropout.cases(full)}
+    goals = {c.label: [g.text for g in c.goals] for c in dropout.cases(default)}
+    assert goals["dropout forward float32 64 MiB"] == [
+        "at most 0.85 of copy_'s time",
+        "at least 50 times eager's speed",
+        "keeps 16 bytes for backward",
+    ]
+    assert goals["dropout backward float32 64 MiB"] == ["at most 0.85 of copy_'s time"]
+    assert goals["dropout backward bfloat16 64 MiB"] == ["at most 1.3 of copy_'s time"]
+    assert goals["dropout forward float32 16 elements no grad host time"]
+    assert all(c.bytes == 2 * c.shape[0] * c.dtype.itemsize for c in dropout.cases(full)[:8])
+
+
+@pytest.fixture
+def dropped() -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """An input, its dropout by eager PyTorch, and the scale of what was kept."""
+    torch.manual_seed(0)
+    x = torch.rand(64, 64, 8) + 1
+    yield x, torch.nn.functional.dropout(x, P), 1 / (1 - P)
+
+
+def test_check_accepts_the_right_values(dropped: Any):
+    x, y, scale = dropped
+    dropout.check_forward("eager", "dropout", x, y, scale)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: y * 1.00001, "output is off by 1.0"),
+        (lambda x, y: x, "0.0000% of 32768 were dropped"),
+        (lambda x, y: y * torch.nn.functional.dropout(torch.ones_like(y), 0.05), "were dropped"),
+        (lambda x, y: torch.where(y == y.max(), float("nan"), y), "off by nan"),
+    ],
+    ids=["scale", "identity", "too many", "nan"],
+)
+def test_check_finds_wrong_values(dropped: Any, spoil: Any, message: str):
+    x, y, scale = dropped
+    with pytest.raises(bench.WrongValues, match=message):
+        dropout.check_forward("spoilt", "dropout", x, spoil(x, y), scale)
+
+
+def test_check_finds_a_channel_that_is_dropped_in_part(dropped: Any):
+    x, y, scale = dropped
+    with pytest.raises(bench.WrongValues, match="dropped in part"):
+        dropout.check_forward("spoilt", "dropout2d", x, y, scale)
+
+
+def test_check_finds_another_mask_in_the_gradient(dropped: Any):
+    x, y, scale = dropped
+    g = torch.rand_like(x) + 1
+    gradient = g * (y != 0) * scale
+    dropout.check_backward("eager", y, g, gradient, scale)
+    with pytest.raises(bench.WrongValues, match="gradient is off by"):
+        dropout.check_backward("spoilt", y, g, gradient.roll(1), scale)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native code is not built")
+def test_each_instruction_set_runs_and_is_put_back():
+    from reg_kernels import _C
+
+    before = _C.isa()
+    for name in dropout._lower_isas():
+        with dropout._isa(name):
+            assert _C.isa() == name
+        assert _C.isa() == before
+
+
+# The command
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small benchmarks in place of all, in a process that counts as started again."""
+    for name, value in _environment.ALLOCATOR.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "QUICK", TINY)
+
+    def cases(scope: bench.Scope) -> list[bench.Case]:
+        goal = bench.Goal("native", "at least as fast as light", "share_of_copy", 1e9, True)
+        make = dropout._case
+        args = ("dropout", "forward", torch.float32)
+        return [
+            make(*args, (2048,), "contiguous", scope, goals=(goal,)),
+            make(*args, (16,), "contiguous", scope, host=True),
+        ]
+
+    monkeypatch.setattr(bench, "all_cases", cases)
+
+
+def run(*words: object) -> int:
+    return main(["bench", "--device", "cpu", "--quick", *map(str, words)])
+
+
+def test_json_holds_conditions_raw_times_and_figures(few: None, tmp_path: Path):
+    threads = torch.get_num_threads()
+    assert run("--json", tmp_path / "{device}" / "bench.json") == 0
+    name = _environment.slug(_environment.device_name(CPU))
+    data = json.loads((tmp_path / name / "bench.json").read_text())
+    assert data["schema"] == _report.SCHEMA
+    assert data["device"]["type"] == "cpu" and data["device"]["name"]
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["threads"] == threads
+    assert data["allocator"] == _environment.ALLOCATOR
+    assert (data["isa"] is not None) is NATIVE
+    assert data["commit"] is None or len(data["commit"]["hash"]) == 40
+    assert data["left_out"] == []
+    first = data["benchmarks"][0]
+    assert {k: first[k] for k in ("op", "direction", "dtype", "shape", "bytes")} == {
+        "op": "dropout",
+        "direction": "forward",
+        "dtype": "float32",
+        "shape": [2048],
+        "bytes": 16384,
+    }
+    rows = {row["name"]: row for row in first["contenders"]}
+    assert {"copy", "native", "triton", "reference", "eager", "compile"} <= set(rows)
+    assert "left out" in rows["compile"]["skipped"]
+    for row in rows.values():
+        if "skipped" not in row:
+            assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0
+            assert row["time_over_copy"] * row["share_of_copy"] == pytest.approx(1)
+    if NATIVE:
+        assert rows["native"]["kept_bytes"] == 16
+        assert rows["native"]["goals"][0]["met"] is False
+        assert rows["native"]["speedup_over_eager"] > 0
+
+
+def test_json_is_readable_by_people_too():
+    data = {"seconds": [1e-05, 2.5, -3], "names": ["[1,\n 2]"], "empty": [], "nested": [[1], [2]]}
+    text = _report.to_json(data)
+    assert '"seconds": [1e-05, 2.5, -3]' in text
+    assert json.loads(text) == data
+
+
+def test_tables(few: None, capsys: pytest.CaptureFixture[str]):
+    assert run() == 0
+    out = capsys.readouterr().out
+    assert "dropout forward float32 8 KiB" in out
+    assert "dropout forward float32 16 elements host time" in out
+    assert "triton was not measured: " in out
+    if NATIVE:
+        assert "native: at least as fast as light" in out and "MISSED" in out
+
+
+def test_wrong_values_are_an_error(
+    few: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: x * 1)
+    assert run("--json", tmp_path / "bench.json") == 1
+    captured = capsys.readouterr()
+    assert "wrong values: dropout, eager: 0.0000% of 2048 were dropped" in captured.err
+    assert "WRONG VALUES: dropout, eager" in captured.out
+    first = json.loads((tmp_path / "bench.json").read_text())["benchmarks"][0]
+    rows = {row["name"]: row for row in first["contenders"]}
+    assert "seconds" not in rows["eager"]
+    assert "seconds" in rows["reference"] and "time_over_eager" not in rows["reference"]
+
+
+def test_plot(few: None, tmp_path: Path):
+    assert run("--plot", tmp_path / "shares.png") == 0
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_limit_names_what_is_left_out(few: None, capsys: pytest.CaptureFixture[str]):
+    assert run("--time-limit", 1e-9) == 0
+    assert "left out: dropout forward float32 8 KiB: the time was up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--op", "dropuot"], "--op must be one of dropout, got 'dropuot'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--time-limit", "0"], "--time-limit must be above 0, got 0.0"),
+        (["--time-limit", "nan"], "--time-limit must be above 0, got nan"),
+        (["--json", "{tmp}"], "--json: must be a file, got the directory {tmp}"),
+        (["--json", "{tmp}/file/b.json"], "--json: cannot write {tmp}/file/b.json: "),
+        (["--plot", "{tmp}/a.doc"], "--plot: must end in .png, .svg, .pdf, got a.doc"),
+    ],
+)
+def test_bad_input(
+    words: list[str],
+    message: str,
+    few: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "file").write_text("in the way")
+    assert run(*(w.replace("{tmp}", str(tmp_path)) for w in words)) == 2
+    captured = capsys.readouterr()
+    assert message.replace("{tmp}", str(tmp_path)) in captured.err
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_interruption_writes_nothing(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    assert run("--json", tmp_path / "bench.json") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not _environment.has_glibc(), reason="malloc's settings are glibc's")
+def test_starts_again_with_a_warm_allocator(
+    few: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Started(Exception):
+        pass
+
+    def execve(path: str, words: list[str], environment: dict[str, str]) -> None:
+        assert environment.items() >= _environment.ALLOCATOR.items()
+        raise Started(words)
+
+    monkeypatch.delenv("MALLOC_TOP_PAD_")
+    monkeypatch.setattr(command.os, "execve", execve)
+    with pytest.raises(Started) as started:
+        run("--op", "dropout", "--dtype", "float16", "--dtype", "float64", "--json", "a b.json")
+    assert "MALLOC_TOP_PAD_=" in capsys.readouterr().out
+    assert started.value.args[0][:4] == [sys.executable, "-m", "reg_kernels", "bench"]
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(started.value.args[0][4:])
+    assert (args.op, args.dtype, args.quick) == (["dropout"], ["float16", "float64"], True)
+    assert (args.device, args.json, args.all) == ("cpu", Path("a b.json"), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA H200", "nvidia-h200"), ("AMD EPYC 9R14 (x)", "amd-epyc-9r14-x"), ("!", "unknown")],
+)
+def test_slug(name: str, expected: str):
+    assert _environment.slug(name) == expected
+
+
+def test_commit_may_be_named_where_there_is_no_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_environment, "_ROOT", tmp_path)
+    monkeypatch.delenv(_environment.COMMIT, raising=False)
+    assert _environment.commit() is None
+    monkeypatch.setenv(_environment.COMMIT, "abc")
+    assert _environment.commit() == {"hash": "abc", "dirty": None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-6, "4.56 µs"), (3e-9, "0.003 µs")],
+)
+def test_format_seconds(seconds: float, text: str):
+    assert _report.format_seconds(seconds) == text
+
+
+def test_markdown_escapes_cells():
+    assert _report.markdown_table(("a", "b"), [("x|y", "z")]).splitlines() == [
+        "| a | b |",
+        "| --- | --- |",
+        "| x\\|y | z |",
+    ]
+
+
+# The README's table and pytest-benchmark
+
+
+def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
+    table = script("readme_table")
+    results = tmp_path / "results"
+    assert run("--json", results / "{device}" / "bench.json") == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    words = ["--readme", str(readme), "--results", str(results)]
+    assert table.main([*words, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert table.main(words) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith(f"{table.END}\nafter\n")
+    assert f"### {_environment.device_name(CPU)}" in text and "old" not in text
+    if NATIVE:
+        assert "| dropout forward float32 8 KiB | native |" in text
+    assert "| reference |" not in text
+    assert table.main([*words, "--check"]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "{end}{begin}", "{begin}", "{begin}{end}{begin}{end}"])
+def test_readme_without_its_markers(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = script("readme_table")
+    readme = tmp_path / "README.md"
+    readme.write_text(text.format(begin=table.BEGIN, end=table.END))
+    assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+    assert "README must hold" in capsys.readouterr().err
+
+
+def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "bench/bench_dropout.py", "--benchmark-only", "-q"),
+            *("-p", "no:cacheprovider", "-k", "16-elements-no-grad and eager"),
+            f"--benchmark-json={tmp_path / 'result.json'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (only,) = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    assert only["group"] == "dropout forward float32 16 elements no grad host time"
+    assert only["extra_info"]["bytes"] == 128
+
+
+def test_forced_backends_do_not_change_what_is_called_native():
+    scope = bench.Scope(CPU, (torch.float32,), compiled=False)
+    with backends.backend("reference"):
+        subject = dropout._case("dropout", "forward", torch.float32, (512,), "contiguous", scope)
+        names = {entry.name for entry in bench.contenders(subject, CPU)}
+        assert fused_dropout(torch.ones(4), 0.0).sum() == 4
+    assert {"native", "reference", "eager"} <= names
