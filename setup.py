@@ -185,9 +185,11 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
                 target = str(path.parent / f"cuda.{source.stem}.o")
                 ninja.build(target, "nvcc", str(source))
                 cuda_objects.append(target)
-            ninja.build(
-                str(cuda_library), "link_cuda", cuda_objects, variables={"flags": quoted(libraries)}
-            )
+            # The stream comes from libtorch_cuda, which libtorch brings along where there is one: it
+            # has to stay a dependency although a CPU torch, enough to build against, lacks it.
+            libraries = ["-Xlinker", "--no-as-needed", *libraries]
+            flags = {"flags": quoted(libraries)}
+            ninja.build(str(cuda_library), "link_cuda", cuda_objects, variables=flags)
 
 
 class Build(build_ext):

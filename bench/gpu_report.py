@@ -170,7 +170,8 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             [program, *arguments],
             cwd=ROOT,
-            env={**os.environ, **stage.environment},
+            # rich takes a pipe for 80 columns wide and breaks its tables there.
+            env={**os.environ, "COLUMNS": "160", **stage.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -261,7 +262,9 @@ def render(data: dict[str, Any]) -> str:
         (r["group"], r["name"], r["status"], f"{r['seconds']:.0f} s", r["reason"])
         for r in data["stages"]
     ]
-    lines.append(_report.markdown_table(("group", "stage", "outcome", "time", "why"), rows))
+    lines.append(
+        _report.markdown_table(("group", "stage", "outcome", "time", "why"), rows, words=5)
+    )
     if bench := data["results"].get("bench"):
         lines += ["", "## Benchmarks", "", _report.markdown(bench).rstrip()]
     shown = [r for r in data["stages"] if r["tail"] and r["group"] != "benchmarks"]
@@ -270,7 +273,7 @@ def render(data: dict[str, Any]) -> str:
         lines += ["", "## Output"]
     for row in shown:
         # All of what a failure said; of the rest the summary at its end.
-        last = row["tail"].splitlines()[-(60 if _bad(row) else 12) :]
+        last = row["tail"].splitlines()[-(60 if _bad(row) else 30) :]
         lines += ["", f"### {row['name']}: {row['status']}", "", "````text", *last, "````"]
     return "\n".join(lines) + "\n"
 

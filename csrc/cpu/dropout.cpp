@@ -25,6 +25,7 @@ DType dtype_of(const Tensor& tensor) {
 DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
                       int64_t mask_offset, const std::optional<Tensor>& traced_p) {
   check_rng_state(rng_state, "dropout");
+  check_element_offset(mask_offset, "dropout");
   STD_TORCH_CHECK(rng_state.is_cpu(), "dropout: rng_state must be on the CPU for a CPU input");
   const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
   if (traced_p) {

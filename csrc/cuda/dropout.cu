@@ -7,18 +7,21 @@
 namespace reg_kernels {
 namespace {
 
-cuda::RateArgument rate_argument(double p, const std::optional<Tensor>& traced_p) {
+cuda::RateArgument rate_argument(const Tensor& x, double p, const std::optional<Tensor>& traced_p) {
   if (!traced_p) return DropoutRate::from_probability(p);
   check_probability(*traced_p, "dropout");
   const auto* value = static_cast<const double*>(traced_p->const_data_ptr());
   if (traced_p->is_cpu()) return DropoutRate::from_probability(*value);
+  STD_TORCH_CHECK(traced_p->get_device_index() == x.get_device_index(),
+                  "dropout: traced_p must be on the CPU or on the input's device");
   return cuda::RateArgument(value);
 }
 
 void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
          int64_t element_offset, const std::optional<Tensor>& traced_p) {
+  check_element_offset(element_offset, "dropout");
   const cuda::Launch launch(x, rng_state, "dropout");
-  const cuda::RateArgument rate = rate_argument(p, traced_p);
+  const cuda::RateArgument rate = rate_argument(x, p, traced_p);
   cuda::for_dtype(x, "dropout", [&]<typename T>(T) {
     cuda::launch_dropout(static_cast<const T*>(x.const_data_ptr()),
                          static_cast<T*>(y.mutable_data_ptr()), x.numel(), element_offset, rate,
@@ -28,8 +31,9 @@ void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
 
 void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
                  int64_t element_offset, const std::optional<Tensor>& traced_p) {
+  check_element_offset(element_offset, "feature_dropout");
   const cuda::Launch launch(x, rng_state, "feature_dropout");
-  const cuda::RateArgument rate = rate_argument(p, traced_p);
+  const cuda::RateArgument rate = rate_argument(x, p, traced_p);
   const ChannelLayout layout = channel_layout(x);
   cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
     cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),

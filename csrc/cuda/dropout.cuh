@@ -103,37 +103,53 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocks)
   }
 }
 
-// One thread a vector: a vector lies in few channels, mostly in one group of them.
-template <typename T>
+// Bit j is set when element first + j keeps. Mostly one draw serves the whole vector: it lies in
+// one channel, or, with the channels last, in one group of them.
+template <typename T, typename Index>
+__device__ __forceinline__ uint32_t channel_keep_bits(const ChannelLayout& layout, Index first,
+                                                      uint64_t mask_offset, uint32_t threshold,
+                                                      const RngStream& stream) {
+  ChannelCursor<Index> cursor(layout, first);
+  uint64_t mask_index = mask_offset + cursor.mask_index();
+  uint32_t drawn = keep_bits(stream(mask_index / kGroup), threshold);
+  const auto position = static_cast<uint32_t>(mask_index % kGroup);
+  if (cursor.run() >= kVector<T>) {
+    if (!layout.channels_last) return drawn >> position & 1u ? ~0u : 0u;
+    if (position + kVector<T> <= kGroup) return drawn >> position;
+  }
+  uint32_t keep = 0;
+  uint64_t drawn_group = mask_index / kGroup;
+  RK_NO_UNROLL
+  for (int j = 0; j < kVector<T>; ++j) {
+    mask_index = mask_offset + cursor.mask_index();
+    if (mask_index / kGroup != drawn_group) {
+      drawn_group = mask_index / kGroup;
+      drawn = keep_bits(stream(drawn_group), threshold);
+    }
+    keep |= (drawn >> (mask_index % kGroup) & 1u) << j;
+    cursor.advance();
+  }
+  return keep;
+}
+
+// One thread a vector.
+template <typename T, typename Index>
 __global__ void __launch_bounds__(kDropoutThreads)
-    feature_dropout_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, int64_t mask_offset,
+    feature_dropout_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, uint64_t mask_offset,
                            RateArgument rate_argument, RngState rng) {
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * kVector<T>;
   if (first >= x.end) return;
+  Vector<T> vector = load_vector<false>(x, first);
   const DropoutRate rate = rate_argument.read();
-  const bool whole = x.whole(first, first + kVector<T>) && y.whole(first, first + kVector<T>);
-  const RngStream stream = rng.stream(RngTag::dropout);
   const auto scale = static_cast<compute_t<T>>(rate.scale);
-  Vector<T> vector = whole ? load_vector<true>(x, first) : load_vector<false>(x, first);
-
-  ChannelCursor cursor(layout, first);
-  int64_t drawn_group = -1;
-  uint32_t keep = 0;
+  const uint32_t keep = channel_keep_bits<T>(layout, static_cast<Index>(first), mask_offset,
+                                             rate.threshold, rng.stream(RngTag::dropout));
   RK_UNROLL
-  for (int j = 0; j < kVector<T>; ++j, cursor.advance()) {
-    const int64_t mask_index = mask_offset + cursor.mask_index;
-    if (mask_index / kGroup != drawn_group) {
-      drawn_group = mask_index / kGroup;
-      keep = keep_bits(stream(drawn_group), rate.threshold);
-    }
-    vector.v[j] = dropout_element(vector.v[j], (keep >> (mask_index % kGroup) & 1u) != 0, scale);
+  for (int j = 0; j < kVector<T>; ++j) {
+    vector.v[j] = dropout_element(vector.v[j], (keep >> j & 1u) != 0, scale);
   }
-  if (whole) {
-    store_vector<true>(y, first, vector);
-  } else {
-    store_vector<false>(y, first, vector);
-  }
+  store_vector<false>(y, first, vector);
 }
 
 // y[i] = x[i] * mask(element_offset + i) for i < numel, in storage order; y may be x.
@@ -143,8 +159,8 @@ void launch_dropout(const T* x, T* y, int64_t numel, int64_t element_offset, Rat
   if (numel == 0) return;
   // Elements are counted from the start of the group that the first one falls in.
   const int64_t lead = element_offset % kGroup;
-  const Span<const T> in{x - lead, lead, lead + numel};
-  const Span<T> out{y - lead, lead, lead + numel};
+  const Span<const T> in{x, lead, lead + numel};
+  const Span<T> out{y, lead, lead + numel};
   const dim3 grid(static_cast<unsigned>(ceil_div(lead + numel, kElementsABlock<T>)));
   RK_LAUNCH(dropout_kernel<T>, grid, dim3(kDropoutThreads), 0, stream, in, out,
             static_cast<uint64_t>(element_offset / kGroup), rate, rng);
@@ -161,8 +177,11 @@ void launch_feature_dropout(const T* x, T* y, int64_t numel, ChannelLayout layou
   const Span<const T> in{x, 0, numel};
   const Span<T> out{y, 0, numel};
   const dim3 grid(static_cast<unsigned>(ceil_div(numel, kDropoutThreads * kVector<T>)));
-  RK_LAUNCH(feature_dropout_kernel<T>, grid, dim3(kDropoutThreads), 0, stream, in, out, layout,
-            mask_offset, rate, rng);
+  // The last vector may reach past numel, so the narrow index stops short of its own limit.
+  const auto kernel = numel < (int64_t{1} << 31) ? feature_dropout_kernel<T, uint32_t>
+                                                 : feature_dropout_kernel<T, uint64_t>;
+  RK_LAUNCH(kernel, grid, dim3(kDropoutThreads), 0, stream, in, out, layout,
+            static_cast<uint64_t>(mask_offset), rate, rng);
   check_launch("feature_dropout");
 }
 

@@ -67,6 +67,12 @@ inline void check_probability(const Tensor& p, const char* op) {
                   ": a traced p must be one float64");
 }
 
+// The offset that shards a mask; a negative one would read before the mask's start.
+inline void check_element_offset(int64_t element_offset, const char* op) {
+  STD_TORCH_CHECK(element_offset >= 0, op, ": element_offset must be at least 0, got ",
+                  element_offset);
+}
+
 inline void check_rng_state(const Tensor& rng_state, const char* op) {
   STD_TORCH_CHECK(rng_state.scalar_type() == ScalarType::Long && rng_state.numel() == 2 &&
                       rng_state.is_contiguous(),

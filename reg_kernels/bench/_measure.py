@@ -230,6 +230,7 @@ def figures(
         "seconds": seconds,
         "median": median,
         "quartiles": [lower, upper],
+        "fastest": min(seconds),
         "bytes_per_second": bytes_moved / median,
     }
     for name in (COPY, EAGER, COMPILE):
@@ -261,7 +262,7 @@ def pool_size(case: Case, device: torch.device) -> int:
 
 def _copy_contender(case: Case, device: torch.device, pool: int) -> Contender:
     count = max(1, case.bytes // 2 // case.dtype.itemsize)  # a copy reads and writes each byte
-    sources = [torch.randn(count, device=device).to(case.dtype) for _ in range(pool)]
+    sources = [torch.randn(count, dtype=case.dtype, device=device) for _ in range(pool)]
     destination = torch.zeros_like(sources[0])
 
     def check() -> None:

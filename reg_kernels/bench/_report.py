@@ -166,8 +166,9 @@ def markdown(data: dict[str, Any], implementations: Container[str] | None = None
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, tuple("---" if i < 2 else "---:" for i in range(len(columns))), *rows]
+def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], words: int = 2) -> str:
+    """A table whose first `words` columns are words, and the others figures."""
+    lines = [columns, tuple("---" if i < words else "---:" for i in range(len(columns))), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )

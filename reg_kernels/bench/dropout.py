@@ -50,8 +50,8 @@ def cases(scope: Scope) -> list[Case]:
         goals = (host,) if direction == "forward" else ()
         case = functools.partial(_case, "dropout", direction, torch.float32, (16,), "contiguous")
         result.append(case(scope, requires_grad=requires_grad, host=True, goals=goals))
-    for dtype in scope.dtypes:
-        for size in _sizes(scope.device):
+    for size in _sizes(scope.device):
+        for dtype in scope.dtypes:
             for direction in ("forward", "backward"):
                 goals = _goals(scope.device, direction, dtype, size)
                 shape = (size // dtype.itemsize,)
@@ -66,12 +66,12 @@ def cases(scope: Scope) -> list[Case]:
 
 
 def _sizes(device: torch.device) -> list[int]:
-    """Bytes of an input."""
+    """Bytes of an input; those that goals are about come first where time may be short."""
     if device.type != "cuda":
         return [_MIB, 64 * _MIB]
     # Every contender's outputs, saved masks and gradients are there at the same time.
     memory = torch.cuda.get_device_properties(device).total_memory
-    return [s for s in (_MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB) if 16 * s <= memory]
+    return [s for s in (64 * _MIB, 256 * _MIB, 1024 * _MIB, _MIB) if 16 * s <= memory]
 
 
 def _goals(device: torch.device, direction: str, dtype: torch.dtype, size: int) -> tuple[Goal, ...]:
@@ -125,7 +125,7 @@ def _input(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, grad: bool
 ) -> Tensor:
     # In [1, 2): a zero in the output is then a dropped element, and nothing else.
-    x = (torch.rand(shape, device=device) * 0.99 + 1).to(dtype)
+    x = torch.rand(shape, dtype=dtype, device=device).mul_(0.99).add_(1)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     return x.requires_grad_(grad)
@@ -160,7 +160,9 @@ def _ways(
 ) -> Iterator[Way | Skipped]:
     eager, ours = functions
     scale = rate(P)[1]
-    used = backends.choose("dropout", device.type, dtype)
+    with backends.backend(None):
+        automatic = backends.choose("dropout", device.type, dtype)
+    forced = backends.forced_by() is not None
     for name in backends.NAMES:
         if name == "reference" and math.prod(shape) * dtype.itemsize > _REFERENCE_UP_TO:
             continue
@@ -170,8 +172,8 @@ def _ways(
         if reason is not None:
             yield Skipped(name, reason)
             continue
-        # The one that is used anyway is called as users call it, with nothing forced.
-        function = ours(None if name == used else name)
+        # The one that is used anyway is called as users call it: naming it takes a check more.
+        function = ours(None if name == automatic and not forced else name)
         yield name, function, scale, contextlib.nullcontext, False
         if name == "native" and device.type == "cpu":
             for isa in _lower_isas():

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ._errors import UsageError
 
@@ -13,8 +14,15 @@ from ._errors import UsageError
 COMMANDS = ("info", "check", "bench", "train")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error here; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="reg-kernels",
         description="Fused regularisation kernels for PyTorch: what runs here and how well.",
     )

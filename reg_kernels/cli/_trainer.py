@@ -39,8 +39,8 @@ class Recipe:
 
 
 # Measured on 300 digits, 60 epochs, seeds 0 to 7: both nets reach 100 % on the training set; on the
-# test set the plain one reaches 95.96 % on average and the regularised one 97.35 %, better by 0.74
-# to 1.93 points for every seed. With BatchNorm in the head, too, dropout gained nothing.
+# test set the plain one reaches 95.96 % on average and the regularised one 97.31 %, better for
+# every seed, by 0.07 to 2.20 points. With BatchNorm in the head, too, dropout gained nothing.
 PLAIN = Recipe("plain", dropout=0.0, weight_decay=0.0)
 REGULARISED = Recipe("regularised", dropout=0.5, weight_decay=2.0)
 RECIPES = (PLAIN, REGULARISED)

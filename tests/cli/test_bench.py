@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import pkgutil
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from reg_kernels import backends, bench, ops
 from reg_kernels.bench import _environment, _measure, _report, dropout
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
-from reg_kernels.ops.dropout import dropout as fused_dropout
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -65,6 +65,7 @@ def test_figures_are_medians_over_rounds_of_ratios_within_a_round():
     row = _measure.figures(samples["native"], samples, 1000)
     assert row["median"] == 8.0
     assert row["quartiles"] == [5.0, 12.0]
+    assert row["fastest"] == 2.0
     assert row["bytes_per_second"] == 125.0
     assert row["time_over_copy"] == 2.0
     assert row["share_of_copy"] == 0.5
@@ -164,6 +165,37 @@ def test_goals(value: float, at_least: bool, met: bool):
     assert goal.result(None)["met"] is None
 
 
+def test_cuda_samples_are_timed_by_events(monkeypatch: pytest.MonkeyPatch):
+    log: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 6.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    assert _measure._cuda_seconds(log.append, 3, 7) == pytest.approx(2e-3)
+    assert log == ["sleep", "record", 7, 8, 9, "record", "synchronize"]
+
+
+@pytest.mark.parametrize(("size", "pool"), [(2**20, 200), (2**26, 4), (2**30, 1)])
+def test_inputs_outgrow_the_l2_cache(size: int, pool: int, monkeypatch: pytest.MonkeyPatch):
+    properties = argparse.Namespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    subject = case(shape=(size // 4,))
+    assert _measure.pool_size(subject, torch.device("cuda")) == pool
+    assert _measure.pool_size(subject, CPU) == 1
+
+
 # Dropout's benchmarks
 
 
@@ -208,7 +240,24 @@ def test_the_cases_cover_what_is_promised():
     assert goals["dropout backward float32 64 MiB"] == ["at most 0.85 of copy_'s time"]
     assert goals["dropout backward bfloat16 64 MiB"] == ["at most 1.3 of copy_'s time"]
     assert goals["dropout forward float32 16 elements no grad host time"]
+    assert all(c.goals == () for c in dropout.cases(default) if "1 MiB" in c.label)
     assert all(c.bytes == 2 * c.shape[0] * c.dtype.itemsize for c in dropout.cases(full)[:8])
+
+
+def test_the_gpu_cases_fit_its_memory(monkeypatch: pytest.MonkeyPatch):
+    properties = argparse.Namespace(total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    scope = bench.Scope(torch.device("cuda"), (torch.float32, torch.bfloat16))
+    cases = {c.label: [g.text for g in c.goals] for c in dropout.cases(scope)}
+    assert not any("GiB" in label for label in cases)
+    for dtype in ("float32", "bfloat16"):
+        for size in ("64 MiB", "256 MiB"):
+            assert cases[f"dropout backward {dtype} {size}"] == [
+                "at least 0.92 of copy bandwidth",
+                "ahead of eager",
+                "ahead of torch.compile",
+            ]
+    assert cases["dropout forward float32 16 elements host time"] == ["at most 1.3 of eager's time"]
 
 
 @pytest.fixture
@@ -464,6 +513,28 @@ def test_markdown_escapes_cells():
     ]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_do_not_make_their_commit_look_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        command = ("git", "-C", str(tmp_path), *identity, *words)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "source").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(_environment, "_ROOT", tmp_path.resolve())
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (results / "bench.json").write_text("{}")
+    assert _environment.commit() == {"hash": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "source").write_text("2")
+    assert _environment.commit()["dirty"] is True
+
+
 # The README's table and pytest-benchmark
 
 
@@ -513,10 +584,23 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path):
     assert only["extra_info"]["bytes"] == 128
 
 
-def test_forced_backends_do_not_change_what_is_called_native():
+@pytest.mark.skipif(not NATIVE, reason="the native code is not built")
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_what_is_forced_does_not_change_who_is_measured(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+    real = dropout.fused.dropout
+
+    def spy(*args: Any, backend: str | None) -> torch.Tensor:
+        asked.append(backend)
+        return real(*args, backend=backend)
+
+    monkeypatch.setattr(dropout.fused, "dropout", spy)
     scope = bench.Scope(CPU, (torch.float32,), compiled=False)
-    with backends.backend("reference"):
+    with backends.backend(forced):
         subject = dropout._case("dropout", "forward", torch.float32, (512,), "contiguous", scope)
         names = {entry.name for entry in bench.contenders(subject, CPU)}
-        assert fused_dropout(torch.ones(4), 0.0).sum() == 4
-    assert {"native", "reference", "eager"} <= names
+        next(e for e in bench.contenders(subject, CPU) if e.name == "native").call(0)
+    assert asked == [None if forced is None else "native"]
+    assert {"native", "triton", "reference", "eager"} <= names

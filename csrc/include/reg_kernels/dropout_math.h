@@ -16,8 +16,10 @@ struct DropoutRate {
   uint32_t threshold;  // 0 to 65536
   double scale;
 
+  // p outside [0, 1], or NaN, counts as the nearest end: on the device nobody can refuse it.
   static RK_HD DropoutRate from_probability(double p) {
-    const auto threshold = static_cast<uint32_t>(nearbyint((1.0 - p) * 65536.0));
+    const double keep = p >= 0.0 ? (p <= 1.0 ? 1.0 - p : 0.0) : 1.0;
+    const auto threshold = static_cast<uint32_t>(nearbyint(keep * 65536.0));
     return {threshold, threshold ? 65536.0 / threshold : 0.0};
   }
 };
@@ -39,42 +41,52 @@ struct ChannelLayout {
 };
 
 // Walks the mask index n * C + c along memory, with two divisions at the start and none after it.
-struct ChannelCursor {
-  int64_t mask_index;
-
-  RK_HD ChannelCursor(const ChannelLayout& layout, int64_t element) : layout_(layout) {
-    if (layout.channels_last) {
-      const int64_t position = element / layout.channels;
-      channel_ = element % layout.channels;
-      step_ = position % layout.length;
-      mask_index = position / layout.length * layout.channels + channel_;
+// Index is 32 bits wide where the tensor allows it: a GPU divides those several times faster.
+template <typename Index>
+class ChannelCursor {
+ public:
+  RK_HD ChannelCursor(const ChannelLayout& layout, Index element)
+      : channels_(static_cast<Index>(layout.channels)),
+        length_(static_cast<Index>(layout.length)),
+        channels_last_(layout.channels_last) {
+    if (channels_last_) {
+      const Index position = element / channels_;
+      channel_ = element % channels_;
+      step_ = position % length_;
+      mask_index_ = position / length_ * channels_ + channel_;
     } else {
-      mask_index = element / layout.length;
-      step_ = element % layout.length;
       channel_ = 0;
+      step_ = element % length_;
+      mask_index_ = element / length_;
     }
   }
 
+  RK_HD Index mask_index() const { return mask_index_; }
+
+  // How many elements from here on lie in one channel, or one beside the other in their channels.
+  RK_HD Index run() const { return channels_last_ ? channels_ - channel_ : length_ - step_; }
+
   RK_HD void advance() {
-    if (layout_.channels_last) {
-      ++mask_index;
-      if (++channel_ < layout_.channels) return;
+    if (channels_last_) {
+      ++mask_index_;
+      if (++channel_ < channels_) return;
       channel_ = 0;
-      if (++step_ < layout_.length) {
-        mask_index -= layout_.channels;  // the next position has the same channels
+      if (++step_ < length_) {
+        mask_index_ -= channels_;  // the next position has the same channels
       } else {
         step_ = 0;  // the next sample
       }
-    } else if (++step_ == layout_.length) {
+    } else if (++step_ == length_) {
       step_ = 0;
-      ++mask_index;
+      ++mask_index_;
     }
   }
 
  private:
-  const ChannelLayout& layout_;
-  int64_t channel_;
-  int64_t step_;
+  Index channels_, length_;
+  Index channel_, step_;
+  Index mask_index_;
+  bool channels_last_;
 };
 
 RK_NAMESPACE_END

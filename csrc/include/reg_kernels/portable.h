@@ -4,9 +4,11 @@
 #if defined(__CUDACC__)
 #define RK_HD __host__ __device__ __forceinline__
 #define RK_UNROLL _Pragma("unroll")
+#define RK_NO_UNROLL _Pragma("unroll 1")
 #else
 #define RK_HD inline __attribute__((always_inline))
 #define RK_UNROLL
+#define RK_NO_UNROLL
 #endif
 
 // csrc/cpu/ is compiled once for each instruction set, with RK_ISA naming it. An inline function

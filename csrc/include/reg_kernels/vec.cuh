@@ -27,51 +27,56 @@ struct __attribute__((aligned(kVectorBytes), may_alias)) VectorBits {
   uint32_t w[4];
 };
 
-// Elements [begin, end) of a tensor, `data[begin]` the first; what lies below `begin` belongs to
-// nobody. Counting from an origin before the data lets a sharded batch start anywhere in a mask
-// group and still use the same code.
+// Elements [begin, end) of a tensor, `data` the one numbered `begin`. Numbers need not start at 0:
+// a sharded batch starts anywhere in a mask group and still uses the same code.
 template <typename T>
 struct Span {
   T* data;
   int64_t begin, end;
 
+  __device__ T* at(int64_t i) const { return data + (i - begin); }
+
   // Whether [first, last) can be moved in 16-byte vectors with no further check.
   __device__ bool whole(int64_t first, int64_t last) const {
     return first >= begin && last <= end &&
-           reinterpret_cast<uintptr_t>(data + first) % kVectorBytes == 0;
+           reinterpret_cast<uintptr_t>(at(first)) % kVectorBytes == 0;
   }
 };
 
 // The vector at element i. A block asks once whether all of its elements are `whole`, so that its
-// loads stand in a row with no branch between them; the odd ends go element by element.
+// loads stand in a row with no branch between them; elsewhere each vector asks for itself, and what
+// is not whole goes element by element.
 template <bool kWhole, typename T>
 __device__ __forceinline__ Vector<T> load_vector(const Span<const T>& span, int64_t i) {
-  if constexpr (kWhole) {
-    // By way of a local: a bit_cast straight from memory loads byte by byte.
-    const VectorBits bits = *reinterpret_cast<const VectorBits*>(span.data + i);
-    return bit_cast<Vector<T>>(bits);
-  } else {
-    Vector<T> result{};
-    RK_UNROLL
-    for (int j = 0; j < kVector<T>; ++j) {
-      if (i + j >= span.begin && i + j < span.end) result.v[j] = span.data[i + j];
+  if constexpr (!kWhole) {
+    if (!span.whole(i, i + kVector<T>)) {
+      Vector<T> result{};
+      RK_UNROLL
+      for (int j = 0; j < kVector<T>; ++j) {
+        if (i + j >= span.begin && i + j < span.end) result.v[j] = *span.at(i + j);
+      }
+      return result;
     }
-    return result;
   }
+  // By way of a local: a bit_cast straight from memory loads byte by byte.
+  const VectorBits bits = *reinterpret_cast<const VectorBits*>(span.at(i));
+  return bit_cast<Vector<T>>(bits);
 }
 
 template <bool kWhole, typename T>
 __device__ __forceinline__ void store_vector(const Span<T>& span, int64_t i,
                                              const Vector<T>& value) {
-  if constexpr (kWhole) {
-    const auto bits = bit_cast<VectorBits>(value);
-    *reinterpret_cast<VectorBits*>(span.data + i) = bits;
-  } else {
-    RK_UNROLL
-    for (int j = 0; j < kVector<T>; ++j) {
-      if (i + j >= span.begin && i + j < span.end) span.data[i + j] = value.v[j];
+  if constexpr (!kWhole) {
+    if (!span.whole(i, i + kVector<T>)) {
+      RK_UNROLL
+      for (int j = 0; j < kVector<T>; ++j) {
+        if (i + j >= span.begin && i + j < span.end) *span.at(i + j) = value.v[j];
+      }
+      return;
     }
   }
+  const auto bits = bit_cast<VectorBits>(value);
+  *reinterpret_cast<VectorBits*>(span.at(i)) = bits;
 }
 
 }  // namespace cuda

@@ -1,0 +1,131 @@
+"""The command line as a user meets it: help, info, check."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from reg_kernels import cases
+from reg_kernels.cli import COMMANDS, check, main
+
+
+def test_help_on_everything(capsys):
+    for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert "usage: reg-kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["check", "--backend", "gpu"], ["info", "-x"]])
+def test_bad_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("reg-kernels")
+    assert "--help" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "reg_kernels", "info"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("torch", torch.__version__, "dropout", "native", "triton", "reference"):
+        assert word in result.stdout
+
+
+def test_info_says_why_not(capsys):
+    assert main(["info"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    if torch.version.cuda is None:
+        assert "CUDA C++: missing: this torch is a CPU build" in text
+
+
+def test_check_passes_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "check.json"
+    arguments = ["check", "--device", "cpu", "--op", "dropout", "--backend", "reference"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    assert "4 passed, 0 failed" in capsys.readouterr().out
+    results = json.loads(path.read_text())
+    assert {r["dtype"] for r in results} == {"float64", "float32", "float16", "bfloat16"}
+    for result in results:
+        assert result["ok"]
+        assert result["error"] <= result["allowed"]
+        assert result["cases"] > 10
+        assert result["gradcheck"] is (True if result["dtype"] == "float64" else None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y: y * 1.01,  # outside the allowance
+        lambda y: y + float("nan"),
+        lambda y: y + 0.5,
+    ],
+)
+def test_check_finds_a_wrong_result(wrong, monkeypatch, capsys):
+    good = next(c for c in cases.all_cases() if c.name == "1024 contiguous")
+    bad = cases.Case(
+        good.op,
+        good.name,
+        good.inputs,
+        lambda x, backend=None: wrong(good.function(x, backend=backend)),
+        good.oracle,
+    )
+    monkeypatch.setattr(check, "all_cases", lambda: [bad])
+    assert main(["check", "--device", "cpu", "--backend", "reference"]) == 1
+    assert "0 passed, 4 failed" in capsys.readouterr().out
+
+
+def test_check_finds_a_wrong_gradient(monkeypatch):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.5
+
+    good = next(c for c in cases.all_cases() if c.name == "1024 contiguous")
+    bad = cases.Case(
+        good.op,
+        good.name,
+        good.inputs,
+        lambda x, backend=None: Wrong.apply(good.function(x, backend=backend)),
+        good.oracle,
+    )
+    monkeypatch.setattr(check, "all_cases", lambda: [bad])
+    assert main(["check", "--device", "cpu", "--backend", "reference"]) == 1
+
+
+def test_a_crash_is_a_failed_check(monkeypatch, capsys):
+    def crash(x, backend=None):
+        raise RuntimeError("kernel went away")
+
+    good = cases.all_cases()[0]
+    bad = cases.Case(good.op, good.name, good.inputs, crash, good.oracle)
+    monkeypatch.setattr(check, "all_cases", lambda: [bad])
+    assert main(["check", "--device", "cpu", "--backend", "reference"]) == 1
+    assert "kernel went" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "conv"], "--op must be one of dropout, "),
+        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--device", "cuda:9"], "--device cuda:9: torch sees"),
+        (["--json", "/no/such/folder/x.json", "--op", "dropout_"], "--json: cannot write /no/such"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(["check", "--backend", "reference", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("reg-kernels check: ")
+    assert message in error
+    assert len(error.splitlines()) == 1

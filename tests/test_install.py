@@ -1,0 +1,140 @@
+"""Installing with what a machine has: no nvcc, no compiler, a CUDA build asked for in vain."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "csrc", "reg_kernels"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources with nothing built in it."""
+    target = tmp_path / "tree"
+    target.mkdir()
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=ignored)
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+def run(tree, *arguments, path=None, **environment):
+    environment = os.environ | environment
+    environment.pop("PYTHONPATH", None)
+    if path is not None:
+        environment["PATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def build(tree, **environment):
+    return run(tree, "setup.py", "-q", "build_ext", "--inplace", **environment)
+
+
+def info(tree):
+    result = run(tree, "-m", "reg_kernels", "info")
+    assert result.returncode == 0, result.stderr
+    return " ".join(result.stdout.split())
+
+
+def test_without_any_compiler_everything_works_and_info_says_what_is_missing(tree, tmp_path):
+    result = build(tree, path=tmp_path, REG_KERNELS_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    assert not list(tree.glob("reg_kernels/*.so"))
+    assert "native CPU: missing: installed with REG_KERNELS_BUILD=none" in info(tree)
+    code = (
+        "import torch, reg_kernels\n"
+        "layer = reg_kernels.nn.Dropout(0.5)\n"
+        "print(sorted(set(layer(torch.ones(100)).tolist())))"
+    )
+    assert run(tree, "-c", code).stdout.strip() == "[0.0, 2.0]"
+
+
+def test_a_wheel_without_any_compiler(tree, tmp_path):
+    # `pip wheel` in an isolated environment would ask the network for setuptools.
+    result = run(
+        tree,
+        *("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."),
+        REG_KERNELS_BUILD="none",
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "reg_kernels/ops/dropout.py" in names
+    assert "reg_kernels/_build.json" in names
+    assert not [n for n in names if n.endswith(".so")]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_without_nvcc_the_cpu_kernels_are_built(tree):
+    # Whether nvcc is there or not, NVCC names one that is not.
+    result = build(tree, NVCC="no-such-nvcc", CUDA_HOME="", REG_KERNELS_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert (tree / f"reg_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+    facts = json.loads((tree / "reg_kernels/_build.json").read_text())
+    assert facts["native_missing"] is None
+    assert "REG_KERNELS_CUDA=0" in facts["cuda_missing"]
+    assert "built by g++" in info(tree)
+
+
+def bare_path(tmp_path, *programs):
+    """A directory to be the whole PATH, with these programs alone."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    for program in programs:
+        (directory / program).symlink_to(shutil.which(program))
+    return directory
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_cuda_asked_for_without_nvcc_is_an_error_with_the_remedy(tree, tmp_path):
+    result = build(
+        tree,
+        path=bare_path(tmp_path, "g++"),
+        REG_KERNELS_CUDA="1",
+        NVCC="no-such-nvcc",
+        CUDA_HOME="",
+    )
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("reg_kernels: REG_KERNELS_CUDA=1, but 'no-such-nvcc' was not found")
+    assert "install the CUDA toolkit" in message
+
+
+def test_no_compiler_is_an_error_with_the_remedy(tree, tmp_path):
+    result = build(tree, path=bare_path(tmp_path))
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert "no C++ compiler: 'g++' was not found" in message
+    assert "REG_KERNELS_BUILD=none" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("REG_KERNELS_BUILD", "maybe", "REG_KERNELS_BUILD must be one of auto, none, got 'maybe'"),
+        ("REG_KERNELS_CUDA", "yes", "REG_KERNELS_CUDA must be one of auto, 0, 1, got 'yes'"),
+    ],
+)
+def test_bad_settings(tree, name, value, expected):
+    result = build(tree, **{name: value})
+    assert result.returncode != 0
+    assert expected in result.stderr
