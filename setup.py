@@ -185,8 +185,8 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
                 target = str(path.parent / f"cuda.{source.stem}.o")
                 ninja.build(target, "nvcc", str(source))
                 cuda_objects.append(target)
-            # The stream comes from libtorch_cuda, which libtorch brings along where there is one: it
-            # has to stay a dependency although a CPU torch, enough to build against, lacks it.
+            # The stream comes from libtorch_cuda, which libtorch brings along where there is one:
+            # it stays a dependency although a CPU torch, enough to build against, lacks it.
             libraries = ["-Xlinker", "--no-as-needed", *libraries]
             flags = {"flags": quoted(libraries)}
             ninja.build(str(cuda_library), "link_cuda", cuda_objects, variables=flags)

@@ -12,7 +12,7 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kTile = 1024;  // elements: 2 KiB of draws beside at most 8 KiB of output
+constexpr int64_t kTile = 1024;  // elements: their draws are 2 KiB of the first-level cache
 static_assert(kTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -32,30 +32,11 @@ struct Draws {
   }
 };
 
-// Where a loop writes: y itself, or a tile that is streamed to y when it is full.
-template <typename T>
-class Output {
- public:
-  Output(T* y, bool stream) : y_(y), stream_(stream) {}
-  ~Output() {
-    if (stream_) stream_fence();
-  }
-
-  T* at(int64_t element) { return stream_ ? tile_ : y_ + element; }
-  void done(int64_t element, int64_t count) {
-    if (stream_) stream_copy(y_ + element, tile_, count * static_cast<int64_t>(sizeof(T)));
-  }
-
- private:
-  T* y_;
-  bool stream_;
-  alignas(64) T tile_[kTile];
-};
-
 template <typename T>
 struct Dropout {
   const T* x;
-  Output<T> out;
+  T* y;
+  bool stream;
   RngStream rng;
   compute_t<T> scale;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
@@ -63,33 +44,33 @@ struct Dropout {
 
   explicit Dropout(const DropoutTask& task)
       : x(static_cast<const T*>(task.x)),
-        out(static_cast<T*>(task.y), task.stream),
+        y(static_cast<T*>(task.y)),
+        stream(task.stream),
         rng(RngTag::dropout, task.seed, task.offset),
         scale(static_cast<compute_t<T>>(task.scale)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)) {}
 
-  // Elements [first, first + count), each with its own half-word. At most a tile.
-  void apply(int64_t first, int64_t count, const uint16_t* half_words) {
+  ~Dropout() {
+    if (stream) stream_fence();
+  }
+
+  // Elements [first, first + count), each with its own half-word.
+  void apply(int64_t first, int64_t count, const uint16_t* half_words) const {
     const T* from = x + first;
-    T* to = out.at(first);
     const compute_t<T> kept = scale;
     const uint16_t last = last_kept;
-#pragma omp simd  // also where y is x: an element depends on no other
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = dropout_element(from[i], half_words[i] <= last, kept);
-    }
-    out.done(first, count);
+    write_each(y + first, count, stream, [=](int64_t i) __attribute__((always_inline)) {
+      return dropout_element(from[i], half_words[i] <= last, kept);
+    });
   }
 
   // The same with one half-word for all of them.
-  void apply_one(int64_t first, int64_t count, uint16_t half_word) {
+  void apply_one(int64_t first, int64_t count, uint16_t half_word) const {
     const T* from = x + first;
-    T* to = out.at(first);
-    const bool keep = half_word <= last_kept;
-    const compute_t<T> kept = scale;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = dropout_element(from[i], keep, kept);
-    out.done(first, count);
+    const compute_t<T> m = half_word <= last_kept ? scale : 0;
+    write_each(y + first, count, stream, [=](int64_t i) __attribute__((always_inline)) {
+      return store_product<T>(load(from[i]) * m);
+    });
   }
 };
 
@@ -114,9 +95,7 @@ void channels_first_rows(const DropoutTask& task, int64_t begin, int64_t end) {
     if (drawn == 0) {
       half_words = draws.fill(dropout.rng, task.mask_offset + plane, min(kTile, end - plane));
     }
-    for (int64_t i = 0; i < task.length; i += kTile) {
-      dropout.apply_one(plane * task.length + i, min(kTile, task.length - i), half_words[drawn]);
-    }
+    dropout.apply_one(plane * task.length, task.length, half_words[drawn]);
   }
 }
 

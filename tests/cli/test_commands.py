@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from reg_kernels import cases
 from reg_kernels.cli import COMMANDS, check, main
 

@@ -28,7 +28,7 @@ struct DropoutRate {
 // out as torch's do.
 template <typename T>
 RK_HD T dropout_element(T x, bool keep, compute_t<T> scale) {
-  return store<T>(load(x) * (keep ? scale : compute_t<T>(0)));
+  return store_product<T>(load(x) * (keep ? scale : compute_t<T>(0)));
 }
 
 // Channel dropout draws once a channel. A dense (N, C, L) tensor lies in memory with the channel's
