@@ -44,6 +44,15 @@ $(VENV)/.ready: pyproject.toml
 	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+bench: build
+	$(PY) -m reg_kernels bench --json 'bench/results/{device}/bench.json' \
+		--plot 'bench/results/{device}/bench.png'
+	$(PY) bench/readme_table.py
+
+# ONLY=tests,bench reruns those parts of the report.
+gpu-report: $(READY)
+	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY))
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
 	rm -f reg_kernels/*.so reg_kernels/_build.json

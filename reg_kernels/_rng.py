@@ -14,19 +14,24 @@ GROUP = 8  # mask elements drawn by one Philox call
 # Xored into the seed, so that no two kinds of op share draws. As in philox.h.
 TAG_DROPOUT = 0x64726F706F757431
 
+_CPU = torch.device("cpu")
 _CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are multiples of 4
 
 
 def draw_state(device: torch.device) -> Tensor:
     """A fresh `rng_state` from torch's default generator of `device`, under `torch.manual_seed`.
 
-    Eager calls on CUDA get it on the host, with no launch and no synchronisation. Inside a
-    CUDA-graph capture or `torch.compile` it is drawn on the device, so that each replay draws anew.
+    On CUDA it comes on the host, with no launch and no synchronisation; while a CUDA graph is being
+    captured it is drawn on the device, so that each replay draws anew.
     """
-    traced = torch.compiler.is_compiling()
-    if device.type == "cuda" and not traced and not torch.cuda.is_current_stream_capturing():
+    if device != _CPU and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         return _advance_cuda_generator(device)
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+def draw_traced_state(device: torch.device) -> Tensor:
+    """The same as an operation of a compiled program, drawn anew at each of its runs."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def _advance_cuda_generator(device: torch.device) -> Tensor:

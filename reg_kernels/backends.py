@@ -101,6 +101,12 @@ def _load_cuda() -> str | None:
     return None
 
 
+def load_libraries() -> None:
+    """Loads what was built for this torch; what was not is no error, `why_not` tells it."""
+    _load_native()
+    _load_cuda()
+
+
 def forced_by() -> str | None:
     """The implementation that `backend(...)` or REG_KERNELS_BACKEND forces, or None."""
     return _forced

@@ -10,6 +10,7 @@ import torch
 import reg_kernels
 from reg_kernels import backends
 from reg_kernels import functional as F
+from reg_kernels.ops._registry import OPS
 
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 
@@ -22,7 +23,7 @@ def python(code, **environment):
 
 
 def overload(**arguments):
-    return F.dropout(torch.ones(3, requires_grad=True), **arguments).grad_fn.overload
+    return F.dropout(torch.ones(3, requires_grad=True), **arguments).grad_fn.call[0]
 
 
 def test_the_first_that_can_run_is_taken():
@@ -55,7 +56,7 @@ def test_unknown_names():
 def test_the_environment_forces_one():
     result = python(
         "import torch, reg_kernels.functional as F\n"
-        "print(F.dropout(torch.ones(3, requires_grad=True)).grad_fn.overload)",
+        "print(F.dropout(torch.ones(3, requires_grad=True)).grad_fn.call[0])",
         REG_KERNELS_BACKEND="reference",
     )
     assert result.stdout.strip() == "reg_kernels.dropout.reference"
@@ -75,12 +76,18 @@ def test_a_forced_one_that_cannot_run_raises_with_reason_and_remedy():
     assert len(result.stdout.splitlines()) == 1
 
 
+def forget_what_can_run():
+    for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
+        function.cache_clear()
+    for op in OPS.values():
+        op._chosen.clear()
+
+
 def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(
         backends, "build_facts", lambda: {"native_missing": "not built", "cuda_missing": "no"}
     )
-    for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
-        function.cache_clear()
+    forget_what_can_run()
     try:
         assert backends.why_not("native", "cpu", torch.float32) == "not built"
         assert backends.choose("dropout", "cpu", torch.float32) != "native"
@@ -89,8 +96,7 @@ def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch
             F.dropout(torch.ones(3), backend="native")
     finally:
         monkeypatch.undo()
-        for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
-            function.cache_clear()
+        forget_what_can_run()
 
 
 def test_devices_without_kernels_of_their_own_run_the_reference():

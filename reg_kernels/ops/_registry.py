@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,10 +28,19 @@ class Op:
 
     name: str
     overloads: dict[str, Any] = field(repr=False)  # implementation name -> torch.ops overload
+    _chosen: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def overload(self, device_type: str, dtype: torch.dtype, backend: str | None) -> Any:
+    def traced_overload(self, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
         """The overload to call; raises BackendUnavailable where a forced one cannot run."""
-        return self.overloads[backends.choose(self.name, device_type, dtype, backend)]
+        return self.overloads[backends.choose(self.name, device.type, dtype, backend)]
+
+    def overload(self, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
+        """The same for eager calls: what can run stays so, and need not be found out each time."""
+        key = (device, dtype, backend or backends.forced_by())
+        overload = self._chosen.get(key)
+        if overload is None:
+            overload = self._chosen[key] = self.traced_overload(device, dtype, backend)
+        return overload
 
 
 def register(
@@ -82,3 +91,20 @@ def register(
 
 def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
     return lambda *args: function(overload, *args)
+
+
+class FastFunction(torch.autograd.Function):
+    """An autograd.Function whose `call` is `apply` without its two microseconds of preparation.
+
+    What `apply` prepares is for the transforms of torch.func, and nothing else needs it.
+    """
+
+    call: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        plain, active = super(torch.autograd.Function, cls).apply, _transforms_active
+        cls.call = staticmethod(lambda *args: cls.apply(*args) if active() else plain(*args))
+
+
+_transforms_active = torch._C._are_functorch_transforms_active

@@ -17,10 +17,10 @@ from .. import _rng
 from ..backends import DTYPES
 from ..reference import dropout as reference
 from ._layout import dense_like, is_channels_last, is_dense, with_strides
-from ._registry import Op, register
+from ._registry import FastFunction, Op, register
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(FastFunction):
     """y = x m, and as its backward the same op on the gradient."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _Dropout(torch.autograd.Function):
         return _gradient(ctx, grad_output), *[None] * 5
 
 
-class _DropoutInPlace(torch.autograd.Function):
+class _DropoutInPlace(FastFunction):
     """The same, written over its input."""
 
     @staticmethod
@@ -57,17 +57,20 @@ class _DropoutInPlace(torch.autograd.Function):
 
 def _remember(ctx: Any, overload: Any, draw: tuple[Any, ...], output: Tensor) -> None:
     p, rng_state, element_offset, traced_p = draw
-    ctx.save_for_backward(rng_state, traced_p)
-    ctx.overload, ctx.p, ctx.element_offset = overload, p, element_offset
-    # The mask follows storage order, so the gradient has to come in the output's.
-    ctx.strides = output.stride()
+    if traced_p is None:
+        ctx.save_for_backward(rng_state)
+    else:
+        ctx.save_for_backward(rng_state, traced_p)
+    # The mask follows storage order, so the gradient has to come in the output's. One attribute:
+    # setting one costs half a microsecond.
+    ctx.call = (overload, p, element_offset, output.stride())
 
 
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    rng_state, traced_p = ctx.saved_tensors
-    grad_output = with_strides(grad_output, ctx.strides)
-    draw = (ctx.p, rng_state, ctx.element_offset, traced_p)
-    return _differentiable(ctx.overload, grad_output, *draw)
+    rng_state, *traced_p = ctx.saved_tensors
+    overload, p, element_offset, strides = ctx.call
+    draw = (p, rng_state, element_offset, traced_p[0] if traced_p else None)
+    return _differentiable(overload, with_strides(grad_output, strides), *draw)
 
 
 def _differentiable(
@@ -78,11 +81,10 @@ def _differentiable(
     element_offset: int = 0,
     traced_p: Tensor | None = None,
 ) -> Tensor:
-    draw = (p, rng_state, element_offset, traced_p)
     if input.requires_grad and torch.is_grad_enabled():
-        return _Dropout.apply(input, overload, *draw)
+        return _Dropout.call(input, overload, p, rng_state, element_offset, traced_p)
     with torch._C._AutoDispatchBelowAutograd():
-        return overload(input, *draw)
+        return overload(input, p, rng_state, element_offset, traced_p)
 
 
 def _fake(input: Tensor, *draw: Any) -> Tensor:
@@ -172,17 +174,19 @@ def _run(
 ) -> Tensor:
     fresh, in_place = ops
     device = input.device
-    overload = fresh.overload(device.type, input.dtype, backend)
+    traced = torch.compiler.is_compiling()
+    choose = fresh.traced_overload if traced else fresh.overload
+    overload = choose(device, input.dtype, backend)
     if p == 0.0 or input.numel() == 0:
         return input
     if p == 1.0:
         return input.mul_(0) if inplace else input * 0
     if rng_state is not None:
         _rng.check_state(rng_state, device, fresh.name)
-    if torch.compiler.is_compiling():
+    if traced:
         # Times a tensor, a float that varies can stay one input of the program: see _DRAW.
         traced_p = torch.ones((), dtype=torch.float64, device=device) * p
-        state = _rng.draw_state(device) if rng_state is None else rng_state
+        state = _rng.draw_traced_state(device) if rng_state is None else rng_state
         output = overload(input, 0.0, state, element_offset, traced_p)
         return input.copy_(output) if inplace else output
 
@@ -195,9 +199,9 @@ def _run(
         return _differentiable(overload, input, *draw)
     if not is_dense(input):
         return input.copy_(_differentiable(overload, input, *draw))
-    write = in_place.overload(device.type, input.dtype, backend)
+    write = in_place.overload(device, input.dtype, backend)
     if input.requires_grad and torch.is_grad_enabled():
-        return _DropoutInPlace.apply(input, write, overload, *draw)
+        return _DropoutInPlace.call(input, write, overload, *draw)
     with torch._C._AutoDispatchBelowAutograd():
         write(input, *draw)
     torch.autograd.graph.increment_version(input)
