@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DEVICE, isas, rng_state
 
 from reg_kernels._rng import TAG_DROPOUT
 from reg_kernels.reference._philox import half_words, philox4x32
 from reg_kernels.reference.dropout import _TAG
+
+from support import DEVICE, isas, rng_state
 
 # counter words 0..3, key words 0..1, result words 0..3
 VECTORS = [

@@ -6,6 +6,7 @@ An op's kernels are csrc/cuda/<op>.cuh; tests/emulation/<op>.cpp runs them.
 import re
 
 import pytest
+
 import toolchain
 
 OPS = sorted(path.stem for path in (toolchain.CSRC / "cuda").glob("*.cuh"))

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 import toolchain
 
 SOURCES = sorted((toolchain.CSRC / "cuda").glob("*.cu"))

@@ -6,6 +6,7 @@
 import re
 
 import pytest
+
 import toolchain
 
 PLANTED = toolchain.HERE / "planted"

@@ -6,10 +6,12 @@ runs under compute-sanitizer as well.
 
 import pytest
 import torch
+
 from reg_kernels import backends, nn
 from reg_kernels import functional as F
 from reg_kernels.cases.dropout import CASES, P
 from reg_kernels.cli.check import gradcheck, measure
+
 from support import DTYPE_IDS, DTYPES, implementations, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

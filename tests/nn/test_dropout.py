@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
-from support import implementations
 
 from reg_kernels import nn
+
+from support import implementations
 
 NAMES = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 SHAPES = {

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as TF
-from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas, rng_state
 from torch.library import opcheck
 
 from reg_kernels import backends
@@ -14,6 +13,8 @@ from reg_kernels import functional as F
 from reg_kernels.cases.dropout import CASES, P
 from reg_kernels.cli.check import gradcheck, measure
 from reg_kernels.reference.dropout import multipliers, rate
+
+from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas, rng_state
 
 IMPLEMENTATIONS = implementations()
 INTERPRETED = DEVICE == "cpu"

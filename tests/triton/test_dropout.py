@@ -1,6 +1,7 @@
 """Dropout's Triton kernels ahead of time: every architecture, no spills, wide accesses."""
 
 import pytest
+
 from aot import ARCHITECTURES, compile_kernel
 
 pytest.importorskip("triton")
