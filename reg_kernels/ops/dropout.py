@@ -17,7 +17,7 @@ from .. import _rng
 from ..backends import DTYPES
 from ..reference import dropout as reference
 from ._layout import dense_like, is_channels_last, is_dense, with_strides
-from ._registry import FastFunction, Op, register
+from ._registry import FastFunction, Op, below_autograd, register
 
 
 class _Dropout(FastFunction):
@@ -25,7 +25,7 @@ class _Dropout(FastFunction):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, overload: Any, *draw: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = overload(input, *draw)
         _remember(ctx, overload, draw, output)
         return output
@@ -41,7 +41,7 @@ class _DropoutInPlace(FastFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, in_place: Any, overload: Any, *draw: Any) -> Tensor:
         ctx.mark_dirty(input)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             in_place(input, *draw)
         _remember(ctx, overload, draw, input)
         return input
@@ -57,19 +57,15 @@ class _DropoutInPlace(FastFunction):
 
 def _remember(ctx: Any, overload: Any, draw: tuple[Any, ...], output: Tensor) -> None:
     p, rng_state, element_offset, traced_p = draw
-    if traced_p is None:
-        ctx.save_for_backward(rng_state)
-    else:
-        ctx.save_for_backward(rng_state, traced_p)
-    # The mask follows storage order, so the gradient has to come in the output's. One attribute:
-    # setting one costs half a microsecond.
+    ctx.save_for_backward(rng_state, traced_p)
+    # The mask follows storage order, so the gradient has to come in the output's.
     ctx.call = (overload, p, element_offset, output.stride())
 
 
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    rng_state, *traced_p = ctx.saved_tensors
+    rng_state, traced_p = ctx.saved_tensors
     overload, p, element_offset, strides = ctx.call
-    draw = (p, rng_state, element_offset, traced_p[0] if traced_p else None)
+    draw = (p, rng_state, element_offset, traced_p)
     return _differentiable(overload, with_strides(grad_output, strides), *draw)
 
 
@@ -83,7 +79,7 @@ def _differentiable(
 ) -> Tensor:
     if input.requires_grad and torch.is_grad_enabled():
         return _Dropout.call(input, overload, p, rng_state, element_offset, traced_p)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return overload(input, p, rng_state, element_offset, traced_p)
 
 
@@ -202,7 +198,7 @@ def _run(
     write = in_place.overload(device, input.dtype, backend)
     if input.requires_grad and torch.is_grad_enabled():
         return _DropoutInPlace.call(input, write, overload, *draw)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         write(input, *draw)
     torch.autograd.graph.increment_version(input)
     return input
