@@ -125,7 +125,8 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
 
     torch_root = Path(torch.__file__).parent
     torch_includes = torch.utils.cpp_extension.include_paths()
-    system = [*torch_includes, pybind11_include(), sysconfig.get_path("include")]
+    # pybind11 first: torch carries one of its own, which refuses a build for the stable ABI.
+    system = [pybind11_include(), sysconfig.get_path("include"), *torch_includes]
     flags = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     for directory in system:
         flags += ["-isystem", directory]

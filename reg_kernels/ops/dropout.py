@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _rng
@@ -159,6 +160,28 @@ def _check_in_place(name: str, input: Tensor) -> None:
         )
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at what is called."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _by_torch(
+    overload: Any, input: Tensor, p: float, rng_state: Tensor, element_offset: int
+) -> Tensor:
+    """The same result by a product that torch itself can transform: grad, jvp, vmap.
+
+    Only the multipliers come from the op, in the type that it computes in; under vmap, `randomness`
+    decides whether the samples share them, by what it makes of the draw of rng_state.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    # The input's own strides, since the mask follows storage order; a batched one counts as dense.
+    ones = torch.ones(input.shape, dtype=dtype, device=input.device)
+    if is_dense(input):
+        ones = with_strides(ones, input.stride())
+    multipliers = overload(ones, p, rng_state, element_offset)
+    return (input.to(dtype) * multipliers).to(input.dtype)
+
+
 def _run(
     ops: tuple[Op, Op],
     input: Tensor,
@@ -184,6 +207,11 @@ def _run(
         traced_p = torch.ones((), dtype=torch.float64, device=device) * p
         state = _rng.draw_traced_state(device) if rng_state is None else rng_state
         output = overload(input, 0.0, state, element_offset, traced_p)
+        return input.copy_(output) if inplace else output
+
+    if _transformed():
+        state = _rng.draw_traced_state(device) if rng_state is None else rng_state
+        output = _by_torch(overload, input, p, state, element_offset)
         return input.copy_(output) if inplace else output
 
     if inplace:

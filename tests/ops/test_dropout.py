@@ -538,3 +538,49 @@ def test_compiled_choice_follows_the_forced_backend(counted):
     targets = {str(n.target) for g in counter.graphs for n in g.graph.nodes}
     assert "reg_kernels.dropout.default" in targets or not isas()
     assert "reg_kernels.dropout.reference" in targets
+
+
+# torch.func and forward-mode differentiation
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_forward_mode_and_torch_func_have_the_same_mask(layout):
+    def function(x):
+        return F.dropout2d(F.dropout(x, P, rng_state=rng_state()), P, rng_state=rng_state())
+
+    x = torch.randn(2, 3, 4, 5).to(memory_format=layout)
+    y = function(x)
+    m = function(torch.ones_like(x))
+    output, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(output, y)
+    torch.testing.assert_close(tangent, m)
+    gradient = torch.func.grad(lambda x: function(x).sum())(x)
+    torch.testing.assert_close(gradient, m)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        unpacked = torch.autograd.forward_ad.unpack_dual(function(dual))
+        torch.testing.assert_close(unpacked.tangent, m)
+    small = x[:, :, :2, :2].contiguous().double().requires_grad_()
+    assert torch.autograd.gradcheck(function, small, check_forward_ad=True)
+
+
+def test_vmap_takes_torchs_randomness():
+    x = torch.ones(50, 40)
+
+    def mapped(randomness):
+        return torch.func.vmap(lambda row: F.dropout(row, 0.5), randomness=randomness)(x)
+
+    same, different = mapped("same"), mapped("different")
+    assert torch.equal(same, same[:1].expand(50, 40))
+    assert len({tuple(row) for row in different.tolist()}) == 50
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        mapped("error")
+
+
+@dtypes
+def test_transformed_values_round_as_the_others(dtype):
+    x = torch.randn(500).to(dtype)
+    output, _ = torch.func.jvp(
+        lambda x: F.dropout(x, P, rng_state=rng_state()), (x,), (torch.ones_like(x),)
+    )
+    assert torch.equal(output, F.dropout(x, P, rng_state=rng_state()))
