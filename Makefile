@@ -54,6 +54,6 @@ gpu-report: $(READY)
 	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY))
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
 	rm -f reg_kernels/*.so reg_kernels/_build.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

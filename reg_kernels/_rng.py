@@ -6,6 +6,8 @@ numbers again. csrc/include/reg_kernels/philox.h states the contract that turns 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ GROUP = 8  # mask elements drawn by one Philox call
 TAG_DROPOUT = 0x64726F706F757431
 
 _CPU = torch.device("cpu")
+_advancing = threading.Lock()  # two threads of ours must not take one offset
 _CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are multiples of 4
 
 
@@ -24,9 +27,15 @@ def draw_state(device: torch.device) -> Tensor:
     On CUDA it comes on the host, with no launch and no synchronisation; while a CUDA graph is being
     captured it is drawn on the device, so that each replay draws anew.
     """
-    if device != _CPU and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device != _CPU and device.type == "cuda" and _generator_is_at_hand():
         return _advance_cuda_generator(device)
     return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+def _generator_is_at_hand() -> bool:
+    """Not while a graph is captured, which must draw by itself, nor for fake tensors."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is None and not torch.cuda.is_current_stream_capturing()
 
 
 def draw_traced_state(device: torch.device) -> Tensor:
@@ -37,17 +46,18 @@ def draw_traced_state(device: torch.device) -> Tensor:
 def _advance_cuda_generator(device: torch.device) -> Tensor:
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + _CUDA_OFFSET)
-    return torch.tensor([_as_int64(generator.initial_seed()), _as_int64(offset)])
+    with _advancing:
+        offset = generator.get_offset()
+        generator.set_offset(offset + _CUDA_OFFSET)
+    return torch.tensor([_as_int64(generator.initial_seed()), _as_int64(offset)], device=_CPU)
 
 
 def _as_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def check_state(rng_state: Tensor, device: torch.device, op: str) -> None:
-    """Raises unless `rng_state` is what the kernels take for an input on `device`."""
+def checked_state(rng_state: Tensor, device: torch.device, op: str) -> Tensor:
+    """`rng_state` as the kernels take it for an input on `device`; raises where it is none."""
     if not isinstance(rng_state, Tensor):
         raise TypeError(
             f"{op}: rng_state must be an int64 tensor [seed, offset], "
@@ -63,3 +73,4 @@ def check_state(rng_state: Tensor, device: torch.device, op: str) -> None:
             f"{op}: rng_state must be on the CPU or on {device} like the input, "
             f"got {rng_state.device}"
         )
+    return rng_state.contiguous()

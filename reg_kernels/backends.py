@@ -23,7 +23,8 @@ NAMES = ("native", "triton", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _ENVIRONMENT = "REG_KERNELS_BACKEND"
-_forced: str | None = None  # by `backend(...)`, for the whole process
+# By `backend(...)`, for the whole process; a name from the environment is checked when it is used.
+_forced: str | None = os.environ.get(_ENVIRONMENT) or None
 
 
 class BackendUnavailable(RuntimeError):
@@ -35,10 +36,6 @@ def check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
     return name
-
-
-if os.environ.get(_ENVIRONMENT):
-    _forced = check_name(os.environ[_ENVIRONMENT], _ENVIRONMENT)
 
 
 @contextlib.contextmanager
@@ -154,10 +151,12 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
         BackendUnavailable: a forced implementation cannot run here.
         ValueError: `name` names none.
     """
-    name = name or _forced
-    if name is None:
+    if name is not None:
+        check_name(name, "backend")
+    elif _forced is not None:
+        name = check_name(_forced, _ENVIRONMENT)
+    else:
         return _automatic(device_type, dtype)
-    check_name(name, "backend")
     if (reason := why_not(name, device_type, dtype)) is not None:
         others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
         remedy = (

@@ -49,7 +49,8 @@ def test_unknown_names():
     expected = pytest.raises(ValueError, match="backend must be one of native, triton, reference")
     with expected, reg_kernels.backend("cuda"):
         pass
-    result = python("import reg_kernels", REG_KERNELS_BACKEND="fast")
+    call = "import torch, reg_kernels; reg_kernels.functional.dropout(torch.ones(3))"
+    result = python(call, REG_KERNELS_BACKEND="fast")
     assert "ValueError: REG_KERNELS_BACKEND must be one of native" in result.stderr
 
 

@@ -86,7 +86,7 @@ def layer(module):
 FORBIDDEN = {
     # from -> layers it must not import
     "reference": {"ops", "triton", "nn", "functional", "cli", "convert", "cases", "bench"},
-    "triton": {"nn", "functional", "cli", "convert", "cases", "bench"},
+    "triton": {"ops", "reference", "nn", "functional", "cli", "convert", "cases", "bench"},
     "ops": {"nn", "functional", "cli", "convert", "cases", "bench"},
     "nn": {"cli", "cases", "bench", "triton", "reference"},
     "functional": {"nn", "cli", "cases", "bench", "triton", "reference"},

@@ -8,16 +8,9 @@ namespace {
 
 Isa best_isa() {
 #if defined(__x86_64__)
-  // What -march=x86-64-v4 and -march=x86-64-v3 assume, as far as the kernels use it.
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")) {
-    return Isa::avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2")) {
-    return Isa::avx2;
-  }
+  // The levels that setup.py's flags name, whole: the compiler may use any part of them.
+  if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
+  if (__builtin_cpu_supports("x86-64-v3")) return Isa::avx2;
 #endif
   return Isa::baseline;
 }

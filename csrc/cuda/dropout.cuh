@@ -19,7 +19,7 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kDropoutThreads = 256;
-constexpr int kVectorsInFlight = 4;  // 64 bytes a thread hide the latency of HBM
+constexpr int kVectorsInFlight = 4;  // loads of a thread before its first use of one
 // Blocks a multiprocessor. Left alone, the 16-bit kernels take 105 registers and leave room for two
 // blocks; held to four they take 64 and spill nothing (five spills).
 constexpr int kDropoutBlocks = 4;

@@ -67,10 +67,10 @@ inline void check_probability(const Tensor& p, const char* op) {
                   ": a traced p must be one float64");
 }
 
-// The offset that shards a mask; a negative one would read before the mask's start.
+// The offset that shards a mask: added to an index, it has to stay an int64.
 inline void check_element_offset(int64_t element_offset, const char* op) {
-  STD_TORCH_CHECK(element_offset >= 0, op, ": element_offset must be at least 0, got ",
-                  element_offset);
+  STD_TORCH_CHECK(element_offset >= 0 && element_offset < int64_t{1} << 62, op,
+                  ": element_offset must be in [0, 2^62), got ", element_offset);
 }
 
 inline void check_rng_state(const Tensor& rng_state, const char* op) {

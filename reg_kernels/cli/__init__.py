@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .. import backends
 from ._errors import UsageError
 
 # Each names a module here that has SUMMARY, add_arguments(parser) and run(args) -> exit code.
@@ -41,10 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input."""
+    """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input, 130
+    interrupted."""
     args = build_parser().parse_args(argv)
     try:
+        check_forced()
         return args.run(args)
     except UsageError as error:
         print(f"reg-kernels {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"reg-kernels {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def check_forced() -> None:
+    """REG_KERNELS_BACKEND is input too: a name that is none is found before the work starts."""
+    if (name := backends.forced_by()) not in (None, *backends.NAMES):
+        expected = ", ".join(backends.NAMES)
+        raise UsageError(f"REG_KERNELS_BACKEND must be one of {expected}, got {name!r}")

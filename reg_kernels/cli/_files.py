@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ._errors import UsageError
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then renames it into place.
 
     A reader sees the old file or the new one, never a part; when `write` raises, the old file
@@ -32,3 +34,29 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def output_file(option: str, path: Path) -> Path:
+    """`path`, its folder made and found writable: before minutes of work, not after them."""
+    if path.is_dir():
+        raise UsageError(f"{option}: must be a file, got the directory {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(option, path, error) from error
+    return path
+
+
+def write_output(option: str, path: Path, write: Callable[[Path], object]) -> None:
+    """`write_whole`, and says so; what fails is the option's fault."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise _cannot_write(option, path, error) from error
+    print(f"wrote {path}")
+
+
+def _cannot_write(option: str, path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{option}: cannot write {path}: {error.strerror or error}")

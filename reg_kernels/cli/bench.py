@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from .. import backends, bench
 from ..bench import _environment, _report
 from ._errors import UsageError
-from ._files import write_whole
+from ._files import output_file, write_output
 from .check import device_argument
 
 SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
@@ -107,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
     _print(data)
     if json_path is not None:
         text = _report.to_json(data)
-        _write("--json", json_path, lambda path: path.write_text(text))
+        write_output("--json", json_path, lambda path: path.write_text(text))
     if plot_path is not None:
-        _write("--plot", plot_path, lambda path: _report.draw(path, data))
+        write_output("--plot", plot_path, lambda path: _report.draw(path, data))
     if errors := _report.wrong(data):
         for error in errors:
             print(f"reg-kernels bench: wrong values: {error}", file=sys.stderr)
@@ -159,28 +157,11 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _output(option: str, path: Path | None, device: torch.device) -> Path | None:
-    """The file to write, made sure of before minutes of work."""
+    """The file that `option` names, {device} filled in."""
     if path is None:
         return None
     name = _environment.slug(_environment.device_name(device))
-    path = Path(str(path).replace("{device}", name))
-    if path.is_dir():
-        raise UsageError(f"{option}: must be a file, got the directory {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
-def _write(option: str, path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
-    print(f"wrote {path}")
+    return output_file(option, Path(str(path).replace("{device}", name)))
 
 
 def _measure_all(

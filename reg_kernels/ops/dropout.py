@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _rng
+from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._layout import dense_like, is_channels_last, is_dense, with_strides
 from ._registry import FastFunction, Op, below_autograd, register
 
 
@@ -84,6 +84,24 @@ def _differentiable(
         return overload(input, p, rng_state, element_offset, traced_p)
 
 
+def _write_over(
+    in_place: Any,
+    overload: Any,
+    input: Tensor,
+    p: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
+) -> None:
+    draw = (p, rng_state, element_offset, traced_p)
+    if input.requires_grad and torch.is_grad_enabled():
+        _DropoutInPlace.call(input, in_place, overload, *draw)
+        return
+    with below_autograd():
+        in_place(input, *draw)
+    torch.autograd.graph.increment_version(input)
+
+
 def _fake(input: Tensor, *draw: Any) -> Tensor:
     return dense_like(input)
 
@@ -105,7 +123,7 @@ _DRAW = "float p, Tensor rng_state, int element_offset=0, Tensor? traced_p=None)
 
 
 def _register(name: str, function: Any) -> tuple[Op, Op]:
-    """An op and its in-place twin; the twin's gradient is _DropoutInPlace's business."""
+    """An op and its in-place twin."""
     fresh = register(
         name,
         f"(Tensor input, {_DRAW} -> Tensor",
@@ -114,12 +132,19 @@ def _register(name: str, function: Any) -> tuple[Op, Op]:
         triton=f"dropout:{name}",
         autograd=_differentiable,
     )
+
+    def write_over(in_place: Any, input: Tensor, *draw: Any) -> None:
+        # The backward is the fresh op of the same implementation.
+        overload = fresh.overloads[in_place._overloadname.replace("default", "native")]
+        _write_over(in_place, overload, input, *draw)
+
     in_place = register(
         f"{name}_",
         f"(Tensor(a!) input, {_DRAW} -> ()",
         fake=_fake_in_place,
         reference=_in_place_reference(function),
         triton=f"dropout:{name}_",
+        autograd=write_over,
     )
     return fresh, in_place
 
@@ -134,10 +159,17 @@ def check_probability(name: str, p: float) -> None:
         raise ValueError(f"{name}: p must be in [0, 1], got {p}")
 
 
-def _check(name: str, input: Tensor, p: float, element_offset: int) -> None:
+def _check(name: str, input: Tensor, p: float) -> None:
+    """What every call has to be given, whether it draws or not."""
     check_probability(name, p)
-    if element_offset < 0:
-        raise ValueError(f"{name}: element_offset must be at least 0, got {element_offset}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+
+
+def _check_draw(name: str, input: Tensor, element_offset: int) -> None:
+    """What a call that draws a mask has to be given as well."""
+    if not 0 <= element_offset < 2**62:
+        raise ValueError(f"{name}: element_offset must be in [0, 2^62), got {element_offset}")
     if input.dtype not in DTYPES:
         supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise RuntimeError(
@@ -148,15 +180,26 @@ def _check(name: str, input: Tensor, p: float, element_offset: int) -> None:
 
 def _check_in_place(name: str, input: Tensor) -> None:
     """What autograd would raise as well, but only after the input had been overwritten."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():  # its tracing checks before anything runs
+        return
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: an inference tensor cannot be changed in place outside of inference mode: "
+            "use inplace=False, or clone it"
+        )
+    if not torch.is_grad_enabled() or not input.requires_grad:
         return
     base = input._base if input._is_view() else None
-    if (input.is_leaf and input.requires_grad) or (
-        base is not None and base.is_leaf and base.requires_grad
-    ):
+    if input.is_leaf or (base is not None and base.is_leaf):
         raise RuntimeError(
             f"{name}: a leaf tensor that requires grad, or a view of one, cannot be changed in "
             "place: use inplace=False, or torch.no_grad()"
+        )
+    metadata = torch._C._autograd
+    if base is not None and (metadata._get_creation_meta(input) != metadata.CreationMeta.DEFAULT):
+        raise RuntimeError(
+            f"{name}: a view made by a function of several outputs, or without grad, cannot be "
+            "changed in place: use inplace=False"
         )
 
 
@@ -193,15 +236,16 @@ def _run(
 ) -> Tensor:
     fresh, in_place = ops
     device = input.device
-    traced = torch.compiler.is_compiling()
-    choose = fresh.traced_overload if traced else fresh.overload
-    overload = choose(device, input.dtype, backend)
     if p == 0.0 or input.numel() == 0:
         return input
     if p == 1.0:
         return input.mul_(0) if inplace else input * 0
+    _check_draw(fresh.name, input, element_offset)
+    traced = torch.compiler.is_compiling()
+    choose = fresh.traced_overload if traced else fresh.overload
+    overload = choose(device, input.dtype, backend)
     if rng_state is not None:
-        _rng.check_state(rng_state, device, fresh.name)
+        rng_state = _rng.checked_state(rng_state, device, fresh.name)
     if traced:
         # Times a tensor, a float that varies can stay one input of the program: see _DRAW.
         traced_p = torch.ones((), dtype=torch.float64, device=device) * p
@@ -221,14 +265,9 @@ def _run(
     draw = (p, rng_state, element_offset, None)
     if not inplace:
         return _differentiable(overload, input, *draw)
-    if not is_dense(input):
+    if not is_dense(input) or input.is_neg():
         return input.copy_(_differentiable(overload, input, *draw))
-    write = in_place.overload(device, input.dtype, backend)
-    if input.requires_grad and torch.is_grad_enabled():
-        return _DropoutInPlace.call(input, write, overload, *draw)
-    with below_autograd():
-        write(input, *draw)
-    torch.autograd.graph.increment_version(input)
+    _write_over(in_place.overload(device, input.dtype, backend), overload, input, *draw)
     return input
 
 
@@ -290,10 +329,9 @@ def dropout(
             element_offset=element_offset,
             backend=backend,
         )
+    _check("dropout", input, p)
     if not training:
-        check_probability("dropout", p)
         return input
-    _check("dropout", input, p, element_offset)
     return _run(_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
 
 
@@ -308,13 +346,11 @@ def _feature_dropout(
     backend: str | None,
 ) -> Tensor:
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
-    if input.dim() < 2:
-        raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
     if not training:
-        check_probability(name, p)
         return input
-    _check(name, input, p, element_offset)
-    if input.is_contiguous() or is_channels_last(input):
+    if input.dim() < 2 and 0.0 < p < 1.0:
+        raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
+    if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
         return _run(_FEATURE_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
     if inplace:
         _check_in_place(name, input)
@@ -354,6 +390,7 @@ def dropout1d(
             element_offset=element_offset,
             backend=backend,
         )
+    _check("dropout1d", input, p)
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must be (N, C, L) or (C, L), got {input.dim()} dims")
     options = (p, training, inplace, rng_state, element_offset, backend)
@@ -387,6 +424,7 @@ def dropout2d(
             element_offset=element_offset,
             backend=backend,
         )
+    _check("dropout2d", input, p)
     if input.dim() == 3:
         warnings.warn(
             "dropout2d: a 3-d input is taken for (N, C, L), as torch does for now; use dropout1d "
@@ -426,6 +464,7 @@ def dropout3d(
             element_offset=element_offset,
             backend=backend,
         )
+    _check("dropout3d", input, p)
     if input.dim() not in (4, 5):
         _warn_of_dimensions("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input)
     options = (p, training, inplace, rng_state, element_offset, backend)
@@ -442,11 +481,13 @@ def _warn_of_dimensions(name: str, expected: str, input: Tensor) -> None:
 
 def _with_batch(name: str, input: Tensor, batched: bool, options: tuple[Any, ...]) -> Tensor:
     """_feature_dropout of an input that may lack its batch dimension."""
-    if batched:
-        return _feature_dropout(name, input, *options)
     p, training, inplace, *rest = options
-    if not inplace:
-        return _feature_dropout(name, input.unsqueeze(0), *options).squeeze(0)
+    if batched or not training:
+        return _feature_dropout(name, input, *options)
+    if not inplace or torch.compiler.is_compiling():
+        options = (p, training, False, *rest)
+        output = _feature_dropout(name, input.unsqueeze(0), *options).squeeze(0)
+        return input.copy_(output) if inplace else output
     # In place the caller's own tensor takes the dimension on for the call: a view would not do,
     # since autograd lets a leaf's data be written, not a view of it.
     _check_in_place(name, input)

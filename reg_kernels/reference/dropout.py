@@ -47,8 +47,13 @@ def _in_storage_order(x: Tensor) -> tuple[Tensor, list[int]]:
     return x.permute(order), order
 
 
-def _permuted_back(y: Tensor, order: list[int]) -> Tensor:
-    return y.permute([order.index(d) for d in range(len(order))])
+def _permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
+    """y with its dimensions as they were, in the strides of `like` where those are dense."""
+    y = y.permute([order.index(d) for d in range(len(order))])
+    if y.stride() == like.stride() or not torch.ops.aten.is_non_overlapping_and_dense(like):
+        return y
+    # Dimensions of size 1 can have any stride.
+    return torch.empty_strided(y.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 def dropout(
@@ -66,7 +71,7 @@ def dropout(
     compute = _compute_dtype(input.dtype)
     x, order = _in_storage_order(input)
     m = multipliers(x.numel(), p, rng_state.to(x.device), element_offset, compute)
-    return _permuted_back((x.to(compute) * m.view(x.shape)).to(x.dtype), order)
+    return _permuted_back((x.to(compute) * m.view(x.shape)).to(x.dtype), order, input)
 
 
 def feature_dropout(

@@ -13,35 +13,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._layout import dense_like, is_channels_last, is_dense
 from .._rng import GROUP, TAG_DROPOUT
-from ..ops._layout import dense_like, is_channels_last, is_dense
-from ..reference.dropout import rate
 from ._launch import device_of, state_arguments
 from ._random import half_word_at, half_words, load_state
 
 BLOCK = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
 TILE = 2048  # elements of a (channels, positions) tile
-UNSPECIALISED = ["seed", "offset", "element_offset", "threshold"]  # no recompiling by value
+UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
 
 
 @triton.jit
 def dropout_values(x, half_word, threshold, scale):
     """x m for values of one dtype; 16-bit floats compute in float32, the rest in their own."""
     compute = tl.float64 if x.dtype == tl.float64 else tl.float32
-    kept = tl.full([1] * len(half_word.shape), scale, compute)
-    m = tl.where(half_word < threshold, kept, tl.zeros_like(kept))
+    m = tl.where(half_word < threshold, scale.to(compute), 0.0)
     return (x.to(compute) * m).to(x.dtype)
 
 
 @triton.jit
-def load_rate(p_ptr, threshold, scale, P_ON_DEVICE: tl.constexpr):
-    """(threshold, scale): from the probability at p_ptr where a program holds it, else by value."""
+def load_rate(p_ptr, p, P_ON_DEVICE: tl.constexpr):
+    """(threshold, scale), [1] each, of the probability at p_ptr where one is there, else of p."""
     if P_ON_DEVICE:
-        keep = (1.0 - tl.load(p_ptr)) * 65536.0
-        # Adding and taking off 1.5 2^52 rounds to the nearest integer, ties to even.
-        rounded = (keep + 6755399441055744.0) - 6755399441055744.0
-        return rounded.to(tl.int32), tl.where(rounded > 0.0, 65536.0 / rounded, 0.0)
-    return threshold, scale
+        p = tl.load(p_ptr)
+    keep = (1.0 - tl.full([1], p, tl.float64)) * 65536.0
+    # Adding and taking off 1.5 2^52 rounds to the nearest integer, ties to even.
+    threshold = (keep + 6755399441055744.0) - 6755399441055744.0
+    scale = tl.where(threshold > 0.0, 65536.0 / tl.maximum(threshold, 1.0), 0.0)
+    return threshold.to(tl.uint32), scale
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -51,8 +50,7 @@ def dropout_kernel(
     numel,
     element_offset: tl.int64,  # mask index of element 0
     p_ptr,
-    threshold,
-    scale: tl.float64,
+    p: tl.float64,
     state_ptr,
     seed: tl.int64,
     offset: tl.int64,
@@ -63,7 +61,7 @@ def dropout_kernel(
     BLOCK: tl.constexpr,
 ):
     seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
-    threshold, scale = load_rate(p_ptr, threshold, scale, P_ON_DEVICE)
+    threshold, scale = load_rate(p_ptr, p, P_ON_DEVICE)
     block = tl.program_id(0).to(tl.int64) * BLOCK
     drawn = half_words(seed ^ TAG, offset, (element_offset - LEAD + block) // 8, BLOCK // 8)
     i = block - LEAD + tl.arange(0, BLOCK)
@@ -82,8 +80,7 @@ def feature_dropout_kernel(
     stride_l,
     element_offset: tl.int64,
     p_ptr,
-    threshold,
-    scale: tl.float64,
+    p: tl.float64,
     state_ptr,
     seed: tl.int64,
     offset: tl.int64,
@@ -94,7 +91,7 @@ def feature_dropout_kernel(
     BLOCK_L: tl.constexpr,
 ):
     seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
-    threshold, scale = load_rate(p_ptr, threshold, scale, P_ON_DEVICE)
+    threshold, scale = load_rate(p_ptr, p, P_ON_DEVICE)
     blocks_c, blocks_l = tl.cdiv(C, BLOCK_C), tl.cdiv(L, BLOCK_L)
     program = tl.program_id(0).to(tl.int64)
     n = program // (blocks_c * blocks_l)
@@ -114,11 +111,9 @@ def _draw_arguments(
     on_device = traced_p is not None and traced_p.device.type != "cpu"
     if traced_p is not None and not on_device:
         p = float(traced_p)
-    threshold, scale = (0, 0.0) if on_device else rate(p)
     return {
         "p_ptr": traced_p if on_device else x,
-        "threshold": threshold,
-        "scale": scale,
+        "p": p,
         "P_ON_DEVICE": on_device,
         "TAG": TAG_DROPOUT,
         **state_arguments(rng_state, x),

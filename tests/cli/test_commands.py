@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from reg_kernels import cases
+from reg_kernels import backends, cases
 from reg_kernels.cli import COMMANDS, check, main
 
 
@@ -82,7 +82,8 @@ def test_check_finds_a_wrong_result(wrong, monkeypatch, capsys):
     assert "0 passed, 4 failed" in capsys.readouterr().out
 
 
-def test_check_finds_a_wrong_gradient(monkeypatch):
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_check_finds_a_wrong_gradient(monkeypatch, factor):
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -90,7 +91,7 @@ def test_check_finds_a_wrong_gradient(monkeypatch):
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * 1.5
+            return grad * factor
 
     good = next(c for c in cases.all_cases() if c.name == "1024 contiguous")
     bad = cases.Case(
@@ -121,7 +122,8 @@ def test_a_crash_is_a_failed_check(monkeypatch, capsys):
         (["--op", "conv"], "--op must be one of dropout, "),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", "cuda:9"], "--device cuda:9: torch sees"),
-        (["--json", "/no/such/folder/x.json", "--op", "dropout_"], "--json: cannot write /no/such"),
+        (["--device", "cpu:3"], "--device must be cpu or cuda, got 'cpu:3'"),
+        (["--json", "/dev/null/x.json"], "--json: cannot write /dev/null/x.json"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
@@ -130,3 +132,19 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert error.startswith("reg-kernels check: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_bad_environment_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_forced", "fast")
+    assert main(["info"]) == 2
+    expected = "REG_KERNELS_BACKEND must be one of native, triton, reference, got 'fast'"
+    assert capsys.readouterr().err == f"reg-kernels info: {expected}\n"
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check", stop)
+    assert main(["check", "--device", "cpu", "--backend", "reference"]) == 130
+    assert capsys.readouterr().err.endswith("reg-kernels check: interrupted\n")

@@ -346,6 +346,69 @@ def test_in_place_on_a_leaf_raises_and_changes_nothing(view):
         TF.dropout(view(x), P, inplace=True)
 
 
+def test_in_place_on_one_of_several_views_raises_and_changes_nothing():
+    for function in (F.dropout, TF.dropout):
+        part = (torch.ones(4, 4, requires_grad=True) * 1).unbind(0)[0]
+        with pytest.raises(RuntimeError):
+            function(part, P, inplace=True)
+        assert (part == 1).all()
+
+
+def test_in_place_on_an_inference_tensor_raises_and_changes_nothing():
+    with torch.inference_mode():
+        x = torch.ones(10)
+    with pytest.raises(RuntimeError, match="inference"):
+        F.dropout(x, P, inplace=True)
+    assert (x == 1).all()
+    with pytest.raises(RuntimeError, match="inference"):
+        TF.dropout(x, P, inplace=True)
+
+
+def test_in_place_on_a_negated_view():
+    x = torch.ones(100)
+    y = F.dropout(torch._neg_view(x), 0.5, inplace=True)
+    assert set(y.tolist()) == {0.0, -2.0}
+    assert set(x.tolist()) == {0.0, 2.0}
+
+
+@on_each
+def test_the_registered_ops_have_gradients(backend):
+    suffix = "default" if backend == "native" else backend
+    x = torch.ones(100, device=DEVICE, requires_grad=True)
+    h = x * 1
+    getattr(torch.ops.reg_kernels.dropout_, suffix)(h, P, rng_state())
+    y = getattr(torch.ops.reg_kernels.dropout, suffix)(x, P, rng_state())
+    assert torch.equal(h, y)
+    for output in (h, y):
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+        assert torch.equal(gradient, y.detach())
+
+
+def test_states_need_not_be_contiguous():
+    state = torch.stack([rng_state(), rng_state()], dim=1)[:, 0]
+    expected = F.dropout(torch.ones(50), P, rng_state=rng_state())
+    assert torch.equal(F.dropout(torch.ones(50), P, rng_state=state), expected)
+
+
+def test_what_draws_nothing_takes_what_torch_takes():
+    for x in (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.complex64)):
+        for p in (0.0, 1.0):
+            assert torch.equal(F.dropout(x, p), TF.dropout(x, p))
+        assert F.dropout(x, 0.5, training=False) is x
+    with pytest.warns(UserWarning):
+        assert F.dropout2d(torch.ones(3), 0.0).shape == (3,)
+
+
+def test_fake_tensors_draw_nothing_real():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = torch.get_rng_state()
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            assert F.dropout(torch.empty(4, 5, device=device)).shape == (4, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_in_place_on_overlapping_memory_raises_as_torch_does():
     for function in (F.dropout, TF.dropout):
         x = torch.ones(1).expand(5)
@@ -390,6 +453,7 @@ def test_meta_tensors_and_fx_proxies_pass():
 def test_channel_dropout_takes_what_torch_takes(ours, theirs, shapes, inplace):
     for shape in shapes:
         x = torch.ones(shape)
+        assert ours(x, 0.5, training=False, inplace=inplace) is x
         y = ours(x, 0.5, inplace=inplace)
         assert y.shape == theirs(torch.ones(shape), 0.5, inplace=inplace).shape == shape
         assert (y is x) == inplace
@@ -432,8 +496,13 @@ def test_bad_rng_state(state, error):
         F.dropout(torch.ones(3), rng_state=state)
 
 
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="dropout: input must be a Tensor, got list"):
+        F.dropout([1.0])
+
+
 def test_bad_offset_and_backend():
-    with pytest.raises(ValueError, match="element_offset must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"element_offset must be in \[0, 2\^62\), got -1"):
         F.dropout(torch.ones(3), element_offset=-1)
     with pytest.raises(ValueError, match="backend must be one of native, triton, reference"):
         F.dropout(torch.ones(3), backend="cuda")
@@ -527,6 +596,19 @@ def test_compiled_in_place(counted):
     y = compiled(lambda x: F.dropout(x, 0.5, inplace=True))(x)
     assert y is x
     assert set(x.tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(F.dropout1d, (3, 40)), (F.dropout3d, (3, 2, 4, 5)), (F.dropout2d, (2, 3, 40, 5))],
+)
+def test_compiled_channels_in_place(counted, function, shape):
+    compiled, _ = counted
+    x = torch.ones(shape)
+    view = x.transpose(-1, -2) if function is F.dropout2d else x
+    y = compiled(lambda x: function(x, 0.5, inplace=True))(view)
+    assert set(y.unique().tolist()) <= {0.0, 2.0}
+    assert torch.equal(y, view)
 
 
 def test_compiled_choice_follows_the_forced_backend(counted):
