@@ -271,6 +271,14 @@ def _run(
     return input
 
 
+def _hand_over(function: Any, input: Any, p: Any, training: Any, inplace: Any, *rest: Any) -> Any:
+    """Gives the call to what overrides it: a subclass's __torch_function__, a tracer's proxy."""
+    named = dict(zip(("rng_state", "element_offset", "backend"), rest, strict=True))
+    return handle_torch_function(
+        function, (input,), input, p=p, training=training, inplace=inplace, **named
+    )
+
+
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -318,17 +326,7 @@ def dropout(
     overfitting", JMLR 15 (2014), section 10 (inverted scaling).
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            rng_state=rng_state,
-            element_offset=element_offset,
-            backend=backend,
-        )
+        return _hand_over(dropout, input, p, training, inplace, rng_state, element_offset, backend)
     _check("dropout", input, p)
     if not training:
         return input
@@ -379,16 +377,8 @@ def dropout1d(
     CVPR 2015.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout1d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            rng_state=rng_state,
-            element_offset=element_offset,
-            backend=backend,
+        return _hand_over(
+            dropout1d, input, p, training, inplace, rng_state, element_offset, backend
         )
     _check("dropout1d", input, p)
     if input.dim() not in (2, 3):
@@ -413,16 +403,8 @@ def dropout2d(
     other than four. Otherwise as `dropout1d`.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout2d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            rng_state=rng_state,
-            element_offset=element_offset,
-            backend=backend,
+        return _hand_over(
+            dropout2d, input, p, training, inplace, rng_state, element_offset, backend
         )
     _check("dropout2d", input, p)
     if input.dim() == 3:
@@ -453,16 +435,8 @@ def dropout3d(
     `dropout1d`.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout3d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            rng_state=rng_state,
-            element_offset=element_offset,
-            backend=backend,
+        return _hand_over(
+            dropout3d, input, p, training, inplace, rng_state, element_offset, backend
         )
     _check("dropout3d", input, p)
     if input.dim() not in (4, 5):
