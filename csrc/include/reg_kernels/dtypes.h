@@ -130,16 +130,23 @@ RK_HD T store(compute_t<T> value) {
 // The same for the product of a T and a number that is not NaN. If that is NaN, its payload is the
 // T's own or none and rounding cannot carry it away: no test for NaN, a sixteenth of a loop's time.
 template <typename T>
-RK_HD T store_product(compute_t<T> value) {
-  return store<T>(value);
-}
+struct StoreProduct : Store<T> {};
 
-#if !defined(__CUDA_ARCH__)
 template <>
-RK_HD bfloat16 store_product<bfloat16>(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
+struct StoreProduct<bfloat16> {
+  static RK_HD bfloat16 from(float value) {
+#if defined(__CUDA_ARCH__)
+    return Store<bfloat16>::from(value);
+#else
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 #endif
+  }
+};
+
+template <typename T>
+RK_HD T store_product(compute_t<T> value) {
+  return StoreProduct<T>::from(value);
+}
 
 RK_NAMESPACE_END
