@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -94,20 +94,3 @@ def register(
 
 def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
     return lambda *args: function(overload, *args)
-
-
-class FastFunction(torch.autograd.Function):
-    """An autograd.Function whose `call` is `apply` without its two microseconds of preparation.
-
-    What `apply` prepares is for the transforms of torch.func, and nothing else needs it.
-    """
-
-    call: ClassVar[Callable[..., Any]]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        plain, active = super(torch.autograd.Function, cls).apply, _transforms_active
-        cls.call = staticmethod(lambda *args: cls.apply(*args) if active() else plain(*args))
-
-
-_transforms_active = torch._C._are_functorch_transforms_active

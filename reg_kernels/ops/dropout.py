@@ -18,10 +18,10 @@ from .. import _rng
 from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._registry import FastFunction, Op, below_autograd, register
+from ._registry import Op, below_autograd, register
 
 
-class _Dropout(FastFunction):
+class _Dropout(torch.autograd.Function):
     """y = x m, and as its backward the same op on the gradient."""
 
     @staticmethod
@@ -36,7 +36,7 @@ class _Dropout(FastFunction):
         return _gradient(ctx, grad_output), *[None] * 5
 
 
-class _DropoutInPlace(FastFunction):
+class _DropoutInPlace(torch.autograd.Function):
     """The same, written over its input."""
 
     @staticmethod
@@ -51,6 +51,10 @@ class _DropoutInPlace(FastFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         return _gradient(ctx, grad_output), *[None] * 6
 
+
+# `apply` spends two microseconds on preparing for torch.func; where that is known to be away, this
+# is the same without.
+_apply_dropout = super(torch.autograd.Function, _Dropout).apply
 
 # `draw` is what decides the mask: (p, rng_state, element_offset, traced_p), the op's arguments
 # after the input.
@@ -79,7 +83,7 @@ def _differentiable(
     traced_p: Tensor | None = None,
 ) -> Tensor:
     if input.requires_grad and torch.is_grad_enabled():
-        return _Dropout.call(input, overload, p, rng_state, element_offset, traced_p)
+        return _Dropout.apply(input, overload, p, rng_state, element_offset, traced_p)
     with below_autograd():
         return overload(input, p, rng_state, element_offset, traced_p)
 
@@ -95,7 +99,7 @@ def _write_over(
 ) -> None:
     draw = (p, rng_state, element_offset, traced_p)
     if input.requires_grad and torch.is_grad_enabled():
-        _DropoutInPlace.call(input, in_place, overload, *draw)
+        _DropoutInPlace.apply(input, in_place, overload, *draw)
         return
     with below_autograd():
         in_place(input, *draw)
@@ -203,9 +207,12 @@ def _check_in_place(name: str, input: Tensor) -> None:
         )
 
 
+_func_is_active = torch._C._are_functorch_transforms_active
+
+
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at what is called."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _func_is_active() or forward_ad._current_level >= 0
 
 
 def _by_torch(
@@ -264,7 +271,10 @@ def _run(
         rng_state = _rng.draw_state(device)
     draw = (p, rng_state, element_offset, None)
     if not inplace:
-        return _differentiable(overload, input, *draw)
+        if input.requires_grad and torch.is_grad_enabled():
+            return _apply_dropout(input, overload, *draw)
+        with below_autograd():
+            return overload(input, *draw)
     if not is_dense(input) or input.is_neg():
         return input.copy_(_differentiable(overload, input, *draw))
     _write_over(in_place.overload(device, input.dtype, backend), overload, input, *draw)
