@@ -44,9 +44,8 @@ DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& 
   task.scale = rate.scale;
   task.seed = static_cast<uint64_t>(state[0]);
   task.offset = static_cast<uint64_t>(state[1]);
-  // In place, the line that a store would read is the one just loaded: nothing to save. With 16-bit
-  // elements the draws take longer than the memory, and streaming only adds to that.
-  task.stream = task.x != task.y && x.element_size() >= 4 &&
+  // In place, the line that a store would read is the one just loaded: nothing to save.
+  task.stream = task.x != task.y &&
                 task.numel * static_cast<int64_t>(x.element_size()) > last_level_cache_bytes();
   return task;
 }
