@@ -151,10 +151,11 @@ void rows(const DropoutTask& task, int64_t begin, int64_t end) {
   }
 
 void dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
-  RK_FOR_DTYPE(elements, task, begin, end)
+  RK_FOR_DTYPE(elements, task, begin, end);
 }
 
-void feature_dropout_range(const DropoutTask& task, int64_t begin,
-                           int64_t end){RK_FOR_DTYPE(rows, task, begin, end)}
+void feature_dropout_range(const DropoutTask& task, int64_t begin, int64_t end) {
+  RK_FOR_DTYPE(rows, task, begin, end);
+}
 
 RK_NAMESPACE_END

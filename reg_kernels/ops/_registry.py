@@ -53,7 +53,7 @@ def register(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     triton: str,
-    autograd: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any],
 ) -> Op:
     """Registers an op and its implementations.
 
@@ -63,8 +63,8 @@ def register(
         fake: shapes and strides of the result, for compilation.
         reference: the implementation in plain PyTorch.
         triton: "module:function" below reg_kernels.triton, imported at the first call.
-        autograd: called as autograd(overload, *args) above the implementation, when a gradient
-            may be wanted; None where the op has no gradient of its own.
+        autograd: called as autograd(overload, *args) above the implementation, to record a
+            gradient where one is wanted.
     """
 
     def run_triton(*args: Any) -> Any:
@@ -86,8 +86,7 @@ def register(
         packet = getattr(torch.ops.reg_kernels, name)
         overload = getattr(packet, suffix.removeprefix(".") or "default")
         overloads[backend] = overload
-        if autograd is not None:
-            _library.impl(qualified, _bind(autograd, overload), "Autograd")
+        _library.impl(qualified, _bind(autograd, overload), "Autograd")
     OPS[name] = Op(name, overloads)
     return OPS[name]
 

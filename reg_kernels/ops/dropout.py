@@ -224,7 +224,7 @@ def _by_torch(
     decides whether the samples share them, by what it makes of the draw of rng_state.
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
-    # The input's own strides, since the mask follows storage order; a batched one counts as dense.
+    # The input's own strides, where they are dense, since the mask follows storage order.
     ones = torch.ones(input.shape, dtype=dtype, device=input.device)
     if is_dense(input):
         ones = with_strides(ones, input.stride())
