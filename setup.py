@@ -35,6 +35,7 @@ CXX_FLAGS = [
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
     # g++ 12 finds its own AVX-512 header at fault.
     "-Wno-maybe-uninitialized",
+    "-Wno-psabi",  # vector types are passed between inlined functions alone
 ]
 ISA_FLAGS = {
     "avx2": ["-march=x86-64-v3"],

@@ -1,13 +1,22 @@
 """Fused regularisation kernels for PyTorch: CUDA C++, Triton and native CPU code.
 
-`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model; `backend`
-picks the implementation.
+`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model and fuses
+chains of them; `fold_batch_norm` prepares one for evaluation; `backend` picks the implementation.
 """
 
 from . import functional, nn
 from .backends import BackendUnavailable, backend
 from .convert import convert, revert
+from .convert._fold import fold_batch_norm
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "backend", "convert", "functional", "nn", "revert"]
+__all__ = [
+    "BackendUnavailable",
+    "backend",
+    "convert",
+    "fold_batch_norm",
+    "functional",
+    "nn",
+    "revert",
+]

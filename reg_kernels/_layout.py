@@ -19,8 +19,12 @@ def dense_like(x: Tensor) -> Tensor:
 
 
 def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """x itself where it has these strides, else a copy that has them."""
-    if x.stride() == strides:
+    """x itself where it has these strides, apart from dimensions of one element, which have none
+    to speak of; else a copy that has them."""
+    if x.stride() == strides or all(
+        size == 1 or own == wanted
+        for size, own, wanted in zip(x.shape, x.stride(), strides, strict=True)
+    ):
         return x
     return x.new_empty_strided(x.shape, strides).copy_(x)
 

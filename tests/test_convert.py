@@ -27,6 +27,7 @@ def test_a_copy_is_converted_and_the_model_is_not():
     original = model()
     converted = reg_kernels.convert(original)
     assert type(original[2]) is nn.Dropout
+    assert type(converted[1]) is reg_kernels.nn.BatchNorm1d
     assert type(converted[2]) is reg_kernels.nn.Dropout
     assert type(converted[3][0]) is reg_kernels.nn.Dropout2d
     assert (converted[3][0].p, converted[3][0].inplace) == (0.5, True)
@@ -67,16 +68,29 @@ def test_the_report_says_what_and_why():
     reports = []
     reg_kernels.convert(model(), report=reports.append)
     (report,) = reports
+    assert ("1", "torch.nn.BatchNorm1d", "reg_kernels.nn.BatchNorm1d") in report.swapped
     assert ("2", "torch.nn.Dropout", "reg_kernels.nn.Dropout") in report.swapped
-    assert {name for name, _, _ in report.left} == {"1", "3.1", "4"}
+    assert {name for name, _, _ in report.left} == {"3.1", "4"}
     text = str(report)
-    assert "2 swapped" in text.splitlines()[0] or "swapped" in text
+    assert text.splitlines()[0] == "3 swapped, 2 left as they were"
     assert "OwnDropout left: a subclass of torch.nn.Dropout" in text
     assert "3.1: torch.nn.AlphaDropout left: there is no fused twin" in text
     again = []
     reg_kernels.convert(reg_kernels.convert(model()), report=again.append)
     assert again[0].swapped == []
     assert ("2", "reg_kernels.nn.Dropout", "fused already") in again[0].left
+
+
+def test_layers_of_ones_own_choice_are_left():
+    reports = []
+    net = nn.Sequential(reg_kernels.nn.BatchNormAct1d(4), nn.SyncBatchNorm(4))
+    converted = reg_kernels.convert(net, report=reports.append)
+    assert [type(m) for m in converted] == [type(m) for m in net]
+    assert reports[0].left == [
+        ("0", "reg_kernels.nn.BatchNormAct1d", "fused already"),
+        ("1", "torch.nn.SyncBatchNorm", "there is no fused twin of it"),
+    ]
+    assert type(reg_kernels.revert(converted)[0]) is reg_kernels.nn.BatchNormAct1d
 
 
 def test_a_shared_layer_stays_shared():

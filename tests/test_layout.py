@@ -14,8 +14,8 @@ from reg_kernels.ops._registry import OPS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "reg_kernels"
 CSRC = ROOT / "csrc"
-# An in-place twin and a channel-wise variant live in their op's files.
-FILES = sorted({re.sub(r"^feature_|_$", "", name) for name in OPS})
+# In-place twins, channel-wise variants, frozen forms and backwards live in their op's files.
+FILES = sorted({re.sub(r"^feature_|_$|_(inference|backward)$", "", name) for name in OPS})
 
 
 @pytest.mark.parametrize("op", FILES)

@@ -1,7 +1,8 @@
 // Dropout on the CPU key: torch's thread pool over the loops of dropout.simd.cpp.
 #include "dropout.h"
 
-#include "../torch/dropout.h"
+#include "../torch/channel_layout.h"
+#include "reg_kernels/dropout_math.h"
 #include "cache.h"
 
 namespace reg_kernels {
@@ -11,16 +12,6 @@ namespace {
 constexpr int64_t kGrain = 32768;
 // Threads part the work at whole batches of draws, so that none makes some just to discard them.
 constexpr int64_t kUnit = 256;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "dropout: expected a floating-point input of 16 to 64 bits");
-  }
-}
 
 DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
                       int64_t mask_offset, const std::optional<Tensor>& traced_p) {
@@ -38,7 +29,7 @@ DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& 
   task.x = x.const_data_ptr();
   task.y = y.mutable_data_ptr();
   task.numel = x.numel();
-  task.dtype = dtype_of(x);
+  task.dtype = dtype_of(x, "dropout");
   task.mask_offset = mask_offset;
   task.threshold = rate.threshold;
   task.scale = rate.scale;
@@ -61,7 +52,7 @@ void run(const DropoutTask& task) {
 
 void run_feature(DropoutTask task, const Tensor& x) {
   if (task.numel == 0) return;
-  const ChannelLayout layout = channel_layout(x);
+  const ChannelLayout layout = channel_layout(x, "feature_dropout");
   task.channels = layout.channels;
   task.length = layout.length;
   task.channels_last = layout.channels_last;

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "reg_kernels/dtypes.h"
 
 namespace reg_kernels {
-
-enum class DType { float64, float32, float16, bfloat16 };
 
 struct DropoutTask {
   const void* x;  // element 0 in storage order

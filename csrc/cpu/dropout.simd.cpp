@@ -12,25 +12,7 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kTile = 512;  // elements: their draws are 1 KiB of the first-level cache
-static_assert(kTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
-
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A tile's draws; room for the group that a tile starts in the middle of.
-struct Draws {
-  alignas(64) uint16_t half_words[kTile + kGroupBatch * kGroup];
-
-  // Draws `count` mask elements from index `first` on and returns the first one's half-word.
-  // Inlined, so that a loop over tiles spreads the key over its lanes once.
-  RK_HD const uint16_t* fill(const RngStream& stream, int64_t first, int64_t count) {
-    const int64_t lead = first % kGroup;
-    const int64_t batch = kGroupBatch * kGroup;
-    const int64_t groups = (lead + count + batch - 1) / batch * kGroupBatch;
-    draw_half_words(stream, first / kGroup, groups, half_words);
-    return half_words + lead;
-  }
-};
 
 template <typename T>
 struct Dropout {

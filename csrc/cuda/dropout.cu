@@ -2,7 +2,7 @@
 #include "dropout.cuh"
 
 #include "../torch/cuda.cuh"
-#include "../torch/dropout.h"
+#include "../torch/channel_layout.h"
 
 namespace reg_kernels {
 namespace {
@@ -34,7 +34,7 @@ void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_s
   check_element_offset(element_offset, "feature_dropout");
   const cuda::Launch launch(x, rng_state, "feature_dropout");
   const cuda::RateArgument rate = rate_argument(x, p, traced_p);
-  const ChannelLayout layout = channel_layout(x);
+  const ChannelLayout layout = channel_layout(x, "feature_dropout");
   cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
     cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),
                                  static_cast<T*>(y.mutable_data_ptr()), x.numel(), layout,

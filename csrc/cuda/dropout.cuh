@@ -38,14 +38,6 @@ struct RateArgument {
   }
 };
 
-// Bit j is set when half-word j keeps its element.
-__device__ __forceinline__ uint32_t keep_bits(const PhiloxWords& words, uint32_t threshold) {
-  uint32_t bits = 0;
-  RK_UNROLL
-  for (int j = 0; j < kGroup; ++j) bits |= (half_word(words, j) < threshold ? 1u : 0u) << j;
-  return bits;
-}
-
 template <typename T>
 constexpr int kElementsABlock = kDropoutThreads * kVectorsInFlight * kVector<T>;
 

@@ -14,10 +14,22 @@
 #include <optional>
 #include <vector>
 
+#include "reg_kernels/dtypes.h"
+
 namespace reg_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, op, ": expected floating-point values of 16 to 64 bits");
+  }
+}
 
 // Whether the elements fill one stretch of memory, each place once, in whatever order of
 // dimensions.
@@ -55,6 +67,24 @@ inline Tensor empty_like_dense(const Tensor& x) {
                                                   dtype, device_type, x.get_device_index(),
                                                   &handle));
   return Tensor(handle);
+}
+
+// An uninitialised [count] on x's device; `dtype` is one of aoti_torch_dtype_...().
+inline Tensor empty_vector(const Tensor& x, int64_t count, int32_t dtype) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type,
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The number that torch's C interface knows a tensor's dtype by.
+inline int32_t dtype_number(const Tensor& x) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
 }
 
 inline void check_dense(const Tensor& tensor, const char* op) {

@@ -27,6 +27,7 @@ class Case:
         oracle: the same formula in plain torch, without our kernels: in float64 it is the truth,
             in the case's own dtype it is the error that PyTorch makes.
         small: whether it is small enough for gradcheck and for Triton's interpreter.
+        exact: whether the op and its oracle round alike in float64; sums in another order do not.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Case:
     function: Callable[..., Tensor]
     oracle: Callable[..., Tensor]
     small: bool = True
+    exact: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}[{self.name}]"

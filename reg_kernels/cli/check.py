@@ -147,8 +147,10 @@ def measure(
 ) -> tuple[float, float]:
     """The largest error of output and gradients, and what is allowed for it.
 
-    Allowed is twice PyTorch's error in this dtype plus one rounding of the largest value: half an
-    ulp, and for bfloat16 in Triton's interpreter, which truncates, a whole one.
+    Allowed is twice PyTorch's error in this dtype plus a rounding of the largest value: half an ulp;
+    a whole one where the op adds in another order than its oracle, and for bfloat16 in Triton's
+    interpreter, which truncates. In float64, where PyTorch's result is the truth itself, sums in
+    another order may differ by 256.
     """
     inputs = case.inputs(device, dtype)
     exact_inputs = [x.double().requires_grad_() for x in inputs]
@@ -170,7 +172,10 @@ def measure(
     error, baseline = _distance(ours, truth), _distance(theirs, truth)
     largest = max((float(t.detach().abs().max()) for t in truth if t.numel()), default=0.0)
     truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
-    rounding = torch.finfo(dtype).eps * (1.0 if truncates else 0.5)
+    roundings = 0.5 if case.exact and not truncates else 1.0
+    if dtype == torch.float64 and not case.exact:
+        roundings = 256.0
+    rounding = torch.finfo(dtype).eps * roundings
     return error, 2 * baseline + rounding * largest
 
 

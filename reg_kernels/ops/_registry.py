@@ -14,11 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import backends
 
 # Inside it an op goes straight to its implementation. By a short name: the hot path looks it up.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+_func_is_active = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at what is called."""
+    return _func_is_active() or forward_ad._current_level >= 0
+
 
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _rng
 from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._registry import Op, below_autograd, register
+from ._registry import Op, below_autograd, is_transformed, register
 
 
 class _Dropout(torch.autograd.Function):
@@ -207,14 +206,6 @@ def _check_in_place(name: str, input: Tensor) -> None:
         )
 
 
-_func_is_active = torch._C._are_functorch_transforms_active
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at what is called."""
-    return _func_is_active() or forward_ad._current_level >= 0
-
-
 def _by_torch(
     overload: Any, input: Tensor, p: float, rng_state: Tensor, element_offset: int
 ) -> Tensor:
@@ -260,7 +251,7 @@ def _run(
         output = overload(input, 0.0, state, element_offset, traced_p)
         return input.copy_(output) if inplace else output
 
-    if _transformed():
+    if is_transformed():
         state = _rng.draw_traced_state(device) if rng_state is None else rng_state
         output = _by_torch(overload, input, p, state, element_offset)
         return input.copy_(output) if inplace else output

@@ -1,8 +1,9 @@
-"""What the launchers share: rng_state as kernel arguments, and the current device."""
+"""What the launchers share: rng_state as kernel arguments, the current device and its size."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -25,3 +26,13 @@ def state_arguments(rng_state: Tensor, x: Tensor) -> dict[str, Any]:
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's device current: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def processors(x: Tensor) -> int:
+    """How many programs run side by side at least: the device's multiprocessors."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 1
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

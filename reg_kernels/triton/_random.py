@@ -30,6 +30,28 @@ def half_word_at(key, offset, index):
 
 
 @triton.jit
+def half_word_runs(key, offset, first, RUN: tl.constexpr):
+    """Draws runs of RUN mask elements from each of `first` on: [A, RUN B] of int64 [A, B].
+
+    RUN is 1, 2, 4 or 8 and `first` multiples of it: a run lies in one group, and costs one draw.
+    """
+    A: tl.constexpr = first.shape[0]
+    B: tl.constexpr = first.shape[1]
+    if RUN == 1:
+        halves = half_word_at(key, offset, first)
+    else:
+        w0, w1, w2, w3 = philox(key, offset, first // 8)
+        if RUN == 8:
+            words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        else:
+            upper = first % 8 >= 4
+            low, high = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
+            words = tl.join(low, high) if RUN == 4 else tl.where(first % 4 >= 2, high, low)
+        halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [A, RUN * B])
+    return halves
+
+
+@triton.jit
 def philox(key, offset, group):
     """The four words of each group: counter (group low, group high, offset low, offset high)."""
     zero = group * 0

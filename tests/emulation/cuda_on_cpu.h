@@ -1,13 +1,15 @@
 // CUDA kernels on the CPU, for tests: g++ compiles the very same kernel templates, and sanitizers
 // watch them.
 //
-// Every CUDA thread is a fiber; blocks run one after the other. A thread runs until it waits (at a
-// barrier, at a warp-wide operation) or exits, then the next one does, in ascending order or, with
-// `reversed` set, in descending order. A missing barrier can hide in one order, since whoever
-// writes happens to come first, but then not in the other.
+// Every CUDA thread is a fiber; blocks run one after the other, those of a cooperative launch in
+// turn. A thread runs until it waits (at a barrier, at a warp-wide operation, asleep between two
+// looks at a variable) or exits, then the next one does, in ascending order or, with `reversed`
+// set, in descending order. A missing barrier can hide in one order, since whoever writes happens
+// to come first, but then not in the other.
 //
 // What threads wait for is settled only when none of them can run. Whoever is missing then has gone
-// another way, and a report says who waits where and ends the program.
+// another way, and a report says who waits where and ends the program. So it does when all that can
+// run are asleep and fall asleep again: nobody is left to write what they look for.
 //
 // Not the GPU: a thread is never interrupted between two waits, so a race whose outcome depends on
 // finer interleaving goes unseen, as does code that relies on a warp running in lockstep.
@@ -20,7 +22,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <source_location>
 #include <string>
@@ -45,7 +49,9 @@
 // is seen. As C++ statics, one array would border on the next.
 #define RK_SHARED(T, name) T* const name = cuda_on_cpu::shared_memory<T>()
 #define RK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  cuda_on_cpu::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+  cuda_on_cpu::launch(false, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define RK_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, argument) \
+  cuda_on_cpu::launch(true, kernel, grid, block, shared_bytes, stream, argument)
 
 struct uint3 {
   unsigned x, y, z;
@@ -58,7 +64,22 @@ struct dim3 {
 
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 82,
+};
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxThreadsPerMultiProcessor,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 // Set for the running thread at each switch.
 inline uint3 threadIdx, blockIdx;
@@ -72,6 +93,26 @@ inline bool reversed = false;
 constexpr int kWarp = 32;
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 * 1024;  // what a kernel gets without asking for more
+
+// The GPU that is played, an H100 unless a test makes it smaller. A multiprocessor's share of each.
+struct Device {
+  int multiprocessors = 132;
+  int threads = 2048;
+  int shared_bytes = 228 * 1024;
+  int shared_bytes_a_block = 227 * 1024;  // for a kernel that asks
+  int reserved_bytes_a_block = 1024;
+
+  // How many blocks of a launch run at once.
+  uint64_t resident(size_t block_threads, size_t block_shared_bytes) const {
+    const size_t by_threads = static_cast<size_t>(threads) / block_threads;
+    const size_t by_memory = static_cast<size_t>(shared_bytes) /
+                             (block_shared_bytes + static_cast<size_t>(reserved_bytes_a_block));
+    return static_cast<uint64_t>(multiprocessors) *
+           (by_threads < by_memory ? by_threads : by_memory);
+  }
+};
+inline Device device;
+
 // What shared memory holds at the start of a block: a huge number in fp32 and fp64, NaN in fp16, an
 // index far out of bounds. Sums and maxima that take in an unwritten value come out wrong.
 constexpr unsigned char kUnwritten = 0x7f;
@@ -154,13 +195,24 @@ struct Context {
 
 #endif
 
-enum class State { exited, ready, at_barrier, at_warp_operation };
+enum class State { exited, ready, at_barrier, at_warp_operation, asleep };
+
+struct Block;
+
+// A copy that was asked for and has not been waited for.
+struct Copy {
+  void* to;
+  const void* from;  // or null: zeros
+  size_t bytes;
+  size_t group;  // the thread's groups that were closed before
+};
 
 struct Thread {
   Context context;
   unsigned char* stack;
   void* fake_stack = nullptr;  // ASan's, while the thread is switched away from
-  unsigned rank;               // in its block
+  Block* block;
+  unsigned rank;  // in its block
   uint3 index;
   State state = State::exited;
   // While it waits: for what and where; of a warp-wide operation, with whom and what it offers.
@@ -169,36 +221,54 @@ struct Thread {
   uint32_t mask = 0;
   uint64_t offered = 0;
   uint32_t participants = 0;  // once the operation is done
+  std::deque<Copy> copies;
+  size_t copy_groups = 0;  // closed ones
 };
 
 struct Warp {
   uint64_t offered[kWarp];  // by each lane, in the last operation that it took part in
 };
 
-// The block that runs. Threads are made once and serve every block and launch that follows: their
-// stacks are always left by returning, so ASan's marks on them stay right.
 struct Block {
-  std::vector<std::unique_ptr<Thread>> pool;
-  size_t size = 0;  // threads in use
+  uint3 index;
+  std::vector<Thread*> threads;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
+};
+
+// What runs the blocks. Threads are made once and serve every block and launch that follows: their
+// stacks are always left by returning, so ASan's marks on them stay right.
+struct Machine {
+  std::vector<std::unique_ptr<Thread>> pool;
   std::function<void()> kernel;
   Thread* current = nullptr;
   Context scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
+  std::map<const void*, size_t> shared_bytes;  // that kernels have asked for
   cudaError_t last_error = cudaSuccess;
 };
 
-inline Block block;
+inline Machine machine;
 
 // No exception: it would have to cross from one stack to another, and leave other threads halfway.
 [[noreturn]] inline void fail(const std::string& message) {
   std::fflush(stdout);
-  std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
-               message.c_str());
+  std::fprintf(stderr, "cuda_on_cpu: %s\n", message.c_str());
   std::_Exit(1);
+}
+
+inline std::string name(const Block& block) {
+  return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " +
+         std::to_string(block.index.z) + ")";
+}
+
+// Of a thread that does what it must not.
+[[noreturn]] inline void fail(const Thread& thread, const char* operation, const Location& where,
+                              const std::string& message) {
+  fail(name(*thread.block) + ": " + operation + ", " + text(where) + ": thread " +
+       std::to_string(thread.rank) + " " + message);
 }
 
 // ---- Switching between the scheduler and the threads.
@@ -207,37 +277,39 @@ constexpr size_t kStackBytes = 256 * 1024;  // only what is touched takes memory
 constexpr size_t kGuardBytes = 64 * 1024;   // a multiple of every page size in use
 
 inline void enter_scheduler() {
-  Thread& thread = *block.current;
+  Thread& thread = *machine.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&thread.fake_stack, block.scheduler_stack,
-                                 block.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(&thread.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_bytes);
 #endif
-  Context::swap(thread.context, block.scheduler);
+  Context::swap(thread.context, machine.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(thread.fake_stack, &block.scheduler_stack,
-                                  &block.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(thread.fake_stack, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
 }
 
 inline void enter_thread(Thread& thread) {
-  block.current = &thread;
+  machine.current = &thread;
   threadIdx = thread.index;
+  blockIdx = thread.block->index;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, thread.stack, kStackBytes);
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, thread.stack, kStackBytes);
 #endif
-  Context::swap(block.scheduler, thread.context);
+  Context::swap(machine.scheduler, thread.context);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
 }
 
 inline void thread_main() noexcept {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
   for (;;) {
-    block.kernel();
-    block.current->state = State::exited;
+    machine.kernel();
+    machine.current->state = State::exited;
     enter_scheduler();  // until another block needs this thread
   }
 }
@@ -249,15 +321,15 @@ inline void add_thread_to_pool() {
   if (memory == MAP_FAILED) fail("no memory for the stack of a thread");
   unsigned char* const stack = static_cast<unsigned char*>(memory) + kGuardBytes;
   if (mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
-  block.pool.push_back(std::make_unique<Thread>());
-  block.pool.back()->stack = stack;
-  block.pool.back()->context.prepare(stack, kStackBytes, &thread_main);
+  machine.pool.push_back(std::make_unique<Thread>());
+  machine.pool.back()->stack = stack;
+  machine.pool.back()->context.prepare(stack, kStackBytes, &thread_main);
 }
 
 inline void wait(State state, const char* operation, const Location& where) {
-  block.current->state = state;
-  block.current->operation = operation;
-  block.current->where = where;
+  machine.current->state = state;
+  machine.current->operation = operation;
+  machine.current->where = where;
   enter_scheduler();
 }
 
@@ -274,54 +346,56 @@ inline std::string hexadecimal(uint32_t value) {
 }
 
 // Ends the program with a line for every place where threads wait.
-[[noreturn]] inline void report_deadlock() {
+[[noreturn]] inline void report_deadlock(const std::vector<Block>& blocks) {
   std::string message = "deadlock: threads wait for others that went another way\n";
-  std::vector<bool> told(block.size, false);
-  for (size_t i = 0; i < block.size; ++i) {
-    const Thread& first = *block.pool[i];
-    if (told[i] || first.state == State::exited) continue;
-    message += "  at " + std::string(first.operation) + ", " + text(first.where);
-    if (first.state == State::at_warp_operation) message += ", mask " + hexadecimal(first.mask);
-    message += ": threads";
-    for (size_t j = i; j < block.size; ++j) {
-      if (!waits_with(first, *block.pool[j])) continue;
-      size_t last = j;
-      while (last + 1 < block.size && waits_with(first, *block.pool[last + 1])) ++last;
-      message += " " + std::to_string(j) + (last > j ? "-" + std::to_string(last) : "");
-      for (; j <= last; ++j) told[j] = true;
+  for (const Block& block : blocks) {
+    const size_t size = block.threads.size();
+    std::vector<bool> told(size, false);
+    for (size_t i = 0; i < size; ++i) {
+      const Thread& first = *block.threads[i];
+      if (told[i] || first.state == State::exited) continue;
+      message += "  " + name(block) + " at " + first.operation + ", " + text(first.where);
+      if (first.state == State::at_warp_operation) message += ", mask " + hexadecimal(first.mask);
+      message += ": threads";
+      for (size_t j = i; j < size; ++j) {
+        if (!waits_with(first, *block.threads[j])) continue;
+        size_t last = j;
+        while (last + 1 < size && waits_with(first, *block.threads[last + 1])) ++last;
+        message += " " + std::to_string(j) + (last > j ? "-" + std::to_string(last) : "");
+        for (; j <= last; ++j) told[j] = true;
+      }
+      message += "\n";
     }
-    message += "\n";
   }
   fail(message);
 }
 
 // Lets the lanes of each warp go on whose whole mask has arrived at the same place; lanes that have
 // exited, or that the block never had, are not waited for. Returns whether there were any.
-inline bool complete_warp_operations() {
+inline bool complete_warp_operations(Block& block) {
   bool progress = false;
   for (size_t w = 0; w < block.warps.size(); ++w) {
-    const size_t base = w * kWarp;
-    const size_t lanes = block.size - base < kWarp ? block.size - base : kWarp;
+    Thread* const* const warp = block.threads.data() + w * kWarp;
+    const size_t rest = block.threads.size() - w * kWarp, lanes = rest < kWarp ? rest : kWarp;
     uint32_t alive = 0, waiting = 0;
     for (size_t lane = 0; lane < lanes; ++lane) {
-      const State state = block.pool[base + lane]->state;
+      const State state = warp[lane]->state;
       alive |= (state != State::exited ? 1u : 0u) << lane;
       waiting |= (state == State::at_warp_operation ? 1u : 0u) << lane;
     }
     while (waiting) {
-      const Thread& first = *block.pool[base + std::countr_zero(waiting)];
+      const Thread& first = *warp[std::countr_zero(waiting)];
       uint32_t arrived = 0;
       for (size_t lane = 0; lane < lanes; ++lane) {
-        arrived |= (waits_with(first, *block.pool[base + lane]) ? 1u : 0u) << lane;
+        arrived |= (waits_with(first, *warp[lane]) ? 1u : 0u) << lane;
       }
       waiting &= ~arrived;
       if (arrived != (first.mask & alive)) continue;
       for (size_t lane = 0; lane < lanes; ++lane) {
         if (!(arrived >> lane & 1u)) continue;
-        Thread& thread = *block.pool[base + lane];
-        block.warps[w].offered[lane] = thread.offered;
-        thread.participants = arrived;
-        thread.state = State::ready;
+        block.warps[w].offered[lane] = warp[lane]->offered;
+        warp[lane]->participants = arrived;
+        warp[lane]->state = State::ready;
       }
       progress = true;
     }
@@ -329,98 +403,167 @@ inline bool complete_warp_operations() {
   return progress;
 }
 
-// Lets all threads go on if all that have not exited wait at one barrier, the same one.
-inline bool complete_barrier() {
+// Lets all threads go on if all that have not exited wait at one barrier, the same one. Returns
+// whether there were any.
+inline bool complete_barrier(Block& block) {
   const Thread* first = nullptr;
-  for (size_t i = 0; i < block.size; ++i) {
-    const Thread& thread = *block.pool[i];
-    if (thread.state == State::exited) continue;
-    if (first == nullptr) first = &thread;
-    if (thread.state != State::at_barrier || !waits_with(*first, thread)) return false;
+  for (const Thread* thread : block.threads) {
+    if (thread->state == State::exited) continue;
+    if (first == nullptr) first = thread;
+    if (thread->state != State::at_barrier || !waits_with(*first, *thread)) return false;
   }
-  for (size_t i = 0; i < block.size; ++i) {
-    Thread& thread = *block.pool[i];
-    if (thread.state == State::at_barrier) thread.state = State::ready;
+  for (Thread* thread : block.threads) {
+    if (thread->state == State::at_barrier) thread->state = State::ready;
+  }
+  return first != nullptr;
+}
+
+// Gives the block threads, [first, first + size) of the pool, and memory that nobody has written.
+inline void set_up(Block& block, uint64_t rank, size_t first, size_t size, size_t shared_bytes) {
+  block.index = {static_cast<unsigned>(rank % gridDim.x),
+                 static_cast<unsigned>(rank / gridDim.x % gridDim.y),
+                 static_cast<unsigned>(rank / gridDim.x / gridDim.y)};
+  block.warps.assign((size + kWarp - 1) / kWarp, Warp{});
+  // Allocated for this block alone and to the byte, so that ASan sees one access too far.
+  block.shared.reset(shared_bytes ? new unsigned char[shared_bytes] : nullptr);
+  if (shared_bytes) std::memset(block.shared.get(), kUnwritten, shared_bytes);
+  while (machine.pool.size() < first + size) add_thread_to_pool();
+  block.threads.resize(size);
+  for (size_t i = 0; i < size; ++i) {
+    Thread& thread = *machine.pool[first + i];
+    const unsigned thread_rank = static_cast<unsigned>(i);
+    thread.block = &block;
+    thread.rank = thread_rank;
+    thread.index = {thread_rank % blockDim.x, thread_rank / blockDim.x % blockDim.y,
+                    thread_rank / (blockDim.x * blockDim.y)};
+    thread.mask = 0;
+    thread.copies.clear();
+    thread.copy_groups = 0;
+    thread.state = State::ready;
+    block.threads[i] = &thread;
+  }
+}
+
+// Runs a block until none of its threads can, waking each sleeper once. Returns whether anything
+// has happened: a sleeper that fell asleep again is nothing.
+inline bool run(Block& block) {
+  const size_t size = block.threads.size();
+  bool progress = false;
+  for (bool wakes = true;; wakes = false) {
+    for (size_t i = 0; i < size; ++i) {
+      Thread& thread = *block.threads[reversed ? size - 1 - i : i];
+      const bool asleep = thread.state == State::asleep;
+      if (thread.state != State::ready && !(asleep && wakes)) continue;
+      enter_thread(thread);
+      progress |= !asleep || thread.state != State::asleep;
+    }
+    if (!complete_warp_operations(block) && !complete_barrier(block)) return progress;
+    progress = true;
+  }
+}
+
+inline bool has_exited(const Block& block) {
+  for (const Thread* thread : block.threads) {
+    if (thread->state != State::exited) return false;
   }
   return true;
 }
 
-inline void run_block(size_t shared_bytes) {
-  block.warps.assign((block.size + kWarp - 1) / kWarp, Warp{});
-  // Allocated for this block alone and to the byte, so that ASan sees one access too far.
-  block.shared.reset(shared_bytes ? new unsigned char[shared_bytes] : nullptr);
-  if (shared_bytes) std::memset(block.shared.get(), kUnwritten, shared_bytes);
-  for (size_t i = 0; i < block.size; ++i) {
-    Thread& thread = *block.pool[i];
-    const unsigned rank = static_cast<unsigned>(i);
-    thread.rank = rank;
-    thread.index = {rank % blockDim.x, rank / blockDim.x % blockDim.y,
-                    rank / (blockDim.x * blockDim.y)};
-    thread.mask = 0;
-    thread.state = State::ready;
-  }
+// Runs blocks that are all there at once, in turn.
+inline void run_together(std::vector<Block>& blocks) {
   for (;;) {
-    size_t exited = 0;
-    for (size_t i = 0; i < block.size; ++i) {
-      Thread& thread = *block.pool[reversed ? block.size - 1 - i : i];
-      if (thread.state == State::ready) enter_thread(thread);
-      exited += thread.state == State::exited ? 1 : 0;
+    bool progress = false, exited = true;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      Block& block = blocks[reversed ? blocks.size() - 1 - i : i];
+      progress |= run(block);
+      exited &= has_exited(block);
     }
-    if (exited == block.size) return;
-    if (!complete_warp_operations() && !complete_barrier()) report_deadlock();
+    if (exited) return;
+    if (!progress) report_deadlock(blocks);
   }
 }
 
-// What CUDA refuses to launch.
-inline bool valid(dim3 grid, dim3 threads, size_t shared_bytes) {
+// What CUDA says of a launch before it makes it.
+inline cudaError_t check(bool cooperative, const void* kernel, dim3 grid, dim3 threads,
+                         size_t shared_bytes) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
-  return grid.x - 1 < 0x7fffffffu && grid.y - 1 < 65535u && grid.z - 1 < 65535u && count > 0 &&
-         count <= kMaxThreads && threads.z <= 64 && shared_bytes <= kMaxSharedBytes;
+  const auto asked = machine.shared_bytes.find(kernel);
+  const size_t shared_limit = asked == machine.shared_bytes.end() ? kMaxSharedBytes : asked->second;
+  if (grid.x - 1 >= 0x7fffffffu || grid.y - 1 >= 65535u || grid.z - 1 >= 65535u || count == 0 ||
+      count > kMaxThreads || threads.z > 64 || shared_bytes > shared_limit) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (cooperative && blocks > device.resident(count, shared_bytes)) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
-            cudaStream_t, Arguments&&... arguments) {
-  if (!valid(grid, threads, shared_bytes)) {
-    block.last_error = cudaErrorInvalidConfiguration;
+void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+            size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+  const cudaError_t refusal =
+      check(cooperative, reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes);
+  if (refusal != cudaSuccess) {
+    machine.last_error = refusal;
     return;
   }
   const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  block.kernel = [&] { std::apply(kernel, copies); };
-  block.size = size_t{threads.x} * threads.y * threads.z;
-  while (block.pool.size() < block.size) add_thread_to_pool();
+  machine.kernel = [&] { std::apply(kernel, copies); };
   gridDim = grid;
   blockDim = threads;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t rank = reversed ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(rank % grid.x), static_cast<unsigned>(rank / grid.x % grid.y),
-                static_cast<unsigned>(rank / grid.x / grid.y)};
-    run_block(shared_bytes);
+  const size_t size = size_t{threads.x} * threads.y * threads.z;
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t together = cooperative ? count : 1;
+  std::vector<Block> blocks(together);
+  for (uint64_t i = 0; i < count; i += together) {
+    for (uint64_t j = 0; j < together; ++j) {
+      const uint64_t rank = cooperative || !reversed ? i + j : count - 1 - i;
+      set_up(blocks[j], rank, j * size, size, shared_bytes);
+    }
+    run_together(blocks);
   }
-  block.shared.reset();
+}
+
+// Asynchronous copies into shared memory. Each is made as late as it may be, when it is waited for.
+inline void copy_async(void* to, const void* from, size_t bytes, bool present) {
+  Thread& thread = *machine.current;
+  thread.copies.push_back({to, present ? from : nullptr, bytes, thread.copy_groups});
+}
+
+inline void commit_copies() { ++machine.current->copy_groups; }
+
+template <int kPending>
+void wait_for_copies() {
+  Thread& thread = *machine.current;
+  while (!thread.copies.empty() && thread.copies.front().group + kPending < thread.copy_groups) {
+    const Copy& copy = thread.copies.front();
+    copy.from ? (void)std::memcpy(copy.to, copy.from, copy.bytes)
+              : (void)std::memset(copy.to, 0, copy.bytes);
+    thread.copies.pop_front();
+  }
 }
 
 template <typename T>
 T* shared_memory() {
   static_assert(alignof(T) <= 16, "shared memory is aligned to 16 bytes");
-  return reinterpret_cast<T*>(block.shared.get());
+  return reinterpret_cast<T*>(machine.current->block->shared.get());
 }
 
 // Offers a value to the warp and waits for the other lanes of `mask`; returns what each one
 // offered.
 inline const uint64_t* exchange(const char* operation, uint32_t mask, uint64_t value,
                                 const Location& where) {
-  Thread& thread = *block.current;
+  Thread& thread = *machine.current;
   if (!(mask >> thread.rank % kWarp & 1u)) {
-    fail(std::string(operation) + ", " + text(where) + ": thread " + std::to_string(thread.rank) +
-         " is not in its own mask " + hexadecimal(mask));
+    fail(thread, operation, where, "is not in its own mask " + hexadecimal(mask));
   }
   thread.mask = mask;
   thread.offered = value;
   wait(State::at_warp_operation, operation, where);
   thread.mask = 0;
-  return block.warps[thread.rank / kWarp].offered;
+  return thread.block->warps[thread.rank / kWarp].offered;
 }
 
 template <typename T>
@@ -432,17 +575,16 @@ template <Shuffled T, typename Source>
 T shuffle(const char* operation, uint32_t mask, T value, int width, const Location& where,
           Source source) {
   if (width < 1 || width > kWarp || !std::has_single_bit(static_cast<unsigned>(width))) {
-    fail(std::string(operation) + ", " + text(where) + ": width " + std::to_string(width));
+    fail(*machine.current, operation, where, "asks for width " + std::to_string(width));
   }
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const uint64_t* const offered = exchange(operation, mask, bits, where);
-  const Thread& thread = *block.current;
+  const Thread& thread = *machine.current;
   const int lane = static_cast<int>(thread.rank % kWarp), first = lane & ~(width - 1);
   const int from = source(lane, first, first + width - 1);
   if (!(thread.participants >> from & 1u)) {
-    fail(std::string(operation) + ", " + text(where) + ": thread " + std::to_string(thread.rank) +
-         " reads lane " + std::to_string(from) + ", which takes no part");
+    fail(thread, operation, where, "reads lane " + std::to_string(from) + ", which takes no part");
   }
   std::memcpy(&value, &offered[from], sizeof(T));
   return value;
@@ -451,11 +593,58 @@ T shuffle(const char* operation, uint32_t mask, T value, int width, const Locati
 }  // namespace cuda_on_cpu
 
 inline cudaError_t cudaGetLastError() {
-  return std::exchange(cuda_on_cpu::block.last_error, cudaSuccess);
+  return std::exchange(cuda_on_cpu::machine.last_error, cudaSuccess);
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaErrorInvalidValue: return "invalid argument";
+    default: return "invalid configuration argument";
+  }
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::device;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = device.threads; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = device.shared_bytes; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device.shared_bytes_a_block; break;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = device.reserved_bytes_a_block; break;
+  }
+  return cudaSuccess;
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  using namespace cuda_on_cpu;
+  if (value > device.shared_bytes_a_block) return machine.last_error = cudaErrorInvalidValue;
+  machine.shared_bytes[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+// A thread that looks for what another one writes sleeps between two looks, however short.
+inline void __nanosleep(unsigned, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
+  cuda_on_cpu::wait(cuda_on_cpu::State::asleep, "__nanosleep", where);
+}
+
+inline void __threadfence() {}
+
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
 }
 
 inline void __syncthreads(cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
@@ -473,7 +662,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate,
   const uint64_t* const offered = exchange("__ballot_sync", mask, predicate != 0, where);
   uint32_t bits = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
-    if (block.current->participants >> lane & 1u) bits |= uint32_t(offered[lane]) << lane;
+    if (machine.current->participants >> lane & 1u) bits |= uint32_t(offered[lane]) << lane;
   }
   return bits;
 }
@@ -523,5 +712,13 @@ template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   const T old = *address;
   *address = old + value;
+  return old;
+}
+
+template <typename T>
+  requires(std::is_integral_v<T> && sizeof(T) >= 4)
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  const T old = *address;
+  *address = old | value;
   return old;
 }

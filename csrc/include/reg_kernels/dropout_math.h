@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "channel_layout.h"
 #include "dtypes.h"
 #include "philox.h"
 
@@ -31,17 +32,9 @@ RK_HD T dropout_element(T x, bool keep, compute_t<T> scale) {
   return store_product<T>(load(x) * (keep ? scale : compute_t<T>(0)));
 }
 
-// Channel dropout draws once a channel. A dense (N, C, L) tensor lies in memory with the channel's
-// L values together (channels first), or with the C channels of a position together (channels
-// last).
-struct ChannelLayout {
-  int64_t channels;  // C
-  int64_t length;    // L, the product of the spatial sizes
-  bool channels_last;
-};
-
-// Walks the mask index n * C + c along memory, with two divisions at the start and none after it.
-// Index is 32 bits wide where the tensor allows it: a GPU divides those several times faster.
+// Channel dropout draws once a channel. This walks the mask index n * C + c along memory, with two
+// divisions at the start and none after it. Index is 32 bits wide where the tensor allows it: a GPU
+// divides those several times faster.
 template <typename Index>
 class ChannelCursor {
  public:

@@ -10,6 +10,14 @@
 
 #include "portable.h"
 
+namespace reg_kernels {
+
+// An element type that is known at run time. One for all instruction sets: it is handed between
+// files that are built for different ones.
+enum class DType { float64, float32, float16, bfloat16 };
+
+}  // namespace reg_kernels
+
 RK_NAMESPACE_BEGIN
 
 struct bfloat16 {
@@ -148,5 +156,33 @@ template <typename T>
 RK_HD T store_product(compute_t<T> value) {
   return StoreProduct<T>::from(value);
 }
+
+// One number a channel, a weight or a running statistic, of an element type of its own. Read once a
+// channel, so the type is looked up each time.
+struct ChannelValues {
+  void* data;  // [C], or null
+  DType dtype;
+
+  RK_HD double at(int64_t c, double where_null) const {
+    if (data == nullptr) return where_null;
+    switch (dtype) {
+      case DType::float64: return static_cast<const double*>(data)[c];
+      case DType::float32: return load(static_cast<const float*>(data)[c]);
+      case DType::float16: return load(static_cast<const float16*>(data)[c]);
+      case DType::bfloat16: return load(static_cast<const bfloat16*>(data)[c]);
+    }
+    return where_null;
+  }
+
+  RK_HD void set(int64_t c, double value) const {
+    const auto narrow = static_cast<float>(value);
+    switch (dtype) {
+      case DType::float64: static_cast<double*>(data)[c] = value; break;
+      case DType::float32: static_cast<float*>(data)[c] = narrow; break;
+      case DType::float16: static_cast<float16*>(data)[c] = store<float16>(narrow); break;
+      case DType::bfloat16: static_cast<bfloat16*>(data)[c] = store<bfloat16>(narrow); break;
+    }
+  }
+};
 
 RK_NAMESPACE_END

@@ -14,6 +14,14 @@
 #include <cuda_runtime_api.h>
 #define RK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// The same for a kernel whose blocks wait for each other: they all run at once, or the launch is
+// refused. Of one argument, a variable.
+#define RK_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, argument)                 \
+  do {                                                                                             \
+    void* rk_arguments[] = {&(argument)};                                                          \
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), (grid), (block),            \
+                                rk_arguments, (shared_bytes), (stream));                           \
+  } while (false)
 // The block's shared memory, as many bytes as the launch asks for, as `T* name`. Bytes in every
 // kernel, since one name can have one type only; aligned for any vector.
 #define RK_SHARED(T, name)                                          \
@@ -29,7 +37,7 @@ constexpr int kWarp = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// After every launch: a refused one is an error here, not a wrong result later.
+// After every launch, and any other call: a refused one is an error here, not a wrong result later.
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {

@@ -1,16 +1,15 @@
-// Dropout's arguments as both launchers, CPU and CUDA, read them.
+// How the input of an op on channels lies in memory, as the launchers of CPU and CUDA read it.
 #pragma once
 
 #include "checks.h"
-#include "reg_kernels/dropout_math.h"
+#include "reg_kernels/channel_layout.h"
 
 namespace reg_kernels {
 
-// How a feature-dropout input (N, C, ...) lies in memory. `input` is contiguous, or dense with the
-// channels last: what reg_kernels/ops/dropout.py makes of any other.
-inline ChannelLayout channel_layout(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() >= 2, "feature_dropout: expected at least 2 dimensions, got ",
-                  input.dim());
+// The layout of an input (N, C, ...): contiguous, or dense with the channels last, which is what
+// reg_kernels/ops/ makes of any other.
+inline ChannelLayout channel_layout(const Tensor& input, const char* op) {
+  STD_TORCH_CHECK(input.dim() >= 2, op, ": expected at least 2 dimensions, got ", input.dim());
   const int64_t rows = input.size(0) * input.size(1);
   ChannelLayout layout{input.size(1), rows ? input.numel() / rows : 0, false};
   if (!input.is_contiguous()) {
@@ -22,7 +21,7 @@ inline ChannelLayout channel_layout(const Tensor& input) {
       channels_last = channels_last && input.stride(d) == expected;
       expected *= input.size(d);
     }
-    STD_TORCH_CHECK(channels_last, "feature_dropout: expected a contiguous or channels-last input");
+    STD_TORCH_CHECK(channels_last, op, ": expected a contiguous or channels-last input");
     layout.channels_last = true;
   }
   return layout;

@@ -1,0 +1,306 @@
+// BatchNorm on the CPU key: which part of a tensor is worked on when, and what is done once a
+// channel. The loops are in batch_norm.simd.cpp.
+#include "batch_norm.h"
+
+#include "../torch/batch_norm.h"
+#include "cache.h"
+#include "reg_kernels/dropout_math.h"
+
+#include <memory>
+#include <tuple>
+#include <utility>
+
+namespace reg_kernels {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements a thread takes at the least
+// Elements of a unit: few enough to share out, enough for their sums to cost nothing beside them.
+constexpr int64_t kLeastUnit = 16384, kMostUnit = 131072, kUnits = 32;
+constexpr int64_t kLeastRows = 64;   // of a unit, each column of which has sums of its own
+constexpr int64_t kLongPlane = 256;  // values side by side from which on a plane is worth a loop
+// Columns that narrower rows are folded to: a short row shares fewer lines with what is prefetched,
+// a long one wastes fewer of dropout's draws, which come by 256.
+constexpr int64_t kWideRow = 128, kWideDrawnRow = 256;
+constexpr int64_t kStripColumns = 1024;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+BatchNormPlan make_plan(const BatchNormInput& in, bool channels_last, bool drops) {
+  const int64_t channels = in.layout.channels, length = in.layout.length;
+  const int64_t elements = std::clamp(in.numel / kUnits, kLeastUnit, kMostUnit);
+  BatchNormPlan plan{};
+  plan.planes = !channels_last && length >= kLongPlane;
+  if (plan.planes) {
+    plan.unit = round_up(elements, 8);
+    plan.units = ceil_div(in.numel, plan.unit);
+    plan.pairs = ceil_div(plan.unit, length) + 1;
+    return plan;
+  }
+  if (channels_last) {
+    int64_t fold = ceil_div(drops ? kWideDrawnRow : kWideRow, channels);
+    while (fold > 1 && fold * channels % 8 != 0) ++fold;  // a row's gate is whole bytes
+    if (fold * 8 > in.count) fold = 1;
+    plan.columns = channels * fold;
+    plan.strip = round_up(ceil_div(plan.columns, ceil_div(plan.columns, kStripColumns)), 8);
+  } else {
+    plan.columns = channels * length;
+    // Whole channels, by eight: the gate of a strip then begins at a byte.
+    plan.strip = 8 * std::max<int64_t>(1, kStripColumns / length / 8) * length;
+  }
+  plan.strip = std::min(plan.strip, plan.columns);
+  plan.strips = ceil_div(plan.columns, plan.strip);
+  plan.rows = in.numel / plan.columns;
+  plan.rest = in.numel % plan.columns;
+  plan.unit = round_up(std::max(elements / plan.strip, kLeastRows), 8);
+  plan.units = plan.strips * ceil_div(plan.rows, plan.unit);
+  return plan;
+}
+
+BatchNormTask make_task(const BatchNormInput& in, double p) {
+  BatchNormTask task{};
+  const DropoutRate rate = DropoutRate::from_probability(p);
+  task.drops = p > 0.0;
+  task.threshold = rate.threshold;
+  task.scale = rate.scale;
+  // Of one value a sample, channels lie last in either layout.
+  task.channels_last = in.layout.channels_last || in.layout.length == 1;
+  task.plan = make_plan(in, task.channels_last, task.drops);
+  task.dtype = in.dtype;
+  task.channels = in.layout.channels;
+  task.length = in.layout.length;
+  task.count = in.count;
+  task.x = in.x;
+  task.residual = in.residual;
+  task.activation = static_cast<int64_t>(in.activation);
+  task.slope = in.slope;
+  return task;
+}
+
+bool is_streamed(const Tensor& output) {
+  return output.numel() * static_cast<int64_t>(output.element_size()) > last_level_cache_bytes();
+}
+
+// Sums of all units, the channels' constants from them, and the elements that need those. `sums`
+// and `map` may be left out by null.
+template <typename Finish>
+void run(const BatchNormTask& task, void (*sums)(const BatchNormTask&, int64_t),
+         void (*merge)(const BatchNormTask&, int64_t, int64_t), const Finish& finish,
+         void (*map)(const BatchNormTask&, int64_t)) {
+  const int64_t units = task.plan.units, numel = task.channels * task.count;
+  const auto each = [&](void (*leaf)(const BatchNormTask&, int64_t)) {
+    const int64_t grain = std::max<int64_t>(1, kGrain * units / numel);
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) leaf(task, unit);
+    });
+  };
+  if (sums) each(sums);
+  // What a channel costs here is its pairs of sums; most tensors are done at once.
+  const int64_t pairs =
+      sums ? std::max(units * task.plan.pairs,
+                      units / std::max<int64_t>(task.plan.strips, 1) * task.plan.columns)
+           : 0;
+  const int64_t grain = std::max<int64_t>(1, kGrain / 8 * task.channels / (pairs + 1));
+  torch::stable::parallel_for(0, task.channels, grain, [&](int64_t begin, int64_t end) {
+    if (sums) merge(task, begin, end);
+    for (int64_t c = begin; c < end; ++c) finish(c);
+  });
+  if (map) each(map);
+}
+
+// Sums and constants of a task, and where its pointers to them go.
+struct Workspace {
+  std::unique_ptr<double[]> values;
+
+  Workspace(BatchNormTask& task, bool with_sums) {
+    const BatchNormPlan& plan = task.plan;
+    const int64_t slices = plan.planes ? 0 : plan.units / plan.strips + 1;
+    const int64_t partials = with_sums ? 2 * (plan.units * plan.pairs + slices * plan.columns) : 0;
+    const int64_t channels = task.channels;
+    values.reset(new double[partials + 8 * channels]);
+    task.partials = values.get();
+    task.totals = task.partials + partials;
+    task.affine = task.totals + 2 * channels;
+    task.gradient = task.affine + 3 * channels;
+  }
+};
+
+// Constants as the elements compute with them, kept in double, which holds a float.
+template <typename Make>
+void set_constants(DType dtype, double* values, int64_t c, int64_t channels, const Make& make) {
+  const auto put = [&](double first, double second, double third) {
+    values[c] = first;
+    values[channels + c] = second;
+    values[2 * channels + c] = third;
+  };
+  dtype == DType::float64 ? make(double{}, put) : make(float{}, put);
+}
+
+void set_affine(const BatchNormTask& task, const BatchNormInput& in, int64_t c, double mean,
+                double invstd, bool training) {
+  const double weight = in.weight.at(c, 1.0), bias = in.bias.at(c, 0.0);
+  set_constants(task.dtype, task.affine, c, task.channels, [&]<typename C>(C, const auto& put) {
+    const auto affine = training ? ChannelAffine<C>::training(mean, invstd, weight, bias)
+                                 : ChannelAffine<C>::frozen(mean, invstd, weight, bias);
+    put(affine.shift, affine.scale, affine.offset);
+  });
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   std::optional<double> momentum, double eps, int64_t activation, double slope,
+                   double p, const OptionalTensor& rng_state, bool keep_gate) {
+  const char* op = "batch_norm";
+  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
+  STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");
+  const ChannelValues tracked_mean = channel_values(running_mean, in.layout.channels, op);
+  const ChannelValues tracked_var = channel_values(running_var, in.layout.channels, op);
+  const bool tracks = running_mean && running_var;
+  int64_t* batches = nullptr;
+  if (num_batches_tracked) {
+    STD_TORCH_CHECK(
+        num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1,
+        op, ": num_batches_tracked must be one int64");
+    batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+  }
+  STD_TORCH_CHECK(momentum || batches || !tracks, op, ": momentum None needs num_batches_tracked");
+  const double factor = momentum ? *momentum : batches ? 1.0 / (*batches + 1.0) : 0.0;
+
+  BatchNormTask task = make_task(in, p);
+  task.training = true;
+  if (task.drops) {
+    STD_TORCH_CHECK(rng_state && rng_state->is_cpu(), op, ": rng_state must be on the CPU");
+    check_rng_state(*rng_state, op);
+    const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
+    task.seed = static_cast<uint64_t>(state[0]);
+    task.offset = static_cast<uint64_t>(state[1]);
+  }
+  const bool gated = keep_gate && has_gate(in.activation, residual.has_value(), task.drops);
+
+  Tensor output = empty_like_dense(input);
+  Tensor mean = empty_vector(input, task.channels, aoti_torch_dtype_float64());
+  Tensor invstd = empty_vector(input, task.channels, aoti_torch_dtype_float64());
+  Tensor gate = empty_vector(input, gated ? in.gate_bytes() : 0, aoti_torch_dtype_uint8());
+  task.y = output.mutable_data_ptr();
+  task.gate = gated ? static_cast<uint8_t*>(gate.mutable_data_ptr()) : nullptr;
+  task.stream = is_streamed(output);
+  const Workspace workspace(task, true);
+  auto* means = static_cast<double*>(mean.mutable_data_ptr());
+  auto* invstds = static_cast<double*>(invstd.mutable_data_ptr());
+
+  const auto finish = [&](int64_t c) {
+    const double m2 = task.totals[task.channels + c];
+    means[c] = task.totals[c];
+    invstds[c] = inverse_deviation(m2 / static_cast<double>(in.count), eps);
+    set_affine(task, in, c, means[c], invstds[c], true);
+    if (!tracks) return;
+    const double unbiased = m2 / static_cast<double>(in.count - 1);
+    tracked_mean.set(c, running_average(tracked_mean.at(c, 0.0), means[c], factor));
+    tracked_var.set(c, running_average(tracked_var.at(c, 0.0), unbiased, factor));
+  };
+  run(task, RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments), finish,
+      RK_LEAF(batch_norm_map_forward));
+  if (batches) ++*batches;
+  return {output, mean, invstd, gate};
+}
+
+Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& residual,
+                            const Tensor& running_mean, const Tensor& running_var, double eps,
+                            int64_t activation, double slope) {
+  const char* op = "batch_norm_inference";
+  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
+  const ChannelValues mean = channel_values(running_mean, in.layout.channels, op);
+  const ChannelValues var = channel_values(running_var, in.layout.channels, op);
+  Tensor output = empty_like_dense(input);
+  if (in.numel == 0) return output;
+  BatchNormTask task = make_task(in, 0.0);
+  task.y = output.mutable_data_ptr();
+  task.stream = is_streamed(output);
+  const Workspace workspace(task, false);
+  const auto finish = [&](int64_t c) {
+    set_affine(task, in, c, mean.at(c, 0.0), inverse_deviation(var.at(c, 1.0), eps), false);
+  };
+  run(task, nullptr, nullptr, finish, RK_LEAF(batch_norm_map_forward));
+  return output;
+}
+
+Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
+                            const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& residual, const Tensor& mean,
+                            const Tensor& invstd, const OptionalTensor& gate,
+                            const OptionalTensor& /*rng_state*/, bool training, int64_t activation,
+                            double slope, double p, bool wants_input, bool wants_parameters,
+                            bool wants_residual) {
+  const char* op = "batch_norm_backward";
+  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
+  BatchNormTask task = make_task(in, p);
+  task.training = training;
+  task.grad_output = data_like(input, grad_output, op);
+  if (gate) {
+    STD_TORCH_CHECK(gate->scalar_type() == ScalarType::Byte && gate->numel() == in.gate_bytes(), op,
+                    ": gate is not this forward's");
+    task.gate = static_cast<uint8_t*>(const_cast<void*>(gate->const_data_ptr()));
+  }
+  const int64_t channels = task.channels;
+  for (const Tensor& statistic : {mean, invstd}) {
+    STD_TORCH_CHECK(statistic.scalar_type() == ScalarType::Double &&
+                        statistic.numel() == channels && statistic.is_contiguous(),
+                    op, ": mean and invstd must be contiguous float64 [C]");
+  }
+  const auto* means = static_cast<const double*>(mean.const_data_ptr());
+  const auto* invstds = static_cast<const double*>(invstd.const_data_ptr());
+
+  const int32_t own = dtype_number(input);
+  const auto like_input = [&](bool wanted) {
+    return wanted ? empty_like_dense(input) : empty_vector(input, 0, own);
+  };
+  const auto like_channels = [&](const OptionalTensor& values) {
+    return empty_vector(input, wants_parameters ? channels : 0,
+                        values ? dtype_number(*values) : own);
+  };
+  Tensor grad_input = like_input(wants_input), grad_residual = like_input(wants_residual);
+  Tensor grad_weight = like_channels(weight), grad_bias = like_channels(bias);
+  const ChannelValues weight_gradient = {grad_weight.mutable_data_ptr(), dtype_of(grad_weight, op)};
+  const ChannelValues bias_gradient = {grad_bias.mutable_data_ptr(), dtype_of(grad_bias, op)};
+  if (wants_input) task.grad_input = grad_input.mutable_data_ptr();
+  if (wants_residual) task.grad_residual = grad_residual.mutable_data_ptr();
+  task.stream = is_streamed(input);
+
+  const bool sums = wants_parameters || (wants_input && training);
+  const Workspace workspace(task, sums);
+  for (int64_t c = 0; c < channels; ++c) set_affine(task, in, c, means[c], invstds[c], true);
+  const auto finish = [&](int64_t c) {
+    const double factor = in.weight.at(c, 1.0);
+    const double d_sum = task.totals[c], dx_sum = task.totals[channels + c];
+    set_constants(task.dtype, task.gradient, c, channels, [&]<typename C>(C, const auto& put) {
+      if (training) {
+        const auto k =
+            ChannelGradient<C>::training(means[c], invstds[c], factor, d_sum, dx_sum, in.count);
+        put(k.k1, k.k2, k.k3);
+      } else {
+        put(ChannelGradient<C>::frozen(invstds[c], factor), 0.0, 0.0);
+      }
+      if (!wants_parameters) return;
+      weight_gradient.set(c, ChannelGradient<C>::of_weight(means[c], invstds[c], d_sum, dx_sum));
+      bias_gradient.set(c, d_sum);
+    });
+  };
+  run(task, sums ? RK_LEAF(batch_norm_gradient_sums) : nullptr,
+      sums ? RK_LEAF(batch_norm_merge_sums) : nullptr, finish,
+      wants_input || wants_residual ? RK_LEAF(batch_norm_map_backward) : nullptr);
+  return {grad_input, grad_weight, grad_bias, grad_residual};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
+  m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_inference", TORCH_BOX(&batch_norm_inference));
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+}
+
+}  // namespace reg_kernels

@@ -1,0 +1,82 @@
+// Sums over many elements in double, eight at a time, in an order that no instruction set changes:
+// all of them give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "reg_kernels/dtypes.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+RK_NAMESPACE_BEGIN
+
+constexpr int kLanes = 8;
+// The compiler makes whatever registers there are of it.
+typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+
+#if defined(__AVX2__)
+
+// Eight floats, as the elements of any narrower type become first.
+RK_HD __m256 load_floats(const float* p) { return _mm256_loadu_ps(p); }
+RK_HD __m256 load_floats(const float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+RK_HD __m256 load_floats(const bfloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// By hand: g++ 12 takes a wide conversion to pieces.
+RK_HD Doubles widen(__m256 floats) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(_mm512_cvtps_pd(floats));
+#else
+  const __m256d halves[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(floats)),
+                             _mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1))};
+  return bit_cast<Doubles>(halves);
+#endif
+}
+
+#endif
+
+// `value_at<V>(p)`: the eight elements at p as V = Doubles, or the one as V = double.
+template <typename V, typename T>
+RK_HD V value_at(const T* p) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return static_cast<double>(load(*p));
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    V v;
+    memcpy(&v, p, sizeof(V));
+    return v;
+  } else {
+#if defined(__AVX2__)
+    return widen(load_floats(p));
+#else
+    V v;
+    for (int j = 0; j < kLanes; ++j) v[j] = static_cast<double>(load(p[j]));
+    return v;
+#endif
+  }
+}
+
+template <typename V>
+RK_HD void put_value(double* p, const V& v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+// Calls f(V{}, i) for i from 0 to count, in steps of eight as Doubles, then one by one as double.
+template <typename F>
+RK_HD void for_lanes(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(Doubles{}, i);
+  for (; i < count; ++i) f(double{}, i);
+}
+
+RK_HD double sum_of_lanes(const Doubles& v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+RK_NAMESPACE_END

@@ -1,0 +1,95 @@
+// BatchNorm's arithmetic a channel and an element at a time, shared by the CPU and CUDA kernels.
+//
+// S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Channel constants are made in double,
+// once a channel; elements compute in their own type's compute type.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "activation.h"
+#include "dtypes.h"
+#include "welford.h"
+
+RK_NAMESPACE_BEGIN
+
+// y = (x - shift) scale + offset. In training the shift is the mean as C rounds it, and the offset
+// makes up for the rounding: where the deviation is small beside the mean, x - shift is still
+// exact.
+template <typename C>
+struct ChannelAffine {
+  C shift, scale, offset;
+
+  static RK_HD ChannelAffine training(double mean, double invstd, double weight, double bias) {
+    const C shift = static_cast<C>(mean);
+    const double scale = invstd * weight;
+    const double rest = mean - static_cast<double>(shift);
+    // An infinite mean differs from itself by NaN, as its channel's values do.
+    return {shift, static_cast<C>(scale), static_cast<C>(bias - rest * scale)};
+  }
+
+  // Frozen statistics collapse to one multiply-add: the shift is 0.
+  static RK_HD ChannelAffine frozen(double mean, double invstd, double weight, double bias) {
+    const double scale = invstd * weight;
+    return {C(0), static_cast<C>(scale), static_cast<C>(bias - mean * scale)};
+  }
+
+  RK_HD C operator()(C x) const { return (x - shift) * scale + offset; }
+};
+
+// 1 / sqrt(var + eps)
+RK_HD double inverse_deviation(double variance, double eps) { return 1.0 / sqrt(variance + eps); }
+
+// (1 - factor) running + factor batch, torch's momentum.
+RK_HD double running_average(double running, double batch, double factor) {
+  return (1.0 - factor) * running + factor * batch;
+}
+
+// The gradient's sums over a channel of M values, d being the gradient behind the activation:
+// d_sum = sum d, dx_sum = sum d (x - shift). From them grad_input = d k1 + (x - shift) k2 + k3,
+// which is  weight invstd (d - mean(d) - xhat mean(d xhat)).
+template <typename C>
+struct ChannelGradient {
+  C shift, k1, k2, k3;
+
+  static RK_HD ChannelGradient training(double mean, double invstd, double weight, double d_sum,
+                                        double dx_sum, int64_t count) {
+    const C shift = static_cast<C>(mean);
+    const double rest = mean - static_cast<double>(shift);
+    const double scale = weight * invstd;
+    const double centred = dx_sum - rest * d_sum;  // sum d (x - mean)
+    const double m = static_cast<double>(count);
+    const double k2 = -scale * invstd * invstd * centred / m;
+    return {shift, static_cast<C>(scale), static_cast<C>(k2),
+            static_cast<C>(-scale * d_sum / m - k2 * rest)};
+  }
+
+  // Frozen statistics do not depend on the input: the gradient is d times this, whatever x is.
+  static RK_HD C frozen(double invstd, double weight) { return static_cast<C>(weight * invstd); }
+
+  RK_HD C operator()(C d, C x) const { return d * k1 + ((x - shift) * k2 + k3); }
+
+  // sum d xhat, the weight's gradient.
+  static RK_HD double of_weight(double mean, double invstd, double d_sum, double dx_sum) {
+    const double rest = mean - static_cast<double>(static_cast<C>(mean));
+    return invstd * (dx_sum - rest * d_sum);
+  }
+};
+
+// What a forward keeps for its backward, one bit an element, where it would be dear to rebuild:
+// relu: whether the gradient passes, kept by dropout and not below zero; leaky_relu without
+// dropout: whether it was above zero; else whether dropout kept it. There is a gate where something
+// is dropped, or where the sign of a piecewise linear activation depends on a residual as well: the
+// backward then need not read that again.
+RK_HD constexpr bool has_gate(Activation activation, bool has_residual, bool drops) {
+  return drops ||
+         (has_residual && activation != Activation::none && is_piecewise_linear(activation));
+}
+
+// Whether the backward has to know z, what the activation was applied to.
+RK_HD constexpr bool needs_preactivation(Activation activation, bool gated, bool drops) {
+  if (activation == Activation::none || (gated && activation == Activation::relu)) return false;
+  return !(gated && activation == Activation::leaky_relu && !drops);
+}
+
+RK_NAMESPACE_END

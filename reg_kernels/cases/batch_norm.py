@@ -1,0 +1,184 @@
+"""BatchNorm's inputs: channels of few and of many values, every layout, and the chain behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+from .. import functional as F
+from .._activation import NUMBERS
+from ..reference.batch_norm import activate
+from ..reference.dropout import dropout as reference_dropout
+from . import Case
+from .dropout import P, _channels_last, _contiguous, _misaligned, _strided, _transposed, state
+
+SLOPE = 0.2  # not the default, so that it cannot be lost on the way
+
+
+def _inputs(
+    shape: tuple[int, ...], layout: Callable[[Tensor], Tensor], affine: bool, residual: bool
+) -> Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]:
+    """(input, weight, bias, residual), of which the last three may be left out."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(sum(shape) + 7 * len(shape))
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        tensors = [layout((2 * draw(*shape) + 0.7).to(dtype).to(device))]
+        if affine:
+            tensors += [(draw(shape[1]) + s).to(dtype).to(device) for s in (1.0, 0.0)]
+        if residual:
+            tensors.append(layout(draw(*shape).to(dtype).to(device)))
+        return tuple(tensors)
+
+    return make
+
+
+def _frozen(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics for an input like x."""
+    steps = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64, device=x.device)
+    return (steps - 0.9).to(x.dtype), steps.square().to(x.dtype)
+
+
+def _split(tensors: tuple[Tensor, ...], affine: bool) -> tuple[Any, ...]:
+    """(weight, bias, residual) of what comes after the input."""
+    weight, bias = tensors[:2] if affine else (None, None)
+    rest = tensors[2 if affine else 0 :]
+    return weight, bias, rest[0] if rest else None
+
+
+def _case(
+    shape: tuple[int, ...],
+    layout: Callable[[Tensor], Tensor] = _contiguous,
+    *,
+    activation: str | None = None,
+    residual: bool = False,
+    drop: float = 0.0,
+    affine: bool = True,
+    training: bool = True,
+    twice: bool = False,
+) -> Case:
+    """`twice`: what is called is the gradient by the input; its gradients are second ones."""
+
+    def function(x: Tensor, *tensors: Tensor, backend: str | None = None) -> Tensor:
+        weight, bias, added = _split(tensors, affine)
+        statistics = (None, None) if training else _frozen(x)
+        return F.batch_norm_act(
+            *(x, *statistics, weight, bias, added, training),
+            activation=activation,
+            negative_slope=SLOPE,
+            drop=drop,
+            rng_state=state(),
+            backend=backend,
+        )
+
+    def oracle(x: Tensor, *tensors: Tensor) -> Tensor:
+        weight, bias, added = _split(tensors, affine)
+        statistics = (None, None) if training else _frozen(x)
+        y = TF.batch_norm(x, *statistics, weight, bias, training)
+        y = y if added is None else y + added
+        y = activate(y, NUMBERS[activation], SLOPE)
+        if drop and training:
+            ones = torch.ones_like(x if torch.ops.aten.is_non_overlapping_and_dense(x) else y)
+            y = y * reference_dropout(ones, drop, state(x.device))
+        return y
+
+    def gradient(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*tensors: Tensor, **options: Any) -> Tensor:
+            with torch.enable_grad():
+                tensors = tuple(t if t.requires_grad else t.requires_grad_() for t in tensors)
+                y = forward(*tensors, **options)
+                g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
+                g = g.sin().to(y.dtype).view(y.shape)
+                gradient = torch.autograd.grad(y, tensors[0], g, create_graph=True)[0]
+                # The bias is no part of it; its gradient shall be zero, not missing.
+                return gradient + 0 * sum(t.sum() for t in tensors)
+
+        return call
+
+    words = ["x".join(map(str, shape)), layout.__name__[1:], "" if affine else "no affine"]
+    words += [activation or "", "residual" if residual else "", "drop" if drop else ""]
+    words += ["" if training else "frozen"]
+    name = "batch_norm" if training else "batch_norm_inference"
+    return Case(
+        op="batch_norm_backward" if twice else name,
+        name=" ".join(word for word in words if word),
+        inputs=_inputs(shape, layout, affine, residual),
+        function=gradient(function) if twice else function,
+        oracle=gradient(oracle) if twice else oracle,
+        small=torch.Size(shape).numel() <= 2100,
+        exact=False,
+    )
+
+
+CASES = [
+    _case((2, 1)),
+    _case((3, 2, 1)),
+    _case((6, 3)),
+    _case((130, 2)),
+    _case((70, 30), affine=False),
+    _case((2, 3, 7)),
+    _case((1, 5, 129)),
+    _case((3, 70, 2)),
+    _case((3, 70, 2), _channels_last),
+    _case((4, 3, 5, 5)),
+    _case((4, 3, 5, 5), _channels_last),
+    _case((4, 3, 5, 5), _strided),
+    _case((4, 3, 5, 5), _misaligned),
+    _case((4, 3, 5, 5), _transposed),
+    _case((2, 2, 3, 3, 3), affine=False),
+    _case((2, 2, 3, 3, 3), _channels_last),
+    _case((2, 2, 17, 19)),
+    # Several units of work, and edges of theirs: for each way that a tensor is cut.
+    _case((3, 5, 300)),
+    _case((5, 2, 70_001)),
+    _case((16, 64, 29, 31)),
+    _case((16, 64, 29, 31), _channels_last),
+    _case((64, 30, 7, 7)),
+    _case((70, 2050, 3)),
+    _case((70, 2050, 3), _channels_last),
+    _case((5000, 3)),
+    _case((300, 1030)),
+]
+CASES += [
+    _case(shape, layout, activation=activation, residual=residual, drop=drop)
+    for shape, layout in (((4, 6, 5, 3), _contiguous), ((4, 6, 5, 3), _channels_last))
+    for activation in NUMBERS
+    for residual in (False, True)
+    for drop in (0.0, P)
+    if activation or residual or drop
+]
+CASES += [
+    _case(shape, layout, activation=activation, residual=residual, drop=drop)
+    for shape, layout in (
+        ((5, 2, 7001), _contiguous),
+        ((30, 19, 17, 7), _contiguous),
+        ((30, 19, 17, 7), _channels_last),
+        ((500, 130), _contiguous),
+    )
+    for activation, residual, drop in (
+        ("relu", True, 0.0),
+        ("relu", False, P),
+        ("leaky_relu", True, P),
+        ("gelu", True, P),
+    )
+]
+CASES += [
+    _case((4, 3, 5, 5), training=False),
+    _case((4, 3, 5, 5), _channels_last, training=False, affine=False),
+    _case((1, 3), training=False),
+    _case((16, 64, 29, 31), training=False),
+    _case((4, 6, 5, 3), training=False, activation="relu", residual=True),
+    _case((4, 6, 5, 3), _channels_last, training=False, activation="silu", residual=True),
+    _case((4, 6, 5, 3), training=False, activation="gelu", drop=P),
+    _case((4, 3, 2, 3), twice=True),
+    _case((4, 3, 2, 3), _channels_last, twice=True, activation="silu", residual=True, drop=P),
+    _case((4, 3, 2, 3), twice=True, activation="relu", residual=True),
+    _case((4, 3, 2, 3), twice=True, activation="leaky_relu", drop=P),
+]

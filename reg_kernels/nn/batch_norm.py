@@ -1,0 +1,159 @@
+"""BatchNorm layers: torch's, with the fused ops inside, and the chain behind them as one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .. import functional as F
+from ..convert import twin_of
+from ..ops.batch_norm import SLOPE, activation_number, check_drop, check_eps
+
+
+class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the layers share: torch's constructor and state, and a choice of implementation.
+
+    Args:
+        num_features: C, the channels of an input (N, C, ...).
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's layer has them;
+            an eps that is not positive is refused here already.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        check_eps(type(self).__name__, eps, training=True)
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype), bias=bias
+        )
+        if backend is not None:
+            self.backend = backends.check_name(backend, "backend")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        running_mean, running_var, training, momentum, counter = self._statistics()
+        return F.batch_norm(
+            *(input, running_mean, running_var, self.weight, self.bias),
+            *(training, momentum, self.eps),
+            num_batches_tracked=counter,
+            backend=self.backend,
+        )
+
+    def _statistics(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, bool, float | None, Tensor | None]:
+        """(running_mean, running_var, training, momentum, num_batches_tracked) of a call.
+
+        As torch's layers decide them: the batch's statistics in training or without any others.
+        """
+        mean, var = self.running_mean, self.running_var
+        if not self.training:
+            return mean, var, mean is None and var is None, 0.0, None
+        if not self.track_running_stats:
+            return None, None, True, 0.0, None
+        counter = self.num_batches_tracked
+        momentum = 0.0 if self.momentum is None and counter is None else self.momentum
+        return mean, var, True, momentum, counter
+
+
+@twin_of(torch.nn.BatchNorm1d)
+class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` by `reg_kernels.functional.batch_norm`: (N, C) or (N, C, L)."""
+
+
+@twin_of(torch.nn.BatchNorm2d)
+class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` by `reg_kernels.functional.batch_norm`: (N, C, H, W)."""
+
+
+@twin_of(torch.nn.BatchNorm3d)
+class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` by `reg_kernels.functional.batch_norm`: (N, C, D, H, W)."""
+
+
+class _FusedBatchNormAct(_FusedBatchNorm):
+    """BatchNorm, residual, activation and dropout as one layer, with BatchNorm's own `state_dict`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, backend: as
+            the BatchNorm layers.
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        drop: the probability of dropping an element of the result in training, in [0, 1].
+        negative_slope: leaky_relu's, below zero.
+
+    `layer(input, residual=None)` is dropout(activation(batch_norm(input) + residual)).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = "relu",
+        drop: float = 0.0,
+        negative_slope: float = SLOPE,
+        backend: str | None = None,
+    ) -> None:
+        activation_number(type(self).__name__, activation)
+        check_drop(type(self).__name__, drop)
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            backend=backend,
+        )
+        self.activation = activation
+        self.drop = drop
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        running_mean, running_var, training, momentum, counter = self._statistics()
+        return F.batch_norm_act(
+            *(input, running_mean, running_var, self.weight, self.bias, residual),
+            *(training, momentum, self.eps),
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            drop=self.drop if self.training else 0.0,
+            num_batches_tracked=counter,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, activation={self.activation!r}, drop={self.drop}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text
+
+
+class BatchNormAct1d(_FusedBatchNormAct, torch.nn.BatchNorm1d):
+    """BatchNorm1d → (+ residual) → activation → dropout of (N, C) or (N, C, L), in one pass."""
+
+
+class BatchNormAct2d(_FusedBatchNormAct, torch.nn.BatchNorm2d):
+    """BatchNorm2d → (+ residual) → activation → dropout of (N, C, H, W), in one pass."""
+
+
+class BatchNormAct3d(_FusedBatchNormAct, torch.nn.BatchNorm3d):
+    """BatchNorm3d → (+ residual) → activation → dropout of (N, C, D, H, W), in one pass."""
