@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from reg_kernels.bench import _environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
+ROUNDS = 5
 NAMES = ("copy", *backends.NAMES, "native[avx2]", "native[baseline]", "eager", "compile")
 
 
@@ -69,3 +71,23 @@ def contender(request: pytest.FixtureRequest) -> Prepared:
     with entry.within():
         entry.check()
     return Prepared(case, entry)
+
+
+@pytest.fixture
+def time_it(benchmark: Any, contender: Prepared) -> Callable[[], None]:
+    """Times the contender: all that a test here has to do."""
+    case, way = contender
+
+    def call() -> None:
+        way.call(0)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time_it() -> None:
+        benchmark.group = case.label
+        benchmark.extra_info["bytes"] = case.bytes
+        calls = 100 if case.host else 1
+        with way.within():
+            benchmark.pedantic(call, rounds=ROUNDS, iterations=calls, warmup_rounds=1)
+
+    return time_it

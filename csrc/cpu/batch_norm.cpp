@@ -81,6 +81,14 @@ bool is_streamed(const Tensor& output) {
   return output.numel() * static_cast<int64_t>(output.element_size()) > last_level_cache_bytes();
 }
 
+// Calls f(begin, end) for ranges of channels: each has some divisions to do, and pairs of sums to
+// merge.
+template <typename F>
+void each_channel(const BatchNormTask& task, const F& f) {
+  constexpr int64_t kChannels = 128;
+  torch::stable::parallel_for(0, task.channels, kChannels, f);
+}
+
 // Sums of all units, the channels' constants from them, and the elements that need those. `sums`
 // and `map` may be left out by null.
 template <typename Finish>
@@ -95,13 +103,7 @@ void run(const BatchNormTask& task, void (*sums)(const BatchNormTask&, int64_t),
     });
   };
   if (sums) each(sums);
-  // What a channel costs here is its pairs of sums; most tensors are done at once.
-  const int64_t pairs =
-      sums ? std::max(units * task.plan.pairs,
-                      units / std::max<int64_t>(task.plan.strips, 1) * task.plan.columns)
-           : 0;
-  const int64_t grain = std::max<int64_t>(1, kGrain / 8 * task.channels / (pairs + 1));
-  torch::stable::parallel_for(0, task.channels, grain, [&](int64_t begin, int64_t end) {
+  each_channel(task, [&](int64_t begin, int64_t end) {
     if (sums) merge(task, begin, end);
     for (int64_t c = begin; c < end; ++c) finish(c);
   });
@@ -272,7 +274,9 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
 
   const bool sums = wants_parameters || (wants_input && training);
   const Workspace workspace(task, sums);
-  for (int64_t c = 0; c < channels; ++c) set_affine(task, in, c, means[c], invstds[c], true);
+  each_channel(task, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) set_affine(task, in, c, means[c], invstds[c], true);
+  });
   const auto finish = [&](int64_t c) {
     const double factor = in.weight.at(c, 1.0);
     const double d_sum = task.totals[c], dx_sum = task.totals[channels + c];

@@ -20,25 +20,27 @@ cuda::RateArgument rate_argument(const Tensor& x, double p, const std::optional<
 void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
          int64_t element_offset, const std::optional<Tensor>& traced_p) {
   check_element_offset(element_offset, "dropout");
-  const cuda::Launch launch(x, rng_state, "dropout");
+  const cuda::Launch launch(x);
+  const cuda::RngState rng = cuda::read_rng_state(x, rng_state, "dropout");
   const cuda::RateArgument rate = rate_argument(x, p, traced_p);
   cuda::for_dtype(x, "dropout", [&]<typename T>(T) {
     cuda::launch_dropout(static_cast<const T*>(x.const_data_ptr()),
                          static_cast<T*>(y.mutable_data_ptr()), x.numel(), element_offset, rate,
-                         launch.rng, launch.stream);
+                         rng, launch.stream);
   });
 }
 
 void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
                  int64_t element_offset, const std::optional<Tensor>& traced_p) {
   check_element_offset(element_offset, "feature_dropout");
-  const cuda::Launch launch(x, rng_state, "feature_dropout");
+  const cuda::Launch launch(x);
+  const cuda::RngState rng = cuda::read_rng_state(x, rng_state, "feature_dropout");
   const cuda::RateArgument rate = rate_argument(x, p, traced_p);
   const ChannelLayout layout = channel_layout(x, "feature_dropout");
   cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
     cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),
                                  static_cast<T*>(y.mutable_data_ptr()), x.numel(), layout,
-                                 element_offset, rate, launch.rng, launch.stream);
+                                 element_offset, rate, rng, launch.stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// What every CUDA launcher needs of torch: the device, the stream, rng_state, the element type.
+// What CUDA launchers need of torch: the device, the stream, rng_state, the element type.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,34 +12,33 @@
 namespace reg_kernels {
 namespace cuda {
 
-// Makes x's device current for its lifetime, and holds the stream and the random state to launch
-// with.
+// Makes x's device current for its lifetime, and holds the stream to launch on.
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
-  RngState rng;
 
-  Launch(const Tensor& x, const Tensor& rng_state, const char* op)
-      : guard(x.get_device_index()), stream(current_stream(x)), rng(read(x, rng_state, op)) {}
+  explicit Launch(const Tensor& x)
+      : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
 
  private:
-  static cudaStream_t current_stream(const Tensor& x) {
+  static cudaStream_t current_stream(int32_t device) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-
-  static RngState read(const Tensor& x, const Tensor& rng_state, const char* op) {
-    check_rng_state(rng_state, op);
-    const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
-    if (rng_state.is_cpu()) {
-      return {nullptr, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1])};
-    }
-    STD_TORCH_CHECK(rng_state.get_device_index() == x.get_device_index(), op,
-                    ": rng_state must be on the CPU or on the input's device");
-    return {state, 0, 0};
-  }
 };
+
+// The random state of an op on x.
+inline RngState read_rng_state(const Tensor& x, const Tensor& rng_state, const char* op) {
+  check_rng_state(rng_state, op);
+  const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
+  if (rng_state.is_cpu()) {
+    return {nullptr, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1])};
+  }
+  STD_TORCH_CHECK(rng_state.get_device_index() == x.get_device_index(), op,
+                  ": rng_state must be on the CPU or on the input's device");
+  return {state, 0, 0};
+}
 
 // Calls f with a value of the element type of x.
 template <typename F>

@@ -7,6 +7,7 @@ Each public module here holds the benchmarks of the op of the same name, as a fu
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 
 from ._measure import (
@@ -42,8 +43,9 @@ def modules() -> list[str]:
 
 
 def all_cases(scope: Scope) -> list[Case]:
-    """Every benchmark of every op, in the order in which they run."""
-    cases = []
-    for name in modules():
-        cases += importlib.import_module(f".{name}", __name__).cases(scope)
-    return cases
+    """Every benchmark of every op, in the order in which they run.
+
+    The ops take turns, so that what a time limit leaves is not one op's alone.
+    """
+    found = [importlib.import_module(f".{name}", __name__).cases(scope) for name in modules()]
+    return [case for turn in itertools.zip_longest(*found) for case in turn if case is not None]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 _POOL_OVER_L2 = 4  # the pool of inputs is this many times the L2 cache
 _LARGEST_POOL = 512
@@ -110,11 +112,12 @@ class Case:
     """One benchmark: an op in one direction, dtype and shape."""
 
     op: str
-    direction: str  # "forward" or "backward"
+    direction: str  # FORWARD, BACKWARD, or BOTH in one call
     dtype: torch.dtype
     shape: tuple[int, ...]
     bytes: int  # that have to move: what is read and what is written, once each
     prepare: Callable[[torch.device, int], Sequence[Contender | Skipped]]  # for a pool of n inputs
+    variant: str = ""  # of the op, where it has several
     layout: str = "contiguous"
     requires_grad: bool = True
     host: bool = False  # the time that a call takes on the host, whatever the device does
@@ -130,6 +133,8 @@ class Case:
         else:
             size = format_bytes(self.shape[0] * self.dtype.itemsize)
         words = [self.op, self.direction, dtype, size]
+        if self.variant:
+            words.insert(1, self.variant)
         if self.layout != "contiguous":
             words.append(self.layout)
         if not self.requires_grad:
@@ -197,10 +202,9 @@ def measure(
     for entry in running:
         row = next(r for r in rows if r["name"] == entry.name)
         with entry.within():
-            if case.requires_grad and case.direction == "forward":
+            if case.requires_grad and case.direction != BACKWARD:
                 row["kept_bytes"] = _kept_bytes(entry.call)
-            if device.type == "cuda":
-                row["extra_bytes"] = _extra_bytes(entry.call, device)
+            row["peak_bytes"] = _peak_bytes(entry.call, device)
     for goal in case.goals:
         row = next((r for r in rows if r["name"] == goal.contender), None)
         if row is not None:
@@ -208,6 +212,7 @@ def measure(
     return {
         "label": case.label,
         "op": case.op,
+        "variant": case.variant,
         "direction": case.direction,
         "dtype": str(case.dtype).removeprefix("torch."),
         "shape": list(case.shape),
@@ -385,15 +390,37 @@ def _kept_bytes(call: Callable[[int], object]) -> int:
     return sum(kept.values())
 
 
-def _extra_bytes(call: Callable[[int], object], device: torch.device) -> int:
+def _peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
     """Memory at the peak of a call, beyond what it returns."""
+    follow = _cuda_memory if device.type == "cuda" else _cpu_memory
+    result, peak, grown = follow(call, device)
+    outputs = result if isinstance(result, tuple) else (result,)
+    # A result that was there before, such as the copy's destination, is no allocation of the call.
+    tensors = [t for t in outputs if isinstance(t, Tensor)]
+    returned = min(grown, sum(t.untyped_storage().nbytes() for t in tensors))
+    return max(0, peak - returned)
+
+
+def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
+    """A call's result, by how much it had grown memory at its peak, and by how much at its end."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = call(0)
     torch.cuda.synchronize(device)
-    outputs = result if isinstance(result, tuple) else (result,)
-    # A result that was there before, such as the copy's destination, is no allocation of the call.
-    grown = torch.cuda.memory_allocated(device) - before
-    returned = min(grown, sum(t.untyped_storage().nbytes() for t in outputs))
-    return max(0, torch.cuda.max_memory_allocated(device) - before - returned)
+    after = torch.cuda.memory_allocated(device)
+    return result, torch.cuda.max_memory_allocated(device) - before, after - before
+
+
+def _cpu_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
+    """The same of what torch's allocator gave: the scratch of the C library's is not in it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or each profile writes two lines to stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = call(0)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    grown = [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        grown.append(grown[-1] + event.nbytes())
+    return result, max(grown), grown[-1]

@@ -24,6 +24,7 @@ RESULT_COLUMNS = (
     "eager",
     "compile",
     "kept",
+    "peak",
     "goals",
 )
 GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
@@ -50,7 +51,7 @@ def result_rows(
     """A row for each benchmark and implementation of ours, all or these, as RESULT_COLUMNS.
 
     `copy` is the share of its bandwidth; beside eager's and torch.compile's times stands how many
-    times faster ours is.
+    times faster ours is; behind our peak of memory stands eager's.
     """
     rows = []
     for case in data["benchmarks"]:
@@ -73,6 +74,7 @@ def result_rows(
                     _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
                     _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
                     format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
+                    _peak(row, found.get(EAGER)),
                     _verdict(row.get("goals", [])),
                 )
             )
@@ -85,9 +87,9 @@ def goal_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             for goal in row.get("goals", []):
-                value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}"
                 verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-                rows.append((case["label"], f"{row['name']}: {goal['text']}", value, verdict))
+                text = f"{row['name']}: {goal['text']}"
+                rows.append((case["label"], text, _measured(goal), verdict))
     return rows
 
 
@@ -157,7 +159,8 @@ def markdown(data: dict[str, Any], implementations: Container[str] | None = None
         markdown_table(RESULT_COLUMNS, result_rows(data, implementations)),
         "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the "
         "same run. `eager`, `compile`: their time, and how many times faster ours is. `kept`: "
-        "bytes saved for the backward.",
+        "bytes saved for the backward, inputs included. `peak`: bytes allocated at the peak of a "
+        "call beyond what it returns, and eager's.",
     ]
     if rows := goal_rows(data):
         parts.append(markdown_table(GOAL_COLUMNS, rows))
@@ -240,6 +243,23 @@ def _beside(row: dict[str, Any], other: dict[str, Any] | None, figure: str) -> s
     speedup = row[figure]
     digits = f"{speedup:.0f}" if speedup >= 9.95 else f"{speedup:.2g}"
     return f"{format_seconds(other['median'])} ({digits}×)"
+
+
+def _peak(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
+    if "peak_bytes" not in row:
+        return ""
+    text = format_bytes(row["peak_bytes"])
+    if eager is None or "peak_bytes" not in eager:
+        return text
+    return f"{text} ({format_bytes(eager['peak_bytes'])})"
+
+
+def _measured(goal: dict[str, Any]) -> str:
+    if goal["value"] is None:
+        return "not measured"
+    if goal["figure"].endswith("_bytes"):
+        return format_bytes(goal["value"])
+    return f"{goal['value']:.3g}"
 
 
 def _verdict(goals: list[dict[str, Any]]) -> str:

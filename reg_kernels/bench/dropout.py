@@ -6,28 +6,25 @@ bytes an element either way. The mask is drawn again, never read.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import backends, nn
 from .. import functional as fused
+from .. import nn
 from ..reference.dropout import rate
-from ._measure import COMPILE, EAGER, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import BACKWARD, FORWARD, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._values import check_share, compare
+from ._ways import Inputs, Makers, Way, calls, in_layout, ways
 
 P = 0.1
 
 _MIB = 2**20
 _CHANNELS = (64, 64, 56, 56)  # N, C, H, W of a ResNet's first stage
-_REFERENCE_UP_TO = _MIB  # bytes: it is there to be read, not to be fast
-_ISAS = ("baseline", "avx2", "avx512")  # rising
-_CHUNK = 2**24  # elements that a check looks at in one go
 
 _KEPT = Goal("native", "keeps 16 bytes for backward", "kept_bytes", 16)
 _HOST_CPU = Goal("native", "at most 1.5 of nn.Dropout's time", "time_over_eager", 1.5)
@@ -46,13 +43,13 @@ def cases(scope: Scope) -> list[Case]:
     """Small calls, elements by size, and channels in both layouts; each forward and backward."""
     result = []
     host = _HOST_GPU if scope.device.type == "cuda" else _HOST_CPU
-    for direction, requires_grad in (("forward", False), ("forward", True), ("backward", True)):
-        goals = (host,) if direction == "forward" else ()
+    for direction, requires_grad in ((FORWARD, False), (FORWARD, True), (BACKWARD, True)):
+        goals = (host,) if direction == FORWARD else ()
         case = functools.partial(_case, "dropout", direction, torch.float32, (16,), "contiguous")
         result.append(case(scope, requires_grad=requires_grad, host=True, goals=goals))
     for size in _sizes(scope.device):
         for dtype in scope.dtypes:
-            for direction in ("forward", "backward"):
+            for direction in (FORWARD, BACKWARD):
                 goals = _goals(scope.device, direction, dtype, size)
                 shape = (size // dtype.itemsize,)
                 result.append(
@@ -60,7 +57,7 @@ def cases(scope: Scope) -> list[Case]:
                 )
     for dtype in scope.dtypes if scope.everything else scope.dtypes[:1]:
         for layout in ("contiguous", "channels_last"):
-            for direction in ("forward", "backward"):
+            for direction in (FORWARD, BACKWARD):
                 result.append(_case("dropout2d", direction, dtype, _CHANNELS, layout, scope))
     return result
 
@@ -77,12 +74,12 @@ def _sizes(device: torch.device) -> list[int]:
 def _goals(device: torch.device, direction: str, dtype: torch.dtype, size: int) -> tuple[Goal, ...]:
     if size < 64 * _MIB or dtype not in (torch.float32, torch.bfloat16):
         return ()
-    kept = (_KEPT,) if direction == "forward" else ()
+    kept = (_KEPT,) if direction == FORWARD else ()
     if device.type == "cuda":
         return (*_GPU, *kept)
     if dtype == torch.bfloat16:
         return (_CPU_BF16, *kept)
-    return (_CPU_FP32, *((_CPU_EAGER,) if direction == "forward" else ()), *kept)
+    return (_CPU_FP32, *((_CPU_EAGER,) if direction == FORWARD else ()), *kept)
 
 
 def _case(
@@ -98,13 +95,18 @@ def _case(
     goals: tuple[Goal, ...] = (),
 ) -> Case:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
-        inputs = [_input(shape, dtype, layout, device, requires_grad) for _ in range(pool)]
-        count = pool if direction == "backward" else 0
-        grads = [_input(shape, dtype, layout, device, False) for _ in range(count)]
-        ways = _modules(op) if host else _functions(op)
+        arguments = [
+            (_input(shape, dtype, layout, device).requires_grad_(requires_grad),)
+            for _ in range(pool)
+        ]
+        count = pool if direction == BACKWARD else 0
+        grads = [_input(shape, dtype, layout, device) for _ in range(count)]
+        inputs = Inputs(arguments, arguments, grads)
+        makers = _modules(op) if host else _functions(op)
+        size = math.prod(shape) * dtype.itemsize
         return [
-            way if isinstance(way, Skipped) else _contender(*way, op, direction, inputs, grads)
-            for way in _ways(ways, device, dtype, shape, scope.compiled)
+            way if isinstance(way, Skipped) else _contender(way, op, direction, inputs)
+            for way in ways(op, makers, direction, device, dtype, size, scope.compiled)
         ]
 
     return Case(
@@ -121,129 +123,40 @@ def _case(
     )
 
 
-def _input(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, grad: bool
-) -> Tensor:
+def _input(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
     # In [1, 2): a zero in the output is then a dropped element, and nothing else.
-    x = torch.rand(shape, dtype=dtype, device=device).mul_(0.99).add_(1)
-    if layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x.requires_grad_(grad)
+    return in_layout(torch.rand(shape, dtype=dtype, device=device).mul_(0.99).add_(1), layout)
 
 
-Function = Callable[[Tensor], Tensor]
-# Name, function, its scale of kept elements, the context it runs in, and whether it may fail.
-Way = tuple[str, Function, float, Callable[[], Any], bool]
-
-
-def _functions(op: str) -> tuple[Function, Callable[[str | None], Function]]:
-    """Eager's function and, by backend, ours."""
+def _functions(op: str) -> Makers:
     eager, ours = getattr(F, op), getattr(fused, op)
-    return (
-        lambda x: eager(x, P, True),
+    return Makers(
+        lambda: lambda x: eager(x, P, True),
         lambda backend: lambda x: ours(x, P, True, backend=backend),
     )
 
 
-def _modules(op: str) -> tuple[Function, Callable[[str | None], Function]]:
-    """The same as layers, which is what a small call's time on the host is about."""
+def _modules(op: str) -> Makers:
+    """Layers, which is what a small call's time on the host is about."""
     name = {"dropout": "Dropout", "dropout2d": "Dropout2d"}[op]
-    return getattr(torch.nn, name)(P), lambda backend: getattr(nn, name)(P, backend=backend)
+    return Makers(
+        lambda: getattr(torch.nn, name)(P),
+        lambda backend: getattr(nn, name)(P, backend=backend),
+    )
 
 
-def _ways(
-    functions: tuple[Function, Callable[[str | None], Function]],
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    compiled: bool,
-) -> Iterator[Way | Skipped]:
-    eager, ours = functions
-    scale = rate(P)[1]
-    with backends.backend(None):
-        automatic = backends.choose("dropout", device.type, dtype)
-    forced = backends.forced_by() is not None
-    for name in backends.NAMES:
-        if name == "reference" and math.prod(shape) * dtype.itemsize > _REFERENCE_UP_TO:
-            continue
-        reason = backends.why_not(name, device.type, dtype)
-        if reason is None and name == "triton" and device.type != "cuda":
-            reason = "triton's interpreter is not made for speed"
-        if reason is not None:
-            yield Skipped(name, reason)
-            continue
-        # The one that is used anyway is called as users call it: naming it takes a check more.
-        function = ours(None if name == automatic and not forced else name)
-        yield name, function, scale, contextlib.nullcontext, False
-        if name == "native" and device.type == "cpu":
-            for isa in _lower_isas():
-                yield f"native[{isa}]", function, scale, functools.partial(_isa, isa), False
-    yield EAGER, eager, 1 / (1 - P), contextlib.nullcontext, False
-    if compiled:
-        torch.compiler.reset()  # or torch stops compiling a function it has compiled a few times
-        function = torch.compile(eager, dynamic=False, fullgraph=True)
-        yield COMPILE, function, 1 / (1 - P), _repeatable_backward, True
-    else:
-        yield Skipped(COMPILE, "left out: compiling takes seconds a benchmark")
-
-
-def _lower_isas() -> tuple[str, ...]:
-    """The instruction sets below the one that the CPU kernels use, the higher ones first."""
-    from .. import _C
-
-    return _ISAS[: _ISAS.index(_C.isa())][::-1]
-
-
-@contextlib.contextmanager
-def _isa(name: str) -> Iterator[None]:
-    from .. import _C
-
-    previous = _C.isa()
-    _C.set_isa(name)
-    try:
-        yield
-    finally:
-        _C.set_isa(previous)
-
-
-def _repeatable_backward() -> Any:
-    """Compiled backwards may otherwise reuse what the forward saved, and refuse to run twice."""
-    from torch._functorch import config
-
-    return config.patch(donated_buffer=False)
-
-
-def _contender(
-    name: str,
-    function: Function,
-    scale: float,
-    within: Callable[[], Any],
-    may_fail: bool,
-    op: str,
-    direction: str,
-    inputs: list[Tensor],
-    grads: list[Tensor],
-) -> Contender:
-    pool = len(inputs)
-
-    def forward(i: int) -> Tensor:
-        return function(inputs[i % pool])
-
-    @functools.cache
-    def outputs() -> list[Tensor]:
-        return [function(x) for x in inputs]
-
-    def backward(i: int) -> tuple[Tensor, ...]:
-        i %= pool
-        return torch.autograd.grad(outputs()[i], inputs[i], grads[i], retain_graph=True)
+def _contender(way: Way, op: str, direction: str, inputs: Inputs) -> Contender:
+    of = calls(way.function, inputs)
+    scale = rate(P)[1] if way.ours else 1 / (1 - P)
+    name = f"{op}, {way.name}"
 
     def check() -> None:
-        y = outputs()[0] if direction == "backward" else forward(0)
-        check_forward(f"{op}, {name}", op, inputs[0], y, scale)
-        if direction == "backward":
-            check_backward(f"{op}, {name}", y, grads[0], backward(0)[0], scale)
+        y = of.outputs()[0] if direction == BACKWARD else of.forward(0)
+        check_forward(name, op, inputs.arguments[0][0], y, scale)
+        if direction == BACKWARD:
+            check_backward(name, y, inputs.grads[0], of.backward(0)[0], scale)
 
-    return Contender(name, forward if direction == "forward" else backward, check, within, may_fail)
+    return Contender(way.name, of.of(direction), check, way.within, way.may_fail)
 
 
 def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> None:
@@ -259,10 +172,7 @@ def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> Non
         dropped = channels.all(2)
         if not torch.equal(dropped, channels.any(2)):
             raise WrongValues(f"{name}: a channel is dropped in part")
-    count = dropped.numel()
-    share = int(dropped.sum()) / count
-    if abs(share - P) > 5 * math.sqrt(P * (1 - P) / count):
-        raise WrongValues(f"{name}: {share:.4%} of {count} were dropped, p is {P:.0%}")
+    check_share(name, int(dropped.sum()), dropped.numel(), P)
     _compare(f"{name}: output", y, x, y, scale)
 
 
@@ -275,9 +185,8 @@ def _compare(name: str, actual: Tensor, source: Tensor, mask: Tensor, scale: flo
     """Raises unless actual = source * scale where mask is not 0, and 0 elsewhere."""
     # Two roundings: PyTorch rounds the scale to the dtype before it multiplies.
     allowed = torch.finfo(source.dtype).eps * 1.01
-    parts = (t.flatten().split(_CHUNK) for t in (actual, source, mask))
-    for got, s, m in zip(*parts, strict=True):
-        expected = torch.where(m != 0, s.double() * scale, 0.0)
-        error = ((got.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max()
-        if not error <= allowed:
-            raise WrongValues(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")
+
+    def expected(source: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask != 0, source.double() * scale, 0.0)
+
+    compare(name, actual, expected, (source, mask), allowed)

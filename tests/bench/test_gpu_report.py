@@ -43,13 +43,14 @@ BENCH = {
                     "share_of_copy": 0.95,
                     "speedup_over_eager": 1.5,
                     "kept_bytes": 16,
+                    "peak_bytes": 48,
                     "goals": [
                         {"text": "ahead of all", "figure": "x", "limit": 1, "value": 2, "met": True}
                     ],
                     **ROW,
                 },
                 {"name": "triton", "skipped": "not installed"},
-                {"name": "eager", "median": 1.5e-3, **ROW},
+                {"name": "eager", "median": 1.5e-3, "peak_bytes": 2**26, **ROW},
             ],
         }
     ],
@@ -238,7 +239,7 @@ def test_results_are_embedded_and_rendered(report: Any, tmp_path: Path):
     assert page.startswith("# Made-up GPU\n")
     assert "- commit: aaaaaaaaaaaa\n" in page and "- driver: 1.2\n" in page
     assert "- copy bandwidth, float32 64 MiB: 4.000 TB/s read and written\n" in page
-    row = "1 ms (1–1 ms) | 0.95 | 1.5 ms (1.5×) |  | 16 B | met |"
+    row = "1 ms (1–1 ms) | 0.95 | 1.5 ms (1.5×) |  | 16 B | 48 B (64 MiB) | met |"
     assert f"| dropout forward float32 64 MiB | native | {row}" in page
     assert "| dropout forward float32 64 MiB | native: ahead of all | 2 | met |" in page
     assert "- triton was not measured: not installed" in page

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, ops
-from reg_kernels.bench import _environment, _measure, _report, dropout
+from reg_kernels.bench import _environment, _measure, _report, _ways, dropout
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
@@ -156,6 +156,29 @@ def test_kept_bytes_count_each_storage_once():
     assert rows["square"]["kept_bytes"] == 1024
 
 
+def test_the_peak_is_beyond_what_a_call_returns():
+    x, into = torch.ones(256), torch.ones(256)
+    rows = measured(
+        case(
+            contender("two steps", lambda i: x.mul(x).add(x)),
+            contender("a pair", lambda i: (x.mul(x), x.add(x))),
+            contender("in place", lambda i: into.copy_(x)),
+        )
+    )
+    peaks = {name: row["peak_bytes"] for name, row in rows.items()}
+    assert peaks == {"copy": 0, "two steps": 1024, "a pair": 0, "in place": 0}
+
+
+def test_the_peak_on_a_gpu_is_that_of_its_allocator(monkeypatch: pytest.MonkeyPatch):
+    allocated = iter((1000, 1000 + 1024))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 1024 + 48)
+    call = lambda i: torch.ones(256)  # noqa: E731
+    assert _measure._peak_bytes(call, torch.device("cuda")) == 48
+
+
 @pytest.mark.parametrize(
     ("value", "at_least", "met"), [(0.9, False, True), (1.1, False, False), (1.1, True, True)]
 )
@@ -196,13 +219,20 @@ def test_inputs_outgrow_the_l2_cache(size: int, pool: int, monkeypatch: pytest.M
     assert _measure.pool_size(subject, CPU) == 1
 
 
-# Dropout's benchmarks
-
-
 def test_every_op_has_benchmarks():
     assert bench.modules() == sorted(
         m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")
     )
+
+
+def test_ops_take_turns_and_every_case_has_its_own_label():
+    cases = bench.all_cases(bench.Scope(CPU, (torch.float32, torch.bfloat16)))
+    first = [case.op for case in cases[:4]]
+    assert first == ["batch_norm", "dropout"] * 2
+    assert len({case.label for case in cases}) == len(cases)
+
+
+# Dropout's benchmarks
 
 
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
@@ -309,8 +339,8 @@ def test_each_instruction_set_runs_and_is_put_back():
     from reg_kernels import _C
 
     before = _C.isa()
-    for name in dropout._lower_isas():
-        with dropout._isa(name):
+    for name in _ways.lower_isas():
+        with _ways.isa(name):
             assert _C.isa() == name
         assert _C.isa() == before
 

@@ -39,11 +39,11 @@ struct Case {
   bool residual;
   double p;
   Data data = Data::usual;
-  int64_t shift = 0;        // elements past a 16-byte boundary, of x and y in turn
-  bool affine = true;       // weight and bias
-  bool own_dtype = false;   // channel values in the input's dtype instead of float32
-  bool averages = false;    // momentum None
-  bool on_device = false;   // rng_state behind a pointer
+  int64_t shift = 0;       // elements past a 16-byte boundary, of x and y in turn
+  bool affine = true;      // weight and bias
+  bool own_dtype = false;  // channel values in the input's dtype instead of float32
+  bool averages = false;   // momentum None
+  bool on_device = false;  // rng_state behind a pointer
 
   int64_t count() const { return N * L; }
   int64_t numel() const { return N * C * L; }
@@ -86,7 +86,8 @@ void fill(Buffer<T>& x, const Case& c, uint64_t seed) {
     double value = draw(seed, e) * (1.0 + 0.25 * channel) + channel - 2.0;
     if (c.data == Data::far_mean) value = 1e4 + 1e-2 * draw(seed, e);
     if (c.data == Data::constant) value = 1.5 + channel;
-    if (c.data == Data::outlier && e == c.index(0, c.channel(e), 0)) value = sizeof(T) > 2 ? 1e8 : 3e4;
+    if (c.data == Data::outlier && e == c.index(0, c.channel(e), 0))
+      value = sizeof(T) > 2 ? 1e8 : 3e4;
     x.data()[e] = reg_kernels::store<T>(static_cast<compute_t<T>>(value));
   }
 }
@@ -113,10 +114,10 @@ struct Channels {
   }
 
   ChannelValues values() {
-    constexpr DType kOwn = std::is_same_v<T, double>             ? DType::float64
-                           : std::is_same_v<T, float>            ? DType::float32
+    constexpr DType kOwn = std::is_same_v<T, double>            ? DType::float64
+                           : std::is_same_v<T, float>           ? DType::float32
                            : std::is_same_v<T, driver::float16> ? DType::float16
-                                                                 : DType::bfloat16;
+                                                                : DType::bfloat16;
     return is_own ? ChannelValues{own.data(), kOwn} : ChannelValues{single.data(), DType::float32};
   }
   double at(int64_t c) const {
@@ -127,10 +128,10 @@ struct Channels {
 };
 
 template <typename T>
-constexpr double kRounding = std::is_same_v<T, double>             ? 0x1p-53
-                             : std::is_same_v<T, float>            ? 0x1p-24
+constexpr double kRounding = std::is_same_v<T, double>            ? 0x1p-53
+                             : std::is_same_v<T, float>           ? 0x1p-24
                              : std::is_same_v<T, driver::float16> ? 0x1p-11
-                                                                   : 0x1p-8;
+                                                                  : 0x1p-8;
 // Of the type that is computed in.
 template <typename T>
 constexpr double kEpsilon = sizeof(T) == 8 ? 0x1p-53 : 0x1p-24;
@@ -412,8 +413,7 @@ class Run {
         }
         if (wants_input) {
           const double factor = w * i, part = dx_sum * i * i / count * centred[k];
-          const double expected =
-              training ? factor * (d[k] - d_sum / count - part) : factor * d[k];
+          const double expected = training ? factor * (d[k] - d_sum / count - part) : factor * d[k];
           double size = std::abs(d[k]);
           double error = slack[k];
           if (training) {
@@ -421,10 +421,10 @@ class Run {
             error += d_error / count + dx_error * i * i / count * std::abs(centred[k]);
           }
           error += 8.0 * kEpsilon<T> * size;
-          expect_near(reg_kernels::load(grad_input.data()[e]), expected,
-                      std::abs(factor) * error + kRounding<T> * std::abs(expected) * 1.01 +
-                          kTiny<T>,
-                      [&] { return describe("grad_input", e); });
+          expect_near(
+              reg_kernels::load(grad_input.data()[e]), expected,
+              std::abs(factor) * error + kRounding<T> * std::abs(expected) * 1.01 + kTiny<T>,
+              [&] { return describe("grad_input", e); });
         }
       }
     }
@@ -472,8 +472,7 @@ class Run {
         return std::string(what) + " of channel " + std::to_string(channel) + " " + text();
       };
       // Eight roundings beside the deviation, not beside the mean; double's own for both.
-      const double mean_error =
-          8.0 * kEpsilon<T> * std::sqrt(variance) + 0x1p-50 * std::abs(m);
+      const double mean_error = 8.0 * kEpsilon<T> * std::sqrt(variance) + 0x1p-50 * std::abs(m);
       const double var_error = 16.0 * kEpsilon<T> * variance + 0x1p-50 * std::abs(m * m) * 0x1p-40;
       expect_near(mean.data()[channel], m, mean_error, [&] { return describe("mean"); });
       const double expected = 1.0 / std::sqrt(variance + kEps);
@@ -503,7 +502,8 @@ class Run {
       const double w = c.affine ? weight.at(channel) : 1.0, b = c.affine ? bias.at(channel) : 0.0;
       const double m = mean.data()[channel], factor = invstd.data()[channel] * w;
       const double value = reg_kernels::load(x.data()[e]);
-      const double added = c.residual ? static_cast<double>(reg_kernels::load(residual.data()[e])) : 0.0;
+      const double added =
+          c.residual ? static_cast<double>(reg_kernels::load(residual.data()[e])) : 0.0;
       const double z = (value - m) * factor + b + added;
       // A frozen affine is one multiply-add, whose terms may be large beside their sum.
       const double size = training ? std::abs((value - m) * factor) + std::abs(b) + std::abs(added)
@@ -518,9 +518,10 @@ class Run {
         expected *= kept ? rate().scale : 0.0;
         error *= kept ? rate().scale : 0.0;
       }
-      expect_near(actual, expected, error + kRounding<T> * (std::abs(expected) + error) + kTiny<T>, [&] {
-        return (training ? "output " : "inference ") + text() + " element " + std::to_string(e);
-      });
+      expect_near(
+          actual, expected, error + kRounding<T> * (std::abs(expected) + error) + kTiny<T>, [&] {
+            return (training ? "output " : "inference ") + text() + " element " + std::to_string(e);
+          });
     }
     driver::expect(y.untouched(), [&] { return text() + ": wrote in front of its output"; });
   }
@@ -583,8 +584,8 @@ void test_sharing(int& turn) {
     int64_t groups;
   };
   play(3, 40 * 1024);
-  for (const Sharing& s : {Sharing{2240, 3, true, 2}, {2240, 2, true, 2}, {4000, 2, true, 1},
-                           {7000, 1, false, 1}}) {
+  for (const Sharing& s :
+       {Sharing{2240, 3, true, 2}, {2240, 2, true, 2}, {4000, 2, true, 1}, {7000, 1, false, 1}}) {
     for (const bool channels_last : {false, true}) {
       for (const bool ragged : {false, true}) {
         const int t = turn++;
@@ -598,8 +599,8 @@ void test_sharing(int& turn) {
                .averages = t % 2 == 0};
         if (ragged) (channels_last ? c.C : c.L) -= 3;
         Run<T> run(c);
-        const auto plan =
-            reg_kernels::cuda::forward_plan(run.forward_arguments(), c.layout(), c.numel());
+        const auto plan = reg_kernels::cuda::forward_plan(
+            run.forward_arguments(), c.layout(), c.numel(), reg_kernels::cuda::Chip::current());
         driver::expect(
             plan.blocks > 1 && plan.items == s.items &&
                 // The residual's own ring leaves less to keep.
@@ -674,7 +675,9 @@ void test_dtype() {
             .channels_last = channels_last,
             .activation = kActivations[t % 5],
             .residual = t / 2 % 2 == 1,
-            .p = t % 3 == 0 ? 0.0 : t % 3 == 1 ? 0.5 : 0.1,
+            .p = t % 3 == 0   ? 0.0
+                 : t % 3 == 1 ? 0.5
+                              : 0.1,
             .shift = t % 7 == 3 ? 1 : 0,
             .affine = t % 11 != 5,
             .own_dtype = t % 4 == 1,
@@ -686,8 +689,17 @@ void test_dtype() {
   // One block an item, whatever the shape.
   play(4, 100 * 1024);
   for (const bool channels_last : {false, true}) {
-    for (const Shape& s : {Shape{2, 1, 1}, {5, 3, 1}, {2, 3, 3}, {3, 8, 8}, {4, 16, 9}, {3, 13, 49},
-                           {2, 24, 196}, {2, 9, 257}, {1, 5, 1003}, {70, 40, 16}, {129, 67, 1}}) {
+    for (const Shape& s : {Shape{2, 1, 1},
+                           {5, 3, 1},
+                           {2, 3, 3},
+                           {3, 8, 8},
+                           {4, 16, 9},
+                           {3, 13, 49},
+                           {2, 24, 196},
+                           {2, 9, 257},
+                           {1, 5, 1003},
+                           {70, 40, 16},
+                           {129, 67, 1}}) {
       next(s, channels_last);
     }
   }

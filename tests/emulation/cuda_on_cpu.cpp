@@ -1,11 +1,14 @@
-// What cuda_on_cpu.h promises: indices, barriers, warp-wide operations, atomics, shared memory and
-// refused launches behave as the CUDA C++ Programming Guide says.
+// What cuda_on_cpu.h promises: indices, barriers, warp-wide operations, atomics, shared memory,
+// asynchronous copies, cooperative and refused launches behave as the CUDA C++ Programming Guide
+// says.
 #include "cuda_on_cpu.h"
 
 #include <numeric>
 #include <vector>
 
 #include "driver.h"
+#include "reg_kernels/async_copy.cuh"
+#include "reg_kernels/reduce.cuh"
 
 namespace {
 
@@ -237,9 +240,120 @@ void test_atomic_add() {
   for (const T times : seen) expect_equal(times, T(1), "what atomicAdd returned");
 }
 
+template <typename T>
+__global__ void set_bits_kernel(T* word, T* seen) {
+  seen[threadIdx.x] = atomicOr(word, T{1} << threadIdx.x);
+}
+
+template <typename T>
+void test_atomic_or() {
+  T word = 0, seen[16];
+  RK_LAUNCH(set_bits_kernel<T>, 1, 16, 0, nullptr, &word, seen);
+  expect_equal<int64_t>(word, 0xffff, "atomicOr's bits");
+  for (int i = 0; i < 16; ++i) {
+    const T before = cuda_on_cpu::reversed ? (T{0xffff} >> i >> 1) << i << 1 : (T{1} << i) - 1;
+    expect_equal<int64_t>(seen[i], before, "what atomicOr returned");
+  }
+}
+
+// ---- Asynchronous copies. Three groups of one 16-byte word each, the last one not present.
+
+__global__ void copy_kernel(const uint32_t* x, uint32_t* y) {
+  using namespace reg_kernels::cuda;
+  RK_SHARED(VectorBits, words);
+  for (int i = 0; i < 3; ++i) {
+    copy_async(&words[i], x + 4 * i, i < 2);
+    commit_copies();
+  }
+  const auto note = [&](int at) {
+    for (int i = 0; i < 3; ++i) y[at + i] = words[i].w[3];
+  };
+  wait_for_copies<3>();
+  note(0);
+  wait_for_copies<1>();
+  note(3);
+  commit_copies();  // an empty group counts as one
+  wait_for_copies<1>();
+  note(6);
+}
+
+void test_async_copies() {
+  const uint32_t x[12] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+  uint32_t y[9];
+  RK_LAUNCH(copy_kernel, 1, 1, 48, nullptr, x, y);
+  constexpr uint32_t kNone = 0x7f7f7f7fu;  // kUnwritten
+  const uint32_t expected[9] = {kNone, kNone, kNone, 4, 8, kNone, 4, 8, 0};
+  for (int i = 0; i < 9; ++i) expect_equal(y[i], expected[i], "a copy that was waited for");
+}
+
+// ---- Cooperative launches.
+
+struct Exchanged {
+  int meetings;
+  reg_kernels::cuda::Exchange exchange;
+  double* out;  // [meetings][blocks][2]
+};
+
+// Each block brings 1 and its number, doubled from meeting to meeting.
+__global__ void exchange_kernel(Exchanged e) {
+  using namespace reg_kernels::cuda;
+  RK_SHARED(Sums, scratch);
+  const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
+  for (int meeting = 0; meeting < e.meetings; ++meeting) {
+    const double factor = 1 << meeting, number = rank;
+    const Sums mine{factor * threadIdx.x, factor * number};
+    const Sums total = exchange_sums(mine, 2, e.exchange, meeting, rank, blocks, scratch);
+    if (threadIdx.x < 2) {
+      double* const out = e.out + (meeting * blocks + rank) * 2;
+      out[threadIdx.x] = threadIdx.x == 0 ? total.b : total.a;
+    }
+  }
+}
+
+void test_exchange() {
+  for (const int blocks : {2, 3, 13, 100}) {
+    constexpr int kMeetings = 3;
+    std::vector<reg_kernels::cuda::Sums> partials(kMeetings * blocks * 2);
+    std::vector<int> arrivals(kMeetings);
+    std::vector<double> out(kMeetings * blocks * 2);
+    const Exchanged e{kMeetings, {partials.data(), arrivals.data()}, out.data()};
+    RK_LAUNCH_COOPERATIVE(exchange_kernel, blocks, 64, 64 * sizeof(partials[0]), nullptr, e);
+    for (int i = 0; i < kMeetings * blocks; ++i) {
+      const double factor = 1 << i / blocks;
+      expect_equal(out[2 * i], factor * blocks * (blocks - 1) / 2, "blocks' sum");
+      expect_equal(out[2 * i + 1], factor * blocks, "blocks' count");
+    }
+  }
+}
+
 // ---- Launches.
 
 __global__ void touch(int* launches) { ++*launches; }
+
+void test_refused_cooperation() {
+  const cuda_on_cpu::Device h100 = cuda_on_cpu::device;
+  cuda_on_cpu::device = {4, 128, 100 * 1024, 60 * 1024, 1024};
+  int launches = 0;
+  int* const argument = &launches;
+  const auto accepted = [&](unsigned blocks, unsigned threads, size_t shared) {
+    launches = 0;
+    RK_LAUNCH_COOPERATIVE(touch, blocks, threads, shared, nullptr, argument);
+    return cudaGetLastError() == cudaSuccess && launches > 0;
+  };
+  driver::expect(accepted(8, 64, 0) && !accepted(9, 64, 0), [] { return "blocks by threads"; });
+  driver::expect(accepted(8, 32, 40 * 1024) && !accepted(9, 32, 40 * 1024),
+                 [] { return "blocks by shared memory"; });
+  driver::expect(!accepted(1, 32, 49 * 1024), [] { return "shared memory not asked for"; });
+  const auto ask = [](int bytes) {
+    return cudaFuncSetAttribute(touch, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  driver::expect(ask(60 * 1024) == cudaSuccess && accepted(1, 32, 60 * 1024),
+                 [] { return "shared memory asked for"; });
+  driver::expect(ask(60 * 1024 + 1) != cudaSuccess && cudaGetLastError() != cudaSuccess,
+                 [] { return "too much shared memory asked for"; });
+  cuda_on_cpu::device = h100;
+  ask(48 * 1024);
+}
 
 void test_refused_launches() {
   int launches = 0;
@@ -283,6 +397,11 @@ int main(int argc, char** argv) {
   test_shared_memory_starts_unwritten();
   test_atomic_add<int>();
   test_atomic_add<double>();
+  test_atomic_or<uint32_t>();
+  test_atomic_or<int64_t>();
+  test_async_copies();
+  test_exchange();
+  test_refused_cooperation();
   test_refused_launches();
   return driver::finish();
 }

@@ -51,6 +51,17 @@ FAULTS = {
         ],
         BOTH,
     ),
+    "missing_grid_barrier": (["FAILED element"], ("reversed",)),
+    "skipped_grid_barrier": (
+        [
+            "block (0, 0, 0) at __nanosleep, ",
+            "block (0, 0, 0) at __syncthreads, ",
+            "block (1, 0, 0) at __nanosleep, ",
+        ],
+        BOTH,
+    ),
+    "blocks_not_together": (["deadlock: ", ") at __nanosleep, "], BOTH),
+    "missing_wait_for_copy": (["FAILED element 4 ", "FAILED element 12 "], BOTH),
     "signed_overflow": (["runtime error: signed integer overflow: 65536 * 65536"], BOTH),
 }
 CUDA_FAULTS = {

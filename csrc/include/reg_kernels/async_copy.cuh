@@ -26,7 +26,9 @@ __device__ __forceinline__ void copy_async(VectorBits* to, const void* from, boo
 }
 
 // Ends a group, which may be empty.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits for all groups but the last kPending.
 template <int kPending>

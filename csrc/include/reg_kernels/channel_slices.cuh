@@ -1,10 +1,11 @@
 // How the blocks of a launch share out the channels of a dense tensor (N, C, L), how a thread walks
 // its part of one, 16 bytes at a time, and how a block keeps on the chip what it has read.
 //
-// An item is what is reduced together. It has rows, each `vectors` vectors of 16 bytes side by side:
+// An item is what is reduced together. It has rows, each `vectors` vectors of 16 bytes side by
+// side:
 //   channels first: an item is a channel, a row a group of eight elements of a run, the L values of
-//     a sample. Groups begin at multiples of eight in the tensor, so that loads are aligned whatever
-//     L is; a run's first and last group may be shared with the neighbouring channels.
+//     a sample. Groups begin at multiples of eight in the tensor, so that loads are aligned
+//     whatever L is; a run's first and last group may be shared with the neighbouring channels.
 //   channels last: an item is a strip of channels, up to 128 bytes of them, a row their values at
 //     one position.
 // `blocks` blocks share an item, each takes a slice of its rows. In a step, each thread takes eight
@@ -116,13 +117,13 @@ struct ChannelPlan {
   Divider run_groups;  // channels first: groups a run
 
   int64_t items, rows;
-  int vectors;          // a row
-  int threads;          // a block
-  int64_t groups;       // of blocks: each group takes item after item
-  int blocks;           // a group
-  int64_t slice;        // rows a block
-  int kept;             // steps that stay in shared memory
-  int ring;             // and room for those that pass through it
+  int vectors;     // a row
+  int threads;     // a block
+  int64_t groups;  // of blocks: each group takes item after item
+  int blocks;      // a group
+  int64_t slice;   // rows a block
+  int kept;        // steps that stay in shared memory, of each tensor
+  int ring;        // room for the others' passing through it
   int64_t shared_bytes;
 
   template <typename T>
@@ -153,7 +154,8 @@ ChannelPlan describe(ChannelLayout layout, int64_t numel, bool aligned) {
   layout.channels_last = layout.channels_last || layout.length == 1;
   const int64_t inner = layout.channels_last ? layout.channels : layout.length;
   // A run that begins anywhere in a group reaches into so many.
-  const int64_t run_groups = inner % kGroup == 0 ? inner / kGroup : (inner + 2 * kGroup - 2) / kGroup;
+  const int64_t run_groups =
+      inner % kGroup == 0 ? inner / kGroup : (inner + 2 * kGroup - 2) / kGroup;
   ChannelPlan plan{};
   plan.layout = layout;
   plan.numel = numel;
@@ -190,8 +192,8 @@ ChannelPlan plan_map(const ChannelLayout& layout, int64_t numel, bool aligned, i
   return plan;
 }
 
-// What a reduction needs of shared memory, for a block of so many threads: `tensors` tensors to be
-// kept, or else to pass through rings of `ring` steps, and so many bytes a thread, and a block.
+// What a reduction needs of shared memory: `tensors` tensors are to be kept, or else to pass
+// through rings of `ring` steps; besides, so many bytes a thread and a block.
 struct SharedNeeds {
   int tensors, ring;
   int64_t thread_bytes, block_bytes;
@@ -200,9 +202,9 @@ struct SharedNeeds {
 // Of kernels that reduce an item and then need it once more.
 //
 // An item that fits into one block's shared memory gets one: nobody waits for anybody. A larger one
-// gets the fewest blocks that keep all of it, in groups of which several work on items of their own:
-// while one waits, or only writes, another reads. What no grid can keep is spread over all blocks,
-// and the rest of it is read a second time.
+// gets the fewest blocks that keep all of it, in groups of which several work on items of their
+// own: while one waits, or only writes, another reads. What no grid can keep is spread over all
+// blocks, and the rest of it is read a second time.
 template <typename T>
 ChannelPlan plan_reduction(const ChannelLayout& layout, int64_t numel, bool aligned,
                            const SharedNeeds& needs, Chip chip) {
@@ -217,9 +219,10 @@ ChannelPlan plan_reduction(const ChannelLayout& layout, int64_t numel, bool alig
   const auto most_kept = [&](int threads) {
     return most_steps(threads) / kBatchSteps<T> * kBatchSteps<T>;
   };
+  constexpr int64_t kNever = int64_t{1} << 60;
   const auto blocks_to_keep = [&](int threads) {
     const int64_t kept = most_kept(threads);
-    return kept > 0 ? ceil_div(plan.steps<T>(threads, plan.rows), kept) : plan.rows + 1;
+    return kept > 0 ? ceil_div(plan.steps<T>(threads, plan.rows), kept) : kNever;
   };
   const int whole = chip.threads, half = whole / 2;
 
@@ -228,7 +231,8 @@ ChannelPlan plan_reduction(const ChannelLayout& layout, int64_t numel, bool alig
     // sectors of 32 bytes, or one where each strip fits one block.
     const int widest = plan.vectors;
     const auto fits = [&] { return blocks_to_keep(whole) <= chip.blocks(whole); };
-    while (plan.vectors > std::max(kParts<T>, 4) && (plan.items < chip.multiprocessors || !fits())) {
+    while (plan.vectors > std::max(kParts<T>, 4) &&
+           (plan.items < chip.multiprocessors || !fits())) {
       plan.set_vectors<T>(plan.vectors / 2);
     }
     if (!fits()) plan.set_vectors<T>(widest);
@@ -296,7 +300,8 @@ class Slice {
 
   __device__ int steps() const { return static_cast<int>((rows_ + step_rows_ - 1) / step_rows_); }
 
-  // The element that vector k of a step begins with; returns which of its elements are the thread's.
+  // The element that vector k of a step begins with; returns which of its elements are the
+  // thread's.
   __device__ __forceinline__ uint32_t locate(int step, int k, int64_t& element) const {
     const uint32_t row = step * step_rows_ + lane_row_ + k;
     uint32_t valid;
@@ -325,11 +330,17 @@ class Slice {
   // Calls use(k, element, valid) for each vector of a step.
   template <typename Use>
   __device__ __forceinline__ void for_vectors(int step, const Use& use) const {
-    RK_UNROLL
-    for (int k = 0; k < kParts<T>; ++k) {
+    const auto turn = [&](int k) {
       int64_t element;
       const uint32_t valid = locate(step, k, element);
       use(k, element, valid);
+    };
+    if constexpr (kParts<T> == 4) {  // double, whose functions are long: once is enough
+      RK_NO_UNROLL
+      for (int k = 0; k < kParts<T>; ++k) turn(k);
+    } else {
+      RK_UNROLL
+      for (int k = 0; k < kParts<T>; ++k) turn(k);
     }
   }
 

@@ -16,11 +16,11 @@
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 // The same for a kernel whose blocks wait for each other: they all run at once, or the launch is
 // refused. Of one argument, a variable.
-#define RK_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, argument)                 \
-  do {                                                                                             \
-    void* rk_arguments[] = {&(argument)};                                                          \
-    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), (grid), (block),            \
-                                rk_arguments, (shared_bytes), (stream));                           \
+#define RK_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, argument)      \
+  do {                                                                                  \
+    void* rk_arguments[] = {&(argument)};                                               \
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), (grid), (block), \
+                                rk_arguments, (shared_bytes), (stream));                \
   } while (false)
 // The block's shared memory, as many bytes as the launch asks for, as `T* name`. Bytes in every
 // kernel, since one name can have one type only; aligned for any vector.

@@ -1,5 +1,6 @@
 // Sums of pairs of numbers over the threads of a block, and over blocks that wait for each other.
-// In double and in an order that depends on sizes alone: the same bits in every block and every run.
+// In double and in an order that depends on sizes alone: the same bits in every block and every
+// run.
 #pragma once
 
 #include <cstdint>
@@ -69,9 +70,9 @@ struct Exchange {
 
 // Adds up what threads t < totals of `blocks` blocks bring, and returns it to those of each block;
 // `totals` is a power of two of at most blockDim.x. `scratch` has room for one Sums a thread.
-__device__ __forceinline__ Sums exchange_sums(const Sums& mine, int totals, const Exchange& exchange,
-                                              int64_t meeting, int rank, int blocks,
-                                              Sums* scratch) {
+__device__ __forceinline__ Sums exchange_sums(const Sums& mine, int totals,
+                                              const Exchange& exchange, int64_t meeting, int rank,
+                                              int blocks, Sums* scratch) {
   Sums* const partials = exchange.partials + meeting * blocks * totals;
   const int thread = threadIdx.x;
   if (thread < totals) partials[rank * totals + thread] = mine;
@@ -83,9 +84,18 @@ __device__ __forceinline__ Sums exchange_sums(const Sums& mine, int totals, cons
   while (parts / 2 >= blocks) parts /= 2;
   Sums total{};
   if (part < parts) {
-    for (int block = part; block < blocks; block += parts) {
-      const Sums* const partial = partials + block * totals + column;
-      total.add({__ldcg(&partial->a), __ldcg(&partial->b)});
+    // Eight at a time, as far as there are: a load takes longer than all the rest.
+    constexpr int kLoads = 8;
+    for (int block = part; block < blocks; block += kLoads * parts) {
+      Sums loaded[kLoads] = {};
+      RK_UNROLL
+      for (int i = 0; i < kLoads; ++i) {
+        if (block + i * parts >= blocks) continue;
+        const Sums* const partial = partials + (block + i * parts) * totals + column;
+        loaded[i] = {__ldcg(&partial->a), __ldcg(&partial->b)};
+      }
+      RK_UNROLL
+      for (int i = 0; i < kLoads; ++i) total.add(loaded[i]);
     }
   }
   scratch[thread] = total;

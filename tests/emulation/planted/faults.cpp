@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "driver.h"
+#include "reg_kernels/async_copy.cuh"
+#include "reg_kernels/reduce.cuh"
 
 #if defined(PLANTED)
 constexpr bool kPlanted = true;
@@ -143,6 +145,82 @@ void barriers_on_one_line() {
   expect_each(y, [](int i) { return i ^ 32; });
 }
 
+// What one block writes is read by the others before they know that it was written. In forward
+// order it always was.
+struct Blocks {
+  int* arrivals;
+  int* value;
+  int* y;
+};
+
+__global__ void broadcast_to_blocks(Blocks b) {
+  if (blockIdx.x == 0 && thread() == 0) *b.value = 42;
+  if constexpr (!kPlanted) reg_kernels::cuda::meet(b.arrivals, static_cast<int>(gridDim.x));
+  b.y[blockIdx.x * blockDim.x + thread()] = *b.value;
+}
+
+void missing_grid_barrier() {
+  int arrivals = 0, value = 0;
+  std::vector<int> y(3 * 32);
+  const Blocks b{&arrivals, &value, y.data()};
+  RK_LAUNCH_COOPERATIVE(broadcast_to_blocks, 3, 32, 0, nullptr, b);
+  expect_each(y, [](int) { return 42; });
+}
+
+// A block without work that goes home before the others have met.
+__global__ void meet_with_work(Blocks b) {
+  if (kPlanted && blockIdx.x == 2) return;
+  reg_kernels::cuda::meet(b.arrivals, static_cast<int>(gridDim.x));
+  b.y[blockIdx.x * blockDim.x + thread()] = *b.arrivals;
+}
+
+void skipped_grid_barrier() {
+  int arrivals = 0;
+  std::vector<int> y(3 * 32);
+  const Blocks b{&arrivals, nullptr, y.data()};
+  RK_LAUNCH_COOPERATIVE(meet_with_work, 3, 32, 0, nullptr, b);
+  expect_each(y, [](int) { return 3; });
+}
+
+// Blocks that wait for others which need not run at the same time.
+__global__ void meet_all(Blocks b) {
+  reg_kernels::cuda::meet(b.arrivals, static_cast<int>(gridDim.x));
+  b.y[blockIdx.x * blockDim.x + thread()] = *b.arrivals;
+}
+
+void blocks_not_together() {
+  int arrivals = 0;
+  std::vector<int> y(3 * 32);
+  const Blocks b{&arrivals, nullptr, y.data()};
+  if constexpr (kPlanted) {
+    RK_LAUNCH(meet_all, 3, 32, 0, nullptr, b);
+  } else {
+    RK_LAUNCH_COOPERATIVE(meet_all, 3, 32, 0, nullptr, b);
+  }
+  expect_each(y, [](int) { return 3; });
+}
+
+// The copy that was asked for last is read as well, which the wait leaves out.
+__global__ void copies(const int* x, int* y) {
+  using namespace reg_kernels::cuda;
+  RK_SHARED(VectorBits, words);
+  for (int i = 0; i < 2; ++i) {
+    copy_async(&words[2 * thread() + i], x + 8 * thread() + 4 * i, true);
+    commit_copies();
+  }
+  wait_for_copies<kPlanted ? 1 : 0>();
+  for (int i = 0; i < 8; ++i) {
+    y[8 * thread() + i] = static_cast<int>(words[2 * thread() + i / 4].w[i % 4]);
+  }
+}
+
+void missing_wait_for_copy() {
+  std::vector<int> x(256), y(256);
+  for (int i = 0; i < 256; ++i) x[i] = i;
+  RK_LAUNCH(copies, 1, 32, 1024, nullptr, x.data(), y.data());
+  expect_each(y, [](int i) { return i; });
+}
+
 // An element's index in 32 bits, where a tensor has more elements than they count.
 __global__ void last_row(int rows, int columns, int64_t* y) {
   *y = kPlanted ? (rows - 1) * columns : static_cast<int64_t>(rows - 1) * columns;
@@ -166,6 +244,10 @@ int main(int argc, char** argv) {
       {"lane_outside_its_mask", lane_outside_its_mask},
       {"skipped_barrier", skipped_barrier},
       {"barriers_on_one_line", barriers_on_one_line},
+      {"missing_grid_barrier", missing_grid_barrier},
+      {"skipped_grid_barrier", skipped_grid_barrier},
+      {"blocks_not_together", blocks_not_together},
+      {"missing_wait_for_copy", missing_wait_for_copy},
       {"signed_overflow", signed_overflow},
   };
   if (argc != 3 || !faults.contains(argv[2]) || !driver::set_order(argv[1])) return 2;
