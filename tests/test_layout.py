@@ -133,7 +133,7 @@ def test_the_kernel_headers_know_no_torch():
 
 def test_cuda_and_cpu_do_not_include_each_other():
     for here, other in (("cpu", "cuda"), ("cuda", "cpu")):
-        for path in (CSRC / here).iterdir():
+        for path in (CSRC / here).rglob("*.*"):
             for name in includes(path):
                 assert f"{other}/" not in name, f"{path}: {name}"
 

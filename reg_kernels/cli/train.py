@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
 
     layers: dict[str, Convert] = {
         "eager": lambda model: model,
-        "fused": lambda model: convert(model, inplace=True, backend=args.backend),
+        "fused": lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
     }
     options = _result_options(args, device, implementation, images)
     training = Training(data, images.classes, args.epochs, args.seed, device, layers[args.kernels])

@@ -9,8 +9,6 @@ values a channel.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,7 +62,7 @@ def activation_derivative(z: Tensor, activation: int, slope: float) -> Tensor:
         sigmoid = torch.sigmoid(z)
         return sigmoid * (1 + z * (1 - sigmoid))
     if activation == GELU:
-        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+        density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
         return torch.special.ndtr(z) + z * density
     return torch.ones_like(z)
 

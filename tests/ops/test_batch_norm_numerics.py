@@ -3,6 +3,7 @@
 The truth is computed by numpy in long double, of the very inputs, by the two-pass formulas.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def all_threads(_one_thread):
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def cuts(backend):
@@ -196,6 +202,14 @@ def test_ill_conditioned_channels(values, dtype, backend):
         ours = results(F.batch_norm, x, weight, bias, g, backend=backend)
         theirs = results(TF.batch_norm, x, weight, bias, g)
         deviation = float(np.sqrt(truth["running_var"].max()))
+        # What roundings of a float64 mean make of deviations that are small beside it: a sum of
+        # gradients times that of the mean for the weight's.
+        shift = 4 * 2**-52 * np.abs(truth["running_mean"]) / np.sqrt(truth["running_var"] + EPS)
+        shifts = {
+            "output": float(shift.max()) * 2,
+            "grad_input": float(shift.max() * np.abs(truth["grad_input"]).max()),
+            "grad_weight": float((shift * np.abs(truth["grad_bias"])).max()),
+        }
         for name, true in truth.items():
             own = torch.finfo(ours[name].dtype)
             error, scale = distance(ours[name], true)
@@ -205,6 +219,7 @@ def test_ill_conditioned_channels(values, dtype, backend):
             # As `reg-kernels check` has it: half an ulp, in float64 256. Triton sums in float32.
             ulps = 256 if dtype == torch.float64 else 8 if backend == "triton" else 0.5
             floor = own.smallest_normal * own.eps + x.numel() * 5e-324 / EPS
+            floor += shifts.get(name, 0.0)
             allowed = 2 * baseline + ulps * own.eps * scale + floor
             assert error <= allowed, f"{name}, {cut}: {error:.2e}, PyTorch's {baseline:.2e}"
             # Where PyTorch loses digits these do not: all but grad_input, which may cancel.
@@ -394,50 +409,49 @@ def available_memory():
 
 
 @native
-@pytest.mark.parametrize("layout", ["one plane", "one column"])
-def test_a_channel_of_more_than_2_to_the_31_values(layout):
+def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
     if (available_memory() or 0) < 12e9:
         pytest.skip("needs 12 GB of free memory")
     tail = 8
     m = 2**31 + tail
     x = torch.empty(m, dtype=torch.bfloat16)
     x[: 2**30], x[2**30 : 2**31], x[2**31 :] = -1.0, 1.0, 2.0**20
-    x = x.view(1, 1, m) if layout == "one plane" else x.view(m, 1)
     mean = tail * 2.0**20 / m
     m2 = 2.0**31 + tail * 2.0**40 - m * mean**2
     invstd = (m2 / m + EPS) ** -0.5
+    ones = torch.ones(1)
+    for shape in ((1, 1, m), (m, 1)):  # in planes and in rows
+        tracked_mean, tracked_var, counter = torch.zeros(1), torch.ones(1), torch.tensor(0)
+        y, *found, _ = torch.ops.reg_kernels.batch_norm(
+            *(x.view(shape), None, None, None, tracked_mean, tracked_var, counter, 1.0, EPS),
+            *(0, 0.0, 0.0, None, False),
+        )
+        assert found[0].item() == pytest.approx(mean, rel=1e-12)
+        assert found[1].item() == pytest.approx(invstd, rel=1e-12)
+        assert tracked_mean.item() == pytest.approx(mean, rel=2**-23)
+        assert tracked_var.item() == pytest.approx(m2 / (m - 1), rel=2**-23)
+        y = y.view(-1)
+        for begin, end, value in ((0, 2**30, -1), (2**30, 2**31, 1), (2**31, m, 2**20)):
+            expected = torch.tensor((value - mean) * invstd).bfloat16()
+            for at in (begin, (begin + end) // 2, end - 1):
+                assert y[at] == expected
+        del y
 
-    tracked_mean, tracked_var = torch.zeros(1), torch.ones(1)
-    counter = torch.tensor(0)
-    y, found_mean, found_invstd, _ = torch.ops.reg_kernels.batch_norm(
-        *(x, None, None, None, tracked_mean, tracked_var, counter, 1.0, EPS, 0, 0.0, 0.0, None),
-        False,
-    )
-    assert found_mean.item() == pytest.approx(mean, rel=1e-12)
-    assert found_invstd.item() == pytest.approx(invstd, rel=1e-12)
-    assert tracked_mean.item() == pytest.approx(mean, rel=2**-23)
-    assert tracked_var.item() == pytest.approx(m2 / (m - 1), rel=2**-23)
-    flat = y.view(-1)
-    for places, value in (((0, 2**30), -1), ((2**30, 2**31), 1), ((2**31, m), 2**20)):
-        expected = torch.tensor((value - mean) * invstd).bfloat16()
-        for at in (places[0], sum(places) // 2, places[1] - 1):
-            assert flat[at] == expected
-    del y, flat
-
-    # The input as its own gradient: d weight = sum x xhat = m2 invstd.
-    weight = torch.ones(1)
-    gradient, of_weight, of_bias, _ = torch.ops.reg_kernels.batch_norm_backward(
-        *(x, x, weight, weight, None, found_mean, found_invstd, None, None, True, 0, 0.0, 0.0),
-        *(True, True, False),
-    )
-    assert of_bias.item() == pytest.approx(tail * 2.0**20, rel=2**-23)
-    assert of_weight.item() == pytest.approx(m2 * invstd, rel=2**-22)
-    # d - mean(d) - xhat mean(d xhat) = (x - mean) (1 - var / (var + eps))
-    variance = m2 / m
-    for at, value in ((0, -1), (2**31 - 1, 1), (m - 1, 2**20)):
-        expected = invstd * (value - mean) * (1 - variance / (variance + EPS))
-        # What is left of 1 - 1 in float32.
-        assert abs(gradient.view(-1)[at].item() - expected) <= 2**-22 * abs(value - mean) * invstd
+        # The input as the gradient: that of the weight is sum x xhat = m2 invstd.
+        wants_input = len(shape) == 3  # once: most of the time goes into new pages
+        gradient, of_weight, of_bias, _ = torch.ops.reg_kernels.batch_norm_backward(
+            *(x.view(shape), x.view(shape), ones, ones, None, *found, None, None, True),
+            *(0, 0.0, 0.0, wants_input, True, False),
+        )
+        assert of_bias.item() == pytest.approx(tail * 2.0**20, rel=2**-23)
+        assert of_weight.item() == pytest.approx(m2 * invstd, rel=2**-22)
+        if wants_input:
+            # (x - mean) (1 - var / (var + eps)): what is left of 1 - 1 in float32
+            gradient = gradient.view(-1)
+            for at, value in ((0, -1), (2**31 - 1, 1), (m - 1, 2**20)):
+                expected = invstd * (value - mean) * EPS / (m2 / m + EPS)
+                error = abs(gradient[at].item() - expected)
+                assert error <= 2**-22 * abs(value - mean) * invstd
 
 
 def test_the_unbiased_variance_of_few_and_of_many():
@@ -597,7 +611,7 @@ def laid_out(x, layout):
             x[:1].expand(x.shape)
             if x.dim() == 2 or x[0, 0].numel() == 1
             else x[:, :1].expand(x.shape)
-        )  # noqa: E501
+        )
     return x
 
 
@@ -612,7 +626,7 @@ def run(call, backend):
     x, r, g = (
         laid_out(draw(*shape, dtype=dtype), layout)
         if layout != "expanded" or i
-        else draw(*shape, dtype=dtype)  # noqa: E501
+        else draw(*shape, dtype=dtype)
         for i, layout in enumerate(call["layouts"])
     )
     weight, bias, mean = (draw(shape[1], dtype=inner) for _ in range(3))

@@ -1,0 +1,228 @@
+// BatchNorm of planes: channels first, the L values of a sample's channel side by side. A unit is a
+// stretch of storage, whichever planes it cuts.
+#pragma once
+
+#include "batch_norm_tile.h"
+#include "bits.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+// Calls f(first, count, plane, index) for the parts that elements [begin, end) have in planes:
+// storage index, length, the plane n C + c, and how many planes came before it.
+template <typename F>
+RK_HD void for_planes(const BatchNormTask& task, int64_t begin, int64_t end, const F& f) {
+  int64_t plane = begin / task.length, left = (plane + 1) * task.length - begin;
+  for (int64_t index = 0; begin < end; ++index, ++plane, left = task.length) {
+    const int64_t count = min(left, end - begin);
+    f(begin, count, plane, index);
+    begin += count;
+  }
+}
+
+struct PlaneUnit {
+  int64_t begin, end;
+  double* sums;  // [pairs][2]
+
+  PlaneUnit(const BatchNormTask& task, int64_t unit)
+      : begin(unit * task.plan.unit),
+        end(min(begin + task.plan.unit, task.channels * task.count)),
+        sums(task.partials + 2 * unit * task.plan.pairs) {}
+};
+
+template <typename C>
+OneChannel<C> plane_constants(const BatchNormTask& task, int64_t plane, bool with_gradient) {
+  const int64_t channels = task.channels, c = plane % channels;
+  const auto constant = [&](const double* values, int64_t kind) {
+    return static_cast<C>(values[kind * channels + c]);
+  };
+  OneChannel<C> p{};
+  p.affine = {constant(task.affine, 0), constant(task.affine, 1), constant(task.affine, 2)};
+  if (with_gradient) {
+    p.gradient = {p.affine.shift, constant(task.gradient, 0), constant(task.gradient, 1),
+                  constant(task.gradient, 2)};
+  }
+  return p;
+}
+
+// Calls f(pair, channel, first, last) for each part of channels [begin, end) in a unit: its pair of
+// sums and the storage indices it reaches from and to. Channel by channel, in storage order.
+template <typename F>
+RK_HD void for_pairs(const BatchNormTask& task, int64_t begin, int64_t end, const F& f) {
+  const BatchNormPlan& plan = task.plan;
+  const int64_t samples = task.count / task.length;
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t n = 0; n < samples; ++n) {
+      const int64_t plane = n * task.channels + c;
+      const int64_t first = plane * task.length, last = first + task.length;
+      for (int64_t unit = first / plan.unit; unit * plan.unit < last; ++unit) {
+        const int64_t start = unit * plan.unit;
+        const int64_t pair = unit * plan.pairs + plane - start / task.length;
+        f(task.partials + 2 * pair, c, max(first, start), min(last, start + plan.unit));
+      }
+    }
+  }
+}
+
+template <typename T>
+constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
+
+struct PivotSums {
+  Doubles sum{}, squares{};
+
+  template <typename T>
+  RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
+    Doubles s[4] = {sum}, q[4] = {squares};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+      prefetch(x + i + lead, 4 * kLanes);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const Doubles d = value_at<Doubles>(x + i + k * kLanes) - pivot;
+        s[k] += d;
+        q[k] += d * d;
+      }
+    }
+    for (; i + kLanes <= count; i += kLanes) {
+      const Doubles d = value_at<Doubles>(x + i) - pivot;
+      s[0] += d;
+      q[0] += d * d;
+    }
+    for (int j = 0; i < count; ++i, ++j) {
+      const double d = static_cast<double>(load(x[i])) - pivot;
+      s[1][j] += d;
+      q[1][j] += d * d;
+    }
+    sum = (s[0] + s[1]) + (s[2] + s[3]);
+    squares = (q[0] + q[1]) + (q[2] + q[3]);
+  }
+};
+
+template <typename T>
+void plane_moments(const BatchNormTask& task, int64_t unit) {
+  const PlaneUnit part(task, unit);
+  const T* x = static_cast<const T*>(task.x);
+  for_planes(task, part.begin, part.end, [&](int64_t first, int64_t count, int64_t, int64_t index) {
+    const T* from = x + first;
+    const auto value = [&](int64_t i) {
+      return static_cast<double>(load(from[min(i, count - 1)]));
+    };
+    const double pivot = pivot_of(value(0), value(1), value(2));
+    PivotSums sums;
+    sums.add(from, count, kLead<T>, pivot);
+    const auto moments =
+        moments_of_sums(count, pivot, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
+    part.sums[2 * index] = moments.mean;
+    part.sums[2 * index + 1] = moments.m2;
+  });
+}
+
+template <typename T>
+struct GradientSums {
+  using C = compute_t<T>;
+  Doubles d_sum{}, dx_sum{};
+
+  // `ahead` prefetches.
+  RK_HD void add(const C* d, const T* x, int64_t count, const Prefetch<T>& ahead, double shift) {
+    Doubles s[4] = {d_sum}, q[4] = {dx_sum};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+      ahead(i, 4 * kLanes);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const Doubles g = value_at<Doubles>(d + i + k * kLanes);
+        s[k] += g;
+        q[k] += g * (value_at<Doubles>(x + i + k * kLanes) - shift);
+      }
+    }
+    for (; i + kLanes <= count; i += kLanes) {
+      const Doubles g = value_at<Doubles>(d + i);
+      s[0] += g;
+      q[0] += g * (value_at<Doubles>(x + i) - shift);
+    }
+    for (int j = 0; i < count; ++i, ++j) {
+      const double g = static_cast<double>(d[i]);
+      s[1][j] += g;
+      q[1][j] += g * (static_cast<double>(load(x[i])) - shift);
+    }
+    d_sum = (s[0] + s[1]) + (s[2] + s[3]);
+    dx_sum = (q[0] + q[1]) + (q[2] + q[3]);
+  }
+};
+
+// Calls f(p, first, count, flags, index) for the tiles of a unit, with the flags of the gate where
+// there is one: unpacked before, or, for a forward, packed after f has set them.
+template <typename T, bool kForward, typename F>
+RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gradient,
+                           const F& f) {
+  using C = compute_t<T>;
+  const PlaneUnit part(task, unit);
+  alignas(64) uint8_t space[kBlock + 8];
+  for_planes(task, part.begin, part.end,
+             [&](int64_t first, int64_t count, int64_t plane, int64_t index) {
+               const OneChannel<C> p = plane_constants<C>(task, plane, with_gradient);
+               const int64_t end = first + count;
+               while (first < end) {
+                 // Tiles end at blocks, whose gates are whole bytes.
+                 const int64_t block = first / kBlock * kBlock;
+                 const int64_t next = min(block + kBlock, part.end);
+                 const int64_t n = min(min(kTile, end - first), next - first);
+                 const bool opens = first == block || first == part.begin;
+                 const int64_t opened = max(block, part.begin);
+                 if (task.gate && !kForward && opens) {
+                   unpack_bits(task.gate + opened / 8, next - opened, space + (opened - block));
+                 }
+                 f(p, first, n, task.gate ? space + (first - block) : nullptr, index);
+                 first += n;
+                 if (task.gate && kForward && first == next) {
+                   pack_bits(space + (opened - block), next - opened, task.gate + opened / 8);
+                 }
+               }
+             });
+}
+
+template <typename T>
+void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
+  using C = compute_t<T>;
+  const Typed<T> typed(task);
+  const PlaneUnit part(task, unit);
+  GradientSums<T> sums;
+  alignas(64) C buffer[kTile];
+  int64_t current = 0;
+  const auto finish = [&] {
+    part.sums[2 * current] = sum_of_lanes(sums.d_sum);
+    part.sums[2 * current + 1] = sum_of_lanes(sums.dx_sum);
+  };
+  for_plane_tiles<T, false>(
+      task, unit, false,
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, const uint8_t* flags, int64_t index) {
+        if (index != current) {
+          finish();
+          sums = {};
+          current = index;
+        }
+        const C* d = typed.gradient_tile(p, first, n, kLead<T>, flags, buffer);
+        const Prefetch<T> ahead{typed.grad_output + first, typed.x + first,
+                                d == buffer ? 0 : kLead<T>};
+        sums.add(d, typed.x + first, n, ahead, static_cast<double>(p.affine.shift));
+      });
+  finish();
+}
+
+template <typename T, bool kForward>
+void map_planes(const BatchNormTask& task, int64_t unit) {
+  using C = compute_t<T>;
+  Typed<T> typed(task);
+  for_plane_tiles<T, kForward>(
+      task, unit, !kForward,
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, uint8_t* flags, int64_t) {
+        if constexpr (kForward) {
+          typed.forward_tile(p, first, n, kLead<T>, flags);
+        } else {
+          typed.backward_tile(p, first, n, kLead<T>, flags);
+        }
+      });
+}
+
+}  // namespace
+RK_NAMESPACE_END

@@ -1,0 +1,280 @@
+// BatchNorm of rows: the tensor as a matrix, each channel in columns of its own. A unit is some
+// rows of a strip of columns, which are added up side by side.
+#pragma once
+
+#include "batch_norm_tile.h"
+#include "bits.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+struct RowUnit {
+  int64_t first_column, columns;
+  int64_t first_row, rows;
+  double *first_sum, *second_sum;  // [columns] each
+
+  RowUnit(const BatchNormTask& task, int64_t unit) {
+    const BatchNormPlan& plan = task.plan;
+    const int64_t slice = unit / plan.strips;
+    first_column = unit % plan.strips * plan.strip;
+    columns = min(plan.strip, plan.columns - first_column);
+    first_row = slice * plan.unit;
+    rows = min(plan.unit, plan.rows - first_row);
+    first_sum = row_sums(task, slice) + first_column;
+    second_sum = first_sum + plan.columns;
+  }
+
+  // [2][columns] of a slice of rows.
+  static double* row_sums(const BatchNormTask& task, int64_t slice) {
+    return task.partials + 2 * slice * task.plan.columns;
+  }
+
+  // Rows that are worked on together: a whole number of bytes of a gate.
+  int64_t block() const { return max(8, kBlock / columns / 8 * 8); }
+
+  // The byte of the gate that row `row` begins in, a multiple of 8 or the row after the last.
+  uint8_t* bits(const BatchNormTask& task, int64_t row) const {
+    return task.gate ? task.gate + (task.plan.rows * first_column + row * columns) / 8 : nullptr;
+  }
+};
+
+// Whether a unit has the elements of the incomplete row as well, and the slice of that row's sums.
+bool takes_rest(const BatchNormTask& task, int64_t unit) { return task.plan.rest && unit == 0; }
+int64_t rest_slice(const BatchNormPlan& plan) { return plan.units / plan.strips; }
+
+int64_t channel_of(const BatchNormTask& task, int64_t column) {
+  return task.channels_last ? column % task.channels : column / task.length;
+}
+
+// The channel constants of a strip's columns, in the compute type.
+template <typename C>
+struct StripConstants {
+  alignas(64) C values[6][kColumns];
+
+  // `kinds`: 3 for the affine ones, 6 with the gradient's.
+  StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds) {
+    for (int kind = 0; kind < kinds; ++kind) {
+      const double* from = (kind < 3 ? task.affine : task.gradient) + kind % 3 * task.channels;
+      for (int64_t j = 0; j < part.columns; ++j) {
+        values[kind][j] = static_cast<C>(from[channel_of(task, part.first_column + j)]);
+      }
+    }
+  }
+
+  ChannelColumns<C> from(int64_t j) const {
+    return {values[0] + j, values[1] + j, values[2] + j,
+            values[3] + j, values[4] + j, values[5] + j};
+  }
+};
+
+// Rows of a strip to prefetch ahead. They may lie past the tensor's end: a prefetch never faults.
+template <typename T>
+RK_HD int64_t rows_ahead(int64_t columns) {
+  return max(1, kAhead / (columns * static_cast<int64_t>(sizeof(T))));
+}
+
+// Columns side by side: the rows of a block, added four at a time.
+template <typename T>
+void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const double* pivot,
+              double* sum, double* squares) {
+  const int64_t ahead = rows_ahead<T>(columns) * stride;
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
+    const T *a = x + r * stride, *b = a + stride, *c = b + stride, *d = c + stride;
+    for_lanes(columns, [=]<typename V>(V, int64_t j) __attribute__((always_inline)) {
+      const T* two =
+          (j & kLanes ? c : a) + j + ahead;  // every line of two rows, then of the others
+      prefetch(two, 1);
+      prefetch(two + stride, 1);
+      const V p = value_at<V>(pivot + j);
+      const V u = value_at<V>(a + j) - p, v = value_at<V>(b + j) - p;
+      const V w = value_at<V>(c + j) - p, z = value_at<V>(d + j) - p;
+      put_value(sum + j, value_at<V>(sum + j) + ((u + v) + (w + z)));
+      put_value(squares + j, value_at<V>(squares + j) + ((u * u + v * v) + (w * w + z * z)));
+    });
+  }
+  for (; r < rows; ++r) {
+    const T* a = x + r * stride;
+    for_lanes(columns, [=]<typename V>(V, int64_t j) __attribute__((always_inline)) {
+      const V u = value_at<V>(a + j) - value_at<V>(pivot + j);
+      put_value(sum + j, value_at<V>(sum + j) + u);
+      put_value(squares + j, value_at<V>(squares + j) + u * u);
+    });
+  }
+}
+
+// mean and m2 of `count` values a column, merged with those of `other_count`: Moments::merge.
+RK_HD void merge_columns(int64_t columns, int64_t count, double* mean, double* m2,
+                         int64_t other_count, const double* other_mean, const double* other_m2) {
+  const double share = static_cast<double>(other_count) / static_cast<double>(count + other_count);
+  const double weight = share * static_cast<double>(count);
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) {
+    const double delta = other_mean[j] - mean[j];
+    m2[j] += other_m2[j] + delta * delta * weight;
+    mean[j] = delta - delta == 0.0 ? mean[j] + delta * share : mean[j] + other_mean[j];
+  }
+}
+
+template <typename T>
+void row_moments(const BatchNormTask& task, int64_t unit) {
+  const RowUnit part(task, unit);
+  const int64_t stride = task.plan.columns, columns = part.columns, block = part.block();
+  const T* x = static_cast<const T*>(task.x) + part.first_column;
+  alignas(64) double pivot[kColumns], sum[kColumns], squares[kColumns];
+  for (int64_t done = 0; done < part.rows; done += block) {
+    const int64_t rows = min(block, part.rows - done);
+    const T* from = x + (part.first_row + done) * stride;
+    const T *second = from + min(1, rows - 1) * stride, *third = from + min(2, rows - 1) * stride;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      pivot[j] = pivot_of(load(from[j]), load(second[j]), load(third[j]));
+      sum[j] = squares[j] = 0.0;
+    }
+    add_rows(from, stride, rows, columns, pivot, sum, squares);
+    const double n = static_cast<double>(rows);
+    double* mean = done ? sum : part.first_sum;
+    double* m2 = done ? squares : part.second_sum;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {  // as moments_of_sums
+      const double shift = sum[j] / n;
+      m2[j] = squares[j] - sum[j] * shift;
+      mean[j] = pivot[j] + shift;
+    }
+    if (done) merge_columns(columns, done, part.first_sum, part.second_sum, rows, mean, m2);
+  }
+  if (takes_rest(task, unit)) {
+    double* rest = RowUnit::row_sums(task, rest_slice(task.plan));
+    for (int64_t j = 0; j < task.plan.rest; ++j) {
+      rest[j] = load(x[task.plan.rows * stride + j]);
+      rest[stride + j] = 0.0;
+    }
+  }
+}
+
+template <typename T>
+void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
+  using C = compute_t<T>;
+  const BatchNormPlan& plan = task.plan;
+  const RowUnit part(task, unit);
+  const Typed<T> typed(task);
+  const StripConstants<C> constants(task, part, 3);
+  alignas(64) C buffer[kRowsAtOnce][kTile];
+  alignas(64) uint8_t space[kBlock + 8];
+  const int64_t stride = plan.columns;
+
+  // `rows` rows, at most kRowsAtOnce; `flags` of the first one's first column, or null.
+  const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
+                       double* d_sum, double* dx_sum) {
+    const int64_t lead = rows_ahead<T>(columns) * stride;
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const int64_t n = min(kTile, columns - j);
+      const ChannelColumns<C> p = constants.from(j);
+      const int64_t first = row * stride + part.first_column + j;
+      const C* d[kRowsAtOnce];
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* tile = flags ? flags + r * part.columns + j : nullptr;
+        d[r] = typed.gradient_tile(p, first + r * stride, n, lead, tile, buffer[r]);
+      }
+      const T *x = typed.x + first, *g = typed.grad_output + first;
+      double *s = d_sum + j, *q = dx_sum + j;
+      if (rows == kRowsAtOnce) {
+        const C *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
+        const bool fetch = d0 != buffer[0];
+        for_lanes(n, [=]<typename V>(V, int64_t i) __attribute__((always_inline)) {
+          if (fetch) {
+            const int64_t two = (i & kLanes ? 2 * stride : 0) + i + lead;  // as in add_rows
+            prefetch(x + two, 1);
+            prefetch(x + two + stride, 1);
+            prefetch(g + two, 1);
+            prefetch(g + two + stride, 1);
+          }
+          const V shift = value_at<V>(p.shift + i);
+          const V g0 = value_at<V>(d0 + i), g1 = value_at<V>(d1 + i);
+          const V g2 = value_at<V>(d2 + i), g3 = value_at<V>(d3 + i);
+          const V x0 = value_at<V>(x + i) - shift, x1 = value_at<V>(x + stride + i) - shift;
+          const V x2 = value_at<V>(x + 2 * stride + i) - shift;
+          const V x3 = value_at<V>(x + 3 * stride + i) - shift;
+          put_value(s + i, value_at<V>(s + i) + ((g0 + g1) + (g2 + g3)));
+          put_value(q + i, value_at<V>(q + i) + ((g0 * x0 + g1 * x1) + (g2 * x2 + g3 * x3)));
+        });
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const C* dr = d[r];
+        const T* xr = x + r * stride;
+        for_lanes(n, [=]<typename V>(V, int64_t i) __attribute__((always_inline)) {
+          const V gr = value_at<V>(dr + i);
+          put_value(s + i, value_at<V>(s + i) + gr);
+          put_value(q + i,
+                    value_at<V>(q + i) + gr * (value_at<V>(xr + i) - value_at<V>(p.shift + i)));
+        });
+      }
+    }
+  };
+
+  for (int64_t j = 0; j < part.columns; ++j) part.first_sum[j] = part.second_sum[j] = 0.0;
+  for (int64_t done = 0; done < part.rows; done += part.block()) {
+    const int64_t rows = min(part.block(), part.rows - done), row = part.first_row + done;
+    const uint8_t* bits = part.bits(task, row);
+    if (bits) unpack_bits(bits, rows * part.columns, space);
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      add(row + r, min(kRowsAtOnce, rows - r), part.columns,
+          bits ? space + r * part.columns : nullptr, part.first_sum, part.second_sum);
+    }
+  }
+  if (takes_rest(task, unit)) {
+    double* rest = RowUnit::row_sums(task, rest_slice(plan));
+    for (int64_t j = 0; j < plan.rest; ++j) rest[j] = rest[stride + j] = 0.0;
+    const uint8_t* bits = part.bits(task, plan.rows);
+    if (bits) unpack_bits(bits, plan.rest, space);
+    add(plan.rows, 1, plan.rest, bits ? space : nullptr, rest, rest + stride);
+  }
+}
+
+template <typename T, bool kForward>
+void map_rows(const BatchNormTask& task, int64_t unit) {
+  using C = compute_t<T>;
+  const BatchNormPlan& plan = task.plan;
+  const RowUnit part(task, unit);
+  Typed<T> typed(task);
+  const StripConstants<C> constants(task, part, kForward ? 3 : 6);
+  alignas(64) uint8_t space[kBlock + 8];
+
+  const auto map = [&](int64_t row, int64_t rows, int64_t columns) {
+    uint8_t* bits = part.bits(task, row);
+    const int64_t count = (rows - 1) * part.columns + columns;
+    const int64_t lead = rows_ahead<T>(columns) * plan.columns;
+    if (!kForward && bits) unpack_bits(bits, count, space);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < columns; j += kTile) {
+        const int64_t n = min(kTile, columns - j);
+        const int64_t first = (row + r) * plan.columns + part.first_column + j;
+        uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
+        if constexpr (kForward) {
+          typed.forward_tile(constants.from(j), first, n, lead, flags);
+        } else {
+          typed.backward_tile(constants.from(j), first, n, lead, flags);
+        }
+      }
+    }
+    if (kForward && bits) pack_bits(space, count, bits);
+  };
+
+  for (int64_t done = 0; done < part.rows; done += part.block()) {
+    map(part.first_row + done, min(part.block(), part.rows - done), part.columns);
+  }
+  if (takes_rest(task, unit)) map(plan.rows, 1, plan.rest);
+}
+
+// Calls f(begin, end) for the ranges of columns that channels [begin, end) have.
+template <typename F>
+RK_HD void for_column_ranges(const BatchNormTask& task, int64_t begin, int64_t end, const F& f) {
+  if (!task.channels_last) return f(begin * task.length, end * task.length);
+  for (int64_t column = 0; column < task.plan.columns; column += task.channels) {
+    f(column + begin, column + end);
+  }
+}
+
+}  // namespace
+RK_NAMESPACE_END
