@@ -147,10 +147,10 @@ def measure(
 ) -> tuple[float, float]:
     """The largest error of output and gradients, and what is allowed for it.
 
-    Allowed is twice PyTorch's error in this dtype plus a rounding of the largest value: half an ulp;
-    a whole one where the op adds in another order than its oracle, and for bfloat16 in Triton's
-    interpreter, which truncates. In float64, where PyTorch's result is the truth itself, sums in
-    another order may differ by 256.
+    Allowed is twice PyTorch's error in this dtype plus a rounding of the largest value: half an
+    ulp; a whole one where the op adds in another order than its oracle, and for bfloat16 in
+    Triton's interpreter, which truncates. In float64, where PyTorch's result is the truth itself,
+    sums in another order may differ by 256.
     """
     inputs = case.inputs(device, dtype)
     exact_inputs = [x.double().requires_grad_() for x in inputs]

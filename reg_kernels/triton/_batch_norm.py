@@ -1,0 +1,124 @@
+"""What BatchNorm's forward and backward kernels share: channel values, parts and their order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Where a kernel has its statistics, or sums, from.
+GIVEN = tl.constexpr(0)
+OWN = tl.constexpr(1)
+MERGED = tl.constexpr(2)
+
+UNSPECIALISED = ["seed", "offset"]  # no recompiling by value
+
+
+# On values
+
+
+@triton.jit
+def rounded(values, COMPUTE: tl.constexpr):
+    """Channel values in the elements' type; of a single channel without a layout of their own.
+
+    A tensor [1] made from a merge would be spread over a tile first and then go through shared
+    memory to the threads that want it.
+    """
+    values = values.to(COMPUTE)
+    if values.shape[0] == 1:
+        values = tl.full([1], tl.sum(values, 0), COMPUTE)
+    return values
+
+
+@triton.jit
+def channel_affine(mean, invstd, weight, bias, COMPUTE: tl.constexpr, FROZEN: tl.constexpr):
+    """(shift, scale, offset) of y = (x - shift) scale + offset; ChannelAffine of batch_norm_math.h.
+
+    The shift is the mean as COMPUTE rounds it, the offset makes up for the rounding: x - shift is
+    exact where the deviation is small beside the mean. Frozen statistics need no shift.
+    """
+    scale = invstd * weight
+    shift = tl.zeros_like(mean).to(COMPUTE) if FROZEN else mean.to(COMPUTE)
+    rest = mean - shift.to(tl.float64)  # NaN for an infinite mean, as its channel's values become
+    return (
+        rounded(shift, COMPUTE),
+        rounded(scale, COMPUTE),
+        rounded(bias - rest * scale, COMPUTE),
+    )
+
+
+# On memory
+
+
+@triton.jit
+def load_channels(ptr, c, C, default: tl.constexpr):
+    """Channel values in float64, `default` each where there are none."""
+    if ptr is None:
+        values = tl.full(c.shape, default, tl.float64)
+    else:
+        values = tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float64)
+    return values
+
+
+@triton.jit
+def store_channels(ptr, values, c, mask):
+    if ptr.dtype.element_ty != tl.float64:
+        values = values.to(tl.float32)  # float64 to 16 bits is not one conversion everywhere
+    tl.store(ptr + c, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def program_range(
+    C, M, tiles, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, REVERSED: tl.constexpr
+):
+    """(first channel, number of the range, its first tile, the one behind its last)."""
+    program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
+    blocks = tl.cdiv(C, BLOCK_C)
+    split = program // blocks
+    first = split * tiles
+    return program % blocks * BLOCK_C, split, first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))
+
+
+@triton.jit
+def position_of(tile, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        tile = tile.to(tl.int64)
+    return tile * BLOCK_M
+
+
+@triton.jit
+def partial_at(c, split, C, splits, M_AXIS: tl.constexpr):
+    """Where the parts of channels c lie in a plane of the workspace: together for a merge."""
+    return split * C + c if M_AXIS == 0 else c * splits + split
+
+
+@triton.jit
+def store_partials(ptr, a, b, c, split, C, splits, M_AXIS: tl.constexpr):
+    at = partial_at(c, split, C, splits, M_AXIS)
+    tl.store(ptr + at, a, mask=c < C)
+    tl.store(ptr + C * splits + at, b, mask=c < C)
+
+
+@triton.jit
+def load_partials(ptr, c, C, splits, BLOCK_S: tl.constexpr, M_AXIS: tl.constexpr):
+    """(a, b, numbers of the parts) with the parts along M_AXIS, zeros where there is none."""
+    c = tl.expand_dims(c, M_AXIS)
+    split = tl.expand_dims(tl.arange(0, BLOCK_S), 1 - M_AXIS)
+    at = partial_at(c, split, C, splits, M_AXIS)
+    inside = (c < C) & (split < splits)
+    a = tl.load(ptr + at, mask=inside, other=0.0)
+    return a, tl.load(ptr + C * splits + at, mask=inside, other=0.0), split
+
+
+@triton.jit
+def known_multiples(C, M, L, M_AXIS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """C, M and L in a form that tells the compiler what UNIT divides, so that it loads UNITs."""
+    if WIDE:
+        M = M.to(tl.int64)
+    if UNIT > 1:
+        if M_AXIS == 0:
+            C = C // UNIT * UNIT
+        else:
+            M, L = M // UNIT * UNIT, L // UNIT * UNIT
+    return C, M, L

@@ -1,0 +1,335 @@
+"""BatchNorm's backward kernels: the sums of the gradient, and the gradients.
+
+`batch_norm.py` says how they go together and which bytes they move.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._activation import LEAKY_RELU, RELU, behind_activation
+from ._batch_norm import (
+    GIVEN,
+    MERGED,
+    channel_affine,
+    known_multiples,
+    load_channels,
+    load_partials,
+    position_of,
+    program_range,
+    rounded,
+    store_channels,
+    store_partials,
+)
+from ._bits import unpack_bits
+from ._channels import gate_at, tile_at
+from .dropout import load_rate
+
+
+@triton.jit
+def channel_gradient(scale, mean, invstd, d_sum, dx_sum, share, COMPUTE: tl.constexpr):
+    """(k1, k2, k3, sum d xhat) of grad_input = d k1 + (x - shift) k2 + k3; ChannelGradient.
+
+    d_sum is sum d, dx_sum is sum d (x - shift), scale is weight invstd, share is 1 / M.
+    """
+    rest = mean - mean.to(COMPUTE).to(tl.float64)
+    projection = invstd * (dx_sum - rest * d_sum)
+    k2 = -scale * invstd * projection * share
+    k3 = -scale * d_sum * share - k2 * rest
+    return rounded(scale, COMPUTE), rounded(k2, COMPUTE), rounded(k3, COMPUTE), projection
+
+
+@triton.jit
+def behind_gate(g, z, bits, scale, slope, ACTIVATION: tl.constexpr, DROPS: tl.constexpr):
+    """dL/dz where the forward kept those bits; dropout scaled by `scale`."""
+    if ACTIVATION == RELU:
+        g = tl.where(bits, g * scale, 0.0)
+    elif ACTIVATION == LEAKY_RELU and not DROPS:
+        g = tl.where(bits, g, g * slope)
+    else:
+        g = behind_activation(g * tl.where(bits, scale, 0.0), z, slope, ACTIVATION)
+    return g
+
+
+@triton.jit
+def gradient_tile(
+    g_ptr,
+    x_ptr,
+    residual_ptr,
+    gate_ptr,
+    m0,
+    c0,
+    shift,
+    scale,
+    offset,
+    centre,
+    slope,
+    drop_scale,
+    C,
+    M,
+    L,
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    GATE_AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """(d = dL/dz, x - centre, offsets, inside) of one tile."""
+    at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    x = g  # stands for what is not read
+    if x_ptr is not None:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    z = g
+    if NEEDS_Z:
+        z = (x - tl.expand_dims(shift, M_AXIS)) * tl.expand_dims(scale, M_AXIS)
+        z += tl.expand_dims(offset, M_AXIS)
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    if gate_ptr is not None:
+        gate, whole = gate_at(m0, c0, C, M, BLOCK_C, BLOCK_M, M_AXIS, GATE_AXIS)
+        bits = unpack_bits(tl.load(gate_ptr + gate, mask=whole, other=0), GATE_AXIS)
+        d = behind_gate(g, z, bits, drop_scale, slope, ACTIVATION, DROPS)
+    else:
+        d = behind_activation(g, z, slope, ACTIVATION)
+    d = tl.where(inside, d, 0.0)
+    return d, tl.where(inside, x - tl.expand_dims(centre, M_AXIS), 0.0), at, inside
+
+
+@triton.jit
+def store_gradients(
+    d,
+    x,
+    at,
+    inside,
+    k1,
+    k2,
+    k3,
+    grad_input_ptr,
+    grad_residual_ptr,
+    TRAINING: tl.constexpr,
+    M_AXIS: tl.constexpr,
+):
+    """grad_residual = d, and grad_input from it; without x where the statistics are frozen."""
+    if grad_residual_ptr is not None:
+        tl.store(grad_residual_ptr + at, d.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+    if grad_input_ptr is not None:
+        grad = d * tl.expand_dims(k1, M_AXIS)
+        if TRAINING:
+            grad += x * tl.expand_dims(k2, M_AXIS) + tl.expand_dims(k3, M_AXIS)
+        tl.store(grad_input_ptr + at, grad.to(grad_input_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_sums_kernel(
+    g_ptr,  # [N, C, L], as x, the residual and the gradients
+    x_ptr,
+    residual_ptr,  # or None
+    gate_ptr,  # or None
+    weight_ptr,  # [C] or None
+    bias_ptr,
+    mean_ptr,  # [C]
+    invstd_ptr,
+    grad_input_ptr,  # written where the statistics are frozen; or None
+    grad_residual_ptr,  # or None
+    partials_ptr,  # [2, C, splits]: sum d and sum d (x - shift) of each part
+    C,
+    M,
+    L,
+    tiles,
+    splits,
+    slope: tl.float64,
+    p: tl.float64,
+    TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    GATE_AXIS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
+    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, False)
+    c = c0 + tl.arange(0, BLOCK_C)
+    mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
+    weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
+    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE, not TRAINING)
+    slope = tl.full([1], slope, tl.float64).to(COMPUTE)
+    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
+    sums = range_sums(
+        *(g_ptr, x_ptr, residual_ptr, gate_ptr, grad_input_ptr, grad_residual_ptr),
+        *(c0, first, last, shift, scale, bias, mean.to(COMPUTE), slope, drop_scale, C, M, L),
+        *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT),
+        *(GATE_AXIS, WIDE, COMPUTE),
+    )
+    store_partials(partials_ptr, sums[0], sums[1], c, split, C, splits, M_AXIS)
+
+
+@triton.jit
+def range_sums(
+    g_ptr,
+    x_ptr,
+    residual_ptr,
+    gate_ptr,
+    grad_input_ptr,
+    grad_residual_ptr,
+    c0,
+    first,
+    last,
+    shift,
+    scale,
+    bias,
+    centre,
+    slope,
+    drop_scale,
+    C,
+    M,
+    L,
+    TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    GATE_AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """(sum d, sum d (x - centre)) in float64 of tiles first to last - 1; stores what is wanted."""
+    # Each lane sums for itself: within the loop no thread waits for another.
+    shape: tl.constexpr = [BLOCK_M, BLOCK_C] if M_AXIS == 0 else [BLOCK_C, BLOCK_M]
+    d_sum = tl.zeros(shape, COMPUTE)
+    dx_sum = tl.zeros(shape, COMPUTE)
+    tile = first
+    while tile < last:
+        m0 = position_of(tile, BLOCK_M, WIDE)
+        d, x, at, inside = gradient_tile(
+            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+            *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
+            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
+        )
+        d_sum += d
+        dx_sum += d * x
+        if not TRAINING or grad_input_ptr is None:
+            store_gradients(
+                *(d, x, at, inside, scale, scale, scale, grad_input_ptr, grad_residual_ptr),
+                *(False, M_AXIS),
+            )
+        tile += 1
+    return tl.sum(d_sum, M_AXIS).to(tl.float64), tl.sum(dx_sum, M_AXIS).to(tl.float64)
+
+
+@triton.jit
+def backward_kernel(
+    g_ptr,  # [N, C, L], as x, the residual and the gradients
+    x_ptr,  # or None where nothing depends on it
+    residual_ptr,
+    gate_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    invstd_ptr,
+    grad_input_ptr,  # or None where it is not wanted, as all gradients
+    grad_residual_ptr,
+    grad_weight_ptr,  # [C]
+    grad_bias_ptr,
+    partials_ptr,  # what MERGED merges
+    C,
+    M,
+    L,
+    tiles,
+    splits,
+    slope: tl.float64,
+    p: tl.float64,
+    SUMS: tl.constexpr,  # GIVEN: none are needed; OWN or MERGED, as forward_kernel's STATISTICS
+    TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    GATE_AXIS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
+    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, True)
+    c = c0 + tl.arange(0, BLOCK_C)
+    mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
+    weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
+    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE, not TRAINING)
+    centre = mean.to(COMPUTE)
+    slope = tl.full([1], slope, tl.float64).to(COMPUTE)
+    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
+
+    if SINGLE:
+        m0 = position_of(first, BLOCK_M, WIDE)
+        d, x, at, inside = gradient_tile(
+            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+            *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
+            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
+        )
+
+    k1, k2, k3 = scale, scale, scale  # frozen: grad_input = d scale
+    if SUMS != GIVEN:
+        if SUMS == MERGED:
+            d_sums, dx_sums, _ = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
+            d_sum, dx_sum = tl.sum(d_sums, M_AXIS), tl.sum(dx_sums, M_AXIS)
+        elif SINGLE:
+            d_sum = tl.sum(d, M_AXIS).to(tl.float64)
+            dx_sum = tl.sum(d * x, M_AXIS).to(tl.float64)
+        else:
+            d_sum, dx_sum = range_sums(
+                *(g_ptr, x_ptr, residual_ptr, gate_ptr, None, None),
+                *(c0, first, last, shift, scale, bias, centre, slope, drop_scale, C, M, L),
+                *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS),
+                *(UNIT, GATE_AXIS, WIDE, COMPUTE),
+            )
+        m1, m2, m3, projection = channel_gradient(
+            invstd * weight, mean, invstd, d_sum, dx_sum, 1.0 / tl.full([1], M, tl.float64), COMPUTE
+        )
+        if TRAINING:
+            k1, k2, k3 = m1, m2, m3
+        if grad_weight_ptr is not None:
+            writes = (c < C) & (split == 0)
+            store_channels(grad_weight_ptr, projection, c, writes)
+            store_channels(grad_bias_ptr, d_sum, c, writes)
+
+    if grad_input_ptr is not None or grad_residual_ptr is not None:
+        if SINGLE:
+            store_gradients(
+                d, x, at, inside, k1, k2, k3, grad_input_ptr, grad_residual_ptr, TRAINING, M_AXIS
+            )
+        else:
+            tile = last
+            while tile > first:
+                tile -= 1
+                m0 = position_of(tile, BLOCK_M, WIDE)
+                d, x, at, inside = gradient_tile(
+                    *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+                    *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
+                    *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
+                )
+                store_gradients(
+                    *(d, x, at, inside, k1, k2, k3, grad_input_ptr, grad_residual_ptr),
+                    *(TRAINING, M_AXIS),
+                )

@@ -1,0 +1,308 @@
+"""BatchNorm's forward kernels: moments, and the chain from the input to the output.
+
+`batch_norm.py` says how they go together and which bytes they move.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._activation import LEAKY_RELU, RELU, activate
+from ._batch_norm import (
+    GIVEN,
+    MERGED,
+    UNSPECIALISED,
+    channel_affine,
+    known_multiples,
+    load_channels,
+    load_partials,
+    position_of,
+    program_range,
+    store_channels,
+    store_partials,
+)
+from ._bits import pack_bits
+from ._channels import gate_at, run_starts, tile_at
+from ._moments import merge_all, merged_m2, pivot_of, tile_moments
+from ._random import half_word_runs, load_state
+from .dropout import dropout_values, load_rate
+
+
+@triton.jit
+def gate_bits(z, kept, ACTIVATION: tl.constexpr, DROPS: tl.constexpr):
+    """What the backward has to know of an element; has_gate in batch_norm_math.h."""
+    if ACTIVATION == RELU:
+        kept = kept & ((z <= 0.0) == 0)
+    elif ACTIVATION == LEAKY_RELU and not DROPS:
+        kept = z > 0.0
+    return kept
+
+
+@triton.jit
+def sampled_pivot(
+    x_ptr,
+    m0,
+    c0,
+    C,
+    M,
+    L,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The pivot of a range by its first values: of several, so that an outlier weighs less."""
+    at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    return pivot_of(x, tl.minimum(M - m0, BLOCK_M), M_AXIS)
+
+
+@triton.jit
+def range_moments(
+    x_ptr,
+    c0,
+    first,
+    last,
+    C,
+    M,
+    L,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """(mean, m2) in float64 of tiles first to last - 1."""
+    start = position_of(first, BLOCK_M, WIDE)
+    pivot = sampled_pivot(
+        x_ptr, start, c0, C, M, L, BLOCK_C, BLOCK_M // 8, M_AXIS, SHORT_ROWS, UNIT, COMPUTE
+    )
+    count = start * 0
+    total = tl.zeros([BLOCK_C], COMPUTE)
+    m2 = tl.zeros([BLOCK_C], COMPUTE)
+    tile = first
+    while tile < last:
+        m0 = position_of(tile, BLOCK_M, WIDE)
+        at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        x = tl.where(inside, x - tl.expand_dims(pivot, M_AXIS), 0.0)
+        more = tl.minimum(M - m0, BLOCK_M)
+        tile_total, tile_m2 = tile_moments(x, inside, more, M_AXIS)
+        m2 = merged_m2(count, total, m2, more, tile_total, tile_m2)
+        total += tile_total
+        count += more
+        tile += 1
+    mean = pivot.to(tl.float64) + total.to(tl.float64) * (1.0 / count.to(tl.float64))
+    return mean, m2.to(tl.float64)
+
+
+@triton.jit
+def forward_tile(
+    x,  # the values at `at`
+    at,
+    inside,
+    m0,
+    c0,
+    shift,
+    scale,
+    offset,
+    residual_ptr,
+    y_ptr,
+    gate_ptr,
+    slope,
+    key,
+    draw_offset,
+    threshold,
+    drop_scale,
+    C,
+    M,
+    L,
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    GATE_AXIS: tl.constexpr,
+):
+    """Everything behind the statistics, for one tile."""
+    z = (x - tl.expand_dims(shift, M_AXIS)) * tl.expand_dims(scale, M_AXIS)
+    z += tl.expand_dims(offset, M_AXIS)
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(z.dtype)
+    y = activate(z, slope, ACTIVATION)
+    kept = inside
+    if DROPS:
+        starts = run_starts(m0, c0, C, L, RUN, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS)
+        drawn = half_word_runs(key, draw_offset, starts, RUN)
+        y = dropout_values(y, drawn, threshold, drop_scale)
+        kept = kept & (drawn < threshold)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if gate_ptr is not None:
+        bits = gate_bits(z, kept, ACTIVATION, DROPS) & inside
+        gate, whole = gate_at(m0, c0, C, M, BLOCK_C, BLOCK_M, M_AXIS, GATE_AXIS)
+        tl.store(gate_ptr + gate, pack_bits(bits, GATE_AXIS), mask=whole)
+
+
+# Kernels
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr,  # [N, C, L] in either layout
+    partials_ptr,  # [2, C, splits]: mean and m2 of each part
+    C,
+    M,
+    L,
+    tiles,  # a part
+    splits,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,  # divides M, and L or, channels last, C
+    WIDE: tl.constexpr,  # whether positions need 64 bits
+):
+    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
+    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, False)
+    mean, m2 = range_moments(
+        x_ptr, c0, first, last, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, WIDE, COMPUTE
+    )
+    c = c0 + tl.arange(0, BLOCK_C)
+    store_partials(partials_ptr, mean, m2, c, split, C, splits, M_AXIS)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def forward_kernel(
+    x_ptr,  # [N, C, L]
+    residual_ptr,  # likewise, or None
+    y_ptr,  # likewise
+    gate_ptr,  # C ceil(M / 8) bytes, or None
+    weight_ptr,  # [C] or None, as all that follow
+    bias_ptr,
+    mean_ptr,  # written in training
+    invstd_ptr,
+    running_mean_ptr,  # moved on in training, else the statistics
+    running_var_ptr,
+    batches_ptr,  # int64, or None; moved on unless AVERAGES
+    partials_ptr,  # what MERGED merges
+    state_ptr,
+    C,
+    M,
+    L,
+    tiles,
+    splits,
+    momentum: tl.float64,
+    eps: tl.float64,
+    slope: tl.float64,
+    p: tl.float64,
+    seed: tl.int64,
+    offset: tl.int64,
+    STATISTICS: tl.constexpr,  # GIVEN by the running ones, OWN of a range that is all, or MERGED
+    ACTIVATION: tl.constexpr,
+    DROPS: tl.constexpr,
+    AVERAGES: tl.constexpr,  # the batches counted weigh alike; then the host moves the counter on
+    TAG: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    SINGLE: tl.constexpr,  # whether a range is one tile, kept between the passes
+    BLOCK_S: tl.constexpr,  # at least splits
+    RUN: tl.constexpr,  # elements of one mask group that surely lie along the tile's second axis
+    GATE_AXIS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    SHORT_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
+    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, True)
+    c = c0 + tl.arange(0, BLOCK_C)
+    weight = load_channels(weight_ptr, c, C, 1.0)
+    bias = load_channels(bias_ptr, c, C, 0.0)
+    slope = tl.full([1], slope, tl.float64).to(COMPUTE)
+    key, draw_offset, threshold, drop_scale = 0, 0, 0, 0
+    if DROPS:
+        key, draw_offset = load_state(state_ptr, seed, offset, ON_DEVICE)
+        key = key ^ TAG
+        threshold, drop_scale = load_rate(x_ptr, p, False)
+
+    if SINGLE:
+        m0 = position_of(first, BLOCK_M, WIDE)
+        at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+
+    share = 1.0 / tl.full([1], M, tl.float64)
+    if STATISTICS == GIVEN:
+        mean = load_channels(running_mean_ptr, c, C, 0.0)
+        variance = load_channels(running_var_ptr, c, C, 0.0)
+    elif STATISTICS == MERGED:
+        means, m2s, part = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
+        start = position_of(part * tiles, BLOCK_M, WIDE)
+        counts = tl.maximum(tl.minimum(M - start, tiles * BLOCK_M), 0).to(tl.float64)
+        counts = tl.where(part < splits, counts, 0.0)
+        mean, m2 = merge_all(counts, means, m2s, share, M_AXIS)
+        variance = m2 * share
+    elif SINGLE:
+        pivot = pivot_of(x, M, M_AXIS)
+        deviation = tl.where(inside, x - tl.expand_dims(pivot, M_AXIS), 0.0)
+        total, m2 = tile_moments(deviation, inside, M, M_AXIS)
+        mean = pivot.to(tl.float64) + total.to(tl.float64) * share
+        variance = m2.to(tl.float64) * share
+    else:
+        mean, m2 = range_moments(
+            *(x_ptr, c0, first, last, C, M, L, BLOCK_C, BLOCK_M),
+            *(M_AXIS, SHORT_ROWS, UNIT, WIDE, COMPUTE),
+        )
+        variance = m2 * share
+    invstd = tl.rsqrt(variance + eps)
+
+    if STATISTICS != GIVEN:
+        # One program of those that know these channels writes them, and alone reads what it moves.
+        writes = (c < C) & (split == 0)
+        store_channels(mean_ptr, mean, c, writes)
+        store_channels(invstd_ptr, invstd, c, writes)
+        if running_mean_ptr is not None:
+            factor = tl.full([1], momentum, tl.float64)
+            if AVERAGES:
+                factor = 1.0 / (tl.load(batches_ptr) + 1 + tl.zeros([1], tl.float64))
+            unbiased = variance * (M / tl.full([1], M - 1, tl.float64))
+            average = load_channels(running_mean_ptr, c, C, 0.0)
+            spread = load_channels(running_var_ptr, c, C, 0.0)
+            average = (1.0 - factor) * average + factor * mean
+            spread = (1.0 - factor) * spread + factor * unbiased
+            store_channels(running_mean_ptr, average, c, writes)
+            store_channels(running_var_ptr, spread, c, writes)
+        if batches_ptr is not None and not AVERAGES:
+            alone = tl.program_id(0) == 0
+            tl.store(batches_ptr, tl.load(batches_ptr, mask=alone, other=0) + 1, mask=alone)
+
+    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE, STATISTICS == GIVEN)
+    if SINGLE:
+        forward_tile(
+            *(x, at, inside, m0, c0, shift, scale, bias, residual_ptr, y_ptr, gate_ptr),
+            *(slope, key, draw_offset, threshold, drop_scale, C, M, L, ACTIVATION, DROPS, RUN),
+            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, GATE_AXIS),
+        )
+    else:
+        # Half tiles: a tensor more, draws and the activation want their registers.
+        HALF_M: tl.constexpr = BLOCK_M // 2
+        tile = 2 * last
+        while tile > 2 * first:
+            tile -= 1
+            m0 = position_of(tile, HALF_M, WIDE)
+            at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, HALF_M, M_AXIS, SHORT_ROWS, UNIT)
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+            forward_tile(
+                *(x, at, inside, m0, c0, shift, scale, bias, residual_ptr, y_ptr, gate_ptr),
+                *(slope, key, draw_offset, threshold, drop_scale, C, M, L, ACTIVATION, DROPS, RUN),
+                *(BLOCK_C, HALF_M, M_AXIS, SHORT_ROWS, GATE_AXIS),
+            )
