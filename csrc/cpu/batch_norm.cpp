@@ -40,7 +40,7 @@ BatchNormPlan make_plan(const BatchNormInput& in, bool channels_last, bool drops
   if (channels_last) {
     int64_t fold = ceil_div(drops ? kWideDrawnRow : kWideRow, channels);
     while (fold > 1 && fold * channels % 8 != 0) ++fold;  // a row's gate is whole bytes
-    if (fold * 8 > in.count) fold = 1;
+    if (fold * 8 > in.count || fold * channels > kStripColumns) fold = 1;
     plan.columns = channels * fold;
     plan.strip = round_up(ceil_div(plan.columns, ceil_div(plan.columns, kStripColumns)), 8);
   } else {
@@ -139,11 +139,10 @@ void set_constants(DType dtype, double* values, int64_t c, int64_t channels, con
 }
 
 void set_affine(const BatchNormTask& task, const BatchNormInput& in, int64_t c, double mean,
-                double invstd, bool training) {
+                double invstd) {
   const double weight = in.weight.at(c, 1.0), bias = in.bias.at(c, 0.0);
   set_constants(task.dtype, task.affine, c, task.channels, [&]<typename C>(C, const auto& put) {
-    const auto affine = training ? ChannelAffine<C>::training(mean, invstd, weight, bias)
-                                 : ChannelAffine<C>::frozen(mean, invstd, weight, bias);
+    const auto affine = ChannelAffine<C>::of(mean, invstd, weight, bias);
     put(affine.shift, affine.scale, affine.offset);
   });
 }
@@ -197,7 +196,7 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
     const double m2 = task.totals[task.channels + c];
     means[c] = task.totals[c];
     invstds[c] = inverse_deviation(m2 / static_cast<double>(in.count), eps);
-    set_affine(task, in, c, means[c], invstds[c], true);
+    set_affine(task, in, c, means[c], invstds[c]);
     if (!tracks) return;
     const double unbiased = m2 / static_cast<double>(in.count - 1);
     tracked_mean.set(c, running_average(tracked_mean.at(c, 0.0), means[c], factor));
@@ -224,7 +223,7 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
   task.stream = is_streamed(output);
   const Workspace workspace(task, false);
   const auto finish = [&](int64_t c) {
-    set_affine(task, in, c, mean.at(c, 0.0), inverse_deviation(var.at(c, 1.0), eps), false);
+    set_affine(task, in, c, mean.at(c, 0.0), inverse_deviation(var.at(c, 1.0), eps));
   };
   run(task, nullptr, nullptr, finish, RK_LEAF(batch_norm_map_forward));
   return output;
@@ -275,7 +274,7 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   const bool sums = wants_parameters || (wants_input && training);
   const Workspace workspace(task, sums);
   each_channel(task, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) set_affine(task, in, c, means[c], invstds[c], true);
+    for (int64_t c = begin; c < end; ++c) set_affine(task, in, c, means[c], invstds[c]);
   });
   const auto finish = [&](int64_t c) {
     const double factor = in.weight.at(c, 1.0);

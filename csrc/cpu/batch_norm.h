@@ -3,12 +3,14 @@
 // A tensor is cut into units, in one of two ways; either way threads read it in storage order,
 // which is worth more here than reading a channel twice while the cache still holds it
 // (bench/NOTES.md).
-//   planes  (channels first, L long): a unit is a stretch of storage of `unit` elements, and has a
-//   pair
-//           of sums for each plane (n, c) that it has a part in;
-//   rows    (channels last, or channels first with L short): the tensor is a matrix, a row the C
-//           channels of `fold` positions, or the C L values of one sample; a unit is `unit` rows of
-//           a strip of columns and has a pair of sums for each of those.
+//
+// planes: channels first, L long. A unit is a stretch of storage of `unit` elements, and has a pair
+// of sums for each plane (n, c) that it has a part in.
+//
+// rows: channels last, or channels first with L short. The tensor is a matrix, a row the C channels
+// of `fold` positions, or the C L values of one sample; a unit is `unit` rows of a strip of columns
+// and has a pair of sums for each of those.
+//
 // Units depend on the shape alone, and their sums are added in order: the same bits for any number
 // of threads.
 #pragma once

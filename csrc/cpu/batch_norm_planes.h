@@ -98,22 +98,33 @@ struct PivotSums {
   }
 };
 
+// The moments of values side by side. In float64, whose own rounding they are to match, the sums
+// are made once more about the mean that the first ones gave.
+template <typename T>
+Moments<double> stretch_moments(const T* x, int64_t count) {
+  const auto value = [&](int64_t i) { return static_cast<double>(load(x[min(i, count - 1)])); };
+  double pivot = pivot_of(value(0), value(1), value(2));
+  Moments<double> result{};
+  for (int pass = 0; pass < (sizeof(T) == sizeof(double) ? 2 : 1); ++pass) {
+    PivotSums sums;
+    sums.add(x, count, kLead<T>, pivot);
+    result = moments_of_sums(count, pivot, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
+    pivot = finite_or_zero(result.mean);
+  }
+  return result;
+}
+
 template <typename T>
 void plane_moments(const BatchNormTask& task, int64_t unit) {
   const PlaneUnit part(task, unit);
   const T* x = static_cast<const T*>(task.x);
   for_planes(task, part.begin, part.end, [&](int64_t first, int64_t count, int64_t, int64_t index) {
-    const T* from = x + first;
-    const auto value = [&](int64_t i) {
-      return static_cast<double>(load(from[min(i, count - 1)]));
-    };
-    const double pivot = pivot_of(value(0), value(1), value(2));
-    PivotSums sums;
-    sums.add(from, count, kLead<T>, pivot);
-    const auto moments =
-        moments_of_sums(count, pivot, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
-    part.sums[2 * index] = moments.mean;
-    part.sums[2 * index + 1] = moments.m2;
+    Moments<double> total{};
+    for (int64_t i = 0; i < count; i += kStretch) {
+      total.merge(stretch_moments(x + first + i, min(kStretch, count - i)));
+    }
+    part.sums[2 * index] = total.mean;
+    part.sums[2 * index + 1] = total.m2;
   });
 }
 

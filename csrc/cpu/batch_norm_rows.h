@@ -53,10 +53,22 @@ struct StripConstants {
 
   // `kinds`: 3 for the affine ones, 6 with the gradient's.
   StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds) {
+    const int64_t first = channel_of(task, part.first_column);
     for (int kind = 0; kind < kinds; ++kind) {
       const double* from = (kind < 3 ? task.affine : task.gradient) + kind % 3 * task.channels;
-      for (int64_t j = 0; j < part.columns; ++j) {
-        values[kind][j] = static_cast<C>(from[channel_of(task, part.first_column + j)]);
+      C* to = values[kind];
+      if (task.channels_last) {  // in stretches of all channels, the first one from `first` on
+        int64_t c = first;
+        for (int64_t j = 0; j < part.columns; c = 0) {
+          const int64_t count = min(task.channels - c, part.columns - j);
+          for (int64_t i = 0; i < count; ++i) to[j + i] = static_cast<C>(from[c + i]);
+          j += count;
+        }
+      } else {  // strips begin with a channel
+        for (int64_t j = 0; j < part.columns; j += task.length) {
+          const auto value = static_cast<C>(from[first + j / task.length]);
+          for (int64_t i = 0; i < task.length; ++i) to[j + i] = value;
+        }
       }
     }
   }
@@ -111,7 +123,7 @@ RK_HD void merge_columns(int64_t columns, int64_t count, double* mean, double* m
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) {
     const double delta = other_mean[j] - mean[j];
-    m2[j] += other_m2[j] + delta * delta * weight;
+    m2[j] += other_m2[j] + delta * delta * weight + (delta - delta);
     mean[j] = delta - delta == 0.0 ? mean[j] + delta * share : mean[j] + other_mean[j];
   }
 }
@@ -133,6 +145,13 @@ void row_moments(const BatchNormTask& task, int64_t unit) {
     }
     add_rows(from, stride, rows, columns, pivot, sum, squares);
     const double n = static_cast<double>(rows);
+    if constexpr (sizeof(T) == sizeof(double)) {  // as in plane_moments
+      for (int64_t j = 0; j < columns; ++j) {
+        pivot[j] = finite_or_zero(pivot[j] + sum[j] / n);
+        sum[j] = squares[j] = 0.0;
+      }
+      add_rows(from, stride, rows, columns, pivot, sum, squares);
+    }
     double* mean = done ? sum : part.first_sum;
     double* m2 = done ? squares : part.second_sum;
 #pragma omp simd

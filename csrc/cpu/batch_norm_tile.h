@@ -15,8 +15,8 @@ RK_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t kColumns = 2048;  // the widest strip
-constexpr int64_t kBlock =
-    16384;  // elements whose gate is packed at a time; rows that share a pivot
+constexpr int64_t kBlock = 16384;  // elements of a block: its gate is packed, its rows have a pivot
+constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -254,13 +254,15 @@ struct Typed {
   }
 };
 
+RK_HD double finite_or_zero(double value) { return value - value == 0.0 ? value : 0.0; }
+
 // The median of three values, or 0 where that is not finite: close enough to the mean for sums of
 // differences from it to keep their digits, one huge outlier or not.
 RK_HD double pivot_of(double a, double b, double c) {
   const double low = a < b ? a : b, high = a < b ? b : a;
   const double capped = high < c ? high : c;
   const double median = low > capped ? low : capped;
-  return median - median == 0.0 ? median : 0.0;
+  return finite_or_zero(median);
 }
 
 RK_HD Moments<double> moments_of_sums(int64_t count, double pivot, double sum, double squares) {

@@ -103,7 +103,8 @@ def convert(
     - A block with a residual or with functions in its chain is an instance of a subclass of its
       class, of the same name. If a plain attribute that its forward read changes, or an argument
       comes that was left out, it warns and runs its layers one by one from then on.
-    - A layer that is put in the place of one of a chain's changes nothing: revert first.
+    - A layer that is put in the place of one of a chain's does not give the others their work back,
+      and neither does SyncBatchNorm.convert_sync_batchnorm: revert first.
 
     An absorbed dropout's own `p` and `training` go on to rule, and so do the BatchNorm's.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from .. import backends
 from .. import functional as F
 from ..convert import twin_of
-from ..ops.batch_norm import SLOPE, activation_number, check_drop, check_eps
+from ..ops._batch_norm_checks import activation_number, check_drop
+from ..ops.batch_norm import SLOPE
 
 
 class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -18,12 +20,12 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     Args:
         num_features: C, the channels of an input (N, C, ...).
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's layer has them;
-            an eps that is not positive is refused here already.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's layer has them.
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
     """
 
     backend: str | None = None
+    _ranks: ClassVar[tuple[int, ...]]
 
     def __init__(
         self,
@@ -38,7 +40,6 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         backend: str | None = None,
     ) -> None:
-        check_eps(type(self).__name__, eps, training=True)
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype), bias=bias
         )
@@ -54,6 +55,14 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=counter,
             backend=self.backend,
         )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        # A tracer's proxy has no rank to check; what is no tensor is refused by the function.
+        if not isinstance(input, Tensor) or has_torch_function_unary(input):
+            return
+        if input.dim() not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"{type(self).__name__}: input must be {expected}, got {input.dim()}D")
 
     def _statistics(
         self,
@@ -76,15 +85,21 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` by `reg_kernels.functional.batch_norm`: (N, C) or (N, C, L)."""
 
+    _ranks = (2, 3)
+
 
 @twin_of(torch.nn.BatchNorm2d)
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` by `reg_kernels.functional.batch_norm`: (N, C, H, W)."""
 
+    _ranks = (4,)
+
 
 @twin_of(torch.nn.BatchNorm3d)
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` by `reg_kernels.functional.batch_norm`: (N, C, D, H, W)."""
+
+    _ranks = (5,)
 
 
 class _FusedBatchNormAct(_FusedBatchNorm):
@@ -150,10 +165,16 @@ class _FusedBatchNormAct(_FusedBatchNorm):
 class BatchNormAct1d(_FusedBatchNormAct, torch.nn.BatchNorm1d):
     """BatchNorm1d → (+ residual) → activation → dropout of (N, C) or (N, C, L), in one pass."""
 
+    _ranks = (2, 3)
+
 
 class BatchNormAct2d(_FusedBatchNormAct, torch.nn.BatchNorm2d):
     """BatchNorm2d → (+ residual) → activation → dropout of (N, C, H, W), in one pass."""
 
+    _ranks = (4,)
+
 
 class BatchNormAct3d(_FusedBatchNormAct, torch.nn.BatchNorm3d):
     """BatchNorm3d → (+ residual) → activation → dropout of (N, C, D, H, W), in one pass."""
+
+    _ranks = (5,)

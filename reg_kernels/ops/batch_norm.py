@@ -1,4 +1,4 @@
-"""BatchNorm and the chain behind it: schema, fakes, gradient, validation, the public functions.
+"""BatchNorm and the chain behind it: schema, fakes, gradient, the public functions.
 
 Forward: z = (input - mean) invstd weight + bias (+ residual), output = activation(z) (dropped). For
 the backward the graph keeps the inputs, two float64 numbers a channel and, where `has_gate` says
@@ -7,7 +7,6 @@ so, one bit an element. Shapes: input [N, C, ...] of M values a channel, channel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _rng
-from .._activation import NONE, NUMBERS, PIECEWISE_LINEAR, has_gate, needs_preactivation
+from .._activation import NONE, PIECEWISE_LINEAR, has_gate, needs_preactivation
 from .._layout import dense_like, is_channels_last, with_strides
-from ..backends import DTYPES
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
+from ._batch_norm_checks import activation_number, check_call, check_drop, values_a_channel
 from ._registry import Op, below_autograd, is_transformed, register
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
@@ -28,14 +27,9 @@ SLOPE = 0.01  # of leaky_relu below zero, torch's default
 # Schemas, fakes
 
 
-def _count(x: Tensor) -> int:
-    """M, values a channel."""
-    return x.shape[0] * math.prod(x.shape[2:])
-
-
 def _gate_size(x: Tensor) -> int:
     """Bytes of a gate: M bits a channel, rounded up."""
-    return x.shape[1] * ((_count(x) + 7) // 8)
+    return x.shape[1] * ((values_a_channel(x) + 7) // 8)
 
 
 def _fake(
@@ -132,9 +126,10 @@ class _BatchNorm(torch.autograd.Function):
             ctx.mark_non_differentiable(*statistics, gate)
             gate = gate if gate.numel() else None
         else:
-            *statistics, eps, activation, slope = rest
+            running_mean, running_var, eps, activation, slope = rest
+            # By value: a later training step may move the running ones before the backward.
+            statistics = [running_mean.double(), (running_var.double() + eps).rsqrt()]
             output, gate, p, rng_state = outputs, None, 0.0, None
-            ctx.eps = eps
         needed = needs_preactivation(activation, gate is not None, p)
         ctx.save_for_backward(
             input, weight, bias, residual if needed else None, *statistics, gate, rng_state
@@ -150,8 +145,6 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * 4 + nothing
         input, weight, bias, residual, mean, invstd, gate, rng_state = ctx.saved_tensors
         overload, training, *options = ctx.call
-        if not training:
-            mean, invstd = mean.double(), (invstd.double() + ctx.eps).rsqrt()
         wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         # The kernels walk all tensors in one order.
         grad_output = with_strides(grad_output, ctx.strides)
@@ -301,123 +294,6 @@ _BACKWARD = register(
     autograd=_backward,
 )
 
-# Validation
-
-
-def check_eps(name: str, eps: float, training: bool) -> None:
-    """Raises where torch does: on an eps that could divide by zero."""
-    if training and eps <= 0.0:
-        raise ValueError(f"{name}: eps must be positive in training, got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"{name}: eps must not be negative, got {eps}")
-
-
-def check_drop(name: str, drop: float) -> None:
-    """Raises unless drop is a probability; NaN is none."""
-    if not 0.0 <= drop <= 1.0:
-        raise ValueError(f"{name}: drop must be in [0, 1], got {drop}")
-
-
-def activation_number(name: str, activation: str | None) -> int:
-    """The number that stands for an activation's name; raises ValueError for an unknown one."""
-    try:
-        return NUMBERS[activation]
-    except (KeyError, TypeError):
-        known = ", ".join(repr(known) for known in NUMBERS)
-        raise ValueError(f"{name}: activation must be one of {known}, got {activation!r}") from None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_channel_values(name: str, what: str, values: Tensor | None, input: Tensor) -> None:
-    """weight, bias or a running statistic: [C], on the input's device, of a dtype that fits."""
-    if values is None:
-        return
-    if values.dim() != 1 or values.shape[0] != input.shape[1]:
-        raise RuntimeError(
-            f"{name}: {what} must have shape ({input.shape[1]},), one value a channel, "
-            f"got {tuple(values.shape)}"
-        )
-    if values.device != input.device:
-        raise RuntimeError(
-            f"{name}: {what} must be on the input's device {input.device}, got {values.device}"
-        )
-    dtype = input.dtype
-    if values.dtype != dtype and not (values.dtype == torch.float32 and dtype.itemsize == 2):
-        allowed = f"{_dtype_name(dtype)} or float32" if dtype.itemsize == 2 else _dtype_name(dtype)
-        raise RuntimeError(
-            f"{name}: {what} must be {allowed} for an input of {_dtype_name(dtype)}, "
-            f"got {_dtype_name(values.dtype)}"
-        )
-
-
-def _check(
-    name: str,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    """What every call has to be given. Nothing is written before all of it holds."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
-    if input.dim() < 2:
-        raise IndexError(
-            f"{name}: input must have at least 2 dimensions, (N, C, ...), got {input.dim()}"
-        )
-    if input.dtype not in DTYPES:
-        supported = ", ".join(_dtype_name(d) for d in DTYPES)
-        raise NotImplementedError(
-            f"{name}: input must be one of {supported}, got {_dtype_name(input.dtype)}"
-        )
-    check_eps(name, eps, training)
-    if training and input.numel() == input.shape[1] and _count(input) == 1:
-        raise ValueError(
-            f"{name}: expected more than 1 value per channel when training, "
-            f"got input size {tuple(input.shape)}"
-        )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{name}: running_mean and running_var must be given together or not")
-    if not training and running_mean is None:
-        raise RuntimeError(f"{name}: running_mean and running_var must be given for evaluation")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise TypeError(
-            f"{name}: momentum must be a float, or None together with num_batches_tracked"
-        )
-    _check_channel_values(name, "running_mean", running_mean, input)
-    _check_channel_values(name, "running_var", running_var, input)
-    _check_channel_values(name, "weight", weight, input)
-    _check_channel_values(name, "bias", bias, input)
-    if residual is not None and (
-        residual.shape != input.shape
-        or residual.dtype != input.dtype
-        or residual.device != input.device
-    ):
-        raise RuntimeError(
-            f"{name}: residual must be like the input, {_dtype_name(input.dtype)} of shape "
-            f"{tuple(input.shape)} on {input.device}, got {_dtype_name(residual.dtype)} of shape "
-            f"{tuple(residual.shape)} on {residual.device}"
-        )
-    if num_batches_tracked is not None and (
-        num_batches_tracked.dtype != torch.int64
-        or num_batches_tracked.numel() != 1
-        or num_batches_tracked.device != input.device
-    ):
-        raise RuntimeError(
-            f"{name}: num_batches_tracked must be one int64 on {input.device}, got "
-            f"{_dtype_name(num_batches_tracked.dtype)} of shape {tuple(num_batches_tracked.shape)} "
-            f"on {num_batches_tracked.device}"
-        )
-
-
 # The public functions
 
 
@@ -457,14 +333,14 @@ def _by_torch(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """The same by operations that torch.func and forward mode can transform, unfused."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(num_batches_tracked)
+    if momentum is None and num_batches_tracked is not None:
+        momentum = 1.0 / float(num_batches_tracked + 1)
     y = torch.nn.functional.batch_norm(
         *(input, running_mean, running_var, weight, bias),
         *(training, 0.0 if momentum is None else momentum, eps),
     )
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     if residual is not None:
         y = y + residual
     y = reference.activate(y, activation, slope)
@@ -491,7 +367,7 @@ def _run(
     rng_state: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    _check(
+    check_call(
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, num_batches_tracked),
     )
@@ -523,13 +399,16 @@ def _run(
         input = input.contiguous()
     if residual is not None:
         residual = with_strides(residual, input.stride())
+    weight, bias = (v if v is None else v.contiguous() for v in (weight, bias))
+    # The kernels write contiguous statistics and an int64; others are copied there and back.
+    given = (running_mean, running_var, num_batches_tracked)
+    tracked = [v if v is None else v.contiguous() for v in given]
+    if num_batches_tracked is not None and num_batches_tracked.dtype != torch.int64:
+        tracked[2] = num_batches_tracked.to(torch.int64)
     if training:
-        rest: tuple[Any, ...] = (
-            *(running_mean, running_var, num_batches_tracked, momentum, eps),
-            *(activation, slope, p, rng_state, False),
-        )
+        rest: tuple[Any, ...] = (*tracked, momentum, eps, activation, slope, p, rng_state, False)
     else:
-        rest = (running_mean, running_var, eps, activation, slope)
+        rest = (*tracked[:2], eps, activation, slope)
     values = (input, weight, bias, residual)
     if traced:
         output = overload(*values, *rest)
@@ -537,7 +416,12 @@ def _run(
         output = _apply(*values, overload, *rest)
     else:
         output = _forward(overload, *values, *rest)
-    return output[0] if training else output
+    if not training:
+        return output
+    for own, written in zip(given, tracked, strict=True):
+        if written is not own:
+            own.copy_(written)
+    return output[0]
 
 
 def batch_norm(
@@ -630,10 +514,12 @@ def batch_norm_act(
 
     Equal to `dropout(act(batch_norm(input) + residual), drop)` with one rounding instead of four,
     and to the bit in what it drops. The backward reads `input` and keeps at most one bit an element
-    beside it: a position that dropout or relu closed has the gradient 0, whatever comes in.
+    beside it; with silu or gelu, or leaky_relu and drop, it reads `residual` as well. Behind relu a
+    closed position has the gradient 0, whatever comes in.
 
     Args:
-        residual: like `input`, added before the activation; or None.
+        residual: like `input`, added before the activation; or None. Of the same dtype, so under
+            autocast give both from one kind of layer.
         activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
         negative_slope: leaky_relu's, below zero.
         drop: the probability of dropping, in [0, 1]; without effect unless `training`.

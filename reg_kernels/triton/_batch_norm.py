@@ -30,15 +30,16 @@ def rounded(values, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def channel_affine(mean, invstd, weight, bias, COMPUTE: tl.constexpr, FROZEN: tl.constexpr):
+def channel_affine(mean, invstd, weight, bias, COMPUTE: tl.constexpr):
     """(shift, scale, offset) of y = (x - shift) scale + offset; ChannelAffine of batch_norm_math.h.
 
     The shift is the mean as COMPUTE rounds it, the offset makes up for the rounding: x - shift is
-    exact where the deviation is small beside the mean. Frozen statistics need no shift.
+    exact where the deviation is small beside the mean.
     """
     scale = invstd * weight
-    shift = tl.zeros_like(mean).to(COMPUTE) if FROZEN else mean.to(COMPUTE)
-    rest = mean - shift.to(tl.float64)  # NaN for an infinite mean, as its channel's values become
+    shift = mean.to(COMPUTE)
+    # Of an infinite mean there is no rest; x - shift is what it should be already.
+    rest = tl.where(mean - mean == 0.0, mean - shift.to(tl.float64), 0.0)
     return (
         rounded(shift, COMPUTE),
         rounded(scale, COMPUTE),

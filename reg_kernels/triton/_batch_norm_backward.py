@@ -29,14 +29,16 @@ from .dropout import load_rate
 
 @triton.jit
 def channel_gradient(scale, mean, invstd, d_sum, dx_sum, share, COMPUTE: tl.constexpr):
-    """(k1, k2, k3, sum d xhat) of grad_input = d k1 + (x - shift) k2 + k3; ChannelGradient.
+    """(k1, k2, k3, sum d xhat) of grad_input = (d + (x - shift) k2 + k3) k1.
+
+    ChannelGradient of batch_norm_math.h.
 
     d_sum is sum d, dx_sum is sum d (x - shift), scale is weight invstd, share is 1 / M.
     """
     rest = mean - mean.to(COMPUTE).to(tl.float64)
     projection = invstd * (dx_sum - rest * d_sum)
-    k2 = -scale * invstd * projection * share
-    k3 = -scale * d_sum * share - k2 * rest
+    k2 = -invstd * projection * share
+    k3 = -d_sum * share - k2 * rest
     return rounded(scale, COMPUTE), rounded(k2, COMPUTE), rounded(k3, COMPUTE), projection
 
 
@@ -63,7 +65,6 @@ def gradient_tile(
     shift,
     scale,
     offset,
-    centre,
     slope,
     drop_scale,
     C,
@@ -80,7 +81,7 @@ def gradient_tile(
     GATE_AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(d = dL/dz, x - centre, offsets, inside) of one tile."""
+    """(d = dL/dz, x - shift, offsets, inside) of one tile."""
     at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(COMPUTE)
     x = g  # stands for what is not read
@@ -99,7 +100,7 @@ def gradient_tile(
     else:
         d = behind_activation(g, z, slope, ACTIVATION)
     d = tl.where(inside, d, 0.0)
-    return d, tl.where(inside, x - tl.expand_dims(centre, M_AXIS), 0.0), at, inside
+    return d, tl.where(inside, x - tl.expand_dims(shift, M_AXIS), 0.0), at, inside
 
 
 @triton.jit
@@ -120,9 +121,10 @@ def store_gradients(
     if grad_residual_ptr is not None:
         tl.store(grad_residual_ptr + at, d.to(grad_residual_ptr.dtype.element_ty), mask=inside)
     if grad_input_ptr is not None:
-        grad = d * tl.expand_dims(k1, M_AXIS)
+        grad = d
         if TRAINING:
             grad += x * tl.expand_dims(k2, M_AXIS) + tl.expand_dims(k3, M_AXIS)
+        grad *= tl.expand_dims(k1, M_AXIS)
         tl.store(grad_input_ptr + at, grad.to(grad_input_ptr.dtype.element_ty), mask=inside)
 
 
@@ -164,12 +166,12 @@ def gradient_sums_kernel(
     c = c0 + tl.arange(0, BLOCK_C)
     mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
-    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE, not TRAINING)
+    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
     drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
     sums = range_sums(
         *(g_ptr, x_ptr, residual_ptr, gate_ptr, grad_input_ptr, grad_residual_ptr),
-        *(c0, first, last, shift, scale, bias, mean.to(COMPUTE), slope, drop_scale, C, M, L),
+        *(c0, first, last, shift, scale, bias, slope, drop_scale, C, M, L),
         *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT),
         *(GATE_AXIS, WIDE, COMPUTE),
     )
@@ -190,7 +192,6 @@ def range_sums(
     shift,
     scale,
     bias,
-    centre,
     slope,
     drop_scale,
     C,
@@ -209,7 +210,7 @@ def range_sums(
     WIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(sum d, sum d (x - centre)) in float64 of tiles first to last - 1; stores what is wanted."""
+    """(sum d, sum d (x - shift)) in float64 of tiles first to last - 1; stores what is wanted."""
     # Each lane sums for itself: within the loop no thread waits for another.
     shape: tl.constexpr = [BLOCK_M, BLOCK_C] if M_AXIS == 0 else [BLOCK_C, BLOCK_M]
     d_sum = tl.zeros(shape, COMPUTE)
@@ -218,7 +219,7 @@ def range_sums(
     while tile < last:
         m0 = position_of(tile, BLOCK_M, WIDE)
         d, x, at, inside = gradient_tile(
-            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
             *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
             *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
         )
@@ -276,15 +277,14 @@ def backward_kernel(
     c = c0 + tl.arange(0, BLOCK_C)
     mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
-    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE, not TRAINING)
-    centre = mean.to(COMPUTE)
+    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
     drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
 
     if SINGLE:
         m0 = position_of(first, BLOCK_M, WIDE)
         d, x, at, inside = gradient_tile(
-            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
             *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
             *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
         )
@@ -300,7 +300,7 @@ def backward_kernel(
         else:
             d_sum, dx_sum = range_sums(
                 *(g_ptr, x_ptr, residual_ptr, gate_ptr, None, None),
-                *(c0, first, last, shift, scale, bias, centre, slope, drop_scale, C, M, L),
+                *(c0, first, last, shift, scale, bias, slope, drop_scale, C, M, L),
                 *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS),
                 *(UNIT, GATE_AXIS, WIDE, COMPUTE),
             )
@@ -325,7 +325,7 @@ def backward_kernel(
                 tile -= 1
                 m0 = position_of(tile, BLOCK_M, WIDE)
                 d, x, at, inside = gradient_tile(
-                    *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias, centre),
+                    *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
                     *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
                     *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
                 )

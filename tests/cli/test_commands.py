@@ -106,7 +106,7 @@ def test_check_finds_a_wrong_gradient(monkeypatch, factor):
 
 
 def test_a_crash_is_a_failed_check(monkeypatch, capsys):
-    def crash(x, backend=None):
+    def crash(*tensors, backend=None):
         raise RuntimeError("kernel went away")
 
     good = cases.all_cases()[0]
@@ -119,7 +119,7 @@ def test_a_crash_is_a_failed_check(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "conv"], "--op must be one of dropout, "),
+        (["--op", "conv"], "--op must be one of batch_norm, "),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", "cuda:9"], "--device cuda:9: torch sees"),
         (["--device", "cpu:3"], "--device must be cpu or cuda, got 'cpu:3'"),

@@ -154,6 +154,12 @@ def test_a_loss_that_ran_away_is_null_in_json() -> None:
 
 
 @pytest.mark.usefixtures("no_plot")
+def assert_alike(run: dict[str, Any], other: dict[str, Any]) -> None:
+    """Both trained the same net on the same batches; sums may round in another order."""
+    for epoch, its_twin in zip(run["history"], other["history"], strict=True):
+        assert epoch == pytest.approx(its_twin, rel=0.01, abs=1e-3)
+
+
 class TestResult:
     """What the result depends on, and what it does not."""
 
@@ -168,7 +174,7 @@ class TestResult:
         first, other = (results(tmp_path / name)[1] for name in ("first", "other"))
         assert not first["0.weight"].equal(other["0.weight"])
 
-    def test_fused_dropout_draws_other_masks_and_changes_nothing_else(
+    def test_fused_layers_round_and_draw_otherwise_and_change_nothing_else(
         self, data: Path, tmp_path: Path
     ) -> None:
         for kernels in ("eager", "fused"):
@@ -176,20 +182,22 @@ class TestResult:
         (eager, eager_model), (fused, fused_model) = (
             results(tmp_path / kernels) for kernels in ("eager", "fused")
         )
-        assert eager["runs"]["plain"] == fused["runs"]["plain"]
+        assert_alike(eager["runs"]["plain"], fused["runs"]["plain"])
         assert not eager_model["9.weight"].equal(fused_model["9.weight"])
 
     @pytest.mark.skipif(
         backends.why_not("native", "cpu", torch.float32) is not None,
         reason="the native kernels are not built",
     )
-    def test_every_implementation_trains_to_the_same_bits(self, data: Path, tmp_path: Path) -> None:
+    def test_every_implementation_trains_alike(self, data: Path, tmp_path: Path) -> None:
         for backend in ("native", "reference"):
             assert main(command(data, tmp_path / backend, "--backend", backend)) == 0
         native, reference = (results(tmp_path / name) for name in ("native", "reference"))
-        assert native[0]["runs"] == reference[0]["runs"]
+        for name, run in native[0]["runs"].items():
+            assert_alike(run, reference[0]["runs"][name])
         assert native[0]["options"]["implementation"] == "native"
-        assert all(value.equal(reference[1][name]) for name, value in native[1].items())
+        for name, value in native[1].items():
+            torch.testing.assert_close(value, reference[1][name], rtol=0.01, atol=1e-3)
 
     def test_both_nets_start_from_the_same_weights_and_only_one_is_regularised(
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

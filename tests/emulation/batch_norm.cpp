@@ -262,10 +262,9 @@ class Run {
   }
 
   // The affine that both passes apply, as they compute it.
-  ChannelAffine<C> affine(int64_t channel, bool training, double of_mean, double of_invstd) const {
+  ChannelAffine<C> affine(int64_t channel, double of_mean, double of_invstd) const {
     const double w = c.affine ? weight.at(channel) : 1.0, b = c.affine ? bias.at(channel) : 0.0;
-    return training ? ChannelAffine<C>::training(of_mean, of_invstd, w, b)
-                    : ChannelAffine<C>::frozen(of_mean, of_invstd, w, b);
+    return ChannelAffine<C>::of(of_mean, of_invstd, w, b);
   }
 
   BatchNormForward<T> launch_training() {
@@ -360,7 +359,7 @@ class Run {
     for (int64_t channel = 0; channel < c.C; ++channel) {
       const double m = mean.data()[channel], i = invstd.data()[channel];
       const double w = c.affine ? weight.at(channel) : 1.0;
-      const auto f = affine(channel, training, m, i);
+      const auto f = affine(channel, m, i);
       const auto count = static_cast<double>(c.count());
       std::vector<double> d(c.count()), centred(c.count()), slack(c.count());
       std::vector<int64_t> elements(c.count());
@@ -505,10 +504,7 @@ class Run {
       const double added =
           c.residual ? static_cast<double>(reg_kernels::load(residual.data()[e])) : 0.0;
       const double z = (value - m) * factor + b + added;
-      // A frozen affine is one multiply-add, whose terms may be large beside their sum.
-      const double size = training ? std::abs((value - m) * factor) + std::abs(b) + std::abs(added)
-                                   : std::abs(value * factor) + std::abs(m * factor) + std::abs(b) +
-                                         std::abs(added);
+      const double size = std::abs((value - m) * factor) + std::abs(b) + std::abs(added);
       double expected = activate(c.activation, z, c.slope());
       double error = 8.0 * kEpsilon<T> * size * 1.2;
       const double actual = reg_kernels::load(y.data()[e]);
@@ -531,7 +527,7 @@ class Run {
     const bool drops = c.p > 0.0;
     for (int64_t e = 0; e < c.numel(); ++e) {
       const int64_t channel = c.channel(e);
-      C z = affine(channel, true, mean.data()[channel],
+      C z = affine(channel, mean.data()[channel],
                    invstd.data()[channel])(reg_kernels::load(x.data()[e]));
       if (c.residual) z += reg_kernels::load(residual.data()[e]);
       bool bit = !drops || keeps(e, rate().threshold);

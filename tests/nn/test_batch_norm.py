@@ -184,6 +184,19 @@ def test_no_graph_where_nothing_wants_a_gradient():
         assert not filled(nn.BatchNorm2d(C, dtype=torch.float64))(x.cpu()).requires_grad
 
 
+@on_each
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_autograd_hears_of_the_statistics_change(with_gradient, backend):
+    layer = nn.BatchNorm2d(C, dtype=torch.float64, device=DEVICE, backend=backend)
+    product = layer.running_mean * torch.ones(C, requires_grad=True).to(DEVICE)
+    versions = [buffer._version for buffer in layer.buffers()]
+    with torch.set_grad_enabled(with_gradient):
+        layer(draw(*SHAPES["2d"]))
+    assert all(b._version > v for b, v in zip(layer.buffers(), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("gone", ["running_mean, running_var", "track_running_stats", "counter"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.3, None])
@@ -960,6 +973,15 @@ def test_options_of_the_fused_layer(rank, arguments):
     fused.eval()
     theirs.eval()
     assert_close(step(fused, x, r), step(chain, x, r))
+
+
+def test_evaluation_by_the_batchs_statistics_drops_nothing():
+    fused, theirs = fused_pair("2d", "relu", 0.5, track_running_stats=False)
+    fused.eval()
+    theirs.eval()
+    x, before = draw(*SHAPES["2d"]), torch.get_rng_state()
+    assert_close(step(fused, x), step(chain_of(theirs, "relu", 0.5), x))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @on_each

@@ -35,7 +35,7 @@ template <typename T, bool kChannelsLast>
 struct BackwardMap {
   using C = compute_t<T>;
   static constexpr int kCount = kColumns<T, kChannelsLast>;
-  // Of the affine and of the gradient, whose k1 is the scale; the frozen affine's own shift is 0.
+  // Of the affine and of the gradient, whose k1 is the scale.
   Columns<T, kChannelsLast> shift, scale, offset, k2, k3;
 
   // What the reduction needs of a channel.
@@ -43,9 +43,8 @@ struct BackwardMap {
                              int64_t c) {
     const double mean = a.mean[c], invstd = a.invstd[c];
     const double weight = a.weight.at(c, 1.0), bias = a.bias.at(c, 0.0);
-    const auto affine = a.training ? ChannelAffine<C>::training(mean, invstd, weight, bias)
-                                   : ChannelAffine<C>::frozen(mean, invstd, weight, bias);
-    scratch.constant(0, channel) = static_cast<C>(mean);
+    const auto affine = ChannelAffine<C>::of(mean, invstd, weight, bias);
+    scratch.constant(0, channel) = affine.shift;
     scratch.constant(1, channel) = affine.scale;
     scratch.constant(2, channel) = affine.offset;
   }
@@ -93,8 +92,7 @@ struct BackwardMap {
     C z[kVector<T>];
     RK_UNROLL
     for (int j = 0; j < kVector<T>; ++j) {
-      const C z_shift = a.training ? shift[j] : C(0);
-      z[j] = ChannelAffine<C>{z_shift, scale[j], offset[j]}(load(x.v[j]));
+      z[j] = ChannelAffine<C>{shift[j], scale[j], offset[j]}(load(x.v[j]));
     }
     if (a.residual) {
       RK_UNROLL

@@ -235,7 +235,7 @@ __device__ __forceinline__ ChannelAffine<compute_t<T>> finish_statistics(
       a.running_var.set(c, running_average(inputs.running_var, m2 / (count - 1.0), factor));
     }
   }
-  return ChannelAffine<compute_t<T>>::training(mean, invstd, inputs.weight, inputs.bias);
+  return ChannelAffine<compute_t<T>>::of(mean, invstd, inputs.weight, inputs.bias);
 }
 
 template <typename T>
@@ -348,9 +348,9 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   if (c >= 0) {
     const ChannelInputs<T> inputs(a, c);
     const double invstd = inverse_deviation(inputs.running_var, a.eps);
-    ForwardMap<T, kChannelsLast>::set(scratch, threadIdx.x,
-                                      ChannelAffine<compute_t<T>>::frozen(
-                                          inputs.running_mean, invstd, inputs.weight, inputs.bias));
+    ForwardMap<T, kChannelsLast>::set(
+        scratch, threadIdx.x,
+        ChannelAffine<compute_t<T>>::of(inputs.running_mean, invstd, inputs.weight, inputs.bias));
   }
   __syncthreads();
   ForwardMap<T, kChannelsLast> map;

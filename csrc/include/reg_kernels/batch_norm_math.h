@@ -13,25 +13,19 @@
 
 RK_NAMESPACE_BEGIN
 
-// y = (x - shift) scale + offset. In training the shift is the mean as C rounds it, and the offset
-// makes up for the rounding: where the deviation is small beside the mean, x - shift is still
-// exact.
+// y = (x - shift) scale + offset. The shift is the mean as C rounds it, and the offset makes up for
+// the rounding: where the deviation is small beside the mean, x - shift is still exact. One
+// multiply-add alone, x scale + offset, would lose as many digits as the mean is larger.
 template <typename C>
 struct ChannelAffine {
   C shift, scale, offset;
 
-  static RK_HD ChannelAffine training(double mean, double invstd, double weight, double bias) {
+  static RK_HD ChannelAffine of(double mean, double invstd, double weight, double bias) {
     const C shift = static_cast<C>(mean);
     const double scale = invstd * weight;
-    const double rest = mean - static_cast<double>(shift);
-    // An infinite mean differs from itself by NaN, as its channel's values do.
+    // Of an infinite mean there is no rest; x - shift is what it should be already.
+    const double rest = mean - mean == 0.0 ? mean - static_cast<double>(shift) : 0.0;
     return {shift, static_cast<C>(scale), static_cast<C>(bias - rest * scale)};
-  }
-
-  // Frozen statistics collapse to one multiply-add: the shift is 0.
-  static RK_HD ChannelAffine frozen(double mean, double invstd, double weight, double bias) {
-    const double scale = invstd * weight;
-    return {C(0), static_cast<C>(scale), static_cast<C>(bias - mean * scale)};
   }
 
   RK_HD C operator()(C x) const { return (x - shift) * scale + offset; }
@@ -46,8 +40,9 @@ RK_HD double running_average(double running, double batch, double factor) {
 }
 
 // The gradient's sums over a channel of M values, d being the gradient behind the activation:
-// d_sum = sum d, dx_sum = sum d (x - shift). From them grad_input = d k1 + (x - shift) k2 + k3,
-// which is  weight invstd (d - mean(d) - xhat mean(d xhat)).
+// d_sum = sum d, dx_sum = sum d (x - shift). From them grad_input = (d + (x - shift) k2 + k3) k1,
+// which is weight invstd (d - mean(d) - xhat mean(d xhat)). The scale stands outside: inside, a
+// deviation of 1e30 would make k2 vanish.
 template <typename C>
 struct ChannelGradient {
   C shift, k1, k2, k3;
@@ -59,15 +54,15 @@ struct ChannelGradient {
     const double scale = weight * invstd;
     const double centred = dx_sum - rest * d_sum;  // sum d (x - mean)
     const double m = static_cast<double>(count);
-    const double k2 = -scale * invstd * invstd * centred / m;
+    const double k2 = -invstd * invstd * centred / m;
     return {shift, static_cast<C>(scale), static_cast<C>(k2),
-            static_cast<C>(-scale * d_sum / m - k2 * rest)};
+            static_cast<C>(-d_sum / m - k2 * rest)};
   }
 
   // Frozen statistics do not depend on the input: the gradient is d times this, whatever x is.
   static RK_HD C frozen(double invstd, double weight) { return static_cast<C>(weight * invstd); }
 
-  RK_HD C operator()(C d, C x) const { return d * k1 + ((x - shift) * k2 + k3); }
+  RK_HD C operator()(C d, C x) const { return (d + ((x - shift) * k2 + k3)) * k1; }
 
   // sum d xhat, the weight's gradient.
   static RK_HD double of_weight(double mean, double invstd, double d_sum, double dx_sum) {

@@ -28,7 +28,8 @@ struct Moments {
     const C delta = other.mean - mean;
     // An infinite mean stays so, as in a sum; one step towards it would make it NaN.
     mean = delta - delta == C(0) ? mean + delta * share : mean + other.mean;
-    m2 += other.m2 + delta * delta * (share * C(count));
+    // An infinite value leaves no variance: infinity less itself is NaN.
+    m2 += other.m2 + delta * delta * (share * C(count)) + (delta - delta);
     count += other.count;
   }
 };
