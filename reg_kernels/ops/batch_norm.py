@@ -128,7 +128,8 @@ class _BatchNorm(torch.autograd.Function):
         else:
             running_mean, running_var, eps, activation, slope = rest
             # By value: a later training step may move the running ones before the backward.
-            statistics = [running_mean.double(), (running_var.double() + eps).rsqrt()]
+            mean = running_mean.to(torch.float64, copy=True)
+            statistics = [mean, (running_var.double() + eps).rsqrt()]
             output, gate, p, rng_state = outputs, None, 0.0, None
         needed = needs_preactivation(activation, gate is not None, p)
         ctx.save_for_backward(
