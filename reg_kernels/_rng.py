@@ -15,6 +15,7 @@ GROUP = 8  # mask elements drawn by one Philox call
 
 # Xored into the seed, so that no two kinds of op share draws. As in philox.h.
 TAG_DROPOUT = 0x64726F706F757431
+TAG_ROUNDING = 0x726F756E64696E67
 
 _CPU = torch.device("cpu")
 _advancing = threading.Lock()  # two threads of ours must not take one offset

@@ -2,6 +2,7 @@
 
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.dropout import dropout, dropout1d, dropout2d, dropout3d
+from .ops.penalty import l1_penalty, l2_penalty
 
 __all__ = [
     "batch_norm",
@@ -10,4 +11,6 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "l1_penalty",
+    "l2_penalty",
 ]

@@ -61,8 +61,9 @@ def register(
     *,
     fake: Callable[..., Any],
     reference: Callable[..., Any],
-    triton: str,
+    triton: str | Callable[..., Any],
     autograd: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers an op and its implementations.
 
@@ -71,12 +72,17 @@ def register(
         arguments: the schema after the name, as "(Tensor input, float p) -> Tensor".
         fake: shapes and strides of the result, for compilation.
         reference: the implementation in plain PyTorch.
-        triton: "module:function" below reg_kernels.triton, imported at the first call.
+        triton: "module:function" below reg_kernels.triton, imported at the first call; or what
+            calls one.
         autograd: called as autograd(overload, *args) above the implementation, to record a
             gradient where one is wanted.
+        native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
+            it, which `define_part` declares.
     """
 
     def run_triton(*args: Any) -> Any:
+        if not isinstance(triton, str):
+            return triton(*args)
         module, function = triton.split(":")
         return getattr(importlib.import_module(f"reg_kernels.triton.{module}"), function)(*args)
 
@@ -92,12 +98,21 @@ def register(
         torch.library.register_fake(f"reg_kernels::{qualified}", fake, lib=_library)
         if kernel is not None:
             _library.impl(qualified, kernel, "CompositeExplicitAutograd")
+        elif native is not None:
+            for key in ("CPU", "CUDA"):
+                _library.impl(qualified, native, key)
         packet = getattr(torch.ops.reg_kernels, name)
         overload = getattr(packet, suffix.removeprefix(".") or "default")
         overloads[backend] = overload
         _library.impl(qualified, _bind(autograd, overload), "Autograd")
     OPS[name] = Op(name, overloads)
     return OPS[name]
+
+
+def define_part(name: str, arguments: str) -> Any:
+    """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
+    _library.define(f"{name}{arguments}")
+    return getattr(torch.ops.reg_kernels, name).default
 
 
 def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-// exp, the error function and a quotient, for the CPU and the CUDA kernels.
+// exp, the error function, roots and a quotient, for the CPU and the CUDA kernels.
 //
 // In float on the host they are polynomials without a branch, so that a plain loop over them
 // becomes vector code for every instruction set; elsewhere they are the library's own.
@@ -72,6 +72,9 @@ RK_HD float error_function(float x) {
   return a < 1.0f ? near : (x < 0.0f ? -far : far);  // a NaN fails `<`: t and far are NaN with it
 #endif
 }
+
+RK_HD double square_root(double x) { return ::sqrt(x); }
+RK_HD float square_root(float x) { return ::sqrtf(x); }
 
 RK_HD double reciprocal(double x) { return 1.0 / x; }
 

@@ -19,6 +19,7 @@ RK_NAMESPACE_BEGIN
 // reg_kernels/_rng.py holds the same values for the other implementations.
 enum class RngTag : uint64_t {
   dropout = 0x64726f706f757431ull,
+  rounding = 0x726f756e64696e67ull,
 };
 
 constexpr int64_t kGroup = 8;  // mask elements drawn by one Philox call

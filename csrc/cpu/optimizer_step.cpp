@@ -1,0 +1,99 @@
+// The optimizer step on the CPU key: torch's thread pool over the loops of optimizer_step.simd.cpp.
+#include "optimizer_step.h"
+
+#include "../torch/optimizer_step.h"
+#include "share_out.h"
+
+namespace reg_kernels {
+namespace {
+
+constexpr const char* kOp = "optimizer_step";
+constexpr int64_t kUnit = 512;  // elements: the loops' tile
+
+// The norm's square is summed up by launch, in their order.
+double norm_of(const Tensor& squares) {
+  STD_TORCH_CHECK(squares.scalar_type() == ScalarType::Double && squares.is_contiguous(), kOp,
+                  ": squares must be contiguous float64");
+  const auto* parts = static_cast<const double*>(squares.const_data_ptr());
+  double total = 0;
+  for (int64_t i = 0; i < squares.numel(); ++i) total += parts[i];
+  return std::sqrt(total);
+}
+
+void optimizer_step_table(const Tensor& data, int64_t count, int64_t algorithm,
+                          const std::vector<int64_t>& dtypes, const std::vector<double>& numbers,
+                          const std::vector<int64_t>& flags, const std::vector<Tensor>& rates,
+                          int64_t rounding, const std::optional<Tensor>& squares, double max_norm,
+                          const std::optional<Tensor>& grad_scale,
+                          const std::optional<Tensor>& found_inf,
+                          const std::optional<Tensor>& rng_state, const Tensor& /*scratch*/) {
+  const TensorTable table = tensor_table(data, count, kOp);
+  const auto groups = optimizer_groups(numbers, flags, rates);
+  const float* found = scalar_of<float>(found_inf, ScalarType::Float, "found_inf");
+  if (found && *found != 0.0f) return;
+  STD_TORCH_CHECK(dtypes.size() == 2, kOp, ": expected the parameters' and the moments' dtype");
+
+  double gradient = 1.0;
+  if (const float* scale = scalar_of<float>(grad_scale, ScalarType::Float, "grad_scale")) {
+    gradient = 1.0 / *scale;
+  }
+  if (squares) gradient *= clip_factor(norm_of(*squares) * gradient, max_norm);
+
+  OptimizerTask shared{};
+  shared.algorithm = static_cast<Algorithm>(algorithm);
+  shared.rounding = static_cast<Rounding>(rounding);
+  shared.dtype = dtype_from(dtypes[0], kOp);
+  shared.moments_dtype = dtype_from(dtypes[1], kOp);
+  if (rng_state) {
+    check_rng_state(*rng_state, kOp);
+    STD_TORCH_CHECK(rng_state->is_cpu(), kOp, ": rng_state must be on the CPU");
+    const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
+    shared.seed = static_cast<uint64_t>(state[0]);
+    shared.offset = static_cast<uint64_t>(state[1]);
+  }
+
+  const auto leaf = RK_LEAF(optimizer_step_range);
+  // Tensors of one group that have taken the same number of steps share their constants: two powers
+  // cost as much as a small tensor's update.
+  struct Known {
+    int64_t group = -1;
+    float step = 0;
+    OptimizerConstants constants{};
+  };
+  const auto update = [&](Known& known, int64_t i, int64_t begin, int64_t end) {
+    const auto* step = table.address<const float>(TableRow::step, i);
+    const float next = step ? *step + 1.0f : 1.0f;
+    const int64_t group = table.at(TableRow::group, i);
+    if (known.group != group || known.step != next) {
+      known = {group, next, optimizer_constants(shared.algorithm, groups[group], next, gradient)};
+    }
+    OptimizerTask task = shared;
+    task.constants = known.constants;
+    task.coupled = groups[group].decay == Decay::l2 && groups[group].weight_decay != 0;
+    task.param = table.address(TableRow::param, i);
+    task.grad = table.address(TableRow::grad, i);
+    task.first_moment = table.address(TableRow::first_moment, i);
+    task.second_moment = table.address(TableRow::second_moment, i);
+    task.max_second_moment = table.address(TableRow::max_second_moment, i);
+    task.ema = table.address(TableRow::ema, i);
+    task.compensation = table.address(TableRow::compensation, i);
+    task.element_offset = table.at(TableRow::element_offset, i);
+    leaf(task, begin, end);
+  };
+  share_out(table, kUnit, [&] {
+    return [&, known = Known{}](int64_t i, int64_t begin, int64_t end) mutable {
+      update(known, i, begin, end);
+    };
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    if (auto* step = table.address<float>(TableRow::step, i)) *step += 1.0f;
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
+  m.impl("optimizer_step_table", TORCH_BOX(&optimizer_step_table));
+}
+
+}  // namespace reg_kernels

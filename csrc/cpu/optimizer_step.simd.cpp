@@ -1,0 +1,234 @@
+// The optimizers' loops, compiled once for each instruction set (isa.h).
+//
+// AdamW reads p, g, m, v and writes p, m, v: 7 * sizeof(T) bytes an element; SGDW with momentum 5,
+// without 3; amsgrad, an EMA and Kahan's compensation add two each. In place, so nothing is there
+// to stream.
+//
+// A tile at a time, in the compute type: float and double where they lie, narrower types by way of
+// a buffer in the first-level cache. The options that come after the update (l1, EMA, rounding) are
+// loops of their own over the tile, which is still there.
+#include "optimizer_step.h"
+
+#include "random.h"
+#include "reg_kernels/optimizer_step_math.h"
+#include "stream.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+constexpr int64_t kStep = 64;  // elements that are asked for at once
+static_assert(kTile % kStep == 0, "a tile is whole steps");
+
+template <typename C, typename T>
+void widen(const T* from, int64_t count, C* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<C>(load(from[j]));
+}
+
+template <typename C, typename T>
+void narrow(const C* from, int64_t count, T* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) to[j] = store<T>(static_cast<compute_t<T>>(from[j]));
+}
+
+// A tile of an array of any type, as C: the array's own memory where that is its type.
+template <typename C>
+class TileOf {
+ public:
+  void open(void* array, DType dtype, int64_t first, int64_t count) {
+    array_ = array;
+    dtype_ = dtype;
+    first_ = first;
+    count_ = count;
+    if (array == nullptr) {
+      values_ = nullptr;
+    } else if (is_own()) {
+      values_ = static_cast<C*>(array) + first;
+    } else {
+      values_ = buffer_;
+      switch (dtype) {
+        case DType::float16: return widen(static_cast<float16*>(array) + first, count, buffer_);
+        case DType::bfloat16: return widen(static_cast<bfloat16*>(array) + first, count, buffer_);
+        default: return;
+      }
+    }
+  }
+
+  // Stores what was changed.
+  void close() {
+    if (array_ == nullptr || is_own()) return;
+    switch (dtype_) {
+      case DType::float16: return narrow(buffer_, count_, static_cast<float16*>(array_) + first_);
+      case DType::bfloat16: return narrow(buffer_, count_, static_cast<bfloat16*>(array_) + first_);
+      default: return;
+    }
+  }
+
+  C* values() const { return values_; }
+
+ private:
+  bool is_own() const {
+    return dtype_ == (sizeof(C) == sizeof(double) ? DType::float64 : DType::float32);
+  }
+
+  void* array_;
+  DType dtype_;
+  int64_t first_, count_;
+  C* values_;
+  alignas(kLine) C buffer_[kTile];
+};
+
+// f(i) for the elements of a tile, `ahead(i)` before each step of them.
+template <typename F, typename Ahead>
+RK_HD void for_tile(int64_t count, const F& f, const Ahead& ahead) {
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    ahead(i);
+#pragma omp simd
+    for (int64_t j = i; j < i + kStep; ++j) f(j);
+  }
+#pragma omp simd
+  for (int64_t j = i; j < count; ++j) f(j);
+}
+
+template <typename C>
+struct Tiles {
+  TileOf<C> param, grad, first_moment, second_moment, max_second_moment, ema, compensation;
+};
+
+constexpr int64_t kAheadOfTile = 2048;  // bytes of each of several streams
+
+template <typename C>
+RK_HD void ask_for(const C* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadOfTile);
+  for (int64_t i = kLine; i < kStep * static_cast<int64_t>(sizeof(C)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadOfTile + i);
+  }
+}
+
+template <bool kCoupled, bool kAmsgrad, typename C>
+void adam_tile(const OptimizerRule<C>& constants, const Tiles<C>& tiles, int64_t count) {
+  const OptimizerRule<C> rule = constants;  // a copy that no store can be thought to change
+  C* p = tiles.param.values();
+  const C* g = tiles.grad.values();
+  C* m = tiles.first_moment.values();
+  C* v = tiles.second_moment.values();
+  C* v_max = tiles.max_second_moment.values();
+  for_tile(
+      count,
+      [=](int64_t i) __attribute__((always_inline)) {
+        C unused{};
+        adam_element<kCoupled, kAmsgrad>(rule, p[i], g[i], m[i], v[i],
+                                         kAmsgrad ? v_max[i] : unused);
+      },
+      [=](int64_t i) __attribute__((always_inline)) {
+        ask_for(p + i);
+        ask_for(g + i);
+        ask_for(m + i);
+        ask_for(v + i);
+      });
+}
+
+template <bool kCoupled, bool kMomentum, typename C>
+void sgd_tile(const OptimizerRule<C>& constants, const Tiles<C>& tiles, int64_t count) {
+  const OptimizerRule<C> rule = constants;
+  C* p = tiles.param.values();
+  const C* g = tiles.grad.values();
+  C* m = tiles.first_moment.values();
+  for_tile(
+      count,
+      [=](int64_t i) __attribute__((always_inline)) {
+        C unused{};
+        sgd_element<kCoupled, kMomentum>(rule, p[i], g[i], kMomentum ? m[i] : unused);
+      },
+      [=](int64_t i) __attribute__((always_inline)) {
+        ask_for(p + i);
+        ask_for(g + i);
+        if (kMomentum) ask_for(m + i);
+      });
+}
+
+template <typename C>
+void update_tile(const OptimizerTask& task, const OptimizerRule<C>& rule, const Tiles<C>& tiles,
+                 int64_t count) {
+  if (task.algorithm == Algorithm::adam) {
+    const bool amsgrad = task.max_second_moment != nullptr;
+    const auto update = task.coupled
+                            ? (amsgrad ? adam_tile<true, true, C> : adam_tile<true, false, C>)
+                            : (amsgrad ? adam_tile<false, true, C> : adam_tile<false, false, C>);
+    update(rule, tiles, count);
+  } else {
+    const bool momentum = task.first_moment != nullptr;
+    const auto update = task.coupled
+                            ? (momentum ? sgd_tile<true, true, C> : sgd_tile<true, false, C>)
+                            : (momentum ? sgd_tile<false, true, C> : sgd_tile<false, false, C>);
+    update(rule, tiles, count);
+  }
+  C* p = tiles.param.values();
+  if (task.constants.threshold > 0) {
+    const C threshold = rule.threshold;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) p[j] = soft_threshold(p[j], threshold);
+  }
+  if (C* ema = tiles.ema.values()) {
+    const OptimizerRule<C> of_ema = rule;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) ema[j] = ema_element(of_ema, ema[j], p[j]);
+  }
+}
+
+template <typename C>
+void run(const OptimizerTask& task, int64_t begin, int64_t end) {
+  const OptimizerRule<C> rule(task.constants, task.algorithm);
+  const RngStream rng(RngTag::rounding, task.seed, task.offset);
+  const DType own = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
+  const bool stochastic = task.rounding == Rounding::stochastic && task.dtype == DType::bfloat16;
+  Tiles<C> tiles;
+  Draws draws;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = kTile < end - first ? kTile : end - first;
+    tiles.param.open(task.param, task.dtype, first, count);
+    tiles.grad.open(const_cast<void*>(task.grad), task.dtype, first, count);
+    tiles.first_moment.open(task.first_moment, task.moments_dtype, first, count);
+    tiles.second_moment.open(task.second_moment, task.moments_dtype, first, count);
+    tiles.max_second_moment.open(task.max_second_moment, task.moments_dtype, first, count);
+    tiles.ema.open(task.ema, own, first, count);
+    tiles.compensation.open(task.compensation, task.dtype, first, count);
+    C* p = tiles.param.values();
+    // What rounding took off the parameter so far is still part of it.
+    C* lost = tiles.compensation.values();
+    if (lost) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) p[j] += lost[j];
+    }
+    update_tile(task, rule, tiles, count);
+    if constexpr (sizeof(C) == sizeof(float)) {
+      if (stochastic) {
+        const uint16_t* half_words = draws.fill(rng, task.element_offset + first, count);
+        auto* to = static_cast<bfloat16*>(task.param) + first;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) to[j] = store_stochastic(p[j], half_words[j]);
+      }
+    }
+    if (!stochastic) tiles.param.close();
+    if (lost) {
+      alignas(kLine) C exact[kTile];
+      memcpy(exact, p, count * sizeof(C));
+      tiles.param.open(task.param, task.dtype, first, count);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) lost[j] = exact[j] - p[j];
+      tiles.compensation.close();
+    }
+    tiles.first_moment.close();
+    tiles.second_moment.close();
+    tiles.max_second_moment.close();
+  }
+}
+
+}  // namespace
+
+void optimizer_step_range(const OptimizerTask& task, int64_t begin, int64_t end) {
+  (task.dtype == DType::float64 ? run<double> : run<float>)(task, begin, end);
+}
+
+RK_NAMESPACE_END

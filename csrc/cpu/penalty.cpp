@@ -1,0 +1,56 @@
+// Penalties, and the norm that clipping needs, on the CPU key: torch's thread pool over the loops
+// of penalty.simd.cpp.
+#include "penalty.h"
+
+#include "../torch/tensor_table.h"
+#include "share_out.h"
+
+namespace reg_kernels {
+namespace {
+
+// One partial sum a chunk, added up in their order: the same bits for any number of threads.
+void penalty_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,
+                   const Tensor& sums, int64_t slot, const Tensor& scratch) {
+  const TensorTable table = tensor_table(data, count, "penalty");
+  check_scratch(scratch, table.chunks(), "penalty");
+  const DType dtype = dtype_from(dtype_number, "penalty");
+  const Penalty penalty = penalty_from(power, "penalty");
+  auto* partials = static_cast<double*>(scratch.mutable_data_ptr()) + 1;
+  const auto leaf = RK_LEAF(penalty_sum);
+  share_out(table, kChunk, [&] {
+    return [&](int64_t i, int64_t begin, int64_t end) {
+      const void* x = table.address(TableRow::grad, i);
+      const int64_t first = table.at(TableRow::first_chunk, i);
+      for (int64_t at = begin; at < end; at += kChunk) {
+        partials[first + at / kChunk] = leaf(x, dtype, penalty, at, std::min(at + kChunk, end));
+      }
+    };
+  });
+  double total = 0;
+  for (int64_t i = 0; i < table.chunks(); ++i) total += partials[i];
+  *slot_of(sums, slot, "penalty") = total;
+}
+
+void penalty_backward_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,
+                            const Tensor& grad_output) {
+  const TensorTable table = tensor_table(data, count, "penalty_backward");
+  const DType dtype = dtype_from(dtype_number, "penalty_backward");
+  const Penalty penalty = penalty_from(power, "penalty_backward");
+  const double grad = *slot_of(grad_output, 0, "penalty_backward");
+  const auto leaf = RK_LEAF(penalty_gradient_range);
+  share_out(table, kChunk, [&] {
+    return [&](int64_t i, int64_t begin, int64_t end) {
+      leaf(table.address(TableRow::grad, i), table.address(TableRow::param, i), dtype, penalty,
+           grad, begin, end);
+    };
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
+  m.impl("penalty_table", TORCH_BOX(&penalty_table));
+  m.impl("penalty_backward_table", TORCH_BOX(&penalty_backward_table));
+}
+
+}  // namespace reg_kernels

@@ -1,0 +1,76 @@
+// The penalties' loops, compiled once for each instruction set (isa.h).
+//
+// A sum reads x: sizeof(T) bytes an element. The gradient reads x and writes as much.
+#include "penalty.h"
+
+#include "lanes.h"
+#include "stream.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+template <Penalty kPenalty, typename V>
+RK_HD V term(const V& x) {
+  if constexpr (kPenalty == Penalty::l2) {
+    return x * x;
+  } else {
+    return x < 0.0 ? -x : x;
+  }
+}
+
+// Four sums of eight lanes each: additions depend on each other, and one is not done every cycle.
+template <Penalty kPenalty, typename T>
+double sum(const void* data, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(data) + begin;
+  const int64_t count = end - begin;
+  constexpr int kChains = 4;
+  Doubles total[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    prefetch(x + i + kAhead / static_cast<int64_t>(sizeof(T)), kChains * kLanes);
+    for (int c = 0; c < kChains; ++c) {
+      total[c] += term<kPenalty>(value_at<Doubles>(x + i + c * kLanes));
+    }
+  }
+  double rest = 0;
+  for (; i < count; ++i) rest += term<kPenalty>(value_at<double>(x + i));
+  return sum_of_lanes((total[0] + total[1]) + (total[2] + total[3])) + rest;
+}
+
+template <Penalty kPenalty, typename T>
+void gradient(const void* from, void* to, double grad_output, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(from) + begin;
+  T* y = static_cast<T*>(to) + begin;
+  const auto g = static_cast<compute_t<T>>(grad_output);
+  write_each(y, end - begin, false, [=](int64_t i) __attribute__((always_inline)) {
+    return store<T>(penalty_gradient<kPenalty>(load(x[i]), g));
+  });
+}
+
+}  // namespace
+
+#define RK_FOR_PENALTY(function, dtype, penalty, ...)                                              \
+  const bool squares = (penalty) == Penalty::l2;                                                   \
+  switch (dtype) {                                                                                 \
+    case DType::float64:                                                                           \
+      return (squares ? function<Penalty::l2, double>                                              \
+                      : function<Penalty::l1, double>)(__VA_ARGS__);                               \
+    case DType::float32:                                                                           \
+      return (squares ? function<Penalty::l2, float> : function<Penalty::l1, float>)(__VA_ARGS__); \
+    case DType::float16:                                                                           \
+      return (squares ? function<Penalty::l2, float16>                                             \
+                      : function<Penalty::l1, float16>)(__VA_ARGS__);                              \
+    default:                                                                                       \
+      return (squares ? function<Penalty::l2, bfloat16>                                            \
+                      : function<Penalty::l1, bfloat16>)(__VA_ARGS__);                             \
+  }
+
+double penalty_sum(const void* x, DType dtype, Penalty penalty, int64_t begin, int64_t end) {
+  RK_FOR_PENALTY(sum, dtype, penalty, x, begin, end)
+}
+
+void penalty_gradient_range(const void* x, void* y, DType dtype, Penalty penalty,
+                            double grad_output, int64_t begin, int64_t end){
+    RK_FOR_PENALTY(gradient, dtype, penalty, x, y, grad_output, begin, end)}
+
+RK_NAMESPACE_END

@@ -1,0 +1,98 @@
+"""A list of tensors in one int64 buffer, for the kernels that take whole lists.
+
+csrc/include/reg_kernels/tensor_table.h states the layout. Building a table looks at every tensor;
+afterwards `set_row` replaces what has moved. On CUDA the buffer is on the device, and what is
+written to it goes there in stream order, without a synchronisation.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROWS = (
+    *("grad", "param", "first_moment", "second_moment", "max_second_moment", "ema"),
+    *("compensation", "step", "numel", "element_offset", "group", "first_chunk", "first_work"),
+)
+CHUNK = 8192  # elements of a chunk
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbered as DType is
+_OVERHEAD = 64  # elements that a tensor's own cost weighs as much as
+
+_address = Tensor.data_ptr
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where element 0 of each tensor lies; TypeError where one is none."""
+    return list(map(_address, tensors))
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """The number that the kernels know a dtype by."""
+    return DTYPES.index(dtype)
+
+
+class TensorTable:
+    """Addresses and sizes of N tensors.
+
+    Attributes:
+        count: N.
+        data: the buffer that kernels read, on the tensors' device.
+        scratch: float64 [1 + chunks], all zero between calls up to what a kernel leaves in [1:]:
+            partial sums, and a counter of blocks.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device, **rows: Sequence[int]) -> None:
+        """`rows`: those of ROWS that are known, N numbers each."""
+        self.count = len(sizes)
+        columns = {name: [0] * self.count for name in ROWS} | {"numel": sizes} | rows
+        chunks = [-(-numel // CHUNK) for numel in sizes]
+        columns["first_chunk"] = _sums_before(chunks)
+        columns["first_work"] = _sums_before([work_units(numel) for numel in sizes])
+        self.chunks = sum(chunks)
+        numbers = array("q")
+        for name in ROWS:
+            numbers.extend(columns[name])
+        for tensor, of_tensor in enumerate(chunks):
+            numbers.extend([tensor] * of_tensor)
+        self._rows = {name: columns[name] for name in ROWS}
+        self._host = _tensor_of(numbers)
+        self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
+        self.scratch = torch.zeros(1 + self.chunks, dtype=torch.float64, device=device)
+        self._captured: list[Tensor] = []
+
+    def set_row(self, name: str, values: list[int]) -> None:
+        """Replaces a row, where its values differ from what is there."""
+        capturing = self.data.is_cuda and torch.cuda.is_current_stream_capturing()
+        # What a graph writes at its replays is not known here: then nothing counts as there.
+        if self._rows[name] == values and not capturing and not self._captured:
+            return
+        first = ROWS.index(name) * self.count
+        row = _tensor_of(array("q", values))
+        if capturing:
+            # A graph copies from where the values lie now each time that it is replayed.
+            row = row.pin_memory()
+            self._captured.append(row)
+        self.data[first : first + self.count].copy_(row, non_blocking=True)
+        self._rows[name] = values
+
+
+def work_units(numel: int) -> int:
+    """What a tensor weighs where threads share a list, in elements; a multiple of 64."""
+    return -(-numel // 64) * 64 + _OVERHEAD
+
+
+def _sums_before(numbers: Sequence[int]) -> list[int]:
+    sums, total = [], 0
+    for number in numbers:
+        sums.append(total)
+        total += number
+    return sums
+
+
+def _tensor_of(numbers: array[int]) -> Tensor:
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(numbers, dtype=torch.int64)

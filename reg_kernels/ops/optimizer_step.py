@@ -1,0 +1,191 @@
+"""The optimizer step of AdamW, Adam, SGDW and SGD on whole lists of tensors.
+
+One launch for all tensors of one device and dtype. The op takes lists, so that its schema says what
+it writes; `PreparedStep` is the same for a list that comes again and again: it keeps the addresses
+in a table and spares the dispatcher the lists. reg_kernels/optim/ is what people use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._tensor_table import TensorTable, addresses, dtype_number
+from ..reference import optimizer_step as reference
+from ._registry import below_autograd, define_part, register
+
+# Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
+ALGORITHMS = ("adam", "sgd")
+DECAYS = ("decoupled", "decoupled_lr", "l2")
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+MOST_GROUPS = 32  # of hyperparameters that a launch takes: a GPU gets them as its arguments
+
+
+class Hyperparameters(NamedTuple):
+    """What a group of parameters is stepped with; SGD's momentum and dampening are the betas."""
+
+    lr: float
+    decay_lr: float
+    weight_decay: float
+    l1: float
+    beta1: float
+    beta2: float
+    eps: float
+    ema_decay: float
+    decay: str
+    maximize: bool
+    nesterov: bool
+
+    def numbers(self) -> tuple[float, ...]:
+        return self[:8]
+
+    def flags(self) -> int:
+        return DECAYS.index(self.decay) + 4 * self.maximize + 8 * self.nesterov
+
+
+# What follows the lists in the op and in its parts: `numbers` and `flags` of each group, `rates`
+# their learning rates where those are on the device (else empty); `squares`, float64, adds up to
+# the square of the gradients' norm, which `max_norm` clips; grad_scale and found_inf as
+# torch.amp.GradScaler has them.
+_COMMON = (
+    "float[] numbers, int[] flags, Tensor[] rates, int rounding, Tensor? squares, float max_norm, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor? rng_state"
+)
+
+_step_table = define_part(
+    "optimizer_step_table",
+    f"(Tensor table, int count, int algorithm, int[] dtypes, {_COMMON}, Tensor(a!) scratch) -> ()",
+)
+
+
+@dataclass
+class StepLists:
+    """N tensors of one device and dtype, and their state: each list has N tensors or none.
+
+    All tensors at one place of the lists are dense, of one shape and strides; `steps` are float32
+    of one element. `first_moments` are exp_avg or momentum_buffer, and have a dtype of their own
+    together with the second ones: the parameters', float32, or bfloat16 for float32 parameters.
+    `emas` are of the compute type, float32 for 16-bit parameters.
+    """
+
+    params: list[Tensor]
+    steps: list[Tensor] = field(default_factory=list)
+    first_moments: list[Tensor] = field(default_factory=list)
+    second_moments: list[Tensor] = field(default_factory=list)
+    max_second_moments: list[Tensor] = field(default_factory=list)
+    emas: list[Tensor] = field(default_factory=list)
+    compensations: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    element_offsets: list[int] = field(default_factory=list)  # multiples of 8
+
+    _ROWS = {  # noqa: RUF012 (a constant, no field)
+        "steps": "step",
+        "first_moments": "first_moment",
+        "second_moments": "second_moment",
+        "max_second_moments": "max_second_moment",
+        "emas": "ema",
+        "compensations": "compensation",
+    }
+
+    def table(self, grads: Sequence[Tensor]) -> TensorTable:
+        """The lists in a table; the tensors have to outlive it."""
+        rows = {"grad": addresses(grads), "param": addresses(self.params)}
+        for name, row in self._ROWS.items():
+            if tensors := getattr(self, name):
+                rows[row] = addresses(tensors)
+        sizes = [p.numel() for p in self.params]
+        rows |= {"group": self.groups, "element_offset": self.element_offsets}
+        return TensorTable(sizes, self.params[0].device, **rows)
+
+    def dtypes(self) -> list[int]:
+        """The parameters' and the moments' dtype, as the kernels number them."""
+        moments = self.first_moments or self.params
+        return [dtype_number(self.params[0].dtype), dtype_number(moments[0].dtype)]
+
+
+def _table_function(backend: str) -> Any:
+    if backend == "native":
+        return _step_table
+    return importlib.import_module("reg_kernels.triton.optimizer_step").optimizer_step_table
+
+
+def _from_lists(backend: str) -> Any:
+    """The op's implementation that goes by a table."""
+
+    def run(algorithm: int, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
+        if not params:
+            return
+        lists, common = StepLists(params, *rest[:8]), rest[8:]
+        table = lists.table(grads)
+        _table_function(backend)(
+            *(table.data, table.count, algorithm, lists.dtypes()), *common, table.scratch
+        )
+
+    return run
+
+
+def _fake(*arguments: Any) -> None:
+    return None
+
+
+def _above(overload: Any, algorithm: int, params: list[Tensor], *rest: Any) -> None:
+    """A step records no gradient; what saved a parameter must know that it has changed."""
+    with below_autograd():
+        overload(algorithm, params, *rest)
+    torch.autograd.graph.increment_version(params)
+
+
+OP = register(
+    "optimizer_step_",
+    "(int algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, "
+    "Tensor(c!)[] first_moments, Tensor(d!)[] second_moments, Tensor(e!)[] max_second_moments, "
+    "Tensor(f!)[] emas, Tensor(g!)[] compensations, int[] groups, int[] element_offsets, "
+    f"{_COMMON}) -> ()",
+    fake=_fake,
+    reference=reference.optimizer_step_,
+    triton=_from_lists("triton"),
+    autograd=_above,
+    native=_from_lists("native"),
+)
+
+
+class PreparedStep:
+    """A step of lists that stay the same; only the gradients may lie somewhere else each time."""
+
+    def __init__(self, algorithm: str, lists: StepLists, grads: Sequence[Tensor]) -> None:
+        self.lists = lists
+        self.table = lists.table(grads)
+        self._algorithm = ALGORITHMS.index(algorithm)
+        self._dtypes = lists.dtypes()
+        first = lists.params[0]
+        self._kind = (first.device, first.dtype)
+
+    def backend(self, backend: str | None) -> str:
+        """The implementation that runs it; raises BackendUnavailable where it cannot."""
+        device, dtype = self._kind
+        return backends.choose("optimizer_step", device.type, dtype, backend)
+
+    def run(self, grads: Sequence[Tensor], backend: str, common: tuple[Any, ...]) -> None:
+        """Steps; `common` is what the schema has after the lists. The grads' addresses have to be
+        in the table already."""
+        if backend == "reference":
+            lists = self.lists
+            OP.overloads[backend](
+                *(self._algorithm, lists.params, list(grads), lists.steps, lists.first_moments),
+                *(lists.second_moments, lists.max_second_moments, lists.emas),
+                *(lists.compensations, lists.groups, lists.element_offsets, *common),
+            )
+            return
+        table = self.table
+        with below_autograd():
+            _table_function(backend)(
+                *(table.data, table.count, self._algorithm, self._dtypes, *common, table.scratch)
+            )
+        torch.autograd.graph.increment_version(self.lists.params)

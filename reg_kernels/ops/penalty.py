@@ -1,0 +1,244 @@
+"""L1 and L2 penalties over lists of tensors: schema, fake, gradient, the public functions."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._layout import dense_like, is_dense
+from .._tensor_table import TensorTable, addresses, dtype_number
+from ..backends import DTYPES
+from ..reference import penalty as reference
+from ._registry import below_autograd, define_part, is_transformed, register
+
+# The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
+_sum_table = define_part(
+    "penalty_table",
+    "(Tensor table, int count, int dtype, int power, Tensor(a!) sums, int slot, "
+    "Tensor(b!) scratch) -> ()",
+)
+_backward_table = define_part(
+    "penalty_backward_table",
+    "(Tensor table, int count, int dtype, int power, Tensor grad_output) -> ()",
+)
+
+
+def _part(backend: str, native: Any) -> Any:
+    if backend == "native":
+        return native
+    module = importlib.import_module("reg_kernels.triton.penalty")
+    return getattr(module, native._schema.name.removeprefix("reg_kernels::"))
+
+
+def sum_into(
+    table: TensorTable, dtype: torch.dtype, power: int, sums: Tensor, slot: int, backend: str
+) -> None:
+    """sums[slot] = the sum of |x|^power over the first row of a table; float64, no sync."""
+    part = _part(backend, _sum_table)
+    part(table.data, table.count, dtype_number(dtype), power, sums, slot, table.scratch)
+
+
+def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    double = any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """The places of the tensors of each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, x in enumerate(tensors):
+        kinds.setdefault((x.device, x.dtype), []).append(i)
+    return kinds
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if is_dense(x) and not x.is_neg() else x.contiguous().resolve_neg()
+
+
+def _forward(backend: str) -> Any:
+    def run(tensors: list[Tensor], power: int) -> Tensor:
+        device = tensors[0].device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for (of_kind, dtype), places in _kinds(tensors).items():
+            parts = [_dense(tensors[i]) for i in places]
+            table = TensorTable([x.numel() for x in parts], of_kind, grad=addresses(parts))
+            sums = torch.empty(1, dtype=torch.float64, device=of_kind)
+            sum_into(table, dtype, power, sums, 0, backend)
+            total += sums[0].to(device)
+        return total.to(_result_dtype(tensors))
+
+    return run
+
+
+def _backward(backend: str) -> Any:
+    def run(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
+        grads = [dense_like(x) for x in tensors]
+        for (of_kind, dtype), places in _kinds(tensors).items():
+            parts = [_dense(tensors[i]) for i in places]
+            table = TensorTable(
+                [x.numel() for x in parts],
+                of_kind,
+                grad=addresses(parts),
+                param=addresses([grads[i] for i in places]),
+            )
+            incoming = grad_output.to(of_kind, torch.float64).reshape(1)
+            part = _part(backend, _backward_table)
+            part(table.data, table.count, dtype_number(dtype), power, incoming)
+        return grads
+
+    return run
+
+
+class _Penalty(torch.autograd.Function):
+    """The sum over all tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, overload: Any, power: int, *tensors: Tensor) -> Tensor:
+        with below_autograd():
+            output = overload(list(tensors), power)
+        ctx.save_for_backward(*tensors)
+        ctx.call = (_BACKWARD.overloads[_implementation(overload)], power)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        overload, power = ctx.call
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by operations that can be differentiated again
+            return None, None, *_gradients(tensors, grad_output, power)
+        return None, None, *overload(list(tensors), grad_output, power)
+
+
+def _gradients(tensors: Sequence[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
+    result = []
+    for x in tensors:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        g = grad_output.to(x.device, compute)
+        slope = x.to(compute).sgn() if power == 1 else 2 * x.to(compute)
+        result.append((slope * g).to(x.dtype))
+    return result
+
+
+def _implementation(overload: Any) -> str:
+    return overload._overloadname.replace("default", "native")
+
+
+def _above(overload: Any, tensors: list[Tensor], power: int) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Penalty.apply(overload, power, *tensors)
+    with below_autograd():
+        return overload(tensors, power)
+
+
+def _above_backward(overload: Any, tensors: list[Tensor], grad: Tensor, power: int) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, grad)):
+        return _gradients(tensors, grad, power)
+    with below_autograd():
+        return overload(tensors, grad, power)
+
+
+def _fake(tensors: list[Tensor], power: int) -> Tensor:
+    return tensors[0].new_empty((), dtype=_result_dtype(tensors))
+
+
+def _fake_backward(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
+    return [dense_like(x) for x in tensors]
+
+
+_PENALTY = register(
+    "penalty",
+    "(Tensor[] tensors, int power) -> Tensor",
+    fake=_fake,
+    reference=reference.penalty,
+    triton=_forward("triton"),
+    autograd=_above,
+    native=_forward("native"),
+)
+_BACKWARD = register(
+    "penalty_backward",
+    "(Tensor[] tensors, Tensor grad_output, int power) -> Tensor[]",
+    fake=_fake_backward,
+    reference=reference.penalty_backward,
+    triton=_backward("triton"),
+    autograd=_above_backward,
+    native=_backward("native"),
+)
+
+
+def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
+    tensors = [params] if isinstance(params, Tensor) else list(params)
+    if not tensors:
+        raise ValueError(f"{name}: params must hold at least one tensor, got none")
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: params must be tensors, got {type(x).__name__} at {i}")
+        if x.layout != torch.strided:
+            raise RuntimeError(f"{name}: params must be dense tensors, got {x.layout} at {i}")
+        if x.dtype not in DTYPES:
+            supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            got = str(x.dtype).removeprefix("torch.")
+            raise RuntimeError(f"{name}: params must be one of {supported}, got {got} at {i}")
+    if not torch.compiler.is_compiling() and is_transformed():
+        return reference.penalty(tensors, power)
+    # One implementation for all: where they lie on several devices, one that runs on each.
+    names = {backends.choose(name, x.device.type, x.dtype, backend) for x in tensors}
+    chosen = names.pop() if len(names) == 1 else "reference"
+    return _PENALTY.overloads[chosen](tensors, power)
+
+
+def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
+    r"""The sum of absolute values, :math:`\sum_i \sum_j |p_{ij}|`, over all tensors in one launch.
+
+    Add `weight * l1_penalty(params)` to a loss for lasso regularisation; the optimizers' `l1=` does
+    without a gradient, and gives exact zeros.
+
+    Args:
+        params: a tensor or an iterable of them, of any shapes, layouts and devices; float64,
+            float32, float16 or bfloat16, mixed at will.
+        backend: "native", "triton" or "reference"; by default the first that can run here.
+
+    Returns:
+        A tensor of no dimensions on the first one's device: float64 if one of them is, else
+        float32. Its gradient is sign(p), 0 at 0.
+
+    Raises:
+        ValueError: no tensor at all, or an unknown `backend`.
+        TypeError: something that is no tensor.
+        RuntimeError: another dtype, a sparse tensor, or a `backend` that cannot run here.
+
+    Summed in float64, in an order that depends on sizes alone: two runs give the same bits.
+
+    Source: R. Tibshirani, "Regression shrinkage and selection via the lasso", 1996.
+    """
+    return _penalty("l1_penalty", params, 1, backend)
+
+
+def l2_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
+    r"""The sum of squares, :math:`\sum_i \sum_j p_{ij}^2`, over all tensors in one launch.
+
+    `0.5 * weight_decay * l2_penalty(params)` in a loss is what `decay="l2"` does in an optimizer.
+
+    Args:
+        params: a tensor or an iterable of them, of any shapes, layouts and devices; float64,
+            float32, float16 or bfloat16, mixed at will.
+        backend: "native", "triton" or "reference"; by default the first that can run here.
+
+    Returns:
+        A tensor of no dimensions on the first one's device: float64 if one of them is, else
+        float32. Its gradient is 2 p.
+
+    Raises:
+        ValueError: no tensor at all, or an unknown `backend`.
+        TypeError: something that is no tensor.
+        RuntimeError: another dtype, a sparse tensor, or a `backend` that cannot run here.
+
+    Summed in float64, in an order that depends on sizes alone: two runs give the same bits.
+
+    Source: A. Hoerl, R. Kennard, "Ridge regression", Technometrics 12 (1970).
+    """
+    return _penalty("l2_penalty", params, 2, backend)
