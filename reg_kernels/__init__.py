@@ -1,10 +1,11 @@
 """Fused regularisation kernels for PyTorch: CUDA C++, Triton and native CPU code.
 
-`functional` and `nn` are drop-in for torch's; `convert` swaps the layers of a model and fuses
-chains of them; `fold_batch_norm` prepares one for evaluation; `backend` picks the implementation.
+`functional`, `nn` and `optim` are drop-in for torch's; `convert` swaps the layers of a model and
+fuses chains of them; `fold_batch_norm` prepares one for evaluation; `backend` picks the
+implementation.
 """
 
-from . import functional, nn
+from . import functional, nn, optim
 from .backends import BackendUnavailable, backend
 from .convert import convert, revert
 from .convert._fold import fold_batch_norm
@@ -18,5 +19,6 @@ __all__ = [
     "fold_batch_norm",
     "functional",
     "nn",
+    "optim",
     "revert",
 ]

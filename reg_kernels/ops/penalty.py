@@ -36,11 +36,21 @@ def _part(backend: str, native: Any) -> Any:
 
 
 def sum_into(
-    table: TensorTable, dtype: torch.dtype, power: int, sums: Tensor, slot: int, backend: str
+    table: TensorTable,
+    tensors: list[Tensor],
+    power: int,
+    sums: Tensor,
+    slot: int,
+    backend: str,
 ) -> None:
-    """sums[slot] = the sum of |x|^power over the first row of a table; float64, no sync."""
+    """sums[slot] = the sum of |x|^power over `tensors`, of one device and dtype, which are the
+    first row of `table`; float64, no synchronisation."""
+    if backend == "reference":
+        sums[slot] = _PENALTY.overloads[backend](tensors, power)
+        return
+    kind = dtype_number(tensors[0].dtype)
     part = _part(backend, _sum_table)
-    part(table.data, table.count, dtype_number(dtype), power, sums, slot, table.scratch)
+    part(table.data, table.count, kind, power, sums, slot, table.scratch)
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -64,11 +74,11 @@ def _forward(backend: str) -> Any:
     def run(tensors: list[Tensor], power: int) -> Tensor:
         device = tensors[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for (of_kind, dtype), places in _kinds(tensors).items():
+        for (of_kind, _), places in _kinds(tensors).items():
             parts = [_dense(tensors[i]) for i in places]
             table = TensorTable([x.numel() for x in parts], of_kind, grad=addresses(parts))
             sums = torch.empty(1, dtype=torch.float64, device=of_kind)
-            sum_into(table, dtype, power, sums, 0, backend)
+            sum_into(table, parts, power, sums, 0, backend)
             total += sums[0].to(device)
         return total.to(_result_dtype(tensors))
 

@@ -1,4 +1,4 @@
-// exp, the error function, roots and a quotient, for the CPU and the CUDA kernels.
+// exp, the error function, roots, a fused sum and a quotient, for the CPU and the CUDA kernels.
 //
 // In float on the host they are polynomials without a branch, so that a plain loop over them
 // becomes vector code for every instruction set; elsewhere they are the library's own.
@@ -75,6 +75,18 @@ RK_HD float error_function(float x) {
 
 RK_HD double square_root(double x) { return ::sqrt(x); }
 RK_HD float square_root(float x) { return ::sqrtf(x); }
+
+// a b + c, rounded once. Without the instruction, in float by way of double, where the product is
+// exact: the same but for one sum in 2^29 that lies all but in the middle of two floats.
+RK_HD double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+
+RK_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+  return ::fmaf(a, b, c);
+#else
+  return static_cast<float>(static_cast<double>(a) * b + c);
+#endif
+}
 
 RK_HD double reciprocal(double x) { return 1.0 / x; }
 

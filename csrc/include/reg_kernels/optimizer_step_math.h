@@ -121,7 +121,7 @@ struct OptimizerRule {
 template <bool kCoupled, typename C>
 RK_HD C regularised_gradient(const OptimizerRule<C>& rule, C g, C p) {
   g *= rule.gradient;
-  if constexpr (kCoupled) g += p * rule.l2;
+  if constexpr (kCoupled) g = multiply_add(p, rule.l2, g);
   return g;
 }
 
@@ -129,8 +129,8 @@ RK_HD C regularised_gradient(const OptimizerRule<C>& rule, C g, C p) {
 template <bool kCoupled, bool kAmsgrad, typename C>
 RK_HD void adam_element(const OptimizerRule<C>& rule, C& p, C g, C& m, C& v, C& v_max) {
   g = regularised_gradient<kCoupled>(rule, g, p);
-  m = (rule.from_gradient ? g : m) + rule.momentum_rest * (g - m);
-  v = v * rule.beta2 + rule.beta2_rest * g * g;
+  m = multiply_add(rule.momentum_rest, g - m, rule.from_gradient ? g : m);
+  v = multiply_add(rule.beta2_rest * g, g, v * rule.beta2);
   C second = v;
   if constexpr (kAmsgrad) {
     v_max = v <= v_max || v_max != v_max ? v_max : v;  // NaN wins, as in torch.maximum
@@ -145,10 +145,10 @@ template <bool kCoupled, bool kMomentum, typename C>
 RK_HD void sgd_element(const OptimizerRule<C>& rule, C& p, C g, C& m) {
   g = regularised_gradient<kCoupled>(rule, g, p);
   if constexpr (kMomentum) {
-    m = rule.from_gradient ? g : m * rule.momentum + g * rule.momentum_rest;
-    g = rule.nesterov ? g + m * rule.momentum : m;
+    m = rule.from_gradient ? g : multiply_add(g, rule.momentum_rest, m * rule.momentum);
+    g = rule.nesterov ? multiply_add(m, rule.momentum, g) : m;
   }
-  p = p * rule.keep - rule.step_size * g;
+  p = multiply_add(-rule.step_size, g, p * rule.keep);
 }
 
 // argmin_x (x - p)^2 / 2 + t |x|: what lies within t of zero becomes zero, exactly.
@@ -162,7 +162,7 @@ RK_HD C soft_threshold(C p, C t) {
 
 template <typename C>
 RK_HD C ema_element(const OptimizerRule<C>& rule, C ema, C p) {
-  return ema + rule.ema_rest * (p - ema);
+  return multiply_add(rule.ema_rest, p - ema, ema);
 }
 
 // `value` as a bfloat16 that is one of its two neighbours, the nearer one the more probable: the

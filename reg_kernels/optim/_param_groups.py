@@ -1,0 +1,88 @@
+"""Which parameters weight decay is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm, InstanceNorm, ours too
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-2,
+    *,
+    l1: float = 0.0,
+    report: Callable[[str], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: weights, which decay, and biases and norms, which do not.
+
+    A bias, a parameter of a norm layer and any other parameter of fewer than two dimensions goes
+    without decay and l1. Parameters that require no gradient are left out; a shared one comes once.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of the weights, at least 0.
+        l1: of the weights, at least 0; the optimizers' `l1`.
+        report: called with one line for each parameter and one for each group, as `print` is.
+
+    Returns:
+        Groups with the keys "params", "weight_decay" and "l1", the decaying ones first; a group
+        that would be empty is left out.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a negative `weight_decay` or `l1`.
+
+    Source: T. He et al., "Bag of tricks for image classification with convolutional neural
+    networks", CVPR 2019, section 3.1.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: model must be a Module, got {type(model).__name__}")
+    for name, value in (("weight_decay", weight_decay), ("l1", l1)):
+        if not value >= 0:
+            raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
+    say = report or (lambda line: None)
+    groups = {
+        "decay": {"params": [], "weight_decay": weight_decay, "l1": l1},
+        "no decay": {"params": [], "weight_decay": 0.0, "l1": 0.0},
+    }
+    seen: set[torch.Tensor] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            path = f"{prefix}.{name}" if prefix else name
+            if not parameter.requires_grad:
+                say(f"{path}: left out, it requires no gradient")
+                continue
+            reason = _why_not(module, name, parameter)
+            groups["decay" if reason is None else "no decay"]["params"].append(parameter)
+            say(f"{path}: decay" if reason is None else f"{path}: no decay, {reason}")
+    for name, group in groups.items():
+        numel = sum(p.numel() for p in group["params"])
+        say(
+            f"{name}: {len(group['params'])} parameters, {numel:,} elements, "
+            f"weight_decay {group['weight_decay']}, l1 {group['l1']}"
+        )
+    return [group for group in groups.values() if group["params"]]
+
+
+def _why_not(module: nn.Module, name: str, parameter: torch.Tensor) -> str | None:
+    """Why a parameter does not decay, or None where it does."""
+    if isinstance(module, _NORMS):
+        return f"of a {type(module).__name__}"
+    if name == "bias" or name.endswith("_bias") or name.startswith("bias"):
+        return "a bias"
+    if parameter.dim() < 2:
+        return "fewer than two dimensions"
+    return None

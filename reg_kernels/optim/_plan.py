@@ -1,0 +1,413 @@
+"""What an optimizer keeps between steps: which tensors go into which launch, and where they lie.
+
+A plan is made when the parameters that have a gradient, their state or their options change, and
+looks at everything once. Each step then checks, without touching a tensor, that it still holds:
+in the end by comparing lists of objects and of addresses.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _rng
+from .._layout import is_dense
+from .._tensor_table import addresses
+from ..ops.optimizer_step import (
+    MOST_GROUPS,
+    ROUNDINGS,
+    Hyperparameters,
+    PreparedStep,
+    StepLists,
+)
+from ..ops.penalty import sum_into
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+_dtype = attrgetter("dtype")
+_stride = Tensor.stride
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that elements of `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _same(some: Any, others: Any) -> bool:
+    """Whether two iterables of one length hold the same objects."""
+    return all(map(is_, some, others))
+
+
+def _restrided(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` as the kernels take it beside `like`, which is dense: itself if it is so already."""
+    fits = value.stride() == like.stride() or value.numel() <= 1
+    if fits and value.dtype == dtype and value.device == like.device:
+        return value
+    new = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
+    return new.copy_(value)
+
+
+def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the moments: `wanted` where the kernels have it for such parameters."""
+    if wanted == torch.float32 and param in (torch.float16, torch.bfloat16):
+        return wanted
+    if wanted == torch.bfloat16 and param == torch.float32:
+        return wanted
+    return param
+
+
+class _Launch:
+    """The parameters of one launch: one device and dtype, and the same kinds of state."""
+
+    def __init__(self, optimizer: FusedOptimizer, members: list[_Member]) -> None:
+        self.members = members
+        self.params = [m.param for m in members]
+        self.groups: list[dict[str, Any]] = []
+        for m in members:
+            if not any(m.group is g for g in self.groups):
+                self.groups.append(m.group)
+        first = members[0]
+        self.device, self.dtype = first.param.device, first.param.dtype
+        self.rounding = ROUNDINGS.index(first.rounding)
+        self._rates = optimizer._rates
+
+        names = first.state_names
+        self._states = [m.state for m in members]
+        self._kept = [[m.state[name] for m in members] for name in names]
+        self._getters = [itemgetter(name) for name in names]
+        # What is not dense goes through buffers that are, made here once.
+        self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
+        dense = [m.dense for m in members]
+        self._strides = list(map(_stride, dense))
+        self._dtypes = [self.dtype] * len(members)
+        self._buffers: dict[int, Tensor] = {}
+        self._addresses = addresses(self.params)
+        self._given: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self._grad_addresses: list[int] = []
+
+        by_name = dict(zip(names, self._kept, strict=True))
+        moments = [by_name[name] for name in first.moment_names]
+        index = {id(g): i for i, g in enumerate(self.groups)}
+        lists = StepLists(
+            dense,
+            by_name.get("step", []),
+            *moments,
+            *[[]] * (3 - len(moments)),
+            by_name.get("ema", []),
+            by_name.get("compensation", []),
+            [index[id(m.group)] for m in members],
+            [m.element_offset for m in members],
+        )
+        self._take([p.grad for p in self.params])
+        self.step = PreparedStep(optimizer._algorithm, lists, self.grads)
+
+    def is_current(self) -> bool:
+        """Whether it still holds; takes in gradients that have come to lie elsewhere."""
+        grads = [p.grad for p in self.params]
+        if not _same(grads, self._given) or addresses(grads) != self._grad_addresses:
+            self._take(grads)
+            self.step.table.set_row("grad", addresses(self.grads))
+        if addresses(self.params) != self._addresses:
+            return False
+        return all(
+            _same(map(getter, self._states), kept)
+            for getter, kept in zip(self._getters, self._kept, strict=True)
+        )
+
+    def _take(self, grads: list[Tensor]) -> None:
+        """Notes the gradients; those of other strides or dtype than the parameters go through
+        buffers."""
+        self._given, self._grad_addresses = grads, addresses(grads)
+        self.grads = grads
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        if list(map(_stride, grads)) == self._strides and list(map(_dtype, grads)) == self._dtypes:
+            return
+        self.grads = list(grads)
+        for i, (grad, m) in enumerate(zip(grads, self.members, strict=True)):
+            if _restrided(grad, m.dense, self.dtype) is grad:
+                continue
+            if i not in self._buffers:
+                self._buffers[i] = torch.empty_like(m.dense)
+            self._copies.append((self._buffers[i], grad))
+            self.grads[i] = self._buffers[i]
+
+    def load(self) -> None:
+        """Brings what is staged up to date."""
+        for buffer, grad in self._copies:
+            buffer.copy_(grad)
+        for param, dense in self._staged:
+            dense.copy_(param)
+
+    def store(self) -> None:
+        for param, dense in self._staged:
+            param.copy_(dense)
+
+    def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
+        """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
+        numbers: list[float] = []
+        flags: list[int] = []
+        rates: list[Any] = []
+        for group in self.groups:
+            lr = group["lr"]
+            on_device = isinstance(lr, Tensor) and lr.is_cuda and self.device == lr.device
+            rates.append(lr)
+            of_group = Hyperparameters(
+                0.0 if on_device else float(lr),
+                group["decay_lr"] or 1.0,
+                group["weight_decay"],
+                group["l1"],
+                *self._rates(group),
+                group["ema_decay"] or 0.0,
+                group["decay"],
+                group["maximize"],
+                group.get("nesterov", False),
+            )
+            numbers += of_group.numbers()
+            flags.append(of_group.flags())
+        if not any(isinstance(lr, Tensor) and lr.device == self.device for lr in rates):
+            return numbers, flags, []
+        return numbers, flags, [_on_device(lr, self.device) for lr in rates]
+
+
+def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr.detach().to(device, torch.float32, non_blocking=True)
+    return torch.full((), lr, dtype=torch.float32, device=device)
+
+
+class _Member:
+    """A parameter that has a gradient, and what its update needs."""
+
+    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> None:
+        self.param, self.group = param, group
+        self.rounding: str = group["rounding"]
+        self.moment_names = optimizer._moments(group)
+        names = ["step"] if self.moment_names else []
+        names += self.moment_names
+        if group["ema_decay"] is not None:
+            names.append("ema")
+        if self.rounding == "kahan" and param.dtype.itemsize == 2:
+            names.append("compensation")
+        self.state_names = tuple(names)
+        self.moments_dtype = _moments_dtype(param.dtype, group["state_dtype"])
+        self.element_offset = 0
+        self.dense = param
+        self.state: dict[str, Tensor] = {}
+
+    def kind(self) -> tuple[Any, ...]:
+        """What the members of a launch have in common."""
+        return (
+            self.param.device,
+            self.param.dtype,
+            self.moments_dtype,
+            self.state_names,
+            self.rounding,
+        )
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Makes the state that is missing, and brings what is there into the kernels' form."""
+        if not is_dense(self.param):
+            self.dense = self.param.detach().contiguous()
+        self.state = state
+        for name in self.state_names:
+            if name == "step":
+                state[name] = self._step(state)
+                continue
+            dtype = self.moments_dtype
+            if name == "ema":
+                dtype = compute_dtype(self.param.dtype)
+            elif name == "compensation":
+                dtype = self.param.dtype
+            value = state.get(name)
+            if value is None:
+                value = self.param.detach() if name == "ema" else torch.zeros((), device="cpu")
+                value = value.expand(self.param.shape)
+                new = torch.empty_strided(
+                    self.dense.shape, self.dense.stride(), dtype=dtype, device=self.param.device
+                )
+                state[name] = new.copy_(value)
+            else:
+                state[name] = _restrided(value, self.dense, dtype)
+
+    def _step(self, state: dict[str, Any]) -> Tensor:
+        device = self.param.device
+        step = state.get("step")
+        if step is None:
+            # torch's SGD does not count: where there is a momentum, a step was taken.
+            taken = state.get("momentum_buffer") is not None
+            return torch.full((), float(taken), dtype=torch.float32, device=device)
+        return torch.as_tensor(step, dtype=torch.float32, device=device)
+
+
+class Plan:
+    """The launches of an optimizer's step."""
+
+    @torch.no_grad()
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        """Raises, with nothing changed, where a gradient or a state cannot be taken."""
+        self._optimizer = optimizer
+        name = type(optimizer).__name__
+        members: list[_Member] = []
+        self._idle: list[Tensor] = []  # parameters without a gradient
+        self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]
+        offset = 0
+        for number, (group, params, _) in enumerate(self._groups):
+            for i, param in enumerate(params):
+                if param.grad is None:
+                    self._idle.append(param)
+                else:
+                    where = f"parameter {i} of group {number}"
+                    _check(name, where, param, optimizer.state.get(param, {}))
+                    member = _Member(optimizer, group, param)
+                    member.element_offset = offset
+                    members.append(member)
+                # By whole draws, and past those without a gradient: each keeps its own.
+                offset += -(-param.numel() // 8) * 8
+        for member in members:
+            member.prepare(optimizer.state[member.param])
+        self.launches = [_Launch(optimizer, of) for of in _by_launch(members)]
+        self._state = optimizer.state
+        self._values = list(optimizer.state.values())
+        devices = {launch.device for launch in self.launches}
+        # A slot for each launch; those of one device add up to its gradients' square.
+        self._squares = {
+            device: torch.zeros(self._count(device), dtype=torch.float64, device=device)
+            for device in devices
+        }
+
+    def _count(self, device: torch.device) -> int:
+        return sum(launch.device == device for launch in self.launches)
+
+    def is_current(self) -> bool:
+        """Whether parameters, options and state are still those that it was made of."""
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return False
+        for group, (planned, params, options) in zip(groups, self._groups, strict=True):
+            now = group["params"]
+            if group is not planned or len(now) != len(params) or not _same(now, params):
+                return False
+            if _options(group) != options:
+                return False
+        state = optimizer.state
+        if state is not self._state or len(state) != len(self._values):
+            return False
+        if not _same(state.values(), self._values):
+            return False
+        if any(p.grad is not None for p in self._idle):
+            return False
+        try:
+            return all(launch.is_current() for launch in self.launches)
+        except (TypeError, RuntimeError, KeyError):
+            # A gradient or a state that is gone or of another kind: a new plan says what is wrong.
+            return False
+
+    @torch.no_grad()
+    def run(
+        self,
+        max_norm: float | None,
+        backend: str | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Steps; returns the parts of the gradients' squared norm where `max_norm` is given."""
+        chosen = [launch.step.backend(backend) for launch in self.launches]
+        for launch in self.launches:
+            launch.load()
+        squares = None if max_norm is None else self._norm(chosen)
+        states: dict[torch.device, Tensor] = {}
+        for launch, implementation in zip(self.launches, chosen, strict=True):
+            device = launch.device
+            rng_state = None
+            if launch.rounding == 1 and launch.dtype == torch.bfloat16:
+                if device not in states:
+                    states[device] = _rng.draw_state(device)
+                rng_state = states[device]
+            common = (
+                *launch.hyperparameters(),
+                launch.rounding,
+                None if squares is None else squares.to(device, non_blocking=True),
+                0.0 if max_norm is None else max_norm,
+                _scalar(grad_scale, device),
+                _scalar(found_inf, device),
+                rng_state,
+            )
+            launch.step.run(launch.grads, implementation, common)
+            launch.store()
+        return squares
+
+    def _norm(self, chosen: list[str]) -> Tensor:
+        """The parts of the squared norm: one a launch; of the first one's device."""
+        slots = dict.fromkeys(self._squares, 0)
+        for launch, implementation in zip(self.launches, chosen, strict=True):
+            sums, slot = self._squares[launch.device], slots[launch.device]
+            slots[launch.device] += 1
+            sum_into(launch.step.table, launch.grads, 2, sums, slot, implementation)
+        if len(self._squares) == 1:
+            return next(iter(self._squares.values()))
+        first = self.launches[0].device if self.launches else torch.device("cpu")
+        parts = [
+            sums.to(first, non_blocking=first.type != "cpu") for sums in self._squares.values()
+        ]
+        return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64)
+
+
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The options that decide which state there is and who goes with whom."""
+    return (
+        group.get("amsgrad"),
+        group.get("momentum", 0) != 0,
+        group["ema_decay"] is None,
+        group["rounding"],
+        group["state_dtype"],
+    )
+
+
+def _by_launch(members: list[_Member]) -> list[list[_Member]]:
+    """The members of each launch, in their order."""
+    kinds: dict[tuple[Any, ...], list[_Member]] = {}
+    for member in members:
+        kinds.setdefault(member.kind(), []).append(member)
+    launches = []
+    for of_kind in kinds.values():
+        groups: dict[int, int] = {}
+        parts: dict[int, list[_Member]] = {}
+        for member in of_kind:
+            number = groups.setdefault(id(member.group), len(groups))
+            parts.setdefault(number // MOST_GROUPS, []).append(member)
+        launches += parts.values()
+    return launches
+
+
+def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        layout = str(grad.layout).removeprefix("torch.")
+        raise RuntimeError(
+            f"{name}: gradients must be dense, got {layout} for {where}: sparse gradients are for "
+            "torch.optim.SparseAdam"
+        )
+    if grad.device != param.device or grad.shape != param.shape or not grad.is_floating_point():
+        raise RuntimeError(
+            f"{name}: a gradient must have its parameter's shape and device, got "
+            f"{tuple(grad.shape)} on {grad.device} for {where}, {tuple(param.shape)} on "
+            f"{param.device}"
+        )
+    for key, value in state.items():
+        if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
+            raise ValueError(
+                f"{name}: {key} of {where} must have shape {tuple(param.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+
+
+def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """What GradScaler hands over, where and as the kernels read it."""
+    return None if value is None else value.to(device, torch.float32, non_blocking=True)

@@ -1,0 +1,133 @@
+"""AdamW and Adam."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import OPTIONS, FusedOptimizer, check_nonnegative
+
+
+class AdamW(FusedOptimizer):
+    r"""AdamW with the whole step in one kernel: a drop-in for torch.optim.AdamW.
+
+    .. math::
+        g \leftarrow \mathrm{clip}(\pm g / s), \quad
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta \leftarrow \mathrm{prox}_{\gamma l_1}\left(\theta - \gamma \lambda \theta
+        - \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}\right)
+
+    Args:
+        params: tensors, (name, tensor) pairs or groups of them, as torch has it; float64, float32,
+            float16 or bfloat16, on one device or several, mixed at will.
+        lr: :math:`\gamma`, at least 0; a float or a tensor of one element. On CUDA a tensor is read
+            on the device, so a captured graph follows it.
+        betas: :math:`\beta_1, \beta_2` in [0, 1).
+        eps: :math:`\epsilon`, at least 0.
+        weight_decay: :math:`\lambda`, at least 0.
+        amsgrad: divide by the largest v so far.
+        maximize: ascend instead of descend.
+        foreach, capturable, fused: taken for torch's sake; this is always one fused launch that a
+            CUDA graph can capture.
+        differentiable: not supported.
+        decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
+            (\gamma / \gamma_0) \lambda \theta`, independent of the learning rate that was chosen
+            though not of its schedule; "l2": :math:`\lambda \theta` is added to the gradient.
+        decay_lr: :math:`\gamma_0`, by default `lr` as it is when the group is added.
+    """
+
+    __doc__ += OPTIONS
+    _algorithm = "adam"
+    _decay: ClassVar[str] = "decoupled"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decay: str | None = None,
+        decay_lr: float | None = None,
+        l1: float = 0.0,
+        ema_decay: float | None = None,
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        decay = decay or self._decay
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decay != "l2",
+            "decay": decay,
+            "decay_lr": decay_lr,
+            "l1": l1,
+            "ema_decay": ema_decay,
+            "rounding": rounding,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults, max_grad_norm, backend)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        name = type(self).__name__
+        check_nonnegative(name, "eps", group["eps"])
+        betas = group["betas"]
+        if len(betas) != 2:
+            raise ValueError(f"{name}: betas must be two numbers, got {len(betas)}")
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name}: betas[{i}] must be in [0, 1), got {beta}")
+
+    @staticmethod
+    def _moments(group: dict[str, Any]) -> tuple[str, ...]:
+        moments = ("exp_avg", "exp_avg_sq")
+        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+
+    @staticmethod
+    def _rates(group: dict[str, Any]) -> tuple[float, float, float]:
+        beta1, beta2 = group["betas"]
+        return float(beta1), float(beta2), group["eps"]
+
+
+class Adam(AdamW):
+    """Adam: `AdamW` with decay="l2" and no decay by default, a drop-in for torch.optim.Adam."""
+
+    _decay = "l2"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        **options: Any,
+    ) -> None:
+        if decoupled_weight_decay:
+            options.setdefault("decay", "decoupled")
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
