@@ -89,6 +89,7 @@ FORBIDDEN = {
     "triton": {"ops", "reference", "nn", "functional", "cli", "convert", "cases", "bench"},
     "ops": {"nn", "functional", "cli", "convert", "cases", "bench"},
     "nn": {"cli", "cases", "bench", "triton", "reference"},
+    "optim": {"nn", "cli", "convert", "cases", "bench", "triton", "reference"},
     "functional": {"nn", "cli", "cases", "bench", "triton", "reference"},
 }
 
@@ -110,7 +111,7 @@ def test_the_reference_imports_torch_alone():
 
 
 def test_public_names_exist_and_are_documented():
-    for name in ("reg_kernels", "reg_kernels.functional", "reg_kernels.nn"):
+    for name in ("reg_kernels", "reg_kernels.functional", "reg_kernels.nn", "reg_kernels.optim"):
         module = importlib.import_module(name)
         assert module.__doc__
         for public in module.__all__:

@@ -28,6 +28,12 @@ struct Launch {
   }
 };
 
+// That a kernel on x's device may read or write `tensor`.
+inline void check_device(const Tensor& x, const Tensor& tensor, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ",
+                  name, " must be on the tensors' device");
+}
+
 // The random state of an op on x.
 inline RngState read_rng_state(const Tensor& x, const Tensor& rng_state, const char* op) {
   check_rng_state(rng_state, op);
@@ -40,16 +46,21 @@ inline RngState read_rng_state(const Tensor& x, const Tensor& rng_state, const c
   return {state, 0, 0};
 }
 
-// Calls f with a value of the element type of x.
+// Calls f with a value of the element type.
+template <typename F>
+void for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float64: return f(double{});
+    case DType::float32: return f(float{});
+    case DType::float16: return f(float16{});
+    case DType::bfloat16: return f(bfloat16{});
+  }
+}
+
+// The same for that of x.
 template <typename F>
 void for_dtype(const Tensor& x, const char* op, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(float16{});
-    case ScalarType::BFloat16: return f(bfloat16{});
-    default: STD_TORCH_CHECK(false, op, ": expected a floating-point input of 16 to 64 bits");
-  }
+  for_dtype(dtype_of(x, op), f);
 }
 
 }  // namespace cuda

@@ -22,12 +22,13 @@ class Case:
     Attributes:
         op: the registered op that is called.
         name: what is special about the input.
-        inputs: (device, dtype) -> the tensors to differentiate by, the same values every time.
+        inputs: (device, dtype) -> the tensors that it is called on, the same values every time.
         function: our op, as function(*inputs, backend=...) -> Tensor.
         oracle: the same formula in plain torch, without our kernels: in float64 it is the truth,
             in the case's own dtype it is the error that PyTorch makes.
         small: whether it is small enough for gradcheck and for Triton's interpreter.
         exact: whether the op and its oracle round alike in float64; sums in another order do not.
+        differentiable: whether gradients by the inputs are asked for.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Case:
     oracle: Callable[..., Tensor]
     small: bool = True
     exact: bool = True
+    differentiable: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}[{self.name}]"

@@ -45,7 +45,13 @@ PLAIN = Recipe("plain", dropout=0.0, weight_decay=0.0)
 REGULARISED = Recipe("regularised", dropout=0.5, weight_decay=2.0)
 RECIPES = (PLAIN, REGULARISED)
 
-Convert = Callable[[nn.Module], nn.Module]  # swaps in the layers to train with
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a net is trained with."""
+
+    convert: Callable[[nn.Module], nn.Module]  # swaps in the layers
+    optimizer: Callable[..., torch.optim.Optimizer]  # AdamW, torch's or its twin
 
 
 def build_net(channels: int, classes: int, dropout: float) -> nn.Sequential:
@@ -85,14 +91,14 @@ class Training:
         epochs: int,
         seed: int,
         device: torch.device,
-        convert: Convert,
+        kernels: Kernels,
     ) -> None:
         self.epochs = epochs
         self.history: dict[str, list[dict[str, float]]] = {recipe.name: [] for recipe in RECIPES}
         self._classes = classes
         self._seed = seed
         self._device = device
-        self._convert = convert
+        self._kernels = kernels
         # Cloned: torch's own allocations are aligned alike in every process and numpy's are not,
         # and a vectorised sum may round differently for it.
         self._train_x, self._train_y, self._test_x, self._test_y = (
@@ -163,20 +169,20 @@ class Training:
         self.history = copy.deepcopy(history)
 
     def time_epochs(
-        self, rounds: int, layers: dict[str, Convert], after_round: Callable[[], None]
+        self, rounds: int, kinds: dict[str, Kernels], after_round: Callable[[], None]
     ) -> dict[str, dict[str, float]]:
-        """The median seconds of an epoch, by recipe and by kind of layer.
+        """The median seconds of an epoch, by recipe and by kind of kernels.
 
         Runs on nets and generators of its own. The contenders take turns epoch by epoch, so that
         whatever else the machine does meets all of them alike; a first round warms up.
         """
         contenders = {}
         for recipe in RECIPES:
-            for kind, convert in layers.items():
-                model = convert(self._initial_net(recipe)).to(self._device)
+            for kind, kernels in kinds.items():
+                model = kernels.convert(self._initial_net(recipe)).to(self._device)
                 contenders[recipe.name, kind] = (
                     model,
-                    self._optimizer_of(model, recipe),
+                    self._optimizer_of(kernels, model, recipe),
                     torch.Generator().manual_seed(self._seed),
                 )
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
@@ -192,7 +198,7 @@ class Training:
                     seconds[key].append(time.perf_counter() - start)
             after_round()
         return {
-            recipe.name: {kind: statistics.median(seconds[recipe.name, kind]) for kind in layers}
+            recipe.name: {kind: statistics.median(seconds[recipe.name, kind]) for kind in kinds}
             for recipe in RECIPES
         }
 
@@ -201,16 +207,16 @@ class Training:
         return build_net(self._train_x.shape[1], self._classes, recipe.dropout)
 
     @staticmethod
-    def _optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
+    def _optimizer_of(kernels: Kernels, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        return kernels.optimizer(
             model.parameters(), lr=LEARNING_RATE, weight_decay=recipe.weight_decay
         )
 
     def _begin(self, phase: int) -> None:
         """Starts a recipe from scratch; its random numbers do not depend on what ran before."""
         self._phase, self._epoch = phase, 0
-        self._model = self._convert(self._initial_net(self.recipe)).to(self._device)
-        self._optimizer = self._optimizer_of(self._model, self.recipe)
+        self._model = self._kernels.convert(self._initial_net(self.recipe)).to(self._device)
+        self._optimizer = self._optimizer_of(self._kernels, self._model, self.recipe)
         self._shuffle = torch.Generator().manual_seed(self._seed)
 
     def _train_epoch(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -23,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, backends, convert
+from .. import __version__, backends, convert, optim
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import write_whole
-from ._trainer import RECIPES, Convert, Training, load_checkpoint, save_checkpoint
+from ._trainer import RECIPES, Kernels, Training, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -54,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("eager", "fused"),
         default="fused",
-        help="train with PyTorch's layers or with their fused twins (default: %(default)s)",
+        help="train with PyTorch's layers and optimizer or with their fused twins "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
         choices=backends.NAMES,
-        help="the implementation that the fused layers must use (default: the first that runs)",
+        help="the implementation that the fused kernels must use (default: the first that runs)",
     )
     parser.add_argument(
         "--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)"
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=5,
         metavar="N",
-        help="epochs to time with PyTorch's and with the fused layers, after the training and "
+        help="epochs to time with PyTorch's and with the fused kernels, after the training and "
         "apart from it; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
@@ -124,12 +126,15 @@ def _run(args: argparse.Namespace) -> int:
     data = split(images, args.train_size, args.seed)
     out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
 
-    layers: dict[str, Convert] = {
-        "eager": lambda model: model,
-        "fused": lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
+    kinds = {
+        "eager": Kernels(lambda model: model, torch.optim.AdamW),
+        "fused": Kernels(
+            lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
+            functools.partial(optim.AdamW, backend=args.backend),
+        ),
     }
     options = _result_options(args, device, implementation, images)
-    training = Training(data, images.classes, args.epochs, args.seed, device, layers[args.kernels])
+    training = Training(data, images.classes, args.epochs, args.seed, device, kinds[args.kernels])
     if args.resume is not None:
         _resume(training, Path(args.resume) if args.resume != _HERE else out / CHECKPOINT, options)
     _make_writable(out)
@@ -137,10 +142,10 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = _Checkpoint(out / CHECKPOINT, options, training)
     try:
         sizes = f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on"
-        print(f"{sizes}, {images.classes} classes; {args.kernels} layers on {device}", flush=True)
+        print(f"{sizes}, {images.classes} classes; {args.kernels} kernels on {device}", flush=True)
         with _progress() as progress:
             _train(training, progress, checkpoint)
-            seconds = _time(training, args.time_epochs, layers, progress)
+            seconds = _time(training, args.time_epochs, kinds, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
         _write_results(out, metrics, training)
     except KeyboardInterrupt:
@@ -183,7 +188,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _implementation(args: argparse.Namespace, device: torch.device) -> str:
-    """The implementation that the fused layers run: in training, or at least in the timing."""
+    """The implementation that the fused kernels run: in training, or at least in the timing."""
     if args.kernels == "eager" and args.backend is not None:
         raise UsageError(f"--backend: goes with --kernels fused, got {args.backend} with eager")
     try:
@@ -335,12 +340,12 @@ def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> N
 
 
 def _time(
-    training: Training, rounds: int, layers: dict[str, Convert], progress: Progress
+    training: Training, rounds: int, kinds: dict[str, Kernels], progress: Progress
 ) -> dict[str, dict[str, float]] | None:
     if rounds == 0:
         return None
-    bar = progress.add_task("timing", total=rounds + 1, note="PyTorch's layers against fused ones")
-    return training.time_epochs(rounds, layers, lambda: progress.advance(bar))
+    bar = progress.add_task("timing", total=rounds + 1, note="PyTorch against the fused kernels")
+    return training.time_epochs(rounds, kinds, lambda: progress.advance(bar))
 
 
 # The results

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _dtype = attrgetter("dtype")
 _stride = Tensor.stride
+_grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -108,7 +109,7 @@ class _Launch:
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
-        grads = [p.grad for p in self.params]
+        grads = list(map(_grad, self.params))
         if not _same(grads, self._given) or addresses(grads) != self._grad_addresses:
             self._take(grads)
             self.step.table.set_row("grad", addresses(self.grads))

@@ -7,8 +7,6 @@ regularization", ICLR 2019; S. Reddi et al., "On the convergence of Adam and bey
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def optimizer_step_(
         return
     factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     if squares is not None:
-        norm = math.sqrt(float(squares.sum())) * factor
+        norm = float(squares.sum()) ** 0.5 * factor
         factor *= clip_factor(norm, max_norm)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         group = groups[i]
@@ -112,7 +110,7 @@ def _adam(
         v = torch.maximum(max_exp_avg_sq.to(g.dtype), v)
         max_exp_avg_sq.copy_(v)
     step_size = lr / (1 - beta1**step)
-    return step_size * m / (v.sqrt() / math.sqrt(1 - beta2**step) + eps)
+    return step_size * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
 
 
 def _sgd(

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from reg_kernels import backends
+from reg_kernels import backends, optim
 from reg_kernels.cli import _trainer, main, train
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._trainer import build_net
@@ -203,15 +203,15 @@ class TestResult:
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         starts, decays = [], []
-        original = torch.optim.AdamW.step
+        original = optim.AdamW.step
 
-        def step(self: torch.optim.AdamW) -> None:
+        def step(self: optim.AdamW) -> None:
             if not self.state:
                 starts.append([p.detach().clone() for p in self.param_groups[0]["params"]])
                 decays.append(self.param_groups[0]["weight_decay"])
             original(self)
 
-        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        monkeypatch.setattr(optim.AdamW, "step", step)
         assert main(command(data, tmp_path)) == 0
         plain, regularised = starts
         assert all(a.equal(b) for a, b in zip(plain, regularised, strict=True))
@@ -237,17 +237,25 @@ def at_step(
 ) -> Callable[[], None]:
     """Makes the optimizer's `step`-th update from now on, and all after it, raise."""
     done = 0
-    original = torch.optim.AdamW.step
+    originals = {kind: kind.step for kind in (optim.AdamW, torch.optim.AdamW)}
 
-    def wrapped(self: torch.optim.AdamW) -> None:
-        nonlocal done
-        done += 1
-        if done >= step:
-            raise error
-        original(self)
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(self: torch.optim.Optimizer) -> None:
+            nonlocal done
+            done += 1
+            if done >= step:
+                raise error
+            original(self)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", wrapped)
-    return lambda: monkeypatch.setattr(torch.optim.AdamW, "step", original)
+        return wrapped
+
+    def undo() -> None:
+        for kind, original in originals.items():
+            monkeypatch.setattr(kind, "step", original)
+
+    for kind, original in originals.items():
+        monkeypatch.setattr(kind, "step", wrap(original))
+    return undo
 
 
 @pytest.fixture(scope="session")

@@ -728,3 +728,9 @@ T atomicOr(T* address, std::type_identity_t<T> value) {
   *address = old | value;
   return old;
 }
+
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+  const unsigned old = *address;
+  *address = old >= most ? 0 : old + 1;
+  return old;
+}
