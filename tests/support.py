@@ -1,6 +1,11 @@
-"""What several test files need: the implementations of this machine, and the house's rng_state."""
+"""What several test files need: the implementations of this machine, the house's rng_state, and two
+optimizers side by side."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -34,4 +39,37 @@ def isas() -> list[str]:
     return names[: names.index(best) + 1]
 
 
-__all__ = ["DEVICE", "DTYPES", "DTYPE_IDS", "implementations", "isas", "rng_state"]
+class Twins:
+    """An optimizer and the one that it is held to, on the same parameters and gradients.
+
+    `ours` and `theirs` are optimizers' classes or what makes one of a list of parameters.
+    """
+
+    def __init__(self, ours: Any, theirs: Any, tensors: Sequence[torch.Tensor]) -> None:
+        # A deep copy keeps strides, also those of what is not dense.
+        self.params = [copy.deepcopy(x).requires_grad_() for x in tensors]
+        self.their_params = [copy.deepcopy(x).requires_grad_() for x in tensors]
+        self.ours, self.theirs = ours(self.params), theirs(self.their_params)
+
+    def give(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Gradients, by default random ones; each side gets tensors of its own."""
+        if grads is None:
+            grads = [torch.randn_like(p) for p in self.params]
+        for params in (self.params, self.their_params):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = None if g is None else g.detach().clone()
+
+    def step(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.give()
+            self.ours.step()
+            self.theirs.step()
+
+    def check(self, **tolerances: float) -> None:
+        """By default to within roundings of float64."""
+        tolerances = tolerances or {"rtol": 1e-12, "atol": 1e-13}
+        for p, q in zip(self.params, self.their_params, strict=True):
+            torch.testing.assert_close(p, q, **tolerances)
+
+
+__all__ = ["DEVICE", "DTYPES", "DTYPE_IDS", "Twins", "implementations", "isas", "rng_state"]

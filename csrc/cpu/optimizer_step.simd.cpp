@@ -16,9 +16,6 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kStep = 64;  // elements that are asked for at once
-static_assert(kTile % kStep == 0, "a tile is whole steps");
-
 template <typename C, typename T>
 void widen(const T* from, int64_t count, C* to) {
 #pragma omp simd
@@ -78,33 +75,18 @@ class TileOf {
   alignas(kLine) C buffer_[kTile];
 };
 
-// f(i) for the elements of a tile, `ahead(i)` before each step of them.
-template <typename F, typename Ahead>
-RK_HD void for_tile(int64_t count, const F& f, const Ahead& ahead) {
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    ahead(i);
+// f(i) for the elements of a tile. Nothing is asked for ahead: with three or four streams at once
+// the hardware does better by itself (bench/NOTES.md).
+template <typename F>
+RK_HD void for_tile(int64_t count, const F& f) {
 #pragma omp simd
-    for (int64_t j = i; j < i + kStep; ++j) f(j);
-  }
-#pragma omp simd
-  for (int64_t j = i; j < count; ++j) f(j);
+  for (int64_t i = 0; i < count; ++i) f(i);
 }
 
 template <typename C>
 struct Tiles {
   TileOf<C> param, grad, first_moment, second_moment, max_second_moment, ema, compensation;
 };
-
-constexpr int64_t kAheadOfTile = 2048;  // bytes of each of several streams
-
-template <typename C>
-RK_HD void ask_for(const C* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadOfTile);
-  for (int64_t i = kLine; i < kStep * static_cast<int64_t>(sizeof(C)); i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadOfTile + i);
-  }
-}
 
 template <bool kCoupled, bool kAmsgrad, typename C>
 void adam_tile(const OptimizerRule<C>& constants, const Tiles<C>& tiles, int64_t count) {
@@ -114,19 +96,10 @@ void adam_tile(const OptimizerRule<C>& constants, const Tiles<C>& tiles, int64_t
   C* m = tiles.first_moment.values();
   C* v = tiles.second_moment.values();
   C* v_max = tiles.max_second_moment.values();
-  for_tile(
-      count,
-      [=](int64_t i) __attribute__((always_inline)) {
-        C unused{};
-        adam_element<kCoupled, kAmsgrad>(rule, p[i], g[i], m[i], v[i],
-                                         kAmsgrad ? v_max[i] : unused);
-      },
-      [=](int64_t i) __attribute__((always_inline)) {
-        ask_for(p + i);
-        ask_for(g + i);
-        ask_for(m + i);
-        ask_for(v + i);
-      });
+  for_tile(count, [=](int64_t i) __attribute__((always_inline)) {
+    C unused{};
+    adam_element<kCoupled, kAmsgrad>(rule, p[i], g[i], m[i], v[i], kAmsgrad ? v_max[i] : unused);
+  });
 }
 
 template <bool kCoupled, bool kMomentum, typename C>
@@ -135,17 +108,10 @@ void sgd_tile(const OptimizerRule<C>& constants, const Tiles<C>& tiles, int64_t 
   C* p = tiles.param.values();
   const C* g = tiles.grad.values();
   C* m = tiles.first_moment.values();
-  for_tile(
-      count,
-      [=](int64_t i) __attribute__((always_inline)) {
-        C unused{};
-        sgd_element<kCoupled, kMomentum>(rule, p[i], g[i], kMomentum ? m[i] : unused);
-      },
-      [=](int64_t i) __attribute__((always_inline)) {
-        ask_for(p + i);
-        ask_for(g + i);
-        if (kMomentum) ask_for(m + i);
-      });
+  for_tile(count, [=](int64_t i) __attribute__((always_inline)) {
+    C unused{};
+    sgd_element<kCoupled, kMomentum>(rule, p[i], g[i], kMomentum ? m[i] : unused);
+  });
 }
 
 template <typename C>
@@ -185,8 +151,12 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
   const bool stochastic = task.rounding == Rounding::stochastic && task.dtype == DType::bfloat16;
   Tiles<C> tiles;
   Draws draws;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = kTile < end - first ? kTile : end - first;
+  // One loop over it all where nothing needs the tile again.
+  const bool at_once = task.dtype == own && task.moments_dtype == own && task.ema == nullptr &&
+                       !(task.constants.threshold > 0);
+  const int64_t tile = at_once ? end - begin : kTile;
+  for (int64_t first = begin; first < end; first += tile) {
+    const int64_t count = tile < end - first ? tile : end - first;
     tiles.param.open(task.param, task.dtype, first, count);
     tiles.grad.open(const_cast<void*>(task.grad), task.dtype, first, count);
     tiles.first_moment.open(task.first_moment, task.moments_dtype, first, count);

@@ -24,7 +24,8 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kOptimizerThreads = 256;
-constexpr int kOptimizerBlocks = 4;  // a multiprocessor: what fits it at 64 registers a thread
+constexpr int kOptimizerBlocks = 3;  // a multiprocessor: what fits it at 64 registers a thread
+constexpr int kUnitsInFlight = 1;    // of a thread, loaded before its first use of one
 constexpr int kMostGroups = 32;      // as reg_kernels/ops/optimizer_step.py has it
 
 // What a launch reads besides the tensors, by value; the pointers are to device memory, or null.
@@ -54,58 +55,52 @@ struct OptimizerStep {
 };
 static_assert(sizeof(OptimizerStep) <= 4096, "a kernel has 4 KiB of arguments");
 
-// What the threads of a block share.
-template <typename C>
+// What the threads of a block share. The arrays that few optimizers have are here, and not in
+// registers: those are what bounds the number of threads.
+template <typename T, typename S>
 struct OptimizerBlock {
-  OptimizerRule<C> rule;
+  OptimizerRule<compute_t<T>> rule;
+  S* max_second_moment;  // from the chunk's first element on, or null
+  compute_t<T>* ema;
+  T* compensation;
   bool proximal;  // there is an l1 penalty
   bool last;
 };
 
-// The arrays of one tensor from the chunk's first element on, or null.
-template <typename T, typename S>
+// A chunk's place in its tensor, and the addresses there.
 struct OptimizerChunk {
-  Span<T> param;
-  Span<const T> grad;
-  Span<S> first_moment, second_moment, max_second_moment;
-  Span<compute_t<T>> ema;
-  Span<T> compensation;
-  int count;              // elements of the chunk
-  int64_t first_element;  // among all draws
+  const TensorTable& table;
+  int64_t tensor, first;
+  int count;
 
-  __device__ OptimizerChunk(const TensorTable& table, int64_t tensor, int64_t chunk) {
-    const int64_t first = (chunk - table.at(TableRow::first_chunk, tensor)) * kChunk;
+  __device__ OptimizerChunk(const TensorTable& table, int64_t chunk)
+      : table(table), tensor(table.tensor_of_chunk(chunk)) {
+    first = (chunk - table.at(TableRow::first_chunk, tensor)) * kChunk;
     const int64_t rest = table.at(TableRow::numel, tensor) - first;
     count = static_cast<int>(rest < kChunk ? rest : kChunk);
-    first_element = table.at(TableRow::element_offset, tensor) + first;
-    param = span<T>(table, TableRow::param, tensor, first);
-    grad = span<const T>(table, TableRow::grad, tensor, first);
-    first_moment = span<S>(table, TableRow::first_moment, tensor, first);
-    second_moment = span<S>(table, TableRow::second_moment, tensor, first);
-    max_second_moment = span<S>(table, TableRow::max_second_moment, tensor, first);
-    ema = span<compute_t<T>>(table, TableRow::ema, tensor, first);
-    compensation = span<T>(table, TableRow::compensation, tensor, first);
   }
 
-  // Whether everything can be moved in vectors with no further check.
+  template <typename T>
+  __device__ T* address(TableRow row) const {
+    T* const data = table.address<T>(row, tensor);
+    return data ? data + first : nullptr;
+  }
+
+  template <typename T>
+  __device__ Span<T> span(TableRow row) const {
+    return {address<T>(row), 0, count};
+  }
+
+  // Whether everything can be moved in vectors with no further check. Chunks are whole vectors, so
+  // it is as with the tensors' first elements.
   __device__ bool whole() const {
-    const uintptr_t addresses = address(param) | address(grad) | address(first_moment) |
-                                address(second_moment) | address(max_second_moment) |
-                                address(ema) | address(compensation);
-    return count == kChunk && addresses % kVectorBytes == 0;
-  }
-
- private:
-  template <typename U>
-  __device__ Span<U> span(const TensorTable& table, TableRow row, int64_t tensor,
-                          int64_t first) const {
-    U* const data = table.address<U>(row, tensor);
-    return {data ? data + first : nullptr, 0, count};
-  }
-
-  template <typename U>
-  static __device__ uintptr_t address(const Span<U>& span) {
-    return reinterpret_cast<uintptr_t>(span.data);
+    uintptr_t all = 0;
+    for (const TableRow row :
+         {TableRow::grad, TableRow::param, TableRow::first_moment, TableRow::second_moment,
+          TableRow::max_second_moment, TableRow::ema, TableRow::compensation}) {
+      all |= static_cast<uintptr_t>(table.at(row, tensor));
+    }
+    return count == kChunk && all % kVectorBytes == 0;
   }
 };
 
@@ -113,93 +108,28 @@ template <typename T, typename S>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T) > sizeof(S) ? sizeof(T)
                                                                              : sizeof(S));
 
-// kWidth elements of each array, in a thread's registers.
-template <typename T, typename S>
-struct OptimizerUnit {
-  using C = compute_t<T>;
-  static constexpr int kCount = kWidth<T, S>;
-
-  Vector<T, kCount> param, grad, compensation;
-  Vector<S, kCount> first_moment, second_moment, max_second_moment;
-  Vector<C, kCount> ema;
-
-  template <bool kWhole, Algorithm kAlgorithm>
-  __device__ __forceinline__ void load_from(const OptimizerChunk<T, S>& chunk, int i) {
-    load_array<kWhole>(chunk.param, i, param);
-    load_array<kWhole>(chunk.grad, i, grad);
-    if constexpr (kAlgorithm == Algorithm::adam) {
-      load_array<kWhole>(chunk.first_moment, i, first_moment);
-      load_array<kWhole>(chunk.second_moment, i, second_moment);
-      if (chunk.max_second_moment.data) {
-        load_array<kWhole>(chunk.max_second_moment, i, max_second_moment);
-      }
-    } else if (chunk.first_moment.data) {
-      load_array<kWhole>(chunk.first_moment, i, first_moment);
-    }
-    if (chunk.ema.data) load_array<kWhole>(chunk.ema, i, ema);
-    if (chunk.compensation.data) load_array<kWhole>(chunk.compensation, i, compensation);
-  }
-
-  template <bool kWhole, Algorithm kAlgorithm>
-  __device__ __forceinline__ void store_to(const OptimizerChunk<T, S>& chunk, int i) const {
-    store_vector<kWhole>(chunk.param, i, param);
-    if constexpr (kAlgorithm == Algorithm::adam) {
-      store_vector<kWhole>(chunk.first_moment, i, first_moment);
-      store_vector<kWhole>(chunk.second_moment, i, second_moment);
-      if (chunk.max_second_moment.data) {
-        store_vector<kWhole>(chunk.max_second_moment, i, max_second_moment);
-      }
-    } else if (chunk.first_moment.data) {
-      store_vector<kWhole>(chunk.first_moment, i, first_moment);
-    }
-    if (chunk.ema.data) store_vector<kWhole>(chunk.ema, i, ema);
-    if (chunk.compensation.data) store_vector<kWhole>(chunk.compensation, i, compensation);
-  }
-
-  // kSecond: amsgrad's maximum, or SGD's momentum.
-  template <Algorithm kAlgorithm, bool kCoupled, bool kSecond>
-  __device__ __forceinline__ void update(const OptimizerRule<C>& rule, C (&p)[kCount]) {
-    RK_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      const C g = load(grad.v[j]);
-      C m = kAlgorithm == Algorithm::adam || kSecond ? of(first_moment.v[j]) : C{};
-      if constexpr (kAlgorithm == Algorithm::adam) {
-        C v = of(second_moment.v[j]), v_max = kSecond ? of(max_second_moment.v[j]) : C{};
-        adam_element<kCoupled, kSecond>(rule, p[j], g, m, v, v_max);
-        second_moment.v[j] = store<S>(v);
-        if constexpr (kSecond) max_second_moment.v[j] = store<S>(v_max);
-      } else {
-        sgd_element<kCoupled, kSecond>(rule, p[j], g, m);
-      }
-      if constexpr (kAlgorithm == Algorithm::adam || kSecond) first_moment.v[j] = store<S>(m);
-    }
-  }
-
- private:
-  static __device__ C of(S value) { return static_cast<C>(load(value)); }
-
-  template <bool kWhole, typename U>
-  static __device__ __forceinline__ void load_array(const Span<U>& span, int i,
-                                                    Vector<std::remove_const_t<U>, kCount>& to) {
-    using V = std::remove_const_t<U>;
-    to = load_vector<kWhole, V, kCount>({span.data, span.begin, span.end}, i);
-  }
-};
+template <bool kWhole, int kCount, typename T>
+__device__ __forceinline__ Vector<std::remove_const_t<T>, kCount> load_array(const Span<T>& span,
+                                                                             int i) {
+  using V = std::remove_const_t<T>;
+  return load_vector<kWhole, V, kCount>({span.data, span.begin, span.end}, i);
+}
 
 // What rounds a parameter: to nearest, or with the draws of `stream`.
 struct OptimizerRounding {
   bool stochastic;
   RngStream stream;
+  int64_t chunk;  // its first element, among all draws: a multiple of kGroup
 
-  // `first` is a multiple of kCount, so one draw serves all of the elements.
+  // `i`, in the chunk, is a multiple of kCount, so one draw serves all of the elements.
   template <typename T, int kCount>
   __device__ __forceinline__ Vector<T, kCount> operator()(const compute_t<T> (&p)[kCount],
-                                                          int64_t first) const {
+                                                          int i) const {
     Vector<T, kCount> result;
     if constexpr (std::is_same_v<T, bfloat16>) {
       if (stochastic) {
-        PhiloxWords words = stream(static_cast<uint64_t>(first) / kGroup);
-        if (kCount < kGroup && first % kGroup != 0) words = {words.w[2], words.w[3], 0, 0};
+        PhiloxWords words = stream(static_cast<uint64_t>(chunk + i) / kGroup);
+        if (kCount < kGroup && i % kGroup != 0) words = {words.w[2], words.w[3], 0, 0};
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) {
           result.v[j] = store_stochastic(p[j], half_word(words, j));
@@ -213,3 +143,167 @@ struct OptimizerRounding {
   }
 };
 
+// kSecond: with amsgrad's maximum, or SGD's momentum.
+template <Algorithm kAlgorithm, bool kCoupled, bool kSecond, typename C, typename T, typename S,
+          int kCount>
+__device__ __forceinline__ void update_elements(const OptimizerRule<C>& rule, C (&p)[kCount],
+                                                const Vector<T, kCount>& grad,
+                                                Vector<S, kCount>& first, Vector<S, kCount>& second,
+                                                Vector<S, kCount>& most) {
+  RK_UNROLL
+  for (int j = 0; j < kCount; ++j) {
+    const C g = load(grad.v[j]);
+    C m = static_cast<C>(load(first.v[j]));
+    if constexpr (kAlgorithm == Algorithm::adam) {
+      C v = static_cast<C>(load(second.v[j])), v_max = static_cast<C>(load(most.v[j]));
+      adam_element<kCoupled, kSecond>(rule, p[j], g, m, v, v_max);
+      second.v[j] = store<S>(v);
+      most.v[j] = store<S>(v_max);
+    } else {
+      sgd_element<kCoupled, kSecond>(rule, p[j], g, m);
+    }
+    first.v[j] = store<S>(m);
+  }
+}
+
+// One thread's share of a chunk. Its first loads are under way while another thread still works out
+// the constants.
+template <bool kWhole, Algorithm kAlgorithm, typename T, typename S>
+__device__ __forceinline__ void update_chunk(const OptimizerChunk& chunk,
+                                             const OptimizerBlock<T, S>& block, bool coupled,
+                                             const OptimizerRounding& round) {
+  using C = compute_t<T>;
+  constexpr bool kAdam = kAlgorithm == Algorithm::adam;
+  constexpr int kCount = kWidth<T, S>;
+  constexpr int kStride = kOptimizerThreads * kCount;
+  constexpr int kStep = kUnitsInFlight * kStride;
+  static_assert(kChunk % kStep == 0, "a chunk is whole steps");
+  const int count = kWhole ? static_cast<int>(kChunk) : chunk.count;
+  const auto param = chunk.span<T>(TableRow::param);
+  const auto grad = chunk.span<const T>(TableRow::grad);
+  const auto first_moment = chunk.span<S>(TableRow::first_moment);
+  const auto second_moment = chunk.span<S>(TableRow::second_moment);
+  const bool has_first = kAdam || first_moment.data;
+  for (int step = 0; step < count; step += kStep) {
+    const int mine = step + static_cast<int>(threadIdx.x) * kCount;
+    Vector<T, kCount> parts[kUnitsInFlight], grads[kUnitsInFlight];
+    Vector<S, kCount> firsts[kUnitsInFlight] = {}, seconds[kUnitsInFlight] = {};
+    RK_UNROLL
+    for (int u = 0; u < kUnitsInFlight; ++u) {
+      const int i = mine + u * kStride;
+      parts[u] = load_array<kWhole, kCount>(param, i);
+      grads[u] = load_array<kWhole, kCount>(grad, i);
+      if (has_first) firsts[u] = load_array<kWhole, kCount>(first_moment, i);
+      if constexpr (kAdam) seconds[u] = load_array<kWhole, kCount>(second_moment, i);
+    }
+    if (step == 0) __syncthreads();  // the constants are there
+    RK_UNROLL
+    for (int u = 0; u < kUnitsInFlight; ++u) {
+      const int i = mine + u * kStride;
+      if (!kWhole && i >= count) continue;
+      const OptimizerRule<C>& rule = block.rule;
+      C p[kCount];
+      RK_UNROLL
+      for (int j = 0; j < kCount; ++j) p[j] = load(parts[u].v[j]);
+      // What rounding took off the parameter so far is still part of it.
+      const Span<T> compensation{block.compensation, 0, count};
+      if (compensation.data) {
+        const auto lost = load_array<kWhole, kCount>(compensation, i);
+        RK_UNROLL
+        for (int j = 0; j < kCount; ++j) p[j] += load(lost.v[j]);
+      }
+      const auto update = [&]<bool kCoupled, bool kSecond>(Vector<S, kCount>& most) {
+        update_elements<kAlgorithm, kCoupled, kSecond>(rule, p, grads[u], firsts[u], seconds[u],
+                                                       most);
+      };
+      const Span<S> max_second_moment{block.max_second_moment, 0, count};
+      Vector<S, kCount> most{};
+      if (kAdam ? max_second_moment.data != nullptr : has_first) {
+        if constexpr (kAdam) most = load_array<kWhole, kCount>(max_second_moment, i);
+        coupled ? update.template operator()<true, true>(most)
+                : update.template operator()<false, true>(most);
+        if constexpr (kAdam) store_vector<kWhole>(max_second_moment, i, most);
+      } else {
+        coupled ? update.template operator()<true, false>(most)
+                : update.template operator()<false, false>(most);
+      }
+      if (has_first) store_vector<kWhole>(first_moment, i, firsts[u]);
+      if constexpr (kAdam) store_vector<kWhole>(second_moment, i, seconds[u]);
+      if (block.proximal) {
+        RK_UNROLL
+        for (int j = 0; j < kCount; ++j) p[j] = soft_threshold(p[j], rule.threshold);
+      }
+      const Span<C> ema{block.ema, 0, count};
+      if (ema.data) {
+        auto means = load_array<kWhole, kCount>(ema, i);
+        RK_UNROLL
+        for (int j = 0; j < kCount; ++j) means.v[j] = ema_element(rule, means.v[j], p[j]);
+        store_vector<kWhole>(ema, i, means);
+      }
+      const auto stored = round.template operator()<T>(p, i);
+      store_vector<kWhole>(param, i, stored);
+      if (compensation.data) {
+        Vector<T, kCount> lost;
+        RK_UNROLL
+        for (int j = 0; j < kCount; ++j) lost.v[j] = store<T>(p[j] - load(stored.v[j]));
+        store_vector<kWhole>(compensation, i, lost);
+      }
+    }
+  }
+}
+
+// Adds one to each tensor's step, by one block.
+__device__ __forceinline__ void add_steps(const TensorTable& table) {
+  for (int64_t i = threadIdx.x; i < table.count; i += kOptimizerThreads) {
+    if (auto* step = table.address<float>(TableRow::step, i)) *step += 1.0f;
+  }
+}
+
+template <Algorithm kAlgorithm, typename T, typename S>
+__global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
+    optimizer_step_kernel(const __grid_constant__ OptimizerStep a) {
+  using C = compute_t<T>;
+  if (a.found_inf && *a.found_inf != 0.0f) return;  // and so does every block
+  using Block = OptimizerBlock<T, S>;
+  RK_SHARED(Block, block);
+  if (blockIdx.x < a.chunks) {
+    const OptimizerChunk chunk(a.table, blockIdx.x);
+    const OptimizerGroup& group = a.groups[a.table.at(TableRow::group, chunk.tensor)];
+    if (threadIdx.x == 0) {
+      const auto* step = a.table.address<const float>(TableRow::step, chunk.tensor);
+      const float next = step ? *step + 1.0f : 1.0f;
+      const OptimizerConstants k = optimizer_constants(kAlgorithm, group, next, a.gradient());
+      block->rule = OptimizerRule<C>(k, kAlgorithm);
+      block->proximal = k.threshold > 0;
+      block->max_second_moment = chunk.address<S>(TableRow::max_second_moment);
+      block->ema = chunk.address<C>(TableRow::ema);
+      block->compensation = chunk.address<T>(TableRow::compensation);
+    }
+    const bool coupled = group.decay == Decay::l2 && group.weight_decay != 0;
+    const OptimizerRounding round{
+        a.rounding == Rounding::stochastic, a.rng.stream(RngTag::rounding),
+        a.table.at(TableRow::element_offset, chunk.tensor) + chunk.first};
+    if (chunk.whole()) {
+      update_chunk<true, kAlgorithm>(chunk, *block, coupled, round);
+    } else {
+      update_chunk<false, kAlgorithm>(chunk, *block, coupled, round);
+    }
+  }
+  if (last_block(a.ticket, &block->last)) add_steps(a.table);
+}
+
+// Parameters and gradients of type T, moments of type S.
+template <typename T, typename S>
+void launch_optimizer_step(Algorithm algorithm, const OptimizerStep& step, cudaStream_t stream) {
+  if (step.table.count == 0) return;
+  // Tensors without an element count their steps too: there is a block for that at least.
+  const dim3 grid(static_cast<unsigned>(step.chunks > 0 ? step.chunks : 1));
+  const auto kernel = algorithm == Algorithm::adam ? optimizer_step_kernel<Algorithm::adam, T, S>
+                                                   : optimizer_step_kernel<Algorithm::sgd, T, S>;
+  RK_LAUNCH(kernel, grid, dim3(kOptimizerThreads), sizeof(OptimizerBlock<T, S>), stream,
+            step);
+  check_launch("optimizer_step");
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END

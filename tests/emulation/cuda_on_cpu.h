@@ -45,6 +45,7 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // __shared__ stays undefined: all shared memory comes from RK_SHARED, where an access past its end
 // is seen. As C++ statics, one array would border on the next.
 #define RK_SHARED(T, name) T* const name = cuda_on_cpu::shared_memory<T>()

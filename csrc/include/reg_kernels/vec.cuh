@@ -21,16 +21,15 @@ struct Vector {
   T v[kCount];
 };
 
-constexpr int access_bytes(int vector_bytes) {
-  return vector_bytes < kVectorBytes ? vector_bytes : kVectorBytes;
-}
+template <int kBytes>  // of a vector
+constexpr int kAccessBytes = kBytes < kVectorBytes ? kBytes : kVectorBytes;
 
 // What is moved in accesses of up to 16 bytes. Words, not elements: nvcc then keeps one LDG.128.
 template <int kBytes>
 #if defined(__CUDACC__)
-struct alignas(access_bytes(kBytes)) Bits {
+struct alignas(kAccessBytes<kBytes>) Bits {
 #else
-struct __attribute__((aligned(access_bytes(kBytes)), may_alias)) Bits {
+struct __attribute__((aligned(kAccessBytes<kBytes>), may_alias)) Bits {
 #endif
   uint32_t w[kBytes / 4];
 };
@@ -58,7 +57,7 @@ template <bool kWhole, typename T, int kCount = kVector<T>>
 __device__ __forceinline__ Vector<T, kCount> load_vector(const Span<const T>& span, int64_t i) {
   constexpr int kBytes = kCount * sizeof(T);
   if constexpr (!kWhole) {
-    if (!span.whole(i, i + kCount, access_bytes(kBytes))) {
+    if (!span.whole(i, i + kCount, kAccessBytes<kBytes>)) {
       Vector<T, kCount> result{};
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) {
@@ -77,7 +76,7 @@ __device__ __forceinline__ void store_vector(const Span<T>& span, int64_t i,
                                              const Vector<T, kCount>& value) {
   constexpr int kBytes = kCount * sizeof(T);
   if constexpr (!kWhole) {
-    if (!span.whole(i, i + kCount, access_bytes(kBytes))) {
+    if (!span.whole(i, i + kCount, kAccessBytes<kBytes>)) {
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) {
         if (i + j >= span.begin && i + j < span.end) *span.at(i + j) = value.v[j];
