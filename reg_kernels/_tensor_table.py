@@ -61,6 +61,12 @@ class TensorTable:
         self._host = _tensor_of(numbers)
         self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
         self.scratch = torch.zeros(1 + self.chunks, dtype=torch.float64, device=device)
+        # Where a graph copies a row from at its replays; allocated now, not while one is captured.
+        self._for_capture = torch.empty(
+            self.count if device.type == "cuda" else 0,
+            dtype=torch.int64,
+            pin_memory=device.type == "cuda",
+        )
         self._captured: list[Tensor] = []
 
     def set_row(self, name: str, values: list[int]) -> None:
@@ -72,8 +78,9 @@ class TensorTable:
         first = ROWS.index(name) * self.count
         row = _tensor_of(array("q", values))
         if capturing:
-            # A graph copies from where the values lie now each time that it is replayed.
-            row = row.pin_memory()
+            if self._captured:  # by an earlier graph, which still copies from there
+                self._for_capture = self._for_capture.clone().pin_memory()
+            row = self._for_capture.copy_(row)
             self._captured.append(row)
         self.data[first : first + self.count].copy_(row, non_blocking=True)
         self._rows[name] = values

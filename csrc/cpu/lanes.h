@@ -29,6 +29,12 @@ RK_HD __m256 load_floats(const bfloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+// The eight as they are stored, rounded to nearest even.
+RK_HD void store_floats(float16* p, __m256 floats) {
+  const __m128i bits = _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+
 // By hand: g++ 12 takes a wide conversion to pieces.
 RK_HD Doubles widen(__m256 floats) {
 #if defined(__AVX512F__)

@@ -44,6 +44,8 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t algorithm,
   shared.rounding = static_cast<Rounding>(rounding);
   shared.dtype = dtype_from(dtypes[0], kOp);
   shared.moments_dtype = dtype_from(dtypes[1], kOp);
+  STD_TORCH_CHECK((shared.dtype == DType::float64) == (shared.moments_dtype == DType::float64), kOp,
+                  ": moments of float64 must go with float64 parameters, and no others");
   if (rng_state) {
     check_rng_state(*rng_state, kOp);
     STD_TORCH_CHECK(rng_state->is_cpu(), kOp, ": rng_state must be on the CPU");

@@ -25,7 +25,6 @@ namespace cuda {
 
 constexpr int kOptimizerThreads = 256;
 constexpr int kOptimizerBlocks = 3;  // a multiprocessor: what fits it at 64 registers a thread
-constexpr int kUnitsInFlight = 1;    // of a thread, loaded before its first use of one
 constexpr int kMostGroups = 32;      // as reg_kernels/ops/optimizer_step.py has it
 
 // What a launch reads besides the tensors, by value; the pointers are to device memory, or null.
@@ -47,6 +46,7 @@ struct OptimizerStep {
     double factor = grad_scale ? 1.0 / *grad_scale : 1.0;
     if (squares) {
       double total = 0;
+      RK_NO_UNROLL
       for (int64_t i = 0; i < squares_count; ++i) total += squares[i];
       factor *= clip_factor(sqrt(total) * factor, max_norm);
     }
@@ -54,6 +54,36 @@ struct OptimizerStep {
   }
 };
 static_assert(sizeof(OptimizerStep) <= 4096, "a kernel has 4 KiB of arguments");
+
+// What rounds a parameter: to nearest, or with the draws of `stream`.
+struct OptimizerRounding {
+  bool stochastic;
+  RngStream stream;
+  int64_t chunk;  // its first element, among all draws: a multiple of kGroup
+
+  // `i`, in the chunk, is a multiple of kCount, so one draw serves all of the elements.
+  template <typename T, int kCount>
+  __device__ __forceinline__ Vector<T, kCount> operator()(const compute_t<T> (&p)[kCount],
+                                                          int i) const {
+    Vector<T, kCount> result;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (stochastic) {
+        PhiloxWords words = stream(static_cast<uint64_t>(chunk + i) / kGroup);
+        if (kCount <= 4 && (i & 4)) words = {words.w[2], words.w[3], 0, 0};
+        if (kCount <= 2 && (i & 2)) words.w[0] = words.w[1];
+        if (kCount <= 1 && (i & 1)) words.w[0] >>= 16;
+        RK_UNROLL
+        for (int j = 0; j < kCount; ++j) {
+          result.v[j] = store_stochastic(p[j], half_word(words, j));
+        }
+        return result;
+      }
+    }
+    RK_UNROLL
+    for (int j = 0; j < kCount; ++j) result.v[j] = store<T>(p[j]);
+    return result;
+  }
+};
 
 // What the threads of a block share. The arrays that few optimizers have are here, and not in
 // registers: those are what bounds the number of threads.
@@ -63,8 +93,19 @@ struct OptimizerBlock {
   S* max_second_moment;  // from the chunk's first element on, or null
   compute_t<T>* ema;
   T* compensation;
+  OptimizerRounding round;
+  bool coupled;   // there is an l2 penalty
   bool proximal;  // there is an l1 penalty
   bool last;
+};
+
+// The arrays that most optimizers have, from the chunk's first element on.
+template <typename T, typename S>
+struct OptimizerArrays {
+  T* param;
+  const T* grad;
+  S* first_moment;  // or null
+  S* second_moment;
 };
 
 // A chunk's place in its tensor, and the addresses there.
@@ -83,65 +124,27 @@ struct OptimizerChunk {
   template <typename T>
   __device__ T* address(TableRow row) const {
     T* const data = table.address<T>(row, tensor);
-    return data ? data + first : nullptr;
+    return data ? in_global_memory(data + first) : nullptr;
   }
 
-  template <typename T>
-  __device__ Span<T> span(TableRow row) const {
-    return {address<T>(row), 0, count};
-  }
-
-  // Whether everything can be moved in vectors with no further check. Chunks are whole vectors, so
-  // it is as with the tensors' first elements.
-  __device__ bool whole() const {
-    uintptr_t all = 0;
+  // Whether vectors are aligned in all arrays. Chunks are whole vectors, so it is as at the tensors'
+  // first elements.
+  __device__ bool aligned() const {
+    int64_t all = 0;
     for (const TableRow row :
          {TableRow::grad, TableRow::param, TableRow::first_moment, TableRow::second_moment,
           TableRow::max_second_moment, TableRow::ema, TableRow::compensation}) {
-      all |= static_cast<uintptr_t>(table.at(row, tensor));
+      all |= table.at(row, tensor);
     }
-    return count == kChunk && all % kVectorBytes == 0;
+    return all % kVectorBytes == 0;
   }
 };
 
 template <typename T, typename S>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T) > sizeof(S) ? sizeof(T)
                                                                              : sizeof(S));
-
-template <bool kWhole, int kCount, typename T>
-__device__ __forceinline__ Vector<std::remove_const_t<T>, kCount> load_array(const Span<T>& span,
-                                                                             int i) {
-  using V = std::remove_const_t<T>;
-  return load_vector<kWhole, V, kCount>({span.data, span.begin, span.end}, i);
-}
-
-// What rounds a parameter: to nearest, or with the draws of `stream`.
-struct OptimizerRounding {
-  bool stochastic;
-  RngStream stream;
-  int64_t chunk;  // its first element, among all draws: a multiple of kGroup
-
-  // `i`, in the chunk, is a multiple of kCount, so one draw serves all of the elements.
-  template <typename T, int kCount>
-  __device__ __forceinline__ Vector<T, kCount> operator()(const compute_t<T> (&p)[kCount],
-                                                          int i) const {
-    Vector<T, kCount> result;
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      if (stochastic) {
-        PhiloxWords words = stream(static_cast<uint64_t>(chunk + i) / kGroup);
-        if (kCount < kGroup && i % kGroup != 0) words = {words.w[2], words.w[3], 0, 0};
-        RK_UNROLL
-        for (int j = 0; j < kCount; ++j) {
-          result.v[j] = store_stochastic(p[j], half_word(words, j));
-        }
-        return result;
-      }
-    }
-    RK_UNROLL
-    for (int j = 0; j < kCount; ++j) result.v[j] = store<T>(p[j]);
-    return result;
-  }
-};
+template <typename T, typename S>
+constexpr int kUnitsInFlight = 1;
 
 // kSecond: with amsgrad's maximum, or SGD's momentum.
 template <Algorithm kAlgorithm, bool kCoupled, bool kSecond, typename C, typename T, typename S,
@@ -166,49 +169,43 @@ __device__ __forceinline__ void update_elements(const OptimizerRule<C>& rule, C 
   }
 }
 
-// One thread's share of a chunk. Its first loads are under way while another thread still works out
-// the constants.
-template <bool kWhole, Algorithm kAlgorithm, typename T, typename S>
-__device__ __forceinline__ void update_chunk(const OptimizerChunk& chunk,
-                                             const OptimizerBlock<T, S>& block, bool coupled,
-                                             const OptimizerRounding& round) {
+// One thread's share of elements [begin, end) of a chunk, which are whole vectors of kCount.
+template <int kCount, int kUnits, Algorithm kAlgorithm, typename T, typename S>
+__device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays, int begin,
+                                             int end, const OptimizerBlock<T, S>& block,
+                                             bool& ready) {
   using C = compute_t<T>;
   constexpr bool kAdam = kAlgorithm == Algorithm::adam;
-  constexpr int kCount = kWidth<T, S>;
   constexpr int kStride = kOptimizerThreads * kCount;
-  constexpr int kStep = kUnitsInFlight * kStride;
-  static_assert(kChunk % kStep == 0, "a chunk is whole steps");
-  const int count = kWhole ? static_cast<int>(kChunk) : chunk.count;
-  const auto param = chunk.span<T>(TableRow::param);
-  const auto grad = chunk.span<const T>(TableRow::grad);
-  const auto first_moment = chunk.span<S>(TableRow::first_moment);
-  const auto second_moment = chunk.span<S>(TableRow::second_moment);
-  const bool has_first = kAdam || first_moment.data;
-  for (int step = 0; step < count; step += kStep) {
+  constexpr int kStep = kUnits * kStride;
+  const bool has_first = kAdam || arrays.first_moment;
+  for (int step = begin; step < end; step += kStep) {
     const int mine = step + static_cast<int>(threadIdx.x) * kCount;
-    Vector<T, kCount> parts[kUnitsInFlight], grads[kUnitsInFlight];
-    Vector<S, kCount> firsts[kUnitsInFlight] = {}, seconds[kUnitsInFlight] = {};
+    Vector<T, kCount> params[kUnits], grads[kUnits];
+    Vector<S, kCount> firsts[kUnits] = {}, seconds[kUnits] = {};
     RK_UNROLL
-    for (int u = 0; u < kUnitsInFlight; ++u) {
+    for (int u = 0; u < kUnits; ++u) {
       const int i = mine + u * kStride;
-      parts[u] = load_array<kWhole, kCount>(param, i);
-      grads[u] = load_array<kWhole, kCount>(grad, i);
-      if (has_first) firsts[u] = load_array<kWhole, kCount>(first_moment, i);
-      if constexpr (kAdam) seconds[u] = load_array<kWhole, kCount>(second_moment, i);
+      if (i >= end) continue;
+      params[u] = load_whole<kCount>(arrays.param + i);
+      grads[u] = load_whole<kCount>(arrays.grad + i);
+      if (has_first) firsts[u] = load_whole<kCount>(arrays.first_moment + i);
+      if constexpr (kAdam) seconds[u] = load_whole<kCount>(arrays.second_moment + i);
     }
-    if (step == 0) __syncthreads();  // the constants are there
+    // The first loads are under way while one thread still works out the constants.
+    if (!ready) __syncthreads();
+    ready = true;
     RK_UNROLL
-    for (int u = 0; u < kUnitsInFlight; ++u) {
+    for (int u = 0; u < kUnits; ++u) {
       const int i = mine + u * kStride;
-      if (!kWhole && i >= count) continue;
+      if (i >= end) continue;
       const OptimizerRule<C>& rule = block.rule;
       C p[kCount];
       RK_UNROLL
-      for (int j = 0; j < kCount; ++j) p[j] = load(parts[u].v[j]);
+      for (int j = 0; j < kCount; ++j) p[j] = load(params[u].v[j]);
       // What rounding took off the parameter so far is still part of it.
-      const Span<T> compensation{block.compensation, 0, count};
-      if (compensation.data) {
-        const auto lost = load_array<kWhole, kCount>(compensation, i);
+      if (block.compensation) {
+        const auto lost = load_whole<kCount>(in_global_memory(block.compensation) + i);
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) p[j] += load(lost.v[j]);
       }
@@ -216,37 +213,37 @@ __device__ __forceinline__ void update_chunk(const OptimizerChunk& chunk,
         update_elements<kAlgorithm, kCoupled, kSecond>(rule, p, grads[u], firsts[u], seconds[u],
                                                        most);
       };
-      const Span<S> max_second_moment{block.max_second_moment, 0, count};
       Vector<S, kCount> most{};
-      if (kAdam ? max_second_moment.data != nullptr : has_first) {
-        if constexpr (kAdam) most = load_array<kWhole, kCount>(max_second_moment, i);
-        coupled ? update.template operator()<true, true>(most)
-                : update.template operator()<false, true>(most);
-        if constexpr (kAdam) store_vector<kWhole>(max_second_moment, i, most);
+      if (kAdam ? block.max_second_moment != nullptr : has_first) {
+        S* const address = in_global_memory(block.max_second_moment) + i;
+        if constexpr (kAdam) most = load_whole<kCount>(address);
+        block.coupled ? update.template operator()<true, true>(most)
+                      : update.template operator()<false, true>(most);
+        if constexpr (kAdam) store_whole(address, most);
       } else {
-        coupled ? update.template operator()<true, false>(most)
-                : update.template operator()<false, false>(most);
+        block.coupled ? update.template operator()<true, false>(most)
+                      : update.template operator()<false, false>(most);
       }
-      if (has_first) store_vector<kWhole>(first_moment, i, firsts[u]);
-      if constexpr (kAdam) store_vector<kWhole>(second_moment, i, seconds[u]);
+      if (has_first) store_whole(arrays.first_moment + i, firsts[u]);
+      if constexpr (kAdam) store_whole(arrays.second_moment + i, seconds[u]);
       if (block.proximal) {
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) p[j] = soft_threshold(p[j], rule.threshold);
       }
-      const Span<C> ema{block.ema, 0, count};
-      if (ema.data) {
-        auto means = load_array<kWhole, kCount>(ema, i);
+      if (block.ema) {
+        C* const address = in_global_memory(block.ema) + i;
+        auto ema = load_whole<kCount>(address);
         RK_UNROLL
-        for (int j = 0; j < kCount; ++j) means.v[j] = ema_element(rule, means.v[j], p[j]);
-        store_vector<kWhole>(ema, i, means);
+        for (int j = 0; j < kCount; ++j) ema.v[j] = ema_element(rule, ema.v[j], p[j]);
+        store_whole(address, ema);
       }
-      const auto stored = round.template operator()<T>(p, i);
-      store_vector<kWhole>(param, i, stored);
-      if (compensation.data) {
+      params[u] = block.round.template operator()<T>(p, i);
+      store_whole(arrays.param + i, params[u]);
+      if (block.compensation) {
         Vector<T, kCount> lost;
         RK_UNROLL
-        for (int j = 0; j < kCount; ++j) lost.v[j] = store<T>(p[j] - load(stored.v[j]));
-        store_vector<kWhole>(compensation, i, lost);
+        for (int j = 0; j < kCount; ++j) lost.v[j] = store<T>(p[j] - load(params[u].v[j]));
+        store_whole(in_global_memory(block.compensation) + i, lost);
       }
     }
   }
@@ -268,26 +265,29 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
   RK_SHARED(Block, block);
   if (blockIdx.x < a.chunks) {
     const OptimizerChunk chunk(a.table, blockIdx.x);
-    const OptimizerGroup& group = a.groups[a.table.at(TableRow::group, chunk.tensor)];
     if (threadIdx.x == 0) {
+      const OptimizerGroup& group = a.groups[a.table.at(TableRow::group, chunk.tensor)];
       const auto* step = a.table.address<const float>(TableRow::step, chunk.tensor);
       const float next = step ? *step + 1.0f : 1.0f;
       const OptimizerConstants k = optimizer_constants(kAlgorithm, group, next, a.gradient());
       block->rule = OptimizerRule<C>(k, kAlgorithm);
+      block->round = {a.rounding == Rounding::stochastic, a.rng.stream(RngTag::rounding),
+                      a.table.at(TableRow::element_offset, chunk.tensor) + chunk.first};
+      block->coupled = group.decay == Decay::l2 && group.weight_decay != 0;
       block->proximal = k.threshold > 0;
       block->max_second_moment = chunk.address<S>(TableRow::max_second_moment);
       block->ema = chunk.address<C>(TableRow::ema);
       block->compensation = chunk.address<T>(TableRow::compensation);
     }
-    const bool coupled = group.decay == Decay::l2 && group.weight_decay != 0;
-    const OptimizerRounding round{
-        a.rounding == Rounding::stochastic, a.rng.stream(RngTag::rounding),
-        a.table.at(TableRow::element_offset, chunk.tensor) + chunk.first};
-    if (chunk.whole()) {
-      update_chunk<true, kAlgorithm>(chunk, *block, coupled, round);
-    } else {
-      update_chunk<false, kAlgorithm>(chunk, *block, coupled, round);
-    }
+    const OptimizerArrays<T, S> arrays{chunk.address<T>(TableRow::param),
+                                       chunk.address<const T>(TableRow::grad),
+                                       chunk.address<S>(TableRow::first_moment),
+                                       chunk.address<S>(TableRow::second_moment)};
+    constexpr int kCount = kWidth<T, S>;
+    const int whole = chunk.aligned() ? chunk.count / kCount * kCount : 0;
+    bool ready = false;
+    update_range<kCount, kUnitsInFlight<T, S>, kAlgorithm>(arrays, 0, whole, *block, ready);
+    update_range<1, 1, kAlgorithm>(arrays, whole, chunk.count, *block, ready);
   }
   if (last_block(a.ticket, &block->last)) add_steps(a.table);
 }

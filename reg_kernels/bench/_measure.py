@@ -8,7 +8,7 @@ against.
 
 On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU
 was kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2
-cache.
+cache. Where the host's time counts as well, the clock runs until the GPU has done the last call.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+STEP = "step"  # of an optimizer, in place
 
 _POOL_OVER_L2 = 4  # the pool of inputs is this many times the L2 cache
 _LARGEST_POOL = 512
@@ -112,7 +113,7 @@ class Case:
     """One benchmark: an op in one direction, dtype and shape."""
 
     op: str
-    direction: str  # FORWARD, BACKWARD, or BOTH in one call
+    direction: str  # FORWARD, BACKWARD, BOTH in one call, or STEP
     dtype: torch.dtype
     shape: tuple[int, ...]
     bytes: int  # that have to move: what is read and what is written, once each
@@ -121,6 +122,9 @@ class Case:
     layout: str = "contiguous"
     requires_grad: bool = True
     host: bool = False  # the time that a call takes on the host, whatever the device does
+    wall: bool = False  # the time that both take; without a GPU there is no other
+    tensors: int = 0  # how many the op takes at once, where they are a list; `shape`: of all
+    peers: tuple[str, ...] = ()  # further contenders that are not ours, which ours are set against
     goals: tuple[Goal, ...] = ()
 
     @property
@@ -132,9 +136,10 @@ class Case:
             size = f"{self.shape[0]} elements"
         else:
             size = format_bytes(self.shape[0] * self.dtype.itemsize)
-        words = [self.op, self.direction, dtype, size]
-        if self.variant:
-            words.insert(1, self.variant)
+        if self.tensors:
+            size = f"{self.tensors} tensors of {size}"
+        words = [self.op, self.variant, "" if self.direction == STEP else self.direction]
+        words = [*filter(None, words), dtype, size]
         if self.layout != "contiguous":
             words.append(self.layout)
         if not self.requires_grad:
@@ -198,13 +203,20 @@ def measure(
         if (seconds := samples.get(row["name"])) is None:
             continue
         row["calls_per_sample"] = calls[row["name"]]
-        row |= figures(seconds, samples, case.bytes)
+        row |= figures(seconds, samples, case.bytes, case.peers)
+        if case.tensors:
+            row["seconds_per_tensor"] = row["median"] / case.tensors
     for entry in running:
         row = next(r for r in rows if r["name"] == entry.name)
         with entry.within():
-            if case.requires_grad and case.direction != BACKWARD:
+            if case.requires_grad and case.direction in (FORWARD, BOTH):
                 row["kept_bytes"] = _kept_bytes(entry.call)
             row["peak_bytes"] = _peak_bytes(entry.call, device)
+    peaks = {row["name"]: row["peak_bytes"] for row in rows if "peak_bytes" in row}
+    for row in rows:
+        for peer in case.peers:
+            if row["name"] in peaks and peer in peaks:
+                row[f"peak_above_{peer}_bytes"] = peaks[row["name"]] - peaks[peer]
     for goal in case.goals:
         row = next((r for r in rows if r["name"] == goal.contender), None)
         if row is not None:
@@ -219,6 +231,9 @@ def measure(
         "layout": case.layout,
         "requires_grad": case.requires_grad,
         "host": case.host,
+        "wall": case.wall,
+        "tensors": case.tensors,
+        "peers": list(case.peers),
         "bytes": case.bytes,
         "inputs": pool,
         "contenders": rows,
@@ -226,9 +241,15 @@ def measure(
 
 
 def figures(
-    seconds: list[float], samples: dict[str, list[float]], bytes_moved: int
+    seconds: list[float],
+    samples: dict[str, list[float]],
+    bytes_moved: int,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What is derived from the times of one contender and of those it ran beside, by name."""
+    """What is derived from the times of one contender and of those it ran beside, by name.
+
+    It is set against the copy, eager, torch.compile and `peers`, those of them that ran.
+    """
     median = statistics.median(seconds)
     lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     row = {
@@ -238,13 +259,13 @@ def figures(
         "fastest": min(seconds),
         "bytes_per_second": bytes_moved / median,
     }
-    for name in (COPY, EAGER, COMPILE):
+    for name in (COPY, EAGER, COMPILE, *peers):
         if name in samples:
             pairs = zip(seconds, samples[name], strict=True)
             row[f"time_over_{name}"] = statistics.median(own / other for own, other in pairs)
     if COPY in samples:
         row["share_of_copy"] = 1 / row["time_over_copy"]
-    for name in (EAGER, COMPILE):
+    for name in (EAGER, COMPILE, *peers):
         if name in samples:
             row[f"speedup_over_{name}"] = 1 / row[f"time_over_{name}"]
     return row
@@ -258,7 +279,7 @@ def contenders(case: Case, device: torch.device) -> list[Contender | Skipped]:
 
 def pool_size(case: Case, device: torch.device) -> int:
     """How many inputs to walk, so that none is in the GPU's L2 cache when its turn comes."""
-    if device.type != "cuda" or case.host:
+    if device.type != "cuda" or case.host or case.wall:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     size = math.prod(case.shape) * case.dtype.itemsize
@@ -289,6 +310,17 @@ class _Clock:
 def _clock(case: Case, device: torch.device) -> _Clock:
     if device.type != "cuda":
         return _Clock(_host_seconds, _HOST_CALLS)
+    if case.wall:
+
+        def wall_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            for i in range(first, first + calls):
+                call(i)
+            torch.cuda.synchronize(device)
+            return (time.perf_counter() - begin) / calls
+
+        return _Clock(wall_seconds, _HOST_CALLS)
     if not case.host:
         return _Clock(_cuda_seconds, _CUDA_CALLS)
 

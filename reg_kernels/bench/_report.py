@@ -57,7 +57,7 @@ def result_rows(
     for case in data["benchmarks"]:
         found = {row["name"]: row for row in case["contenders"]}
         for name, row in found.items():
-            if name in BASELINES or "skipped" in row:
+            if name in BASELINES or name in case.get("peers", ()) or "skipped" in row:
                 continue
             if implementations is not None and name not in implementations:
                 continue
@@ -69,7 +69,7 @@ def result_rows(
                 (
                     case["label"],
                     name,
-                    f"{format_seconds(row['median'])} ({_spread(row)})",
+                    f"{format_seconds(row['median'])} ({_spread(row)}){_per_tensor(row)}",
                     "" if case["host"] or COPY not in found else f"{row['share_of_copy']:.2f}",
                     _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
                     _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
@@ -79,6 +79,30 @@ def result_rows(
                 )
             )
     return rows
+
+
+def peer_table(
+    data: dict[str, Any], implementations: Container[str] | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and a row for each implementation of ours, all or these, in benchmarks that have
+    peers: a peer's time, how many times faster ours is, and the peer's peak of memory."""
+    cases = [case for case in data["benchmarks"] if case.get("peers")]
+    peers = list(dict.fromkeys(name for case in cases for name in case["peers"]))
+    rows = []
+    for case in cases:
+        found = {row["name"]: row for row in case["contenders"]}
+        for name, row in found.items():
+            if name in BASELINES or name in peers or "median" not in row:
+                continue
+            if implementations is not None and name not in implementations:
+                continue
+            cells = []
+            for peer in peers:
+                cell = _beside(row, found.get(peer), f"speedup_over_{peer}")
+                peak = f", {format_bytes(found[peer]['peak_bytes'])}" if cell else ""
+                cells.append(cell + peak)
+            rows.append((case["label"], name, *cells))
+    return ("benchmark", "implementation", *peers), rows
 
 
 def goal_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -162,6 +186,13 @@ def markdown(data: dict[str, Any], implementations: Container[str] | None = None
         "bytes saved for the backward, inputs included. `peak`: bytes allocated at the peak of a "
         "call beyond what it returns, and eager's.",
     ]
+    columns, rows = peer_table(data, implementations)
+    if rows:
+        parts.append(markdown_table(columns, rows))
+        parts.append(
+            "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's "
+            "Triton kernels. Each with its time, how many times faster ours is, and its peak."
+        )
     if rows := goal_rows(data):
         parts.append(markdown_table(GOAL_COLUMNS, rows))
     if lines := notes(data):
@@ -192,8 +223,11 @@ def draw(path: Path, data: dict[str, Any]) -> None:
         )
     )
     palette = ("#1b6ca8", "#4f9bd0", "#9cc9e8", "#2a9d6f", "#86cbb0", "#7a5fa8")
-    ours = [name for name in names if name not in BASELINES]
+    peers = list(dict.fromkeys(name for case in cases for name in case.get("peers", ())))
+    ours = [name for name in names if name not in (*BASELINES, *peers)]
     colours = {name: palette[i % len(palette)] for i, name in enumerate(ours)}
+    greys = ("#555555", "#888888", "#bbbbbb")
+    colours |= {name: greys[i % len(greys)] for i, name in enumerate(peers)}
     colours |= {EAGER: "#d95f02", COMPILE: "#f0b072"}
 
     ticks, labels = [], []
@@ -240,9 +274,17 @@ def _spread(row: dict[str, Any]) -> str:
 def _beside(row: dict[str, Any], other: dict[str, Any] | None, figure: str) -> str:
     if other is None or "median" not in other or figure not in row:
         return ""
-    speedup = row[figure]
-    digits = f"{speedup:.0f}" if speedup >= 9.95 else f"{speedup:.2g}"
-    return f"{format_seconds(other['median'])} ({digits}×)"
+    return f"{format_seconds(other['median'])} ({_times(row[figure])})"
+
+
+def _times(speedup: float) -> str:
+    return f"{speedup:.0f}×" if speedup >= 9.95 else f"{speedup:.2g}×"
+
+
+def _per_tensor(row: dict[str, Any]) -> str:
+    """Where tensors are so small that their number is what counts."""
+    seconds = row.get("seconds_per_tensor", 1)
+    return f", {seconds * 1e6:.3g} µs a tensor" if seconds < 20e-6 else ""
 
 
 def _peak(row: dict[str, Any], eager: dict[str, Any] | None) -> str:

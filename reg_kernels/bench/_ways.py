@@ -31,7 +31,7 @@ class Way(NamedTuple):
     """What becomes a contender, once it is known what to call it on and how to check it."""
 
     name: str
-    function: Function
+    function: Any  # a Function, or what a benchmark has in its place
     ours: bool
     within: Callable[[], AbstractContextManager[Any]]
     may_fail: bool
@@ -92,6 +92,26 @@ def ways(
     compiled: bool,
 ) -> Iterator[Way | Skipped]:
     """Every way to compute `op` on inputs of `size` bytes, and those that cannot run here."""
+    yield from our_ways(op, makers.ours, device, dtype, size)
+    yield Way(EAGER, makers.eager(), False, contextlib.nullcontext, False)
+    if compiled:
+        torch.compiler.reset()  # or torch stops compiling a function it has compiled a few times
+        function = torch.compile(makers.eager(), dynamic=False, fullgraph=True)
+        within = _repeatable_backward if direction == BACKWARD else contextlib.nullcontext
+        yield Way(COMPILE, function, False, within, True)
+    else:
+        yield Skipped(COMPILE, "left out: compiling takes seconds a benchmark")
+
+
+def our_ways(
+    op: str,
+    make: Callable[[str | None], Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+) -> Iterator[Way | Skipped]:
+    """Our implementations of `op`, and those that cannot run here; those of one backend, which
+    differ in the instruction set, share what `make` makes."""
     with backends.backend(None):
         automatic = backends.choose(op, device.type, dtype)
     forced = backends.forced_by() is not None
@@ -105,19 +125,11 @@ def ways(
             yield Skipped(name, reason)
             continue
         # The one that is used anyway is called as users call it: naming it takes a check more.
-        function = makers.ours(None if name == automatic and not forced else name)
+        function = make(None if name == automatic and not forced else name)
         yield Way(name, function, True, contextlib.nullcontext, False)
         if name == "native" and device.type == "cpu":
             for lower in lower_isas():
                 yield Way(f"native[{lower}]", function, True, functools.partial(isa, lower), False)
-    yield Way(EAGER, makers.eager(), False, contextlib.nullcontext, False)
-    if compiled:
-        torch.compiler.reset()  # or torch stops compiling a function it has compiled a few times
-        function = torch.compile(makers.eager(), dynamic=False, fullgraph=True)
-        within = _repeatable_backward if direction == BACKWARD else contextlib.nullcontext
-        yield Way(COMPILE, function, False, within, True)
-    else:
-        yield Skipped(COMPILE, "left out: compiling takes seconds a benchmark")
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

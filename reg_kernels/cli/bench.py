@@ -217,6 +217,9 @@ def _print(data: dict[str, Any]) -> None:
         console.print(line, highlight=False, markup=False)
     columns, rows = _report.RESULT_COLUMNS, _report.result_rows(data)
     console.print(_report.rich_table("times", columns, rows))
+    columns, rows = _report.peer_table(data)
+    if rows:
+        console.print(_report.rich_table("peers: time, how many times faster, peak", columns, rows))
     if rows := _report.goal_rows(data):
         console.print(_report.rich_table("goals", _report.GOAL_COLUMNS, rows))
     for line in _report.notes(data):

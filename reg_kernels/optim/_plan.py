@@ -253,6 +253,11 @@ class Plan:
         """Raises, with nothing changed, where a gradient or a state cannot be taken."""
         self._optimizer = optimizer
         name = type(optimizer).__name__
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{name}: a step must be taken before one is captured in a CUDA graph, and again "
+                "when parameters, options or state have changed: state is made then"
+            )
         members: list[_Member] = []
         self._idle: list[Tensor] = []  # parameters without a gradient
         self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]

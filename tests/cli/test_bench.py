@@ -74,6 +74,13 @@ def test_figures_are_medians_over_rounds_of_ratios_within_a_round():
     assert not any("compile" in key for key in row)
 
 
+def test_figures_set_a_contender_against_its_cases_peers():
+    samples = {"native": [2.0, 2.0], "fused": [4.0, 4.0], "other": [1.0, 1.0]}
+    row = _measure.figures(samples["native"], samples, 1000, ("fused", "absent"))
+    assert (row["time_over_fused"], row["speedup_over_fused"]) == (0.5, 2.0)
+    assert not any(name in key for key in row for name in ("other", "absent"))
+
+
 def test_contenders_run_interleaved_and_nobody_always_first():
     log: list[str] = []
     names = ("a", "b", "c")
@@ -227,8 +234,8 @@ def test_every_op_has_benchmarks():
 
 def test_ops_take_turns_and_every_case_has_its_own_label():
     cases = bench.all_cases(bench.Scope(CPU, (torch.float32, torch.bfloat16)))
-    first = [case.op for case in cases[:4]]
-    assert first == ["batch_norm", "dropout"] * 2
+    first = [case.op for case in cases[:8]]
+    assert first == ["batch_norm", "dropout", "optimizer_step", "penalty"] * 2
     assert len({case.label for case in cases}) == len(cases)
 
 

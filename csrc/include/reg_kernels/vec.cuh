@@ -1,8 +1,8 @@
-// Vector access to a tensor in storage order, 16 bytes at a time as a rule, with its odd ends element
-// by element.
+// 16-byte vector access to a tensor in storage order, with its odd ends element by element.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dtypes.h"
 
@@ -14,26 +14,49 @@ constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVector = kVectorBytes / sizeof(T);  // elements a vector
 
-// kCount other than that where arrays of several element types are walked side by side: the same
-// elements are 8 bytes of one and 16 of another, or 16 and two times 16.
+// Of another length where arrays of several element types are walked side by side.
 template <typename T, int kCount = kVector<T>>
 struct Vector {
   T v[kCount];
 };
 
-template <int kBytes>  // of a vector
-constexpr int kAccessBytes = kBytes < kVectorBytes ? kBytes : kVectorBytes;
+template <int kBytes>
+constexpr int kAlignment = kBytes < kVectorBytes ? kBytes : kVectorBytes;
 
-// What is moved in accesses of up to 16 bytes. Words, not elements: nvcc then keeps one LDG.128.
+// What vectors are moved as, 16 bytes at a time. Words, not elements: nvcc then keeps one LDG.128.
 template <int kBytes>
 #if defined(__CUDACC__)
-struct alignas(kAccessBytes<kBytes>) Bits {
+struct alignas(kAlignment<kBytes>) Bits {
 #else
-struct __attribute__((aligned(kAccessBytes<kBytes>), may_alias)) Bits {
+struct __attribute__((aligned(kAlignment<kBytes>), may_alias)) Bits {
 #endif
   uint32_t w[kBytes / 4];
 };
 using VectorBits = Bits<kVectorBytes>;
+
+// The vector at `data`, aligned to its size or to 16 bytes; a vector of one needs no more than that.
+template <int kCount, typename E, typename T = std::remove_const_t<E>>
+__device__ __forceinline__ Vector<T, kCount> load_whole(E* data) {
+  if constexpr (kCount == 1) {
+    return {{*data}};
+  } else {
+    // By way of a local: a bit_cast straight from memory loads byte by byte.
+    using B = Bits<kCount * sizeof(T)>;
+    const B bits = *reinterpret_cast<const B*>(data);
+    return bit_cast<Vector<T, kCount>>(bits);
+  }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& value) {
+  if constexpr (kCount == 1) {
+    *data = value.v[0];
+  } else {
+    using B = Bits<kCount * sizeof(T)>;
+    const auto bits = bit_cast<B>(value);
+    *reinterpret_cast<B*>(data) = bits;
+  }
+}
 
 // Elements [begin, end) of a tensor, `data` the one numbered `begin`. Numbers need not start at 0:
 // a sharded batch starts anywhere in a mask group and still uses the same code.
@@ -44,48 +67,44 @@ struct Span {
 
   __device__ T* at(int64_t i) const { return data + (i - begin); }
 
-  // Whether [first, last) can be moved in accesses of so many bytes with no further check.
-  __device__ bool whole(int64_t first, int64_t last, int bytes = kVectorBytes) const {
-    return first >= begin && last <= end && reinterpret_cast<uintptr_t>(at(first)) % bytes == 0;
+  // Whether [first, last) can be moved in 16-byte vectors with no further check.
+  __device__ bool whole(int64_t first, int64_t last) const {
+    return first >= begin && last <= end &&
+           reinterpret_cast<uintptr_t>(at(first)) % kVectorBytes == 0;
   }
 };
 
 // The vector at element i. A block asks once whether all of its elements are `whole`, so that its
 // loads stand in a row with no branch between them; elsewhere each vector asks for itself, and what
 // is not whole goes element by element.
-template <bool kWhole, typename T, int kCount = kVector<T>>
-__device__ __forceinline__ Vector<T, kCount> load_vector(const Span<const T>& span, int64_t i) {
-  constexpr int kBytes = kCount * sizeof(T);
+template <bool kWhole, typename T>
+__device__ __forceinline__ Vector<T> load_vector(const Span<const T>& span, int64_t i) {
   if constexpr (!kWhole) {
-    if (!span.whole(i, i + kCount, kAccessBytes<kBytes>)) {
-      Vector<T, kCount> result{};
+    if (!span.whole(i, i + kVector<T>)) {
+      Vector<T> result{};
       RK_UNROLL
-      for (int j = 0; j < kCount; ++j) {
+      for (int j = 0; j < kVector<T>; ++j) {
         if (i + j >= span.begin && i + j < span.end) result.v[j] = *span.at(i + j);
       }
       return result;
     }
   }
-  // By way of a local: a bit_cast straight from memory loads byte by byte.
-  const Bits<kBytes> bits = *reinterpret_cast<const Bits<kBytes>*>(span.at(i));
-  return bit_cast<Vector<T, kCount>>(bits);
+  return load_whole<kVector<T>>(span.at(i));
 }
 
-template <bool kWhole, typename T, int kCount>
+template <bool kWhole, typename T>
 __device__ __forceinline__ void store_vector(const Span<T>& span, int64_t i,
-                                             const Vector<T, kCount>& value) {
-  constexpr int kBytes = kCount * sizeof(T);
+                                             const Vector<T>& value) {
   if constexpr (!kWhole) {
-    if (!span.whole(i, i + kCount, kAccessBytes<kBytes>)) {
+    if (!span.whole(i, i + kVector<T>)) {
       RK_UNROLL
-      for (int j = 0; j < kCount; ++j) {
+      for (int j = 0; j < kVector<T>; ++j) {
         if (i + j >= span.begin && i + j < span.end) *span.at(i + j) = value.v[j];
       }
       return;
     }
   }
-  const auto bits = bit_cast<Bits<kBytes>>(value);
-  *reinterpret_cast<Bits<kBytes>*>(span.at(i)) = bits;
+  store_whole(span.at(i), value);
 }
 
 }  // namespace cuda

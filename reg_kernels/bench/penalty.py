@@ -1,0 +1,122 @@
+"""Benchmarks of the L1 and L2 penalties over a list of tensors.
+
+Bytes an element, s = sizeof(dtype): forward reads it, s; backward reads it again and writes its
+gradient, 2 s. On the CPU `Tensor.copy_` moves three transfers for two that are counted, so that the
+floor is 2/3 of its time where gradients are streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import functional as fused
+from ._measure import BOTH, FORWARD, Case, Contender, Scope, Skipped
+from ._values import compare, parts
+from ._ways import Inputs, Makers, Way, calls, ways
+
+_TENSORS = 16
+_NUMEL, _NUMEL_GPU = 2**20, 6_250_000  # of each
+
+
+def cases(scope: Scope) -> list[Case]:
+    """Either penalty of large parameters, forward and with its gradient."""
+    on_gpu = scope.device.type == "cuda"
+    return [
+        _case(scope, power, dtype, direction, _NUMEL_GPU if on_gpu else _NUMEL)
+        for dtype in (scope.dtypes if scope.everything else scope.dtypes[:1])
+        for power in (1, 2)
+        for direction in (FORWARD, BOTH)
+    ]
+
+
+def _case(scope: Scope, power: int, dtype: torch.dtype, direction: str, numel: int) -> Case:
+    size = _TENSORS * numel * dtype.itemsize
+
+    def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
+        options = {"dtype": dtype, "device": device}
+        arguments = [
+            tuple(torch.randn(numel, **options).requires_grad_() for _ in range(_TENSORS))
+            for _ in range(pool)
+        ]
+        result = torch.promote_types(dtype, torch.float32)
+        grads = [torch.full((), 0.5, dtype=result, device=device) for _ in range(pool)]
+        inputs = Inputs(arguments, arguments, grads)
+        found = ways("penalty", _functions(power), direction, device, dtype, size, scope.compiled)
+        return [
+            way if isinstance(way, Skipped) else _contender(way, power, direction, inputs)
+            for way in found
+        ]
+
+    return Case(
+        op="penalty",
+        variant=f"l{power}",
+        direction=direction,
+        dtype=dtype,
+        shape=(_TENSORS * numel,),
+        tensors=_TENSORS,
+        bytes=size if direction == FORWARD else 3 * size,
+        prepare=prepare,
+    )
+
+
+def _functions(power: int) -> Makers:
+    """Of a list's tensors; eager's as one writes it, summed in float32 where they have 16 bits."""
+
+    def eager(*tensors: Tensor) -> Tensor:
+        result = torch.promote_types(tensors[0].dtype, torch.float32)
+        return sum((x.abs() if power == 1 else x.square()).sum(dtype=result) for x in tensors)
+
+    def ours(backend: str | None) -> Callable[..., Tensor]:
+        penalty = fused.l1_penalty if power == 1 else fused.l2_penalty
+        return lambda *tensors: penalty(tensors, backend=backend)
+
+    return Makers(lambda: eager, ours)
+
+
+def _contender(way: Way, power: int, direction: str, inputs: Inputs) -> Contender:
+    of = calls(way.function, inputs)
+    tensors, grad = inputs.arguments[0], inputs.grads[0]
+
+    def check() -> None:
+        y, *gradients = of.both(0) if direction == BOTH else (of.forward(0),)
+        check_values(f"l{power}_penalty, {way.name}", power, tensors, y, gradients, grad, way.ours)
+
+    return Contender(way.name, of.of(direction), check, way.within, way.may_fail)
+
+
+def check_values(
+    name: str,
+    power: int,
+    tensors: Sequence[Tensor],
+    y: Tensor,
+    gradients: Sequence[Tensor],
+    grad: Tensor,
+    ours: bool,
+) -> None:
+    """Raises WrongValues unless y is the penalty and `gradients`, where there are any, its own.
+
+    Ours sums in float64; eager in float32, of 16-bit values rounded before.
+    """
+    dtype = tensors[0].dtype
+    eps = torch.finfo(dtype).eps
+    total = torch.stack(list(_sums(tensors, power))).sum().reshape(1)
+    rounding = torch.finfo(y.dtype).eps
+    allowed = 2 * rounding if ours else max(1024 * rounding, eps)
+    compare(f"{name}: sum", y.detach().reshape(1), lambda total: total, (total,), allowed)
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.double()
+        return (x.sgn() if power == 1 else 2 * x) * float(grad)
+
+    for i, (x, gradient) in enumerate(zip(tensors, gradients, strict=bool(gradients))):
+        compare(f"{name}: gradient of tensor {i}", gradient, slope, (x,), 2 * eps)
+
+
+def _sums(tensors: Sequence[Tensor], power: int) -> Iterator[Tensor]:
+    """Sums of |x|^power in float64 that make up that of all."""
+    for x in tensors:
+        for (part,) in parts(x.detach()):
+            yield part.double().abs().pow(power).sum()
