@@ -22,14 +22,18 @@ _advancing = threading.Lock()  # two threads of ours must not take one offset
 _CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are multiples of 4
 
 
-def draw_state(device: torch.device) -> Tensor:
+def draw_state(device: torch.device, host: Tensor | None = None) -> Tensor:
     """A fresh `rng_state` from torch's default generator of `device`, under `torch.manual_seed`.
 
     On CUDA it comes on the host, with no launch and no synchronisation; while a CUDA graph is being
-    captured it is drawn on the device, so that each replay draws anew.
+    captured it is drawn on the device, so that each replay draws anew. What comes on the host is
+    written to `host`, if one is given.
     """
     if device != _CPU and device.type == "cuda" and _generator_is_at_hand():
-        return _advance_cuda_generator(device)
+        state = _advance_cuda_generator(device)
+        return state if host is None else host.copy_(state)
+    if host is not None and device == _CPU:
+        return host.random_()
     return torch.empty(2, dtype=torch.int64, device=device).random_()
 
 

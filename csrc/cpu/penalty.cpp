@@ -8,7 +8,7 @@
 namespace reg_kernels {
 namespace {
 
-// One partial sum a chunk, added up in their order: the same bits for any number of threads.
+// One partial sum a chunk, added up so that neither threads nor the list's order change a bit.
 void penalty_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,
                    const Tensor& sums, int64_t slot, const Tensor& scratch) {
   const TensorTable table = tensor_table(data, count, "penalty");
@@ -26,9 +26,9 @@ void penalty_table(const Tensor& data, int64_t count, int64_t dtype_number, int6
       }
     };
   });
-  double total = 0;
-  for (int64_t i = 0; i < table.chunks(); ++i) total += partials[i];
-  *slot_of(sums, slot, "penalty") = total;
+  ExactSum total;
+  for (int64_t i = 0; i < table.chunks(); ++i) total.add(partials[i]);
+  *slot_of(sums, slot, "penalty") = total.value();
 }
 
 void penalty_backward_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,

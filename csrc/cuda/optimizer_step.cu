@@ -59,17 +59,16 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t algorithm,
 
   for (const Tensor& rate : rates) cuda::check_device(data, rate, kOp, "a learning rate");
   const auto groups = optimizer_groups(numbers, flags, rates);
-  STD_TORCH_CHECK(groups.size() <= cuda::kMostGroups, kOp, ": expected at most ",
-                  cuda::kMostGroups, " groups, got ", groups.size());
+  STD_TORCH_CHECK(groups.size() <= cuda::kMostGroups, kOp, ": expected at most ", cuda::kMostGroups,
+                  " groups, got ", groups.size());
   std::copy(groups.begin(), groups.end(), step.groups);
 
   STD_TORCH_CHECK(dtypes.size() == 2, kOp, ": expected the parameters' and the moments' dtype");
   const cuda::Launch launch(data);
-  for_dtypes(dtype_from(dtypes[0], kOp), dtype_from(dtypes[1], kOp),
-             [&]<typename T, typename S>(T, S) {
-               cuda::launch_optimizer_step<T, S>(static_cast<Algorithm>(algorithm), step,
-                                                 launch.stream);
-             });
+  for_dtypes(
+      dtype_from(dtypes[0], kOp), dtype_from(dtypes[1], kOp), [&]<typename T, typename S>(T, S) {
+        cuda::launch_optimizer_step<T, S>(static_cast<Algorithm>(algorithm), step, launch.stream);
+      });
 }
 
 }  // namespace

@@ -1,31 +1,43 @@
 // The step of AdamW, Adam, SGDW and SGD on a list of tensors, on raw pointers, for CUDA and for its
 // emulation on the CPU.
 //
-// AdamW reads p, g, m, v and writes p, m, v: 4 * sizeof(T) + 3 * sizeof(S) bytes an element with
+// AdamW reads p, g, m, v and writes p, m, v: 3 * sizeof(T) + 4 * sizeof(S) bytes an element with
 // moments of type S (28 B in fp32, 14 B in bf16, 22 B in bf16 with fp32 moments); SGDW with
 // momentum five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each.
 //
 // Layout: one launch for the whole table, a block for each chunk of kChunk elements of one tensor.
-// A thread takes kWidth consecutive elements at a time, so many that the widest of the arrays is
-// moved in vectors of 16 bytes; its neighbour takes the next ones, so that what a warp moves is one
-// stretch of memory in every array. Each element is read and written by one thread: the update is
-// in place and needs no order among blocks. The steps alone are read by many blocks; the last block
-// to finish adds to them.
+// A thread takes so many consecutive elements at a time that the widest of the arrays is moved in
+// vectors of 16 bytes; its neighbour takes the next ones, so that what a warp moves is one stretch
+// of memory in every array. What is left at a tensor's end, and all of a tensor that is not
+// aligned, goes element by element, neighbours side by side again. Each element is read and written
+// by one thread: the update is in place and needs no order among blocks. The steps alone are read
+// by many blocks; the last block to finish adds to them.
 #pragma once
 
 #include "reg_kernels/launch.cuh"
 #include "reg_kernels/optimizer_step_math.h"
 #include "reg_kernels/reduce.cuh"
 #include "reg_kernels/rng_state.cuh"
-#include "reg_kernels/tensor_table.h"
+#include "reg_kernels/table_chunk.cuh"
 #include "reg_kernels/vec.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kOptimizerThreads = 256;
-constexpr int kOptimizerBlocks = 3;  // a multiprocessor: what fits it at 64 registers a thread
-constexpr int kMostGroups = 32;      // as reg_kernels/ops/optimizer_step.py has it
+// How many vectors of each array a thread has in flight, and for how many blocks a multiprocessor
+// has to have registers. Adam's take 62 to 80, so three blocks fit; with two vectors of its four
+// arrays, or held to four blocks, it spills.
+template <Algorithm kAlgorithm>
+constexpr int kOptimizerUnits = kAlgorithm == Algorithm::adam ? 1 : 2;
+template <Algorithm kAlgorithm, typename T>
+constexpr int kOptimizerBlocks = kAlgorithm == Algorithm::sgd ? 4 : (sizeof(T) == 8 ? 2 : 3);
+
+// Elements a vector, for parameters of type T and moments of type S.
+template <typename T, typename S>
+constexpr int kOptimizerVector = sizeof(T) > sizeof(S) ? kVector<T> : kVector<S>;
+
+constexpr int kMostGroups = 32;  // as reg_kernels/ops/optimizer_step.py has it
 
 // What a launch reads besides the tensors, by value; the pointers are to device memory, or null.
 struct OptimizerStep {
@@ -108,43 +120,17 @@ struct OptimizerArrays {
   S* second_moment;
 };
 
-// A chunk's place in its tensor, and the addresses there.
-struct OptimizerChunk {
-  const TensorTable& table;
-  int64_t tensor, first;
-  int count;
-
-  __device__ OptimizerChunk(const TensorTable& table, int64_t chunk)
-      : table(table), tensor(table.tensor_of_chunk(chunk)) {
-    first = (chunk - table.at(TableRow::first_chunk, tensor)) * kChunk;
-    const int64_t rest = table.at(TableRow::numel, tensor) - first;
-    count = static_cast<int>(rest < kChunk ? rest : kChunk);
+// Whether vectors are aligned in all arrays. Chunks are whole vectors, so it is as at the tensor's
+// first element.
+__device__ __forceinline__ bool optimizer_aligned(const TableChunk& chunk) {
+  int64_t all = 0;
+  for (const TableRow row :
+       {TableRow::grad, TableRow::param, TableRow::first_moment, TableRow::second_moment,
+        TableRow::max_second_moment, TableRow::ema, TableRow::compensation}) {
+    all |= chunk.table.at(row, chunk.tensor);
   }
-
-  template <typename T>
-  __device__ T* address(TableRow row) const {
-    T* const data = table.address<T>(row, tensor);
-    return data ? in_global_memory(data + first) : nullptr;
-  }
-
-  // Whether vectors are aligned in all arrays. Chunks are whole vectors, so it is as at the tensors'
-  // first elements.
-  __device__ bool aligned() const {
-    int64_t all = 0;
-    for (const TableRow row :
-         {TableRow::grad, TableRow::param, TableRow::first_moment, TableRow::second_moment,
-          TableRow::max_second_moment, TableRow::ema, TableRow::compensation}) {
-      all |= table.at(row, tensor);
-    }
-    return all % kVectorBytes == 0;
-  }
-};
-
-template <typename T, typename S>
-constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T) > sizeof(S) ? sizeof(T)
-                                                                             : sizeof(S));
-template <typename T, typename S>
-constexpr int kUnitsInFlight = 1;
+  return all % kVectorBytes == 0;
+}
 
 // kSecond: with amsgrad's maximum, or SGD's momentum.
 template <Algorithm kAlgorithm, bool kCoupled, bool kSecond, typename C, typename T, typename S,
@@ -205,7 +191,7 @@ __device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays
       for (int j = 0; j < kCount; ++j) p[j] = load(params[u].v[j]);
       // What rounding took off the parameter so far is still part of it.
       if (block.compensation) {
-        const auto lost = load_whole<kCount>(in_global_memory(block.compensation) + i);
+        const auto lost = load_whole<kCount>(block.compensation + i);
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) p[j] += load(lost.v[j]);
       }
@@ -215,11 +201,10 @@ __device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays
       };
       Vector<S, kCount> most{};
       if (kAdam ? block.max_second_moment != nullptr : has_first) {
-        S* const address = in_global_memory(block.max_second_moment) + i;
-        if constexpr (kAdam) most = load_whole<kCount>(address);
+        if constexpr (kAdam) most = load_whole<kCount>(block.max_second_moment + i);
         block.coupled ? update.template operator()<true, true>(most)
                       : update.template operator()<false, true>(most);
-        if constexpr (kAdam) store_whole(address, most);
+        if constexpr (kAdam) store_whole(block.max_second_moment + i, most);
       } else {
         block.coupled ? update.template operator()<true, false>(most)
                       : update.template operator()<false, false>(most);
@@ -231,7 +216,7 @@ __device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays
         for (int j = 0; j < kCount; ++j) p[j] = soft_threshold(p[j], rule.threshold);
       }
       if (block.ema) {
-        C* const address = in_global_memory(block.ema) + i;
+        C* const address = block.ema + i;
         auto ema = load_whole<kCount>(address);
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) ema.v[j] = ema_element(rule, ema.v[j], p[j]);
@@ -243,28 +228,44 @@ __device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays
         Vector<T, kCount> lost;
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) lost.v[j] = store<T>(p[j] - load(params[u].v[j]));
-        store_whole(in_global_memory(block.compensation) + i, lost);
+        store_whole(block.compensation + i, lost);
       }
     }
   }
 }
 
-// Adds one to each tensor's step, by one block.
+// Adds one to each tensor's step, by one block. Several at a time: all else has finished, and
+// nothing hides what these loads wait for.
 __device__ __forceinline__ void add_steps(const TensorTable& table) {
-  for (int64_t i = threadIdx.x; i < table.count; i += kOptimizerThreads) {
-    if (auto* step = table.address<float>(TableRow::step, i)) *step += 1.0f;
+  constexpr int kLoads = 4;
+  for (int64_t i = threadIdx.x; i < table.count; i += kLoads * kOptimizerThreads) {
+    float* steps[kLoads] = {};
+    float next[kLoads] = {};
+    RK_UNROLL
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t tensor = i + k * kOptimizerThreads;
+      if (tensor < table.count) steps[k] = table.address<float>(TableRow::step, tensor);
+    }
+    RK_UNROLL
+    for (int k = 0; k < kLoads; ++k) {
+      if (steps[k]) next[k] = *in_global_memory(steps[k]) + 1.0f;
+    }
+    RK_UNROLL
+    for (int k = 0; k < kLoads; ++k) {
+      if (steps[k]) *in_global_memory(steps[k]) = next[k];
+    }
   }
 }
 
 template <Algorithm kAlgorithm, typename T, typename S>
-__global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
+__global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm, T>)
     optimizer_step_kernel(const __grid_constant__ OptimizerStep a) {
   using C = compute_t<T>;
   if (a.found_inf && *a.found_inf != 0.0f) return;  // and so does every block
   using Block = OptimizerBlock<T, S>;
   RK_SHARED(Block, block);
   if (blockIdx.x < a.chunks) {
-    const OptimizerChunk chunk(a.table, blockIdx.x);
+    const TableChunk chunk(a.table, blockIdx.x);
     if (threadIdx.x == 0) {
       const OptimizerGroup& group = a.groups[a.table.at(TableRow::group, chunk.tensor)];
       const auto* step = a.table.address<const float>(TableRow::step, chunk.tensor);
@@ -279,14 +280,13 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
       block->ema = chunk.address<C>(TableRow::ema);
       block->compensation = chunk.address<T>(TableRow::compensation);
     }
-    const OptimizerArrays<T, S> arrays{chunk.address<T>(TableRow::param),
-                                       chunk.address<const T>(TableRow::grad),
-                                       chunk.address<S>(TableRow::first_moment),
-                                       chunk.address<S>(TableRow::second_moment)};
-    constexpr int kCount = kWidth<T, S>;
-    const int whole = chunk.aligned() ? chunk.count / kCount * kCount : 0;
+    const OptimizerArrays<T, S> arrays{
+        chunk.address<T>(TableRow::param), chunk.address<const T>(TableRow::grad),
+        chunk.address<S>(TableRow::first_moment), chunk.address<S>(TableRow::second_moment)};
+    constexpr int kCount = kOptimizerVector<T, S>;
+    const int whole = optimizer_aligned(chunk) ? chunk.count / kCount * kCount : 0;
     bool ready = false;
-    update_range<kCount, kUnitsInFlight<T, S>, kAlgorithm>(arrays, 0, whole, *block, ready);
+    update_range<kCount, kOptimizerUnits<kAlgorithm>, kAlgorithm>(arrays, 0, whole, *block, ready);
     update_range<1, 1, kAlgorithm>(arrays, whole, chunk.count, *block, ready);
   }
   if (last_block(a.ticket, &block->last)) add_steps(a.table);
@@ -300,8 +300,7 @@ void launch_optimizer_step(Algorithm algorithm, const OptimizerStep& step, cudaS
   const dim3 grid(static_cast<unsigned>(step.chunks > 0 ? step.chunks : 1));
   const auto kernel = algorithm == Algorithm::adam ? optimizer_step_kernel<Algorithm::adam, T, S>
                                                    : optimizer_step_kernel<Algorithm::sgd, T, S>;
-  RK_LAUNCH(kernel, grid, dim3(kOptimizerThreads), sizeof(OptimizerBlock<T, S>), stream,
-            step);
+  RK_LAUNCH(kernel, grid, dim3(kOptimizerThreads), sizeof(OptimizerBlock<T, S>), stream, step);
   check_launch("optimizer_step");
 }
 

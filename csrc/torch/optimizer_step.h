@@ -7,18 +7,19 @@
 
 namespace reg_kernels {
 
-// The groups' hyperparameters: kGroupNumbers doubles and one word of flags each, and where rates
-// are on a device a tensor each.
+// The groups' hyperparameters: kGroupNumbers doubles and one word of flags each. `rates` are the
+// learning rates of those groups that have kRateOnDevice set, in their order.
 constexpr int64_t kGroupNumbers = 8;
+constexpr int64_t kMaximize = 4, kNesterov = 8, kRateOnDevice = 16;  // above the two bits of Decay
 
 inline std::vector<OptimizerGroup> optimizer_groups(const std::vector<double>& numbers,
                                                     const std::vector<int64_t>& flags,
                                                     const std::vector<Tensor>& rates) {
   const auto groups = static_cast<int64_t>(flags.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kGroupNumbers * groups &&
-                      (rates.empty() || static_cast<int64_t>(rates.size()) == groups),
+  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kGroupNumbers * groups,
                   "optimizer_step: expected ", kGroupNumbers, " numbers a group");
   std::vector<OptimizerGroup> result;
+  size_t rate = 0;
   for (int64_t i = 0; i < groups; ++i) {
     const double* n = numbers.data() + kGroupNumbers * i;
     OptimizerGroup group{};
@@ -31,12 +32,13 @@ inline std::vector<OptimizerGroup> optimizer_groups(const std::vector<double>& n
     group.eps = n[6];
     group.ema_decay = n[7];
     group.decay = static_cast<Decay>(flags[i] & 3);
-    group.maximize = (flags[i] & 4) != 0;
-    group.nesterov = (flags[i] & 8) != 0;
-    if (!rates.empty()) {
-      STD_TORCH_CHECK(rates[i].scalar_type() == ScalarType::Float && rates[i].numel() == 1,
+    group.maximize = (flags[i] & kMaximize) != 0;
+    group.nesterov = (flags[i] & kNesterov) != 0;
+    if (flags[i] & kRateOnDevice) {
+      STD_TORCH_CHECK(rate < rates.size() && rates[rate].scalar_type() == ScalarType::Float &&
+                          rates[rate].numel() == 1,
                       "optimizer_step: a learning rate on a device must be one float32");
-      group.lr_on_device = static_cast<const float*>(rates[i].const_data_ptr());
+      group.lr_on_device = static_cast<const float*>(rates[rate++].const_data_ptr());
     }
     result.push_back(group);
   }

@@ -70,7 +70,7 @@ def result_rows(
                     case["label"],
                     name,
                     f"{format_seconds(row['median'])} ({_spread(row)}){_per_tensor(row)}",
-                    "" if case["host"] or COPY not in found else f"{row['share_of_copy']:.2f}",
+                    f"{row['share_of_copy']:.2f}" if COPY in found and _bytes_count(case) else "",
                     _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
                     _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
                     format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
@@ -213,7 +213,7 @@ def draw(path: Path, data: dict[str, Any]) -> None:
     # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
     from matplotlib.figure import Figure
 
-    cases = [case for case in data["benchmarks"] if not case["host"]]
+    cases = [case for case in data["benchmarks"] if _bytes_count(case)]
     names = list(
         dict.fromkeys(
             row["name"]
@@ -260,6 +260,11 @@ def draw(path: Path, data: dict[str, Any]) -> None:
         figure.legend(loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
     axes.set_title(f"{data['device']['name']}, torch {data['versions']['torch']}", fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def _bytes_count(case: dict[str, Any]) -> bool:
+    """Whether it is bytes that a benchmark's time goes by, and not calls."""
+    return not case["host"] and not case.get("wall", False)
 
 
 def _spread(row: dict[str, Any]) -> str:

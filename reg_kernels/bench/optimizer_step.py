@@ -147,7 +147,13 @@ def _case(device: torch.device, dtype: torch.dtype, kind: Kind, shapes: Shapes) 
             else:
                 entries.append(_contender(way.name, way.function, within=way.within))
         for peer in (FUSED, FOREACH):
-            entries.append(_contender(peer, _torch(truth, **{peer: True})))
+            broken = peer == FUSED and kind.algorithm == "SGDW" and dtype.itemsize == 2
+            if broken and device.type == "cpu":
+                # torch 2.13: momentum_buffer is empty_like, and the loop for 16 bits (of whole
+                # vectors) does not know a first step.
+                entries.append(Skipped(FUSED, "torch's first step reads what nobody wrote"))
+            else:
+                entries.append(_contender(peer, _torch(truth, **{peer: True})))
         if kind == Kind("AdamW"):
             entries.append(_optimi(truth, device))
         return entries

@@ -42,17 +42,19 @@ class Hyperparameters(NamedTuple):
     decay: str
     maximize: bool
     nesterov: bool
+    rate_on_device: bool = False  # lr is among the op's `rates`
 
     def numbers(self) -> tuple[float, ...]:
         return self[:8]
 
     def flags(self) -> int:
-        return DECAYS.index(self.decay) + 4 * self.maximize + 8 * self.nesterov
+        marks = 4 * self.maximize + 8 * self.nesterov + 16 * self.rate_on_device
+        return DECAYS.index(self.decay) + marks
 
 
-# What follows the lists in the op and in its parts: `numbers` and `flags` of each group, `rates`
-# their learning rates where those are on the device (else empty); `squares`, float64, adds up to
-# the square of the gradients' norm, which `max_norm` clips; grad_scale and found_inf as
+# What follows the lists in the op and in its parts. `numbers` and `flags` of each group; `rates`,
+# float32, the learning rates of those groups that have them on the device; `squares`, float64, adds
+# up to the square of the gradients' norm, which `max_norm` clips; grad_scale and found_inf as
 # torch.amp.GradScaler has them.
 _COMMON = (
     "float[] numbers, int[] flags, Tensor[] rates, int rounding, Tensor? squares, float max_norm, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
-from ._plan import Plan
+from ._plan import STATE, Plan
 
 OPTIONS = """
         l1: decoupled L1 penalty, at least 0: after the update a soft threshold of lr l1 (scaled as
@@ -72,13 +73,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             backends.check_name(backend, "backend")
         self.max_grad_norm = max_grad_norm
         self.backend = backend
+        self._put_aside: list[tuple[Tensor, Tensor]] = []  # while averaged weights are swapped in
         self._forget()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
         """What is known of parameters and state, and need not be known."""
         self._plan: Plan | None = None
-        self._put_aside: list[tuple[Tensor, Tensor]] = []  # while averaged weights are swapped in
         self._norm: tuple[Tensor, Tensor | None] | None = None
         self._loaded: list[tuple[Tensor, dict[str, Any]]] | None = None
 
@@ -258,8 +259,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state_dict | {"param_groups": completed}
 
     def _check_state(self, key: Any, p: Tensor, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            if isinstance(value, Tensor) and name != "step" and value.shape != p.shape:
+        for name in STATE:
+            value = state.get(name)
+            if isinstance(value, Tensor) and value.shape != p.shape:
                 raise ValueError(
                     f"{type(self).__name__}: {name} of parameter {key} in the state_dict must have "
                     f"shape {tuple(p.shape)}, got {tuple(value.shape)}"
@@ -272,10 +274,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         loaded = getattr(self, "_loaded", None) or ()
+        self._put_aside = getattr(self, "_put_aside", [])
         self._forget()
-        # torch casts all state to the parameter's dtype, and shares what needs no cast with where
-        # it came from; here moments keep their dtype, and are this optimizer's own.
+        # torch casts all state to the parameter's dtype, shares what needs no cast with where it
+        # came from, and takes a string to pieces; here state stays as it was, a copy of its own.
         for p, saved in loaded:
             for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, copy=True)
+                own = value.to(p.device, copy=True) if isinstance(value, Tensor) else None
+                self.state[p][name] = copy.deepcopy(value) if own is None else own

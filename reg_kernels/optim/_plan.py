@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .. import _rng
+from .. import _rng, backends
 from .._layout import is_dense
 from .._tensor_table import addresses
 from ..ops.optimizer_step import (
@@ -28,9 +29,13 @@ from ..ops.penalty import sum_into
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
-_dtype = attrgetter("dtype")
-_stride = Tensor.stride
+_address, _stride, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.is_neg
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 _grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
+
+
+# What state there can be of a parameter's shape.
+STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "ema", "compensation")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,10 +48,15 @@ def _same(some: Any, others: Any) -> bool:
     return all(map(is_, some, others))
 
 
+def _fits(value: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels take `value` beside `like` as it is."""
+    strides = value.stride() == like.stride() or value.numel() <= 1
+    return strides and value.dtype == dtype and value.device == like.device and not value.is_neg()
+
+
 def _restrided(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as the kernels take it beside `like`, which is dense: itself if it is so already."""
-    fits = value.stride() == like.stride() or value.numel() <= 1
-    if fits and value.dtype == dtype and value.device == like.device:
+    if _fits(value, like, dtype):
         return value
     new = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
     return new.copy_(value)
@@ -78,20 +88,21 @@ class _Launch:
 
         names = first.state_names
         self._states = [m.state for m in members]
-        self._kept = [[m.state[name] for m in members] for name in names]
         self._getters = [itemgetter(name) for name in names]
+        self._state_addresses = self._where_the_state_is()
         # What is not dense goes through buffers that are, made here once.
         self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
         dense = [m.dense for m in members]
         self._strides = list(map(_stride, dense))
         self._dtypes = [self.dtype] * len(members)
+        self._planned_layout = self._layout()
         self._buffers: dict[int, Tensor] = {}
         self._addresses = addresses(self.params)
         self._given: list[Tensor] = []
         self.grads: list[Tensor] = []
         self._grad_addresses: list[int] = []
 
-        by_name = dict(zip(names, self._kept, strict=True))
+        by_name = {name: [m.state[name] for m in members] for name in names}
         moments = [by_name[name] for name in first.moment_names]
         index = {id(g): i for i, g in enumerate(self.groups)}
         lists = StepLists(
@@ -111,14 +122,22 @@ class _Launch:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
         grads = list(map(_grad, self.params))
         if not _same(grads, self._given) or addresses(grads) != self._grad_addresses:
+            if self._layout() != self._planned_layout:
+                return False
             self._take(grads)
             self.step.table.set_row("grad", addresses(self.grads))
         if addresses(self.params) != self._addresses:
             return False
-        return all(
-            _same(map(getter, self._states), kept)
-            for getter, kept in zip(self._getters, self._kept, strict=True)
-        )
+        return self._where_the_state_is() == self._state_addresses
+
+    def _where_the_state_is(self) -> list[list[int]]:
+        """Of state that was replaced, and of a tensor that was given other data."""
+        return [list(map(_address, map(getter, self._states))) for getter in self._getters]
+
+    def _layout(self) -> tuple[list[Any], ...]:
+        """What of the parameters can change in place, other than their address."""
+        params = self.params
+        return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
 
     def _take(self, grads: list[Tensor]) -> None:
         """Notes the gradients; those of other strides or dtype than the parameters go through
@@ -126,11 +145,16 @@ class _Launch:
         self._given, self._grad_addresses = grads, addresses(grads)
         self.grads = grads
         self._copies: list[tuple[Tensor, Tensor]] = []
-        if list(map(_stride, grads)) == self._strides and list(map(_dtype, grads)) == self._dtypes:
+        alike = (
+            list(map(_stride, grads)) == self._strides
+            and list(map(_dtype, grads)) == self._dtypes
+            and not any(map(_is_neg, grads))
+        )
+        if alike:
             return
         self.grads = list(grads)
         for i, (grad, m) in enumerate(zip(grads, self.members, strict=True)):
-            if _restrided(grad, m.dense, self.dtype) is grad:
+            if _fits(grad, m.dense, self.dtype):
                 continue
             if i not in self._buffers:
                 self._buffers[i] = torch.empty_like(m.dense)
@@ -152,11 +176,12 @@ class _Launch:
         """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
         numbers: list[float] = []
         flags: list[int] = []
-        rates: list[Any] = []
+        rates: list[Tensor] = []
         for group in self.groups:
             lr = group["lr"]
-            on_device = isinstance(lr, Tensor) and lr.is_cuda and self.device == lr.device
-            rates.append(lr)
+            on_device = isinstance(lr, Tensor) and lr.is_cuda and lr.device == self.device
+            if on_device:
+                rates.append(lr.detach().to(torch.float32))
             of_group = Hyperparameters(
                 0.0 if on_device else float(lr),
                 group["decay_lr"] or 1.0,
@@ -167,18 +192,11 @@ class _Launch:
                 group["decay"],
                 group["maximize"],
                 group.get("nesterov", False),
+                on_device,
             )
             numbers += of_group.numbers()
             flags.append(of_group.flags())
-        if not any(isinstance(lr, Tensor) and lr.device == self.device for lr in rates):
-            return numbers, flags, []
-        return numbers, flags, [_on_device(lr, self.device) for lr in rates]
-
-
-def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(lr, Tensor):
-        return lr.detach().to(device, torch.float32, non_blocking=True)
-    return torch.full((), lr, dtype=torch.float32, device=device)
+        return numbers, flags, rates
 
 
 class _Member:
@@ -269,17 +287,21 @@ class Plan:
                 else:
                     where = f"parameter {i} of group {number}"
                     _check(name, where, param, optimizer.state.get(param, {}))
+                    kind = (param.device.type, param.dtype)
+                    backends.choose("optimizer_step", *kind, optimizer.backend)
                     member = _Member(optimizer, group, param)
                     member.element_offset = offset
                     members.append(member)
-                # By whole draws, and past those without a gradient: each keeps its own.
-                offset += -(-param.numel() // 8) * 8
+                if not is_lazy(param):
+                    # By whole draws, and past those without a gradient: each keeps its own.
+                    offset += -(-param.numel() // 8) * 8
         for member in members:
             member.prepare(optimizer.state[member.param])
         self.launches = [_Launch(optimizer, of) for of in _by_launch(members)]
         self._state = optimizer.state
         self._values = list(optimizer.state.values())
         devices = {launch.device for launch in self.launches}
+        self._rng_state = torch.empty(2, dtype=torch.int64)
         # A slot for each launch; those of one device add up to its gradients' square.
         self._squares = {
             device: torch.zeros(self._count(device), dtype=torch.float64, device=device)
@@ -333,7 +355,7 @@ class Plan:
             rng_state = None
             if launch.rounding == 1 and launch.dtype == torch.bfloat16:
                 if device not in states:
-                    states[device] = _rng.draw_state(device)
+                    states[device] = _rng.draw_state(device, self._rng_state)
                 rng_state = states[device]
             common = (
                 *launch.hyperparameters(),
@@ -406,8 +428,14 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
             f"{tuple(grad.shape)} on {grad.device} for {where}, {tuple(param.shape)} on "
             f"{param.device}"
         )
-    for key, value in state.items():
-        if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
+    if torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            f"{name}: a parameter's elements must lie apart, got strides {param.stride()} of shape "
+            f"{tuple(param.shape)} for {where}"
+        )
+    for key in STATE:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.shape != param.shape:
             raise ValueError(
                 f"{name}: {key} of {where} must have shape {tuple(param.shape)}, "
                 f"got {tuple(value.shape)}"

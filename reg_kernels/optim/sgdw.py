@@ -93,6 +93,17 @@ class SGDW(FusedOptimizer):
                 f"got momentum {group['momentum']}, dampening {group['dampening']}"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with a momentum of None where no step was taken yet: one that GradScaler
+        skipped leaves zeros there, which torch's SGD would take for a momentum."""
+        result = super().state_dict()
+        counted = {k: v for k, v in result["state"].items() if "step" in v}
+        steps = {k: float(v["step"]) for k, v in counted.items()}
+        result["state"] |= {
+            k: v | {"momentum_buffer": None} for k, v in counted.items() if steps[k] == 0
+        }
+        return result
+
     @staticmethod
     def _moments(group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()

@@ -17,6 +17,7 @@ _ADAM = 0
 _DECOUPLED_LR, _L2 = 1, 2
 _STOCHASTIC = 1
 _GROUP_NUMBERS = 8
+_MAXIMIZE, _NESTEROV, _RATE_ON_DEVICE = 4, 8, 16  # flags, above the two bits of the decay
 
 
 def optimizer_step_(
@@ -52,9 +53,9 @@ def optimizer_step_(
         group = groups[i]
         of_group = numbers[_GROUP_NUMBERS * group : _GROUP_NUMBERS * (group + 1)]
         lr, decay_lr, weight_decay, l1, beta1, beta2, eps, ema_decay = of_group
-        if rates:
-            lr = float(rates[group])
-        decay, maximize = flags[group] & 3, flags[group] & 4
+        if flags[group] & _RATE_ON_DEVICE:
+            lr = float(rates[sum(1 for f in flags[:group] if f & _RATE_ON_DEVICE)])
+        decay, maximize = flags[group] & 3, flags[group] & _MAXIMIZE
         rate = lr / decay_lr if decay == _DECOUPLED_LR else lr
         step = 1.0
         if steps:
@@ -76,7 +77,7 @@ def optimizer_step_(
             p = p - _adam(g, *moments, lr, beta1, beta2, eps, step)
         else:
             buffer = first_moments[i] if first_moments else None
-            p = p - lr * _sgd(g, buffer, beta1, beta2, bool(flags[group] & 8), step)
+            p = p - lr * _sgd(g, buffer, beta1, beta2, bool(flags[group] & _NESTEROV), step)
         if rate * l1 > 0:
             p = soft_threshold(p, rate * l1)
         if emas:

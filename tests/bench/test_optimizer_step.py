@@ -44,7 +44,8 @@ def test_every_contender_takes_the_step(kind: Kind, dtype: torch.dtype):
                 entry.check()
                 entry.call(0)
             names.add(entry.name)
-    assert {"reference", "fused", "foreach"} <= names and ("native" in names) is NATIVE
+    assert {"reference", "foreach"} <= names and ("native" in names) is NATIVE
+    assert ("fused" in names) is (kind.algorithm == "AdamW" or dtype.itemsize > 2)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,10 @@ def test_values_stay_finite_over_many_calls(kind: Kind):
     for entry in bench.contenders(step(kind), CPU):
         if entry.name in ("native", "fused"):
             entry.check()
-            for i in range(3000):
+            for i in range(1000):
                 entry.call(i)
             params = entry.check.func.__self__._params
-            assert all(bool(p.isfinite().all()) and float(p.abs().max()) < 10 for p in params)
+            assert all(bool((p.detach().abs() < 10).all()) for p in params)
 
 
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
@@ -112,7 +113,7 @@ def test_every_contender_computes_the_penalty(power: int, dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda y, g: (y * 1.00001, g), "sum is off by 1.0"),
+        (lambda y, g: (y * 1.00001, g), "sum is off by"),
         (lambda y, g: (y, [g[0], g[1] * 1.00001]), "gradient of tensor 1 is off by 1.0"),
         (lambda y, g: (y, [-g[0], g[1]]), "gradient of tensor 0 is off by"),
     ],
@@ -204,8 +205,8 @@ def test_goals_and_reports_know_the_peers():
     def prepare(device: torch.device, pool: int) -> list[bench.Contender]:
         held = torch.ones(64)
         return [
-            bench.Contender("native", lambda i: held.add_(1), lambda: None),
-            bench.Contender("fused", lambda i: held.add_(held * 2).sum(), lambda: None),
+            bench.Contender("native", lambda i: held.neg_(), lambda: None),
+            bench.Contender("fused", lambda i: held.copy_(held.neg()), lambda: None),
         ]
 
     subject = bench.Case(

@@ -398,7 +398,9 @@ def test_clipping_leaves_the_gradients():
     before = p.detach().clone()
     optimizer.step()
     assert torch.equal(p.grad, kept)
-    torch.testing.assert_close((p.detach() - before).norm(), torch.full_like(p[0].detach(), 0.1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        (p.detach() - before).norm(), torch.full_like(p[0].detach(), 0.1), rtol=1e-6, atol=0
+    )
 
 
 def test_clipping_over_launches_of_all_dtypes():

@@ -35,16 +35,6 @@ namespace cuda {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// An address that came by way of an integer, said to be one in global memory: the compiler then need
-// not ask at each access, nor take a store for one into shared memory.
-template <typename T>
-__device__ __forceinline__ T* in_global_memory(T* address) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(address));
-#endif
-  return address;
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // After every launch, and any other call: a refused one is an error here, not a wrong result later.

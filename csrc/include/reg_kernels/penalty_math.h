@@ -12,6 +12,23 @@ enum class Penalty { l1 = 1, l2 = 2 };
 
 RK_NAMESPACE_BEGIN
 
+// A sum of doubles that keeps what each addition rounds off: of partial sums, in whatever order, it
+// is nearly always the rounded exact one. D. Knuth, "The art of computer programming", vol. 2,
+// section 4.2.2, theorem B.
+struct ExactSum {
+  double total = 0, lost = 0;
+
+  RK_HD void add(double x) {
+    const double sum = total + x;
+    const double of_x = sum - total;
+    lost += (total - (sum - of_x)) + (x - of_x);
+    total = sum;
+  }
+
+  // An infinity or a NaN is lost in what is kept of it.
+  RK_HD double value() const { return total - total == 0 ? total + lost : total; }
+};
+
 // d/dx of |x| (0 at 0, as torch has it) or of x^2, times the incoming gradient.
 template <Penalty kPenalty, typename C>
 RK_HD C penalty_gradient(C x, C grad_output) {

@@ -1,6 +1,6 @@
-// Sums of pairs of numbers over the threads of a block, and over blocks that wait for each other, in
-// double and in an order that depends on sizes alone: the same bits in every block and every run.
-// And which block of a grid is the last one, where nothing has to wait.
+// Sums of pairs of numbers over the threads of a block, and over blocks that wait for each other,
+// in double and in an order that depends on sizes alone: the same bits in every block and every
+// run. And which block of a grid is the last one, where nothing has to wait.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +62,8 @@ __device__ __forceinline__ void meet(int* arrivals, int blocks) {
   __syncthreads();
 }
 
-// True for the last block of the grid to come here, and for all of its threads: what the others have
-// written before is then there to be read past the L1 cache, and nobody reads any more what it
+// True for the last block of the grid to come here, and for all of its threads: what the others
+// have written before is then there to be read past the L1 cache, and nobody reads any more what it
 // overwrites. `ticket`, in global memory, is 0 before the launch and again after it, so the next
 // launch and a graph's replay need nothing set up; `last` is in shared memory.
 __device__ __forceinline__ bool last_block(unsigned* ticket, bool* last) {

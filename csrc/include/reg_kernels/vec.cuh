@@ -34,9 +34,21 @@ struct __attribute__((aligned(kAlignment<kBytes>), may_alias)) Bits {
 };
 using VectorBits = Bits<kVectorBytes>;
 
-// The vector at `data`, aligned to its size or to 16 bytes; a vector of one needs no more than that.
+// Says that an address, which may have come by way of an integer, is one in global memory: the
+// compiler then need not ask at each access, nor take a store for one into shared memory.
+template <typename T>
+__device__ __forceinline__ T* in_global_memory(T* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
+// The vector at `data` in global memory, aligned to its size or to 16 bytes; a vector of one needs
+// no more than that.
 template <int kCount, typename E, typename T = std::remove_const_t<E>>
 __device__ __forceinline__ Vector<T, kCount> load_whole(E* data) {
+  data = in_global_memory(data);
   if constexpr (kCount == 1) {
     return {{*data}};
   } else {
@@ -49,6 +61,7 @@ __device__ __forceinline__ Vector<T, kCount> load_whole(E* data) {
 
 template <typename T, int kCount>
 __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& value) {
+  data = in_global_memory(data);
   if constexpr (kCount == 1) {
     *data = value.v[0];
   } else {

@@ -1,0 +1,559 @@
+"""Penalties over lists: values, gradients of both orders, transforms, compilation, bad input."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+from reg_kernels import backends
+from reg_kernels import functional as F
+from reg_kernels.cases.penalty import CASES
+from reg_kernels.cli.check import gradcheck as case_gradcheck
+from reg_kernels.cli.check import measure
+from reg_kernels.reference import penalty as reference
+
+from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
+
+INTERPRETED = DEVICE == "cpu"
+IMPLEMENTATIONS = implementations()
+on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+native = pytest.mark.skipif(not isas(), reason="the native library was not built")
+PENALTIES = {1: F.l1_penalty, 2: F.l2_penalty}
+powers = pytest.mark.parametrize("power", PENALTIES)
+
+SIZES = (0, 1, 3, 7, 8, 31, 32, 33, 63, 64, 65, 511, 512, 513, 8191, 8192, 8193, 16385, 100_003)
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def too_large(backend, size=2100, limit=2000):
+    return backend == "triton" and INTERPRETED and size > limit
+
+
+def exact(tensors, power):
+    """The sum, rounded once."""
+    values = [Fraction(v) for x in tensors for v in x.detach().double().flatten().tolist()]
+    return float(sum((abs(v) ** power for v in values), Fraction(0)))
+
+
+def slope(x, power, g=1.0):
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(compute)
+    return ((wide.sgn() if power == 1 else 2 * wide) * g).to(x.dtype)
+
+
+# Values
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@dtypes
+@on_each
+def test_error_against_fp64(case, backend, dtype):
+    if backend == "triton" and INTERPRETED and not case.small:
+        pytest.skip("too large for Triton's interpreter: 10 ms a program")
+    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
+    assert error <= allowed
+
+
+@on_each
+@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
+def test_gradcheck_of_the_cases(case, backend):
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("Triton's interpreter is too slow for this many calls")
+    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
+    if sizes > 700:
+        pytest.skip("numerical gradients of so many elements take minutes")
+    assert case_gradcheck(case, backend, torch.device(DEVICE))
+
+
+@dtypes
+@powers
+@on_each
+@pytest.mark.parametrize("size", SIZES)
+def test_each_size_alone(size, power, dtype, backend):
+    if too_large(backend, size):
+        pytest.skip("too large for Triton's interpreter")
+    x = randn(size, dtype=dtype)
+    value = PENALTIES[power](x, backend=backend)
+    assert value.shape == ()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = x.double()
+    truth = float((wide.abs() if power == 1 else wide.square()).sum())
+    unit = 64 * 2**-53 if dtype == torch.float64 else 2**-24
+    assert abs(float(value) - truth) <= unit * 1.001 * truth
+
+
+@dtypes
+@powers
+@on_each
+def test_a_list_is_summed_to_the_last_place(power, dtype, backend):
+    tensors = [randn(n, dtype=dtype) for n in (1, 33, 0, 65, 513)]
+    value = float(PENALTIES[power](tensors, backend=backend))
+    truth = exact(tensors, power)
+    assert abs(value - truth) <= (8 * 2**-53 if dtype == torch.float64 else 2**-24) * truth
+
+
+@powers
+@on_each
+def test_single_precision_sums_lose_nothing(power, backend):
+    # A float32 sum of these would stay at 2^24; half an ulp of the result is the whole error.
+    n = 1500 if backend == "triton" and INTERPRETED else 200_000
+    tensors = [torch.full((1,), 2.0**12 if power == 2 else 2.0**24, device=DEVICE)]
+    tensors.append(torch.full((n,), 0.5, device=DEVICE))
+    value = PENALTIES[power](tensors, backend=backend)
+    truth = 2.0**24 + n * (0.5 if power == 1 else 0.25)
+    assert abs(float(value) - truth) <= 1
+
+
+@powers
+@on_each
+def test_half_precision_neither_overflows_nor_vanishes(power, backend):
+    big = torch.full((200,), 60000.0, dtype=torch.float16, device=DEVICE)
+    small = torch.full((200,), 2.0**-24, dtype=torch.float16, device=DEVICE)
+    for x in (big, small):
+        value = PENALTIES[power](x, backend=backend)
+        torch.testing.assert_close(float(value), 200 * float(x[0]) ** power, rtol=1e-6, atol=0)
+
+
+@powers
+@on_each
+def test_mixed_dtypes(power, backend):
+    tensors = [randn(n, dtype=d) for d, n in zip(DTYPES, (3, 65, 33, 1), strict=True)]
+    value = PENALTIES[power](tensors, backend=backend)
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(float(value), exact(tensors, power), rtol=1e-14, atol=0)
+    value = PENALTIES[power](tensors[1:], backend=backend)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(float(value), exact(tensors[1:], power), rtol=1e-7, atol=0)
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.view(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.view(10, 12).t(),
+    "permuted": lambda x: x.view(4, 5, 6).permute(2, 0, 1),
+    "strided": lambda x: torch.stack([x, x * 7], -1)[..., 0],
+    "strided and transposed": lambda x: (
+        torch.stack([x, x * 7], -1)[..., 0].view(10, 12).t()[1:, ::2]
+    ),
+    "expanded": lambda x: x[:10].view(10, 1).expand(10, 3),
+    "misaligned": lambda x: torch.cat([x[:1], x])[1:],
+    "negated": lambda x: torch._neg_view(x),
+    "scalar": lambda x: x[5],
+    "overlapping": lambda x: x.as_strided((20, 5), (3, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@powers
+@on_each
+def test_layouts(layout, power, backend):
+    x = LAYOUTS[layout](randn(120)).detach().requires_grad_()
+    value = PENALTIES[power]([randn(3), x], backend=backend)
+    torch.manual_seed(0)
+    randn(120)
+    truth = exact([randn(3), x.detach()], power)
+    torch.testing.assert_close(float(value), truth, rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert torch.equal(gradient, slope(x.detach(), power))
+
+
+@powers
+@on_each
+def test_special_values(power, backend):
+    penalty = PENALTIES[power]
+    for dtype in DTYPES:
+        x = torch.tensor([1.0, -math.inf, 2.0], dtype=dtype, device=DEVICE)
+        assert float(penalty(x, backend=backend)) == math.inf
+        x[2] = math.nan
+        assert math.isnan(float(penalty(x, backend=backend)))
+        zero = torch.tensor([0.0, -0.0], dtype=dtype, device=DEVICE)
+        value = penalty(zero, backend=backend)
+        assert float(value) == 0
+        assert not torch.signbit(value)
+    large = torch.tensor([1e30], device=DEVICE)
+    assert float(F.l2_penalty(large, backend=backend)) == math.inf  # float32, as the result is
+
+
+@native
+@dtypes
+@powers
+def test_the_same_bits_for_any_number_of_threads(power, dtype):
+    if DEVICE != "cpu":
+        pytest.skip("of the CPU's threads")
+    tensors = [randn(n, dtype=dtype) for n in (100_003, 3, 8193, 70_001, 0, 8192)]
+    leaves = [x.requires_grad_() for x in tensors]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            value = PENALTIES[power](leaves)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", isas())
+@dtypes
+@powers
+def test_each_instruction_set(isa, power, dtype):
+    from reg_kernels import _C
+
+    best = _C.isa()
+    tensors = [x.cpu().requires_grad_() for x in (randn(n, dtype=dtype) for n in SIZES)]
+    expected = PENALTIES[power](tensors, backend="native")
+    gradients = torch.autograd.grad(expected, tensors)
+    try:
+        _C.set_isa(isa)
+        value = PENALTIES[power](tensors, backend="native")
+        assert torch.equal(value, expected)
+        for a, b in zip(torch.autograd.grad(value, tensors), gradients, strict=True):
+            assert torch.equal(a, b)
+    finally:
+        _C.set_isa(best)
+
+
+@powers
+@on_each
+def test_what_may_be_given(power, backend):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(DEVICE)
+    expected = reference.penalty(list(model.parameters()), power)
+    for params in (
+        model.parameters(),
+        list(model.parameters()),
+        tuple(model.parameters()),
+        dict(model.named_parameters()).values(),
+        (p for p in model.parameters()),
+    ):
+        torch.testing.assert_close(PENALTIES[power](params, backend=backend), expected)
+    x = randn(4, 5)
+    one = PENALTIES[power](x, backend=backend)
+    torch.testing.assert_close(one, PENALTIES[power]([x], backend=backend), rtol=0, atol=0)
+    twice = PENALTIES[power]([x, x], backend=backend)
+    torch.testing.assert_close(twice, 2 * one)
+
+
+# Gradients
+
+
+@dtypes
+@powers
+@on_each
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_gradient(factor, power, dtype, backend):
+    sizes = (3, 0, 65) if backend == "triton" and INTERPRETED else (3, 0, 65, 8193, 40_001)
+    leaves = [randn(n, dtype=dtype).requires_grad_() for n in sizes]
+    leaves[0].data[1] = 0.0
+    value = PENALTIES[power](leaves, backend=backend)
+    gradients = torch.autograd.grad(factor * value, leaves)
+    g = torch.tensor(factor, dtype=value.dtype, device=DEVICE)
+    for x, gradient in zip(leaves, gradients, strict=True):
+        assert (gradient.dtype, gradient.shape) == (x.dtype, x.shape)
+        assert torch.equal(gradient, slope(x.detach(), power, g))
+    assert float(gradients[0][1]) == 0
+
+
+@powers
+@on_each
+def test_gradients_of_mixed_dtypes_and_of_some(power, backend):
+    tensors = [randn(9, dtype=d) for d in (*DTYPES, torch.float32)]
+    for i in (0, 1, 3):
+        tensors[i].requires_grad_()
+    PENALTIES[power](tensors, backend=backend).backward()
+    for i, x in enumerate(tensors):
+        if i in (0, 1, 3):
+            assert torch.equal(x.grad, slope(x.detach(), power))
+        else:
+            assert x.grad is None
+
+
+@powers
+@on_each
+def test_gradient_of_a_tensor_given_twice(power, backend):
+    x = randn(9).requires_grad_()
+    PENALTIES[power]([x, randn(2), x], backend=backend).backward()
+    torch.testing.assert_close(x.grad, 2 * slope(x.detach(), power))
+
+
+@powers
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
+def test_gradcheck_of_both_orders(power, backend):
+    x = randn(3, 4)
+    x = (x + x.sign()).requires_grad_()  # away from the kink
+    y = (randn(5) + 3).t().requires_grad_()
+
+    def function(*tensors):
+        return PENALTIES[power](tensors, backend=backend) * 0.7
+
+    assert torch.autograd.gradcheck(function, (x, y))
+    # Of |x| it is zero, and by the incoming gradient it is not.
+    assert torch.autograd.gradgradcheck(function, (x, y))
+    assert torch.autograd.gradgradcheck(lambda x: function(x.square()).sin(), (x,))
+
+
+@powers
+@on_each
+def test_second_derivative(power, backend):
+    x = randn(5).requires_grad_()
+    w = torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    (g,) = torch.autograd.grad(w * PENALTIES[power](x, backend=backend), x, create_graph=True)
+    torch.testing.assert_close(g, w * slope(x.detach(), power))
+    for_x, for_w = torch.autograd.grad(g.sum(), (x, w), allow_unused=True)
+    torch.testing.assert_close(for_w, slope(x.detach(), power).sum())
+    expected = torch.full_like(x, 0.0 if power == 1 else 6.0)
+    torch.testing.assert_close(torch.zeros_like(x) if for_x is None else for_x, expected)
+
+
+@powers
+@on_each
+def test_what_is_changed_before_the_backward_raises(power, backend):
+    x = randn(5).requires_grad_()
+    value = PENALTIES[power](x, backend=backend)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@powers
+def test_no_graph_where_none_is_wanted(power):
+    x = randn(5).requires_grad_()
+    with torch.no_grad():
+        assert not PENALTIES[power](x).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(PENALTIES[power](x), reference.penalty([x], power))
+    assert not PENALTIES[power](x.detach()).requires_grad
+
+
+def test_the_backward_runs_where_the_forward_did(monkeypatch):
+    x = randn(5).requires_grad_()
+    value = F.l1_penalty(x, backend="reference")
+    monkeypatch.setattr(backends, "_forced", "native")
+    assert value.grad_fn.call[0] is torch.ops.reg_kernels.penalty_backward.reference
+    value.backward()
+    assert torch.equal(x.grad, x.detach().sign())
+
+
+def test_lasso_by_gradient_is_what_it_says():
+    x = randn(9).requires_grad_()
+    (0.1 * F.l1_penalty([x]) + 0.5 * 0.2 * F.l2_penalty([x])).backward()
+    torch.testing.assert_close(x.grad, 0.1 * x.detach().sign() + 0.2 * x.detach())
+
+
+def test_autocast_leaves_dtypes_alone():
+    x = randn(9, dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert F.l2_penalty(x).dtype == torch.float32
+        assert torch.equal(F.l2_penalty(x), F.l2_penalty(x))
+
+
+# Registration, compilation, transforms
+
+
+@on_each
+@powers
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(backend, power, requires_grad):
+    suffix = "default" if backend == "native" else backend
+    for layout in ("contiguous", "transposed"):
+        tensors = [randn(3, 4, dtype=d) for d in (torch.float32, torch.float64, torch.float32)]
+        if layout == "transposed":
+            tensors = [x.t() for x in tensors]
+        tensors = [x.detach().requires_grad_(requires_grad) for x in tensors]
+        opcheck(getattr(torch.ops.reg_kernels.penalty, suffix), (tensors, power))
+        incoming = torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
+        incoming.requires_grad_(requires_grad)
+        overload = getattr(torch.ops.reg_kernels.penalty_backward, suffix)
+        opcheck(overload, (tensors, incoming, power))
+
+
+@on_each
+@powers
+def test_the_registered_ops_have_gradients(backend, power):
+    suffix = "default" if backend == "native" else backend
+    x = randn(5).requires_grad_()
+    value = getattr(torch.ops.reg_kernels.penalty, suffix)([x], power)
+    (g,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(g, slope(x.detach(), power))
+    incoming = torch.tensor(2.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    (g,) = getattr(torch.ops.reg_kernels.penalty_backward, suffix)([x], incoming, power)
+    torch.testing.assert_close(g, 2 * slope(x.detach(), power))
+    (of_incoming,) = torch.autograd.grad(g.sum(), incoming)
+    torch.testing.assert_close(of_incoming, slope(x.detach(), power).sum())
+
+
+@pytest.fixture
+def counted():
+    """torch.compile(fullgraph=True) by inductor, and how many programs that made."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    yield lambda f: torch.compile(f, fullgraph=True, backend=counter), counter
+    torch._dynamo.reset()
+
+
+def test_compiled_loss_with_penalties(counted):
+    compiled, counter = counted
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(DEVICE, torch.float64)
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+
+    def loss(x):
+        params = list(model.parameters())
+        return model(x).square().mean() + 0.1 * F.l1_penalty(params) + F.l2_penalty(params[:1])
+
+    function = compiled(loss)
+    for _ in range(3):
+        x = randn(5, 3)
+        value, expected = function(x), loss(x)
+        torch.testing.assert_close(value, expected)
+        params = list(model.parameters())
+        gradients = torch.autograd.grad(value, params)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, params))
+        with torch.no_grad():
+            for p, g in zip(params, gradients, strict=True):
+                p -= 0.1 * g
+    assert counter.frame_count == 1
+    targets = {str(n.target) for n in counter.graphs[0].graph.nodes}
+    assert "reg_kernels.penalty.default" in targets or not isas()
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
+def test_compiled_equals_eager(counted, backend):
+    compiled, _ = counted
+    tensors = [randn(3, 5, dtype=d).requires_grad_() for d in DTYPES]
+
+    def function(*tensors):
+        return F.l2_penalty(tensors, backend=backend) + F.l1_penalty(tensors[0], backend=backend)
+
+    value, expected = compiled(function)(*tensors), function(*tensors)
+    torch.testing.assert_close(value, expected, rtol=1e-15, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(value, tensors), torch.autograd.grad(expected, tensors), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_with_sizes_that_change(counted):
+    compiled, counter = counted
+    function = compiled(lambda x: F.l1_penalty([x, x * 2]))
+    for n in (8, 9, 10, 33):
+        x = randn(n)
+        torch.testing.assert_close(function(x), 3 * x.abs().sum())
+    assert counter.frame_count <= 2
+
+
+@powers
+def test_torch_func(power):
+    x = randn(5)
+    expected = slope(x, power)
+    penalty = PENALTIES[power]
+    torch.testing.assert_close(torch.func.grad(penalty)(x), expected)
+    value, of = torch.func.grad_and_value(lambda a, b: penalty([a, b]), argnums=(0, 1))(x, x), None
+    (of, value) = value
+    torch.testing.assert_close(value, 2 * penalty(x))
+    torch.testing.assert_close(of, (expected, expected))
+    output, tangent = torch.func.jvp(penalty, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(output, penalty(x))
+    torch.testing.assert_close(tangent, expected.sum())
+    hessian = torch.func.hessian(penalty)(x)
+    torch.testing.assert_close(
+        hessian, (power - 1) * 2 * torch.eye(5, dtype=x.dtype, device=DEVICE)
+    )
+    rows = randn(3, 5)
+    mapped = torch.func.vmap(penalty)(rows)
+    torch.testing.assert_close(mapped, torch.stack([penalty(row) for row in rows]))
+    per_sample = torch.func.vmap(torch.func.grad(penalty))(rows)
+    torch.testing.assert_close(per_sample, slope(rows, power))
+
+
+@powers
+def test_forward_mode(power):
+    x = randn(5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(PENALTIES[power](dual)).tangent
+    torch.testing.assert_close(tangent, slope(x, power).sum())
+    x = (x + x.sign()).requires_grad_()
+    assert torch.autograd.gradcheck(PENALTIES[power], x, check_forward_ad=True)
+
+
+def test_functional_call():
+    model = nn.Linear(3, 2).to(DEVICE, torch.float64)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    g = torch.func.grad(lambda params: F.l2_penalty(params.values()))(params)
+    for name, p in params.items():
+        torch.testing.assert_close(g[name], 2 * p)
+
+
+def test_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        value = F.l1_penalty([torch.empty(3, 4), torch.empty(2, dtype=torch.bfloat16)])
+        assert (value.shape, value.dtype) == ((), torch.float32)
+
+
+# Bad input
+
+
+@powers
+def test_bad_input(power):
+    penalty = PENALTIES[power]
+    name = penalty.__name__
+    with pytest.raises(
+        ValueError, match=f"^{name}: params must hold at least one tensor, got none"
+    ):
+        penalty([])
+    with pytest.raises(ValueError, match=r"^backend must be one of native, triton, reference"):
+        penalty(randn(3), backend="cuda")
+    with pytest.raises(TypeError, match=f"^{name}: params must be tensors, got float at 1"):
+        penalty([randn(3), 1.0])
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        got = str(dtype).removeprefix("torch.")
+        words = f"^{name}: params must be one of float64, float32, .*, got {got} at 1"
+        with pytest.raises(RuntimeError, match=words):
+            penalty([randn(3), torch.ones(3, device=DEVICE).to(dtype)])
+    with pytest.raises(RuntimeError, match=f"^{name}: params must be dense tensors, got .*sparse"):
+        penalty(torch.eye(3, device=DEVICE).to_sparse())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Triton runs there")
+def test_a_backend_that_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        backends.BackendUnavailable, match="l1_penalty: backend 'triton' cannot run"
+    ):
+        F.l1_penalty(torch.ones(3), backend="triton")
+
+
+@native
+def test_bad_arguments_of_the_parts():
+    from reg_kernels._tensor_table import TensorTable
+
+    x = torch.ones(9000)
+    table = TensorTable([9000], x.device, grad=[x.data_ptr()])
+    sums = torch.zeros(1, dtype=torch.float64)
+    part = torch.ops.reg_kernels.penalty_table.default
+    good = [table.data, 1, 1, 1, sums, 0, table.scratch]
+    part(*good)
+    assert float(sums) == 9000
+    for place, bad, message in (
+        (0, table.data[:5], "expected a table of 1 tensors"),
+        (2, 4, "unknown dtype 4"),
+        (3, 3, "power must be 1 or 2, got 3"),
+        (4, sums.float(), "expected contiguous float64"),
+        (5, 1, "room for number 1"),
+        (5, -1, "room for number -1"),
+        (6, table.scratch[:2], "expected float64 scratch for 2 chunks"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            part(*good[:place], bad, *good[place + 1 :])
