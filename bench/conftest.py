@@ -21,7 +21,10 @@ from reg_kernels.bench import _environment
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
 ROUNDS = 5
-NAMES = ("copy", *backends.NAMES, "native[avx2]", "native[baseline]", "eager", "compile")
+NAMES = (
+    *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
+    *("eager", "compile", "fused", "foreach", "optimi"),
+)
 
 
 class Prepared(NamedTuple):

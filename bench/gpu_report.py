@@ -238,7 +238,8 @@ def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
     found = {}
     for case in (bench or {}).get("benchmarks", []):
         for row in case["contenders"]:
-            if row["name"] == "copy" and "median" in row and not case["host"]:
+            timed = not case["host"] and not case.get("wall")  # on the device alone
+            if row["name"] == "copy" and "median" in row and timed:
                 size = _report.format_bytes(case["bytes"] / 2)
                 found.setdefault(f"{case['dtype']} {size}", row["bytes_per_second"])
     return found

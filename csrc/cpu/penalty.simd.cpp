@@ -9,12 +9,17 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
+typedef int64_t Words __attribute__((vector_size(sizeof(Doubles))));
+
 template <Penalty kPenalty, typename V>
 RK_HD V term(const V& x) {
   if constexpr (kPenalty == Penalty::l2) {
     return x * x;
-  } else {
+  } else if constexpr (sizeof(V) == sizeof(double)) {
     return x < 0.0 ? -x : x;
+  } else {
+    // The sign's bit taken off: a choice between vectors is taken to pieces.
+    return reinterpret_cast<V>(reinterpret_cast<const Words&>(x) & INT64_MAX);
   }
 }
 

@@ -56,13 +56,17 @@ def row_at(table_ptr, ROW: tl.constexpr, count, tensor):
 
 
 @triton.jit
-def elements_at(address, first, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer to element `first`, a multiple of CHUNK, of type T.
+def address_at(table_ptr, ROW: tl.constexpr, count, tensor, first, T: tl.constexpr):
+    """Where element `first` of one of the tensor's arrays lies, of type T; 0 where there is none."""
+    address = row_at(table_ptr, ROW, count, tensor)
+    return tl.where(address != 0, address + first * T.itemsize, 0)
 
-    ALIGNED tells the compiler, which knows nothing of an address from memory, that it is one of
-    16 bytes; else it would move single elements.
-    """
-    ptr = (address + first * T.itemsize).to(tl.pointer_type(T), bitcast=True)
+
+@triton.jit
+def pointer_to(address, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """ALIGNED tells the compiler, which knows nothing of an address from memory, that it is one of
+    16 bytes; else it would move single elements."""
+    ptr = address.to(tl.pointer_type(T), bitcast=True)
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     return ptr
@@ -70,11 +74,10 @@ def elements_at(address, first, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def vectored_elements(count, addresses):
-    """How many of a chunk's first elements can be moved in vectors of 16 bytes; the others are fewer
-    than 16, or all.
+    """How many of the first elements can be moved in vectors of 16 bytes: all but up to 15, or none.
 
-    `addresses` is a bitwise or of the arrays' addresses: chunks begin as their arrays do, up to a
-    multiple of 16 bytes. The compiler sees what the result is a multiple of, and so of its masks.
+    `addresses` is a bitwise or of the arrays' addresses. The compiler sees what the result is a
+    multiple of, and so that of a mask it makes whole vectors are in or out.
     """
     return tl.where(addresses % 16 == 0, count // 16, 0) * 16
 

@@ -1,6 +1,6 @@
 """The step of AdamW, Adam, SGDW and SGD on a table of tensors in Triton.
 
-AdamW reads p, g, m, v and writes p, m, v: 4 * sizeof(T) + 3 * sizeof(S) bytes an element with
+AdamW reads p, g, m, v and writes p, m, v: 3 * sizeof(T) + 4 * sizeof(S) bytes an element with
 moments of type S (28 B in fp32, 14 B in bf16, 22 B in bf16 with fp32 moments); SGDW with momentum
 five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each.
 
@@ -31,10 +31,11 @@ from ._table import (
     PARAM,
     SECOND_MOMENT,
     STEP,
+    address_at,
     chunk_at,
     chunks_of,
-    elements_at,
     is_last_program,
+    pointer_to,
     row_at,
     type_name,
     vectored_elements,
@@ -44,6 +45,8 @@ from ._table import (
 ADAM = tl.constexpr(0)
 DECOUPLED_LR, L2 = tl.constexpr(1), tl.constexpr(2)
 STOCHASTIC, KAHAN = tl.constexpr(1), tl.constexpr(2)
+# Flags of a group, above the two bits of its decay.
+MAXIMIZE, NESTEROV, RATE_ON_DEVICE = tl.constexpr(4), tl.constexpr(8), tl.constexpr(16)
 
 NUMBERS = 8  # of a group; its flags are one more
 WORDS = tl.constexpr(NUMBERS + 1)
@@ -93,7 +96,7 @@ class Rule(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """Addresses of a tensor's arrays, 0 where there is none."""
+    """Where a chunk begins in each array of its tensor, 0 where there is none."""
 
     param: Any
     grad: Any
@@ -172,7 +175,7 @@ def step_rule(group, step, factor, ALGORITHM: tl.constexpr, COMPUTE: tl.constexp
         from_gradient = step == 1
         momentum_rest = (1.0 - group.beta2).to(COMPUTE)
     return Rule(
-        tl.where(group.flags & 4 != 0, -factor, factor).to(COMPUTE),
+        tl.where(group.flags & MAXIMIZE != 0, -factor, factor).to(COMPUTE),
         l2.to(COMPUTE),
         keep.to(COMPUTE),
         (rate * group.l1).to(COMPUTE),
@@ -186,7 +189,7 @@ def step_rule(group, step, factor, ALGORITHM: tl.constexpr, COMPUTE: tl.constexp
         (1.0 - group.ema_decay).to(COMPUTE),
         l2 != 0.0,
         from_gradient,
-        group.flags & 8 != 0,
+        group.flags & NESTEROV != 0,
     )
 
 
@@ -285,7 +288,7 @@ def update_block(
     arrays,
     rule,
     draws,
-    first,  # element of the tensor that the chunk, or what is left of it, begins with
+    first,  # element of the chunk
     block,
     count,  # elements from `first` on
     ALGORITHM: tl.constexpr,
@@ -296,12 +299,13 @@ def update_block(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Steps one block of a tensor."""
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    p_ptr = elements_at(arrays.param, first, T, ALIGNED) + i
-    g_ptr = elements_at(arrays.grad, first, T, ALIGNED) + i
-    m_ptr = elements_at(arrays.first_moment, first, S, ALIGNED) + i
+    """Steps one block of a chunk."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    i = first + at
+    p_ptr = pointer_to(arrays.param, T, ALIGNED) + i
+    g_ptr = pointer_to(arrays.grad, T, ALIGNED) + i
+    m_ptr = pointer_to(arrays.first_moment, S, ALIGNED) + i
 
     p = tl.load(p_ptr, mask=inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr, mask=inside, other=0.0).to(COMPUTE)
@@ -309,17 +313,17 @@ def update_block(
     m = tl.load(m_ptr, mask=has_first, other=0.0).to(COMPUTE)
     if ROUNDING == KAHAN:
         # What rounding took off the parameter so far is still part of it.
-        lost_ptr = elements_at(arrays.compensation, first, T, ALIGNED) + i
+        lost_ptr = pointer_to(arrays.compensation, T, ALIGNED) + i
         has_lost = inside & (arrays.compensation != 0)
         p += tl.load(lost_ptr, mask=has_lost, other=0.0).to(COMPUTE)
     if ALGORITHM == ADAM:
-        v_ptr = elements_at(arrays.second_moment, first, S, ALIGNED) + i
+        v_ptr = pointer_to(arrays.second_moment, S, ALIGNED) + i
         v = tl.load(v_ptr, mask=inside, other=0.0).to(COMPUTE)
         m, v = adam_moments(rule, regularised_gradient(rule, g, p), m, v)
         tl.store(v_ptr, v.to(S), mask=inside)
-        # A branch rather than a mask: a quarter of the registers, for all.
+        # By a branch, not a mask: that would take a quarter more registers of everybody.
         if arrays.max_second_moment != 0:
-            v_max_ptr = elements_at(arrays.max_second_moment, first, S, ALIGNED) + i
+            v_max_ptr = pointer_to(arrays.max_second_moment, S, ALIGNED) + i
             v = larger_moment(v, tl.load(v_max_ptr, mask=inside, other=0.0).to(COMPUTE))
             tl.store(v_max_ptr, v.to(S), mask=inside)
         p = adam_values(rule, p, m, v)
@@ -330,7 +334,7 @@ def update_block(
     tl.store(m_ptr, m.to(S), mask=has_first)
     p = tl.where(rule.threshold > 0.0, soft_threshold(p, rule.threshold), p)
     if arrays.ema != 0:
-        ema_ptr = elements_at(arrays.ema, first, COMPUTE, ALIGNED) + i
+        ema_ptr = pointer_to(arrays.ema, COMPUTE, ALIGNED) + i
         ema = tl.load(ema_ptr, mask=inside, other=0.0)
         tl.store(ema_ptr, ema_values(rule, ema, p), mask=inside)
     if ROUNDING == STOCHASTIC:
@@ -361,15 +365,17 @@ def load_group(groups_ptr, group):
 
 
 @triton.jit
-def load_arrays(table_ptr, count, tensor):
+def load_arrays(
+    table_ptr, count, tensor, first, T: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr
+):
     return Arrays(
-        row_at(table_ptr, PARAM, count, tensor),
-        row_at(table_ptr, GRAD, count, tensor),
-        row_at(table_ptr, FIRST_MOMENT, count, tensor),
-        row_at(table_ptr, SECOND_MOMENT, count, tensor),
-        row_at(table_ptr, MAX_SECOND_MOMENT, count, tensor),
-        row_at(table_ptr, EMA, count, tensor),
-        row_at(table_ptr, COMPENSATION, count, tensor),
+        address_at(table_ptr, PARAM, count, tensor, first, T),
+        address_at(table_ptr, GRAD, count, tensor, first, T),
+        address_at(table_ptr, FIRST_MOMENT, count, tensor, first, S),
+        address_at(table_ptr, SECOND_MOMENT, count, tensor, first, S),
+        address_at(table_ptr, MAX_SECOND_MOMENT, count, tensor, first, S),
+        address_at(table_ptr, EMA, count, tensor, first, COMPUTE),
+        address_at(table_ptr, COMPENSATION, count, tensor, first, T),
     )
 
 
@@ -411,38 +417,41 @@ def step_chunk(
     REST: tl.constexpr,
 ):
     """Steps the program's chunk."""
-    COMPUTE: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == T else tl.float32
     tensor, first, rest = chunk_at(table_ptr, count, tl.program_id(0))
-    number = row_at(table_ptr, GROUP, count, tensor)
-    group = the_group if groups_ptr is None else load_group(groups_ptr, number)
+    group = the_group
+    if groups_ptr is not None:
+        group = load_group(groups_ptr, row_at(table_ptr, GROUP, count, tensor))
     if rates_ptr is not None:
-        lr = tl.load(rates_ptr + number).to(tl.float64)
-        group = Group(lr, *group[1:])
+        on_device = group.flags & RATE_ON_DEVICE != 0
+        rate = tl.load(rates_ptr + group.lr.to(tl.int32), mask=on_device, other=0.0)
+        group = Group(tl.where(on_device, rate.to(tl.float64), group.lr), *group[1:])
     address = row_at(table_ptr, STEP, count, tensor)
     step = tl.load(step_pointer(address), mask=address != 0, other=0.0) + 1.0
     rule = step_rule(group, step.to(tl.int64), factor, ALGORITHM, COMPUTE)
-    arrays = load_arrays(table_ptr, count, tensor)
+    arrays = load_arrays(table_ptr, count, tensor, first, T, S, COMPUTE)
     draws = Draws(0, 0, 0)
     if ROUNDING == STOCHASTIC:
         seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
-        draws = Draws(seed ^ TAG, offset, row_at(table_ptr, ELEMENT_OFFSET, count, tensor) // 8)
+        drawn = row_at(table_ptr, ELEMENT_OFFSET, count, tensor) + first
+        draws = Draws(seed ^ TAG, offset, drawn // 8)
 
     addresses = arrays.param | arrays.grad | arrays.first_moment | arrays.second_moment
     addresses = addresses | arrays.max_second_moment | arrays.ema | arrays.compensation
-    block, vectored = 0, vectored_elements(rest, addresses)
-    while block * BLOCK < vectored:
+    vectored = vectored_elements(rest, addresses)
+    # What is left comes first: the loop over vectors, which needs many registers, is then the last.
+    block = 0
+    while block * REST < rest - vectored:
         update_block(
-            *(arrays, rule, draws, first, block, vectored),
-            *(ALGORITHM, T, S, COMPUTE, ROUNDING, True, BLOCK),
+            *(arrays, rule, draws, vectored, block, rest - vectored),
+            *(ALGORITHM, T, S, COMPUTE, ROUNDING, False, REST),
         )
         block += 1
-    first += vectored
-    rest -= vectored
     block = 0
-    while block * REST < rest:
+    while block * BLOCK < vectored:
         update_block(
-            *(arrays, rule, draws, first, block, rest),
-            *(ALGORITHM, T, S, COMPUTE, ROUNDING, False, REST),
+            *(arrays, rule, draws, 0, block, vectored),
+            *(ALGORITHM, T, S, COMPUTE, ROUNDING, True, BLOCK),
         )
         block += 1
 
@@ -462,7 +471,7 @@ def optimizer_step_kernel(
     ema_decay: tl.float64,
     flags,
     groups_ptr,  # float64 [groups, 9], or None: then all are of the group that stands above
-    rates_ptr,  # float32 [groups] in the place of lr, or None
+    rates_ptr,  # float32: the lr of groups that have RATE_ON_DEVICE set is a place here; or None
     squares_ptr,  # float64 [squares_count], or None
     squares_count,
     max_norm: tl.float64,
@@ -536,29 +545,39 @@ def write_group_kernel(
     tl.store(row_ptr + 8, flags)
 
 
-def _block(dtype: str) -> int:
-    """Elements at a time: 16 bytes a thread and access, in bf16 with 8 warps."""
-    return 1024 if dtype == "fp64" else 2048
+def _block(algorithm: int, dtype: str, moments: str) -> int:
+    """Elements at a time: so many that three programs have their registers on a multiprocessor, two
+    in float64. Adam's are 63 to 84 a thread, of four arrays; twice the elements take a third more.
+    """
+    wide = dtype == "fp64" or (algorithm == ADAM.value and "fp32" in (dtype, moments))
+    return 1024 if wide else 2048
 
 
-def _is_capturing(table: Tensor) -> bool:
-    return table.is_cuda and torch.cuda.is_current_stream_capturing()
+def _group_rows(numbers: list[float], flags: list[int]) -> list[list[float]]:
+    """The numbers of each group; an lr that is on the device is its place among `rates`."""
+    rows, rates = [], 0
+    for i, word in enumerate(flags):
+        row = list(numbers[NUMBERS * i : NUMBERS * (i + 1)])
+        if word & RATE_ON_DEVICE.value:
+            row[0] = float(rates)
+            rates += 1
+        rows.append(row)
+    return rows
 
 
-def _groups_on_device(
-    numbers: list[float], flags: list[int], device: Any, by_kernel: bool
+def _on_device(
+    rows: list[list[float]], flags: list[int], device: torch.device, capturing: bool
 ) -> Tensor:
-    """The groups' hyperparameters as float64 [groups, 9]."""
-    rows = [
-        [*numbers[NUMBERS * i : NUMBERS * (i + 1)], float(word)] for i, word in enumerate(flags)
-    ]
-    if not by_kernel:
-        # From memory that is not pinned: the driver has copied it when this returns.
-        return torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)
-    # A graph would read the host's memory at its replays. It keeps a kernel's arguments.
+    """The groups as float64 [groups, 9]."""
+    if not capturing:
+        table = [[*row, float(word)] for row, word in zip(rows, flags, strict=True)]
+        # From memory that is not pinned: the driver has taken it when this returns, and waits for
+        # nothing.
+        return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+    # A graph would copy from the host's memory again at its replays; a kernel's arguments it keeps.
     groups = torch.empty(len(rows), NUMBERS + 1, dtype=torch.float64, device=device)
     for i, row in enumerate(rows):
-        write_group_kernel[(1,)](groups, i, *row[:-1], flags[i], num_warps=1)
+        write_group_kernel[(1,)](groups, i, *row, flags[i], num_warps=1)
     return groups
 
 
@@ -589,15 +608,17 @@ def optimizer_step_table(
         state = {"state_ptr": None, "seed": 0, "offset": 0, "ON_DEVICE": False}
     else:
         state = state_arguments(rng_state, table)
+    rows = _group_rows(numbers, flags)
     with device_of(table):
         groups, rate = None, None
-        if len(flags) > 1:
-            groups = _groups_on_device(numbers, flags, table.device, _is_capturing(table))
+        if len(rows) > 1:
+            capturing = table.is_cuda and torch.cuda.is_current_stream_capturing()
+            groups = _on_device(rows, flags, table.device, capturing)
         if rates:
             rate = rates[0] if len(rates) == 1 else torch.stack([r.reshape(()) for r in rates])
         # Tensors without an element count their steps too: there is a program for that at least.
         optimizer_step_kernel[(max(chunks, 1),)](
-            *(table, count, chunks, *numbers[:NUMBERS], flags[0], groups, rate),
+            *(table, count, chunks, *rows[0], flags[0], groups, rate),
             *(squares, 0 if squares is None else squares.numel(), max_norm),
             *(grad_scale, found_inf),
             scratch_ptr=scratch,
@@ -606,7 +627,7 @@ def optimizer_step_table(
             MOMENTS=moments,
             ROUNDING=rounding if rounds else 0,
             TAG=TAG_ROUNDING,
-            BLOCK=_block(dtype),
+            BLOCK=_block(algorithm, dtype, moments),
             REST=REST,
             STEPS=STEPS,
             num_warps=8,

@@ -13,11 +13,11 @@ from ._launch import device_of
 from ._table import (
     GRAD,
     PARAM,
+    address_at,
     chunk_at,
     chunks_of,
-    elements_at,
     is_last_program,
-    row_at,
+    pointer_to,
     type_name,
     vectored_elements,
 )
@@ -46,9 +46,11 @@ def penalty_gradients(x, g, POWER: tl.constexpr):
 
 
 @triton.jit
-def sum_block(total, x_ptr, block, count, POWER: tl.constexpr, BLOCK: tl.constexpr):
+def sum_block(total, x_ptr, block, first, count, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    """With elements `first` to count - 1, as far as they are in the block, each at its place: what
+    is summed up in which order does not depend on how it can be loaded."""
     i = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < count, other=0.0)
+    x = tl.load(x_ptr + i, mask=(i >= first) & (i < count), other=0.0)
     return total + penalty_values(x, POWER)
 
 
@@ -68,17 +70,17 @@ def penalty_kernel(
     chunk = tl.program_id(0)
     if chunk < chunks:
         tensor, first, rest = chunk_at(table_ptr, count, chunk)
-        address = row_at(table_ptr, GRAD, count, tensor)
+        address = address_at(table_ptr, GRAD, count, tensor, first, T)
         total = tl.zeros([BLOCK], tl.float64)
         block, vectored = 0, vectored_elements(rest, address)
-        x_ptr = elements_at(address, first, T, True)
+        x_ptr = pointer_to(address, T, True)
         while block * BLOCK < vectored:
-            total = sum_block(total, x_ptr, block, vectored, POWER, BLOCK)
+            total = sum_block(total, x_ptr, block, 0, vectored, POWER, BLOCK)
             block += 1
-        rest -= vectored
-        block, x_ptr = 0, elements_at(address, first, T, False) + vectored
-        while block * BLOCK < rest:
-            total = sum_block(total, x_ptr, block, rest, POWER, BLOCK)
+        block = vectored // BLOCK
+        x_ptr = pointer_to(address, T, False)
+        while (block * BLOCK < rest) & (vectored < rest):
+            total = sum_block(total, x_ptr, block, vectored, rest, POWER, BLOCK)
             block += 1
         tl.store(scratch_ptr + 1 + chunk, tl.sum(total, 0))
     if is_last_program(scratch_ptr):
@@ -110,20 +112,20 @@ def penalty_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     T: tl.constexpr = tl.dtype(DTYPE)
-    COMPUTE: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == T else tl.float32
     g = tl.load(grad_output_ptr).to(COMPUTE)
     tensor, first, rest = chunk_at(table_ptr, count, tl.program_id(0))
-    source = row_at(table_ptr, GRAD, count, tensor)
-    target = row_at(table_ptr, PARAM, count, tensor)
+    source = address_at(table_ptr, GRAD, count, tensor, first, T)
+    target = address_at(table_ptr, PARAM, count, tensor, first, T)
     block, vectored = 0, vectored_elements(rest, source | target)
-    x_ptr = elements_at(source, first, T, True)
-    y_ptr = elements_at(target, first, T, True)
+    x_ptr = pointer_to(source, T, True)
+    y_ptr = pointer_to(target, T, True)
     while block * BLOCK < vectored:
         gradient_block(x_ptr, y_ptr, block, vectored, g, POWER, BLOCK)
         block += 1
     rest -= vectored
-    block, x_ptr = 0, elements_at(source, first, T, False) + vectored
-    y_ptr = elements_at(target, first, T, False) + vectored
+    block, x_ptr = 0, pointer_to(source, T, False) + vectored
+    y_ptr = pointer_to(target, T, False) + vectored
     while block * BLOCK < rest:
         gradient_block(x_ptr, y_ptr, block, rest, g, POWER, BLOCK)
         block += 1

