@@ -39,10 +39,10 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t algorithm,
                           const std::optional<Tensor>& grad_scale,
                           const std::optional<Tensor>& found_inf,
                           const std::optional<Tensor>& rng_state, const Tensor& scratch) {
-  const auto [table, chunks] = cuda::device_table(data, count, kOp);
+  const cuda::DeviceTable of = cuda::device_table(data, count, kOp);
   cuda::OptimizerStep step{};
-  step.table = table;
-  step.chunks = chunks;
+  step.table = of.table;
+  step.chunks = of.chunks;
   step.ticket = reinterpret_cast<unsigned*>(cuda::scratch_of(data, scratch, 0, kOp));
   step.grad_scale = device_scalar(data, grad_scale, "grad_scale");
   step.found_inf = device_scalar(data, found_inf, "found_inf");

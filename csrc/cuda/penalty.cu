@@ -9,29 +9,27 @@ namespace {
 
 void penalty_table(const Tensor& data, int64_t count, int64_t dtype, int64_t power,
                    const Tensor& sums, int64_t slot, const Tensor& scratch) {
-  const auto [table, chunks] = cuda::device_table(data, count, "penalty");
+  const cuda::DeviceTable of = cuda::device_table(data, count, "penalty");
   const Penalty penalty = penalty_from(power, "penalty");
   cuda::check_device(data, sums, "penalty", "sums");
   double* const sum = slot_of(sums, slot, "penalty");
-  double* const partials = cuda::scratch_of(data, scratch, chunks, "penalty");
+  double* const partials = cuda::scratch_of(data, scratch, of.chunks, "penalty");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, "penalty"),
-                  [&, chunks = chunks, &table = table]<typename T>(T) {
-                    cuda::launch_penalty<T>(penalty, table, chunks, sum, partials, launch.stream);
-                  });
+  cuda::for_dtype(dtype_from(dtype, "penalty"), [&]<typename T>(T) {
+    cuda::launch_penalty<T>(penalty, of.table, of.chunks, sum, partials, launch.stream);
+  });
 }
 
 void penalty_backward_table(const Tensor& data, int64_t count, int64_t dtype, int64_t power,
                             const Tensor& grad_output) {
-  const auto [table, chunks] = cuda::device_table(data, count, "penalty_backward");
+  const cuda::DeviceTable of = cuda::device_table(data, count, "penalty_backward");
   const Penalty penalty = penalty_from(power, "penalty_backward");
   cuda::check_device(data, grad_output, "penalty_backward", "grad_output");
   const double* const grad = slot_of(grad_output, 0, "penalty_backward");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, "penalty_backward"),
-                  [&, chunks = chunks, &table = table]<typename T>(T) {
-                    cuda::launch_penalty_backward<T>(penalty, table, chunks, grad, launch.stream);
-                  });
+  cuda::for_dtype(dtype_from(dtype, "penalty_backward"), [&]<typename T>(T) {
+    cuda::launch_penalty_backward<T>(penalty, of.table, of.chunks, grad, launch.stream);
+  });
 }
 
 }  // namespace

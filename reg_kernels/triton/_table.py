@@ -57,7 +57,7 @@ def row_at(table_ptr, ROW: tl.constexpr, count, tensor):
 
 @triton.jit
 def address_at(table_ptr, ROW: tl.constexpr, count, tensor, first, T: tl.constexpr):
-    """Where element `first` of one of the tensor's arrays lies, of type T; 0 where there is none."""
+    """Where element `first` of an array of type T of the tensor's lies; 0 where there is none."""
     address = row_at(table_ptr, ROW, count, tensor)
     return tl.where(address != 0, address + first * T.itemsize, 0)
 
@@ -74,7 +74,7 @@ def pointer_to(address, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def vectored_elements(count, addresses):
-    """How many of the first elements can be moved in vectors of 16 bytes: all but up to 15, or none.
+    """How many elements, from the first on, go in vectors of 16 bytes: all but up to 15, or none.
 
     `addresses` is a bitwise or of the arrays' addresses. The compiler sees what the result is a
     multiple of, and so that of a mask it makes whole vectors are in or out.

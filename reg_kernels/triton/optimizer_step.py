@@ -5,7 +5,8 @@ moments of type S (28 B in fp32, 14 B in bf16, 22 B in bf16 with fp32 moments); 
 five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each.
 
 One launch for the whole table, a program for each chunk. Which arrays there are only the table
-knows, on the device: the accesses to one that is not there are masked off, and move nothing.
+knows, on the device: accesses to one that is not there are masked off or branched around, and move
+nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ STEPS = 256  # that the last program adds to at a time
 # No recompiling by value, nor by the alignment of single numbers.
 UNSPECIALISED = [
     *("count", "chunks", "flags", "squares_count", "seed", "offset", "groups_ptr", "rates_ptr"),
-    *("squares_ptr", "grad_scale_ptr", "found_inf_ptr", "state_ptr", "group"),
+    *("squares_ptr", "grad_scale_ptr", "found_inf_ptr", "state_ptr", "number"),
 ]
 
 
@@ -309,29 +310,31 @@ def update_block(
 
     p = tl.load(p_ptr, mask=inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr, mask=inside, other=0.0).to(COMPUTE)
-    has_first = inside & (arrays.first_moment != 0)
-    m = tl.load(m_ptr, mask=has_first, other=0.0).to(COMPUTE)
     if ROUNDING == KAHAN:
         # What rounding took off the parameter so far is still part of it.
         lost_ptr = pointer_to(arrays.compensation, T, ALIGNED) + i
         has_lost = inside & (arrays.compensation != 0)
         p += tl.load(lost_ptr, mask=has_lost, other=0.0).to(COMPUTE)
+    # What may not be there is branched around. Masks would take a quarter more registers.
     if ALGORITHM == ADAM:
         v_ptr = pointer_to(arrays.second_moment, S, ALIGNED) + i
+        m = tl.load(m_ptr, mask=inside, other=0.0).to(COMPUTE)
         v = tl.load(v_ptr, mask=inside, other=0.0).to(COMPUTE)
         m, v = adam_moments(rule, regularised_gradient(rule, g, p), m, v)
+        tl.store(m_ptr, m.to(S), mask=inside)
         tl.store(v_ptr, v.to(S), mask=inside)
-        # By a branch, not a mask: that would take a quarter more registers of everybody.
         if arrays.max_second_moment != 0:
             v_max_ptr = pointer_to(arrays.max_second_moment, S, ALIGNED) + i
             v = larger_moment(v, tl.load(v_max_ptr, mask=inside, other=0.0).to(COMPUTE))
             tl.store(v_max_ptr, v.to(S), mask=inside)
         p = adam_values(rule, p, m, v)
+    elif arrays.first_moment != 0:
+        m = tl.load(m_ptr, mask=inside, other=0.0).to(COMPUTE)
+        direction, m = sgd_momentum(rule, regularised_gradient(rule, g, p), m)
+        tl.store(m_ptr, m.to(S), mask=inside)
+        p = sgd_values(rule, p, direction)
     else:
-        g = regularised_gradient(rule, g, p)
-        direction, m = sgd_momentum(rule, g, m)
-        p = sgd_values(rule, p, tl.where(arrays.first_moment != 0, direction, g))
-    tl.store(m_ptr, m.to(S), mask=has_first)
+        p = sgd_values(rule, p, regularised_gradient(rule, g, p))
     p = tl.where(rule.threshold > 0.0, soft_threshold(p, rule.threshold), p)
     if arrays.ema != 0:
         ema_ptr = pointer_to(arrays.ema, COMPUTE, ALIGNED) + i
@@ -349,8 +352,24 @@ def update_block(
 
 
 @triton.jit
-def load_group(groups_ptr, group):
-    row_ptr = groups_ptr + group * WORDS
+def group_of(lr, decay_lr, weight_decay, l1, beta1, beta2, eps, ema_decay, flags):
+    """Of a kernel's arguments, which the interpreter takes for float32."""
+    return Group(
+        tl.full([], lr, tl.float64),
+        tl.full([], decay_lr, tl.float64),
+        tl.full([], weight_decay, tl.float64),
+        tl.full([], l1, tl.float64),
+        tl.full([], beta1, tl.float64),
+        tl.full([], beta2, tl.float64),
+        tl.full([], eps, tl.float64),
+        tl.full([], ema_decay, tl.float64),
+        flags,
+    )
+
+
+@triton.jit
+def load_group(groups_ptr, number):
+    row_ptr = groups_ptr + number * WORDS
     return Group(
         tl.load(row_ptr),
         tl.load(row_ptr + 1),
@@ -362,6 +381,20 @@ def load_group(groups_ptr, group):
         tl.load(row_ptr + 7),
         tl.load(row_ptr + 8).to(tl.int32),
     )
+
+
+@triton.jit
+def store_group(groups_ptr, number, group):
+    row_ptr = groups_ptr + number * WORDS
+    tl.store(row_ptr, group.lr)
+    tl.store(row_ptr + 1, group.decay_lr)
+    tl.store(row_ptr + 2, group.weight_decay)
+    tl.store(row_ptr + 3, group.l1)
+    tl.store(row_ptr + 4, group.beta1)
+    tl.store(row_ptr + 5, group.beta2)
+    tl.store(row_ptr + 6, group.eps)
+    tl.store(row_ptr + 7, group.ema_decay)
+    tl.store(row_ptr + 8, group.flags)
 
 
 @triton.jit
@@ -498,16 +531,8 @@ def optimizer_step_kernel(
         proceeds = tl.load(found_inf_ptr) == 0.0  # else no program takes a ticket
     if proceeds:
         if tl.program_id(0) < chunks:
-            the_group = Group(
-                tl.full([], lr, tl.float64),
-                tl.full([], decay_lr, tl.float64),
-                tl.full([], weight_decay, tl.float64),
-                tl.full([], l1, tl.float64),
-                tl.full([], beta1, tl.float64),
-                tl.full([], beta2, tl.float64),
-                tl.full([], eps, tl.float64),
-                tl.full([], ema_decay, tl.float64),
-                flags,
+            the_group = group_of(
+                *(lr, decay_lr, weight_decay, l1, beta1, beta2, eps, ema_decay, flags)
             )
             factor = gradient_factor(squares_ptr, squares_count, max_norm, grad_scale_ptr)
             step_chunk(
@@ -522,7 +547,7 @@ def optimizer_step_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def write_group_kernel(
     groups_ptr,  # float64 [groups, 9], a row of which is written
-    group,
+    number,
     lr: tl.float64,
     decay_lr: tl.float64,
     weight_decay: tl.float64,
@@ -533,24 +558,20 @@ def write_group_kernel(
     ema_decay: tl.float64,
     flags,
 ):
-    row_ptr = groups_ptr + group * WORDS
-    tl.store(row_ptr, lr)
-    tl.store(row_ptr + 1, decay_lr)
-    tl.store(row_ptr + 2, weight_decay)
-    tl.store(row_ptr + 3, l1)
-    tl.store(row_ptr + 4, beta1)
-    tl.store(row_ptr + 5, beta2)
-    tl.store(row_ptr + 6, eps)
-    tl.store(row_ptr + 7, ema_decay)
-    tl.store(row_ptr + 8, flags)
+    group = group_of(lr, decay_lr, weight_decay, l1, beta1, beta2, eps, ema_decay, flags)
+    store_group(groups_ptr, number, group)
 
 
-def _block(algorithm: int, dtype: str, moments: str) -> int:
-    """Elements at a time: so many that three programs have their registers on a multiprocessor, two
-    in float64. Adam's are 63 to 84 a thread, of four arrays; twice the elements take a third more.
+def _block(algorithm: int, dtype: str, moments: str, rounding: int) -> int:
+    """Elements at a time, such that nothing spills (tests/triton/test_optimizer_step.py).
+
+    Adam's take 64 to 80 registers a thread, of 256 threads, 104 in float64, and SGD's up to 60:
+    what is in flight of three to five programs a multiprocessor hides the memory's latency.
     """
-    wide = dtype == "fp64" or (algorithm == ADAM.value and "fp32" in (dtype, moments))
-    return 1024 if wide else 2048
+    if dtype == "fp64":
+        return 1024 if algorithm == ADAM.value else 512
+    narrow = algorithm == ADAM.value and "fp32" not in (dtype, moments)
+    return 2048 if narrow and rounding != KAHAN.value else 1024
 
 
 def _group_rows(numbers: list[float], flags: list[int]) -> list[list[float]]:
@@ -603,7 +624,8 @@ def optimizer_step_table(
     chunks = chunks_of(table, count)
     dtype, moments = map(type_name, dtypes)
     # Only a bfloat16 is rounded by chance, and what has 16 bits compensated.
-    rounds = dtype == "bf16" if rounding == STOCHASTIC.value else dtype in ("fp16", "bf16")
+    if dtype not in (("bf16",) if rounding == STOCHASTIC.value else ("bf16", "fp16")):
+        rounding = 0
     if rng_state is None:
         state = {"state_ptr": None, "seed": 0, "offset": 0, "ON_DEVICE": False}
     else:
@@ -625,9 +647,9 @@ def optimizer_step_table(
             ALGORITHM=algorithm,
             DTYPE=dtype,
             MOMENTS=moments,
-            ROUNDING=rounding if rounds else 0,
+            ROUNDING=rounding,
             TAG=TAG_ROUNDING,
-            BLOCK=_block(algorithm, dtype, moments),
+            BLOCK=_block(algorithm, dtype, moments, rounding),
             REST=REST,
             STEPS=STEPS,
             num_warps=8,

@@ -256,6 +256,41 @@ void test_atomic_or() {
   }
 }
 
+__global__ void count_and_wrap_kernel(unsigned* counter, unsigned* seen) {
+  seen[threadIdx.x] = atomicInc(counter, 3);
+}
+
+void test_atomic_inc() {
+  unsigned counter = 0, seen[10];
+  RK_LAUNCH(count_and_wrap_kernel, 1, 10, 0, nullptr, &counter, seen);
+  for (int i = 0; i < 10; ++i) {
+    const int turn = cuda_on_cpu::reversed ? 9 - i : i;
+    expect_equal<int64_t>(seen[i], turn % 4, "what atomicInc returned");
+  }
+  expect_equal<int64_t>(counter, 2, "what atomicInc left");
+  counter = 7;  // beyond the most there should be
+  RK_LAUNCH(count_and_wrap_kernel, 1, 1, 0, nullptr, &counter, seen);
+  expect_equal<int64_t>(counter, 0, "atomicInc's wrap");
+}
+
+// ---- The last block of a grid.
+
+__global__ void last_block_kernel(unsigned* ticket, int* arrived, int* told) {
+  RK_SHARED(bool, last);
+  if (threadIdx.x == 0) ++*arrived;
+  if (reg_kernels::cuda::last_block(ticket, last)) told[threadIdx.x] += *arrived;
+}
+
+void test_last_block() {
+  unsigned ticket = 0;
+  for (const int blocks : {1, 2, 5, 3}) {
+    int arrived = 0, told[64] = {};
+    RK_LAUNCH(last_block_kernel, blocks, 64, sizeof(bool), nullptr, &ticket, &arrived, told);
+    for (const int count : told) expect_equal(count, blocks, "what the last block finds");
+    expect_equal<int64_t>(ticket, 0, "the ticket after a launch");
+  }
+}
+
 // ---- Asynchronous copies. Three groups of one 16-byte word each, the last one not present.
 
 __global__ void copy_kernel(const uint32_t* x, uint32_t* y) {
@@ -399,6 +434,8 @@ int main(int argc, char** argv) {
   test_atomic_add<double>();
   test_atomic_or<uint32_t>();
   test_atomic_or<int64_t>();
+  test_atomic_inc();
+  test_last_block();
   test_async_copies();
   test_exchange();
   test_refused_cooperation();

@@ -10,10 +10,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
+from reg_kernels.ops.optimizer_step import MOST_GROUPS
 from reg_kernels.optim import SGD, SGDW, Adam, AdamW
 
 from support import DEVICE, Twins, implementations
@@ -318,6 +320,7 @@ def test_more_groups_than_a_launch_takes(backend):
     pair.step(3)
     pair.check()
     check_state(pair)
+    assert max(len(launch.groups) for launch in pair.ours._plan.launches) <= MOST_GROUPS
     # A group among the last that changes its mind.
     for optimizer in (pair.ours, pair.theirs):
         optimizer.param_groups[38]["lr"] = 5.0
@@ -599,6 +602,20 @@ def test_parameters_get_other_data(kind, options):
     pair.step(2)
     pair.check()
     check_state(pair)
+
+
+@by_rule
+def test_parameters_changed_in_place(kind, options):
+    # As weights are clipped, loaded or pruned by hand.
+    pair = twins(kind, options, [randn(4, 6), strided(4, 6), randn(6, 4).t()])
+    pair.step(2)
+    for params in (pair.params, pair.their_params):
+        with torch.no_grad():
+            for p in params:
+                p.clamp_(-0.1, 0.1)
+                p[1] = 0.5
+    pair.step(2)
+    pair.check()
 
 
 @by_rule
@@ -1182,7 +1199,8 @@ def test_profiles_name_the_step_as_torchs():
 def test_compiled_step(kind, options):
     torch._dynamo.reset()
     pair = twins(kind, options, [randn(3, 5), randn(70)])
-    compiled = torch.compile(pair.ours.step, backend="eager")
+    counter = CompileCounter()
+    compiled = torch.compile(pair.ours.step, backend=counter)
     for lr in (0.1, 0.1, 0.05, 0.02):
         for optimizer in (pair.ours, pair.theirs):
             optimizer.param_groups[0]["lr"] = lr
@@ -1191,6 +1209,7 @@ def test_compiled_step(kind, options):
         pair.theirs.step()
     pair.check()
     check_state(pair)
+    assert counter.frame_count == 0  # it is called, not traced
     torch._dynamo.reset()
 
 
