@@ -1330,3 +1330,21 @@ def test_autocast_training():
                 loss.backward()
                 optimizer.step()  # inside of it too
     torch.testing.assert_close(*(list(m.parameters()) for m in models), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_a_default_device_is_not_the_parameters(rounding):
+    with torch.device("meta"):
+        params = [torch.ones(5, dtype=torch.bfloat16, device=DEVICE).requires_grad_()]
+        optimizer = AdamW(
+            params, lr=0.5, rounding=rounding, ema_decay=0.5, max_grad_norm=1.0, betas=(0.0, 0.0)
+        )
+        optimizer.step()
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
+        norm = optimizer.grad_norm
+    assert float(norm) == pytest.approx(5**0.5)
+    assert (params[0] < 0.1).all()
+    assert {v.device.type for v in optimizer.state[params[0]].values()} == {DEVICE}
