@@ -8,7 +8,7 @@ written to it goes there in stream order, without a synchronisation.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ _OVERHEAD = 64  # elements that a tensor's own cost weighs as much as
 _address = Tensor.data_ptr
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Where element 0 of each tensor lies; TypeError where one is none."""
     return list(map(_address, tensors))
 
@@ -65,6 +65,7 @@ class TensorTable:
         self._for_capture = torch.empty(
             self.count if device.type == "cuda" else 0,
             dtype=torch.int64,
+            device="cpu",
             pin_memory=device.type == "cuda",
         )
         self._captured: list[Tensor] = []
@@ -101,5 +102,5 @@ def _sums_before(numbers: Sequence[int]) -> list[int]:
 
 def _tensor_of(numbers: array[int]) -> Tensor:
     if not numbers:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     return torch.frombuffer(numbers, dtype=torch.int64)

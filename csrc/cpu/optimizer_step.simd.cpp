@@ -175,7 +175,7 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
   Draws draws;
   // One loop over it all where nothing needs the tile again.
   const bool at_once = task.dtype == own && task.moments_dtype == own && task.ema == nullptr &&
-                       !(task.constants.threshold > 0);
+                       task.compensation == nullptr && !(task.constants.threshold > 0);
   const int64_t tile = at_once ? end - begin : kTile;
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = tile < end - first ? tile : end - first;
@@ -208,7 +208,7 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
       memcpy(exact, p, count * sizeof(C));
       tiles.param.open(task.param, task.dtype, first, count);
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) lost[j] = exact[j] - p[j];
+      for (int64_t j = 0; j < count; ++j) lost[j] = lost_by_rounding(exact[j], p[j]);
       tiles.compensation.close();
     }
     tiles.first_moment.close();

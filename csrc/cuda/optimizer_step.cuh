@@ -227,7 +227,9 @@ __device__ __forceinline__ void update_range(const OptimizerArrays<T, S>& arrays
       if (block.compensation) {
         Vector<T, kCount> lost;
         RK_UNROLL
-        for (int j = 0; j < kCount; ++j) lost.v[j] = store<T>(p[j] - load(params[u].v[j]));
+        for (int j = 0; j < kCount; ++j) {
+          lost.v[j] = store<T>(lost_by_rounding(p[j], load(params[u].v[j])));
+        }
         store_whole(block.compensation + i, lost);
       }
     }

@@ -106,6 +106,36 @@ class StepLists:
         rows |= {"group": self.groups, "element_offset": self.element_offsets}
         return TensorTable(sizes, self.params[0].device, **rows)
 
+    def check(self, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
+        """Raises RuntimeError where a kernel would read or write past what is there."""
+        count = len(self.params)
+        compute = torch.promote_types(self.params[0].dtype, torch.float32)
+        expected = {"grads": (grads, self.params[0].dtype), "params": (self.params, None)}
+        expected |= {name: (getattr(self, name), None) for name in self._ROWS}
+        expected["emas"] = (self.emas, compute)
+        expected["steps"] = (self.steps, torch.float32)
+        expected["compensations"] = (self.compensations, self.params[0].dtype)
+        for name, (tensors, dtype) in expected.items():
+            if len(tensors) not in ((count,) if name == "grads" else (0, count)):
+                raise RuntimeError(f"optimizer_step_: {name} must be {count}, got {len(tensors)}")
+            kinds = {x.dtype for x in tensors} | ({dtype} if dtype and tensors else set())
+            if len(kinds) > 1:
+                raise RuntimeError(f"optimizer_step_: {name} must be of one dtype, got {kinds}")
+            for i, (x, p) in enumerate(zip(tensors, self.params, strict=False)):
+                if x.numel() != (1 if name == "steps" else p.numel()):
+                    raise RuntimeError(f"optimizer_step_: {name}[{i}] has {x.numel()} elements")
+        if len({x.dtype for x in (*self.first_moments, *self.second_moments)}) > 1:
+            raise RuntimeError("optimizer_step_: the moments must be of one dtype")
+        groups = len(common[1])
+        if len(self.groups) != count or not all(0 <= g < groups for g in self.groups):
+            raise RuntimeError(f"optimizer_step_: groups must be {count} numbers below {groups}")
+        if len(self.element_offsets) != count:
+            raise RuntimeError(f"optimizer_step_: element_offsets must be {count} numbers")
+        if not 0 <= common[3] < len(ROUNDINGS):
+            raise RuntimeError(f"optimizer_step_: rounding must be 0, 1 or 2, got {common[3]}")
+        if ROUNDINGS[common[3]] == "stochastic" and common[8] is None:
+            raise RuntimeError("optimizer_step_: stochastic rounding needs an rng_state")
+
     def dtypes(self) -> list[int]:
         """The parameters' and the moments' dtype, as the kernels number them."""
         moments = self.first_moments or self.params
@@ -125,6 +155,7 @@ def _from_lists(backend: str) -> Any:
         if not params:
             return
         lists, common = StepLists(params, *rest[:8]), rest[8:]
+        lists.check(grads, common)
         table = lists.table(grads)
         _table_function(backend)(
             *(table.data, table.count, algorithm, lists.dtypes()), *common, table.scratch

@@ -181,6 +181,8 @@ _BACKWARD = register(
 
 
 def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
+    if not isinstance(params, Tensor | Iterable):
+        raise TypeError(f"{name}: params must be tensors, got {type(params).__name__}")
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if not tensors:
         raise ValueError(f"{name}: params must hold at least one tensor, got none")
@@ -188,7 +190,8 @@ def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: params must be tensors, got {type(x).__name__} at {i}")
         if x.layout != torch.strided:
-            raise RuntimeError(f"{name}: params must be dense tensors, got {x.layout} at {i}")
+            layout = str(x.layout).removeprefix("torch.")
+            raise RuntimeError(f"{name}: params must be dense tensors, got {layout} at {i}")
         if x.dtype not in DTYPES:
             supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             got = str(x.dtype).removeprefix("torch.")

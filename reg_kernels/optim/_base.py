@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
@@ -37,11 +38,13 @@ OPTIONS = """
         RuntimeError: complex, integer or sparse parameters; in `step`, a sparse gradient, or a
             `backend` that cannot run here (`BackendUnavailable`). Nothing is changed then.
 
-    All parameters of one device and dtype take one launch, whatever their number; nothing is
-    allocated after the first step. `torch.amp.GradScaler` hands its scale and its verdict to the
-    step, which unscales on the fly (`p.grad` stays scaled) and, where a gradient is infinite or
-    NaN, changes nothing, the step counter included. `torch.compile` takes `step` as an opaque call.
-    Results do not depend on threads or on how parameters are grouped: two runs give the same bits.
+    All parameters of one device, dtype and kind of state take one launch, whatever their number (of
+    up to 32 groups); nothing is allocated after the first step. `torch.amp.GradScaler` hands its
+    scale and its verdict to the step, which unscales on the fly (`p.grad` stays scaled) and, where
+    a gradient is infinite or NaN, changes nothing, the step counter included. `torch.compile` takes
+    `step` as an opaque call.
+    Results do not depend on threads, nor on how parameters, in one order, are grouped: two runs
+    give the same bits.
 
     Source: I. Loshchilov, F. Hutter, "Decoupled weight decay regularization", ICLR 2019; for l1 N.
     Parikh, S. Boyd, "Proximal algorithms", 2014, section 6.5.2.
@@ -59,6 +62,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler: sets grad_scale and found_inf
     _algorithm: ClassVar[str]
+    _decay: ClassVar[str]  # by default
 
     def __init__(
         self,
@@ -98,7 +102,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        given = dict(param_group) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
+        if "decoupled_weight_decay" in self.defaults:
+            # Torch's word and ours for one thing: what a group was given decides.
+            group = self.param_groups[-1]
+            if "decay" in given:
+                group["decoupled_weight_decay"] = group["decay"] != "l2"
+            elif "decoupled_weight_decay" in given:
+                group["decay"] = "decoupled" if given["decoupled_weight_decay"] else "l2"
         try:
             self._check_group(self.param_groups[-1])
         except BaseException:
@@ -114,6 +126,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_nonnegative(name, "lr", lr)
         check_nonnegative(name, "weight_decay", group["weight_decay"])
         check_nonnegative(name, "l1", group["l1"])
+        if len(set(map(id, group["params"]))) != len(group["params"]):
+            raise ValueError(f"{name}: a parameter must come once in its group, got one twice")
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError(f"{name}: fused and foreach cannot both be True")
         if group["differentiable"]:
             raise RuntimeError(f"{name}: differentiable must be False: the step is one kernel")
         for option, choices in (("decay", DECAYS), ("rounding", ROUNDINGS)):
@@ -137,6 +153,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"got {group['state_dtype']}"
             )
         for i, p in enumerate(group["params"]):
+            if is_traceable_wrapper_subclass(p):
+                raise RuntimeError(
+                    f"{name}: parameters must be plain tensors, got {type(p).__name__} for number "
+                    f"{i} of its group"
+                )
             if p.dtype not in backends.DTYPES or p.layout != torch.strided:
                 what = p.dtype if p.layout == torch.strided else p.layout
                 raise RuntimeError(
@@ -154,15 +175,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; `closure`, where given, is called first and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         if self._put_aside:
             raise RuntimeError(
                 f"{type(self).__name__}: the averaged weights are swapped in: call swap_out_ema() "
                 "before step()"
             )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self._plan is None or not self._plan.is_current():
             self._plan = None  # a plan that cannot be made leaves none
             self._plan = Plan(self)
@@ -196,6 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         found = [
             (p, self.state[p]["ema"])
             for group in self.param_groups
+            if group["ema_decay"] is not None
             for p in group["params"]
             if p in self.state and "ema" in self.state[p]
         ]
@@ -222,7 +244,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         finally:
-            self.swap_out_ema()
+            if self._put_aside:
+                self.swap_out_ema()
 
     # Saving and loading
 
@@ -251,17 +274,34 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(key, {})
                 self._check_state(key, p, state)
                 loaded.append((p, state))
-            merged = {k: v for k, v in own.items() if k != "params"} | group
+            merged = {k: own[k] for k in self.defaults if k in own} | group
             if "decoupled_weight_decay" in own:
+                if "decay" not in group and self._decay == "l2":  # torch's Adam, which may be AdamW
+                    merged["decay"] = "decoupled" if group["decoupled_weight_decay"] else "l2"
                 merged["decoupled_weight_decay"] = merged["decay"] != "l2"
+            self._check_group(merged | {"params": own["params"]})
             completed.append(merged)
         self._loaded = loaded
         return state_dict | {"param_groups": completed}
 
     def _check_state(self, key: Any, p: Tensor, state: dict[str, Any]) -> None:
+        step = state.get("step", 0.0)
+        if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, int | float)):
+            raise ValueError(
+                f"{type(self).__name__}: step of parameter {key} in the state_dict must be one "
+                f"number, got {step!r}"
+            )
         for name in STATE:
             value = state.get(name)
-            if isinstance(value, Tensor) and value.shape != p.shape:
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{type(self).__name__}: {name} of parameter {key} in the state_dict must be a "
+                    f"floating-point tensor, got {str(kind).removeprefix('torch.')}"
+                )
+            if value.shape != p.shape:
                 raise ValueError(
                     f"{type(self).__name__}: {name} of parameter {key} in the state_dict must have "
                     f"shape {tuple(p.shape)}, got {tuple(value.shape)}"

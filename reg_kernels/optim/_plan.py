@@ -29,7 +29,7 @@ from ..ops.penalty import sum_into
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
-_address, _stride, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.is_neg
+_stride, _numel = Tensor.stride, Tensor.numel
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 _grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
 
@@ -71,6 +71,16 @@ def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtyp
     return param
 
 
+def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
+    """What of parameters can change in place, other than their addresses."""
+    return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
+
+
+def _places(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """Where tensors lie, and how much of it is theirs."""
+    return addresses(tensors), list(map(_stride, tensors)), list(map(_numel, tensors))
+
+
 class _Launch:
     """The parameters of one launch: one device and dtype, and the same kinds of state."""
 
@@ -93,14 +103,13 @@ class _Launch:
         # What is not dense goes through buffers that are, made here once.
         self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
         dense = [m.dense for m in members]
-        self._strides = list(map(_stride, dense))
-        self._dtypes = [self.dtype] * len(members)
-        self._planned_layout = self._layout()
+        self._layout = _layout(self.params)
+        self._places = _places(self.params)
+        self._seen: tuple[list[Any], ...] = ()  # of the gradients, at the last step
         self._buffers: dict[int, Tensor] = {}
-        self._addresses = addresses(self.params)
-        self._given: list[Tensor] = []
+        self._staged_grads: list[int] = []
+        # Held during a step alone: zero_grad() is to free them.
         self.grads: list[Tensor] = []
-        self._grad_addresses: list[int] = []
 
         by_name = {name: [m.state[name] for m in members] for name in names}
         moments = [by_name[name] for name in first.moment_names]
@@ -115,50 +124,53 @@ class _Launch:
             [index[id(m.group)] for m in members],
             [m.element_offset for m in members],
         )
-        self._take([p.grad for p in self.params])
+        self.grads = list(map(_grad, self.params))
+        self._note_layout(self.grads)
+        self._take(self.grads)
         self.step = PreparedStep(optimizer._algorithm, lists, self.grads)
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
-        grads = list(map(_grad, self.params))
-        if not _same(grads, self._given) or addresses(grads) != self._grad_addresses:
-            if self._layout() != self._planned_layout:
-                return False
-            self._take(grads)
-            self.step.table.set_row("grad", addresses(self.grads))
-        if addresses(self.params) != self._addresses:
+        params, grads = self.params, list(map(_grad, self.params))
+        if _places(params) != self._places:
             return False
+        # An object's id comes again, at the same address even; strides and sizes are looked at too.
+        seen = (list(map(id, grads)), *_places(grads))
+        if seen != self._seen:
+            if _layout(params) != self._layout or not self._note_layout(grads):
+                return False
+            self._seen = seen
+        self._take(grads)
+        self.step.table.set_row("grad", addresses(self.grads))
         return self._where_the_state_is() == self._state_addresses
 
     def _where_the_state_is(self) -> list[list[int]]:
         """Of state that was replaced, and of a tensor that was given other data."""
-        return [list(map(_address, map(getter, self._states))) for getter in self._getters]
+        return [addresses(map(getter, self._states)) for getter in self._getters]
 
-    def _layout(self) -> tuple[list[Any], ...]:
-        """What of the parameters can change in place, other than their address."""
-        params = self.params
-        return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
+    def _note_layout(self, grads: list[Tensor]) -> bool:
+        """Finds out which gradients have to go through buffers: those of other strides or dtype
+        than their parameters. False where one is not its parameter's gradient at all."""
+        shapes, _, _ = self._layout
+        if list(map(_shape, grads)) != shapes or any(g.device != self.device for g in grads):
+            return False
+        self._staged_grads = [
+            i
+            for i, (grad, m) in enumerate(zip(grads, self.members, strict=True))
+            if not _fits(grad, m.dense, self.dtype)
+        ]
+        return True
 
     def _take(self, grads: list[Tensor]) -> None:
-        """Notes the gradients; those of other strides or dtype than the parameters go through
-        buffers."""
-        self._given, self._grad_addresses = grads, addresses(grads)
-        self.grads = grads
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        alike = (
-            list(map(_stride, grads)) == self._strides
-            and list(map(_dtype, grads)) == self._dtypes
-            and not any(map(_is_neg, grads))
-        )
-        if alike:
+        """Takes the gradients of a step."""
+        self.grads, self._copies = grads, []
+        if not self._staged_grads:
             return
         self.grads = list(grads)
-        for i, (grad, m) in enumerate(zip(grads, self.members, strict=True)):
-            if _fits(grad, m.dense, self.dtype):
-                continue
+        for i in self._staged_grads:
             if i not in self._buffers:
-                self._buffers[i] = torch.empty_like(m.dense)
-            self._copies.append((self._buffers[i], grad))
+                self._buffers[i] = torch.empty_like(self.members[i].dense)
+            self._copies.append((self._buffers[i], grads[i]))
             self.grads[i] = self._buffers[i]
 
     def load(self) -> None:
@@ -169,8 +181,10 @@ class _Launch:
             dense.copy_(param)
 
     def store(self) -> None:
+        """Writes back what is staged, and lets the gradients go."""
         for param, dense in self._staged:
             param.copy_(dense)
+        self.grads, self._copies = [], []
 
     def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
         """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
@@ -230,8 +244,8 @@ class _Member:
 
     def prepare(self, state: dict[str, Any]) -> None:
         """Makes the state that is missing, and brings what is there into the kernels' form."""
-        if not is_dense(self.param):
-            self.dense = self.param.detach().contiguous()
+        if not is_dense(self.param) or self.param.is_neg():
+            self.dense = self.param.detach().resolve_neg().contiguous()
         self.state = state
         for name in self.state_names:
             if name == "step":
@@ -276,6 +290,8 @@ class Plan:
                 f"{name}: a step must be taken before one is captured in a CUDA graph, and again "
                 "when parameters, options or state have changed: state is made then"
             )
+        for group in optimizer.param_groups:
+            optimizer._check_group(group)  # again: somebody may have changed it
         members: list[_Member] = []
         self._idle: list[Tensor] = []  # parameters without a gradient
         self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]
@@ -301,8 +317,10 @@ class Plan:
         self._state = optimizer.state
         self._values = list(optimizer.state.values())
         devices = {launch.device for launch in self.launches}
-        self._rng_state = torch.empty(2, dtype=torch.int64)
         # A slot for each launch; those of one device add up to its gradients' square.
+        self._rng_states = {
+            device: torch.empty(2, dtype=torch.int64, device="cpu") for device in devices
+        }
         self._squares = {
             device: torch.zeros(self._count(device), dtype=torch.float64, device=device)
             for device in devices
@@ -345,20 +363,24 @@ class Plan:
         found_inf: Tensor | None,
     ) -> Tensor | None:
         """Steps; returns the parts of the gradients' squared norm where `max_norm` is given."""
+        # All that can raise comes before the first launch.
         chosen = [launch.step.backend(backend) for launch in self.launches]
+        hyperparameters = [launch.hyperparameters() for launch in self.launches]
         for launch in self.launches:
             launch.load()
         squares = None if max_norm is None else self._norm(chosen)
         states: dict[torch.device, Tensor] = {}
-        for launch, implementation in zip(self.launches, chosen, strict=True):
+        for launch, implementation, of_groups in zip(
+            self.launches, chosen, hyperparameters, strict=True
+        ):
             device = launch.device
             rng_state = None
             if launch.rounding == 1 and launch.dtype == torch.bfloat16:
                 if device not in states:
-                    states[device] = _rng.draw_state(device, self._rng_state)
+                    states[device] = _rng.draw_state(device, self._rng_states[device])
                 rng_state = states[device]
             common = (
-                *launch.hyperparameters(),
+                *of_groups,
                 launch.rounding,
                 None if squares is None else squares.to(device, non_blocking=True),
                 0.0 if max_norm is None else max_norm,
@@ -383,18 +405,13 @@ class Plan:
         parts = [
             sums.to(first, non_blocking=first.type != "cpu") for sums in self._squares.values()
         ]
-        return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64)
+        return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64, device="cpu")
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that decide which state there is and who goes with whom."""
-    return (
-        group.get("amsgrad"),
-        group.get("momentum", 0) != 0,
-        group["ema_decay"] is None,
-        group["rounding"],
-        group["state_dtype"],
-    )
+    """The options that decide which state there is and who goes with whom, or what is a word."""
+    names = ("amsgrad", "decay", "decay_lr", "decoupled_weight_decay", "rounding", "state_dtype")
+    return (*map(group.get, names), group.get("momentum", 0) != 0, group["ema_decay"] is None)
 
 
 def _by_launch(members: list[_Member]) -> list[list[_Member]]:
@@ -428,6 +445,8 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
             f"{tuple(grad.shape)} on {grad.device} for {where}, {tuple(param.shape)} on "
             f"{param.device}"
         )
+    if grad.numel() and grad.data_ptr() == 0:
+        raise RuntimeError(f"{name}: a gradient must have memory of its own, got none for {where}")
     if torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             f"{name}: a parameter's elements must lie apart, got strides {param.stride()} of shape "

@@ -94,8 +94,13 @@ class AdamW(FusedOptimizer):
         name = type(self).__name__
         check_nonnegative(name, "eps", group["eps"])
         betas = group["betas"]
-        if len(betas) != 2:
-            raise ValueError(f"{name}: betas must be two numbers, got {len(betas)}")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"{name}: betas must be two numbers, got {betas}")
+        if group["decoupled_weight_decay"] != (group["decay"] != "l2"):
+            raise ValueError(
+                f"{name}: decoupled_weight_decay must go with decay, got "
+                f"{group['decoupled_weight_decay']} with {group['decay']!r}: set both"
+            )
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] must be in [0, 1), got {beta}")
@@ -128,6 +133,6 @@ class Adam(AdamW):
         decoupled_weight_decay: bool = False,
         **options: Any,
     ) -> None:
-        if decoupled_weight_decay:
-            options.setdefault("decay", "decoupled")
+        if decoupled_weight_decay and options.setdefault("decay", "decoupled") == "l2":
+            raise ValueError("Adam: decoupled_weight_decay must go with another decay than 'l2'")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

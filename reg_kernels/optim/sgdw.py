@@ -82,6 +82,7 @@ class SGDW(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults, max_grad_norm, backend)
+        self._export_steps_taken()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -93,16 +94,23 @@ class SGDW(FusedOptimizer):
                 f"got momentum {group['momentum']}, dampening {group['dampening']}"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with a momentum of None where no step was taken yet: one that GradScaler
-        skipped leaves zeros there, which torch's SGD would take for a momentum."""
-        result = super().state_dict()
-        counted = {k: v for k, v in result["state"].items() if "step" in v}
-        steps = {k: float(v["step"]) for k, v in counted.items()}
-        result["state"] |= {
-            k: v | {"momentum_buffer": None} for k, v in counted.items() if steps[k] == 0
-        }
-        return result
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._export_steps_taken()
+
+    def _export_steps_taken(self) -> None:
+        """A first step that GradScaler skipped leaves zeros, which torch's SGD would take for a
+        momentum: such state is left out of a state_dict."""
+
+        def leave_out(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            for key, state in state_dict["state"].items():
+                if "step" in state and float(state["step"]) == 0:
+                    state_dict["state"][key] = {
+                        k: v for k, v in state.items() if k not in ("step", "momentum_buffer")
+                    } | {"momentum_buffer": None}
+
+        if not self._optimizer_state_dict_post_hooks:
+            self.register_state_dict_post_hook(leave_out, prepend=True)
 
     @staticmethod
     def _moments(group: dict[str, Any]) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def optimizer_step_(
         else:
             param.copy_(p)
         if compensations:
-            compensations[i].copy_(p - param.to(compute))
+            lost = p - param.to(compute)  # nothing of an infinity, which is to stay one
+            compensations[i].copy_(torch.where(lost.isfinite(), lost, torch.zeros_like(lost)))
 
 
 def _adam(

@@ -271,12 +271,10 @@ def ema_values(rule, ema, p):
 def stochastic_bfloat16(p, half_word):
     """float32 as one of the two bfloat16 beside it; store_stochastic of optimizer_step_math.h.
 
-    By its bits from end to end, so that no conversion rounds again. What is not finite is not drawn
-    for: infinity loses zeros, and any NaN becomes the quiet one.
+    By its bits from end to end, so that no conversion rounds again. An infinity's low bits are zero
+    and carry nothing; a NaN becomes the quiet one.
     """
-    bits = p.to(tl.uint32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = tl.where(finite, bits + half_word.to(tl.uint32), bits) >> 16
+    rounded = (p.to(tl.uint32, bitcast=True) + half_word.to(tl.uint32)) >> 16
     rounded = tl.where(p != p, 0x7FC0, rounded)
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
@@ -349,7 +347,9 @@ def update_block(
         stored = p.to(T)
     tl.store(p_ptr, stored, mask=inside)
     if ROUNDING == KAHAN:
-        tl.store(lost_ptr, (p - stored.to(COMPUTE)).to(T), mask=has_lost)
+        lost = p - stored.to(COMPUTE)
+        lost = tl.where(lost - lost == 0.0, lost, 0.0)  # an infinity stays one
+        tl.store(lost_ptr, lost.to(T), mask=has_lost)
 
 
 @triton.jit

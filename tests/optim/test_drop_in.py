@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -1348,3 +1349,64 @@ def test_a_default_device_is_not_the_parameters(rounding):
     assert float(norm) == pytest.approx(5**0.5)
     assert (params[0] < 0.1).all()
     assert {v.device.type for v in optimizer.state[params[0]].values()} == {DEVICE}
+
+
+# What a plan keeps
+
+
+def test_gradients_are_not_kept_alive():
+    p = nn.Parameter(randn(8))
+    optimizer = AdamW([p])
+    for _ in range(2):
+        p.grad = randn(8)
+        gradient = weakref.ref(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert gradient() is None
+
+
+def test_a_momentum_of_torchs_survives_a_skipped_first_step_of_ours():
+    p, q = nn.Parameter(torch.ones(2, device=DEVICE)), nn.Parameter(torch.ones(2, device=DEVICE))
+    ours = SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
+    p.grad = torch.ones(2, device=DEVICE)
+    ours.found_inf = torch.ones(1, device=DEVICE)
+    ours.step()
+    del ours.found_inf
+    theirs.load_state_dict(ours.state_dict())
+    q.grad = torch.ones(2, device=DEVICE)
+    theirs.step()
+    theirs.step()
+    p.data.copy_(q.data)
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_state_dict_hooks_may_wrap_the_result():
+    optimizer = SGD([nn.Parameter(randn(2))], momentum=0.9)
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {"optimizer": state_dict})
+    assert set(optimizer.state_dict()) == {"optimizer"}
+    assert set(copy.deepcopy(optimizer).state_dict()) == {"param_groups", "state"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_infinity_stays_one_beside_its_compensation(dtype):
+    p = nn.Parameter(torch.full((3,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE))
+    optimizer = SGD([p], lr=1.0, rounding="kahan")
+    for _ in range(2):
+        p.grad = torch.full_like(p, -torch.finfo(dtype).max / 2)
+        optimizer.step()
+    assert (p == torch.inf).all()
+
+
+def test_an_average_that_is_no_longer_kept_is_not_swapped_in():
+    p = nn.Parameter(randn(2))
+    optimizer = AdamW([p], ema_decay=0.5)
+    p.grad = randn(2)
+    optimizer.step()
+    optimizer.param_groups[0]["ema_decay"] = None
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"^AdamW: no average"):
+        optimizer.swap_in_ema()

@@ -83,7 +83,9 @@ def test_bad_options_of_adam(kind):
             theirs([parameter(2)], betas=betas)
     with pytest.raises(ValueError, match=f"^{kind}: eps must be at least 0, got -1"):
         ours([parameter(2)], eps=-1)
-    with pytest.raises(ValueError, match=f"^{kind}: betas must be two numbers, got 3"):
+    with pytest.raises(
+        ValueError, match=f"^{kind}: betas must be two numbers, got .0.9, 0.99, 0.999."
+    ):
         ours([parameter(2)], betas=(0.9, 0.99, 0.999))
 
 
@@ -181,12 +183,63 @@ def test_what_torch_refuses_is_refused_with_its_error(kind, params):
 
 @kinds
 def test_a_parameter_given_twice(kind):
+    p = parameter(2)
     for make in KINDS[kind]:
-        p = parameter(2)
         with pytest.raises(ValueError, match="more than one parameter group"):
             make([{"params": [p]}, {"params": [p]}])
-        with pytest.warns(UserWarning, match="duplicate parameters"):
-            make([p, p])
+    # torch warns, and steps it twice: one launch cannot.
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match=f"^{kind}: a parameter must come once"),
+    ):
+        KINDS[kind][0]([p, p])
+
+
+def test_a_gradient_that_shrinks_is_refused():
+    p = parameter(1000)
+    optimizer = SGD([p], lr=1.0)
+    p.grad = randn(1000)
+    optimizer.step()
+    p.grad.data = randn(2)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"^SGD: a gradient must have its parameter's shape"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_a_bad_option_of_one_group_changes_no_other_launch():
+    p, q = parameter(3), parameter(3, dtype=torch.float64)
+    optimizer = AdamW([{"params": [p]}, {"params": [q]}])
+    p.grad, q.grad = randn(3), randn(3, dtype=torch.float64)
+    optimizer.step()
+    before = snapshot(optimizer)[1:]
+    for option, value in (("betas", (0.9,)), ("decay", "typo"), ("lr", "high")):
+        good = optimizer.param_groups[1][option]
+        optimizer.param_groups[1][option] = value
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.step()
+        optimizer.param_groups[1][option] = good
+        assert all(map(torch.equal, before[0][0], [p])) and torch.equal(before[0][1][0], q)
+
+
+def test_wrapper_subclasses_are_refused():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    p = TwoTensor(randn(3), randn(3)).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^SGD: parameters must be plain tensors"):
+        SGD([p])
+
+
+def test_torchs_word_for_the_decay_and_ours_must_agree():
+    p = parameter(2)
+    optimizer = Adam([{"params": [p], "decoupled_weight_decay": True}], weight_decay=0.1)
+    assert optimizer.param_groups[0]["decay"] == "decoupled"
+    p.grad = randn(2)
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+    with pytest.raises(ValueError, match=r"^Adam: decoupled_weight_decay must go with decay"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"^Adam: decoupled_weight_decay"):
+        Adam([p], decoupled_weight_decay=True, decay="l2")
 
 
 # A group added

@@ -208,6 +208,12 @@ def test_infinities_and_nans_go_where_they_should():
         case.check()
 
 
+def test_without_momentum_the_first_moment_is_the_gradient():
+    case = Case(sizes=(33,), groups=[group(beta1=0.0)])
+    case.tensors["first_moments"][0] *= 1e8
+    assert torch.equal(case.check()["first_moments"][0].cpu(), case.tensors["grads"][0])
+
+
 def test_the_l1_penalty_makes_exact_zeros():
     ours = Case(groups=[group(l1=3.0)]).check()
     assert int((ours["params"][-1] == 0).sum()) > 200

@@ -165,6 +165,14 @@ RK_HD C ema_element(const OptimizerRule<C>& rule, C ema, C p) {
   return multiply_add(rule.ema_rest, p - ema, ema);
 }
 
+// What storing `value` as `stored` took off it; nothing where that is infinite, so that it stays
+// so.
+template <typename C>
+RK_HD C lost_by_rounding(C value, C stored) {
+  const C lost = value - stored;
+  return lost - lost == C(0) ? lost : C(0);
+}
+
 // `value` as a bfloat16 that is one of its two neighbours, the nearer one the more probable: the
 // expectation is `value`. `half_word` is a draw of 16 bits, as many as are dropped. What is already
 // a bfloat16, zero above all, stays; NaN stays NaN and infinity infinite.
