@@ -356,8 +356,11 @@ def stochastic_kernel(out_ptr, in_ptr, drawn_ptr, BLOCK: tl.constexpr):
 def test_stochastic_rounding_takes_one_of_the_neighbours_by_the_draw():
     special = [0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-45, 1e-39]
     x = torch.cat([torch.tensor(special), torch.randn(256 - len(special))])
+    # NaNs that a carry would make a number of, and that lose all that is theirs with the low bits.
+    x.view(torch.int32)[-2:] = torch.tensor([-1, 0x7F800001], dtype=torch.int32)
     drawn = torch.randint(2**16, (256,), dtype=torch.int32)
     drawn[: len(special)] = 0xFFFF
+    drawn[-2:] = torch.tensor([0xFFFF, 0], dtype=torch.int32)
     out = torch.empty(256, dtype=BFLOAT, device=DEVICE)
     stochastic_kernel[(1,)](out, x.to(DEVICE), drawn.to(DEVICE), BLOCK=256)
     bits = x.view(torch.int32).long() & 0xFFFFFFFF
