@@ -7,6 +7,7 @@ in the end by comparing lists of objects and of addresses.
 
 from __future__ import annotations
 
+import weakref
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ from ..ops.penalty import sum_into
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
-_stride, _numel = Tensor.stride, Tensor.numel
-_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
+_stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
+_is_neg = Tensor.is_neg
+_dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
 _grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
 
 
@@ -76,11 +78,6 @@ def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
     return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
 
 
-def _places(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """Where tensors lie, and how much of it is theirs."""
-    return addresses(tensors), list(map(_stride, tensors)), list(map(_numel, tensors))
-
-
 class _Launch:
     """The parameters of one launch: one device and dtype, and the same kinds of state."""
 
@@ -104,12 +101,18 @@ class _Launch:
         self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
         dense = [m.dense for m in members]
         self._layout = _layout(self.params)
-        self._places = _places(self.params)
-        self._seen: tuple[list[Any], ...] = ()  # of the gradients, at the last step
+        self._devices = [self.device] * len(members)
+        self._contiguous = all(map(_is_contiguous, self.params))
+        self._places = self._where(self.params)
         self._buffers: dict[int, Tensor] = {}
         self._staged_grads: list[int] = []
-        # Held during a step alone: zero_grad() is to free them.
-        self.grads: list[Tensor] = []
+        self._grad_addresses: list[int] = []
+        self.grads: list[Tensor] = []  # of a step, as the kernels take them
+        # Gradients are held between steps only if they outlive them anyway, which the first one
+        # tells: zero_grad() is to free them.
+        self._held: list[Tensor] = []
+        self._given: list[Tensor] = []
+        self._first_given: weakref.ref[Tensor] | None = None
 
         by_name = {name: [m.state[name] for m in members] for name in names}
         moments = [by_name[name] for name in first.moment_names]
@@ -132,17 +135,28 @@ class _Launch:
     def is_current(self) -> bool:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
         params, grads = self.params, list(map(_grad, self.params))
-        if _places(params) != self._places:
+        if self._where(params) != self._places:
             return False
-        # An object's id comes again, at the same address even; strides and sizes are looked at too.
-        seen = (list(map(id, grads)), *_places(grads))
-        if seen != self._seen:
+        where = addresses(grads)
+        # The objects of the last step, held since then, are the same gradients. Of others not even
+        # the id says that they are new: all is looked at.
+        if not (self._held and _same(grads, self._held) and where == self._grad_addresses):
             if _layout(params) != self._layout or not self._note_layout(grads):
                 return False
-            self._seen = seen
+            self._grad_addresses = where
         self._take(grads)
-        self.step.table.set_row("grad", addresses(self.grads))
+        self.step.table.set_row("grad", addresses(self.grads) if self._staged_grads else where)
         return self._where_the_state_is() == self._state_addresses
+
+    def _where(self, tensors: list[Tensor]) -> tuple[Any, ...]:
+        """Where tensors lie, how much of it is theirs, and in which order.
+
+        Strides are tuples, of which a step would make so many that the garbage collector runs.
+        """
+        order: Any = self._contiguous and all(map(_is_contiguous, tensors))
+        if not order:
+            order = list(map(_stride, tensors))
+        return addresses(tensors), list(map(_numel, tensors)), order
 
     def _where_the_state_is(self) -> list[list[int]]:
         """Of state that was replaced, and of a tensor that was given other data."""
@@ -151,9 +165,18 @@ class _Launch:
     def _note_layout(self, grads: list[Tensor]) -> bool:
         """Finds out which gradients have to go through buffers: those of other strides or dtype
         than their parameters. False where one is not its parameter's gradient at all."""
-        shapes, _, _ = self._layout
-        if list(map(_shape, grads)) != shapes or any(g.device != self.device for g in grads):
+        shapes, _, dtypes = self._layout
+        if list(map(_shape, grads)) != shapes or list(map(_device, grads)) != self._devices:
             return False
+        alike = (
+            self._contiguous
+            and all(map(_is_contiguous, grads))
+            and list(map(_dtype, grads)) == dtypes
+            and not (self._staged or any(map(_is_neg, grads)))
+        )
+        if alike:  # found out without a look at each by itself
+            self._staged_grads = []
+            return True
         self._staged_grads = [
             i
             for i, (grad, m) in enumerate(zip(grads, self.members, strict=True))
@@ -163,7 +186,7 @@ class _Launch:
 
     def _take(self, grads: list[Tensor]) -> None:
         """Takes the gradients of a step."""
-        self.grads, self._copies = grads, []
+        self._given, self.grads, self._copies = grads, grads, []
         if not self._staged_grads:
             return
         self.grads = list(grads)
@@ -184,7 +207,11 @@ class _Launch:
         """Writes back what is staged, and lets the gradients go."""
         for param, dense in self._staged:
             param.copy_(dense)
-        self.grads, self._copies = [], []
+        first = self._given[0]
+        persisted = self._first_given is not None and self._first_given() is first
+        self._held = self._given if persisted else []
+        self._first_given = weakref.ref(first)
+        self._given, self.grads, self._copies = [], [], []
 
     def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
         """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
