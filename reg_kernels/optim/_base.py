@@ -16,7 +16,11 @@ from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
 from ._plan import STATE, Plan
 
-OPTIONS = """
+OPTIONS = r"""
+        decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
+            (\gamma / \gamma_0) \lambda \theta`, independent of the learning rate that was chosen
+            though not of its schedule; "l2": :math:`\lambda \theta` is added to the gradient.
+        decay_lr: :math:`\gamma_0`, by default `lr` as it is when the group is added.
         l1: decoupled L1 penalty, at least 0: after the update a soft threshold of lr l1 (scaled as
             the decay is for "decoupled_lr") moves each weight towards zero and makes those within
             it exactly zero. With a weight_decay as well it is the elastic net.

@@ -34,13 +34,9 @@ class AdamW(FusedOptimizer):
         foreach, capturable, fused: taken for torch's sake; this is always one fused launch that a
             CUDA graph can capture.
         differentiable: not supported.
-        decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
-            (\gamma / \gamma_0) \lambda \theta`, independent of the learning rate that was chosen
-            though not of its schedule; "l2": :math:`\lambda \theta` is added to the gradient.
-        decay_lr: :math:`\gamma_0`, by default `lr` as it is when the group is added.
     """
 
-    __doc__ += OPTIONS
+    __doc__ = __doc__.rstrip() + OPTIONS
     _algorithm = "adam"
     _decay: ClassVar[str] = "decoupled"
 
