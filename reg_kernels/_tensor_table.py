@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .backends import DTYPES
+
 ROWS = (
     *("grad", "param", "first_moment", "second_moment", "max_second_moment", "ema"),
     *("compensation", "step", "numel", "element_offset", "group", "first_chunk", "first_work"),
 )
 CHUNK = 8192  # elements of a chunk
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbered as DType is
 _OVERHEAD = 64  # elements that a tensor's own cost weighs as much as
 
 _address = Tensor.data_ptr
@@ -30,7 +31,7 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def dtype_number(dtype: torch.dtype) -> int:
-    """The number that the kernels know a dtype by."""
+    """The number that the kernels know a dtype by: its place in DType of dtypes.h."""
     return DTYPES.index(dtype)
 
 

@@ -120,18 +120,8 @@ class _Penalty(torch.autograd.Function):
         overload, power = ctx.call
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():  # by operations that can be differentiated again
-            return None, None, *_gradients(tensors, grad_output, power)
+            return None, None, *reference.penalty_backward(list(tensors), grad_output, power)
         return None, None, *overload(list(tensors), grad_output, power)
-
-
-def _gradients(tensors: Sequence[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
-    result = []
-    for x in tensors:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        g = grad_output.to(x.device, compute)
-        slope = x.to(compute).sgn() if power == 1 else 2 * x.to(compute)
-        result.append((slope * g).to(x.dtype))
-    return result
 
 
 def _implementation(overload: Any) -> str:
@@ -147,7 +137,7 @@ def _above(overload: Any, tensors: list[Tensor], power: int) -> Tensor:
 
 def _above_backward(overload: Any, tensors: list[Tensor], grad: Tensor, power: int) -> list[Tensor]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, grad)):
-        return _gradients(tensors, grad, power)
+        return reference.penalty_backward(tensors, grad, power)
     with below_autograd():
         return overload(tensors, grad, power)
 

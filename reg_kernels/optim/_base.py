@@ -128,6 +128,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"{name}: lr must be a tensor of one element, got {lr.numel()}")
         check_nonnegative(name, "lr", lr)
+        self._check_options(group)
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """All but the learning rate: to look at one on a device would wait for it."""
+        name = type(self).__name__
         check_nonnegative(name, "weight_decay", group["weight_decay"])
         check_nonnegative(name, "l1", group["l1"])
         if len(set(map(id, group["params"]))) != len(group["params"]):
@@ -142,7 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: {option} must be one of {known}, got {group[option]!r}")
         if group["decay"] == "decoupled_lr":
             if group["decay_lr"] is None:
-                group["decay_lr"] = float(lr)
+                group["decay_lr"] = float(group["lr"])
             if not group["decay_lr"] > 0:
                 raise ValueError(
                     f"{name}: decay_lr must be above 0 for decay='decoupled_lr', "

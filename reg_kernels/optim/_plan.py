@@ -8,6 +8,7 @@ in the end by comparing lists of objects and of addresses.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class _Launch:
         first = members[0]
         self.device, self.dtype = first.param.device, first.param.dtype
         self.rounding = ROUNDINGS.index(first.rounding)
+        self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
         self._rates = optimizer._rates
 
         names = first.state_names
@@ -285,12 +287,10 @@ class _Member:
                 dtype = self.param.dtype
             value = state.get(name)
             if value is None:
-                value = self.param.detach() if name == "ema" else torch.zeros((), device="cpu")
-                value = value.expand(self.param.shape)
                 new = torch.empty_strided(
                     self.dense.shape, self.dense.stride(), dtype=dtype, device=self.param.device
                 )
-                state[name] = new.copy_(value)
+                state[name] = new.copy_(self.param) if name == "ema" else new.zero_()
             else:
                 state[name] = _restrided(value, self.dense, dtype)
 
@@ -318,7 +318,7 @@ class Plan:
                 "when parameters, options or state have changed: state is made then"
             )
         for group in optimizer.param_groups:
-            optimizer._check_group(group)  # again: somebody may have changed it
+            optimizer._check_options(group)  # again: somebody may have changed it
         members: list[_Member] = []
         self._idle: list[Tensor] = []  # parameters without a gradient
         self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]
@@ -343,18 +343,15 @@ class Plan:
         self.launches = [_Launch(optimizer, of) for of in _by_launch(members)]
         self._state = optimizer.state
         self._values = list(optimizer.state.values())
-        devices = {launch.device for launch in self.launches}
-        # A slot for each launch; those of one device add up to its gradients' square.
+        counts = Counter(launch.device for launch in self.launches)
         self._rng_states = {
-            device: torch.empty(2, dtype=torch.int64, device="cpu") for device in devices
+            device: torch.empty(2, dtype=torch.int64, device="cpu") for device in counts
         }
+        # A slot for each launch; those of one device add up to its gradients' square.
         self._squares = {
-            device: torch.zeros(self._count(device), dtype=torch.float64, device=device)
-            for device in devices
+            device: torch.zeros(count, dtype=torch.float64, device=device)
+            for device, count in counts.items()
         }
-
-    def _count(self, device: torch.device) -> int:
-        return sum(launch.device == device for launch in self.launches)
 
     def is_current(self) -> bool:
         """Whether parameters, options and state are still those that it was made of."""
@@ -402,7 +399,7 @@ class Plan:
         ):
             device = launch.device
             rng_state = None
-            if launch.rounding == 1 and launch.dtype == torch.bfloat16:
+            if launch.stochastic:
                 if device not in states:
                     states[device] = _rng.draw_state(device, self._rng_states[device])
                 rng_state = states[device]

@@ -85,8 +85,8 @@ class AdamW(FusedOptimizer):
         }
         super().__init__(params, defaults, max_grad_norm, backend)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
         name = type(self).__name__
         check_nonnegative(name, "eps", group["eps"])
         betas = group["betas"]

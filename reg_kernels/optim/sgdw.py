@@ -80,8 +80,8 @@ class SGDW(FusedOptimizer):
         super().__init__(params, defaults, max_grad_norm, backend)
         self._export_steps_taken()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
         name = type(self).__name__
         check_nonnegative(name, "momentum", group["momentum"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
