@@ -14,30 +14,13 @@ from torch import Tensor
 from .. import optim
 from ..reference.optimizer_step import soft_threshold
 from . import Case
+from .dropout import _contiguous, _misaligned, _strided, _transposed
 
 STEPS = 4
 _EDGES = ((), (0,), (1,), (3, 5), (63,), (8, 8), (65,), (513,))
 _LARGE = ((8191,), (90_001,), (3,), (128, 65))
 
 Layout = Callable[[Tensor], Tensor]
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x
-
-
-def _strided(x: Tensor) -> Tensor:
-    """Every second element of a larger tensor: not dense."""
-    return torch.stack((x, x + 1), dim=-1)[..., 0]
-
-
-def _misaligned(x: Tensor) -> Tensor:
-    """The data one element past a 64-byte boundary."""
-    return torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape)
 
 
 def _inputs(shapes: tuple[tuple[int, ...], ...], layout: Layout) -> Any:

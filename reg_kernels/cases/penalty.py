@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from . import Case
-from .optimizer_step import _contiguous, _misaligned, _strided, _transposed
+from .dropout import _contiguous, _misaligned, _strided, _transposed
 
 _EDGES = ((), (0,), (1,), (3, 5), (31,), (8, 4), (33,), (513,))
 _SMALL = ((2, 3), (5,), ())

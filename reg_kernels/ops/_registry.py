@@ -109,6 +109,11 @@ def register(
     return OPS[name]
 
 
+def implementation_of(overload: Any) -> str:
+    """The implementation that an overload is: `register` names them so."""
+    return overload._overloadname.replace("default", "native")
+
+
 def define_part(name: str, arguments: str) -> Any:
     """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
     _library.define(f"{name}{arguments}")

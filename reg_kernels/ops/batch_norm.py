@@ -20,7 +20,7 @@ from .._layout import dense_like, is_channels_last, with_strides
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import activation_number, check_call, check_drop, values_a_channel
-from ._registry import Op, below_autograd, is_transformed, register
+from ._registry import Op, below_autograd, implementation_of, is_transformed, register
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
@@ -150,7 +150,7 @@ class _BatchNorm(torch.autograd.Function):
         # The kernels walk all tensors in one order.
         grad_output = with_strides(grad_output, ctx.strides)
         results = _backward(
-            _BACKWARD.overloads[overload._overloadname.replace("default", "native")],
+            _BACKWARD.overloads[implementation_of(overload)],
             grad_output,
             input,
             weight,

@@ -17,7 +17,7 @@ from .. import _rng
 from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._registry import Op, below_autograd, is_transformed, register
+from ._registry import Op, below_autograd, implementation_of, is_transformed, register
 
 
 class _Dropout(torch.autograd.Function):
@@ -138,7 +138,7 @@ def _register(name: str, function: Any) -> tuple[Op, Op]:
 
     def write_over(in_place: Any, input: Tensor, *draw: Any) -> None:
         # The backward is the fresh op of the same implementation.
-        overload = fresh.overloads[in_place._overloadname.replace("default", "native")]
+        overload = fresh.overloads[implementation_of(in_place)]
         _write_over(in_place, overload, input, *draw)
 
     in_place = register(

@@ -14,7 +14,7 @@ from .._layout import dense_like, is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..backends import DTYPES
 from ..reference import penalty as reference
-from ._registry import below_autograd, define_part, is_transformed, register
+from ._registry import below_autograd, define_part, implementation_of, is_transformed, register
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
 _sum_table = define_part(
@@ -112,7 +112,7 @@ class _Penalty(torch.autograd.Function):
         with below_autograd():
             output = overload(list(tensors), power)
         ctx.save_for_backward(*tensors)
-        ctx.call = (_BACKWARD.overloads[_implementation(overload)], power)
+        ctx.call = (_BACKWARD.overloads[implementation_of(overload)], power)
         return output
 
     @staticmethod
@@ -122,10 +122,6 @@ class _Penalty(torch.autograd.Function):
         if torch.is_grad_enabled():  # by operations that can be differentiated again
             return None, None, *reference.penalty_backward(list(tensors), grad_output, power)
         return None, None, *overload(list(tensors), grad_output, power)
-
-
-def _implementation(overload: Any) -> str:
-    return overload._overloadname.replace("default", "native")
 
 
 def _above(overload: Any, tensors: list[Tensor], power: int) -> Tensor:

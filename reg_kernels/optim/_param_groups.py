@@ -20,7 +20,7 @@ def param_groups(
     model: nn.Module,
     weight_decay: float = 1e-2,
     *,
-    l1: float = 0.0,
+    l1: float | None = None,
     report: Callable[[str], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Two groups for an optimizer: weights, which decay, and biases and norms, which do not.
@@ -31,12 +31,12 @@ def param_groups(
     Args:
         model: whose parameters.
         weight_decay: of the weights, at least 0.
-        l1: of the weights, at least 0; the optimizers' `l1`.
+        l1: of the weights, at least 0; None leaves it to the optimizer's own `l1`.
         report: called with one line for each parameter and one for each group, as `print` is.
 
     Returns:
-        Groups with the keys "params", "weight_decay" and "l1", the decaying ones first; a group
-        that would be empty is left out.
+        Groups with the keys "params", "weight_decay" and, but for weights where it is None, "l1",
+        the decaying ones first; a group that would be empty is left out.
 
     Raises:
         TypeError: `model` is no module.
@@ -48,11 +48,11 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model must be a Module, got {type(model).__name__}")
     for name, value in (("weight_decay", weight_decay), ("l1", l1)):
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
     say = report or (lambda line: None)
     groups = {
-        "decay": {"params": [], "weight_decay": weight_decay, "l1": l1},
+        "decay": {"params": [], "weight_decay": weight_decay} | ({} if l1 is None else {"l1": l1}),
         "no decay": {"params": [], "weight_decay": 0.0, "l1": 0.0},
     }
     seen: set[torch.Tensor] = set()
@@ -72,7 +72,7 @@ def param_groups(
         numel = sum(p.numel() for p in group["params"])
         say(
             f"{name}: {len(group['params'])} parameters, {numel:,} elements, "
-            f"weight_decay {group['weight_decay']}, l1 {group['l1']}"
+            f"weight_decay {group['weight_decay']}, l1 {group.get('l1', 'as the optimizer has it')}"
         )
     return [group for group in groups.values() if group["params"]]
 

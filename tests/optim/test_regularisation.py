@@ -667,3 +667,20 @@ def test_averaging_that_begins_and_ends_half_way():
     optimizer.param_groups[0]["ema_decay"] = None
     optimizer.step()
     torch.testing.assert_close(optimizer.state[p]["ema"], ema, **CLOSE)
+
+
+def test_groups_leave_l1_to_the_optimizer_unless_they_name_it():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    assert [g["l1"] for g in AdamW(param_groups(model), l1=0.5).param_groups] == [0.5, 0.0]
+    assert [g["l1"] for g in AdamW(param_groups(model, l1=0.1), l1=0.5).param_groups] == [0.1, 0.0]
+
+
+def test_a_plan_asks_no_learning_rate_tensor_for_its_value(monkeypatch):
+    # On a device that would wait for everything queued there.
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = AdamW([p], lr=torch.tensor(0.1))
+    p.grad = torch.ones_like(p)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "__ge__", lambda *args: asked.append(args) or True)
+    optimizer.step()
+    assert not asked
