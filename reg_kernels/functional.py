@@ -1,16 +1,23 @@
 """The ops as functions, in the manner of torch.nn.functional."""
 
 from .ops.batch_norm import batch_norm, batch_norm_act
+from .ops.cross_entropy import cross_entropy
+from .ops.distillation import distillation_loss
 from .ops.dropout import dropout, dropout1d, dropout2d, dropout3d
+from .ops.mixup import cutmix, mixup
 from .ops.penalty import l1_penalty, l2_penalty
 
 __all__ = [
     "batch_norm",
     "batch_norm_act",
+    "cross_entropy",
+    "cutmix",
+    "distillation_loss",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "l1_penalty",
     "l2_penalty",
+    "mixup",
 ]

@@ -29,6 +29,11 @@ def is_transformed() -> bool:
     return _func_is_active() or forward_ad._current_level >= 0
 
 
+def is_fake() -> bool:
+    """Whether tensors made now have shapes alone."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
 OPS: dict[str, Op] = {}

@@ -17,6 +17,7 @@ from .. import _rng
 from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
+from ._in_place import check_in_place
 from ._registry import Op, below_autograd, implementation_of, is_transformed, register
 
 
@@ -181,31 +182,6 @@ def _check_draw(name: str, input: Tensor, element_offset: int) -> None:
         )
 
 
-def _check_in_place(name: str, input: Tensor) -> None:
-    """What autograd would raise as well, but only after the input had been overwritten."""
-    if torch.compiler.is_compiling():  # its tracing checks before anything runs
-        return
-    if input.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name}: an inference tensor cannot be changed in place outside of inference mode: "
-            "use inplace=False, or clone it"
-        )
-    if not torch.is_grad_enabled() or not input.requires_grad:
-        return
-    base = input._base if input._is_view() else None
-    if input.is_leaf or (base is not None and base.is_leaf):
-        raise RuntimeError(
-            f"{name}: a leaf tensor that requires grad, or a view of one, cannot be changed in "
-            "place: use inplace=False, or torch.no_grad()"
-        )
-    metadata = torch._C._autograd
-    if base is not None and (metadata._get_creation_meta(input) != metadata.CreationMeta.DEFAULT):
-        raise RuntimeError(
-            f"{name}: a view made by a function of several outputs, or without grad, cannot be "
-            "changed in place: use inplace=False"
-        )
-
-
 def _by_torch(
     overload: Any, input: Tensor, p: float, rng_state: Tensor, element_offset: int
 ) -> Tensor:
@@ -257,7 +233,7 @@ def _run(
         return input.copy_(output) if inplace else output
 
     if inplace:
-        _check_in_place(fresh.name, input)  # before the generator moves on
+        check_in_place(fresh.name, input)  # before the generator moves on
     if rng_state is None:
         rng_state = _rng.draw_state(device)
     draw = (p, rng_state, element_offset, None)
@@ -352,7 +328,7 @@ def _feature_dropout(
     if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
         return _run(_FEATURE_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
     if inplace:
-        _check_in_place(name, input)
+        check_in_place(name, input)
     output = _run(
         _FEATURE_DROPOUT, input.contiguous(), p, False, rng_state, element_offset, backend
     )
@@ -465,7 +441,7 @@ def _with_batch(name: str, input: Tensor, batched: bool, options: tuple[Any, ...
         return input.copy_(output) if inplace else output
     # In place the caller's own tensor takes the dimension on for the call: a view would not do,
     # since autograd lets a leaf's data be written, not a view of it.
-    _check_in_place(name, input)
+    check_in_place(name, input)
     input.unsqueeze_(0)
     try:
         _feature_dropout(name, input, p, training, inplace, *rest)

@@ -1,0 +1,50 @@
+// Cross-entropy on the CPU key: torch's thread pool over the loops of cross_entropy.simd.cpp.
+#include "loss_task.h"
+
+#include <tuple>
+
+namespace reg_kernels {
+namespace {
+
+void run(const LossTask& task, void (*leaf)(const LossTask&, int64_t, int64_t)) {
+  for_units(task, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& target,
+                                                 const OptionalTensor& partner,
+                                                 const OptionalTensor& lam, double one_lam,
+                                                 const OptionalTensor& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction,
+                                                 bool keep_gradient) {
+  const char* op = "cross_entropy";
+  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction, op);
+  LossTask task = loss_task(in, op);
+  LossOutputs outputs(task, in, input, 2, keep_gradient);
+  run(task, RK_LEAF(cross_entropy_units));
+  return outputs.finish(task, in);
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                              const Tensor& target, const OptionalTensor& partner,
+                              const OptionalTensor& lam, double one_lam,
+                              const OptionalTensor& weight, int64_t ignore_index,
+                              double label_smoothing, int64_t reduction) {
+  const char* op = "cross_entropy_backward";
+  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction, op);
+  LossTask task = loss_task(in, op);
+  Tensor gradient = empty_like_dense(input);
+  set_backward(task, in, grad_output, stats, 2, gradient, op);
+  run(task, RK_LEAF(cross_entropy_backward_units));
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+}  // namespace reg_kernels

@@ -1,0 +1,203 @@
+// Cross-entropy of positions that lie side by side, the classes of each a plane apart: a strip of
+// positions at a time, plane by plane.
+#pragma once
+
+#include "cross_entropy.h"
+#include "softmax_blocks.h"
+
+RK_NAMESPACE_BEGIN
+
+constexpr int64_t kLongestStrip = 256;  // positions
+
+// T is the type of the logits, Q that of class probabilities.
+template <typename T, typename Q>
+struct Planes {
+  using C = compute_t<T>;
+
+  const LossTask& task;
+  const int64_t strip;
+  const C* const weight;
+  C* const e;  // the exponentials of a strip, plane by plane
+  // Of each position of a strip:
+  C max[kLongestStrip], sum[kLongestStrip];
+  C above[kLongestStrip], mass[kLongestStrip];    // sums of w_c (x_c - max) and of w_c
+  C factor[kLongestStrip], lower[kLongestStrip];  // the gradient is e factor - lower w_c
+  C losses[kLongestStrip];
+  LabelTerms<C> terms[kLongestStrip];
+
+  explicit Planes(const LossTask& task)
+      : task(task),
+        strip(task.unit),
+        weight(static_cast<const C*>(task.weight)),
+        e(new C[task.classes * task.unit]) {}
+  Planes(const Planes&) = delete;
+  ~Planes() { delete[] e; }
+
+  // A unit is a strip of a sample: the last one of each may be short.
+  template <bool kBackward>
+  void run(int64_t unit) {
+    const int64_t strips = (task.length + strip - 1) / strip;
+    const int64_t sample = unit / strips, first = unit % strips * strip;
+    const int64_t count = task.length - first < strip ? task.length - first : strip;
+    const int64_t position = sample * task.length + first;
+    const int64_t at = sample * task.classes * task.length + first;  // of the first class's logits
+    if (!task.probabilities) {
+      for (int64_t j = 0; j < count; ++j) {
+        terms[j] =
+            LabelTerms<C>::at(task.labels, task.totals, weight, task.weight_sum, position + j);
+      }
+    }
+    C* maxima = static_cast<C*>(task.stats) + position;
+    C* sums = maxima + task.positions;
+    if constexpr (kBackward) {
+      memcpy(max, maxima, count * sizeof(C));
+    } else {
+      find_largest(at, count);
+      memcpy(maxima, max, count * sizeof(C));
+    }
+    raise(at, count);
+    if constexpr (kBackward) {
+      memcpy(sum, sums, count * sizeof(C));
+    } else {
+      memcpy(sums, sum, count * sizeof(C));
+    }
+    if (task.probabilities) sum_targets(at, count);
+    if constexpr (!kBackward) {
+      if (!task.probabilities && task.labels.smoothing > 0) sum_above(at, count);
+      task.partials[unit] = lose(at, count);
+      if (task.losses) memcpy(static_cast<C*>(task.losses) + position, losses, count * sizeof(C));
+    }
+    if (!task.gradient) return;
+    C grad[kLongestStrip];
+    for (int64_t j = 0; j < count; ++j) {
+      grad[j] = kBackward
+                    ? static_cast<const C*>(task.grad_output)[(position + j) * task.grad_stride]
+                    : C(1);
+    }
+    task.probabilities ? write_probabilities(at, count, grad) : write_labels(at, count, grad);
+  }
+
+ private:
+  const T* plane(int64_t at, int64_t c) const {
+    return static_cast<const T*>(task.x) + at + c * task.length;
+  }
+  const Q* probabilities(int64_t at, int64_t c) const {
+    return static_cast<const Q*>(task.probabilities) + at + c * task.length;
+  }
+  T* gradient(int64_t at, int64_t c) const {
+    return static_cast<T*>(task.gradient) + at + c * task.length;
+  }
+  C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
+
+  void find_largest(int64_t at, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) max[j] = kLowest<C>;
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const T* x = plane(at, c);
+      prefetch(x + strip, count);  // for the strip that comes next
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const C value = load(x[j]);
+        max[j] = value > max[j] ? value : max[j];
+      }
+    }
+  }
+
+  void raise(int64_t at, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) sum[j] = 0;
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const T* x = plane(at, c);
+      C* to = e + c * strip;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        to[j] = exponential_below(load(x[j]) - max[j]);
+        sum[j] += to[j];
+      }
+    }
+  }
+
+  void sum_above(int64_t at, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) above[j] = 0;
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const T* x = plane(at, c);
+      const C w = weight_of(c);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) above[j] += w * (load(x[j]) - max[j]);
+    }
+  }
+
+  void sum_targets(int64_t at, int64_t count) {
+    const SmoothedTarget<C> target(task);
+    for (int64_t j = 0; j < count; ++j) above[j] = mass[j] = 0;
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const T* x = plane(at, c);
+      const Q* q = probabilities(at, c);
+      const C w = weight_of(c);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const C share = w * target(load(q[j]));
+        mass[j] += share;
+        above[j] += share * (load(x[j]) - max[j]);
+      }
+    }
+  }
+
+  double lose(int64_t at, int64_t count) {
+    double total = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      double loss;
+      if (task.probabilities) {
+        loss = task.share * (static_cast<double>(mass[j]) * logarithm(sum[j]) - above[j]);
+      } else {
+        const LabelTerms<C>& t = terms[j];
+        const C x_a = t.a >= 0 ? load(plane(at, t.a)[j]) : C(0);
+        const C x_b = t.b >= 0 ? load(plane(at, t.b)[j]) : C(0);
+        loss = t.loss({max[j], sum[j]}, x_a, x_b, above[j], task.weight_sum);
+      }
+      losses[j] = static_cast<C>(loss);
+      total += loss;
+    }
+    return total;
+  }
+
+  void write_labels(int64_t at, int64_t count, const C* grad) {
+    for (int64_t j = 0; j < count; ++j) {
+      factor[j] = terms[j].mass * grad[j] / sum[j];
+      lower[j] = terms[j].smooth * grad[j];
+    }
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const C* values = e + c * strip;
+      const C w = weight_of(c);
+      const C *k = factor, *u = lower;
+      write_each(gradient(at, c), count, task.stream,
+                 [=](int64_t j) RK_INLINE { return store<T>(values[j] * k[j] - w * u[j]); });
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      for (int which = 0; which < 2; ++which) {
+        const int64_t label = which ? terms[j].b : terms[j].a;
+        if (label < 0) continue;
+        const C p = e[label * strip + j] / sum[j];
+        const C slope = terms[j].slope_of_label(label, p, weight_of(label));
+        gradient(at, label)[j] = store<T>(slope * grad[j]);
+      }
+    }
+  }
+
+  void write_probabilities(int64_t at, int64_t count, const C* grad) {
+    const SmoothedTarget<C> target(task);
+    for (int64_t j = 0; j < count; ++j) {
+      lower[j] = static_cast<C>(task.share * grad[j]);
+      factor[j] = mass[j] / sum[j];
+    }
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const C* values = e + c * strip;
+      const Q* q = probabilities(at, c);
+      const C w = weight_of(c);
+      const C *k = factor, *u = lower;
+      write_each(gradient(at, c), count, task.stream, [=](int64_t j) RK_INLINE {
+        return store<T>(u[j] * (values[j] * k[j] - w * target(load(q[j]))));
+      });
+    }
+  }
+};
+
+RK_NAMESPACE_END

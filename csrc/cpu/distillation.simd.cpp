@@ -1,0 +1,304 @@
+// Distillation's loops, compiled once for each instruction set (isa.h).
+//
+// Reads the logits of student and teacher and, where a gradient is wanted, writes it: as many bytes
+// as the three have. A row's exponentials, of the student at temperature 1 and T and of the teacher
+// at T, each relative to the largest logit of its block, stay in the second-level cache until the
+// row's sums are known. Where the classes of a position are planes apart they are gathered to rows
+// and their gradient is scattered: 16 positions share the lines that this touches.
+#include "distillation.h"
+
+#include "softmax_blocks.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+// The three softmax of a position. S is the student's type in memory, U the teacher's.
+template <typename C>
+struct Softmaxes {
+  SoftmaxSum<C> student;       // at temperature 1
+  SoftmaxSum<C> student_at_t;  // of the same largest logit
+  SoftmaxSum<C> teacher;       // at T
+};
+
+template <typename S, typename U>
+struct Distillation {
+  using C = compute_t<S>;
+
+  const DistillationTask& task;
+  const LossTask& loss;
+  const int64_t classes;
+  const C scale;  // 1 / T
+  const C* const weight;
+  // Of a row: exponentials of the student at 1 and at T and of the teacher, then the largest
+  // logits of blocks of both.
+  C* const e;
+  C* const e_student;
+  C* const e_teacher;
+  C* const maxima;
+  C* const teacher_maxima;
+  // A position's logits and gradient, where they have to be gathered.
+  C* const gathered;
+
+  explicit Distillation(const DistillationTask& task)
+      : task(task),
+        loss(task.loss),
+        classes(task.loss.classes),
+        scale(static_cast<C>(1.0 / task.temperature)),
+        weight(static_cast<const C*>(task.loss.weight)),
+        e(new C[6 * classes + 2 * most_blocks(classes)]),
+        e_student(scale == 1 ? e : e + classes),
+        e_teacher(e + 2 * classes),
+        maxima(e + 6 * classes),
+        teacher_maxima(maxima + most_blocks(classes)),
+        gathered(e + 3 * classes) {}
+  Distillation(const Distillation&) = delete;
+  ~Distillation() { delete[] e; }
+
+  C& stat(int64_t which, int64_t position) const {
+    return static_cast<C*>(loss.stats)[which * loss.positions + position];
+  }
+
+  template <bool kBackward>
+  void run(int64_t unit) {
+    int64_t first = unit * loss.unit, last = first + loss.unit;
+    if (!loss.classes_last) {
+      const int64_t strips = (loss.length + loss.unit - 1) / loss.unit;
+      first = unit / strips * loss.length + unit % strips * loss.unit;
+      last = first + loss.unit;
+      const int64_t end = (unit / strips + 1) * loss.length;
+      last = last < end ? last : end;
+    }
+    last = last < loss.positions ? last : loss.positions;
+    double total = 0;
+    for (int64_t position = first; position < last; ++position) {
+      const double lost =
+          loss.classes_last ? in_rows<kBackward>(position) : in_planes<kBackward>(position);
+      if constexpr (!kBackward) {
+        if (loss.losses) static_cast<C*>(loss.losses)[position] = static_cast<C>(lost);
+        total += lost;
+      }
+    }
+    if constexpr (!kBackward) loss.partials[unit] = total;
+  }
+
+ private:
+  template <bool kBackward>
+  double in_rows(int64_t position) {
+    const int64_t at = position * classes;
+    S* y = loss.gradient ? static_cast<S*>(loss.gradient) + at : nullptr;
+    return row<kBackward>(position, at, static_cast<const S*>(loss.x) + at,
+                          static_cast<const U*>(task.teacher) + at, y, loss.stream);
+  }
+
+  template <bool kBackward>
+  double in_planes(int64_t position) {
+    const int64_t length = loss.length;
+    const int64_t at = position / length * classes * length + position % length;
+    const S* x = static_cast<const S*>(loss.x) + at;
+    const U* t = static_cast<const U*>(task.teacher) + at;
+    C *student = gathered, *teacher = gathered + classes, *y = gathered + 2 * classes;
+    for (int64_t c = 0; c < classes; ++c) {
+      student[c] = load(x[c * length]);
+      teacher[c] = load(t[c * length]);
+    }
+    const double lost =
+        row<kBackward>(position, 0, student, teacher, loss.gradient ? y : nullptr, false);
+    if (loss.gradient) {
+      S* gradient = static_cast<S*>(loss.gradient) + at;
+      for (int64_t c = 0; c < classes; ++c) gradient[c * length] = store<S>(y[c]);
+    }
+    return lost;
+  }
+
+  // One position: logits x of the student and t of the teacher, side by side from element `at` of
+  // their tensors on, and where its gradient goes.
+  template <bool kBackward, typename X, typename T>
+  double row(int64_t position, int64_t at, const X* x, const T* t, X* y, bool stream) {
+    const auto terms =
+        LabelTerms<C>::at(loss.labels, loss.totals, weight, loss.weight_sum, position);
+    if constexpr (kBackward) {
+      const Softmaxes<C> sums{{stat(0, position), stat(1, position)},
+                              {stat(0, position), stat(2, position)},
+                              {stat(3, position), stat(4, position)}};
+      int64_t block = 0;
+      for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
+        raise(x + first, t + first, first, n, sums.student.max, sums.teacher.max, block++);
+      });
+      const C grad = static_cast<const C*>(loss.grad_output)[position * loss.grad_stride];
+      write(at, x, t, y, stream, terms, sums, grad);
+      return 0;
+    } else {
+      Softmaxes<C> sums;
+      double z = 0, above = 0;
+      sum(at, x, t, terms.smooth != 0, sums, z, above);
+      stat(0, position) = sums.student.max;
+      stat(1, position) = sums.student.sum;
+      stat(2, position) = sums.student_at_t.sum;
+      stat(3, position) = sums.teacher.max;
+      stat(4, position) = sums.teacher.sum;
+      if (y) write(at, x, t, y, stream, terms, sums, C(1));
+      const C x_a = terms.a >= 0 ? load(x[terms.a]) : C(0);
+      const C x_b = terms.b >= 0 ? load(x[terms.b]) : C(0);
+      const double of_labels = terms.loss(sums.student, x_a, x_b, above, loss.weight_sum);
+      const double t_squared = task.temperature * task.temperature;
+      return task.alpha * t_squared * loss.share * divergence(sums.teacher, sums.student_at_t, z) +
+             (1.0 - task.alpha) * of_labels;
+    }
+  }
+
+  template <typename X, typename T>
+  void raise(const X* x, const T* t, int64_t first, int64_t n, C max, C teacher_max,
+             int64_t block) {
+    maxima[block] = max;
+    teacher_maxima[block] = teacher_max;
+    exponentials(x, n, max, C(1), e + first);
+    if (e_student != e) exponentials(x, n, max, scale, e_student + first);
+    exponentials(t, n, teacher_max, scale, e_teacher + first);
+  }
+
+  template <typename X, typename T>
+  void sum(int64_t at, const X* x_row, const T* t_row, bool smooths, Softmaxes<C>& sums, double& z,
+           double& above) {
+    C max = kLowest<C>, teacher_max = kLowest<C>;
+    double student = 0, student_at_t = 0, teacher = 0, mass = 0;
+    int64_t block = 0;
+    for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
+      const X* x = x_row + first;
+      const T* t = t_row + first;
+      prefetch(x + kAhead / static_cast<int64_t>(sizeof(X)), n);
+      prefetch(t + kAhead / static_cast<int64_t>(sizeof(T)), n);
+      const C own = largest<C>(x, n), teacher_own = largest<C>(t, n);
+      const C larger = own > max ? own : max;
+      const C teacher_larger = teacher_own > teacher_max ? teacher_own : teacher_max;
+      raise(x, t, first, n, own, teacher_own, block++);
+
+      student = student * exponential_below(max - larger) +
+                sum_of_values(e + first, n) * exponential_below(own - larger);
+      student_at_t =
+          student_at_t * exponential_below((max - larger) * scale) +
+          sum_of_values(e_student + first, n) * exponential_below((own - larger) * scale);
+      // Where a largest logit changes, every term of z changes by what it and the other have moved.
+      const C s = scale;
+      const C* weights = e_teacher + first;
+      const double part = sum_of<C>(n, [=](int64_t i) RK_INLINE {
+        return divergence_term(weights[i], (load(t[i]) - teacher_own) * s, (load(x[i]) - own) * s);
+      });
+      const double part_sum = sum_of_values(weights, n);
+      const double moved = moved_by(teacher_max, teacher_larger, max, larger);
+      const double part_moved = moved_by(teacher_own, teacher_larger, own, larger);
+      const double factor = exponential_below((teacher_max - teacher_larger) * scale);
+      const double part_factor = exponential_below((teacher_own - teacher_larger) * scale);
+      z = factor * (z + (teacher != 0 ? teacher * moved : 0)) +
+          part_factor * (part + (part_sum != 0 ? part_sum * part_moved : 0));
+      teacher = teacher * factor + part_sum * part_factor;
+
+      if (smooths) {
+        const C* w = weight ? weight + first : nullptr;
+        const double part_mass = w ? sum_of_values(w, n) : static_cast<double>(n);
+        const double part_above =
+            w ? sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (load(x[i]) - own); })
+              : sum_of<C>(n, [=](int64_t i) RK_INLINE { return load(x[i]) - own; });
+        if (mass != 0) above += mass * (static_cast<double>(max) - larger);
+        if (part_mass != 0) above += part_mass * (static_cast<double>(own) - larger);
+        above += part_above;
+        mass += part_mass;
+      }
+      max = larger;
+      teacher_max = teacher_larger;
+    });
+    sums.student = {max, static_cast<C>(student)};
+    sums.student_at_t = {max, static_cast<C>(student_at_t)};
+    sums.teacher = {teacher_max, static_cast<C>(teacher)};
+  }
+
+  double moved_by(C teacher_from, C teacher_to, C from, C to) const {
+    return ((static_cast<double>(teacher_from) - teacher_to) - (static_cast<double>(from) - to)) /
+           task.temperature;
+  }
+
+  template <typename X, typename T>
+  void write(int64_t at, const X* x, const T* t, X* y, bool stream, const LabelTerms<C>& terms,
+             const Softmaxes<C>& sums, C grad) {
+    const double of_labels = (1.0 - task.alpha) * grad;
+    const double of_teacher = task.alpha * task.temperature * loss.share * grad;
+    const C smooth = static_cast<C>(terms.smooth * of_labels);
+    int64_t block = 0;
+    for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
+      // The row that comes next; past the end of the tensor that asks for nothing.
+      prefetch_row(x + classes + first, n);
+      prefetch_row(t + classes + first, n);
+      const C moved = maxima[block] - sums.student.max;
+      const C teacher_moved = teacher_maxima[block++] - sums.teacher.max;
+      const C k =
+          static_cast<C>(of_labels * terms.mass * exponential_below(moved) / sums.student.sum);
+      const C k_student =
+          static_cast<C>(of_teacher * exponential_below(moved * scale) / sums.student_at_t.sum);
+      const C k_teacher =
+          static_cast<C>(of_teacher * exponential_below(teacher_moved * scale) / sums.teacher.sum);
+      const C *own = e + first, *student = e_student + first, *teacher = e_teacher + first;
+      if (weight && smooth != 0) {
+        const C* w = weight + first;
+        write_each(y + first, n, stream, [=](int64_t i) RK_INLINE {
+          return store<X>((student[i] * k_student - teacher[i] * k_teacher) +
+                          (own[i] * k - w[i] * smooth));
+        });
+      } else {
+        write_each(y + first, n, stream, [=](int64_t i) RK_INLINE {
+          return store<X>((student[i] * k_student - teacher[i] * k_teacher) +
+                          (own[i] * k - smooth));
+        });
+      }
+    });
+    for (int which = 0; which < 2; ++which) {
+      const int64_t label = which ? terms.b : terms.a;
+      if (label < 0) continue;
+      const C moved = load(x[label]) - sums.student.max;
+      const C teacher_moved = load(t[label]) - sums.teacher.max;
+      const C p = exponential_below(moved) / sums.student.sum;
+      const C slope = terms.slope_of_label(label, p, weight ? weight[label] : C(1));
+      const C of_student = exponential_below(moved * scale) / sums.student_at_t.sum;
+      const C from_teacher = exponential_below(teacher_moved * scale) / sums.teacher.sum;
+      y[label] = store<X>(static_cast<C>(of_teacher) * (of_student - from_teacher) +
+                          static_cast<C>(of_labels) * slope);
+    }
+  }
+};
+
+// Calls f(S{}, U{}) with the element types of student and teacher.
+template <typename F>
+void for_types(const DistillationTask& task, const F& f) {
+  const auto with_teacher = [&](auto student) {
+    switch (task.teacher_dtype) {
+      case DType::float16: return f(student, float16{});
+      case DType::bfloat16: return f(student, bfloat16{});
+      default: return f(student, float{});
+    }
+  };
+  switch (task.loss.dtype) {
+    case DType::float64: return f(double{}, double{});
+    case DType::float32: return with_teacher(float{});
+    case DType::float16: return with_teacher(float16{});
+    case DType::bfloat16: return with_teacher(bfloat16{});
+  }
+}
+
+template <bool kBackward>
+void units(const DistillationTask& task, int64_t begin, int64_t end) {
+  for_types(task, [&]<typename S, typename U>(S, U) {
+    Distillation<S, U> distillation(task);
+    for (int64_t unit = begin; unit < end; ++unit) distillation.template run<kBackward>(unit);
+  });
+  if (task.loss.stream) stream_fence();
+}
+
+}  // namespace
+
+void distillation_units(const DistillationTask& task, int64_t begin, int64_t end) {
+  units<false>(task, begin, end);
+}
+
+void distillation_backward_units(const DistillationTask& task, int64_t begin, int64_t end) {
+  units<true>(task, begin, end);
+}
+
+RK_NAMESPACE_END

@@ -1,0 +1,83 @@
+// Pieces of a softmax over one row of logits, block by block: each is a plain loop over a block
+// that lies in the first-level cache.
+#pragma once
+
+#include <cstdint>
+
+#include "reg_kernels/dtypes.h"
+#include "reg_kernels/softmax.h"
+#include "stream.h"
+
+RK_NAMESPACE_BEGIN
+
+constexpr int64_t kBlock = 1024;  // logits
+
+// Of the lambdas that loops are made of: a call in one would not become vector code.
+#define RK_INLINE __attribute__((always_inline))
+
+// The sum of f(i) for i in [0, count), f inlined: in lanes, so that all instruction sets add up in
+// the same order.
+template <typename C, typename F>
+RK_HD double sum_of(int64_t count, const F& f) {
+  constexpr int64_t kSums = 64;
+  C sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+#pragma omp simd
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += f(i + j);
+  }
+  for (int64_t j = 0; i + j < count; ++j) sums[j] += f(i + j);
+  for (int64_t half = kSums / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return static_cast<double>(sums[0]);
+}
+
+template <typename C, typename T>
+RK_HD C largest(const T* x, int64_t count) {
+  C most = kLowest<C>;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < count; ++i) {
+    const C value = load(x[i]);
+    most = value > most ? value : most;
+  }
+  return most;
+}
+
+// e[i] = exp((x[i] - max) / T), no x[i] being larger than max; `scale` is 1 / T.
+template <typename C, typename T>
+RK_HD void exponentials(const T* x, int64_t count, C max, C scale, C* e) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) e[i] = exponential_below((load(x[i]) - max) * scale);
+}
+
+template <typename C>
+RK_HD double sum_of_values(const C* e, int64_t count) {
+  return sum_of<C>(count, [=](int64_t i) RK_INLINE { return e[i]; });
+}
+
+// Asks for p[0, count) to be in the second-level cache when its turn comes, a row from now.
+template <typename T>
+RK_HD void prefetch_row(const T* p, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  const int64_t end = count * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// Calls f(first, count) for blocks of a row of `count` logits that begins at element `offset` of a
+// tensor, such that all but the first begin where a line does: what is streamed are whole lines.
+template <typename T, typename F>
+RK_HD void for_blocks(int64_t offset, int64_t count, const F& f) {
+  constexpr int64_t kOfLine = kLine / static_cast<int64_t>(sizeof(T));
+  int64_t n = kBlock - offset % kOfLine;
+  for (int64_t first = 0; first < count; first += n, n = kBlock) {
+    if (n > count - first) n = count - first;
+    f(first, n);
+  }
+}
+
+// Blocks of a row at the most.
+RK_HD int64_t most_blocks(int64_t count) { return count / kBlock + 2; }
+
+RK_NAMESPACE_END

@@ -1,0 +1,423 @@
+"""What the losses of logits share: registration, gradient, and the checks of what they are given.
+
+A loss op returns (loss, stats, gradient): with `keep_gradient` its kernel writes the gradient by the
+logits in the pass that reads them, and the backward has but to multiply it, unless by 1. Otherwise,
+and at a second backward, `stats` lets the backward op make it anew, one read and one write.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from .._layout import is_channels_last, with_strides
+from .._mixed_target import MixedTarget
+from ..backends import DTYPES
+from ._registry import (
+    Op,
+    below_autograd,
+    define_part,
+    implementation_of,
+    is_fake,
+    is_transformed,
+    register,
+)
+
+NONE = 0  # of the reductions, torch's numbers
+
+# What every loss op is told of its target; `lam` is for a pair of labels, and where it is None
+# `one_lam` counts for every sample.
+TARGET = (
+    "Tensor target, Tensor? partner, Tensor? lam, float one_lam, Tensor? weight, "
+    "int ignore_index, float label_smoothing, int reduction"
+)
+
+# x times the one number in `factor`, in place; where that is 1, x is not even read.
+_rescale = define_part("rescale_", "(Tensor(a!) x, Tensor factor) -> ()")
+
+
+class _Loss(torch.autograd.Function):
+    """A loss op; the arguments after the overload are the op's after the input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, backward: Op, overload: Any, *args: Any) -> Any:
+        with below_autograd():
+            loss, stats, gradient = overload(input, *args)
+        ctx.mark_non_differentiable(stats, gradient)
+        ctx.set_materialize_grads(False)
+        *args, keeps_gradient = args
+        tensors = [x if isinstance(x, Tensor) else None for x in args]
+        ctx.save_for_backward(input, stats, *tensors)
+        ctx.args = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.backward = (backward, implementation_of(overload))
+        # Not among what is saved: it is multiplied in place, which a second backward must not see.
+        ctx.gradient = gradient if keeps_gradient else None
+        return loss, stats, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        if grad_loss is None:
+            return None, *nothing
+        input, stats, *tensors = ctx.saved_tensors
+        backward, implementation = ctx.backward
+        # One number by which it is multiplied, and a real one: neither a factor for each position
+        # nor what is traced.
+        multiplies = grad_loss.dim() == 0 and type(grad_loss) is Tensor
+        if ctx.gradient is not None and multiplies and not torch.is_grad_enabled():
+            gradient, ctx.gradient = ctx.gradient, None  # given away
+            with below_autograd():
+                _multiply(gradient, grad_loss, implementation)
+            return gradient, *nothing
+        args = [x if t is None else t for x, t in zip(ctx.args, tensors, strict=True)]
+        grad_loss = grad_loss.contiguous()
+        return backward.overloads[implementation](grad_loss, input, stats, *args), *nothing
+
+
+# As in ops/dropout.py: where torch.func is known to be away, without preparing for it.
+_apply = super(torch.autograd.Function, _Loss).apply
+
+
+def _multiply(x: Tensor, factor: Tensor, implementation: str) -> None:
+    if x.device.type == "cpu":
+        number = factor.item()
+        if number != 1.0:
+            x.mul_(number)
+    elif implementation == "native":
+        _rescale(x, factor)
+    elif implementation == "triton":
+        importlib.import_module("reg_kernels.triton.cross_entropy").rescale_(x, factor)
+    else:
+        x.mul_(factor)
+
+
+def register_loss(
+    name: str,
+    arguments: str,
+    stats: int,
+    reference: Callable[..., Any],
+    by_torch: Callable[..., Any],
+) -> tuple[Op, Op]:
+    """A loss op and its backward.
+
+    Args:
+        name: the op's name.
+        arguments: what its schema has after the input, up to `keep_gradient`.
+        stats: the numbers it keeps for each position.
+        reference: the forward in plain PyTorch.
+        by_torch: the backward, differentiable.
+    """
+
+    def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        reduction, keep_gradient = args[_REDUCTION[name]], args[-1]
+        compute = torch.promote_types(input.dtype, torch.float32)
+        positions = (input.shape[0], *input.shape[2:])
+        return (
+            input.new_empty(positions if reduction == NONE else (), dtype=compute),
+            input.new_empty((stats, *positions), dtype=compute),
+            torch.empty_like(input) if keep_gradient else input.new_empty(0),
+        )
+
+    def above(overload: Any, input: Tensor, *args: Any) -> Any:
+        if input.requires_grad and torch.is_grad_enabled():
+            return _Loss.apply(input, backward, overload, *args)
+        with below_autograd():
+            return overload(input, *args)
+
+    def above_backward(overload: Any, grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
+        if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+            return by_torch(grad_output, input, *args)
+        with below_autograd():
+            return overload(grad_output, input, *args)
+
+    def forward_by_torch(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, stats, gradient = reference(input, *args)
+        return loss, stats, with_strides(gradient, input.stride()) if args[-1] else gradient
+
+    def backward_by_torch(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
+        return with_strides(by_torch(grad_output, input, *args), input.stride())
+
+    forward = register(
+        name,
+        f"(Tensor input, {arguments}, bool keep_gradient) -> (Tensor, Tensor, Tensor)",
+        fake=fake,
+        reference=forward_by_torch,
+        triton=f"{name}:{name}",
+        autograd=above,
+    )
+    backward = register(
+        f"{name}_backward",
+        f"(Tensor grad_output, Tensor input, Tensor stats, {arguments}) -> Tensor",
+        fake=lambda grad_output, input, *args: torch.empty_like(input),
+        reference=backward_by_torch,
+        triton=f"{name}:{name}_backward",
+        autograd=above_backward,
+    )
+    _REDUCTION[name] = [a.split()[1] for a in arguments.split(", ")].index("reduction")
+    return forward, backward
+
+
+_REDUCTION: dict[str, int] = {}  # op -> the place of `reduction` among its arguments
+
+
+# Validation
+
+
+class Target(NamedTuple):
+    """A target as the ops take it: TARGET's first four."""
+
+    labels: Tensor
+    partner: Tensor | None
+    lam: Tensor | None
+    one_lam: float
+
+
+class Call(NamedTuple):
+    """What a loss was called with, checked, as the ops take it."""
+
+    input: Tensor  # (N, C, ...)
+    target: Target
+    options: tuple[Tensor | None, int, float, int]  # weight, ignore_index, smoothing, reduction
+    result: torch.dtype
+    batched: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """TARGET's values."""
+        return (*self.target, *self.options)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_order(x: Tensor) -> Tensor:
+    """x, (N, C, ...), as the kernels take it: contiguous, or dense with the channels last."""
+    if x.is_contiguous() or (x.dim() > 2 and is_channels_last(x)):
+        return x.resolve_neg()
+    return x.contiguous().resolve_neg()
+
+
+def checked_call(
+    name: str,
+    input: Tensor,
+    target: Tensor | MixedTarget,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Call:
+    """The call as the ops take it; raises what torch raises for the same mistake.
+
+    What the values of labels and shares are is looked at when the op runs: `run`.
+    """
+    check_logits(name, "input", input)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    number = _reduction.get_enum(reduction)
+    mixed = isinstance(target, MixedTarget)
+    if mixed:
+        label_smoothing = _one_smoothing(name, target.label_smoothing, label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    batched = input.dim() > 1
+    if not batched:
+        input = input.unsqueeze(0)
+    compute = torch.promote_types(input.dtype, torch.float32)
+    device = input.device.type
+    autocasts = device != "meta" and torch.is_autocast_enabled(device)
+    result = compute if autocasts else input.dtype
+    if mixed:
+        checked = _checked_mixed(name, input, target, batched)
+    elif isinstance(target, Tensor):
+        if target.is_floating_point() and target.dim() == input.dim() - (not batched):
+            target = target if batched else target.unsqueeze(0)
+            checked = Target(_checked_probabilities(name, input, target), None, None, 1.0)
+            result = torch.promote_types(result, target.dtype)
+            if ignore_index >= 0:
+                raise RuntimeError(
+                    f"{name}: ignore_index is for class indices, got {ignore_index} with class "
+                    "probabilities"
+                )
+            if target.dtype == torch.float64:
+                input, compute = input.double(), torch.float64
+        else:
+            labels = _checked_labels(name, "target", input, target, batched)
+            checked = Target(labels, None, None, 1.0)
+    else:
+        raise TypeError(
+            f"{name}: target must be a Tensor or a MixedTarget, got {type(target).__name__}"
+        )
+    if weight is not None:
+        if weight.shape != input.shape[1:2]:
+            raise RuntimeError(
+                f"{name}: weight must have one number for each of the {input.shape[1]} classes, "
+                f"got shape {tuple(weight.shape)}"
+            )
+        _check_device(name, "weight", weight, input)
+        weight = weight.detach().to(compute).contiguous()
+    options = (weight, ignore_index, float(label_smoothing), number)
+    input = in_order(input)
+    if checked.labels.is_floating_point():  # the kernels walk both in one order
+        checked = checked._replace(labels=with_strides(checked.labels, input.stride()))
+    return Call(input, checked, options, result, batched)
+
+
+def check_logits(name: str, argument: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        supported = ", ".join(map(_named, DTYPES))
+        raise NotImplementedError(
+            f"{name}: {argument} must be one of {supported}, got {_named(x.dtype)}"
+        )
+    if x.dim() == 0:
+        raise RuntimeError(f"{name}: {argument} must be (N, C, ...) or (C,), got no dimensions")
+
+
+def _one_smoothing(name: str, targets: float, own: float) -> float:
+    if targets and own and targets != own:
+        raise ValueError(
+            f"{name}: label_smoothing must be given once, by the loss or by the target: "
+            f"got {own} and {targets}"
+        )
+    return targets or own
+
+
+def _check_device(name: str, argument: str, x: Tensor, input: Tensor) -> None:
+    if x.device != input.device:
+        raise RuntimeError(
+            f"{name}: {argument} must be on the input's device, {input.device}, got {x.device}"
+        )
+
+
+def _checked_labels(name: str, argument: str, input: Tensor, labels: Any, batched: bool) -> Tensor:
+    """Class indices (N, ...) as int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(labels).__name__}")
+    _check_device(name, argument, labels, input)
+    if labels.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"{name}: {argument} must be int64 class indices, or probabilities of the input's "
+            f"shape, got {_named(labels.dtype)} of shape {tuple(labels.shape)}"
+        )
+    given = tuple(labels.shape)
+    if not batched and given != (1,):
+        labels = labels.unsqueeze(0)
+    expected = (input.shape[0], *input.shape[2:])
+    if labels.shape != expected:
+        other_batch = given[:1] != expected[:1] and (batched or len(given) == 1)
+        kind = ValueError if other_batch else RuntimeError
+        raise kind(f"{name}: {argument} must have shape {expected if batched else ()}, got {given}")
+    return labels.long().contiguous()
+
+
+def _checked_probabilities(name: str, input: Tensor, target: Tensor) -> Tensor:
+    _check_device(name, "target", target, input)
+    if target.shape != input.shape:
+        kind = ValueError if len(target) != len(input) else RuntimeError
+        raise kind(
+            f"{name}: target must have the input's shape, {tuple(input.shape)}, for class "
+            f"probabilities, got {tuple(target.shape)}"
+        )
+    compute = torch.promote_types(input.dtype, torch.float32)
+    if target.dtype not in (input.dtype, compute, torch.float64):
+        target = target.to(compute)
+    return target
+
+
+def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool) -> Target:
+    labels = _checked_labels(name, "labels", input, target.labels, batched)
+    partner = _checked_labels(name, "partner_labels", input, target.partner_labels, batched)
+    lam = target.lam
+    if not isinstance(lam, Tensor):
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"{name}: lam must be in [0, 1], got {lam}")
+        if torch.compiler.is_compiling():
+            # A float would be a constant of the program, and each new value a recompile.
+            lam = torch.ones(1, dtype=torch.float64, device=input.device) * lam
+            return Target(labels, partner, lam, 1.0)
+        return Target(labels, partner, None, float(lam))
+    if lam.dtype not in DTYPES:
+        raise TypeError(f"{name}: lam must be of a floating-point type, got {_named(lam.dtype)}")
+    _check_device(name, "lam", lam, input)
+    if lam.dim() > 1 or lam.numel() not in (1, len(input)):
+        raise ValueError(
+            f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
+            f"got shape {tuple(lam.shape)}"
+        )
+    if lam.requires_grad:
+        raise RuntimeError(f"{name}: lam must not require grad: detach it")
+    return Target(labels, partner, lam.reshape(-1).contiguous(), 1.0)
+
+
+def _check_values(name: str, call: Call) -> None:
+    """Raises what torch raises where a label or a share is out of range."""
+    classes = call.input.shape[1]
+    labels, partner, lam, _ = call.target
+    ignore_index = call.options[1]
+    for each in (labels, partner):
+        if each is None or each.is_floating_point():
+            continue
+        wrong = each[((each < 0) | (each >= classes)) & (each != ignore_index)]
+        if wrong.numel():
+            raise IndexError(
+                f"{name}: labels must be in [0, {classes}), or ignore_index {ignore_index}, "
+                f"got {int(wrong[0])}"
+            )
+    if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"{name}: lam must be in [0, 1], got {lam.tolist()}")
+
+
+def run(
+    ops: tuple[Op, Op],
+    name: str,
+    call: Call,
+    first: tuple[Any, ...],
+    last: tuple[Any, ...],
+    backend: str | None,
+    reference: Callable[..., Any],
+) -> Tensor:
+    """The loss of a checked call, in its result's type; `first` and `last` are the arguments that
+    the op has before and after TARGET."""
+    forward, backward = ops
+    input, target = call.input, call.target
+    args = (*first, *call.arguments, *last)
+    traced = torch.compiler.is_compiling()
+    overload = (forward.traced_overload if traced else forward.overload)(
+        input.device, input.dtype, backend
+    )
+    on_cpu = input.device.type == "cpu" and not traced and not is_fake()
+    by_torch = (
+        input.numel() == 0 or target.labels.requires_grad or (not traced and is_transformed())
+    )
+    if by_torch:
+        if on_cpu and not is_transformed():
+            _check_values(name, call)
+        loss = reference(input, *args, False)[0]
+    elif traced:
+        loss = overload(input, *args, False)[0]
+    else:
+        wants_gradient = input.requires_grad and torch.is_grad_enabled()
+        # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;
+        # nor where each position has a factor of its own.
+        keeps = wants_gradient and call.options[3] != NONE and input.dtype != torch.float16
+        if on_cpu and implementation_of(overload) != "native":
+            _check_values(name, call)
+        try:
+            if wants_gradient:
+                loss = _apply(input, backward, overload, *args, keeps)[0]
+            else:
+                with below_autograd():
+                    loss = overload(input, *args, False)[0]
+        except RuntimeError:
+            if on_cpu:  # the kernel refused, before it wrote anything: say why
+                _check_values(name, call)
+            raise
+    loss = loss if loss.dtype == call.result else loss.to(call.result)
+    return loss if call.batched or loss.dim() == 0 else loss.squeeze(0)

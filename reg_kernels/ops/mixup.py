@@ -1,0 +1,534 @@
+"""Mixup and CutMix: schema, fake, gradient, validation, and the public functions.
+
+One op for both, and for batches that mix them: w x + (1 - w) partner, w being 0 inside of a sample's
+box and its lambda elsewhere, then a scale and a shift for each channel. It is linear in its input:
+the gradient goes to each sample by its own weight, and to the partner by the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .._layout import is_channels_last as has_channels_last
+from ..backends import DTYPES
+from ..reference import mixup as reference
+from ._in_place import check_in_place
+from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
+
+# In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for every sample.
+_BLEND = "Tensor? lam, float one_lam, Tensor? index, Tensor? boxes, Tensor? scale, Tensor? shift"
+
+
+class _Mixup(torch.autograd.Function):
+    """The blend, and as its backward the share of each sample."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, overload: Any, *blend: Any) -> Tensor:
+        with below_autograd():
+            output = overload(input, *blend)
+        _remember(ctx, input, overload, blend)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return _gradient(ctx, grad_output), *[None] * 9
+
+
+class _MixupInPlace(torch.autograd.Function):
+    """The same, written over its input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, in_place: Any, overload: Any, *blend: Any) -> Tensor:
+        ctx.mark_dirty(input)
+        with below_autograd():
+            in_place(input, *blend)
+        _remember(ctx, input, overload, (*blend, input.dtype, _is_channels_last(input)))
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return _gradient(ctx, grad_output), *[None] * 8
+
+
+def _remember(ctx: Any, input: Tensor, overload: Any, blend: tuple[Any, ...]) -> None:
+    lam, one_lam, index, boxes, scale, *_ = blend
+    ctx.save_for_backward(lam, index, boxes, scale)
+    backward = _BACKWARD.overloads[implementation_of(overload)]
+    ctx.call = (backward, one_lam, input.dtype, _is_channels_last(input))
+
+
+def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    lam, index, boxes, scale = ctx.saved_tensors
+    backward, one_lam, dtype, channels_last = ctx.call
+    receivers = _receivers(index)
+    return backward(
+        _in_order(grad_output), lam, one_lam, *receivers, boxes, scale, dtype, channels_last
+    )
+
+
+def _receivers(index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The samples, sorted by their partner, and where those of each partner start: (N,), (N + 1,)."""
+    if index is None:
+        return None, None
+    partners, receivers = index.sort(stable=True)
+    samples = torch.arange(len(index) + 1, device=index.device)
+    return receivers, torch.searchsorted(partners, samples)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() > 2 and has_channels_last(x)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """x as the kernels take it: contiguous, or dense with the channels last."""
+    if x.is_contiguous() or _is_channels_last(x):
+        return x.resolve_neg()
+    return x.contiguous().resolve_neg()
+
+
+def _above(overload: Any, input: Tensor, *blend: Any) -> Tensor:
+    if input.requires_grad and torch.is_grad_enabled():
+        return _Mixup.apply(input, overload, *blend)
+    with below_autograd():
+        return overload(input, *blend)
+
+
+def _above_in_place(in_place: Any, input: Tensor, *blend: Any) -> None:
+    if input.requires_grad and torch.is_grad_enabled():
+        fresh = _MIXUP.overloads[implementation_of(in_place)]
+        _MixupInPlace.apply(input, in_place, fresh, *blend)
+        return
+    with below_autograd():
+        in_place(input, *blend)
+    torch.autograd.graph.increment_version(input)
+
+
+def _above_backward(overload: Any, grad_output: Tensor, *blend: Any) -> Tensor:
+    if grad_output.requires_grad and torch.is_grad_enabled():
+        return reference.mixup_backward(grad_output, *blend)  # can be differentiated again
+    with below_autograd():
+        return overload(grad_output, *blend)
+
+
+def _like(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    return reference.in_format(torch.empty_like(x, dtype=dtype), channels_last)
+
+
+def _fake(input: Tensor, *blend: Any) -> Tensor:
+    return _like(input, *blend[-2:])
+
+
+def _in_place_reference(input: Tensor, *blend: Any) -> None:
+    input.copy_(reference.mixup(input, *blend, input.dtype, False))
+
+
+_MIXUP = register(
+    "mixup",
+    f"(Tensor input, {_BLEND}, ScalarType dtype, bool channels_last) -> Tensor",
+    fake=_fake,
+    reference=reference.mixup,
+    triton="mixup:mixup",
+    autograd=_above,
+)
+_MIXUP_ = register(
+    "mixup_",
+    f"(Tensor(a!) input, {_BLEND}) -> ()",
+    fake=lambda input, *blend: None,
+    reference=_in_place_reference,
+    triton="mixup:mixup_",
+    autograd=_above_in_place,
+)
+_BACKWARD = register(
+    "mixup_backward",
+    "(Tensor grad_output, Tensor? lam, float one_lam, Tensor? receivers, Tensor? starts, "
+    "Tensor? boxes, Tensor? scale, ScalarType dtype, bool channels_last) -> Tensor",
+    fake=_fake,
+    reference=reference.mixup_backward,
+    triton="mixup:mixup_backward",
+    autograd=_above_backward,
+)
+
+# Validation
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_input(name: str, input: Any, dtype: torch.dtype | None) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    if input.dim() == 0:
+        raise ValueError(f"{name}: input must be a batch (N, ...), got no dimensions")
+    if input.dtype not in (*DTYPES, torch.uint8):
+        supported = ", ".join(map(_named, DTYPES))
+        raise RuntimeError(
+            f"{name}: input must be one of {supported} or uint8, got {_named(input.dtype)}"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        supported = ", ".join(map(_named, DTYPES))
+        raise TypeError(f"{name}: dtype must be one of {supported}, got {dtype}")
+
+
+def _checked_lam(name: str, input: Tensor, lam: Any) -> tuple[Tensor | None, float]:
+    """`lam` as the op takes it: (N,) or (1,), or a float."""
+    if isinstance(lam, Tensor):
+        if not lam.is_floating_point():
+            raise TypeError(
+                f"{name}: lam must be of a floating-point type, got {_named(lam.dtype)}"
+            )
+        if lam.dim() > 1 or (lam.dim() == 1 and len(lam) != len(input)):
+            raise ValueError(
+                f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
+                f"got shape {tuple(lam.shape)}"
+            )
+        if lam.requires_grad:
+            raise RuntimeError(f"{name}: lam must not require grad: detach it")
+        _check_device(name, "lam", lam, input)
+        lam = lam if lam.dtype in DTYPES else lam.double()
+        return lam.detach().reshape(-1).contiguous(), 1.0
+    try:
+        one = float(lam)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: lam must be a number or a Tensor, got {type(lam).__name__}"
+        ) from error
+    return None, one
+
+
+def _check_device(name: str, argument: str, x: Tensor, input: Tensor) -> None:
+    if x.device != input.device:
+        raise RuntimeError(
+            f"{name}: {argument} must be on the input's device, {input.device}, got {x.device}"
+        )
+
+
+def _check_integers(name: str, argument: str, x: Any, input: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int64, torch.int32):
+        raise IndexError(f"{name}: {argument} must be int64 or int32, got {_named(x.dtype)}")
+    _check_device(name, argument, x, input)
+
+
+def _checked_index(name: str, input: Tensor, index: Any) -> Tensor | None:
+    if index is None:
+        return None
+    _check_integers(name, "index", index, input)
+    if index.shape != input.shape[:1]:
+        raise ValueError(
+            f"{name}: index must name a partner for each of the {len(input)} samples, "
+            f"got shape {tuple(index.shape)}"
+        )
+    return index.long().contiguous()
+
+
+def _checked_boxes(name: str, input: Tensor, boxes: Any) -> Tensor | None:
+    if boxes is None:
+        return None
+    _check_integers(name, "boxes", boxes, input)
+    if input.dim() < 4:
+        raise ValueError(
+            f"{name}: input must be images (N, C, H, W) or (N, H, W), got {input.dim()} dimensions"
+        )
+    if boxes.shape not in ((4,), (len(input), 4)):
+        raise ValueError(
+            f"{name}: boxes must be (4,) or ({len(input)}, 4), got shape {tuple(boxes.shape)}"
+        )
+    return boxes.reshape(-1, 4).long().contiguous()
+
+
+def _check_values(
+    name: str, input: Tensor, lam: Tensor | None, index: Tensor | None, boxes: Tensor | None
+) -> None:
+    """What is looked at on the CPU alone: on a GPU the kernels assert it, without a wait."""
+    if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"{name}: lam must be in [0, 1], got {lam.tolist()}")
+    if index is not None and index.numel():
+        least, most = (int(value) for value in index.aminmax())
+        if least < 0 or most >= len(index):
+            wrong = least if least < 0 else most
+            raise IndexError(f"{name}: index must be in [0, {len(index)}), got {wrong}")
+    if boxes is not None:
+        height, width = input.shape[-2:]
+        x1, y1, x2, y2 = boxes.unbind(1)
+        fits = (x1 >= 0) & (x1 <= x2) & (x2 <= width) & (y1 >= 0) & (y1 <= y2) & (y2 <= height)
+        if not bool(fits.all()):
+            wrong = boxes[~fits][0].tolist()
+            raise ValueError(
+                f"{name}: boxes must be (x1, y1, x2, y2) with 0 <= x1 <= x2 <= {width} and "
+                f"0 <= y1 <= y2 <= {height}, got {wrong}"
+            )
+
+
+def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> Any:
+    """`values` as a Tensor (C,) or a tuple of C floats; None as it is."""
+    if values is None:
+        return None
+    channels = input.shape[1] if input.dim() > 1 else 0
+    if isinstance(values, Tensor):
+        shape = tuple(values.shape)
+    elif isinstance(values, int | float):
+        values, shape = (float(values),) * max(channels, 1), ()
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        values = tuple(float(value) for value in values)
+        shape = (len(values),)
+    else:
+        raise TypeError(
+            f"{name}: {argument} must be a number, a sequence or a Tensor, "
+            f"got {type(values).__name__}"
+        )
+    if channels == 0 or shape not in ((), (1,), (channels,)):
+        raise ValueError(
+            f"{name}: {argument} must be one number for each of the {channels} channels, "
+            f"got shape {shape}"
+        )
+    if isinstance(values, Tensor):
+        return values.to(input.device).expand(channels).contiguous()
+    return values if len(values) == channels else values * channels
+
+
+def _normalisation(
+    name: str, input: Tensor, mean: Any, std: Any, compute: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """scale and shift such that a value v, 1/255 of a byte, becomes (v - mean) / std."""
+    mean = _checked_channels(name, "mean", mean, input)
+    std = _checked_channels(name, "std", std, input)
+    if isinstance(std, tuple) and 0.0 in std:
+        raise ValueError(f"{name}: std must not be 0, got {std}")
+    unit = 255.0 if input.dtype == torch.uint8 else 1.0
+    if mean is None and std is None and unit == 1.0:
+        return None, None
+    if std is None:
+        std = (1.0,) * (input.shape[1] if input.dim() > 1 else 1)
+    given = isinstance(mean, Tensor) or isinstance(std, Tensor)
+    make = _affine if given or torch.compiler.is_compiling() or is_fake() else _kept_affine
+    return make(mean, std, unit, compute, input.device)
+
+
+def _affine(
+    mean: Any, std: Any, unit: float, compute: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    options: Any = {"dtype": torch.float64, "device": device}
+    spread = torch.as_tensor(std, **options)
+    shift = None if mean is None else (-torch.as_tensor(mean, **options) / spread).to(compute)
+    return (1 / (unit * spread)).to(compute), shift
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_affine(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """The same, made once for a tuple of numbers: on a GPU it would be copied there each time."""
+    with torch.inference_mode(False):
+        return _affine(*arguments)
+
+
+def _wants_channels_last(
+    name: str, input: Tensor, memory_format: torch.memory_format | None
+) -> bool:
+    if memory_format in (None, torch.preserve_format):
+        return _is_channels_last(input)
+    if memory_format == torch.contiguous_format:
+        return False
+    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
+    if dims.get(memory_format) != input.dim():
+        raise RuntimeError(
+            f"{name}: memory_format {memory_format} does not fit {input.dim()} dimensions"
+        )
+    return True
+
+
+def blend(
+    name: str,
+    input: Tensor,
+    lam: Any,
+    boxes: Any,
+    index: Any,
+    mean: Any = None,
+    std: Any = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`mixup` and `cutmix` in one: the sample's box comes from its partner, the rest is blended."""
+    _check_input(name, input, dtype)
+    if boxes is not None and input.dim() == 3:  # gray images: one channel
+        images = input.unsqueeze(1)
+        rest = (lam, boxes, index, mean, std, dtype, memory_format, inplace, backend)
+        output = blend(name, images, *rest)
+        return input if inplace else output.squeeze(1)
+    lam, one_lam = _checked_lam(name, input, lam)
+    if lam is None and not 0.0 <= one_lam <= 1.0:
+        raise ValueError(f"{name}: lam must be in [0, 1], got {one_lam}")
+    index = _checked_index(name, input, index)
+    boxes = _checked_boxes(name, input, boxes)
+    traced = torch.compiler.is_compiling()
+    looks = input.device.type == "cpu" and not traced and not is_fake()
+    if looks and not is_transformed():
+        _check_values(name, input, lam, index, boxes)
+    if dtype is None:
+        dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
+    compute = reference.computed_in(input.dtype, dtype)
+    scale, shift = _normalisation(name, input, mean, std, compute)
+    channels_last = _wants_channels_last(name, input, memory_format)
+    if inplace:
+        if input.dtype != dtype:
+            raise RuntimeError(
+                f"{name}: inplace needs an output of the input's dtype, {_named(input.dtype)}, "
+                f"got dtype {_named(dtype)}"
+            )
+        if channels_last != _is_channels_last(input):
+            raise RuntimeError(f"{name}: inplace cannot change the memory format")
+        if looks:
+            _check_permutation(name, index)
+        check_in_place(name, input)
+    if traced and lam is None:
+        # A float would be a constant of the program, and each new value a recompile.
+        lam = torch.ones(1, dtype=torch.float64, device=input.device) * one_lam
+        one_lam = 1.0
+    choice = (input.device, dtype, backend)
+    overload = (_MIXUP.traced_overload if traced else _MIXUP.overload)(*choice)
+    weights = (lam, one_lam, index, boxes, scale, shift)
+    if is_transformed() and not traced:
+        output = reference.mixup(input, *weights, dtype, channels_last)
+        return input.copy_(output) if inplace else output
+    x = _in_order(input)
+    if inplace and x is input and not traced:
+        _MIXUP_.overload(*choice)(input, *weights)
+        return input
+    output = overload(x, *weights, dtype, channels_last)
+    return input.copy_(output) if inplace else output
+
+
+def _check_permutation(name: str, index: Tensor | None) -> None:
+    """Raises unless each sample is somebody's partner once."""
+    if index is not None and not torch.equal(index.sort().values, torch.arange(len(index))):
+        raise ValueError(
+            f"{name}: inplace needs an index that is a permutation: a sample that is read twice "
+            "would be overwritten before"
+        )
+
+
+def mixup(
+    input: Tensor,
+    lam: Tensor | float,
+    index: Tensor | None = None,
+    *,
+    mean: Tensor | Sequence[float] | float | None = None,
+    std: Tensor | Sequence[float] | float | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Blends each sample with its partner in one pass:
+    :math:`y_n = \lambda_n x_n + (1 - \lambda_n) x_{\mathrm{index}[n]}`, normalised to
+    :math:`(y - \mathrm{mean}_c) / \mathrm{std}_c` and cast.
+
+    Args:
+        input: a batch (N, ...), with the channels second where `mean` or `std` is given; float64,
+            float32, float16, bfloat16 or uint8. Bytes count as multiples of 1/255, as
+            torchvision's `ToDtype(scale=True)` makes them.
+        lam: the weight of the sample itself, in [0, 1]: a number, or a tensor of one or of (N,).
+        index: (N,), int64 or int32: the partner of each sample, in any order and more than once;
+            by default the batch reversed, which suits a shuffled one.
+        mean, std: of each channel, (C,) or one for all; by default 0 and 1.
+        dtype: of the result; by default the input's, and torch's default for bytes.
+        memory_format: of the result: torch.contiguous_format, torch.channels_last or
+            torch.channels_last_3d; by default the input's.
+        inplace: write over `input` and return it: any permutation for an `index`, no other dtype or
+            memory format.
+        backend: "native", "triton" or "reference"; by default the first that can run here.
+
+    Returns:
+        A tensor of the input's shape. Its gradient goes to the input alone.
+
+    Raises:
+        ValueError: `lam` outside [0, 1], a wrong shape of an argument, `inplace` with an index that
+            is no permutation, or an unknown `backend`.
+        IndexError: a partner that is not in [0, N).
+        TypeError: an argument that is no tensor or number where one is needed.
+        RuntimeError: another dtype or device, a `lam` that requires grad, or a `backend` that
+            cannot run here.
+
+    On a GPU the values of `lam` and `index` are looked at by the kernel, without a wait: there, a
+    wrong one is a device-side assertion. A lambda of exactly 1 keeps the sample as it is, and one of
+    0 takes its partner, whatever the other holds. 16-bit floats and bytes are computed in float32
+    and rounded once.
+
+    Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            mixup,
+            (input,),
+            input,
+            lam,
+            index,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            memory_format=memory_format,
+            inplace=inplace,
+            backend=backend,
+        )
+    normalisation = (mean, std, dtype, memory_format, inplace, backend)
+    return blend("mixup", input, lam, None, index, *normalisation)
+
+
+def cutmix(
+    input: Tensor,
+    boxes: Tensor,
+    index: Tensor | None = None,
+    *,
+    mean: Tensor | Sequence[float] | float | None = None,
+    std: Tensor | Sequence[float] | float | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Pastes a box of its partner into each image in one pass, normalised and cast as by `mixup`.
+
+    Args:
+        input: images (N, C, H, W) or (N, H, W), or (N, C, ..., H, W); of `mixup`'s types.
+        boxes: (N, 4), or (4,) for all alike, int64 or int32: (x1, y1, x2, y2), columns x1 to x2 - 1
+            and rows y1 to y2 - 1, with 0 <= x1 <= x2 <= W and 0 <= y1 <= y2 <= H. Where the two are
+            equal the box is empty, and the image stays as it is.
+        index, mean, std, dtype, memory_format, inplace, backend: as of `mixup`.
+
+    Returns:
+        A tensor of the input's shape. A label's lambda is the share of the image outside of its box:
+        1 - (x2 - x1) (y2 - y1) / (W H). The gradient goes to the input alone.
+
+    Raises:
+        ValueError: a box outside the image or inverted, and as `mixup`.
+        IndexError, TypeError, RuntimeError: as `mixup`.
+
+    Source: S. Yun et al., "CutMix: regularization strategy to train strong classifiers with
+    localizable features", ICCV 2019.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            cutmix,
+            (input,),
+            input,
+            boxes,
+            index,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            memory_format=memory_format,
+            inplace=inplace,
+            backend=backend,
+        )
+    if boxes is None:
+        raise TypeError("cutmix: boxes must be a Tensor, got None")
+    normalisation = (mean, std, dtype, memory_format, inplace, backend)
+    return blend("cutmix", input, 1.0, boxes, index, *normalisation)
