@@ -23,7 +23,7 @@ SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
 ROUNDS = 5
 NAMES = (
     *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
-    *("eager", "compile", "fused", "foreach", "optimi"),
+    *("eager", "compile", "fused", "foreach", "optimi", "liger"),
 )
 
 

@@ -148,10 +148,11 @@ struct Rows {
     for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
       prefetch(x + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
       const C own = largest<C>(x + first, n);
+      if (block == 0) max = own;
       const C larger = own > max ? own : max;
       exponentials(x + first, n, own, C(1), e + first);
-      sum = sum * exponential_below(max - larger) +
-            sum_of_values(e + first, n) * exponential_below(own - larger);
+      sum = sum * factor_between(max, larger) +
+            sum_of_values(e + first, n) * factor_between(own, larger);
       const Above part = above(first, n, own);
       if (total.mass != 0) total.sum += total.mass * (static_cast<double>(max) - larger);
       if (part.mass != 0) total.sum += part.mass * (static_cast<double>(own) - larger);
@@ -185,7 +186,7 @@ struct Rows {
     int64_t block = 0;
     for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
       prefetch_row(next + first, n);
-      const double factor = exponential_below(maxima[block++] - softmax.max);
+      const double factor = factor_between(maxima[block++], softmax.max);
       f(first, n, factor / softmax.sum, y + first);
     });
   }
@@ -210,7 +211,8 @@ struct Rows {
     for (int which = 0; which < 2; ++which) {
       const int64_t label = which ? terms.b : terms.a;
       if (label < 0) continue;
-      const C p = exponential_below(load(row(position)[label]) - softmax.max) / softmax.sum;
+      const C own = maxima[block_of<T>(position * classes, label)];
+      const C p = e[label] * factor_between(own, softmax.max) / softmax.sum;
       const C slope = terms.slope_of_label(label, p, weight ? weight[label] : C(1));
       y[label] = store<T>(slope * grad);
     }

@@ -168,15 +168,18 @@ struct Distillation {
       prefetch(x + kAhead / static_cast<int64_t>(sizeof(X)), n);
       prefetch(t + kAhead / static_cast<int64_t>(sizeof(T)), n);
       const C own = largest<C>(x, n), teacher_own = largest<C>(t, n);
+      if (block == 0) {
+        max = own;
+        teacher_max = teacher_own;
+      }
       const C larger = own > max ? own : max;
       const C teacher_larger = teacher_own > teacher_max ? teacher_own : teacher_max;
       raise(x, t, first, n, own, teacher_own, block++);
 
-      student = student * exponential_below(max - larger) +
-                sum_of_values(e + first, n) * exponential_below(own - larger);
-      student_at_t =
-          student_at_t * exponential_below((max - larger) * scale) +
-          sum_of_values(e_student + first, n) * exponential_below((own - larger) * scale);
+      student = student * factor_between(max, larger) +
+                sum_of_values(e + first, n) * factor_between(own, larger);
+      student_at_t = student_at_t * factor_between(max, larger, scale) +
+                     sum_of_values(e_student + first, n) * factor_between(own, larger, scale);
       // Where a largest logit changes, every term of z changes by what it and the other have moved.
       const C s = scale;
       const C* weights = e_teacher + first;
@@ -186,8 +189,8 @@ struct Distillation {
       const double part_sum = sum_of_values(weights, n);
       const double moved = moved_by(teacher_max, teacher_larger, max, larger);
       const double part_moved = moved_by(teacher_own, teacher_larger, own, larger);
-      const double factor = exponential_below((teacher_max - teacher_larger) * scale);
-      const double part_factor = exponential_below((teacher_own - teacher_larger) * scale);
+      const double factor = factor_between(teacher_max, teacher_larger, scale);
+      const double part_factor = factor_between(teacher_own, teacher_larger, scale);
       z = factor * (z + (teacher != 0 ? teacher * moved : 0)) +
           part_factor * (part + (part_sum != 0 ? part_sum * part_moved : 0));
       teacher = teacher * factor + part_sum * part_factor;
@@ -216,6 +219,19 @@ struct Distillation {
            task.temperature;
   }
 
+  // What makes softmax of the exponentials of a block.
+  struct Factors {
+    double own, student, teacher;
+  };
+
+  Factors factors_of(int64_t block, const Softmaxes<C>& sums) const {
+    const C max = maxima[block], teacher_max = teacher_maxima[block];
+    const auto over = [](double factor, C sum) { return factor / sum; };
+    return {over(factor_between(max, sums.student.max), sums.student.sum),
+            over(factor_between(max, sums.student.max, scale), sums.student_at_t.sum),
+            over(factor_between(teacher_max, sums.teacher.max, scale), sums.teacher.sum)};
+  }
+
   template <typename X, typename T>
   void write(int64_t at, const X* x, const T* t, X* y, bool stream, const LabelTerms<C>& terms,
              const Softmaxes<C>& sums, C grad) {
@@ -227,14 +243,10 @@ struct Distillation {
       // The row that comes next; past the end of the tensor that asks for nothing.
       prefetch_row(x + classes + first, n);
       prefetch_row(t + classes + first, n);
-      const C moved = maxima[block] - sums.student.max;
-      const C teacher_moved = teacher_maxima[block++] - sums.teacher.max;
-      const C k =
-          static_cast<C>(of_labels * terms.mass * exponential_below(moved) / sums.student.sum);
-      const C k_student =
-          static_cast<C>(of_teacher * exponential_below(moved * scale) / sums.student_at_t.sum);
-      const C k_teacher =
-          static_cast<C>(of_teacher * exponential_below(teacher_moved * scale) / sums.teacher.sum);
+      const Factors factors = factors_of(block++, sums);
+      const C k = static_cast<C>(of_labels * terms.mass * factors.own);
+      const C k_student = static_cast<C>(of_teacher * factors.student);
+      const C k_teacher = static_cast<C>(of_teacher * factors.teacher);
       const C *own = e + first, *student = e_student + first, *teacher = e_teacher + first;
       if (weight && smooth != 0) {
         const C* w = weight + first;
@@ -252,12 +264,11 @@ struct Distillation {
     for (int which = 0; which < 2; ++which) {
       const int64_t label = which ? terms.b : terms.a;
       if (label < 0) continue;
-      const C moved = load(x[label]) - sums.student.max;
-      const C teacher_moved = load(t[label]) - sums.teacher.max;
-      const C p = exponential_below(moved) / sums.student.sum;
+      const Factors factors = factors_of(block_of<X>(at, label), sums);
+      const C p = e[label] * static_cast<C>(factors.own);
       const C slope = terms.slope_of_label(label, p, weight ? weight[label] : C(1));
-      const C of_student = exponential_below(moved * scale) / sums.student_at_t.sum;
-      const C from_teacher = exponential_below(teacher_moved * scale) / sums.teacher.sum;
+      const C of_student = e_student[label] * static_cast<C>(factors.student);
+      const C from_teacher = e_teacher[label] * static_cast<C>(factors.teacher);
       y[label] = store<X>(static_cast<C>(of_teacher) * (of_student - from_teacher) +
                           static_cast<C>(of_labels) * slope);
     }

@@ -41,7 +41,7 @@ struct MixupTask {
   const int64_t *receivers, *starts;
 };
 
-constexpr int64_t kMixupChunk = 256;  // elements that are staged at a time
+constexpr int64_t kMixupChunk = 512;  // elements that are staged at a time
 
 // Items [begin, end): item i is tile i / N of the sample order[i % N].
 RK_DECLARE_LEAF(void, mixup_range, (const MixupTask& task, int64_t begin, int64_t end))

@@ -45,11 +45,27 @@ RK_HD C largest(const T* x, int64_t count) {
   return most;
 }
 
-// e[i] = exp((x[i] - max) / T), no x[i] being larger than max; `scale` is 1 / T.
+// e[i] = exp((x[i] - max) / T), no x[i] being larger than max; `scale` is 1 / T. What is left of a
+// vector is filled up to one: value by value, ten classes would take as long as a hundred.
 template <typename C, typename T>
 RK_HD void exponentials(const T* x, int64_t count, C max, C scale, C* e) {
+  constexpr int64_t kVector = 16;
+  const int64_t whole = count - count % kVector;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) e[i] = exponential_below((load(x[i]) - max) * scale);
+  for (int64_t i = 0; i < whole; ++i) e[i] = exponential_below((load(x[i]) - max) * scale);
+  if (whole == count) return;
+  C last[kVector] = {};
+  for (int64_t i = whole; i < count; ++i) last[i - whole] = (load(x[i]) - max) * scale;
+#pragma omp simd
+  for (int64_t j = 0; j < kVector; ++j) last[j] = exponential_below(last[j]);
+  for (int64_t i = whole; i < count; ++i) e[i] = last[i - whole];
+}
+
+// What brings exponentials relative to one largest logit to those relative to a larger one: 1 at
+// most places, where it need not be computed.
+template <typename C>
+RK_HD C factor_between(C from, C to, C scale = 1) {
+  return from == to ? C(1) : exponential_below((from - to) * scale);
 }
 
 template <typename C>
@@ -75,6 +91,12 @@ RK_HD void for_blocks(int64_t offset, int64_t count, const F& f) {
     if (n > count - first) n = count - first;
     f(first, n);
   }
+}
+
+// The block that for_blocks has a place of the row in.
+template <typename T>
+RK_HD int64_t block_of(int64_t offset, int64_t place) {
+  return (place + offset % (kLine / static_cast<int64_t>(sizeof(T)))) / kBlock;
 }
 
 // Blocks of a row at the most.

@@ -108,6 +108,13 @@ class Goal:
         }
 
 
+def faster(limit: float, than: str = EAGER) -> Goal:
+    """A goal of the native code: so many times the speed of eager PyTorch or of torch.compile."""
+    named = {EAGER: "eager's", COMPILE: "torch.compile's"}[than]
+    text = f"at least {limit:g} times {named} speed"
+    return Goal("native", text, f"speedup_over_{than}", limit, True)
+
+
 @dataclass(frozen=True)
 class Case:
     """One benchmark: an op in one direction, dtype and shape."""

@@ -191,7 +191,8 @@ def markdown(data: dict[str, Any], implementations: Container[str] | None = None
         parts.append(markdown_table(columns, rows))
         parts.append(
             "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's "
-            "Triton kernels. Each with its time, how many times faster ours is, and its peak."
+            "Triton kernels; `liger`: Liger-Kernel's. Each with its time, how many times faster "
+            "ours is, and its peak."
         )
     if rows := goal_rows(data):
         parts.append(markdown_table(GOAL_COLUMNS, rows))

@@ -24,18 +24,20 @@ def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def compare(
     name: str,
     actual: Tensor,
-    expected: Callable[..., Tensor],
+    expected: Callable[..., Tensor | tuple[Tensor, Tensor]],
     sources: tuple[Tensor, ...],
     allowed: float,
     floor: float = 1e-30,
 ) -> None:
     """Raises WrongValues unless `actual` is `expected(*sources)`, elementwise and in float64.
 
-    The error is relative to the expected value or, where that is smaller, to `floor`.
+    The error is relative to the expected value, or to what `expected` gives beside it, such as the
+    size of terms that cancel; where that is smaller, to `floor`.
     """
     for got, *part in parts(actual, *sources):
-        value = expected(*part)
-        error = ((got.double() - value).abs() / value.abs().clamp(min=floor)).max()
+        found = expected(*part)
+        value, size = found if isinstance(found, tuple) else (found, found.abs())
+        error = ((got.double() - value).abs() / size.clamp(min=floor)).max()
         if not error <= allowed:
             raise WrongValues(f"{name} is off by {float(error):.2e}, allowed {allowed:.2e}")
 

@@ -25,6 +25,7 @@ class Makers(NamedTuple):
 
     eager: Callable[[], Function]
     ours: Callable[[str | None], Function]
+    compiled: Callable[[], Function] | None = None  # where it is not eager's that suits it
 
 
 class Way(NamedTuple):
@@ -96,7 +97,8 @@ def ways(
     yield Way(EAGER, makers.eager(), False, contextlib.nullcontext, False)
     if compiled:
         torch.compiler.reset()  # or torch stops compiling a function it has compiled a few times
-        function = torch.compile(makers.eager(), dynamic=False, fullgraph=True)
+        make = makers.compiled or makers.eager
+        function = torch.compile(make(), dynamic=False, fullgraph=True)
         within = _repeatable_backward if direction == BACKWARD else contextlib.nullcontext
         yield Way(COMPILE, function, False, within, True)
     else:

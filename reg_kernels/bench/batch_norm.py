@@ -21,7 +21,18 @@ from torch import Tensor
 from .. import nn
 from ..reference.batch_norm import per_channel
 from ..reference.dropout import rate
-from ._measure import BACKWARD, BOTH, FORWARD, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Contender,
+    Goal,
+    Scope,
+    Skipped,
+    WrongValues,
+    faster,
+)
 from ._values import check_share, compare, parts
 from ._ways import Inputs, Makers, Way, calls, in_layout, ways
 
@@ -68,12 +79,6 @@ _EPS = 1e-5  # every layer's by default
 _HOST_CPU = Goal("native", "at most 1.5 of nn.BatchNorm1d's time", "time_over_eager", 1.5)
 _HOST_GPU = Goal("native", "at most 1.3 of nn.BatchNorm1d's time", "time_over_eager", 1.3)
 _FLOOR = Goal("native", "at least 0.85 of the floor", "share_of_copy", 0.85, True)
-
-
-def _faster(limit: float, than: str = "eager") -> Goal:
-    figure = f"speedup_over_{than}"
-    named = {"eager": "eager's", "compile": "torch.compile's"}[than]
-    return Goal("native", f"at least {limit:g} times {named} speed", figure, limit, True)
 
 
 def cases(scope: Scope) -> list[Case]:
@@ -158,16 +163,16 @@ def _goals(
         if kind is PLAIN and direction == FORWARD and dtype == torch.bfloat16:
             goals.append(_FLOOR)
         if kind is PLAIN and direction == BOTH and shape[1:] in _RESNET:
-            goals += [_faster(1.5), _faster(1.2, "compile")]
+            goals += [faster(1.5), faster(1.2, "compile")]
         if kind is DROPPED and direction == BOTH:
-            goals.append(_faster(2.5))
+            goals.append(faster(2.5))
     elif dtype == torch.float32 and direction == BOTH:
         if kind is DROPPED:
-            goals.append(_faster(10))
+            goals.append(faster(10))
         if kind is PLAIN and layout == "contiguous":
-            goals += [_faster(2.2), _faster(1.5, "compile")]
+            goals += [faster(2.2), faster(1.5, "compile")]
         if kind is PLAIN and layout == "channels_last":
-            goals.append(_faster(1.4))
+            goals.append(faster(1.4))
     return tuple(goals)
 
 

@@ -42,18 +42,18 @@ _rescale = define_part("rescale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 
 class _Loss(torch.autograd.Function):
-    """A loss op; the arguments after the overload are the op's after the input."""
+    """A loss op; `args` are the op's arguments after the input, one object to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, backward: Op, overload: Any, *args: Any) -> Any:
+    def forward(ctx: Any, input: Tensor, backward: Op, overload: Any, args: tuple[Any, ...]) -> Any:
         with below_autograd():
             loss, stats, gradient = overload(input, *args)
         ctx.mark_non_differentiable(stats, gradient)
         ctx.set_materialize_grads(False)
-        *args, keeps_gradient = args
-        tensors = [x if isinstance(x, Tensor) else None for x in args]
+        *rest, keeps_gradient = args
+        tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(input, stats, *tensors)
-        ctx.args = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.args = [None if isinstance(x, Tensor) else x for x in rest]
         ctx.backward = (backward, implementation_of(overload))
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
         ctx.gradient = gradient if keeps_gradient else None
@@ -61,7 +61,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        nothing = (None, None, None)
         if grad_loss is None:
             return None, *nothing
         input, stats, *tensors = ctx.saved_tensors
@@ -125,7 +125,7 @@ def register_loss(
 
     def above(overload: Any, input: Tensor, *args: Any) -> Any:
         if input.requires_grad and torch.is_grad_enabled():
-            return _Loss.apply(input, backward, overload, *args)
+            return _Loss.apply(input, backward, overload, args)
         with below_autograd():
             return overload(input, *args)
 
@@ -411,7 +411,7 @@ def run(
             _check_values(name, call)
         try:
             if wants_gradient:
-                loss = _apply(input, backward, overload, *args, keeps)[0]
+                loss = _apply(input, backward, overload, (*args, keeps))[0]
             else:
                 with below_autograd():
                     loss = overload(input, *args, False)[0]

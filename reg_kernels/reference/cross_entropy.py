@@ -73,10 +73,10 @@ def cross_entropy_backward(
         share = share * grad_output.to(p.dtype)
         if reduction == MEAN:
             share = share / counted.sum()
-        each = share.unsqueeze(1) * (p * targets.sum(1, keepdim=True) - targets)
-        if not labels.is_floating_point():  # what is ignored has none, also where the mean is NaN
-            each = torch.where((labels != ignore_index).unsqueeze(1), each, torch.zeros_like(each))
-        gradient = gradient + each
+        if not labels.is_floating_point():  # what is ignored has none, also of a mean of nothing
+            share = torch.where(labels != ignore_index, share, torch.zeros_like(share))
+        share = share.unsqueeze(1)
+        gradient = gradient + share * (p * targets.sum(1, keepdim=True) - targets)
     return gradient.to(input.dtype)
 
 

@@ -81,7 +81,7 @@ RK_HD float square_root(float x) { return ::sqrtf(x); }
 RK_HD double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 
 RK_HD float multiply_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__)
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return ::fmaf(a, b, c);
 #else
   return static_cast<float>(static_cast<double>(a) * b + c);
