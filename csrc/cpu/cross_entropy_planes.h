@@ -102,43 +102,59 @@ struct Planes {
     }
   }
 
+  // totals[j] = the sum over classes of what add(c, sums) adds to sums[j], group by group: a sum
+  // of thousands of numbers one by one would lose digits.
+  template <typename F>
+  void sum_planes(int64_t count, C* totals, const F& add) const {
+    constexpr int64_t kGroup = 32;  // planes
+    for (int64_t j = 0; j < count; ++j) totals[j] = 0;
+    for (int64_t first = 0; first < task.classes; first += kGroup) {
+      const int64_t last = first + kGroup < task.classes ? first + kGroup : task.classes;
+      C sums[kLongestStrip] = {};
+      for (int64_t c = first; c < last; ++c) add(c, sums);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
+    }
+  }
+
   void raise(int64_t at, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) sum[j] = 0;
-    for (int64_t c = 0; c < task.classes; ++c) {
+    sum_planes(count, sum, [&](int64_t c, C* sums) RK_INLINE {
       const T* x = plane(at, c);
       C* to = e + c * strip;
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         to[j] = exponential_below(load(x[j]) - max[j]);
-        sum[j] += to[j];
+        sums[j] += to[j];
       }
-    }
+    });
   }
 
   void sum_above(int64_t at, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) above[j] = 0;
-    for (int64_t c = 0; c < task.classes; ++c) {
+    sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
       const T* x = plane(at, c);
       const C w = weight_of(c);
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) above[j] += w * (load(x[j]) - max[j]);
-    }
+      for (int64_t j = 0; j < count; ++j) sums[j] += w * (load(x[j]) - max[j]);
+    });
   }
 
   void sum_targets(int64_t at, int64_t count) {
     const SmoothedTarget<C> target(task);
-    for (int64_t j = 0; j < count; ++j) above[j] = mass[j] = 0;
-    for (int64_t c = 0; c < task.classes; ++c) {
+    sum_planes(count, mass, [&](int64_t c, C* sums) RK_INLINE {
+      const Q* q = probabilities(at, c);
+      const C w = weight_of(c);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) sums[j] += w * target(load(q[j]));
+    });
+    sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
       const T* x = plane(at, c);
       const Q* q = probabilities(at, c);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
-        const C share = w * target(load(q[j]));
-        mass[j] += share;
-        above[j] += share * (load(x[j]) - max[j]);
+        sums[j] += w * target(load(q[j])) * (load(x[j]) - max[j]);
       }
-    }
+    });
   }
 
   double lose(int64_t at, int64_t count) {

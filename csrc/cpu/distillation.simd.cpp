@@ -129,8 +129,8 @@ struct Distillation {
       return 0;
     } else {
       Softmaxes<C> sums;
-      double z = 0, above = 0;
-      sum(at, x, t, terms.smooth != 0, sums, z, above);
+      double diverged = 0, above = 0;
+      sum(at, x, t, terms.smooth != 0, sums, diverged, above);
       stat(0, position) = sums.student.max;
       stat(1, position) = sums.student.sum;
       stat(2, position) = sums.student_at_t.sum;
@@ -141,8 +141,7 @@ struct Distillation {
       const C x_b = terms.b >= 0 ? load(x[terms.b]) : C(0);
       const double of_labels = terms.loss(sums.student, x_a, x_b, above, loss.weight_sum);
       const double t_squared = task.temperature * task.temperature;
-      return task.alpha * t_squared * loss.share * divergence(sums.teacher, sums.student_at_t, z) +
-             (1.0 - task.alpha) * of_labels;
+      return task.alpha * t_squared * loss.share * diverged + (1.0 - task.alpha) * of_labels;
     }
   }
 
@@ -157,10 +156,10 @@ struct Distillation {
   }
 
   template <typename X, typename T>
-  void sum(int64_t at, const X* x_row, const T* t_row, bool smooths, Softmaxes<C>& sums, double& z,
-           double& above) {
+  void sum(int64_t at, const X* x_row, const T* t_row, bool smooths, Softmaxes<C>& sums,
+           double& diverged, double& above) {
     C max = kLowest<C>, teacher_max = kLowest<C>;
-    double student = 0, student_at_t = 0, teacher = 0, mass = 0;
+    double student = 0, student_at_t = 0, teacher = 0, z = 0, mass = 0;
     int64_t block = 0;
     for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
       const X* x = x_row + first;
@@ -212,6 +211,7 @@ struct Distillation {
     sums.student = {max, static_cast<C>(student)};
     sums.student_at_t = {max, static_cast<C>(student_at_t)};
     sums.teacher = {teacher_max, static_cast<C>(teacher)};
+    diverged = divergence(teacher, student_at_t, z);
   }
 
   double moved_by(C teacher_from, C teacher_to, C from, C to) const {

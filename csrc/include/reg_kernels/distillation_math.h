@@ -20,11 +20,15 @@ RK_HD C divergence_term(C e, C teacher_above, C student_above) {
   return e * (bounded - student_above);
 }
 
-// KL of one position from its sums; Z relative to the maxima of the two.
+// KL of one position from the sums of teacher and student and Z, which is relative to the maxima of
+// the two. At a high temperature it is a small difference, that the loss multiplies by T^2.
+RK_HD double divergence(double teacher_sum, double student_sum, double z) {
+  return z / teacher_sum - logarithm(teacher_sum / student_sum);
+}
+
 template <typename C>
 RK_HD double divergence(const SoftmaxSum<C>& teacher, const SoftmaxSum<C>& student, double z) {
-  return z / static_cast<double>(teacher.sum) -
-         (static_cast<double>(logarithm(teacher.sum)) - logarithm(student.sum));
+  return divergence(static_cast<double>(teacher.sum), static_cast<double>(student.sum), z);
 }
 
 RK_NAMESPACE_END

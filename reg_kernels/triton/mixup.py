@@ -1,0 +1,393 @@
+"""Mixup and CutMix, and their gradient, in Triton.
+
+Bytes an element, each counted once: sizeof(input) read and sizeof(output) written, forward,
+backward and in place (4 B in bf16, 3 B from bytes to bf16). A sample is read by itself and by
+whoever has it for a partner. Programs are in the order of tiles, all samples of one place side by
+side, so that the second reading finds it in L2. In place a program walks a cycle of samples, and
+reads each once. Tiles are those of _mixup.py.
+
+The values of lam, index and boxes are asserted here, by the forward and in place: nothing waits for
+them on the host.
+
+The loops are `while`, as in batch_norm.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import is_channels_last
+from ._launch import device_of
+from ._mixup import (
+    begins_cycle,
+    box_in_tile,
+    compute_type,
+    finished,
+    is_not_zero,
+    mixup_values,
+    occurrences,
+    partner_of,
+    rounded,
+    tile_mask,
+    tile_offsets,
+    tile_start,
+    weighted,
+    weights_of,
+)
+
+TILE = 2048  # elements of a program: 16 bytes a thread and load, in bf16 with 8 warps
+CHANNELS = 32  # of a tile whose channels lie together on one side only, at most
+UNSPECIALISED = ["N", "H", "row"]  # no recompiling by value
+
+# With these a kernel is launched that asserts: what tl.device_assert says, not in addition that no
+# sum of integers overflows.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+# Kernels
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def mixup_kernel(
+    x_ptr,  # [N, C, L], or [N, L, C] where LAST_IN
+    y_ptr,  # likewise by LAST_OUT
+    lam_ptr,  # [N], or [1] where ONE_LAM, or None
+    one_lam: tl.float64,
+    index_ptr,  # int64 [N], or None
+    boxes_ptr,
+    scale_ptr,  # [C] each in the type that is computed in, or None
+    shift_ptr,
+    N,
+    size,  # C L
+    C,
+    L,
+    H,
+    row,
+    ONE_LAM: tl.constexpr,
+    ONE_BOX: tl.constexpr,
+    FLAT: tl.constexpr,
+    LAST_IN: tl.constexpr,
+    LAST_OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    program = tl.program_id(0)
+    n = (program % N).to(tl.int64)
+    c0, l0 = tile_start(program // N, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
+    w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+    partner = partner_of(n, index_ptr, N)
+    reads_partner = is_not_zero(rest)
+    if boxes_ptr is not None:
+        reaches, inside = box_in_tile(n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L)
+        reads_partner |= reaches
+    there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
+    at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
+    own = tl.load(x_ptr + n * size + at, mask=there & is_not_zero(w), other=0)
+    other = tl.load(x_ptr + partner * size + at, mask=there & reads_partner, other=0)
+    y = mixup_values(own, other, w, rest, COMPUTE)
+    if boxes_ptr is not None:
+        y = tl.where(inside, other.to(COMPUTE), y)
+    y = finished(y, scale_ptr, shift_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
+    to = tile_offsets(c0, l0, C, L, FLAT, LAST_OUT, BLOCK_C, BLOCK_L)
+    tl.store(y_ptr + n * size + to, rounded(y, y_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "leaders"])
+def mixup_cycles_kernel(
+    x_ptr,  # [N, C, L] or [N, L, C], as LAST_IN and LAST_OUT say; written over
+    lam_ptr,
+    one_lam: tl.float64,
+    index_ptr,  # a permutation
+    boxes_ptr,
+    scale_ptr,
+    shift_ptr,
+    leaders,  # of the first so many samples some begin a cycle
+    N,
+    size,
+    C,
+    L,
+    H,
+    row,
+    ONE_LAM: tl.constexpr,
+    ONE_BOX: tl.constexpr,
+    FLAT: tl.constexpr,
+    LAST_IN: tl.constexpr,
+    LAST_OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """From sample to partner, and on to its partner: each is written when its partner has been
+    read, and the first one's values are kept for the last. No other program touches them here."""
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty, x_ptr.dtype.element_ty)
+    program = tl.program_id(0)
+    leader = (program % leaders).to(tl.int64)
+    if index_ptr is None:
+        begins = True
+    else:
+        if program < leaders:  # once for all tiles
+            once = occurrences(leader, index_ptr, N, 256) == 1
+            tl.device_assert(once, "index is not a permutation")
+        begins = begins_cycle(leader, index_ptr, N)
+    if begins:
+        c0, l0 = tile_start(program // leaders, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
+        there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
+        at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
+        first = tl.load(x_ptr + leader * size + at, mask=there, other=0)
+        n, own, steps, goes_on = leader, first, 0, True
+        while goes_on:
+            partner = partner_of(n, index_ptr, N)
+            steps += 1
+            goes_on = (partner != leader) & (steps < N)
+            other = tl.load(x_ptr + partner * size + at, mask=there & goes_on, other=0)
+            other = tl.where(goes_on, other, first)
+            w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+            y = mixup_values(own, other, w, rest, COMPUTE)
+            if boxes_ptr is not None:
+                _, inside = box_in_tile(
+                    n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L
+                )
+                y = tl.where(inside, other.to(COMPUTE), y)
+            y = finished(y, scale_ptr, shift_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
+            tl.store(x_ptr + n * size + at, rounded(y, x_ptr.dtype.element_ty), mask=there)
+            n, own = partner, other
+
+
+@triton.jit
+def given_by(
+    n,
+    grad_ptr,
+    lam_ptr,
+    one_lam,
+    boxes_ptr,
+    at,
+    there,
+    l0,
+    size,
+    C,
+    H,
+    row,
+    TO_PARTNER: tl.constexpr,
+    ONE_LAM: tl.constexpr,
+    ONE_BOX: tl.constexpr,
+    FLAT: tl.constexpr,
+    LAST_IN: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """What sample n's gradient gives to itself, or to its partner."""
+    w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+    weight = rest if TO_PARTNER else w
+    reads = is_not_zero(weight)
+    if boxes_ptr is not None:
+        reaches, inside = box_in_tile(n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L)
+        if TO_PARTNER:
+            reads |= reaches
+    grad = tl.load(grad_ptr + n * size + at, mask=there & reads, other=0).to(COMPUTE)
+    given = weighted(grad, weight)
+    if boxes_ptr is not None:
+        given = tl.where(inside, grad if TO_PARTNER else 0.0, given)
+    return given
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def mixup_backward_kernel(
+    grad_ptr,  # [N, C, L], or [N, L, C] where LAST_IN
+    y_ptr,  # the input's gradient, likewise by LAST_OUT
+    lam_ptr,
+    one_lam: tl.float64,
+    receivers_ptr,  # int64 [N], those of partner n from starts[n] to starts[n + 1]; or None
+    starts_ptr,  # int64 [N + 1], or None
+    boxes_ptr,
+    scale_ptr,
+    N,
+    size,
+    C,
+    L,
+    H,
+    row,
+    ONE_LAM: tl.constexpr,
+    ONE_BOX: tl.constexpr,
+    FLAT: tl.constexpr,
+    LAST_IN: tl.constexpr,
+    LAST_OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = compute_type(grad_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    program = tl.program_id(0)
+    n = (program % N).to(tl.int64)
+    c0, l0 = tile_start(program // N, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
+    there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
+    at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
+    own = given_by(
+        *(n, grad_ptr, lam_ptr, one_lam, boxes_ptr, at, there, l0, size, C, H, row),
+        *(False, ONE_LAM, ONE_BOX, FLAT, LAST_IN, BLOCK_L, COMPUTE),
+    )
+    given = tl.zeros_like(own)
+    if receivers_ptr is None:
+        j, end = n, n + 1
+    else:
+        j, end = tl.load(starts_ptr + n), tl.load(starts_ptr + n + 1)
+    while j < end:  # in their order: two runs give the same bits
+        receiver = N - 1 - n if receivers_ptr is None else tl.load(receivers_ptr + j)
+        given += given_by(
+            *(receiver, grad_ptr, lam_ptr, one_lam, boxes_ptr, at, there, l0, size, C, H, row),
+            *(True, ONE_LAM, ONE_BOX, FLAT, LAST_IN, BLOCK_L, COMPUTE),
+        )
+        j += 1
+    y = finished(own + given, scale_ptr, None, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
+    to = tile_offsets(c0, l0, C, L, FLAT, LAST_OUT, BLOCK_C, BLOCK_L)
+    tl.store(y_ptr + n * size + to, rounded(y, y_ptr.dtype.element_ty), mask=there)
+
+
+# Launchers
+
+
+class _Tiles(NamedTuple):
+    """How a batch falls apart."""
+
+    count: int  # of a sample
+    sizes: tuple[int, ...]  # N and what follows it among the kernels' arguments
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(1024)
+def _tiles(
+    shape: tuple[int, ...], last_in: bool, last_out: bool, by_channel: bool, double: bool
+) -> _Tiles:
+    """`by_channel`: whether there is a scale or a shift; `double`: whether in float64."""
+    tile = TILE // 2 if double else TILE  # for registers
+    samples, channels = shape[0], shape[1] if len(shape) > 1 else 1
+    size = torch.Size(shape[1:]).numel()
+    length = size // channels
+    if 1 in (channels, length):  # both layouts are the same
+        last_in = last_out = channels > 1
+    flat = last_in == last_out and (last_in or not by_channel)
+    if flat:
+        block_c, block_l = 1, min(triton.next_power_of_2(size), tile)
+        count = triton.cdiv(size, block_l)
+    else:
+        wanted = tile // CHANNELS if last_in != last_out else tile
+        block_l = min(triton.next_power_of_2(length), wanted)
+        block_c = min(triton.next_power_of_2(channels), tile // block_l)
+        block_l = min(triton.next_power_of_2(length), tile // block_c)
+        count = triton.cdiv(channels, block_c) * triton.cdiv(length, block_l)
+    row = shape[-1] * (channels if flat and last_in else 1)
+    height = shape[-2] if len(shape) > 2 else 1
+    constants = {
+        "FLAT": flat,
+        "LAST_IN": last_in,
+        "LAST_OUT": last_out,
+        "WIDE": size > 2**31 - 2**16,
+        "BLOCK_C": block_c,
+        "BLOCK_L": block_l,
+        "num_warps": max(1, block_c * block_l * 8 // tile),
+    }
+    return _Tiles(count, (samples, size, channels, length, height, row), constants)
+
+
+def _constants(lam: Tensor | None, boxes: Tensor | None) -> dict[str, Any]:
+    return {
+        "ONE_LAM": lam is not None and lam.numel() == 1,
+        "ONE_BOX": boxes is not None and boxes.numel() == 4,
+    }
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.dim() > 2 and is_channels_last(x)
+
+
+def _empty(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    shape = (x.shape[0], *x.shape[2:], x.shape[1])
+    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
+
+
+def mixup(
+    input: Tensor,
+    lam: Tensor | None,
+    one_lam: float,
+    index: Tensor | None,
+    boxes: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The op; input contiguous or with the channels last."""
+    output = _empty(input, dtype, channels_last)
+    if output.numel() == 0:
+        return output
+    by_channel = scale is not None or shift is not None
+    double = torch.float64 in (input.dtype, dtype)
+    tiles = _tiles(input.shape, _is_last(input), channels_last, by_channel, double)
+    with device_of(input):
+        mixup_kernel[(tiles.count * len(input),)](
+            *(input, output, lam, one_lam, index, boxes, scale, shift, *tiles.sizes),
+            **tiles.constants,
+            **_constants(lam, boxes),
+            **ASSERTING,
+        )
+    return output
+
+
+def mixup_(
+    input: Tensor,
+    lam: Tensor | None,
+    one_lam: float,
+    index: Tensor | None,
+    boxes: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """The same over the input; index a permutation."""
+    if input.numel() == 0:
+        return
+    last, by_channel = _is_last(input), scale is not None or shift is not None
+    tiles = _tiles(input.shape, last, last, by_channel, input.dtype == torch.float64)
+    leaders = len(input) if index is not None else (len(input) + 1) // 2
+    with device_of(input):
+        mixup_cycles_kernel[(tiles.count * leaders,)](
+            *(input, lam, one_lam, index, boxes, scale, shift, leaders, *tiles.sizes),
+            **tiles.constants,
+            **_constants(lam, boxes),
+            **ASSERTING,
+        )
+
+
+def mixup_backward(
+    grad_output: Tensor,
+    lam: Tensor | None,
+    one_lam: float,
+    receivers: Tensor | None,
+    starts: Tensor | None,
+    boxes: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The op's gradient by its input."""
+    grad_input = _empty(grad_output, dtype, channels_last)
+    if grad_input.numel() == 0:
+        return grad_input
+    last, double = _is_last(grad_output), torch.float64 in (grad_output.dtype, dtype)
+    tiles = _tiles(grad_output.shape, last, channels_last, scale is not None, double)
+    with device_of(grad_output):
+        mixup_backward_kernel[(tiles.count * len(grad_output),)](
+            *(grad_output, grad_input, lam, one_lam, receivers, starts, boxes, scale),
+            *tiles.sizes,
+            **tiles.constants,
+            **_constants(lam, boxes),
+        )
+    return grad_input
