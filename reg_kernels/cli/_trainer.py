@@ -1,7 +1,8 @@
 """The two trainings behind `train`: one small net, plain and regularised, resumable to the bit.
 
-Both start from the same weights and see the same batches in the same order; they differ in dropout
-and weight decay alone. Shapes: N images of C channels, H rows and W columns; K classes.
+Both start from the same weights and see the same batches in the same order; they differ in dropout,
+mixup, label smoothing and weight decay alone. Shapes: N images of C channels, H rows and W columns;
+K classes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._mixed_target import MixedTarget
 from ._data import Split
 
 BATCH = 64
 EVALUATION_BATCH = 512
 LEARNING_RATE = 4e-3
-FORMAT = "reg_kernels train checkpoint 1"
+FORMAT = "reg_kernels train checkpoint 2"
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,25 @@ class Recipe:
 
     name: str
     dropout: float
+    mixup: float  # the alpha of Beta(alpha, alpha); 0: none
+    label_smoothing: float
     weight_decay: float
 
 
 # Measured on 300 digits, 60 epochs, seeds 0 to 7: both nets reach 100 % on the training set; on the
-# test set the plain one reaches 95.96 % on average and the regularised one 97.31 %, better for
-# every seed, by 0.07 to 2.20 points. With BatchNorm in the head, too, dropout gained nothing.
-PLAIN = Recipe("plain", dropout=0.0, weight_decay=0.0)
-REGULARISED = Recipe("regularised", dropout=0.5, weight_decay=2.0)
+# test set the plain one reaches 95.95 % on average and the regularised one 97.48 %, better for
+# every seed, by 0.40 to 2.54 points. With BatchNorm in the head, too, dropout gained nothing.
+# The mean without mixup and smoothing: 97.38 %; with mixup alone and an alpha of 0.1, 0.2 and 0.4:
+# 97.27, 97.15 and 96.91; with smoothing alone: 97.70.
+PLAIN = Recipe("plain", dropout=0.0, mixup=0.0, label_smoothing=0.0, weight_decay=0.0)
+REGULARISED = Recipe("regularised", dropout=0.5, mixup=0.1, label_smoothing=0.1, weight_decay=2.0)
 RECIPES = (PLAIN, REGULARISED)
+
+
+# (images, labels) -> mixed images and their target
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, MixedTarget]]
+# (scores, target) -> the mean over the images
+Loss = Callable[[Tensor, Tensor | MixedTarget], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,45 @@ class Kernels:
 
     convert: Callable[[nn.Module], nn.Module]  # swaps in the layers
     optimizer: Callable[..., torch.optim.Optimizer]  # AdamW, torch's or its twin
+    mix: Callable[[float], Mix]  # of an alpha; draws from torch's generator, which a state keeps
+    loss: Callable[[float], Loss]  # cross-entropy, of a label smoothing
+
+
+def mix_by_torch(alpha: float) -> Mix:
+    """Mixup of the batch with itself reversed, as one writes it with PyTorch alone."""
+    beta = torch.distributions.Beta(alpha, alpha)
+
+    def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, MixedTarget]:
+        lam = beta.sample().item()
+        mixed = lam * images + (1 - lam) * images.flip(0)
+        return mixed, MixedTarget(labels, labels.flip(0), lam)
+
+    return mix
+
+
+def loss_by_torch(label_smoothing: float) -> Loss:
+    """The cross-entropy of one label or of two, likewise."""
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+    def loss(scores: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        if isinstance(target, Tensor):
+            return cross_entropy(scores, target)
+        labels, partner_labels, lam, _ = target
+        own, partners = (cross_entropy(scores, each) for each in (labels, partner_labels))
+        return lam * own + (1 - lam) * partners
+
+    return loss
+
+
+@dataclass
+class _Net:
+    """A net in training, with all that trains it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mix: Mix | None
+    loss: Loss
+    shuffle: torch.Generator
 
 
 def build_net(channels: int, classes: int, dropout: float) -> nn.Sequential:
@@ -120,13 +171,13 @@ class Training:
     @property
     def model(self) -> nn.Module:
         """The net in training; when all is done, the regularised one."""
-        return self._model
+        return self._net.model
 
     def run(self, after_epoch: Callable[[], None]) -> None:
         """Trains what is left to train and calls `after_epoch` at the end of each epoch."""
         while True:
             while self._epoch < self.epochs:
-                self._train_epoch(self._model, self._optimizer, self._shuffle, self._epoch)
+                self._train_epoch(self._net, self._epoch)
                 self.history[self.recipe.name].append(self._evaluate())
                 self._epoch += 1
                 after_epoch()
@@ -141,9 +192,9 @@ class Training:
             {
                 "phase": self._phase,
                 "epoch": self._epoch,
-                "model": dict(self._model.state_dict()),
-                "optimizer": self._optimizer.state_dict(),
-                "shuffle": self._shuffle.get_state(),
+                "model": dict(self._net.model.state_dict()),
+                "optimizer": self._net.optimizer.state_dict(),
+                "shuffle": self._net.shuffle.get_state(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self._device) if on_cuda else None,
                 "history": self.history,
@@ -159,9 +210,9 @@ class Training:
         if [len(history[recipe.name]) for recipe in RECIPES] != done:
             raise ValueError("the history does not match the epoch")
         self._begin(phase)
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._shuffle.set_state(state["shuffle"])
+        self._net.model.load_state_dict(state["model"])
+        self._net.optimizer.load_state_dict(state["optimizer"])
+        self._net.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self._device)
@@ -176,15 +227,11 @@ class Training:
         Runs on nets and generators of its own. The contenders take turns epoch by epoch, so that
         whatever else the machine does meets all of them alike; a first round warms up.
         """
-        contenders = {}
-        for recipe in RECIPES:
-            for kind, kernels in kinds.items():
-                model = kernels.convert(self._initial_net(recipe)).to(self._device)
-                contenders[recipe.name, kind] = (
-                    model,
-                    self._optimizer_of(kernels, model, recipe),
-                    torch.Generator().manual_seed(self._seed),
-                )
+        contenders = {
+            (recipe.name, kind): self._start(kernels, recipe)
+            for recipe in RECIPES
+            for kind, kernels in kinds.items()
+        }
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
         for round_ in range(rounds + 1):
             # Every other round goes backwards: none always follows the same neighbour.
@@ -192,7 +239,7 @@ class Training:
             for key in order:
                 self._wait()
                 start = time.perf_counter()
-                self._train_epoch(*contenders[key], epoch=0)
+                self._train_epoch(contenders[key], epoch=0)
                 self._wait()
                 if round_ > 0:
                     seconds[key].append(time.perf_counter() - start)
@@ -202,48 +249,48 @@ class Training:
             for recipe in RECIPES
         }
 
-    def _initial_net(self, recipe: Recipe) -> nn.Module:
+    def _start(self, kernels: Kernels, recipe: Recipe) -> _Net:
+        """A net at its start; its random numbers do not depend on what ran before."""
         torch.manual_seed(self._seed)
-        return build_net(self._train_x.shape[1], self._classes, recipe.dropout)
-
-    @staticmethod
-    def _optimizer_of(kernels: Kernels, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-        return kernels.optimizer(
-            model.parameters(), lr=LEARNING_RATE, weight_decay=recipe.weight_decay
+        net = build_net(self._train_x.shape[1], self._classes, recipe.dropout)
+        model = kernels.convert(net).to(self._device)
+        return _Net(
+            model,
+            kernels.optimizer(
+                model.parameters(), lr=LEARNING_RATE, weight_decay=recipe.weight_decay
+            ),
+            kernels.mix(recipe.mixup) if recipe.mixup > 0 else None,
+            kernels.loss(recipe.label_smoothing),
+            torch.Generator().manual_seed(self._seed),
         )
 
     def _begin(self, phase: int) -> None:
-        """Starts a recipe from scratch; its random numbers do not depend on what ran before."""
+        """Starts a recipe from scratch."""
         self._phase, self._epoch = phase, 0
-        self._model = self._kernels.convert(self._initial_net(self.recipe)).to(self._device)
-        self._optimizer = self._optimizer_of(self._kernels, self._model, self.recipe)
-        self._shuffle = torch.Generator().manual_seed(self._seed)
+        self._net = self._start(self._kernels, self.recipe)
 
-    def _train_epoch(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        shuffle: torch.Generator,
-        epoch: int,
-    ) -> None:
-        model.train()
-        order = torch.randperm(len(self._train_y), generator=shuffle)
+    def _train_epoch(self, net: _Net, epoch: int) -> None:
+        net.model.train()
+        order = torch.randperm(len(self._train_y), generator=net.shuffle)
         # Batches of nearly one size: a last one of a single image would count as much as the
         # others, and BatchNorm cannot train on a single image of one pixel.
         batches = order.tensor_split(math.ceil(len(order) / BATCH))
         for index, batch in enumerate(batches):
             done = (epoch + index / len(batches)) / self.epochs
-            for group in optimizer.param_groups:
+            for group in net.optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * done))
             rows = batch.to(self._device)
-            optimizer.zero_grad()
-            F.cross_entropy(model(self._train_x[rows]), self._train_y[rows]).backward()
-            optimizer.step()
+            images, target = self._train_x[rows], self._train_y[rows]
+            if net.mix is not None:
+                images, target = net.mix(images, target)
+            net.optimizer.zero_grad()
+            net.loss(net.model(images), target).backward()
+            net.optimizer.step()
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Mean loss and accuracy on both sets, in evaluation mode, which is alike for both nets."""
-        self._model.eval()
+        self._net.model.eval()
         row = {}
         for name, x, y in (
             ("train", self._train_x, self._train_y),
@@ -254,7 +301,7 @@ class Training:
             for images, labels in zip(
                 x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True
             ):
-                scores: Tensor = self._model(images)
+                scores: Tensor = self._net.model(images)
                 loss += F.cross_entropy(scores, labels, reduction="sum")
                 correct += (scores.argmax(1) == labels).sum()
             row[f"{name}_loss"] = loss.item() / len(y)

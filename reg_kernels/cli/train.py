@@ -1,9 +1,10 @@
 """Trains one small conv net twice, plain and regularised, and shows what regularisation does.
 
-Both nets start from the same weights and see the same batches; the regularised one has dropout and
-weight decay. Prints accuracies and seconds per epoch and writes curves.png, metrics.json and
-model.pt (the regularised net's state_dict) to the --out directory. Ctrl-C leaves checkpoint.pt
-there, which --resume continues: on the CPU, to the same result bit for bit.
+Both nets start from the same weights and see the same batches; the regularised one has dropout,
+mixup, label smoothing and weight decay. Prints accuracies and seconds per epoch and writes
+curves.png, metrics.json and model.pt (the regularised net's state_dict) to the --out directory.
+Ctrl-C leaves checkpoint.pt there, which --resume continues: on the CPU, to the same result bit for
+bit.
 """
 
 from __future__ import annotations
@@ -24,11 +25,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, backends, convert, optim
+from .. import __version__, augment, backends, convert, optim
+from ..nn import CrossEntropyLoss
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import write_whole
-from ._trainer import RECIPES, Kernels, Training, load_checkpoint, save_checkpoint
+from ._trainer import (
+    RECIPES,
+    Kernels,
+    Training,
+    load_checkpoint,
+    loss_by_torch,
+    mix_by_torch,
+    save_checkpoint,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("eager", "fused"),
         default="fused",
-        help="train with PyTorch's layers and optimizer or with their fused twins "
+        help="train with PyTorch's layers, mixup, loss and optimizer or with their fused twins "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -90,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="for the split, the weights, the order and the dropout (default: %(default)s)",
+        help="for the split, the weights, the order, the dropout and the mixup "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -127,10 +138,14 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
 
     kinds = {
-        "eager": Kernels(lambda model: model, torch.optim.AdamW),
+        "eager": Kernels(lambda model: model, torch.optim.AdamW, mix_by_torch, loss_by_torch),
         "fused": Kernels(
             lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
             functools.partial(optim.AdamW, backend=args.backend),
+            lambda alpha: augment.Mixup(
+                alpha, label_smoothing=0.0, num_classes=images.classes, backend=args.backend
+            ),
+            lambda smoothing: CrossEntropyLoss(label_smoothing=smoothing, backend=args.backend),
         ),
     }
     options = _result_options(args, device, implementation, images)
@@ -367,6 +382,8 @@ def _metrics(
         final["gap"] = final["train_accuracy"] - final["test_accuracy"]
         runs[recipe.name] = {
             "dropout": recipe.dropout,
+            "mixup": recipe.mixup,
+            "label_smoothing": recipe.label_smoothing,
             "weight_decay": recipe.weight_decay,
             "final": final,
             "history": [{"epoch": i, **row} for i, row in enumerate(history, start=1)],

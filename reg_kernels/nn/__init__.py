@@ -9,6 +9,7 @@ from .batch_norm import (
     BatchNormAct3d,
 )
 from .dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from .losses import CrossEntropyLoss, DistillationLoss
 
 __all__ = [
     "BatchNorm1d",
@@ -17,6 +18,8 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "CrossEntropyLoss",
+    "DistillationLoss",
     "Dropout",
     "Dropout1d",
     "Dropout2d",

@@ -18,10 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from reg_kernels import backends, optim
+from reg_kernels import backends, nn, optim
+from reg_kernels.augment import MixedTarget
 from reg_kernels.cli import _trainer, main, train
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._trainer import build_net
+from reg_kernels.functional import mixup
 
 RESULTS = ["curves.png", "metrics.json", "model.pt"]
 EPOCHS = 3
@@ -218,6 +220,28 @@ class TestResult:
         assert decays[0] == 0 < decays[1]
         runs = results(tmp_path)[0]["runs"]
         assert runs["plain"]["dropout"] == 0 < runs["regularised"]["dropout"] < 1
+        for name in ("mixup", "label_smoothing"):
+            assert runs["plain"][name] == 0 < runs["regularised"][name]
+
+    @pytest.mark.parametrize("kernels", ["eager", "fused"])
+    def test_each_batch_of_the_regularised_net_is_mixed(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+    ) -> None:
+        targets: list[Any] = []
+        start = _trainer.Training._start
+
+        def recording(*args: Any) -> _trainer._Net:
+            net = start(*args)
+            loss = net.loss
+            net.loss = lambda scores, target: (targets.append(target), loss(scores, target))[1]
+            return net
+
+        monkeypatch.setattr(_trainer.Training, "_start", recording)
+        assert main(command(data, tmp_path, "--kernels", kernels)) == 0
+        assert len(targets) == 2 * STEPS
+        assert all(isinstance(target, torch.Tensor) for target in targets[:STEPS])
+        assert all(isinstance(target, MixedTarget) for target in targets[STEPS:])
+        assert len({float(target.lam) for target in targets[STEPS:]}) == STEPS
 
 
 @pytest.mark.parametrize("size", [2, _trainer.BATCH + 1])
@@ -227,6 +251,23 @@ def test_images_of_one_pixel_train_with_no_batch_of_a_single_one(tmp_path: Path,
     np.savez(tmp_path / "dots.npz", x=x, y=y)
     argv = command(tmp_path / "dots.npz", tmp_path / "out", "--train-size", size, "--epochs", 1)
     assert main(argv) == 0
+
+
+def test_pytorchs_own_mixup_and_loss_are_those_of_the_fused_kernels() -> None:
+    images, labels = torch.randn(5, 1, 3, 3), torch.tensor([2, 0, 1, 1, 3])
+    state = torch.get_rng_state()
+    mixed, target = _trainer.mix_by_torch(0.4)(images, labels)
+    torch.set_rng_state(state)
+    again, _ = _trainer.mix_by_torch(0.4)(images, labels)
+    assert mixed.equal(again)
+    assert 0 < target.lam < 1
+    torch.testing.assert_close(mixed, mixup(images, target.lam, backend="reference"))
+    scores = torch.randn(5, 4)
+    for smoothing in (0.0, 0.1):
+        ours = nn.CrossEntropyLoss(label_smoothing=smoothing, backend="reference")
+        theirs = _trainer.loss_by_torch(smoothing)
+        torch.testing.assert_close(theirs(scores, target), ours(scores, target))
+        torch.testing.assert_close(theirs(scores, labels), ours(scores, labels))
 
 
 # Interrupting and resuming

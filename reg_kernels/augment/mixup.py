@@ -1,0 +1,293 @@
+"""Mixup and CutMix of a batch: what to mix is drawn here, on the batch's device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from .. import backends
+from .._mixed_target import MixedTarget
+from ..ops._registry import is_fake
+from ..ops.mixup import blend
+
+MODES = ("batch", "elem", "pair")
+_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: sets the seeds of an object's workers apart
+
+
+class Mixup:
+    r"""Blends each sample with its partner, or pastes a box of it, and mixes their labels alike:
+    timm's `Mixup`, argument for argument, in one pass over the batch and without a wait for a GPU.
+
+    The partner of sample n of N is sample N - 1 - n; in a batch of odd size the middle one is its
+    own. Mixup is :math:`\lambda x_n + (1 - \lambda) x_{N-1-n}` with
+    :math:`\lambda \sim \mathrm{Beta}(\alpha, \alpha)`. CutMix pastes a box whose sides are
+    :math:`\sqrt{1 - \lambda}` of the image's, around a pixel drawn from it and clipped to it.
+
+    Args:
+        mixup_alpha: the Beta distribution's, of Mixup; 0: no Mixup.
+        cutmix_alpha: the same of CutMix.
+        cutmix_minmax: (least, most) shares of the image's sides that a box's sides have, instead
+            of sides by lambda; each length between and each place is equally likely. Sets
+            `cutmix_alpha` to 1.
+        prob: that a batch, sample or pair is mixed at all.
+        switch_prob: that it is cut where it could be either.
+        mode: what has a draw of its own: the "batch", each sample, "elem", or each two partners,
+            "pair".
+        correct_lam: makes the labels' lambda the share of the image outside the box. Without, it is
+            what was drawn, though the box was clipped and its sides were rounded down to even
+            numbers; with `cutmix_minmax` it always is that share.
+        label_smoothing: of the target, in [0, 1].
+        num_classes: what the labels are checked against on the CPU; None: they are not.
+        seed: of a random generator of the object's own, one for each device; by default torch's
+            draws, under `torch.manual_seed`. In a worker of a DataLoader the draws depend on the
+            worker's seed too, which follows `torch.manual_seed` and differs from epoch to epoch.
+        mean, std: of each channel, for a normalisation in the same pass, as of `functional.mixup`.
+        dtype: of the mixed batch; by default the input's, and torch's default for bytes.
+        inplace: write over the input.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+
+    Called as mixup(input, target) with
+        input: (N, C, H, W) or (N, H, W), where nothing can be cut any (N, ...); uint8 or a
+            floating-point type, as of `functional.mixup`.
+        target: class indices (N,), int64, on the same device.
+
+    Returns of a call:
+        The mixed batch, whose gradient goes to the input, and a `MixedTarget`, whose `lam` is
+        float32: one number in mode "batch", else (N,).
+
+    Raises:
+        ValueError: an argument out of its range, or both alphas 0; at a call a target of another
+            shape, or an input that is no image where it could be cut.
+        IndexError: at a call, on the CPU, a label outside [0, num_classes).
+        TypeError, RuntimeError: another type, dtype or device; see `functional.mixup`.
+
+    While its attribute `mixup_enabled` is False, as timm's, a batch is normalised and no more. It
+    may be part of a DataLoader's collate_fn; without a `seed` `torch.compile(fullgraph=True)` takes
+    it.
+
+    Example:
+        mixup = reg_kernels.augment.Mixup(0.8, cutmix_alpha=1.0, num_classes=10)
+        criterion = reg_kernels.nn.CrossEntropyLoss()
+        input, target = mixup(input, target)
+        loss = criterion(model(input), target)
+
+    Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018; S. Yun et al.,
+    "CutMix: regularization strategy to train strong classifiers with localizable features",
+    ICCV 2019; the interface is that of R. Wightman's timm.
+    """
+
+    def __init__(
+        self,
+        mixup_alpha: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.1,
+        num_classes: int | None = 1000,
+        *,
+        seed: int | None = None,
+        mean: Tensor | Sequence[float] | float | None = None,
+        std: Tensor | Sequence[float] | float | None = None,
+        dtype: torch.dtype | None = None,
+        inplace: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if cutmix_minmax is not None:
+            cutmix_minmax = _checked_minmax(cutmix_minmax)
+            cutmix_alpha = 1.0
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if not (alpha >= 0 and math.isfinite(alpha)):
+                raise ValueError(f"Mixup: {name} must be finite and not negative, got {alpha}")
+        if mixup_alpha == cutmix_alpha == 0:
+            raise ValueError(
+                "Mixup: mixup_alpha or cutmix_alpha must be positive, or cutmix_minmax given"
+            )
+        for name, value in (
+            ("prob", prob),
+            ("switch_prob", switch_prob),
+            ("label_smoothing", label_smoothing),
+        ):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Mixup: {name} must be in [0, 1], got {value}")
+        if mode not in MODES:
+            raise ValueError(f"Mixup: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"Mixup: num_classes must be at least 1, got {num_classes}")
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"Mixup: seed must be an int or None, got {type(seed).__name__}")
+        if backend is not None:
+            backends.check_name(backend, "backend")
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.cutmix_minmax = cutmix_minmax
+        self.mix_prob = prob
+        self.switch_prob = switch_prob
+        self.mode = mode
+        self.correct_lam = correct_lam
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+        self.seed = seed
+        self.mean = mean
+        self.std = std
+        self.dtype = dtype
+        self.inplace = inplace
+        self.backend = backend
+        self.mixup_enabled = True
+        # (device, seed of the DataLoader's worker, or None outside of one) -> generator
+        self._generators: dict[tuple[str, int | None], torch.Generator] = {}
+
+    def __repr__(self) -> str:
+        names = (
+            *("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "mix_prob", "switch_prob", "mode"),
+            *("correct_lam", "label_smoothing", "num_classes", "seed", "mean", "std", "dtype"),
+            *("inplace", "backend"),
+        )
+        shown = (f"{name.removeprefix('mix_')}={getattr(self, name)!r}" for name in names)
+        return f"Mixup({', '.join(shown)})"
+
+    def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget]:
+        self._check(input, target)
+        lam, boxes, label_lam = self._draw(input)
+        normalisation = (self.mean, self.std, self.dtype)
+        mixed = blend(
+            *("Mixup", input, lam, boxes, None, *normalisation),
+            inplace=self.inplace,
+            backend=self.backend,
+        )
+        return mixed, MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
+
+    def _check(self, input: Any, target: Any) -> None:
+        for name, value in (("input", input), ("target", target)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Mixup: {name} must be a Tensor, got {type(value).__name__}")
+        if input.dim() < (3 if self._cuts else 1):
+            expected = "images (N, C, H, W) or (N, H, W)" if self._cuts else "a batch (N, ...)"
+            raise ValueError(f"Mixup: input must be {expected}, got {input.dim()} dimensions")
+        if target.dtype != torch.int64:
+            dtype = str(target.dtype).removeprefix("torch.")
+            raise RuntimeError(f"Mixup: target must be int64 class indices, got {dtype}")
+        if target.shape != input.shape[:1]:
+            raise ValueError(
+                f"Mixup: target must be ({len(input)},), a label for each sample, "
+                f"got shape {tuple(target.shape)}"
+            )
+        if target.device != input.device:
+            raise RuntimeError(
+                f"Mixup: target must be on the input's device, {input.device}, got {target.device}"
+            )
+        # On a GPU looking would wait; a loss finds out there.
+        on_cpu = target.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.num_classes is None or not on_cpu or is_fake() or target.numel() == 0:
+            return
+        least, most = (int(value) for value in target.aminmax())
+        if least < 0 or most >= self.num_classes:
+            wrong = least if least < 0 else most
+            raise IndexError(f"Mixup: labels must be in [0, {self.num_classes}), got {wrong}")
+
+    @property
+    def _mixes(self) -> bool:
+        return self.mixup_alpha > 0 and (self.cutmix_alpha == 0 or self.switch_prob < 1)
+
+    @property
+    def _cuts(self) -> bool:
+        return self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or self.switch_prob > 0)
+
+    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The pixels' lambda, the boxes if there are any, and the labels' lambda: one or (N,)."""
+        samples = len(input)
+        count = {"batch": 1, "elem": samples, "pair": (samples + 1) // 2}[self.mode]
+        if not self.mixup_enabled or self.mix_prob == 0:
+            ones = self._of_samples(input.new_ones(count, dtype=torch.float32), samples)
+            return ones, None, ones
+        # In float64, where 1 - lambda and a pixel's coordinate keep their digits.
+        options: Any = {"dtype": torch.float64, "device": input.device}
+        generator = self._generator(input.device)
+        alpha = torch.full(
+            (count,), self.mixup_alpha if self._mixes else self.cutmix_alpha, **options
+        )
+        if not self._cuts and self.mix_prob == 1:
+            lam = self._of_samples(_draw_beta(alpha, generator).float(), samples)
+            return lam, None, lam
+        uniform = torch.empty(6, count, **options).uniform_(generator=generator)
+        active, choice, *places = uniform.unbind()
+        mixed = active < self.mix_prob
+        cut = mixed & (choice < self.switch_prob) if self._mixes else mixed
+        if self._mixes and self._cuts:
+            alpha = alpha.masked_fill(cut, self.cutmix_alpha)
+        lam = _draw_beta(alpha, generator).masked_fill(~mixed, 1.0)
+        if not self._cuts:
+            lam = self._of_samples(lam.float(), samples)
+            return lam, None, lam
+        height, width = input.shape[-2:]
+        y1, y2 = self._side(height, lam, *places[:2])
+        x1, x2 = self._side(width, lam, *places[2:])
+        boxes = torch.stack((x1, y1, x2, y2), 1) * cut.unsqueeze(1)
+        label_lam = lam
+        if self.correct_lam or self.cutmix_minmax is not None:
+            area = (x2 - x1) * (y2 - y1)
+            label_lam = torch.where(cut, 1 - area / max(height * width, 1), lam)
+        lam = lam.masked_fill(cut, 1.0)  # around a box nothing is blended
+        return (
+            self._of_samples(lam.float(), samples),
+            self._of_samples(boxes.long(), samples),
+            self._of_samples(label_lam.float(), samples),
+        )
+
+    def _side(self, side: int, lam: Tensor, place: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Where boxes begin and end along a side of the image; `place` and `size` are uniform."""
+        if self.cutmix_minmax is None:
+            half = ((1 - lam).sqrt() * (side / 2)).floor()
+            centre = (place * side).floor()
+            return (centre - half).clamp(min=0), (centre + half).clamp(max=side)
+        least, most = (int(share * side) for share in self.cutmix_minmax)
+        length = least + (size * (most - least + 1)).floor()
+        begin = (place * (side - length + 1)).floor()
+        return begin, begin + length
+
+    def _of_samples(self, drawn: Tensor, samples: int) -> Tensor:
+        """What was drawn, for the N samples: one for all, or (N, ...)."""
+        if self.mode == "batch":
+            return drawn[0]
+        if self.mode == "elem":
+            return drawn
+        return torch.cat((drawn, drawn[: samples // 2].flip(0)))
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if self.seed is None:
+            return None
+        worker = get_worker_info()
+        key = (str(device), None if worker is None else worker.seed)
+        if key not in self._generators:
+            seed = self.seed if worker is None else self.seed * _ODD + worker.seed
+            self._generators[key] = torch.Generator(device).manual_seed(seed % 2**63)
+        return self._generators[key]
+
+
+def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:
+    if not (len(minmax) == 2 and 0.0 <= minmax[0] <= minmax[1] <= 1.0):
+        raise ValueError(
+            "Mixup: cutmix_minmax must be two shares of a side, 0 <= least <= most <= 1, "
+            f"got {tuple(minmax)}"
+        )
+    return float(minmax[0]), float(minmax[1])
+
+
+def _draw_beta(alpha: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Of Beta(alpha, alpha) a number for each alpha, (n,) float64.
+
+    It is X / (X + Y), X and Y of Gamma(alpha), each the product of one of Gamma(alpha + 1) and of
+    U^(1 / alpha), U uniform. By logarithms, since for an alpha of 0.01 or less X and Y themselves
+    underflow, and 0 / 0 or 1/2 would come of it where 0 or 1 is due.
+    """
+    gamma = torch._standard_gamma((alpha + 1).expand(2, -1), generator).log()
+    exponential = torch.empty_like(gamma).exponential_(generator=generator)  # -log U
+    odds = gamma[0] - gamma[1] + (exponential[1] - exponential[0]) / alpha
+    return odds.sigmoid()

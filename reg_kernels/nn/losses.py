@@ -1,0 +1,119 @@
+"""Losses of logits: torch's, with the fused ops inside, and distillation beside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .. import functional as F
+from .._mixed_target import MixedTarget
+from ..convert import twin_of
+from ..ops.distillation import check_distillation
+
+
+@twin_of(torch.nn.CrossEntropyLoss)
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` by `reg_kernels.functional.cross_entropy`, which also takes a
+    `reg_kernels.augment.MixedTarget`.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's layer has
+            them; `label_smoothing` may come with a MixedTarget instead.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        if backend is not None:
+            self.backend = backends.check_name(backend, "backend")
+
+    def forward(self, input: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        return F.cross_entropy(
+            *(input, target, self.weight),
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )
+
+
+class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
+    r"""A student's loss by its teacher's logits and the labels,
+    :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, by
+    `reg_kernels.functional.distillation_loss`.
+
+    Args:
+        temperature: T, positive.
+        alpha: the share of the divergence, in [0, 1].
+        weight: of each class, (C,), in the cross-entropy; a buffer, as of torch's losses.
+        ignore_index: a label that has no cross-entropy.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: of the cross-entropy, in [0, 1]; a MixedTarget may bring its own.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+
+    Called as loss(input, teacher, target): logits of the student and the teacher, (N, C, ...) or
+    (C,), and class indices or a `reg_kernels.augment.MixedTarget`.
+
+    Raises:
+        ValueError: an argument out of its range; at a call, as `functional.distillation_loss`.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        alpha: float = 0.5,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        check_distillation("DistillationLoss", temperature, alpha)
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(
+                f"DistillationLoss: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(
+                f"DistillationLoss: label_smoothing must be in [0, 1], got {label_smoothing}"
+            )
+        super().__init__(weight, reduction=reduction)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        if backend is not None:
+            self.backend = backends.check_name(backend, "backend")
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
+        )
+
+    def forward(self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        return F.distillation_loss(
+            *(input, teacher, target, self.weight),
+            temperature=self.temperature,
+            alpha=self.alpha,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )

@@ -1,0 +1,201 @@
+"""MixedTarget: a tuple that loaders, pickles, copies and compilers know, and its dense form."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from reg_kernels.augment import MixedTarget
+
+from support import DEVICE
+
+A, B = torch.tensor([0, 2, 1]), torch.tensor([1, 2, 0])
+LAM = torch.tensor([0.25, 1.0, 0.5])
+
+
+def same(target, other):
+    assert type(target) is type(other) is MixedTarget
+    for a, b in zip(target, other, strict=True):
+        assert type(a) is type(b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+# The dense form
+
+
+def smooth(labels, classes, smoothing):
+    hot = TF.one_hot(labels, classes).double()
+    return (hot * (1 - smoothing) + smoothing / classes).movedim(-1, min(1, labels.dim()))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (2, 3, 2)])
+@pytest.mark.parametrize("lam", ["each", "one", "float"])
+def test_to_dense(smoothing, shape, lam):
+    classes = 4
+    a, b = (torch.randint(classes, shape, device=DEVICE) for _ in range(2))
+    share = torch.rand(shape[:1] if lam == "each" else (), device=DEVICE)
+    target = MixedTarget(a, b, share.item() if lam == "float" else share, smoothing)
+    dense = target.to_dense(classes)
+    assert dense.dtype == torch.float32
+    share = share.double().reshape(-1, *[1] * len(shape)) if shape else share.double()
+    expected = share * smooth(a, classes, smoothing) + (1 - share) * smooth(b, classes, smoothing)
+    torch.testing.assert_close(dense, expected.float())
+    torch.testing.assert_close(dense.sum(min(1, len(shape))), torch.ones(shape, device=DEVICE))
+
+
+def test_to_dense_is_rounded_once():
+    lam = torch.tensor([0.3, 0.7, 0.1])
+    target = MixedTarget(A, B, lam, 0.1)
+    exact = target.to_dense(1000, torch.float64)
+    assert target.to_dense(1000, torch.bfloat16).equal(exact.to(torch.bfloat16))
+    own = lam.double() * 0.9 + 0.1 / 1000
+    torch.testing.assert_close(exact[[0, 2], A[[0, 2]]], own[[0, 2]], rtol=1e-15, atol=0)
+    assert exact[1, 2].item() == pytest.approx(0.9 + 0.1 / 1000, rel=1e-15)
+
+
+def test_to_dense_refuses():
+    with pytest.raises(ValueError, match=r"^MixedTarget.to_dense: num_classes must be .* got 0$"):
+        MixedTarget(A, B, LAM).to_dense(0)
+    for a, b in ((A, B + 1), (B + 1, A)):
+        with pytest.raises(IndexError, match=r"labels must be in \[0, 3\), got 3$"):
+            MixedTarget(a, b, LAM).to_dense(3)
+    with pytest.raises(IndexError, match=r"got -100$"):
+        MixedTarget(A, torch.tensor([0, -100, 1]), LAM).to_dense(3)
+
+
+def test_no_value_is_looked_at_on_a_device():
+    labels = torch.empty(3, dtype=torch.int64, device="meta")
+    for lam in (0.25, torch.empty(3, device="meta")):
+        assert MixedTarget(labels, labels, lam).to_dense(5).shape == (3, 5)
+
+
+# A tuple
+
+
+def test_it_is_a_tuple_of_its_fields():
+    target = MixedTarget(A, B, LAM)
+    labels, partner_labels, lam, smoothing = target
+    assert labels is A
+    assert partner_labels is B
+    assert lam is LAM
+    assert smoothing == target.label_smoothing == 0.0
+    leaves, tree = pytree.tree_flatten(target)
+    assert len(leaves) == 4
+    same(pytree.tree_unflatten(leaves, tree), target)
+
+
+@pytest.mark.parametrize("lam", [LAM, torch.tensor(0.5), 0.5], ids=["each", "one", "float"])
+def test_pickle_and_copy(lam):
+    target = MixedTarget(A, B, lam, 0.1)
+    same(pickle.loads(pickle.dumps(target)), target)
+    twin = copy.deepcopy(target)
+    same(twin, target)
+    assert twin.labels is not A
+
+
+@pytest.mark.parametrize("lam", [LAM, torch.tensor(0.5), 0.5], ids=["each", "one", "float"])
+def test_to(lam):
+    target = MixedTarget(A, B, lam, 0.1)
+    same(target.to("cpu"), target)
+    same(target.to(torch.device("cpu"), non_blocking=True), target)
+    for moved in (
+        target.to("meta"),
+        target.to(device="meta"),
+        target.to(torch.empty(0, device="meta")),
+    ):
+        assert moved.labels.device.type == moved.partner_labels.device.type == "meta"
+        if isinstance(lam, torch.Tensor):
+            assert moved.lam.device.type == "meta"
+    for cast in (target.to(torch.float64), target.to("cpu", torch.float64)):
+        assert cast.labels.dtype == cast.partner_labels.dtype == torch.int64
+        assert not isinstance(lam, torch.Tensor) or cast.lam.dtype == torch.float64
+        assert cast.label_smoothing == 0.1
+    with pytest.raises((TypeError, RuntimeError)):
+        target.to("cpu", dtype="float")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="pages are locked for a GPU")
+def test_pin_memory():
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    for pinned in (
+        MixedTarget(A, B, LAM, 0.1).pin_memory(),
+        pin_memory(MixedTarget(A, B, LAM, 0.1)),
+    ):
+        assert all(each.is_pinned() for each in pinned[:3])
+        same(pinned, MixedTarget(A, B, LAM, 0.1))
+
+
+def test_compiled_whole():
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda t: (t.to(torch.float64), t.to_dense(4)), fullgraph=True, backend="aot_eager"
+    )
+    for lam in (LAM, torch.tensor(0.25)):
+        target = MixedTarget(A, B, lam, 0.1)
+        moved, dense = compiled(target)
+        same(moved, target.to(torch.float64))
+        assert dense.equal(target.to_dense(4))
+
+
+# Collating
+
+
+def singles(smoothings=(0.1, 0.1, 0.1), lam=lambda n: LAM[n]):
+    return [MixedTarget(A[n], B[n], lam(n), s) for n, s in enumerate(smoothings)]
+
+
+def test_default_collate():
+    same(default_collate(singles()), MixedTarget(A, B, LAM, 0.1))
+    same(
+        default_collate(singles(lam=lambda n: LAM[n].item())), MixedTarget(A, B, LAM.double(), 0.1)
+    )
+    numbers = [MixedTarget(int(a), int(b), lam) for a, b, lam, _ in singles()]
+    same(default_collate(numbers), MixedTarget(A, B, LAM))
+    # Beside what else a sample holds.
+    images, target = default_collate([(torch.ones(2), each) for each in singles()])
+    assert images.shape == (3, 2)
+    same(target, MixedTarget(A, B, LAM, 0.1))
+
+
+def test_a_batch_has_one_smoothing():
+    message = r"^MixedTarget: a batch must have one label_smoothing, got 0\.0, 0\.1$"
+    with pytest.raises(ValueError, match=message):
+        default_collate(singles((0.1, 0.0, 0.1)))
+
+
+class Mixed(Dataset):
+    """Samples whose targets are mixed already, as of a mixture made in the data set."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, n):
+        return torch.full((2,), float(n)), MixedTarget(A[n], B[n], LAM[n], 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader(workers):
+    (images, target), last = DataLoader(Mixed(), batch_size=2, num_workers=workers)
+    assert images.tolist() == [[0, 0], [1, 1]]
+    same(target, MixedTarget(A[:2], B[:2], LAM[:2], 0.1))
+    same(last[1], MixedTarget(A[2:], B[2:], LAM[2:], 0.1))
+
+
+def test_unpickling_alone_registers_the_collation():
+    """A spawned worker imports what its pickled data set names, and no more."""
+    blob = pickle.dumps(MixedTarget(A, B, LAM))
+    code = (
+        "import pickle, sys; from torch.utils.data import default_collate as c;"
+        "t = pickle.loads(sys.stdin.buffer.read()); print(type(c([t, t])).__name__, c([t, t])[3])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=blob, capture_output=True, check=True)
+    assert done.stdout.decode().split() == ["MixedTarget", "0.0"]
