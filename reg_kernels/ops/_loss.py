@@ -1,8 +1,9 @@
-"""What the losses of logits share: registration, gradient, and the checks of what they are given.
+"""What the losses of logits share: registration, gradient, checks of what they are given.
 
-A loss op returns (loss, stats, gradient): with `keep_gradient` its kernel writes the gradient by the
-logits in the pass that reads them, and the backward has but to multiply it, unless by 1. Otherwise,
-and at a second backward, `stats` lets the backward op make it anew, one read and one write.
+A loss op returns (loss, stats, gradient): with `keep_gradient` its kernel writes the gradient by
+the logits in the pass that reads them, and the backward has but to multiply it, unless by 1.
+Otherwise, and at a second backward, `stats` lets the backward op make it anew, one read and one
+write.
 """
 
 from __future__ import annotations

@@ -37,14 +37,14 @@ def cross_entropy(
     :math:`\mathrm{CE}(y) = -\sum_c w_c q_c \log \mathrm{softmax}(x)_c` and
     :math:`q = (1 - \varepsilon)\,\mathrm{one\_hot}(y) + \varepsilon / C`.
 
-    Neither one-hot targets nor a softmax are made. Half precision is computed in float32 and rounded
-    once: smoothing over a large vocabulary does not overflow.
+    Neither one-hot targets nor a softmax are made. Half precision is computed in float32 and
+    rounded once: smoothing over a large vocabulary does not overflow.
 
     Args:
         input: logits (N, C, ...) or (C,); float64, float32, float16 or bfloat16.
-        target: class indices, int64 (N, ...) in [0, C); or class probabilities of the input's shape;
-            or a `reg_kernels.augment.MixedTarget`, whose two losses are each reduced as torch
-            reduces one, and added by its shares.
+        target: class indices, int64 (N, ...) in [0, C); or class probabilities of the input's
+            shape; or a `reg_kernels.augment.MixedTarget`, whose two losses are each reduced as
+            torch reduces one, and added by its shares.
         weight: the weight of each class, (C,).
         size_average, reduce: deprecated, as torch's.
         ignore_index: a label that counts for nothing.
@@ -65,8 +65,9 @@ def cross_entropy(
             `backend` that cannot run here.
         TypeError: something that is no tensor.
 
-    Source: C. Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016
-    (label smoothing); M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
+    Source: C. Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR
+    2016 (label smoothing); M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax",
+    2018.
     """
     if has_torch_function((input, weight)):
         return handle_torch_function(

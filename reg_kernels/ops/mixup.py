@@ -1,8 +1,8 @@
 """Mixup and CutMix: schema, fake, gradient, validation, and the public functions.
 
-One op for both, and for batches that mix them: w x + (1 - w) partner, w being 0 inside of a sample's
-box and its lambda elsewhere, then a scale and a shift for each channel. It is linear in its input:
-the gradient goes to each sample by its own weight, and to the partner by the rest.
+One op for both, and for batches that mix them: w x + (1 - w) partner, w being 0 inside of a
+sample's box and its lambda elsewhere, then a scale and a shift for each channel. It is linear in
+its input: the gradient goes to each sample by its own weight, and to the partner by the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..reference import mixup as reference
 from ._in_place import check_in_place
 from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
 
-# In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for every sample.
+# In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
+# every sample.
 _BLEND = "Tensor? lam, float one_lam, Tensor? index, Tensor? boxes, Tensor? scale, Tensor? shift"
 
 
@@ -73,7 +74,7 @@ def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
 
 
 def _receivers(index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The samples, sorted by their partner, and where those of each partner start: (N,), (N + 1,)."""
+    """The samples, sorted by their partner, (N,), and where those of each start, (N + 1,)."""
     if index is None:
         return None, None
     partners, receivers = index.sort(stable=True)
@@ -458,9 +459,9 @@ def mixup(
             cannot run here.
 
     On a GPU the values of `lam` and `index` are looked at by the kernel, without a wait: there, a
-    wrong one is a device-side assertion. A lambda of exactly 1 keeps the sample as it is, and one of
-    0 takes its partner, whatever the other holds. 16-bit floats and bytes are computed in float32
-    and rounded once.
+    wrong one is a device-side assertion. A lambda of exactly 1 keeps the sample as it is, and one
+    of 0 takes its partner, whatever the other holds. 16-bit floats and bytes are computed in
+    float32 and rounded once.
 
     Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
     """
@@ -504,8 +505,8 @@ def cutmix(
         index, mean, std, dtype, memory_format, inplace, backend: as of `mixup`.
 
     Returns:
-        A tensor of the input's shape. A label's lambda is the share of the image outside of its box:
-        1 - (x2 - x1) (y2 - y1) / (W H). The gradient goes to the input alone.
+        A tensor of the input's shape. A label's lambda is the share of the image outside of its
+        box: 1 - (x2 - x1) (y2 - y1) / (W H). The gradient goes to the input alone.
 
     Raises:
         ValueError: a box outside the image or inverted, and as `mixup`.

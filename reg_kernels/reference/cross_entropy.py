@@ -24,8 +24,8 @@ def cross_entropy(
     reduction: int,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; the largest logit and the sum of exp(logit - largest) of each position, (2, N, ...);
-    and the gradient of the loss by the input, or nothing, (0,).
+    """The loss; of each position the largest logit and the sum of exp(logit - largest), (2, N,
+    ...); and the gradient of the loss by the input, or nothing, (0,).
 
     `target` holds class indices, or class probabilities in a floating-point type. With a `partner`
     the loss is lam CE(target) + (1 - lam) CE(partner), each of the two reduced on its own; `lam`

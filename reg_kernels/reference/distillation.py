@@ -1,7 +1,7 @@
 """Knowledge distillation in plain PyTorch: alpha T^2 KL(teacher || student) + (1 - alpha) CE.
 
-Shapes: input, the student's logits, and teacher (N, C, ...); labels and losses (N, ...). Computed in
-float32, or in float64 where the input is.
+Shapes: input, the student's logits, and teacher (N, C, ...); labels and losses (N, ...). Computed
+in float32, or in float64 where the input is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the launchers share: rng_state as kernel arguments, the current device and its size."""
+"""What the launchers share: rng_state as kernel arguments, assertions, the device and its size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# With these a kernel is launched that asserts: what tl.device_assert says, not in addition that no
+# sum of integers overflows.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 def state_arguments(rng_state: Tensor, x: Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import is_channels_last
-from ._launch import device_of
+from ._launch import ASSERTING, device_of
 from ._mixup import (
     begins_cycle,
     box_in_tile,
@@ -44,11 +44,6 @@ from ._mixup import (
 TILE = 2048  # elements of a program: 16 bytes a thread and load, in bf16 with 8 warps
 CHANNELS = 32  # of a tile whose channels lie together on one side only, at most
 UNSPECIALISED = ["N", "H", "row"]  # no recompiling by value
-
-# With these a kernel is launched that asserts: what tl.device_assert says, not in addition that no
-# sum of integers overflows.
-ASSERTING = {"debug": True, "sanitize_overflow": False}
-
 
 # Kernels
 

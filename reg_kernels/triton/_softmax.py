@@ -1,0 +1,322 @@
+"""What the losses of logits share: the softmax's sum, what labels make of it, and their tiles.
+
+Shapes: logits [N, C, L] of M = N L positions; a tile of them has its classes along axis 1 - M_AXIS
+(_channels.py). What a position has is a vector [BLOCK_M], what a class has one [BLOCK_C]; to be
+broadcast over a tile, the first is expanded at axis 1 - M_AXIS, the second at M_AXIS.
+
+The loops are `while`, as in batch_norm.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._channels import position_offsets
+
+UNSPECIALISED = ["ignore_index"]  # no recompiling by value
+
+LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
+LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
+
+
+# On values
+
+
+@triton.jit
+def bounded(largest):
+    """At least the lowest finite value: -inf - -inf would be a NaN where exp(-inf) is wanted."""
+    lowest: tl.constexpr = LOWEST_DOUBLE if largest.dtype == tl.float64 else LOWEST_FLOAT
+    return tl.maximum(largest, lowest)
+
+
+@triton.jit
+def number(value, COMPUTE: tl.constexpr):
+    """A kernel's float64 argument, which the interpreter takes for float32."""
+    return tl.full([], value, tl.float64).to(COMPUTE)
+
+
+class Rule(NamedTuple):
+    """What smoothing leaves of a label, and what it gives to each class."""
+
+    hard: Any
+    smooth: Any
+
+
+class Terms(NamedTuple):
+    """What the targets of positions make of their logits, [BLOCK_M] each; cross_entropy_math.h.
+
+    With what a class counts for, v: its weight, or that times its probability where these are the
+    target, and V the sum of all v:
+        loss = ka l(a) + kb l(b) + smooth sum_c v_c l(c),  l(c) = log sum - (x_c - max)
+        d loss / d x_c = mass p_c - smooth v_c - [c = a] ka - [c = b] kb
+    """
+
+    a: Any  # labels; -1 for one that is ignored or absent
+    b: Any
+    weight_a: Any  # v of their classes
+    weight_b: Any
+    ka: Any
+    kb: Any
+    smooth: Any
+    mass: Any  # ka + kb + smooth V
+
+
+@triton.jit
+def label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum):
+    """Of labels, their weights and shares."""
+    share_a = tl.where(a >= 0, share_a, 0.0)
+    share_b = tl.where(b >= 0, share_b, 0.0)
+    ka = share_a * rule.hard * weight_a
+    kb = share_b * rule.hard * weight_b
+    smooth = (share_a + share_b) * rule.smooth
+    return Terms(a, b, weight_a, weight_b, ka, kb, smooth, ka + kb + smooth * weight_sum)
+
+
+@triton.jit
+def probability_terms(mass, share):
+    """Of class probabilities, `mass` being V."""
+    zero = mass * 0.0
+    none = zero.to(tl.int32) - 1
+    return Terms(none, none, zero, zero, zero, zero, zero + share, share * mass)
+
+
+@triton.jit
+def target_loss(
+    terms,
+    total,
+    above_a,
+    above_b,
+    z,
+    mass,
+    OF_LABELS: tl.constexpr,
+    PAIR: tl.constexpr,
+    SPREADS: tl.constexpr,
+):
+    """The loss of positions, by their labels' logits less the largest, V and
+    z = sum_c v_c (x_c - max)."""
+    log_total = tl.log(total)
+    loss = total * 0.0
+    if OF_LABELS:
+        loss = tl.where(terms.a >= 0, terms.ka * (log_total - above_a), 0.0)
+    if PAIR:
+        loss += tl.where(terms.b >= 0, terms.kb * (log_total - above_b), 0.0)
+    if SPREADS:
+        loss += tl.where(terms.smooth != 0.0, terms.smooth * (mass * log_total - z), 0.0)
+    return loss
+
+
+@triton.jit
+def tile_gradients(
+    slope,  # softmax times mass
+    v,
+    terms,
+    OF_LABELS: tl.constexpr,
+    PAIR: tl.constexpr,
+    SPREADS: tl.constexpr,
+    M_AXIS: tl.constexpr,
+):
+    """The gradient of the loss by the logits of a tile, as if no class were a label's.
+
+    Comparing each class with its position's labels would take half as many registers again.
+    """
+    AXIS: tl.constexpr = 1 - M_AXIS
+    if SPREADS:
+        slope -= tl.expand_dims(terms.smooth, AXIS) * v
+    if OF_LABELS:
+        counts = terms.a >= 0
+        if PAIR:
+            counts = counts | (terms.b >= 0)
+        slope = tl.where(tl.expand_dims(counts, AXIS), slope, 0.0)  # whatever its logits are
+    return slope
+
+
+@triton.jit
+def label_gradients(slope, label, weight, terms, PAIR: tl.constexpr, SPREADS: tl.constexpr):
+    """The gradient by the logits of labels, one a position."""
+    if SPREADS:
+        slope -= terms.smooth * weight
+    slope -= tl.where(label == terms.a, terms.ka, 0.0)
+    if PAIR:
+        slope -= tl.where(label == terms.b, terms.kb, 0.0)
+    return slope
+
+
+# On memory
+
+
+@triton.jit
+def zero_tile(BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, M_AXIS: tl.constexpr, T: tl.constexpr):
+    return tl.zeros([BLOCK_M, BLOCK_C] if M_AXIS == 0 else [BLOCK_C, BLOCK_M], T)
+
+
+@triton.jit
+def load_logits(ptr, at, inside, COMPUTE: tl.constexpr):
+    """-inf outside, which adds nothing to a softmax."""
+    return tl.load(ptr + at, mask=inside, other=float("-inf")).to(COMPUTE)
+
+
+@triton.jit
+def load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE: tl.constexpr):
+    """(labels, their weights) of positions m: -1 and 0 of one that counts for nothing."""
+    label = tl.load(labels_ptr + m, mask=m < M, other=ignore_index)
+    counts = label != ignore_index
+    valid = (label >= 0) & (label < C)
+    tl.device_assert(valid | (counts == 0), "a label is neither in [0, C) nor ignore_index")
+    counts = counts & valid
+    if weight_ptr is None:
+        weight = tl.where(counts, 1.0, 0.0).to(COMPUTE)
+    else:
+        weight = tl.load(weight_ptr + label, mask=counts, other=0.0)
+    return tl.where(counts, label, -1).to(tl.int32), weight
+
+
+@triton.jit
+def load_total(totals_ptr, number: tl.constexpr, COMPUTE: tl.constexpr):
+    """What a mean of labels, or of partner labels, divides by; 1 without a mean."""
+    if totals_ptr is None:
+        total = tl.full([], 1.0, COMPUTE)
+    else:
+        total = tl.load(totals_ptr + number).to(COMPUTE)
+    return total
+
+
+@triton.jit
+def load_label_terms(
+    labels_ptr,
+    partner_ptr,
+    lam_ptr,
+    weight_ptr,
+    totals_ptr,
+    factor,  # what all shares are multiplied by, [BLOCK_M] or one number
+    weight_sum,
+    m,
+    C,
+    M,
+    L,
+    ignore_index,
+    one_lam,
+    rule,
+    LAM_PER_SAMPLE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The Terms of positions m."""
+    a, weight_a = load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
+    share_a = factor / load_total(totals_ptr, 0, COMPUTE)
+    b, weight_b, share_b = a * 0 - 1, weight_a * 0.0, weight_a * 0.0
+    if partner_ptr is not None:
+        b, weight_b = load_label(partner_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
+        if lam_ptr is None:
+            lam = tl.full([], one_lam, tl.float64)
+        elif LAM_PER_SAMPLE:
+            lam = tl.load(lam_ptr + m // L, mask=m < M, other=0.0).to(tl.float64)
+        else:
+            lam = tl.load(lam_ptr).to(tl.float64)
+        share_b = factor / load_total(totals_ptr, 1, COMPUTE)
+        share_a *= lam.to(COMPUTE)
+        share_b *= (1.0 - lam).to(COMPUTE)
+    return label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum)
+
+
+@triton.jit
+def labels_at(label, m0, C, L, M_AXIS: tl.constexpr, SHORT_ROWS: tl.constexpr, UNIT: tl.constexpr):
+    """Where the logits of labels lie, one a position from m0 on."""
+    at = label.to(tl.int64)
+    if M_AXIS == 1:
+        at *= L
+    return at + position_offsets(m0, C, L, 1, label.shape[0], M_AXIS, SHORT_ROWS, UNIT)
+
+
+@triton.jit
+def load_above(ptr, at, label, largest):
+    """Logits of labels, less the largest of their positions; 0 where there is no label."""
+    x = tl.load(ptr + at, mask=label >= 0, other=0.0).to(largest.dtype)
+    return tl.where(label >= 0, x - largest, 0.0)
+
+
+@triton.jit
+def load_counts(
+    target_ptr,
+    weight_ptr,
+    at,
+    c,
+    C,
+    inside,
+    rule,
+    OF_LABELS: tl.constexpr,
+    M_AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """v of Terms, 0 outside."""
+    if OF_LABELS:
+        v = tl.where(inside, 1.0, 0.0).to(COMPUTE)
+    else:
+        v = tl.load(target_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        v = tl.where(inside, v * rule.hard + rule.smooth, 0.0)
+    if weight_ptr is not None:
+        v *= tl.expand_dims(tl.load(weight_ptr + c, mask=c < C, other=0.0), M_AXIS)
+    return v
+
+
+@triton.jit
+def load_factor(grad_output_ptr, m, M, PER_POSITION: tl.constexpr, COMPUTE: tl.constexpr):
+    """grad_output of positions m, or of all."""
+    if PER_POSITION:
+        factor = tl.load(grad_output_ptr + m, mask=m < M, other=0.0).to(COMPUTE)
+    else:
+        factor = tl.load(grad_output_ptr).to(COMPUTE)
+    return factor
+
+
+@triton.jit
+def load_weight_sum(weight_sum_ptr, C, COMPUTE: tl.constexpr):
+    """V of labels."""
+    if weight_sum_ptr is None:
+        weight_sum = tl.full([], C, COMPUTE)
+    else:
+        weight_sum = tl.load(weight_sum_ptr).to(COMPUTE)
+    return weight_sum
+
+
+@triton.jit
+def store_loss(ptr, loss, totals_ptr, m, M, PAIR: tl.constexpr, SUMS: tl.constexpr):
+    """The losses of positions, or their program's sum in float64."""
+    if SUMS:
+        loss = tl.sum(tl.where(m < M, loss, 0.0).to(tl.float64), 0)
+        if totals_ptr is not None:
+            # 0 / 0, although no position has a part in it.
+            loss += 0.0 / load_total(totals_ptr, 0, tl.float64)
+            if PAIR:
+                loss += 0.0 / load_total(totals_ptr, 1, tl.float64)
+        tl.store(ptr + tl.program_id(0), loss)
+    else:
+        tl.store(ptr + m, loss, mask=m < M)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def label_totals_kernel(
+    labels_ptr,  # int64 [M]
+    partner_ptr,  # likewise, or None
+    weight_ptr,  # [C], or None
+    totals_ptr,  # float64 [2, programs], or [1, programs]
+    C,
+    M,
+    ignore_index: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    sums = tl.zeros([BLOCK], tl.float64)
+    partner_sums = tl.zeros([BLOCK], tl.float64)
+    block = program
+    while block.to(tl.int64) * BLOCK < M:
+        m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        sums += load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, tl.float64)[1]
+        if partner_ptr is not None:
+            weights = load_label(partner_ptr, weight_ptr, m, C, M, ignore_index, tl.float64)[1]
+            partner_sums += weights
+        block += programs
+    tl.store(totals_ptr + program, tl.sum(sums, 0))
+    if partner_ptr is not None:
+        tl.store(totals_ptr + programs + program, tl.sum(partner_sums, 0))

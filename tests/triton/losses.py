@@ -1,0 +1,131 @@
+"""What the tests of the losses' Triton kernels share: targets, tolerances, small tiles, and what a
+GPU would specialise the kernels for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reg_kernels.triton import _loss
+
+from support import DEVICE
+
+NONE, MEAN, SUM = range(3)
+INTERPRETED = DEVICE == "cpu"
+# Of one value, in units of its own size. The interpreter truncates to bfloat16: one ulp.
+RELATIVE = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7 if INTERPRETED else 2**-8,
+}
+
+
+def small_tiles(monkeypatch: Any) -> None:
+    """Tiles that hold a few classes, as of logits of many: the classes take several."""
+    for name, value in {"KEPT": 4, "PLANES": 4, "LOOPED": 32, "SECTOR": 16}.items():
+        monkeypatch.setattr(_loss, name, value)
+
+
+def logits(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    x = (3 * torch.randn(shape)).to(DEVICE, dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+
+def target_of(
+    x: Tensor,
+    kind: str,
+    weighted: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+) -> tuple[Any, ...]:
+    """The ops' arguments from the target to the reduction; some labels are ignored."""
+    n, classes = x.shape[:2]
+    partner = lam = None
+    one_lam = 1.0
+    if kind == "probabilities":
+        target = torch.empty_like(x).copy_(torch.randn(x.shape).softmax(1))
+    else:
+        target, partner = (
+            torch.randint(0, classes, (n, *x.shape[2:]), device=DEVICE) for _ in range(2)
+        )
+        target.view(-1)[::3] = ignore_index
+        partner.view(-1)[::4] = ignore_index
+        if kind == "labels":
+            partner = None
+        elif kind == "pair":
+            lam = torch.rand(n, device=DEVICE)
+        else:
+            one_lam = 0.3
+    weight = None
+    if weighted:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.rand(classes, dtype=compute, device=DEVICE) + 0.5
+    return target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction
+
+
+KINDS = ["labels", "pair", "one lam", "probabilities"]
+
+
+def in_double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    )
+
+
+def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype, size: float = 1.0) -> None:
+    """Within the roundings of a computation in `dtype` on values about as large as `size`."""
+    assert ours.shape == truth.shape
+    own = RELATIVE[ours.dtype]
+    absolute = RELATIVE[torch.promote_types(dtype, torch.float32)] * size
+    torch.testing.assert_close(ours.double(), truth, rtol=own, atol=absolute, equal_nan=True)
+
+
+def signature(
+    dtype: str,
+    kind: str,
+    tiles: dict[str, Any],
+    spreads: bool = False,
+    backward: bool = False,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Arguments of a loss kernel as a mean with everything has them: types and constants.
+
+    `spreads` stands for class weights and smoothing.
+    """
+    values, compute = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
+    types = {
+        "x_ptr": values,
+        "teacher_ptr": values,
+        "target_ptr": values if kind == "probabilities" else "*i64",
+        "stats_ptr": compute,
+        "gradient_ptr": values,
+        **dict.fromkeys("CML", "i32"),
+        "ignore_index": "i64",
+        **dict.fromkeys(("one_lam", "hard", "smooth", "share", "soft_share", "inverse_t"), "fp64"),
+        ("grad_output_ptr" if backward else "loss_ptr"): compute if backward else "*fp64",
+    }
+    constants = {
+        "LAM_PER_SAMPLE": True,
+        "SMOOTHS": spreads,
+        "SUMS": True,
+        "GRAD_PER_POSITION": False,
+        "SHORT_ROWS": False,
+        "WIDE": False,
+        **tiles,
+    }
+    optional = {
+        "partner_ptr": ("*i64", kind == "pair"),
+        "lam_ptr": ("*fp32", kind == "pair"),
+        "weight_ptr": (compute, spreads),
+        "weight_sum_ptr": ("*fp64", spreads and kind != "probabilities"),
+        "totals_ptr": ("*fp64", kind != "probabilities"),
+    }
+    for name, (type_, there) in optional.items():
+        if there:
+            types[name] = type_
+        else:
+            constants[name] = None
+    return types, constants
