@@ -11,18 +11,6 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Device memory from torch's allocator. It may be freed as soon as the kernels are launched: what
-// comes after them on the stream is the first to get it again.
-struct Workspace {
-  const Tensor& x;
-  std::optional<Tensor> tensor;
-
-  void* operator()(int64_t bytes) {
-    tensor = empty_vector(x, bytes, aoti_torch_dtype_uint8());
-    return tensor->mutable_data_ptr();
-  }
-};
-
 // A gate in whole words, as the kernels write it, of which the op returns the bytes that it has.
 Tensor make_gate(const Tensor& x, int64_t bytes) {
   Tensor words = empty_vector(x, (bytes + 3) / 4 * 4, aoti_torch_dtype_uint8());
@@ -103,7 +91,8 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
     a.momentum = momentum.value_or(0.0);
     a.mean = static_cast<double*>(mean.mutable_data_ptr());
     a.invstd = static_cast<double*>(invstd.mutable_data_ptr());
-    cuda::launch_batch_norm(a, in.layout, in.numel, Workspace{input, {}}, launch.stream);
+    OptionalTensor memory;
+    cuda::launch_batch_norm(a, in.layout, in.numel, cuda::allocator(input, memory), launch.stream);
   });
   return {output, mean, invstd, gate};
 }
@@ -174,7 +163,9 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
       a.grad_weight = {grad_weight.mutable_data_ptr(), dtype_of(grad_weight, op)};
       a.grad_bias = {grad_bias.mutable_data_ptr(), dtype_of(grad_bias, op)};
     }
-    cuda::launch_batch_norm_backward(a, in.layout, in.numel, Workspace{input, {}}, launch.stream);
+    OptionalTensor memory;
+    cuda::launch_batch_norm_backward(a, in.layout, in.numel, cuda::allocator(input, memory),
+                                     launch.stream);
   });
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }

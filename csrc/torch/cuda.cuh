@@ -46,6 +46,15 @@ inline RngState read_rng_state(const Tensor& x, const Tensor& rng_state, const c
   return {state, 0, 0};
 }
 
+// Device memory from torch's allocator, as a launcher asks for it. `memory` may be freed as soon as
+// the kernels are launched: what comes after them on the stream is the first to get it again.
+inline auto allocator(const Tensor& x, std::optional<Tensor>& memory) {
+  return [&x, &memory](int64_t bytes) {
+    memory = empty_vector(x, bytes, aoti_torch_dtype_uint8());
+    return memory->mutable_data_ptr();
+  };
+}
+
 // Calls f with a value of the element type.
 template <typename F>
 void for_dtype(DType dtype, F&& f) {

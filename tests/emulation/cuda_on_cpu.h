@@ -531,6 +531,11 @@ void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 thr
   }
 }
 
+// RK_ASSERT of a running thread.
+inline void require(bool condition, const char* text, const Location& where = Location::current()) {
+  if (!condition) fail(*machine.current, "RK_ASSERT", where, std::string("asserts ") + text);
+}
+
 // Asynchronous copies into shared memory. Each is made as late as it may be, when it is waited for.
 inline void copy_async(void* to, const void* from, size_t bytes, bool present) {
   Thread& thread = *machine.current;

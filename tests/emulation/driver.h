@@ -2,8 +2,12 @@
 // and the program's end.
 #pragma once
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -121,6 +125,33 @@ void expect_same_bits(const Buffer<T>& actual, const T* expected, const Describe
   }
   expect(actual.untouched(),
          [&] { return std::string(describe()) + ": wrote in front of its output"; });
+}
+
+// That a kernel which `launch` starts asserts `condition`, and not another one. In a child process,
+// since the first false assertion ends it.
+template <typename Launch, typename Describe>
+void expect_assertion(const Launch& launch, const char* condition, const Describe& describe) {
+  int ends[2];
+  if (pipe(ends) != 0) std::abort();
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child < 0) std::abort();
+  if (child == 0) {
+    dup2(ends[1], STDERR_FILENO);
+    launch();
+    std::_Exit(0);
+  }
+  close(ends[1]);
+  std::string said;
+  char part[256];
+  for (ssize_t count; (count = read(ends[0], part, sizeof(part))) > 0;) said.append(part, count);
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  const std::string expected = std::string("asserts ") + condition + "\n";
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 1 && said.ends_with(expected), [&] {
+    return std::string(describe()) + ": expected that it " + expected + "but it said: " + said;
+  });
 }
 
 // Every program's first argument is the order that its threads run in.

@@ -1,0 +1,263 @@
+// Cross-entropy's arguments, and what its kernels make of one position.
+#pragma once
+
+#include "reg_kernels/channel_layout.h"
+#include "reg_kernels/softmax.cuh"
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+// Of logits (N, C, S), and of a gradient and probabilities in the same storage order. Positions are
+// counted n S + s.
+template <typename T>
+struct CrossEntropy {
+  using C = compute_t<T>;
+
+  const T* x;
+  T* gradient;  // or null
+  ChannelLayout layout;
+  bool classes_last;  // the classes of a position lie side by side, else S apart
+  int64_t positions;
+  LabelOptions labels;                  // where there are no probabilities
+  const T* probabilities;               // or null
+  const compute_t<T>* probabilities_c;  // the same in the type that is computed in, or null
+  const C* weight;                      // (C,), or null
+  Reduction reduction;
+  C* stats;   // (2, N S): the largest logit, the sum of exp(logit - largest); or null
+  C* losses;  // (N S,), or null where they are summed or not asked for
+  LossSum<C> sum;
+  ChannelValues grad_output;  // (N S,), or one number, or null and it is 1
+  bool one_grad_output;
+
+  const TargetSums* sums;  // the rest is the launcher's
+
+  RK_HD bool has_probabilities() const { return labels.labels == nullptr; }
+  // Whether each class counts for something of its own, beside those of the labels.
+  RK_HD bool is_dense() const { return has_probabilities() || labels.smoothing > 0; }
+
+  __device__ C factor(int64_t position) const {
+    return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
+  }
+
+  __device__ TargetSums target_sums() const {
+    return sums ? *sums : TargetSums{{1.0, 1.0}, static_cast<double>(layout.channels)};
+  }
+
+  // What is added to the sum of the losses.
+  __device__ double more() const {
+    return reduction == Reduction::mean && !has_probabilities()
+               ? mean_of_nothing(target_sums().labels)
+               : 0.0;
+  }
+};
+
+// What a position's classes have come to: the softmax's sum, and for dense targets, of q_c each,
+// dense = sum of q_c (x_c - max) and mass = sum of q_c. All terms of `dense` have one sign, so that
+// it may move from one maximum to the next.
+template <typename T, bool kDense>
+struct ClassSums {
+  using C = compute_t<T>;
+
+  SoftmaxSum<C> softmax;
+
+  __device__ void raise_to(C max) {
+    softmax.sum *= softmax_exponential<T>(softmax.max - max);
+    softmax.max = max;
+  }
+  __device__ void merge(const ClassSums& other) { softmax.merge(other.softmax); }
+  __device__ void add_dense(C, C) {}
+};
+
+template <typename T>
+struct ClassSums<T, true> {
+  using C = compute_t<T>;
+
+  SoftmaxSum<C> softmax;
+  C dense = 0, mass = 0;
+
+  // Without a mass there is nothing to move, and the first maximum is as far as it gets.
+  __device__ C moved_to(C max) const {
+    return mass != C(0) ? dense - (max - softmax.max) * mass : dense;
+  }
+  __device__ void raise_to(C max) {
+    dense = moved_to(max);
+    softmax.sum *= softmax_exponential<T>(softmax.max - max);
+    softmax.max = max;
+  }
+  __device__ void merge(const ClassSums& other) {
+    const C max = larger(softmax.max, other.softmax.max);
+    dense = moved_to(max) + other.moved_to(max);
+    mass += other.mass;
+    softmax.merge(other.softmax);
+  }
+  __device__ void add_dense(C q, C above_max) {
+    dense += q * above_max;
+    mass += q;
+  }
+};
+
+// Values q_c = w_c (keep t_c + base) that the classes of dense targets count for, but for a factor
+// of the position: of probabilities t, and of the smoothing of labels, where it is w_c.
+template <typename T>
+struct DenseTarget {
+  using C = compute_t<T>;
+
+  const T* probabilities;    // from here on those of one position, class by class
+  const C* probabilities_c;  //
+  const C* weight;
+  C keep, base;
+
+  // Of labels.
+  explicit __device__ DenseTarget(const C* weight)
+      : probabilities(nullptr), probabilities_c(nullptr), weight(weight), keep(0), base(1) {}
+
+  // `first` is the element of the position's class 0.
+  __device__ DenseTarget(const CrossEntropy<T>& a, int64_t first)
+      : probabilities(a.probabilities ? a.probabilities + first : nullptr),
+        probabilities_c(a.probabilities_c ? a.probabilities_c + first : nullptr),
+        weight(a.weight),
+        keep(static_cast<C>(1.0 - a.labels.smoothing)),
+        base(a.has_probabilities()
+                 ? static_cast<C>(a.labels.smoothing / static_cast<double>(a.layout.channels))
+                 : C(1)) {}
+
+  // Of class c, element c * stride of the position.
+  __device__ C at(int64_t c, int64_t stride) const {
+    C q = base;
+    if (probabilities) q += keep * load(probabilities[c * stride]);
+    if (probabilities_c) q += keep * probabilities_c[c * stride];
+    return weight ? q * weight[c] : q;
+  }
+
+  // Of classes side by side from c on; 0 outside of the row.
+  template <int kCount>
+  __device__ void read(int64_t c, int64_t classes, C (&q)[kCount]) const {
+    RK_UNROLL
+    for (int i = 0; i < kCount; ++i) q[i] = c + i >= 0 && c + i < classes ? base : C(0);
+    if (probabilities) {
+      const auto t = load_classes<kCount>(probabilities, c, classes, T{});
+      RK_UNROLL
+      for (int i = 0; i < kCount; ++i) q[i] += keep * load(t.v[i]);
+    }
+    if (probabilities_c) {
+      const auto t = load_classes<kCount>(probabilities_c, c, classes, C(0));
+      RK_UNROLL
+      for (int i = 0; i < kCount; ++i) q[i] += keep * t.v[i];
+    }
+    if (weight) {
+      const auto w = load_classes<kCount>(weight, c, classes, C(0));
+      RK_UNROLL
+      for (int i = 0; i < kCount; ++i) q[i] *= w.v[i];
+    }
+  }
+};
+
+// A position's labels, or the share of its probabilities.
+template <typename C>
+struct Position {
+  LabelTerms<C> terms;  // of probabilities: no label, and `smooth` is the factor of q_c
+  C x_a, x_b;           // the labels' logits
+  bool counts;          // or all of its labels are ignored
+};
+
+// `x` is the position's class 0, and its classes are `stride` apart.
+template <typename T>
+__device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntropy<T>& a,
+                                                                int64_t position, const T* x,
+                                                                int64_t stride) {
+  using C = compute_t<T>;
+  Position<C> result{};
+  if (a.has_probabilities()) {
+    const double count = a.reduction == Reduction::mean ? static_cast<double>(a.positions) : 1.0;
+    result.terms = {-1, -1, 0, 0, static_cast<C>(1.0 / count), 0};
+    result.counts = true;
+    return result;
+  }
+  RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
+  if (a.labels.partner_labels) {
+    RK_ASSERT(a.labels.is_valid(a.labels.partner_labels[position]));
+    RK_ASSERT(a.labels.lam_of(position) >= 0 && a.labels.lam_of(position) <= 1);
+  }
+  const TargetSums sums = a.target_sums();
+  auto& terms = result.terms;
+  terms = LabelTerms<C>::at(a.labels, sums.labels, a.weight, sums.weights, position);
+  if (terms.a >= 0) result.x_a = load(x[terms.a * stride]);
+  if (terms.b >= 0) result.x_b = load(x[terms.b * stride]);
+  result.counts = !terms.is_nothing();
+  return result;
+}
+
+// The loss of a position, and its statistics in their place. Without `dense` targets that and
+// `mass` do not matter.
+template <typename T>
+__device__ __forceinline__ double finish_position(const CrossEntropy<T>& a, int64_t position,
+                                                  const Position<compute_t<T>>& target,
+                                                  const SoftmaxSum<compute_t<T>>& softmax,
+                                                  compute_t<T> dense, compute_t<T> mass) {
+  using C = compute_t<T>;
+  if (a.stats) {
+    a.stats[position] = softmax.max;
+    a.stats[a.positions + position] = softmax.sum;
+  }
+  double loss;
+  if (a.has_probabilities()) {
+    const double log_sum = logarithm(softmax.sum);
+    loss = static_cast<double>(target.terms.smooth) * (mass * log_sum - dense);
+  } else {
+    loss = target.terms.loss(softmax, target.x_a, target.x_b, dense, a.target_sums().weights);
+  }
+  if (a.losses) a.losses[position] = static_cast<C>(loss);
+  return loss;
+}
+
+// The gradient times `factor`: that by the loss is scale exp(x_c - max) - smooth q_c, less what the
+// labels' own classes have.
+template <typename C>
+struct Slope {
+  C max, scale, smooth, ka, kb, factor;
+  int64_t a, b;
+  bool counts;
+
+  // `mass` of probabilities.
+  __device__ Slope(const Position<C>& target, const SoftmaxSum<C>& softmax, bool probabilities,
+                   C mass, C factor)
+      : max(softmax.max),
+        scale((probabilities ? target.terms.smooth * mass : target.terms.mass) / softmax.sum),
+        smooth(target.terms.smooth),
+        ka(target.terms.ka),
+        kb(target.terms.kb),
+        factor(factor),
+        a(target.terms.a),
+        b(target.terms.b),
+        counts(target.counts) {}
+
+  // In the order of LabelTerms::slope_of_label.
+  __device__ C own(int64_t c) const { return (c == a ? ka : C(0)) + (c == b ? kb : C(0)); }
+};
+
+// Turns exponentials of classes c, c + 1, ... into the gradient; `q` counts where kDense.
+template <bool kDense, typename T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> slopes(const Slope<compute_t<T>>& slope, int64_t c,
+                                                    const compute_t<T> (&e)[kCount],
+                                                    const compute_t<T> (&q)[kCount]) {
+  using C = compute_t<T>;
+  Vector<T, kCount> result{};
+  if (!slope.counts) return result;
+  const auto set = [&](int i, C own) {
+    if constexpr (kDense) own += slope.smooth * q[i];
+    result.v[i] = store<T>((e[i] * slope.scale - own) * slope.factor);
+  };
+  // Two comparisons a vector; one of its own for each element would be a third of the work.
+  const auto has = [&](int64_t label) { return label >= c && label < c + kCount; };
+  if (has(slope.a) || has(slope.b)) {
+    RK_UNROLL
+    for (int i = 0; i < kCount; ++i) set(i, slope.own(c + i));
+  } else {
+    RK_UNROLL
+    for (int i = 0; i < kCount; ++i) set(i, C(0));
+  }
+  return result;
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END

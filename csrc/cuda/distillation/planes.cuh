@@ -1,0 +1,65 @@
+// Distillation with a thread a position: where classes lie apart, or are but a handful.
+#pragma once
+
+#include <type_traits>
+
+#include "position.cuh"
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr int kDistillationPlaneThreads = 128;  // at most
+
+template <typename S, typename T>
+__global__ void __launch_bounds__(kDistillationPlaneThreads)
+    distillation_planes_kernel(DistillationArguments<S, T> a) {
+  using C = compute_t<S>;
+  RK_SHARED(LossShared, shared);
+  // At a time, as far as there are: loads that wait for nothing, where registers allow.
+  constexpr int kClasses = sizeof(C) == 8 ? 2 : 4;
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  double loss = 0;
+  for (int64_t p = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; p < a.positions; p += stride) {
+    const int64_t start = a.start(p);
+    const auto each = [&](const auto& f) {
+      int64_t c = 0;
+      RK_NO_UNROLL
+      for (; c + kClasses <= a.classes; c += kClasses) {
+        f(std::integral_constant<int, kClasses>{}, c);
+      }
+      RK_NO_UNROLL
+      for (; c < a.classes; ++c) f(std::integral_constant<int, 1>{}, c);
+    };
+    const auto logits_at = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+      Vector<S, kCount> xs;
+      Vector<T, kCount> teachers;
+      RK_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        xs.v[j] = a.x[start + (c + j) * a.length];
+        teachers.v[j] = a.teacher[start + (c + j) * a.length];
+      }
+      return DistillationLogits<S, T, kCount>(xs, teachers);
+    };
+
+    const PositionTerms<C> terms = position_terms(a, p);
+    DistillationSums<S> sums;
+    if (a.forward) {
+      each([&](auto count, int64_t c) { logits_at(count, c).add_to(sums, a, c); });
+      loss += finish_position(a, p, terms, sums);
+    } else {
+      sums = read_stats(a, p);
+    }
+    if (a.gradient == nullptr) continue;
+    const DistillationSlopes<S> slopes(terms, sums, a.divergence_slope,
+                                       static_cast<C>(a.of_labels));
+    each([&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
+      const auto gradient = logits_at(count, c).gradient(slopes, a, c);
+      RK_UNROLL
+      for (int j = 0; j < kCount; ++j) a.gradient[start + (c + j) * a.length] = gradient.v[j];
+    });
+  }
+  if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.sums().labels), shared);
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END
