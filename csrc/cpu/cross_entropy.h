@@ -16,6 +16,7 @@ struct LossTask {
   const void* x;
   int64_t classes, length;  // length: positions of a sample
   bool classes_last;
+  bool in_rows;             // whether the classes of a position are worked on together
   int64_t positions, unit;  // in all, and of a unit
 
   LabelOptions labels;  // where there are no probabilities

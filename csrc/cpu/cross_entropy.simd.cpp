@@ -25,7 +25,7 @@ void for_types(const LossTask& task, const F& f) {
 template <bool kBackward>
 void units(const LossTask& task, int64_t begin, int64_t end) {
   for_types(task, [&]<typename T, typename Q>(T, Q) {
-    if (task.classes_last) {
+    if (task.in_rows) {
       Rows<T, Q> rows(task);
       for (int64_t unit = begin; unit < end; ++unit) rows.template run<kBackward>(unit);
     } else {

@@ -1,5 +1,6 @@
 // Cross-entropy of positions that lie side by side, the classes of each a plane apart: a strip of
-// positions at a time, plane by plane.
+// positions at a time, plane by plane. Rows of few classes, of which a vector would be filled in
+// part only, are turned to such planes and their gradient back.
 #pragma once
 
 #include "cross_entropy.h"
@@ -18,6 +19,14 @@ struct Planes {
   const int64_t strip;
   const C* const weight;
   C* const e;  // the exponentials of a strip, plane by plane
+  // Of the strip in work: its logits, probabilities and gradient in the first plane, and how many
+  // elements planes are apart. Those of rows are turned to planes here.
+  const T* x = nullptr;
+  const Q* q = nullptr;
+  T* y = nullptr;
+  int64_t apart;
+  T* const turned;
+  Q* const turned_q;
   // Of each position of a strip:
   C max[kLongestStrip], sum[kLongestStrip];
   C above[kLongestStrip], mass[kLongestStrip];    // sums of w_c (x_c - max) and of w_c
@@ -29,18 +38,28 @@ struct Planes {
       : task(task),
         strip(task.unit),
         weight(static_cast<const C*>(task.weight)),
-        e(new C[task.classes * task.unit]) {}
+        e(new C[task.classes * task.unit]),
+        apart(task.classes_last ? task.unit : task.length),
+        turned(task.classes_last ? new T[2 * task.classes * task.unit] : nullptr),
+        turned_q(task.classes_last && task.probabilities ? new Q[task.classes * task.unit]
+                                                         : nullptr) {}
   Planes(const Planes&) = delete;
-  ~Planes() { delete[] e; }
+  ~Planes() {
+    delete[] e;
+    delete[] turned;
+    delete[] turned_q;
+  }
 
-  // A unit is a strip of a sample: the last one of each may be short.
+  // A unit is a strip of a sample, or of all rows: the last one of each may be short.
   template <bool kBackward>
   void run(int64_t unit) {
-    const int64_t strips = (task.length + strip - 1) / strip;
+    const int64_t length = task.classes_last ? task.positions : task.length;
+    const int64_t strips = (length + strip - 1) / strip;
     const int64_t sample = unit / strips, first = unit % strips * strip;
-    const int64_t count = task.length - first < strip ? task.length - first : strip;
-    const int64_t position = sample * task.length + first;
-    const int64_t at = sample * task.classes * task.length + first;  // of the first class's logits
+    const int64_t count = length - first < strip ? length - first : strip;
+    const int64_t position = sample * length + first;
+    begin(sample * task.classes * length + (task.classes_last ? first * task.classes : first),
+          count);
     if (!task.probabilities) {
       for (int64_t j = 0; j < count; ++j) {
         terms[j] =
@@ -52,19 +71,19 @@ struct Planes {
     if constexpr (kBackward) {
       memcpy(max, maxima, count * sizeof(C));
     } else {
-      find_largest(at, count);
+      find_largest(count);
       memcpy(maxima, max, count * sizeof(C));
     }
-    raise(at, count);
+    raise(count);
     if constexpr (kBackward) {
       memcpy(sum, sums, count * sizeof(C));
     } else {
       memcpy(sums, sum, count * sizeof(C));
     }
-    if (task.probabilities) sum_targets(at, count);
+    if (task.probabilities) sum_targets(count);
     if constexpr (!kBackward) {
-      if (!task.probabilities && task.labels.smoothing > 0) sum_above(at, count);
-      task.partials[unit] = lose(at, count);
+      if (!task.probabilities && task.labels.smoothing > 0) sum_above(count);
+      task.partials[unit] = lose(count);
       if (task.losses) memcpy(static_cast<C*>(task.losses) + position, losses, count * sizeof(C));
     }
     if (!task.gradient) return;
@@ -74,26 +93,54 @@ struct Planes {
                     ? static_cast<const C*>(task.grad_output)[(position + j) * task.grad_stride]
                     : C(1);
     }
-    task.probabilities ? write_probabilities(at, count, grad) : write_labels(at, count, grad);
+    T* const rows = y;
+    y = place_gradient();
+    task.probabilities ? write_probabilities(count, grad) : write_labels(count, grad);
+    end(rows, count);
   }
 
  private:
-  const T* plane(int64_t at, int64_t c) const {
-    return static_cast<const T*>(task.x) + at + c * task.length;
+  const T* plane(int64_t c) const { return x + c * apart; }
+  const Q* probabilities(int64_t c) const { return q + c * apart; }
+  T* gradient(int64_t c) const { return y + c * apart; }
+
+  // The strip whose first logit is element `at` of the tensor.
+  void begin(int64_t at, int64_t count) {
+    x = static_cast<const T*>(task.x) + at;
+    q = task.probabilities ? static_cast<const Q*>(task.probabilities) + at : nullptr;
+    y = task.gradient ? static_cast<T*>(task.gradient) + at : nullptr;
+    if (!task.classes_last) return;
+    const int64_t classes = task.classes;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t c = 0; c < classes; ++c) turned[c * strip + j] = x[j * classes + c];
+    }
+    x = turned;
+    if (q) {
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t c = 0; c < classes; ++c) turned_q[c * strip + j] = q[j * classes + c];
+      }
+      q = turned_q;
+    }
   }
-  const Q* probabilities(int64_t at, int64_t c) const {
-    return static_cast<const Q*>(task.probabilities) + at + c * task.length;
+
+  // Where the gradient of a strip is made, and what brings it to where it belongs.
+  T* place_gradient() { return task.classes_last ? turned + task.classes * strip : y; }
+  void end(T* rows, int64_t count) const {
+    if (!task.classes_last) return;
+    const int64_t classes = task.classes;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t c = 0; c < classes; ++c) rows[j * classes + c] = y[c * strip + j];
+    }
   }
-  T* gradient(int64_t at, int64_t c) const {
-    return static_cast<T*>(task.gradient) + at + c * task.length;
-  }
+
+  bool streams() const { return task.stream && !task.classes_last; }
   C weight_of(int64_t c) const { return weight ? weight[c] : C(1); }
 
-  void find_largest(int64_t at, int64_t count) {
+  void find_largest(int64_t count) {
     for (int64_t j = 0; j < count; ++j) max[j] = kLowest<C>;
     for (int64_t c = 0; c < task.classes; ++c) {
-      const T* x = plane(at, c);
-      prefetch(x + strip, count);  // for the strip that comes next
+      const T* x = plane(c);
+      if (!task.classes_last) prefetch(x + strip, count);  // for the strip that comes next
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const C value = load(x[j]);
@@ -117,9 +164,9 @@ struct Planes {
     }
   }
 
-  void raise(int64_t at, int64_t count) {
+  void raise(int64_t count) {
     sum_planes(count, sum, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(at, c);
+      const T* x = plane(c);
       C* to = e + c * strip;
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
@@ -129,26 +176,26 @@ struct Planes {
     });
   }
 
-  void sum_above(int64_t at, int64_t count) {
+  void sum_above(int64_t count) {
     sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(at, c);
+      const T* x = plane(c);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) sums[j] += w * (load(x[j]) - max[j]);
     });
   }
 
-  void sum_targets(int64_t at, int64_t count) {
+  void sum_targets(int64_t count) {
     const SmoothedTarget<C> target(task);
     sum_planes(count, mass, [&](int64_t c, C* sums) RK_INLINE {
-      const Q* q = probabilities(at, c);
+      const Q* q = probabilities(c);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) sums[j] += w * target(load(q[j]));
     });
     sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(at, c);
-      const Q* q = probabilities(at, c);
+      const T* x = plane(c);
+      const Q* q = probabilities(c);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
@@ -157,7 +204,7 @@ struct Planes {
     });
   }
 
-  double lose(int64_t at, int64_t count) {
+  double lose(int64_t count) {
     double total = 0;
     for (int64_t j = 0; j < count; ++j) {
       double loss;
@@ -165,8 +212,8 @@ struct Planes {
         loss = task.share * (static_cast<double>(mass[j]) * logarithm(sum[j]) - above[j]);
       } else {
         const LabelTerms<C>& t = terms[j];
-        const C x_a = t.a >= 0 ? load(plane(at, t.a)[j]) : C(0);
-        const C x_b = t.b >= 0 ? load(plane(at, t.b)[j]) : C(0);
+        const C x_a = t.a >= 0 ? load(plane(t.a)[j]) : C(0);
+        const C x_b = t.b >= 0 ? load(plane(t.b)[j]) : C(0);
         loss = t.loss({max[j], sum[j]}, x_a, x_b, above[j], task.weight_sum);
       }
       losses[j] = static_cast<C>(loss);
@@ -175,7 +222,7 @@ struct Planes {
     return total;
   }
 
-  void write_labels(int64_t at, int64_t count, const C* grad) {
+  void write_labels(int64_t count, const C* grad) {
     for (int64_t j = 0; j < count; ++j) {
       factor[j] = terms[j].mass * grad[j] / sum[j];
       lower[j] = terms[j].smooth * grad[j];
@@ -184,21 +231,25 @@ struct Planes {
       const C* values = e + c * strip;
       const C w = weight_of(c);
       const C *k = factor, *u = lower;
-      write_each(gradient(at, c), count, task.stream,
+      write_each(gradient(c), count, streams(),
                  [=](int64_t j) RK_INLINE { return store<T>(values[j] * k[j] - w * u[j]); });
     }
     for (int64_t j = 0; j < count; ++j) {
+      // A position that is ignored has no gradient, whatever its logits.
+      for (int64_t c = 0; terms[j].is_nothing() && sum[j] != sum[j] && c < task.classes; ++c) {
+        gradient(c)[j] = store<T>(C(0));
+      }
       for (int which = 0; which < 2; ++which) {
         const int64_t label = which ? terms[j].b : terms[j].a;
         if (label < 0) continue;
         const C p = e[label * strip + j] / sum[j];
         const C slope = terms[j].slope_of_label(label, p, weight_of(label));
-        gradient(at, label)[j] = store<T>(slope * grad[j]);
+        gradient(label)[j] = store<T>(slope * grad[j]);
       }
     }
   }
 
-  void write_probabilities(int64_t at, int64_t count, const C* grad) {
+  void write_probabilities(int64_t count, const C* grad) {
     const SmoothedTarget<C> target(task);
     for (int64_t j = 0; j < count; ++j) {
       lower[j] = static_cast<C>(task.share * grad[j]);
@@ -206,10 +257,10 @@ struct Planes {
     }
     for (int64_t c = 0; c < task.classes; ++c) {
       const C* values = e + c * strip;
-      const Q* q = probabilities(at, c);
+      const Q* q = probabilities(c);
       const C w = weight_of(c);
       const C *k = factor, *u = lower;
-      write_each(gradient(at, c), count, task.stream, [=](int64_t j) RK_INLINE {
+      write_each(gradient(c), count, streams(), [=](int64_t j) RK_INLINE {
         return store<T>(u[j] * (values[j] * k[j] - w * target(load(q[j]))));
       });
     }

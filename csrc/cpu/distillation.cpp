@@ -11,7 +11,7 @@ DistillationTask make_task(const LossInput& in, const Tensor& input, const Tenso
   STD_TORCH_CHECK(has_layout_of(input, teacher), op,
                   ": teacher must have the input's shape and strides");
   DistillationTask task{};
-  task.loss = loss_task(in, op);
+  task.loss = loss_task(in, 0, op);
   task.teacher = teacher.const_data_ptr();
   task.teacher_dtype = dtype_of(teacher, op);
   STD_TORCH_CHECK((task.teacher_dtype == DType::float64) == (in.dtype == DType::float64), op,

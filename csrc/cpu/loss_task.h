@@ -41,7 +41,8 @@ inline LabelTotals label_totals(const LossInput& in, const char* op) {
   return totals;
 }
 
-inline LossTask loss_task(const LossInput& in, const char* op) {
+// `short_rows`: classes from which on a row is worked on as one.
+inline LossTask loss_task(const LossInput& in, int64_t short_rows, const char* op) {
   constexpr int64_t kUnit = 16384;  // logits: few enough to share out
   constexpr int64_t kLeastStrip = 16, kMostStrip = 256, kStripLogits = 65536;
   LossTask task{};
@@ -51,8 +52,9 @@ inline LossTask loss_task(const LossInput& in, const char* op) {
   task.length = in.layout.length;
   task.classes_last = in.classes_last;
   task.positions = in.positions;
+  task.in_rows = task.classes_last && task.classes >= short_rows;
   task.unit = std::max<int64_t>(1, kUnit / task.classes);
-  if (!task.classes_last) {
+  if (!task.in_rows) {
     // Whole lines of 64 bytes, and a strip's exponentials within the second-level cache.
     task.unit = std::clamp(kStripLogits / task.classes / 32 * 32, kLeastStrip, kMostStrip);
   }

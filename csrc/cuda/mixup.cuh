@@ -3,7 +3,7 @@
 // Bytes an element, each counted once: sizeof(In) read and sizeof(Out) written, forward, backward
 // and in place (4 B in bf16, 3 B from bytes to bf16). Each sample is read by itself and by whoever
 // has it for a partner. Blocks are in the order of tiles, all samples of one place side by side, so
-// that the second reading finds it in L2: a tile of 256 samples takes 3 to 4 MB there. Of what
+// that the second reading finds it in L2: a tile of 256 samples takes 2 MB there at most. Of what
 // a box or a weight of 0 leaves out nothing is read. In place a sample is read once.
 //
 // What limits: memory. Nothing waits on the host for the values of lam, index and boxes: they are

@@ -1,0 +1,487 @@
+"""Distillation: torch's composition, its values, gradients, errors, registration, compilation."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from loss_inputs import (
+    IGNORED,
+    LAYOUTS,
+    check_twice,
+    chosen,
+    compiling,
+    draw,
+    is_interpreted,
+    labels_of,
+    overload_of,
+)
+from torch.library import opcheck
+
+from reg_kernels import functional as F
+from reg_kernels._mixed_target import MixedTarget
+from reg_kernels.cases.distillation import CASES
+from reg_kernels.cli.check import gradcheck, measure
+
+from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
+
+IMPLEMENTATIONS = implementations()
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+native = pytest.mark.skipif(not isas(), reason="the native library was not built")
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's kernels assert values by themselves")
+REDUCTIONS = ("none", "mean", "sum")
+TEMPERATURES = (1.0, 2.0, 0.5, 4.0, 1.5)
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """torch shares out even small inputs, and its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean", **options):
+    """alpha T^2 KL + (1 - alpha) CE of torch's own functions."""
+    dim = min(1, x.dim() - 1)
+    log_q = (x / temperature).log_softmax(dim)
+    p = (teacher.to(x.dtype) / temperature).softmax(dim)
+    divergence = TF.kl_div(log_q, p, reduction="none").sum(dim)
+    divergence = {"none": divergence, "mean": divergence.mean(), "sum": divergence.sum()}[reduction]
+    if isinstance(target, MixedTarget):
+        a, b, lam, _ = target
+        of_labels = lam * TF.cross_entropy(x, a, reduction=reduction, **options)
+        of_labels = of_labels + (1 - lam) * TF.cross_entropy(x, b, reduction=reduction, **options)
+    else:
+        of_labels = TF.cross_entropy(x, target, reduction=reduction, **options)
+    return alpha * temperature**2 * divergence + (1 - alpha) * of_labels
+
+
+def results(function, x, *args, **options):
+    """The loss of x, and its gradient for incoming ones that differ."""
+    leaf = x.detach().requires_grad_()
+    y = function(leaf, *args, **options)
+    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).add(0.3).to(y).view(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, leaf, g)]
+
+
+def check_same(ours, theirs, rtol=1e-11, atol=1e-11):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@dtypes
+@on_each
+def test_error_against_fp64(case, backend, dtype):
+    if is_interpreted(backend) and not (case.small and dtype == DTYPES[CASES.index(case) % 4]):
+        pytest.skip("too large for Triton's interpreter, which runs each case in one dtype")
+    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
+    assert error <= allowed
+
+
+@on_each
+@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
+def test_gradcheck_of_the_cases(case, backend):
+    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
+    if is_interpreted(backend) or sizes > 200:
+        pytest.skip("numerical gradients of so many elements take minutes")
+    assert gradcheck(case, backend, torch.device(DEVICE))
+
+
+SHAPES = [(5,), (4, 7), (3, 1), (3, 5, 6), (2, 3, 4, 5), (2, 3, 2, 2, 3)]
+LARGE = [(37, 1003), (300, 10), (3, 19, 33, 21), (2, 301, 17), (5, 2, 100)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@on_each
+def test_against_torchs_composition(shape, layout, backend):
+    if is_interpreted(backend) and shape in LARGE:
+        pytest.skip("too large for Triton's interpreter")
+    x, other = LAYOUTS[layout](draw(*shape)), draw(*shape)
+    teachers = itertools.cycle(
+        (other, LAYOUTS["channels_last"](other), LAYOUTS["strided"](other), LAYOUTS[layout](other))
+    )
+    weight = torch.rand(shape[min(1, len(shape) - 1)], dtype=x.dtype, device=DEVICE)
+    for temperature, alpha, w, reduction, smoothing in chosen(
+        *(backend, layout, TEMPERATURES, (0.0, 0.3, 1.0), (None, weight), REDUCTIONS, (0.0, 0.1)),
+        every=19,
+    ):
+        ignored = 1 if len(shape) > 1 else IGNORED
+        a, b = labels_of(x, ignored), labels_of(x, ignored)
+        options = {"weight": w, "ignore_index": ignored, "label_smoothing": smoothing}
+        options |= {"temperature": temperature, "alpha": alpha, "reduction": reduction}
+        for target in (a, MixedTarget(a, b, 0.25)):
+            args = (x, next(teachers), target)
+            ours = results(F.distillation_loss, *args, **options, backend=backend)
+            check_same(ours, results(by_torch, *args, **options))
+
+
+@on_each
+@pytest.mark.parametrize("of_teacher", DTYPES, ids=DTYPE_IDS)
+@dtypes
+def test_a_teacher_of_another_dtype(dtype, of_teacher, backend):
+    for shape in ((4, 7), (3, 5, 2))[is_interpreted(backend) :]:
+        x, teacher = draw(*shape, dtype=dtype), draw(*shape, dtype=of_teacher)
+        labels = labels_of(x)
+        loss, gradient = results(F.distillation_loss, x, teacher, labels, backend=backend)
+        assert (loss.dtype, gradient.dtype) == (dtype, dtype)
+        # Beside float64 students a float64 teacher; with others it counts in float32.
+        truth = results(by_torch, x.double(), teacher.double(), labels)
+        eps = torch.finfo(dtype).eps
+        eps += torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 16
+        check_same([loss.double(), gradient.double()], truth, eps, eps / 2)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = F.distillation_loss(x, teacher, labels, backend=backend)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@on_each
+def test_each_sample_of_its_own_lambda(backend):
+    x, teacher = draw(4, 5, 3), draw(4, 5, 3)
+    a, b = labels_of(x), labels_of(x)
+    each = torch.tensor([0.0, 0.3, 1.0, 0.5], dtype=x.dtype, device=DEVICE)
+    target = MixedTarget(a, b, each, 0.1)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        given = target._replace(lam=each.to(dtype))
+        wide = target._replace(lam=each.to(dtype).double().view(-1, 1))
+        options = {"reduction": "none", "temperature": 1.5}
+        ours = results(F.distillation_loss, x, teacher, given, **options, backend=backend)
+        check_same(ours, results(by_torch, x, teacher, wide, **options, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("shape", [(3, 5), (6, 9, 4), (70, 1000), (9, 19, 40), (3, 4099)], ids=str)
+@dtypes
+@on_each
+def test_error_is_at_most_twice_torchs(dtype, shape, temperature, backend):
+    if is_interpreted(backend):
+        pytest.skip("takes Triton's interpreter minutes; the cases hold it to the same")
+    for layout in ("contiguous", "channels_last"):
+        x, teacher = (LAYOUTS[layout](3 * draw(*shape)).to(dtype) for _ in range(2))
+        labels = labels_of(x)
+        for alpha, reduction in itertools.product((0.9, 0.3), REDUCTIONS):
+            options = {"temperature": temperature, "alpha": alpha, "reduction": reduction}
+            ours = results(F.distillation_loss, x, teacher, labels, **options, backend=backend)
+            theirs = results(by_torch, x, teacher, labels, **options)
+            truth = results(by_torch, x.double(), teacher.double(), labels, **options)
+            if dtype == torch.float64:
+                check_same(ours, truth)
+            else:
+                check_twice(ours, theirs, truth)
+
+
+ROWS = {
+    "large": [1e4, -1e4, 0, 1, 2],
+    "large and close": [1e4, 1e4 - 8, -1e4, 9992, 9984],
+    "masked": [-INF, 1, 2, -INF, 3],
+    "masked elsewhere": [1, -INF, 2, 0, 3],
+    "one class left": [-INF, -INF, 2, -INF, -INF],
+    "all masked": [-INF] * 5,
+    "infinite": [INF, 1, 2, 3, 4],
+    "NaN": [NAN, 1, 2, 3, 4],
+    "equal": [-7.0] * 5,
+    "plain": [0.1, -0.5, 2, 1, 0.3],
+}
+
+
+@pytest.mark.parametrize("of_student", ROWS)
+@pytest.mark.parametrize("of_teacher", ROWS)
+@on_each
+def test_extreme_logits(of_student, of_teacher, backend):
+    if is_interpreted(backend) and of_teacher not in (of_student, "masked"):
+        pytest.skip("takes Triton's interpreter minutes")
+    rows = [[*ROWS["plain"]] * 4, [*ROWS[of_student]] * 4, [*ROWS[of_student][::-1]] * 4]
+    others = [[*ROWS["plain"][::-1]] * 4, [*ROWS[of_teacher]] * 4, [*ROWS[of_teacher][::-1]] * 4]
+    labels = torch.tensor([0, 3, 7], device=DEVICE)
+    # In float32 the reference divides large logits by T before it subtracts them.
+    computed = DTYPES[: 1 if backend == "reference" else 2]
+    cases = list(itertools.product(computed, (1.0, 1.5, 0.5), ("none", "mean")))
+    for dtype, temperature, reduction in cases[:: 5 if is_interpreted(backend) else 1]:
+        x, teacher = (torch.tensor(r, dtype=dtype, device=DEVICE) for r in (rows, others))
+        options = {"temperature": temperature, "alpha": 0.6, "reduction": reduction}
+        ours = results(F.distillation_loss, x, teacher, labels, **options, backend=backend)
+        truth = results(by_torch, x.double(), teacher.double(), labels, **options)
+        eps = torch.finfo(dtype).eps
+        # In float64 the error is that of the truth, which has divided logits of 1e4 first.
+        atol = 64 * eps * (1e4 if dtype == torch.float64 else 1)
+        check_same([t.double() for t in ours], truth, 16 * eps, atol)
+
+
+@on_each
+def test_an_ignored_label_leaves_the_divergence(backend):
+    x, teacher = draw(3, 4, 2), draw(3, 4, 2)
+    labels = labels_of(x)
+    labels[1] = IGNORED
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "alpha": 0.6}
+        for target in (labels, MixedTarget(labels, labels, 0.3)):
+            ours = results(F.distillation_loss, x, teacher, target, **options, backend=backend)
+            check_same(ours, results(by_torch, x, teacher, labels, **options))
+        target = torch.full_like(labels, IGNORED)
+        ours = results(F.distillation_loss, x, teacher, target, **options, backend=backend)
+        check_same(ours, results(by_torch, x, teacher, target, **options))
+        assert ours[1].isfinite().all()  # the divergence's, where the mean of no label is NaN
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 4, 0)], ids=str)
+@on_each
+def test_of_nothing(shape, backend):
+    x = draw(*shape)
+    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=DEVICE)
+    for reduction in REDUCTIONS:
+        ours = results(F.distillation_loss, x, x, labels, reduction=reduction, backend=backend)
+        check_same(ours, results(by_torch, x, x, labels, reduction=reduction))
+
+
+@on_each
+def test_a_loss_scale_keeps_small_gradients_of_float16(backend):
+    x, teacher = (draw(64, 100 if is_interpreted(backend) else 1000).half() for _ in range(2))
+    labels = labels_of(x)
+    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.float16):  # as with a GradScaler
+        y = F.distillation_loss(leaf, teacher, labels, backend=backend)
+    (gradient,) = torch.autograd.grad(65536.0 * y, leaf)
+    (expected,) = torch.autograd.grad(65536.0 * by_torch(wide, teacher, labels), wide)
+    largest = float(expected.abs().max())
+    assert float((gradient - expected).abs().max()) <= 2**-11 * largest + 1e-4
+    assert (gradient != 0).float().mean() > 0.99
+
+
+@on_each
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradient_by_each_way_through_the_graph(reduction, backend):
+    x, teacher = draw(3, 4, 2).requires_grad_(), draw(3, 4, 2).requires_grad_()
+    labels = labels_of(x)
+    options = {"reduction": reduction}
+
+    def function():
+        return F.distillation_loss(x, teacher, labels, **options, backend=backend)
+
+    z = by_torch(x, teacher.detach(), labels, **options)
+    g = draw(*z.shape)
+    (expected,) = torch.autograd.grad(z, x, g)
+    y = function()
+    gradients = [torch.autograd.grad(y, x, s * g, retain_graph=True)[0] for s in (1, 3)]
+    check_same(gradients, [expected, 3 * expected])
+    gradients[0].zero_()  # given away
+    for create_graph in (True, False):
+        (gradient,) = torch.autograd.grad(y, x, g, retain_graph=True, create_graph=create_graph)
+        check_same([gradient], [expected])
+    y.backward(g)
+    assert teacher.grad is None
+    check_same([x.grad], [expected])
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(g)
+    h = x * 1
+    y = F.distillation_loss(h, teacher, labels, **options, backend=backend)
+    h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck_of_both_orders(reduction, backend):
+    x, teacher = draw(3, 4, 2).requires_grad_(), draw(3, 4, 2)
+    a, b, weight = labels_of(x, 1), labels_of(x, 1), torch.rand(4, device=DEVICE).double()
+    each = torch.tensor([0.0, 0.3, 1.0], device=DEVICE)
+
+    def function(x, target):
+        options = {"ignore_index": 1, "label_smoothing": 0.1, "reduction": reduction}
+        options |= {"temperature": 1.5, "alpha": 0.3, "backend": backend}
+        return F.distillation_loss(x.sin(), teacher, target, weight, **options)
+
+    for target in (a, MixedTarget(a, b, each)):
+        assert torch.autograd.gradcheck(lambda x, t=target: function(x, t), x)
+        assert torch.autograd.gradgradcheck(lambda x, t=target: function(x, t), x)
+
+
+@native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(300, 1000), (9, 19, 300), (2, 150_000)], ids=str)
+def test_the_same_bits_for_any_number_of_threads_and_each_time(shape, layout):
+    if DEVICE != "cpu":
+        pytest.skip("of the CPU's threads")
+    x, teacher = (LAYOUTS[layout](torch.randn(shape)) for _ in range(2))
+    labels = labels_of(x, IGNORED)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            found.append([])
+            for reduction in REDUCTIONS:
+                options = {"label_smoothing": 0.1, "reduction": reduction}
+                found[-1] += results(
+                    F.distillation_loss, x, teacher, labels, **options, backend="native"
+                )
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=DTYPE_IDS[1:])
+def test_error_of_each_instruction_set(isa, dtype):
+    from reg_kernels import _C
+
+    best = _C.isa()
+    try:
+        _C.set_isa(isa)
+        for shape, layout in itertools.product(
+            ((6, 9, 4), (40, 333)), ("contiguous", "channels_last")
+        ):
+            x, teacher = (LAYOUTS[layout](3 * draw(*shape)).to(dtype).cpu() for _ in range(2))
+            labels = labels_of(x)
+            ours = results(F.distillation_loss, x, teacher, labels, backend="native")
+            theirs = results(by_torch, x, teacher, labels)
+            check_twice(ours, theirs, results(by_torch, x.double(), teacher.double(), labels))
+    finally:
+        _C.set_isa(best)
+
+
+# Bad input
+
+LABELS = torch.tensor([0, 1, 3])
+BAD = [
+    *(({"temperature": t}, ValueError, f"temperature must be positive and finite, got {t}")
+      for t in (0.0, -1.0, INF, -INF, NAN)),
+    *(({"alpha": a}, ValueError, rf"alpha must be in \[0, 1\], got {a}") for a in (-0.1, 1.5, NAN)),
+    ({"teacher": torch.ones(3, 5)}, RuntimeError, r"teacher must have the input's shape, \(3, 4\)"),
+    ({"teacher": torch.ones(4)}, RuntimeError, "teacher must have the input's shape"),
+    ({"teacher": torch.ones(3, 4).long()}, NotImplementedError, "teacher must be one of float64"),
+    ({"teacher": [1.0]}, TypeError, "teacher must be a Tensor, got list"),
+    ({"teacher": torch.ones(3, 4, device="meta")}, RuntimeError, "teacher must be on the input's"),
+    ({"target": torch.rand(3, 4)}, RuntimeError, "target must be int64 class indices or a Mixed"),
+    ({"target": LABELS + 1}, IndexError, r"labels must be in \[0, 4\)"),
+    ({"target": LABELS[:2]}, ValueError, r"target must have shape \(3,\), got \(2,\)"),
+    ({"target": MixedTarget(LABELS, LABELS, 1.5)}, ValueError, r"lam must be in \[0, 1\], got 1.5"),
+    ({"target": MixedTarget(LABELS, LABELS, torch.tensor([1, NAN, 0]))}, ValueError, "lam must be"),
+    ({"target": MixedTarget(LABELS, LABELS - 1, 0.5)}, IndexError, r"labels must be in \[0, 4\)"),
+    ({"target": MixedTarget(LABELS, LABELS, 0.5, 0.2)}, ValueError, "must be given once"),
+    ({"weight": torch.ones(5)}, RuntimeError, "weight must have one number for each of the 4"),
+    ({"label_smoothing": 1.5}, RuntimeError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    ({"reduction": "batchmean"}, ValueError, "reduction must be 'none', 'mean' or 'sum'"),
+    ({"input": torch.ones(3, 4).long()}, NotImplementedError, "input must be one of float64"),
+    ({"input": [1.0]}, TypeError, "input must be a Tensor, got list"),
+]  # fmt: skip
+
+
+@on_cpu
+@on_each
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2][:50] for b in BAD])
+def test_bad_input(change, error, message, backend):
+    options = {"input": torch.randn(3, 4), "teacher": torch.randn(3, 4), "target": LABELS}
+    options |= {"label_smoothing": 0.1} | change
+    with pytest.raises(error, match=f"^distillation_loss: .*{message}"):
+        F.distillation_loss(**options, backend=backend)
+
+
+# Registration, compilation, transforms
+
+
+@on_each
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_opcheck(backend, reduction):
+    layout = LAYOUTS["channels_last" if reduction == 1 else "contiguous"]
+    x, teacher = (layout(draw(2, 3, 2, dtype=torch.float32)) for _ in range(2))
+    labels = torch.tensor([[0, 1], [2, 2]], device=DEVICE)
+    lam, weight = torch.tensor([0.3, 1.0], device=DEVICE), torch.rand(3, device=DEVICE)
+    mixed = (labels.flip(0), lam, 1.0, weight) if reduction else (None, None, 1.0, None)
+    args = (teacher, labels, *mixed, 2, 0.1 * reduction, reduction, 1.5, 0.3)
+    overload = overload_of("distillation", backend)
+    for leaf, keeps in ((x, False), (x.detach().requires_grad_(), True)):
+        opcheck(overload, (leaf, *args, keeps))
+    loss, stats, gradient = overload(x, *args, True)
+    backward = overload_of("distillation_backward", backend)
+    for leaf in (x, x.detach().requires_grad_()):
+        opcheck(backward, (torch.randn_like(loss), leaf, stats, *args))
+    assert (stats.shape, stats.dtype) == ((5, 2, 2), torch.float32)
+    expected = backward(torch.ones_like(loss), x, stats, *args)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.stride() == x.stride()
+
+
+@on_each
+def test_compiled_equals_eager(backend):
+    def function(x, teacher, labels, partners, lam):
+        options = {"temperature": 4.0, "backend": backend}
+        mixed = MixedTarget(labels, partners, lam, 0.1)
+        each = F.distillation_loss(x, teacher, labels, reduction="none", **options)
+        return F.distillation_loss(x.sin(), teacher, mixed, **options) + each.square().sum()
+
+    with compiling("aot_eager") as (compiled, counter):
+        traced = compiled(function)
+        for lam in (torch.tensor([0.3, 0.0, 1.0]), torch.rand(3)):
+            x, teacher = draw(3, 4, 2), draw(3, 4, 2)
+            args = (teacher, labels_of(x, IGNORED), labels_of(x), lam.to(DEVICE))
+            check_same(results(traced, x, *args), results(function, x, *args))
+        assert counter.frame_count == 1
+        targets = {str(n.target) for g in counter.graphs for n in g.graph.nodes}
+        name = "default" if backend == "native" else backend
+        assert f"reg_kernels.distillation.{name}" in targets
+
+
+def test_compiled_by_inductor():
+    x, teacher = (draw(6, 5, dtype=torch.float32) for _ in range(2))
+    labels = labels_of(x)
+    with compiling("inductor") as (compiled, _):
+        ours = results(compiled(lambda *args: F.distillation_loss(*args) * 2), x, teacher, labels)
+        theirs = results(lambda *args: by_torch(*args) * 2, x, teacher, labels)
+        check_same(ours, theirs, 1e-5, 1e-6)
+
+
+def test_torch_func_and_forward_mode():
+    x, teacher, t = draw(3, 4, 2), draw(3, 4, 2), draw(3, 4, 2)
+    target = MixedTarget(labels_of(x), labels_of(x), 0.3)
+
+    def function(x, teacher=teacher):
+        return F.distillation_loss(x, teacher, target, temperature=1.5, label_smoothing=0.1)
+
+    def formula(x, teacher=teacher):
+        return by_torch(x, teacher, target, temperature=1.5, label_smoothing=0.1)
+
+    for transform in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (t,)),
+        lambda f: torch.func.hessian(f)(x),
+        lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([x, t]), torch.stack([t, x])),
+    ):
+        torch.testing.assert_close(transform(function), transform(formula))
+    assert torch.autograd.gradcheck(function, x.clone().requires_grad_(), check_forward_ad=True)
+
+
+def test_torch_function_subclasses_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Logged(torch.Tensor):
+        called = ()
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.called += (function,)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x, teacher = draw(3, 4), draw(3, 4)
+    y = F.distillation_loss(x, teacher.as_subclass(Logged), LABELS.to(DEVICE), alpha=0.3)
+    assert F.distillation_loss in Logged.called
+    torch.testing.assert_close(
+        y.as_subclass(torch.Tensor), by_torch(x, teacher, LABELS.to(DEVICE), alpha=0.3)
+    )
+    meta = [torch.empty(3, 4, device="meta")] * 2
+    loss = F.distillation_loss(*meta, torch.empty(3, device="meta").long(), reduction="none")
+    assert loss.shape == (3,)
+    with FakeTensorMode():
+        x = torch.empty(3, 4, requires_grad=True)
+        F.distillation_loss(x, torch.empty(3, 4), torch.empty(3).long()).backward()
+        assert x.grad.shape == (3, 4)

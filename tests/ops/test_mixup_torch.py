@@ -1,0 +1,420 @@
+"""Mixup and CutMix as torch's own: in place, errors, registration, compilation, transforms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from loss_inputs import overload_of
+from mixup_inputs import BYTES, LAYOUTS, boxes_of, by_torch, draw, integers, is_interpreted, lambdas
+from torch.library import opcheck
+
+from reg_kernels import functional as F
+
+from support import DEVICE, DTYPES, implementations, isas
+
+IMPLEMENTATIONS = implementations()
+on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's kernels assert values by themselves")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """torch shares out even small inputs, and its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# In place
+
+
+CYCLES = {1: [(0,)], 4: list(itertools.permutations(range(4))), 7: [(1, 2, 0, 4, 3, 5, 6)]}
+
+
+@on_each
+@pytest.mark.parametrize("n", CYCLES)
+def test_in_place_of_all_cycle_structures(n, backend):
+    permutations = CYCLES[n][::7] if is_interpreted(backend) else CYCLES[n]
+    shape = (n, 2, 3, 5) if is_interpreted(backend) else (n, 3, 17, 19)
+    boxes = boxes_of(n, *shape[-2:])
+    lam = torch.rand(n, device=DEVICE)
+    dtypes = DTYPES[1 : 2 if is_interpreted(backend) else 3]
+    for layout, dtype in itertools.product(("contiguous", "channels_last"), dtypes):
+        x = LAYOUTS[layout](draw(*shape, dtype=dtype))
+        for permutation in (None, *permutations):
+            index = None if permutation is None else integers(*permutation)
+            options = {"mean": 0.5, "std": 0.2, "backend": backend}
+            for function, argument in ((F.mixup, lam), (F.cutmix, boxes)):
+                expected = function(x, argument, index, **options)
+                own = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=DEVICE)
+                own.copy_(x)
+                version = own._version
+                assert function(own, argument, index, inplace=True, **options) is own
+                assert own._version > version
+                assert torch.equal(own, expected)
+
+
+@on_each
+@pytest.mark.parametrize("layout", ["strided", "transposed", "sliced", "misaligned", "negated"])
+def test_in_place_in_any_layout(layout, backend):
+    x = LAYOUTS[layout](draw(5, 2, 3, 4))
+    expected = F.mixup(x.clone(), 0.3, integers(1, 2, 0, 4, 3), backend=backend)
+    assert F.mixup(x, 0.3, integers(1, 2, 0, 4, 3), inplace=True, backend=backend) is x
+    assert torch.equal(x, expected)
+    gray = draw(4, 3, 5)[:, :, ::2]
+    expected = F.cutmix(gray.clone(), integers(1, 0, 2, 3), backend=backend)
+    assert F.cutmix(gray, integers(1, 0, 2, 3), inplace=True, backend=backend) is gray
+    assert torch.equal(gray, expected)
+
+
+@on_each
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_in_place_gradient(layout, backend):
+    leaf = LAYOUTS[layout](draw(5, 2, 3, 4)).detach().requires_grad_()
+    permutation, boxes = integers(1, 2, 0, 4, 3), boxes_of(5, 3, 4)
+
+    def gradient(inplace):
+        options = {"std": 0.5, "inplace": inplace, "backend": backend}
+        h = leaf * 1
+        y = F.mixup(h, 0.3, permutation, **options)
+        y = F.cutmix(y, boxes, permutation, **options)
+        assert (y is h) == inplace
+        return torch.autograd.grad(y.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+@on_each
+def test_in_place_gradient_of_a_part_and_of_gray_images(backend):
+    leaf = draw(5, 2, 3, 4).requires_grad_()
+    h = leaf * 3
+    F.mixup(h[1:4], 0.0, inplace=True, backend=backend)
+    assert torch.equal(h[1:4], 3 * leaf[1:4].flip(0))
+    factors = draw(5, 2, 3, 4)
+    (gradient,) = torch.autograd.grad((h * factors).sum(), leaf)
+    assert torch.equal(gradient, 3 * factors[integers(0, 3, 2, 1, 4)])
+    images = (leaf * 1)[:, 0]
+    F.cutmix(images, integers(0, 0, 4, 3), inplace=True, backend=backend)
+    (gradient,) = torch.autograd.grad((images[0] * 2).sum(), leaf)
+    expected = torch.zeros_like(leaf)
+    expected[4, 0] = 2
+    assert torch.equal(gradient, expected)
+
+
+def test_in_place_where_autograd_forbids_it_raises_and_changes_nothing():
+    leaf = draw(3, 4).requires_grad_()
+    part = (draw(3, 4).requires_grad_() * 1).unbind(0)[0]
+    with torch.inference_mode():
+        inference = draw(3, 4)
+    for x, message in (
+        (leaf, "leaf"),
+        (leaf[:2], "leaf"),
+        (part, "view"),
+        (inference, "inference"),
+    ):
+        before = x.clone()
+        with pytest.raises(RuntimeError, match=f"mixup: .*{message}"):
+            F.mixup(x, 0.3, inplace=True)
+        assert torch.equal(x, before)
+    with torch.no_grad():
+        F.mixup(leaf, 0.0, inplace=True)
+    with torch.inference_mode():
+        assert F.mixup(inference, 0.3, inplace=True) is inference
+
+
+def test_in_place_spoils_what_autograd_saved():
+    x = draw(3, 4).requires_grad_()
+    h = x.exp()
+    y = h * 1
+    F.mixup(h, 0.3, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@on_each
+def test_in_place_on_overlapping_memory_raises_as_torch_does(backend):
+    x = draw(1, 4).expand(3, 4)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        x.copy_(draw(3, 4))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        F.mixup(x, 0.3, inplace=True, backend=backend)
+    assert torch.equal(x, before)
+
+
+# Bad input
+
+WHOLE = torch.tensor([0, 0, 5, 4])
+BAD = [
+    ("lam", -0.1, ValueError, r"lam must be in \[0, 1\], got -0.1"),
+    ("lam", 1.5, ValueError, r"lam must be in \[0, 1\], got 1.5"),
+    ("lam", math.nan, ValueError, r"lam must be in \[0, 1\], got nan"),
+    ("lam", torch.tensor([0.1, 1.5, 0.2]), ValueError, r"lam must be in \[0, 1\], got"),
+    ("lam", torch.tensor([0.1, math.nan, 0.2]), ValueError, r"lam must be in \[0, 1\], got"),
+    ("lam", torch.tensor(-0.5).half(), ValueError, r"lam must be in \[0, 1\], got"),
+    ("lam", torch.ones(2), ValueError, "lam must be one number, or one for each of the 3 samples"),
+    ("lam", torch.ones(3, 1), ValueError, "lam must be one number"),
+    ("lam", torch.ones(3).long(), TypeError, "lam must be of a floating-point type, got int64"),
+    ("lam", torch.ones(3, requires_grad=True), RuntimeError, "lam must not require grad"),
+    ("lam", torch.ones(3, device="meta"), RuntimeError, "lam must be on the input's device"),
+    ("lam", "half", TypeError, "lam must be a number or a Tensor, got str"),
+    ("index", torch.tensor([0, 1, 3]), IndexError, r"index must be in \[0, 3\), got 3"),
+    ("index", torch.tensor([0, -1, 2]), IndexError, r"index must be in \[0, 3\), got -1"),
+    ("index", torch.tensor([0, 1]), ValueError, "index must name a partner for each of the 3"),
+    ("index", torch.zeros(3, 1).long(), ValueError, "index must name a partner"),
+    ("index", torch.zeros(3), IndexError, "index must be int64 or int32, got float32"),
+    ("index", [0, 1, 2], TypeError, "index must be a Tensor, got list"),
+    ("index", torch.zeros(3, device="meta").long(), RuntimeError, "index must be on the input's"),
+    ("boxes", WHOLE + torch.tensor([0, 0, 1, 0]), ValueError, r"got \[0, 0, 6, 4\]"),
+    ("boxes", WHOLE + torch.tensor([0, 0, 0, 1]), ValueError, r"got \[0, 0, 5, 5\]"),
+    ("boxes", WHOLE - torch.tensor([1, 0, 0, 0]), ValueError, r"got \[-1, 0, 5, 4\]"),
+    ("boxes", torch.tensor([3, 1, 2, 3]), ValueError, r"0 <= x1 <= x2 <= 5 and 0 <= y1 <= y2 <= 4"),
+    ("boxes", torch.tensor([1, 3, 2, 2]), ValueError, r"got \[1, 3, 2, 2\]"),
+    ("boxes", torch.stack([WHOLE, WHOLE, WHOLE - 1]), ValueError, r"got \[-1, -1, 4, 3\]"),
+    ("boxes", torch.zeros(2, 4).long(), ValueError, r"boxes must be \(4,\) or \(3, 4\), got"),
+    ("boxes", torch.zeros(4), IndexError, "boxes must be int64 or int32, got float32"),
+    ("boxes", (0, 0, 1, 1), TypeError, "boxes must be a Tensor, got tuple"),
+    ("boxes", WHOLE.to("meta"), RuntimeError, "boxes must be on the input's device"),
+    ("mean", (0.5, 0.5, 0.5), ValueError, r"mean must be one number for each of the 2 channels"),
+    ("mean", torch.ones(2, 1), ValueError, "mean must be one number"),
+    ("mean", "0.5", TypeError, "mean must be a number, a sequence or a Tensor, got str"),
+    ("std", torch.ones(3), ValueError, "std must be one number for each of the 2 channels"),
+    ("std", (0.5, 0.0), ValueError, "std must not be 0, got"),
+    ("std", 0, ValueError, "std must not be 0, got"),
+    ("dtype", torch.int32, TypeError, "dtype must be one of float64, float32, float16, bfloat16"),
+    ("dtype", torch.uint8, TypeError, "dtype must be one of float64"),
+    ("dtype", torch.float16, RuntimeError, "inplace needs an output of the input's dtype"),
+    ("memory_format", torch.channels_last, RuntimeError, "inplace cannot change the memory format"),
+    ("memory_format", torch.channels_last_3d, RuntimeError, "does not fit 4 dimensions"),
+    ("backend", "cuda", ValueError, "backend must be one of native, triton, reference"),
+    ("index", torch.tensor([0, 1, 1]), ValueError, "inplace needs an index that is a permutation"),
+]
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"), BAD, ids=[f"{b[0]}-{b[3][:40]}" for b in BAD]
+)
+def test_bad_input_raises_and_changes_nothing(argument, value, error, message):
+    x = draw(3, 2, 4, 5)
+    before = x.clone()
+    functions = [F.mixup] if argument == "lam" else [F.cutmix]
+    if argument not in ("lam", "boxes"):
+        functions = [F.mixup, F.cutmix]
+    for function in functions:
+        options = {argument: value, "inplace": True}
+        if argument not in ("lam", "boxes"):
+            options["lam" if function is F.mixup else "boxes"] = (
+                0.5 if function is F.mixup else WHOLE
+            )
+        name = "" if argument == "backend" else f"{function.__name__}: .*"
+        with pytest.raises(error, match=f"{name}(?:{message})"):
+            function(x, **options)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("function", [F.mixup, F.cutmix])
+def test_bad_batches(function):
+    name = function.__name__
+    argument = 0.5 if function is F.mixup else WHOLE
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(RuntimeError, match=f"{name}: input must be one of float64.* or uint8"):
+            function(torch.ones(3, 2, 4, 5).to(dtype), argument)
+    with pytest.raises(TypeError, match=f"{name}: input must be a Tensor, got list"):
+        function([1.0], argument)
+    with pytest.raises(ValueError, match=f"{name}: input must be a batch"):
+        function(torch.tensor(1.0), argument)
+    with pytest.raises(ValueError, match=f"{name}: mean must be one number"):
+        function(
+            torch.ones(3, 4, 5) if function is F.cutmix else torch.ones(3), argument, mean=[1, 2]
+        )
+    with pytest.raises(RuntimeError, match=f"{name}: inplace needs an output of the input's dtype"):
+        function(torch.ones(3, 2, 4, 5).to(BYTES), argument, inplace=True)
+    if function is F.cutmix:
+        with pytest.raises(ValueError, match="cutmix: input must be images"):
+            F.cutmix(torch.ones(3, 4), WHOLE)
+
+
+# Registration, compilation, transforms
+
+
+@on_each
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(backend, layout):
+    x = LAYOUTS[layout](draw(3, 2, 2, 3, dtype=torch.float32))
+    last = layout == "channels_last"
+    values = (None, 0.3, None, integers([0, 0, 2, 1]), None, None)
+    partners = (None, None)
+    if last:
+        lam, scale, shift = (torch.rand(n, device=DEVICE) for n in (3, 2, 2))
+        values = (lam, 1.0, integers(1, 1, 0), None, scale, shift)
+        partners = (integers(2, 0, 1), integers(0, 1, 3, 3))
+    for leaf, to in ((x.clone().requires_grad_(), not last), (x, last)):
+        opcheck(overload_of("mixup", backend), (leaf, *values, torch.float32, to))
+    opcheck(overload_of("mixup_", backend), (x.clone(), *values[:2], None, *values[3:]))
+    backward = (*values[:2], *partners, *values[3:5], torch.float16, last)
+    for g in (x, x.clone().requires_grad_()):
+        opcheck(overload_of("mixup_backward", backend), (g, *backward))
+    if not is_interpreted(backend):
+        images = draw(3, 2, 2, 3, dtype=BYTES)
+        opcheck(overload_of("mixup", backend), (images, *values, x.dtype, last))
+
+
+@on_each
+def test_the_registered_ops_have_gradients(backend):
+    x = draw(3, 4).requires_grad_()
+    arguments = (None, 0.3, None, None, None, None)
+    y = overload_of("mixup", backend)(x, *arguments, torch.float64, False)
+    h = x * 1
+    overload_of("mixup_", backend)(h, *arguments)
+    assert torch.equal(y, h)
+    expected = by_torch(x, 0.3, None)
+    for output in (y, h):
+        g = draw(3, 4)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(t, x, g, retain_graph=True) for t in (output, expected))
+        )
+
+
+@pytest.fixture
+def counted():
+    """torch.compile(fullgraph=True) by a backend, and how many programs that made."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    yield lambda f: torch.compile(f, fullgraph=True, backend=counter), counter
+    torch._dynamo.reset()
+
+
+@on_each
+def test_compiled_equals_eager(counted, backend):
+    compiled, counter = counted
+    index, boxes = integers(1, 1, 0), integers([0, 0, 2, 1], [1, 0, 3, 2], [0, 0, 0, 0])
+
+    def function(x, lam, index, boxes):
+        options = {"mean": (0.5, 0.1), "std": 0.5, "backend": backend}
+        y = F.mixup(x.sin(), lam, index, **options)
+        return F.cutmix(y, boxes, memory_format=torch.channels_last, backend=backend).cos()
+
+    traced = compiled(function)
+    for lam in (torch.rand(3, device=DEVICE), torch.tensor([1.0, 0.0, 0.5], device=DEVICE)):
+        for _ in range(2):
+            x = draw(3, 2, 2, 3).requires_grad_()
+            y, z = (f(x, lam, index, boxes) for f in (traced, function))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(y, z)
+            torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, z)))
+    assert counter.frame_count == 1
+
+
+def test_compile_recompiles_at_most_once_as_lambda_and_the_batch_change(counted):
+    compiled, counter = counted
+    function = compiled(lambda x, lam: F.mixup(x, lam) * 1)
+    x = draw(4, 3)
+    for lam in (0.1, 0.2, 0.35, 0.5):
+        assert torch.equal(function(x, lam), by_torch(x, lam, None))
+    assert counter.frame_count <= 2
+    for n in (5, 6, 9):
+        x = draw(n, 3)
+        assert torch.equal(function(x, 0.25), by_torch(x, 0.25, None))
+    assert counter.frame_count <= 3
+    targets = {str(n.target) for g in counter.graphs for n in g.graph.nodes}
+    assert "reg_kernels.mixup.default" in targets or not isas()
+
+
+def test_compiled_in_place_and_of_bytes(counted):
+    compiled, _ = counted
+    x = draw(4, 3)
+    expected = by_torch(x, 0.3, integers(1, 0, 3, 2))
+    y = compiled(lambda x, index: F.mixup(x, 0.3, index, inplace=True))(x, integers(1, 0, 3, 2))
+    assert y is x
+    assert torch.equal(x, expected)
+    images = draw(3, 2, 4, 5, dtype=BYTES)
+
+    def function(images):
+        return F.cutmix(images, WHOLE.to(DEVICE) // 2, std=(0.1, 0.2), dtype=torch.bfloat16)
+
+    assert torch.equal(compiled(function)(images), function(images))
+
+
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    x = draw(4, 3, 4, 5, dtype=torch.float32).requires_grad_()
+
+    def function(x, lam):
+        return F.mixup(x * 2, lam, memory_format=torch.channels_last) + 1
+
+    for f in (torch.compile(function, fullgraph=True), function):
+        y = f(x, 0.3)
+        torch.testing.assert_close(y, 2 * by_torch(x, 0.3, None) + 1)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        (expected,) = torch.autograd.grad((2 * by_torch(x, 0.3, None) + 1).square().sum(), x)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_torch_func_and_forward_mode():
+    x, t = draw(3, 2, 2, 3), draw(3, 2, 2, 3)
+    index, boxes, lam = integers(1, 1, 0), integers(0, 0, 2, 1), lambdas(3)["each"]
+
+    def mixed(x, lam=lam, index=index):
+        return F.mixup(x, lam, index, std=0.5)
+
+    def cut(x):
+        return F.cutmix(x.square(), boxes, index)
+
+    for function, formula in (
+        (mixed, lambda x: by_torch(x, lam, index, std=0.5)),
+        (cut, lambda x: by_torch(x.square(), 1.0, index, boxes)),
+    ):
+        for transform in (
+            lambda f: torch.func.grad(lambda x: (f(x) * t).sum())(x),
+            lambda f: torch.func.jvp(f, (x,), (t,)),
+            lambda f: torch.func.vjp(f, x)[1](t)[0],
+            lambda f: torch.func.vmap(f)(torch.stack([x, t])),
+            lambda f: torch.func.hessian(lambda x: f(x).square().sum())(x),
+        ):
+            torch.testing.assert_close(transform(function), transform(formula))
+        assert torch.autograd.gradcheck(function, x.clone().requires_grad_(), check_forward_ad=True)
+    lams, lists = torch.rand(4, 3, dtype=x.dtype), torch.stack([index, index.flip(0)] * 2)
+    mapped = torch.func.vmap(mixed, in_dims=(None, 0, 0))(x, lams, lists)
+    each = [mixed(x, a, b) for a, b in zip(lams, lists, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(each))
+
+
+def test_meta_and_fake_tensors_and_fx():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = torch.empty(3, 2, 4, 5, dtype=BYTES, device="meta")
+    y = F.mixup(x, 0.5, memory_format=torch.channels_last)
+    assert (y.shape, y.dtype) == (x.shape, torch.float32)
+    with FakeTensorMode():
+        x = torch.empty(3, 2, 4, 5, dtype=BYTES)
+        lam, index = torch.rand(3), torch.arange(3)
+        y = F.mixup(x, lam, index, mean=(0.1, 0.2), dtype=torch.float16)
+        F.mixup(y, lam, index, inplace=True)
+        assert (y.shape, y.dtype) == (x.shape, torch.float16)
+    # What was made of shapes alone is not kept for real tensors.
+    assert F.mixup(draw(3, 2, dtype=BYTES), 0.5, mean=(0.1, 0.2)).isfinite().all()
+    graph = torch.fx.symbolic_trace(lambda x: F.mixup(x, 0.25))
+    assert any(node.target is F.mixup for node in graph.graph.nodes)
+    assert graph(draw(4, 3)).shape == (4, 3)
+
+
+def test_torch_function_subclasses():
+    class Logged(torch.Tensor):
+        called = ()
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.called += (function,)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = draw(4, 3, 2, 2)
+    y = F.mixup(x.as_subclass(Logged), 0.3, integers(1, 0, 2, 3), std=0.5)
+    assert isinstance(y, Logged)
+    assert torch.equal(y.as_subclass(torch.Tensor), F.mixup(x, 0.3, integers(1, 0, 2, 3), std=0.5))
+    F.cutmix(x.as_subclass(Logged), integers(0, 0, 1, 1), inplace=True)
+    assert F.mixup in Logged.called and F.cutmix in Logged.called
