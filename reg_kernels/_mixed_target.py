@@ -32,8 +32,11 @@ class MixedTarget(NamedTuple):
     label_smoothing: float = 0.0
 
     def to(self, *args: Any, **kwargs: Any) -> MixedTarget:
-        """On another device, as `Tensor.to(device, non_blocking=...)`; a dtype is that of `lam`."""
+        """On another device, as `Tensor.to(device, non_blocking=...)`; a floating-point dtype is
+        that of `lam`, another is left out of account."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and not dtype.is_floating_point:  # of a batch of bytes, say
+            dtype = None
         options = {"device": device, "non_blocking": non_blocking}
         lam = self.lam
         if isinstance(lam, Tensor):
@@ -63,14 +66,27 @@ class MixedTarget(NamedTuple):
             dtype: of the result.
 
         Raises:
-            ValueError: `num_classes` below 1.
+            ValueError: `num_classes` below 1, a smoothing or, on the CPU, a share outside of
+                [0, 1], or another number of shares than 1 and N.
             IndexError: on the CPU, a label that is not in [0, num_classes).
         """
         if num_classes < 1:
             raise ValueError(
                 f"MixedTarget.to_dense: num_classes must be at least 1, got {num_classes}"
             )
-        labels, partners = self.labels, self.partner_labels
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(
+                "MixedTarget.to_dense: label_smoothing must be in [0, 1], "
+                f"got {self.label_smoothing}"
+            )
+        labels, partners = self.labels.long(), self.partner_labels.long()
+        samples = labels.shape[0] if labels.dim() else 1
+        shares = self.lam.numel() if isinstance(self.lam, Tensor) else 1
+        if shares not in (1, samples):
+            raise ValueError(
+                f"MixedTarget.to_dense: lam must be one number, or one for each of the {samples} "
+                f"samples, got {shares}"
+            )
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             for each in (labels, partners):
                 wrong = each[(each < 0) | (each >= num_classes)]
@@ -79,6 +95,9 @@ class MixedTarget(NamedTuple):
                         f"MixedTarget.to_dense: labels must be in [0, {num_classes}), "
                         f"got {int(wrong[0])}"
                     )
+            lam = torch.as_tensor(self.lam)
+            if not bool(((lam >= 0) & (lam <= 1)).all()):
+                raise ValueError(f"MixedTarget.to_dense: lam must be in [0, 1], got {lam.tolist()}")
         # In float64, so that a probability is rounded once.
         options: Any = {"dtype": torch.float64, "device": labels.device}
         lam = self.lam.to(**options) if isinstance(self.lam, Tensor) else self.lam

@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
   const char* op = "cross_entropy";
   const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, op);
+  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
   LossTask task = loss_task(in, kShortRows, op);
   LossOutputs outputs(task, in, input, 2, keep_gradient);
   run(task, RK_LEAF(cross_entropy_units));
@@ -36,8 +37,9 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
   const char* op = "cross_entropy_backward";
   const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, op);
-  LossTask task = loss_task(in, kShortRows, op);
   Tensor gradient = empty_like_dense(input);
+  if (in.numel == 0) return gradient;
+  LossTask task = loss_task(in, kShortRows, op);
   set_backward(task, in, grad_output, stats, 2, gradient, op);
   run(task, RK_LEAF(cross_entropy_backward_units));
   return gradient;

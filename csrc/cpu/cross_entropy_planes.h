@@ -235,9 +235,10 @@ struct Planes {
                  [=](int64_t j) RK_INLINE { return store<T>(values[j] * k[j] - w * u[j]); });
     }
     for (int64_t j = 0; j < count; ++j) {
-      // A position that is ignored has no gradient, whatever its logits.
-      for (int64_t c = 0; terms[j].is_nothing() && sum[j] != sum[j] && c < task.classes; ++c) {
-        gradient(c)[j] = store<T>(C(0));
+      // An ignored position has no gradient, also where that made a NaN of nothing: of logits or of
+      // a grad_output that are not finite.
+      if (terms[j].is_nothing() && factor[j] != 0) {
+        for (int64_t c = 0; c < task.classes; ++c) gradient(c)[j] = store<T>(C(0));
       }
       for (int which = 0; which < 2; ++which) {
         const int64_t label = which ? terms[j].b : terms[j].a;

@@ -36,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
   const char* op = "distillation";
   const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, op);
+  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
   DistillationTask task = make_task(in, input, teacher, temperature, alpha, op);
   LossOutputs outputs(task.loss, in, input, 5, keep_gradient);
   run(task, RK_LEAF(distillation_units));
@@ -51,8 +52,9 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
   const char* op = "distillation_backward";
   const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, op);
-  DistillationTask task = make_task(in, input, teacher, temperature, alpha, op);
   Tensor gradient = empty_like_dense(input);
+  if (in.numel == 0) return gradient;
+  DistillationTask task = make_task(in, input, teacher, temperature, alpha, op);
   set_backward(task.loss, in, grad_output, stats, 5, gradient, op);
   run(task, RK_LEAF(distillation_backward_units));
   return gradient;

@@ -164,6 +164,7 @@ Tensor mixup_backward(const Tensor& grad_output, const OptionalTensor& lam, doub
                       const OptionalTensor& boxes, const OptionalTensor& scale, ScalarType dtype,
                       bool channels_last) {
   const char* op = "mixup_backward";
+  dtype_of(grad_output, op);  // no bytes
   const MixupBlend blend = mixup_blend(grad_output, lam, one_lam, std::nullopt, boxes, op);
   check_values(blend, op);
   Tensor grad_input = empty_batch(grad_output, dtype, channels_last);

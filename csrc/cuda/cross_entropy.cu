@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
                                                ignore_index, label_smoothing, reduction, op);
   const bool none = in.reduction == Reduction::none;
   const cuda::Launch launch(input);
+  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
   Tensor loss = empty_positions(input, none, 0);
   Tensor stats = empty_positions(input, true, 2);
   Tensor gradient =
@@ -66,6 +67,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
   cuda::check_backward(input, in, grad_output, stats, 2, op);
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
+  if (in.numel == 0) return gradient;
   cuda::for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = arguments<T>(in);
     a.stats = static_cast<compute_t<T>*>(const_cast<void*>(stats.const_data_ptr()));

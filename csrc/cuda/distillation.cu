@@ -41,7 +41,7 @@ LossInput distillation_input(const Tensor& input, const Tensor& teacher, const T
                              double smoothing, int64_t reduction, const char* op) {
   const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
                                                ignore_index, smoothing, reduction, op);
-  STD_TORCH_CHECK(in.labels.labels && in.numel > 0, op, ": expected logits and class indices");
+  STD_TORCH_CHECK(!in.probabilities, op, ": labels must be class indices");
   STD_TORCH_CHECK(has_layout_of(input, teacher), op,
                   ": teacher must have the input's shape and strides");
   cuda::check_device(input, teacher, op, "teacher");
@@ -73,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
   const bool none = in.reduction == Reduction::none;
   const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
   const cuda::Launch launch(input);
+  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
   Tensor loss = empty_positions(input, none, 0);
   Tensor stats = empty_positions(input, true, 5);
   Tensor gradient =
@@ -102,6 +103,7 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
   const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
+  if (in.numel == 0) return gradient;
   for_dtypes(in, teacher, op, [&]<typename S, typename T>(S, T) {
     auto a = arguments<S, T>(in, teacher);
     a.stats = static_cast<compute_t<S>*>(const_cast<void*>(stats.const_data_ptr()));

@@ -2,6 +2,9 @@
 // declares, checked for what memory safety rests on, as raw pointers.
 #pragma once
 
+#include <limits>
+#include <tuple>
+
 #include "channel_layout.h"
 #include "checks.h"
 #include "reg_kernels/cross_entropy_math.h"
@@ -114,6 +117,16 @@ inline Tensor empty_positions(const Tensor& x, bool of_positions, int64_t stats)
                                                   strides.data(), dtype, device_type,
                                                   x.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// What a forward returns for no logits at all: a mean over nothing is NaN.
+inline std::tuple<Tensor, Tensor, Tensor> loss_of_nothing(const Tensor& x, Reduction reduction,
+                                                          int64_t stats, bool keep_gradient) {
+  Tensor loss = empty_positions(x, reduction == Reduction::none, 0);
+  const bool mean = reduction == Reduction::mean;
+  torch::stable::fill_(loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
+  return {loss, empty_positions(x, true, stats),
+          keep_gradient ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x))};
 }
 
 }  // namespace reg_kernels

@@ -46,7 +46,8 @@ class Mixup:
         seed: of a random generator of the object's own, one for each device; by default torch's
             draws, under `torch.manual_seed`. In a worker of a DataLoader the draws depend on the
             worker's seed too, which follows `torch.manual_seed` and differs from epoch to epoch.
-        mean, std: of each channel, for a normalisation in the same pass, as of `functional.mixup`.
+        mean, std: of each channel, for a normalisation in the same pass, as of `functional.mixup`;
+            numbers, or tensors on the batch's device.
         dtype: of the mixed batch; by default the input's, and torch's default for bytes.
         inplace: write over the input.
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
@@ -157,11 +158,16 @@ class Mixup:
         self._check(input, target)
         lam, boxes, label_lam = self._draw(input)
         normalisation = (self.mean, self.std, self.dtype)
+        # Gray images have one channel, whether this batch is cut or not.
+        gray = self._cuts and input.dim() == 3
+        images = input.unsqueeze(1) if gray else input
         mixed = blend(
-            *("Mixup", input, lam, boxes, None, *normalisation),
+            *("Mixup", images, lam, boxes, None, *normalisation),
             inplace=self.inplace,
             backend=self.backend,
         )
+        if gray:
+            mixed = input if self.inplace else mixed.squeeze(1)
         return mixed, MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
 
     def _check(self, input: Any, target: Any) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from .._layout import is_channels_last, with_strides
+from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from ..backends import DTYPES
+from ._arguments import check_device, in_order, named
 from ._registry import (
     Op,
     below_autograd,
@@ -56,6 +57,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(input, stats, *tensors)
         ctx.args = [None if isinstance(x, Tensor) else x for x in rest]
         ctx.backward = (backward, implementation_of(overload))
+        # An output of the op, but of no use to its caller: a backward writes over it.
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
         ctx.gradient = gradient if keeps_gradient else None
         return loss, stats, gradient
@@ -67,17 +69,22 @@ class _Loss(torch.autograd.Function):
             return None, *nothing
         input, stats, *tensors = ctx.saved_tensors
         backward, implementation = ctx.backward
-        # One number by which it is multiplied, and a real one: neither a factor for each position
-        # nor what is traced.
-        multiplies = grad_loss.dim() == 0 and type(grad_loss) is Tensor
-        if ctx.gradient is not None and multiplies and not torch.is_grad_enabled():
-            gradient, ctx.gradient = ctx.gradient, None  # given away
+        if ctx.gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
+            gradient = ctx.gradient
             with below_autograd():
                 _multiply(gradient, grad_loss, implementation)
+            ctx.gradient = None  # given away
             return gradient, *nothing
         args = [x if t is None else t for x, t in zip(ctx.args, tensors, strict=True)]
         grad_loss = grad_loss.contiguous()
         return backward.overloads[implementation](grad_loss, input, stats, *args), *nothing
+
+
+def _is_one_number(factor: Tensor) -> bool:
+    """A real one: neither a factor for each position nor a batch of them, nor what is traced."""
+    if factor.dim() > 0 or type(factor) is not Tensor or is_transformed():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(factor)
 
 
 # As in ops/dropout.py: where torch.func is known to be away, without preparing for it.
@@ -136,6 +143,17 @@ def register_loss(
         with below_autograd():
             return overload(grad_output, input, *args)
 
+    def launching(function: str, place: int, of_nothing: Callable[..., Any]) -> Callable[..., Any]:
+        """Triton's `function`, not where its argument in this place, the logits, is empty."""
+
+        def run(*args: Any) -> Any:
+            if args[place].numel() == 0:
+                return of_nothing(*args)
+            module = importlib.import_module(f"reg_kernels.triton.{name}")
+            return getattr(module, function)(*args)
+
+        return run
+
     def forward_by_torch(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, stats, gradient = reference(input, *args)
         return loss, stats, with_strides(gradient, input.stride()) if args[-1] else gradient
@@ -148,7 +166,7 @@ def register_loss(
         f"(Tensor input, {arguments}, bool keep_gradient) -> (Tensor, Tensor, Tensor)",
         fake=fake,
         reference=forward_by_torch,
-        triton=f"{name}:{name}",
+        triton=launching(name, 0, forward_by_torch),
         autograd=above,
     )
     backward = register(
@@ -156,7 +174,7 @@ def register_loss(
         f"(Tensor grad_output, Tensor input, Tensor stats, {arguments}) -> Tensor",
         fake=lambda grad_output, input, *args: torch.empty_like(input),
         reference=backward_by_torch,
-        triton=f"{name}:{name}_backward",
+        triton=launching(f"{name}_backward", 1, backward_by_torch),
         autograd=above_backward,
     )
     _REDUCTION[name] = [a.split()[1] for a in arguments.split(", ")].index("reduction")
@@ -191,17 +209,6 @@ class Call(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """TARGET's values."""
         return (*self.target, *self.options)
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def in_order(x: Tensor) -> Tensor:
-    """x, (N, C, ...), as the kernels take it: contiguous, or dense with the channels last."""
-    if x.is_contiguous() or (x.dim() > 2 and is_channels_last(x)):
-        return x.resolve_neg()
-    return x.contiguous().resolve_neg()
 
 
 def checked_call(
@@ -255,13 +262,15 @@ def checked_call(
             f"{name}: target must be a Tensor or a MixedTarget, got {type(target).__name__}"
         )
     if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: weight must be a Tensor, got {type(weight).__name__}")
         if weight.shape != input.shape[1:2]:
             raise RuntimeError(
                 f"{name}: weight must have one number for each of the {input.shape[1]} classes, "
                 f"got shape {tuple(weight.shape)}"
             )
-        _check_device(name, "weight", weight, input)
-        weight = weight.detach().to(compute).contiguous()
+        check_device(name, "weight", weight, input)
+        weight = weight.to(compute).contiguous()
     options = (weight, ignore_index, float(label_smoothing), number)
     input = in_order(input)
     if checked.labels.is_floating_point():  # the kernels walk both in one order
@@ -273,9 +282,9 @@ def check_logits(name: str, argument: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        supported = ", ".join(map(_named, DTYPES))
+        supported = ", ".join(map(named, DTYPES))
         raise NotImplementedError(
-            f"{name}: {argument} must be one of {supported}, got {_named(x.dtype)}"
+            f"{name}: {argument} must be one of {supported}, got {named(x.dtype)}"
         )
     if x.dim() == 0:
         raise RuntimeError(f"{name}: {argument} must be (N, C, ...) or (C,), got no dimensions")
@@ -290,22 +299,15 @@ def _one_smoothing(name: str, targets: float, own: float) -> float:
     return targets or own
 
 
-def _check_device(name: str, argument: str, x: Tensor, input: Tensor) -> None:
-    if x.device != input.device:
-        raise RuntimeError(
-            f"{name}: {argument} must be on the input's device, {input.device}, got {x.device}"
-        )
-
-
 def _checked_labels(name: str, argument: str, input: Tensor, labels: Any, batched: bool) -> Tensor:
     """Class indices (N, ...) as int64."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(labels).__name__}")
-    _check_device(name, argument, labels, input)
+    check_device(name, argument, labels, input)
     if labels.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             f"{name}: {argument} must be int64 class indices, or probabilities of the input's "
-            f"shape, got {_named(labels.dtype)} of shape {tuple(labels.shape)}"
+            f"shape, got {named(labels.dtype)} of shape {tuple(labels.shape)}"
         )
     given = tuple(labels.shape)
     if not batched and given != (1,):
@@ -319,7 +321,7 @@ def _checked_labels(name: str, argument: str, input: Tensor, labels: Any, batche
 
 
 def _checked_probabilities(name: str, input: Tensor, target: Tensor) -> Tensor:
-    _check_device(name, "target", target, input)
+    check_device(name, "target", target, input)
     if target.shape != input.shape:
         kind = ValueError if len(target) != len(input) else RuntimeError
         raise kind(
@@ -337,6 +339,8 @@ def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool)
     partner = _checked_labels(name, "partner_labels", input, target.partner_labels, batched)
     lam = target.lam
     if not isinstance(lam, Tensor):
+        if not isinstance(lam, int | float):
+            raise TypeError(f"{name}: lam must be a number or a Tensor, got {type(lam).__name__}")
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"{name}: lam must be in [0, 1], got {lam}")
         if torch.compiler.is_compiling():
@@ -345,8 +349,8 @@ def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool)
             return Target(labels, partner, lam, 1.0)
         return Target(labels, partner, None, float(lam))
     if lam.dtype not in DTYPES:
-        raise TypeError(f"{name}: lam must be of a floating-point type, got {_named(lam.dtype)}")
-    _check_device(name, "lam", lam, input)
+        raise TypeError(f"{name}: lam must be of a floating-point type, got {named(lam.dtype)}")
+    check_device(name, "lam", lam, input)
     if lam.dim() > 1 or lam.numel() not in (1, len(input)):
         raise ValueError(
             f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
@@ -394,9 +398,9 @@ def run(
         input.device, input.dtype, backend
     )
     on_cpu = input.device.type == "cpu" and not traced and not is_fake()
-    by_torch = (
-        input.numel() == 0 or target.labels.requires_grad or (not traced and is_transformed())
-    )
+    weight = call.options[0]
+    wants_more = target.labels.requires_grad or (weight is not None and weight.requires_grad)
+    by_torch = wants_more or (not traced and (input.numel() == 0 or is_transformed()))
     if by_torch:
         if on_cpu and not is_transformed():
             _check_values(name, call)

@@ -58,7 +58,8 @@ def cross_entropy(
         gradient goes to the input, and to class probabilities that require grad.
 
     Raises:
-        IndexError: a label outside of [0, C) that is not ignored; on a GPU a device-side assertion.
+        IndexError: a label outside of [0, C) that is not ignored; on a GPU a device-side assertion,
+            in a compiled program a RuntimeError.
         ValueError: a batch of labels of another size, an unknown `reduction` or `backend`, shares
             outside [0, 1], or two different smoothings.
         RuntimeError: another dtype, shape or device, `label_smoothing` outside [0, 1], or a

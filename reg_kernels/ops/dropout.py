@@ -17,7 +17,7 @@ from .. import _rng
 from .._layout import dense_like, is_channels_last, is_dense, with_strides
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._in_place import check_in_place
+from ._arguments import check_in_place
 from ._registry import Op, below_autograd, implementation_of, is_transformed, register
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .._layout import is_channels_last as has_channels_last
 from ..backends import DTYPES
 from ..reference import mixup as reference
-from ._in_place import check_in_place
+from ._arguments import check_device, check_in_place, in_order, is_channels_last, named
 from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
 
 # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
@@ -49,7 +48,7 @@ class _MixupInPlace(torch.autograd.Function):
         ctx.mark_dirty(input)
         with below_autograd():
             in_place(input, *blend)
-        _remember(ctx, input, overload, (*blend, input.dtype, _is_channels_last(input)))
+        _remember(ctx, input, overload, (*blend, input.dtype, is_channels_last(input)))
         return input
 
     @staticmethod
@@ -61,7 +60,7 @@ def _remember(ctx: Any, input: Tensor, overload: Any, blend: tuple[Any, ...]) ->
     lam, one_lam, index, boxes, scale, *_ = blend
     ctx.save_for_backward(lam, index, boxes, scale)
     backward = _BACKWARD.overloads[implementation_of(overload)]
-    ctx.call = (backward, one_lam, input.dtype, _is_channels_last(input))
+    ctx.call = (backward, one_lam, input.dtype, is_channels_last(input))
 
 
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     backward, one_lam, dtype, channels_last = ctx.call
     receivers = _receivers(index)
     return backward(
-        _in_order(grad_output), lam, one_lam, *receivers, boxes, scale, dtype, channels_last
+        in_order(grad_output), lam, one_lam, *receivers, boxes, scale, dtype, channels_last
     )
 
 
@@ -80,17 +79,6 @@ def _receivers(index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     partners, receivers = index.sort(stable=True)
     samples = torch.arange(len(index) + 1, device=index.device)
     return receivers, torch.searchsorted(partners, samples)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() > 2 and has_channels_last(x)
-
-
-def _in_order(x: Tensor) -> Tensor:
-    """x as the kernels take it: contiguous, or dense with the channels last."""
-    if x.is_contiguous() or _is_channels_last(x):
-        return x.resolve_neg()
-    return x.contiguous().resolve_neg()
 
 
 def _above(overload: Any, input: Tensor, *blend: Any) -> Tensor:
@@ -107,7 +95,8 @@ def _above_in_place(in_place: Any, input: Tensor, *blend: Any) -> None:
         return
     with below_autograd():
         in_place(input, *blend)
-    torch.autograd.graph.increment_version(input)
+    if not input.is_inference():
+        torch.autograd.graph.increment_version(input)
 
 
 def _above_backward(overload: Any, grad_output: Tensor, *blend: Any) -> Tensor:
@@ -158,22 +147,18 @@ _BACKWARD = register(
 # Validation
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_input(name: str, input: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
     if input.dim() == 0:
         raise ValueError(f"{name}: input must be a batch (N, ...), got no dimensions")
     if input.dtype not in (*DTYPES, torch.uint8):
-        supported = ", ".join(map(_named, DTYPES))
+        supported = ", ".join(map(named, DTYPES))
         raise RuntimeError(
-            f"{name}: input must be one of {supported} or uint8, got {_named(input.dtype)}"
+            f"{name}: input must be one of {supported} or uint8, got {named(input.dtype)}"
         )
     if dtype is not None and dtype not in DTYPES:
-        supported = ", ".join(map(_named, DTYPES))
+        supported = ", ".join(map(named, DTYPES))
         raise TypeError(f"{name}: dtype must be one of {supported}, got {dtype}")
 
 
@@ -181,21 +166,19 @@ def _checked_lam(name: str, input: Tensor, lam: Any) -> tuple[Tensor | None, flo
     """`lam` as the op takes it: (N,) or (1,), or a float."""
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
-            raise TypeError(
-                f"{name}: lam must be of a floating-point type, got {_named(lam.dtype)}"
-            )
-        if lam.dim() > 1 or (lam.dim() == 1 and len(lam) != len(input)):
+            raise TypeError(f"{name}: lam must be of a floating-point type, got {named(lam.dtype)}")
+        if lam.dim() > 1 or lam.numel() not in (1, len(input)):
             raise ValueError(
                 f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
                 f"got shape {tuple(lam.shape)}"
             )
         if lam.requires_grad:
             raise RuntimeError(f"{name}: lam must not require grad: detach it")
-        _check_device(name, "lam", lam, input)
+        check_device(name, "lam", lam, input)
         lam = lam if lam.dtype in DTYPES else lam.double()
         return lam.detach().reshape(-1).contiguous(), 1.0
     try:
-        one = float(lam)
+        one = float("no number" if isinstance(lam, str) else lam)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: lam must be a number or a Tensor, got {type(lam).__name__}"
@@ -203,19 +186,12 @@ def _checked_lam(name: str, input: Tensor, lam: Any) -> tuple[Tensor | None, flo
     return None, one
 
 
-def _check_device(name: str, argument: str, x: Tensor, input: Tensor) -> None:
-    if x.device != input.device:
-        raise RuntimeError(
-            f"{name}: {argument} must be on the input's device, {input.device}, got {x.device}"
-        )
-
-
 def _check_integers(name: str, argument: str, x: Any, input: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
     if x.dtype not in (torch.int64, torch.int32):
-        raise IndexError(f"{name}: {argument} must be int64 or int32, got {_named(x.dtype)}")
-    _check_device(name, argument, x, input)
+        raise IndexError(f"{name}: {argument} must be int64 or int32, got {named(x.dtype)}")
+    check_device(name, argument, x, input)
 
 
 def _checked_index(name: str, input: Tensor, index: Any) -> Tensor | None:
@@ -273,8 +249,12 @@ def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> A
     if values is None:
         return None
     channels = input.shape[1] if input.dim() > 1 else 0
+    if hasattr(values, "__array__") and not isinstance(values, Tensor | float):  # numpy's
+        values = values.tolist()
     if isinstance(values, Tensor):
         shape = tuple(values.shape)
+        if values.requires_grad:
+            raise RuntimeError(f"{name}: {argument} must not require grad: detach it")
     elif isinstance(values, int | float):
         values, shape = (float(values),) * max(channels, 1), ()
     elif isinstance(values, Sequence) and not isinstance(values, str):
@@ -333,7 +313,7 @@ def _wants_channels_last(
     name: str, input: Tensor, memory_format: torch.memory_format | None
 ) -> bool:
     if memory_format in (None, torch.preserve_format):
-        return _is_channels_last(input)
+        return is_channels_last(input)
     if memory_format == torch.contiguous_format:
         return False
     dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -381,10 +361,10 @@ def blend(
     if inplace:
         if input.dtype != dtype:
             raise RuntimeError(
-                f"{name}: inplace needs an output of the input's dtype, {_named(input.dtype)}, "
-                f"got dtype {_named(dtype)}"
+                f"{name}: inplace needs an output of the input's dtype, {named(input.dtype)}, "
+                f"got dtype {named(dtype)}"
             )
-        if channels_last != _is_channels_last(input):
+        if channels_last != is_channels_last(input):
             raise RuntimeError(f"{name}: inplace cannot change the memory format")
         if looks:
             _check_permutation(name, index)
@@ -399,9 +379,10 @@ def blend(
     if is_transformed() and not traced:
         output = reference.mixup(input, *weights, dtype, channels_last)
         return input.copy_(output) if inplace else output
-    x = _in_order(input)
+    x = in_order(input)
     if inplace and x is input and not traced:
-        _MIXUP_.overload(*choice)(input, *weights)
+        # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
+        _above_in_place(_MIXUP_.overload(*choice), input, *weights)
         return input
     output = overload(x, *weights, dtype, channels_last)
     return input.copy_(output) if inplace else output
@@ -439,12 +420,13 @@ def mixup(
         lam: the weight of the sample itself, in [0, 1]: a number, or a tensor of one or of (N,).
         index: (N,), int64 or int32: the partner of each sample, in any order and more than once;
             by default the batch reversed, which suits a shuffled one.
-        mean, std: of each channel, (C,) or one for all; by default 0 and 1.
+        mean, std: of each channel, (C,) or one for all; by default 0 and 1. Numbers are brought to
+            a GPU once, a tensor that is not there at each call.
         dtype: of the result; by default the input's, and torch's default for bytes.
         memory_format: of the result: torch.contiguous_format, torch.channels_last or
             torch.channels_last_3d; by default the input's.
         inplace: write over `input` and return it: any permutation for an `index`, no other dtype or
-            memory format.
+            memory format. A compiled program goes by a copy, and takes any index.
         backend: "native", "triton" or "reference"; by default the first that can run here.
 
     Returns:

@@ -27,7 +27,32 @@ def same(target, other):
     return True
 
 
+def test_it_goes_where_a_batch_of_bytes_is_and_keeps_its_shares():
+    target = MixedTarget(A, B, LAM)
+    assert same(target.to(torch.zeros(1, dtype=torch.uint8)), target)
+    assert target.to(torch.float64).lam.dtype == torch.float64
+
+
 # The dense form
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lam": 2.0}, "lam must be in"),
+        ({"lam": torch.tensor([0.0, -0.1, 1.0])}, "lam must be in"),
+        ({"lam": torch.ones(2)}, "lam must be one number, or one for each of the 3 samples"),
+        ({"label_smoothing": 3.0}, "label_smoothing must be in"),
+    ],
+)
+def test_a_dense_form_of_nonsense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MixedTarget(A, B, LAM)._replace(**change).to_dense(3)
+
+
+def test_a_dense_form_of_bytes():
+    bytes_ = MixedTarget(A.to(torch.uint8), B.to(torch.uint8), LAM)
+    assert torch.equal(bytes_.to_dense(3), MixedTarget(A, B, LAM).to_dense(3))
 
 
 def smooth(labels, classes, smoothing):

@@ -578,3 +578,17 @@ def test_what_can_be_cut_are_images():
         Mixup(dtype=torch.float16, inplace=True, **REFERENCE)(x, labels)
     labels[0] = -100  # an ignored one, where no classes are told
     Mixup(**REFERENCE)(x, labels)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_gray_images_have_one_channel_whether_they_are_cut_or_not(enabled, inplace):
+    mixup = Mixup(1.0, 1.0, mean=0.5, std=(0.25,), inplace=inplace)
+    mixup.mixup_enabled = enabled
+    images = torch.rand(4, 6, 7)
+    expected = (images - 0.5) / 0.25
+    mixed, _ = mixup(images, torch.zeros(4, dtype=torch.int64))
+    assert mixed.shape == expected.shape
+    assert (mixed is images) == inplace
+    if not enabled:
+        torch.testing.assert_close(mixed, expected)

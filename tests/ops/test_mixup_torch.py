@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 from loss_inputs import overload_of
@@ -28,6 +29,43 @@ def _one_thread():
 
 
 # In place
+
+
+@on_each
+def test_in_place_counts_as_a_change_in_inference_mode_too(backend):
+    x = torch.randn(4, 3, device=DEVICE)
+    weight = torch.randn(4, 3, device=DEVICE, requires_grad=True)
+    product = (weight * x).sum()
+    with torch.inference_mode():
+        F.mixup(x, 0.3, inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():  # a tensor of its own has no version
+        x = torch.ones(4, 3, device=DEVICE)
+        assert F.mixup(x, 0.3, inplace=True, backend=backend) is x
+
+
+@on_each
+def test_one_number_as_a_tensor(backend):
+    x = torch.randn(4, 3, device=DEVICE)
+    expected = F.mixup(x, 0.25, backend=backend)
+    for shape in ((), (1,)):
+        lam = torch.full(shape, 0.25, device=DEVICE)
+        assert torch.equal(F.mixup(x, lam, backend=backend), expected)
+
+
+@on_each
+def test_means_and_deviations_of_numpy_and_those_that_require_grad(backend):
+    x = torch.randn(4, 3, device=DEVICE)
+    mean, std = numpy.array([0.0, 1.0, 2.0]), numpy.float32(2.0)
+    expected = F.mixup(x, 0.25, mean=mean.tolist(), std=2.0, backend=backend)
+    assert torch.equal(F.mixup(x, 0.25, mean=mean, std=std, backend=backend), expected)
+    for name in ("mean", "std"):
+        values = torch.ones(3, device=DEVICE, requires_grad=True)
+        with pytest.raises(RuntimeError, match=f"{name} must not require grad"):
+            F.mixup(x, 0.25, **{name: values}, backend=backend)
+    with pytest.raises(TypeError, match="lam must be a number or a Tensor, got str"):
+        F.mixup(x, "0.5", backend=backend)
 
 
 CYCLES = {1: [(0,)], 4: list(itertools.permutations(range(4))), 7: [(1, 2, 0, 4, 3, 5, 6)]}

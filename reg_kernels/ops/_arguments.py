@@ -1,9 +1,36 @@
-"""Whether a tensor may be written over."""
+"""Checks of arguments that several ops have, and the layout that their kernels take."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .._layout import is_channels_last as has_channels_last
+
+
+def named(dtype: torch.dtype) -> str:
+    """A dtype as messages name it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_device(name: str, argument: str, x: Tensor, input: Tensor) -> None:
+    """Raises unless x is where the input is."""
+    if x.device != input.device:
+        raise RuntimeError(
+            f"{name}: {argument} must be on the input's device, {input.device}, got {x.device}"
+        )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a batch of any number of dimensions has its channels innermost."""
+    return x.dim() > 2 and has_channels_last(x)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x.resolve_neg()
+    return x.contiguous().resolve_neg()
 
 
 def check_in_place(name: str, input: Tensor) -> None:
