@@ -53,7 +53,7 @@ class Op:
 
     def overload(self, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
         """The same for eager calls: what can run stays so, and need not be found out each time."""
-        key = (device, dtype, backend or backends.forced_by())
+        key = (device, dtype, backends.forced_by() if backend is None else backend)
         overload = self._chosen.get(key)
         if overload is None:
             overload = self._chosen[key] = self.traced_overload(device, dtype, backend)
