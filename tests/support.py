@@ -1,10 +1,14 @@
-"""What several test files need: the implementations of this machine, the house's rng_state, and two
-optimizers side by side."""
+"""What several test files need: the implementations of this machine, the house's rng_state, two
+optimizers side by side, and what is asked of a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +41,30 @@ def isas() -> list[str]:
     best = _C.isa()
     names = ["baseline", "avx2", "avx512"]
     return names[: names.index(best) + 1]
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the GPU raises."""
+    previous = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
+
+
+def check_device_assertion(program: str) -> None:
+    """That `program` prints "raised:" and torch's error of a device-side assertion. It runs in a
+    process of its own, since no call of CUDA works afterwards."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert "raised: CUDA error: device-side assert triggered" in done.stdout, done.stdout
 
 
 class Twins:
@@ -72,4 +100,14 @@ class Twins:
             torch.testing.assert_close(p, q, **tolerances)
 
 
-__all__ = ["DEVICE", "DTYPES", "DTYPE_IDS", "Twins", "implementations", "isas", "rng_state"]
+__all__ = [
+    "DEVICE",
+    "DTYPES",
+    "DTYPE_IDS",
+    "Twins",
+    "check_device_assertion",
+    "implementations",
+    "isas",
+    "no_waiting",
+    "rng_state",
+]

@@ -5,7 +5,6 @@ runs under compute-sanitizer as well.
 """
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from reg_kernels.cases.batch_norm import CASES
 from reg_kernels.cases.dropout import P
 from reg_kernels.cli.check import gradcheck, measure
 
-from support import DTYPE_IDS, DTYPES, implementations, rng_state
+from support import DTYPE_IDS, DTYPES, implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -71,17 +70,6 @@ def assert_close(ours, true):
 def assert_same_bits(a, b):
     for p, q in zip(a, b, strict=True):
         assert torch.equal(p, q)
-
-
-@contextmanager
-def no_waiting():
-    """Whatever waits for the device raises."""
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
 
 
 # Values

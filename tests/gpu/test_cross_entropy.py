@@ -6,10 +6,7 @@ Skipped without a GPU; `make gpu-report` runs it, and tests/ops on the GPU as we
 """
 
 import math
-import subprocess
-import sys
-import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from reg_kernels.cases.cross_entropy import CASES, LossCall
 from reg_kernels.cases.dropout import _channels_last, _contiguous
 from reg_kernels.cli.check import gradcheck, measure
 
-from support import DTYPE_IDS, DTYPES, implementations
+from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -42,17 +39,6 @@ def results(function, x, target, **options):
     y = function(leaf, target, **options)
     g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=CUDA).add(0.3)
     return [y.detach(), *torch.autograd.grad(y, leaf, g.to(y.dtype).view(y.shape))]
-
-
-@contextmanager
-def no_waiting():
-    """Whatever waits for the device raises."""
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
 
 
 # Values
@@ -159,7 +145,6 @@ def test_does_not_wait_for_the_device(reduction, kind, backend):
 @pytest.mark.parametrize("shape", [(4, 5), (4, 2000), (2, 5, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_asserts_labels(reduction, shape, backend):
-    # In a process of its own, since no call of CUDA works afterwards.
     program = f"""
     import torch
     from reg_kernels import functional as F
@@ -172,14 +157,7 @@ def test_asserts_labels(reduction, shape, backend):
     except RuntimeError as error:
         print("raised:", error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert "raised: CUDA error: device-side assert triggered" in done.stdout, done.stdout
+    check_device_assertion(program)
 
 
 @kernels

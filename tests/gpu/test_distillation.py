@@ -5,10 +5,7 @@ Skipped without a GPU; `make gpu-report` runs it. Tests with "short" in their na
 runs under compute-sanitizer as well.
 """
 
-import subprocess
-import sys
-import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases.distillation import CASES
 from reg_kernels.cli.check import gradcheck, measure
 
-from support import DTYPE_IDS, DTYPES, implementations
+from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -82,17 +79,6 @@ def assert_close(ours, true, dtype):
         assert a.dtype == dtype
         error = float((a.double() - b).abs().max())
         assert error <= (torch.finfo(dtype).eps + 64 * compute) * (float(b.abs().max()) + 1e-3)
-
-
-@contextmanager
-def no_waiting():
-    """Whatever waits for the device raises."""
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
 
 
 # Values
@@ -196,7 +182,6 @@ def test_waits_for_nothing(reduction, backend):
 @pytest.mark.parametrize("shape", [(4, 5), (4, 40), (4, 2000), (2, 5, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_asserts_labels(reduction, shape, backend):
-    # In a process of its own, since no call of CUDA works afterwards.
     program = f"""
     import torch
     from reg_kernels import functional as F
@@ -209,14 +194,7 @@ def test_asserts_labels(reduction, shape, backend):
     except RuntimeError as error:
         print("raised:", error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert "raised: CUDA error: device-side assert triggered" in done.stdout, done.stdout
+    check_device_assertion(program)
 
 
 @kernels

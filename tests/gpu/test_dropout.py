@@ -12,7 +12,7 @@ from reg_kernels import functional as F
 from reg_kernels.cases.dropout import CASES, P
 from reg_kernels.cli.check import gradcheck, measure
 
-from support import DTYPE_IDS, DTYPES, implementations, rng_state
+from support import DTYPE_IDS, DTYPES, implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -116,12 +116,8 @@ def test_manual_seed_rules_and_eager_calls_do_not_synchronise():
     torch.manual_seed(5)
     a, b = F.dropout(x), F.dropout(x)
     torch.manual_seed(5)
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         c = F.dropout(x)
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
     assert torch.equal(c, a)
     assert not torch.equal(a, b)
 

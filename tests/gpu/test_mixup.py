@@ -5,11 +5,6 @@ Skipped without a GPU; `make gpu-report` runs it. Tests with "short" in their na
 runs under compute-sanitizer as well.
 """
 
-import subprocess
-import sys
-import textwrap
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -19,7 +14,7 @@ from reg_kernels.cases.mixup import CASES
 from reg_kernels.cli.check import gradcheck, measure
 from reg_kernels.ops.mixup import blend
 
-from support import DTYPE_IDS, DTYPES, implementations
+from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -84,17 +79,6 @@ def assert_close(ours, true):
     compute = 0 if ours.dtype == torch.float64 else 8 * 2.0**-23
     largest = max(1.0, float(true.double().abs().max()))
     assert float((ours.double() - true.double()).abs().max()) <= (eps + compute) * largest
-
-
-@contextmanager
-def no_waiting():
-    """Whatever waits for the device raises."""
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
 
 
 @on_each
@@ -234,7 +218,6 @@ WRONG = {
 
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
 def test_wrong_values_are_asserted(call):
-    # In a process of its own: CUDA cannot be used after an assertion.
     program = f"""
         import torch
         from reg_kernels import functional as F
@@ -247,14 +230,7 @@ def test_wrong_values_are_asserted(call):
         except RuntimeError as error:
             print("raised:", error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert "raised: CUDA error: device-side assert triggered" in done.stdout, done.stdout
+    check_device_assertion(program)
 
 
 @kernels

@@ -20,7 +20,7 @@ from reg_kernels.ops.optimizer_step import (
     StepLists,
 )
 
-from support import implementations, rng_state
+from support import implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -267,12 +267,8 @@ def test_a_step_does_not_wait_for_the_device(backend):
     prepared = PreparedStep("adam", step.lists, step.grads)
     common = step.common(grad_scale=torch.tensor(4.0, device=CUDA))
     prepared.run(step.grads, backend, common)
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         prepared.run(step.grads, backend, common)
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
 
 
 @kernels

@@ -25,7 +25,6 @@ struct MixupWeights {
   RK_HD bool replaces() const { return own == 0; }
 
   RK_HD C blend(C x, C y) const { return own * x + partner * y; }
-  RK_HD C choose(C x, C y) const { return keeps() ? x : replaces() ? y : blend(x, y); }
 };
 
 // A box of columns [x1, x2) and rows [y1, y2), in which a sample takes its partner's values.

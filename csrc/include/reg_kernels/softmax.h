@@ -54,28 +54,17 @@ RK_HD float exponential_below(float x) {
 #endif
 }
 
-// sum = sum of exp((x - max) / T) over the values seen, max the largest of them; T belongs to the
-// caller, as `inverse_temperature`.
+// sum = sum of exp(x - max) over the values seen, or of exp((x - max) / T) where the owner says so;
+// max is the largest of them.
 template <typename C>
 struct SoftmaxSum {
   C max = kLowest<C>;
   C sum = 0;
 
-  // Factors that bring sums relative to the two maxima to the larger of them.
-  struct Factors {
-    C own, other;
-  };
-
-  RK_HD Factors factors_to(C other_max, C inverse_temperature = 1) const {
-    const C larger = other_max > max ? other_max : max;
-    return {exponential((max - larger) * inverse_temperature),
-            exponential((other_max - larger) * inverse_temperature)};
-  }
-
-  RK_HD void merge(const SoftmaxSum& other, C inverse_temperature = 1) {
-    const Factors factors = factors_to(other.max, inverse_temperature);
-    max = other.max > max ? other.max : max;
-    sum = sum * factors.own + other.sum * factors.other;
+  RK_HD void merge(const SoftmaxSum& other) {
+    const C larger = other.max > max ? other.max : max;
+    sum = sum * exponential(max - larger) + other.sum * exponential(other.max - larger);
+    max = larger;
   }
 };
 
