@@ -123,7 +123,7 @@ class Case:
     direction: str  # FORWARD, BACKWARD, BOTH in one call, or STEP
     dtype: torch.dtype
     shape: tuple[int, ...]
-    bytes: int  # that have to move: what is read and what is written, once each
+    bytes: int | None  # that have to move, read or written, once each; None where nobody counts
     prepare: Callable[[torch.device, int], Sequence[Contender | Skipped]]  # for a pool of n inputs
     variant: str = ""  # of the op, where it has several
     layout: str = "contiguous"
@@ -133,6 +133,9 @@ class Case:
     tensors: int = 0  # how many the op takes at once, where they are a list; `shape`: of all
     peers: tuple[str, ...] = ()  # further contenders that are not ours, which ours are set against
     goals: tuple[Goal, ...] = ()
+    items: int = 0  # that one call works off, where a rate of them is what counts
+    unit: str = ""  # of the items
+    series: str = ""  # of a growth curve: what the case is one point of
 
     @property
     def label(self) -> str:
@@ -211,6 +214,8 @@ def measure(
             continue
         row["calls_per_sample"] = calls[row["name"]]
         row |= figures(seconds, samples, case.bytes, case.peers)
+        if case.items:
+            row["items_per_second"] = case.items / row["median"]
         if case.tensors:
             row["seconds_per_tensor"] = row["median"] / case.tensors
     for entry in running:
@@ -242,6 +247,9 @@ def measure(
         "tensors": case.tensors,
         "peers": list(case.peers),
         "bytes": case.bytes,
+        "items": case.items,
+        "unit": case.unit,
+        "series": case.series,
         "inputs": pool,
         "contenders": rows,
     }
@@ -250,7 +258,7 @@ def measure(
 def figures(
     seconds: list[float],
     samples: dict[str, list[float]],
-    bytes_moved: int,
+    bytes_moved: int | None,
     peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What is derived from the times of one contender and of those it ran beside, by name.
@@ -264,8 +272,9 @@ def figures(
         "median": median,
         "quartiles": [lower, upper],
         "fastest": min(seconds),
-        "bytes_per_second": bytes_moved / median,
     }
+    if bytes_moved is not None:
+        row["bytes_per_second"] = bytes_moved / median
     for name in (COPY, EAGER, COMPILE, *peers):
         if name in samples:
             pairs = zip(seconds, samples[name], strict=True)
@@ -281,7 +290,8 @@ def figures(
 def contenders(case: Case, device: torch.device) -> list[Contender | Skipped]:
     """The copy and those of the case, with their tensors made."""
     pool = pool_size(case, device)
-    return [_copy_contender(case, device, pool), *case.prepare(device, pool)]
+    copy = [] if case.bytes is None else [_copy_contender(case, device, pool, case.bytes)]
+    return [*copy, *case.prepare(device, pool)]
 
 
 def pool_size(case: Case, device: torch.device) -> int:
@@ -293,8 +303,8 @@ def pool_size(case: Case, device: torch.device) -> int:
     return min(_LARGEST_POOL, max(1, math.ceil(_POOL_OVER_L2 * cache / size)))
 
 
-def _copy_contender(case: Case, device: torch.device, pool: int) -> Contender:
-    count = max(1, case.bytes // 2 // case.dtype.itemsize)  # a copy reads and writes each byte
+def _copy_contender(case: Case, device: torch.device, pool: int, bytes_moved: int) -> Contender:
+    count = max(1, bytes_moved // 2 // case.dtype.itemsize)  # a copy reads and writes each byte
     sources = [torch.randn(count, dtype=case.dtype, device=device) for _ in range(pool)]
     destination = torch.zeros_like(sources[0])
 
