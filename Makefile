@@ -21,7 +21,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test lint build bench gpu-report clean
+.PHONY: demo test lint build bench bench-compare gpu-report clean
 
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
@@ -45,13 +45,18 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 bench: build
-	$(PY) -m reg_kernels bench --json 'bench/results/{device}/bench.json' \
-		--plot 'bench/results/{device}/bench.png'
+	$(PY) bench/report.py
 	$(PY) bench/readme_table.py
+
+# What got worse since OLD, a git revision or a report.json.
+OLD ?= HEAD
+bench-compare: $(READY)
+	$(PY) bench/compare.py $(OLD)
 
 # ONLY=tests,bench reruns those parts of the report.
 gpu-report: $(READY)
 	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY))
+	$(PY) bench/readme_table.py
 
 clean:
 	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

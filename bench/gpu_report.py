@@ -1,10 +1,10 @@
 """Builds for this machine's GPU, tests, sanitizes and measures on it, and writes a report.
 
 Everything runs in stages, each a process with a time limit, in at most 8 minutes and without a
-network. A stage that fails is reported and the rest still runs. The report, `report.json` and
-`report.md` in bench/results/<gpu>/, is written after every stage, so an interruption loses nothing;
-`--only` runs a part and leaves the other stages of a report of the same commit as they are.
-Where the sources are no git checkout, REG_KERNELS_COMMIT names their commit.
+network. A stage that fails is reported and the rest still runs. The report in bench/results/<gpu>/,
+`report.json`, `report.md` and its charts, is written after every stage, so an interruption loses
+nothing; `--only` runs a part and leaves the other stages of a report of the same commit as they
+are. Where the sources are no git checkout, REG_KERNELS_COMMIT names their commit.
 
 Exit code: 0 all stages passed or were not available, 1 one failed, 2 no GPU or bad arguments.
 """
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from reg_kernels.bench import _environment, _report  # noqa: E402  (a script: the path comes first)
-from reg_kernels.cli._files import write_whole  # noqa: E402
+from reg_kernels.bench import _environment  # noqa: E402
 
-SCHEMA = 1
+import report as reports  # noqa: E402  (a script: the paths come first)
+
 BUDGET = 8 * 60.0
 RESERVE = 30.0  # of the budget: for starting, killing and writing
 LEAST = 5.0  # seconds that a stage is worth starting for
@@ -118,8 +118,8 @@ def stages(folder: Path) -> list[Stage]:
             "bench",
             "benchmarks",
             (
-                *(*command_line, "bench", "--device", "cuda", "--time-limit", "{seconds}"),
-                *("--json", str(folder / "bench.json")),
+                *(python, "bench/report.py", "--device", "cuda", "--time-limit", "{seconds}"),
+                *("--figures", str(folder / "bench.json")),
             ),
             330,  # what the other stages leave
             promised=130,
@@ -208,15 +208,15 @@ class Report:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self._folder = folder
-        self.data: dict[str, Any] = {"schema": SCHEMA, **facts, "stages": [], "results": {}}
+        self.data: dict[str, Any] = {"schema": reports.SCHEMA, **facts, "stages": [], "results": {}}
 
     def adopt(self) -> None:
         """Takes over the stages of the report that is there, if that is of the same commit."""
         try:
-            old = json.loads((self._folder / "report.json").read_text())
+            old = reports.read(self._folder / "report.json")
         except (OSError, ValueError):
             return
-        if old.get("schema") == SCHEMA and old.get("commit") == self.data["commit"]:
+        if old["commit"] == self.data["commit"]:
             self.data |= {"stages": old["stages"], "results": old["results"]}
 
     def add(self, row: dict[str, Any], order: Sequence[str]) -> None:
@@ -226,61 +226,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        self.data["copy_bandwidth"] = copy_bandwidth(self.data["results"].get("bench"))
-        text = _report.to_json(self.data)
-        write_whole(self._folder / "report.json", lambda path: path.write_text(text))
-        page = render(self.data)
-        write_whole(self._folder / "report.md", lambda path: path.write_text(page))
-
-
-def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
-    """Bytes/s of `Tensor.copy_`, read and written, by what was copied."""
-    found = {}
-    for case in (bench or {}).get("benchmarks", []):
-        for row in case["contenders"]:
-            timed = not case["host"] and not case.get("wall")  # on the device alone
-            if row["name"] == "copy" and "median" in row and timed:
-                size = _report.format_bytes(case["bytes"] / 2)
-                found.setdefault(f"{case['dtype']} {size}", row["bytes_per_second"])
-    return found
-
-
-def render(data: dict[str, Any]) -> str:
-    """The report in Markdown."""
-    device, versions = data["device"], data["versions"]
-    lines = [
-        f"# {device['name']}",
-        "",
-        f"- commit: {_report.format_commit(data['commit'])}",
-        f"- date: {data['date']}",
-        f"- driver: {device['driver'] or 'unknown'}",
-        "- versions: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-    ]
-    for what, speed in data["copy_bandwidth"].items():
-        lines.append(f"- copy bandwidth, {what}: {speed / 1e12:.3f} TB/s read and written")
-    lines += ["", "## Stages", ""]
-    rows = [
-        (r["group"], r["name"], r["status"], f"{r['seconds']:.0f} s", r["reason"])
-        for r in data["stages"]
-    ]
-    lines.append(
-        _report.markdown_table(("group", "stage", "outcome", "time", "why"), rows, words=5)
-    )
-    if bench := data["results"].get("bench"):
-        lines += ["", "## Benchmarks", "", _report.markdown(bench).rstrip()]
-    shown = [r for r in data["stages"] if r["tail"] and r["group"] != "benchmarks"]
-    shown += [r for r in data["stages"] if r["tail"] and r["group"] == "benchmarks" and _bad(r)]
-    if shown:
-        lines += ["", "## Output"]
-    for row in shown:
-        # All of what a failure said; of the rest the summary at its end.
-        last = row["tail"].splitlines()[-(60 if _bad(row) else 30) :]
-        lines += ["", f"### {row['name']}: {row['status']}", "", "````text", *last, "````"]
-    return "\n".join(lines) + "\n"
-
-
-def _bad(row: dict[str, Any]) -> bool:
-    return row["status"] in BAD
+        reports.write(self._folder, self.data)
 
 
 def make_report(
@@ -351,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "bench" / "results",
+        default=reports.RESULTS,
         metavar="DIR",
         help="the report goes to a folder in DIR named after the GPU (default: bench/results)",
     )
@@ -364,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = _environment.environment(torch.device("cuda", torch.cuda.current_device()))
-    folder = args.out.resolve() / _environment.slug(facts["device"]["name"])
+    folder = reports.folder_of(facts["device"]["name"], args.out.resolve())
     try:
         return make_report(folder, facts, stages(folder), args.only)
     except (OSError, ValueError) as error:

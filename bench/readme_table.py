@@ -1,4 +1,4 @@
-"""Puts the results in bench/results/*/bench.json into README.md, between its two markers.
+"""Puts the results of bench/results/*/report.json into README.md, between its two markers.
 
 `python bench/readme_table.py` rewrites the README, `--check` exits 1 where that would change it.
 """
@@ -6,33 +6,37 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from reg_kernels.bench import _report  # noqa: E402  (a script: the path comes first)
+from reg_kernels.bench import _report  # noqa: E402
 from reg_kernels.cli._files import write_whole  # noqa: E402
 
+import report  # noqa: E402  (a script: the paths come first)
+
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-SHOWN = ("native", "triton")  # the other implementations' rows are in the files
+SHOWN = ("native", "triton")  # the other implementations' rows are in the reports
 
 
 def results(folder: Path) -> str:
-    """The Markdown of all results below `folder`, a section for each device."""
+    """The Markdown of all reports below `folder`, a section for each device."""
     sections = []
-    for path in sorted(folder.glob("*/bench.json")):
-        data = json.loads(path.read_text())
-        if data["schema"] != _report.SCHEMA:
-            raise ValueError(f"{path}: schema {data['schema']}, expected {_report.SCHEMA}")
-        link = f"bench/results/{path.parent.name}/bench.json"
-        text = _report.markdown(data, SHOWN)
+    for path in sorted(folder.glob("*/report.json")):
+        data = report.read(path)
+        if (bench := data["results"].get("bench")) is None:
+            continue
+        link = f"bench/results/{path.parent.name}"
+        charts = "\n".join(
+            f"![{name.removesuffix('.svg')}]({link}/{name})" for name in report.CHARTS
+        )
         sections.append(
-            f"### {data['device']['name']}\n\n{text}\n"
-            f"Raw times and every contender: [{link}]({link}).\n"
+            f"### {data['device']['name']}\n\n{_report.headline(bench, SHOWN)}\n{charts}\n\n"
+            f"Every benchmark: [{link}/report.md]({link}/report.md), with raw times: "
+            f"[report.json]({link}/report.json).\n"
         )
     return "\n".join(sections) or "No results yet: `make bench` writes them.\n"
 

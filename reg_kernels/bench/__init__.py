@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
+from collections.abc import Iterable
 
 from ._measure import (
     Case,
@@ -34,6 +35,7 @@ __all__ = [
     "contenders",
     "measure",
     "modules",
+    "take_turns",
 ]
 
 
@@ -47,5 +49,12 @@ def all_cases(scope: Scope) -> list[Case]:
 
     The ops take turns, so that what a time limit leaves is not one op's alone.
     """
-    found = [importlib.import_module(f".{name}", __name__).cases(scope) for name in modules()]
-    return [case for turn in itertools.zip_longest(*found) for case in turn if case is not None]
+    return take_turns(
+        importlib.import_module(f".{name}", __name__).cases(scope) for name in modules()
+    )
+
+
+def take_turns(lists: Iterable[list[Case]]) -> list[Case]:
+    """The first case of each list, then the second ones, and so on."""
+    turns = itertools.zip_longest(*lists)
+    return [case for turn in turns for case in turn if case is not None]

@@ -1,11 +1,11 @@
-"""What is shown of the measurements: tables in the terminal and in Markdown, and a chart."""
+"""What is shown of the measurements: tables in the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Container
-from pathlib import Path
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 from ._measure import COMPILE, COPY, EAGER, format_bytes
@@ -13,7 +13,7 @@ from ._measure import COMPILE, COPY, EAGER, format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA = 1
+SCHEMA = 2
 BASELINES = (COPY, EAGER, COMPILE)
 
 RESULT_COLUMNS = (
@@ -28,13 +28,69 @@ RESULT_COLUMNS = (
     "goals",
 )
 GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
+RATE_COLUMNS = ("training step", "implementation", "time", "a second", "eager", "peak")
+GROWTH_COLUMNS = ("curve", "size", "time", "copy", "eager")
+
+RESULT_LEGEND = (
+    "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the same "
+    "run. `eager`, `compile`: their time, and how many times faster ours is. `kept`: bytes saved "
+    "for the backward, inputs included. `peak`: bytes allocated at the peak of a call beyond what "
+    "it returns, and eager's."
+)
+PEER_LEGEND = (
+    "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's, `liger`: "
+    "Liger-Kernel's, `timm`: timm's. Each with its time, how many times faster ours is, and its "
+    "peak."
+)
+RATE_LEGEND = (
+    "Forward, loss, backward and the optimizer's step. `eager`: the same network with PyTorch's "
+    "layers and optimizer, and how many times faster ours is. `peak`: bytes allocated at the peak "
+    "of a step, and eager's."
+)
+GROWTH_LEGEND = "Time against size: ours, its share of the copy's bytes/s, and eager's time."
+
+Wanted = Callable[[dict[str, Any]], bool]  # whether a benchmark is to be shown
+
+
+def is_kernel(case: dict[str, Any]) -> bool:
+    """Whether a benchmark is of one op at one size, and neither of a network nor of a curve."""
+    return not case.get("items") and not case.get("series")
+
+
+def has_goals(case: dict[str, Any]) -> bool:
+    """Whether a benchmark of one op has a goal."""
+    return is_kernel(case) and any(row.get("goals") for row in case["contenders"])
+
+
+def is_ours(case: dict[str, Any], name: str) -> bool:
+    return name not in BASELINES and name not in case.get("peers", ())
+
+
+def counts_bytes(case: dict[str, Any]) -> bool:
+    """Whether it is bytes that a benchmark's time goes by, and not calls."""
+    return case["bytes"] is not None and not case["host"] and not case.get("wall", False)
+
+
+def key_of(case: dict[str, Any]) -> str:
+    """What tells a benchmark from the others of its report."""
+    series = case.get("series", "")
+    return f"{series}: {case['label']}" if series else case["label"]
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """`data` as indented JSON with each list of numbers on one line, since they are long."""
-    text = json.dumps(data, indent=1, allow_nan=False)
+    """`data` as indented JSON, floats to 7 digits and each list of numbers on one line."""
+    text = json.dumps(_rounded(data), indent=1, allow_nan=False)
     numbers = re.compile(r"\[\s+(-?\d[\d.eE+-]*(?:,\s+-?\d[\d.eE+-]*)*)\s+\]")
     return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(of) for of in value]
+    # Past what a clock tells; the files are a third smaller.
+    return float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def format_seconds(seconds: float) -> str:
@@ -46,18 +102,20 @@ def format_seconds(seconds: float) -> str:
 
 
 def result_rows(
-    data: dict[str, Any], implementations: Container[str] | None = None
+    data: dict[str, Any],
+    implementations: Container[str] | None = None,
+    wanted: Wanted = is_kernel,
 ) -> list[tuple[str, ...]]:
-    """A row for each benchmark and implementation of ours, all or these, as RESULT_COLUMNS.
+    """A row for each wanted benchmark and implementation of ours, all or these, as RESULT_COLUMNS.
 
     `copy` is the share of its bandwidth; beside eager's and torch.compile's times stands how many
     times faster ours is; behind our peak of memory stands eager's.
     """
     rows = []
-    for case in data["benchmarks"]:
+    for case in filter(wanted, data["benchmarks"]):
         found = {row["name"]: row for row in case["contenders"]}
         for name, row in found.items():
-            if name in BASELINES or name in case.get("peers", ()) or "skipped" in row:
+            if not is_ours(case, name) or "skipped" in row:
                 continue
             if implementations is not None and name not in implementations:
                 continue
@@ -70,7 +128,7 @@ def result_rows(
                     case["label"],
                     name,
                     f"{format_seconds(row['median'])} ({_spread(row)}){_per_tensor(row)}",
-                    f"{row['share_of_copy']:.2f}" if COPY in found and _bytes_count(case) else "",
+                    f"{row['share_of_copy']:.2f}" if COPY in found and counts_bytes(case) else "",
                     _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
                     _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
                     format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
@@ -86,13 +144,13 @@ def peer_table(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns, and a row for each implementation of ours, all or these, in benchmarks that have
     peers: a peer's time, how many times faster ours is, and the peer's peak of memory."""
-    cases = [case for case in data["benchmarks"] if case.get("peers")]
+    cases = [case for case in data["benchmarks"] if case.get("peers") and is_kernel(case)]
     peers = list(dict.fromkeys(name for case in cases for name in case["peers"]))
     rows = []
     for case in cases:
         found = {row["name"]: row for row in case["contenders"]}
         for name, row in found.items():
-            if name in BASELINES or name in peers or "median" not in row:
+            if not is_ours(case, name) or "median" not in row:
                 continue
             if implementations is not None and name not in implementations:
                 continue
@@ -103,6 +161,46 @@ def peer_table(
                 cells.append(cell + peak)
             rows.append((case["label"], name, *cells))
     return ("benchmark", "implementation", *peers), rows
+
+
+def rate_rows(
+    data: dict[str, Any], implementations: Container[str] | None = None
+) -> list[tuple[str, ...]]:
+    """A row for each network and implementation of ours, all or these, as RATE_COLUMNS."""
+    rows = []
+    for case in data["benchmarks"]:
+        found = {row["name"]: row for row in case["contenders"] if "items_per_second" in row}
+        for name, row in found.items():
+            if not is_ours(case, name) or case.get("series"):
+                continue
+            if implementations is not None and name not in implementations:
+                continue
+            eager = found.get(EAGER)
+            theirs = ""
+            if eager is not None:
+                theirs = f"{_rate(case, eager)} ({_times(row[f'speedup_over_{EAGER}'])})"
+            time = f"{format_seconds(row['median'])} ({_spread(row)})"
+            rows.append((case["label"], name, time, _rate(case, row), theirs, _peak(row, eager)))
+    return rows
+
+
+def growth_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each point of a curve and the first implementation of ours, as GROWTH_COLUMNS."""
+    rows = []
+    for case in data["benchmarks"]:
+        if not case.get("series"):
+            continue
+        found = {row["name"]: row for row in case["contenders"] if "median" in row}
+        row = next((row for name, row in found.items() if is_ours(case, name)), None)
+        if row is None:
+            continue
+        size = (
+            f"{case['tensors']} tensors" if case["tensors"] else "×".join(map(str, case["shape"]))
+        )
+        share = f"{row['share_of_copy']:.2f}" if "share_of_copy" in row else ""
+        eager = _beside(row, found.get(EAGER), f"speedup_over_{EAGER}")
+        rows.append((case["series"], size, format_seconds(row["median"]), share, eager))
+    return rows
 
 
 def goal_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -176,29 +274,44 @@ def rich_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]
     return table
 
 
-def markdown(data: dict[str, Any], implementations: Container[str] | None = None) -> str:
-    """Conditions, results and goals of one run; of all implementations of ours, or of these."""
+def headline(data: dict[str, Any], implementations: Container[str]) -> str:
+    """What a reader wants first: networks, the benchmarks that have goals, and which are missed."""
+    parts = [_conditions_in_markdown(data)]
+    if rows := rate_rows(data, implementations):
+        parts += [markdown_table(RATE_COLUMNS, rows), RATE_LEGEND]
+    if rows := result_rows(data, implementations, has_goals):
+        parts += [markdown_table(RESULT_COLUMNS, rows), RESULT_LEGEND]
+    if missed := [row for row in goal_rows(data) if row[-1] == "MISSED"]:
+        parts += [
+            "Goals that were missed:",
+            markdown_table(GOAL_COLUMNS[:-1], [r[:-1] for r in missed]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Conditions, results and goals of one run."""
     parts = [
-        "\n".join(f"{line}  " for line in conditions(data)).rstrip(),
-        markdown_table(RESULT_COLUMNS, result_rows(data, implementations)),
-        "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the "
-        "same run. `eager`, `compile`: their time, and how many times faster ours is. `kept`: "
-        "bytes saved for the backward, inputs included. `peak`: bytes allocated at the peak of a "
-        "call beyond what it returns, and eager's.",
+        _conditions_in_markdown(data),
+        markdown_table(RESULT_COLUMNS, result_rows(data)),
+        RESULT_LEGEND,
     ]
-    columns, rows = peer_table(data, implementations)
+    columns, rows = peer_table(data)
     if rows:
-        parts.append(markdown_table(columns, rows))
-        parts.append(
-            "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's "
-            "Triton kernels; `liger`: Liger-Kernel's. Each with its time, how many times faster "
-            "ours is, and its peak."
-        )
+        parts += [markdown_table(columns, rows), PEER_LEGEND]
+    if rows := rate_rows(data):
+        parts += [markdown_table(RATE_COLUMNS, rows), RATE_LEGEND]
+    if rows := growth_rows(data):
+        parts += [markdown_table(GROWTH_COLUMNS, rows), GROWTH_LEGEND]
     if rows := goal_rows(data):
         parts.append(markdown_table(GOAL_COLUMNS, rows))
     if lines := notes(data):
         parts.append("\n".join(f"- {line}" for line in lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _conditions_in_markdown(data: dict[str, Any]) -> str:
+    return "\n".join(f"{line}  " for line in conditions(data)).rstrip()
 
 
 def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], words: int = 2) -> str:
@@ -207,65 +320,6 @@ def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], words:
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
-
-
-def draw(path: Path, data: dict[str, Any]) -> None:
-    """A bar for each benchmark and contender: the share of the copy's bandwidth."""
-    # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
-    from matplotlib.figure import Figure
-
-    cases = [case for case in data["benchmarks"] if _bytes_count(case)]
-    names = list(
-        dict.fromkeys(
-            row["name"]
-            for case in cases
-            for row in case["contenders"]
-            if "share_of_copy" in row and row["name"] != COPY
-        )
-    )
-    palette = ("#1b6ca8", "#4f9bd0", "#9cc9e8", "#2a9d6f", "#86cbb0", "#7a5fa8")
-    peers = list(dict.fromkeys(name for case in cases for name in case.get("peers", ())))
-    ours = [name for name in names if name not in (*BASELINES, *peers)]
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(ours)}
-    greys = ("#555555", "#888888", "#bbbbbb")
-    colours |= {name: greys[i % len(greys)] for i, name in enumerate(peers)}
-    colours |= {EAGER: "#d95f02", COMPILE: "#f0b072"}
-
-    ticks, labels = [], []
-    seen = set()
-    y = 0.0
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for case in cases:
-        bars = [r for r in case["contenders"] if r["name"] in names and "share_of_copy" in r]
-        for offset, row in enumerate(bars):
-            name = row["name"]
-            label = None if name in seen else name
-            seen.add(name)
-            share = row["share_of_copy"]
-            axes.barh(y + offset, share, height=0.85, color=colours[name], label=label)
-            text = f" {share:.2f}" if share >= 0.1 else f" {share:.1g}"
-            axes.text(share, y + offset, text, va="center", fontsize=7)
-        ticks.append(y + max(0, len(bars) - 1) / 2)
-        labels.append(case["label"])
-        y += len(bars) + 1
-    figure.set_size_inches(10, max(3.0, 1.2 + 0.19 * y))
-    axes.axvline(1.0, color="#444444", linewidth=1, linestyle="--")
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.set_ylim(max(y, 1.0) - 0.5, -1)
-    axes.set_xlabel("bytes/s over Tensor.copy_ (dashed: as fast as the copy)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_axisbelow(True)
-    if seen:
-        figure.legend(loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
-    axes.set_title(f"{data['device']['name']}, torch {data['versions']['torch']}", fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def _bytes_count(case: dict[str, Any]) -> bool:
-    """Whether it is bytes that a benchmark's time goes by, and not calls."""
-    return not case["host"] and not case.get("wall", False)
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -291,6 +345,10 @@ def _per_tensor(row: dict[str, Any]) -> str:
     """Where tensors are so small that their number is what counts."""
     seconds = row.get("seconds_per_tensor", 1)
     return f", {seconds * 1e6:.3g} µs a tensor" if seconds < 20e-6 else ""
+
+
+def _rate(case: dict[str, Any], row: dict[str, Any]) -> str:
+    return f"{row['items_per_second']:.3g} {case['unit']}"
 
 
 def _peak(row: dict[str, Any], eager: dict[str, Any] | None) -> str:

@@ -10,16 +10,14 @@ something else.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backends, bench
-from ..bench import _environment, _report
+from ..bench import _environment, _plots, _report, _run
 from ._errors import UsageError
 from ._files import output_file, write_output
 from .check import device_argument
@@ -29,11 +27,6 @@ SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
 PICTURES = (".png", ".svg", ".pdf")
-INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
-
-FULL = bench.Plan(seconds=4.0, least=7, most=40, sample=5e-3)
-FULL_CUDA = bench.Plan(seconds=1.0, least=7, most=40, sample=1e-3)
-QUICK = bench.Plan(seconds=0.3, least=3, most=10, sample=1e-3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,20 +87,21 @@ def run(args: argparse.Namespace) -> int:
     plot_path = _output("--plot", args.plot, device)
     if plot_path is not None and plot_path.suffix not in PICTURES:
         raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
-    if device.type == "cpu" and _environment.allocator() is None and _environment.has_glibc():
-        _start_again(args)
+    _run.warm_allocator(device, ["-m", "reg_kernels", "bench", *_arguments(args)])
 
+    plan = _run.QUICK if args.quick else _run.full_plan(device)
+    options = {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype}
     try:
-        data = _measure_all(cases, device, _plan(args, device), args)
+        data = _run.measure_all(cases, device, lambda case: plan, options, args.time_limit)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return _run.INTERRUPTED
     _print(data)
     if json_path is not None:
         text = _report.to_json(data)
         write_output("--json", json_path, lambda path: path.write_text(text))
     if plot_path is not None:
-        write_output("--plot", plot_path, lambda path: _report.draw(path, data))
+        write_output("--plot", plot_path, lambda path: _plots.draw_shares(path, data))
     if errors := _report.wrong(data):
         for error in errors:
             print(f"reg-kernels bench: wrong values: {error}", file=sys.stderr)
@@ -124,24 +118,6 @@ def _scope(args: argparse.Namespace, device: torch.device) -> bench.Scope:
         everything=args.all,
         compiled=not args.quick,
     )
-
-
-def _plan(args: argparse.Namespace, device: torch.device) -> bench.Plan:
-    if args.quick:
-        return QUICK
-    return FULL_CUDA if device.type == "cuda" else FULL
-
-
-def _start_again(args: argparse.Namespace) -> None:
-    """Becomes the same command in an environment where malloc keeps freed memory.
-
-    glibc reads those settings when a process starts, so they cannot be made later.
-    """
-    settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
-    print(f"started again with {settings}, so that fresh outputs cost no page faults", flush=True)
-    sys.stderr.flush()
-    command = [sys.executable, "-m", "reg_kernels", "bench", *_arguments(args)]
-    os.execve(sys.executable, command, {**os.environ, **_environment.ALLOCATOR})
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:
@@ -162,48 +138,6 @@ def _output(option: str, path: Path | None, device: torch.device) -> Path | None
         return None
     name = _environment.slug(_environment.device_name(device))
     return output_file(option, Path(str(path).replace("{device}", name)))
-
-
-def _measure_all(
-    cases: list[bench.Case], device: torch.device, plan: bench.Plan, args: argparse.Namespace
-) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    data = {
-        "schema": _report.SCHEMA,
-        **_environment.environment(device),
-        "options": {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype},
-        "benchmarks": [],
-        "left_out": [],
-    }
-    begin = time.monotonic()
-    console = Console(stderr=True)
-    torch.manual_seed(0)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    described = TextColumn("{task.description}")
-    with Progress(
-        *columns, described, console=console, disable=not console.is_terminal
-    ) as progress:
-        bar = progress.add_task("", total=len(cases))
-        for number, case in enumerate(cases, start=1):
-            progress.update(bar, description=case.label)
-            if args.time_limit is not None and time.monotonic() - begin > args.time_limit:
-                data["left_out"].append({"label": case.label, "reason": "the time was up"})
-                continue
-
-            def after_round(done: int, rounds: int, case: bench.Case = case) -> None:
-                progress.update(bar, description=f"{case.label}, round {done} of {rounds}")
-
-            try:
-                data["benchmarks"].append(bench.measure(case, device, plan, after_round))
-            except torch.OutOfMemoryError:
-                data["left_out"].append({"label": case.label, "reason": "out of GPU memory"})
-            progress.advance(bar)
-            if not console.is_terminal:
-                print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
-    data["benchmarks"].sort(key=lambda benchmark: benchmark["op"])  # they took turns
-    return data
 
 
 def _print(data: dict[str, Any]) -> None:

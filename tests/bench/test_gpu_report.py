@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -23,7 +23,7 @@ FACTS = {
 ROW = {"calls_per_sample": 1, "seconds": [1e-3, 1e-3], "quartiles": [1e-3, 1e-3]}
 BENCH = {
     **FACTS,
-    "schema": 1,
+    "schema": 2,
     "threads": 2,
     "allocator": None,
     "isa": None,
@@ -33,7 +33,9 @@ BENCH = {
             "label": "dropout forward float32 64 MiB",
             "op": "dropout",
             "dtype": "float32",
+            "shape": [2**24],
             "host": False,
+            "tensors": 0,
             "bytes": 2**27,
             "contenders": [
                 {"name": "copy", "median": 1e-3, "bytes_per_second": 4e12, **ROW},
@@ -59,12 +61,11 @@ BENCH = {
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    path = ROOT / "bench" / "gpu_report.py"
-    spec = importlib.util.spec_from_file_location("gpu_report", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_report"] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        return importlib.import_module("gpu_report")
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
 
 
 @pytest.fixture(autouse=True)

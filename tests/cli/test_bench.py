@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import pkgutil
 import shutil
@@ -18,22 +18,24 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, ops
-from reg_kernels.bench import _environment, _measure, _report, _ways, dropout
+from reg_kernels.bench import _environment, _measure, _report, _run, _ways, dropout
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+CPU_FACTS = {"type": "cpu", "driver": None}
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
 P = dropout.P
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
 
 
 def case(*contenders: bench.Contender | bench.Skipped, **fields: Any) -> bench.Case:
@@ -360,7 +362,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small benchmarks in place of all, in a process that counts as started again."""
     for name, value in _environment.ALLOCATOR.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(_run, "QUICK", TINY)
 
     def cases(scope: bench.Scope) -> list[bench.Case]:
         goal = bench.Goal("native", "at least as fast as light", "share_of_copy", 1e9, True)
@@ -487,7 +489,7 @@ def test_interruption_writes_nothing(few: None, tmp_path: Path, monkeypatch: pyt
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "measure", interrupted)
+    monkeypatch.setattr(_run, "measure", interrupted)
     assert run("--json", tmp_path / "bench.json") == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -504,7 +506,7 @@ def test_starts_again_with_a_warm_allocator(
         raise Started(words)
 
     monkeypatch.delenv("MALLOC_TOP_PAD_")
-    monkeypatch.setattr(command.os, "execve", execve)
+    monkeypatch.setattr(_run.os, "execve", execve)
     with pytest.raises(Started) as started:
         run("--op", "dropout", "--dtype", "float16", "--dtype", "float64", "--json", "a b.json")
     assert "MALLOC_TOP_PAD_=" in capsys.readouterr().out
@@ -576,9 +578,14 @@ def test_results_do_not_make_their_commit_look_changed(
 
 
 def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
-    table = script("readme_table")
+    table, report = script("readme_table"), script("report")
     results = tmp_path / "results"
-    assert run("--json", results / "{device}" / "bench.json") == 0
+    assert run("--json", tmp_path / "figures.json") == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for name in ("one", "two"):
+        report.write(
+            results / name, report.report_of(figures | {"device": {**CPU_FACTS, "name": name}})
+        )
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     words = ["--readme", str(readme), "--results", str(results)]
@@ -587,10 +594,12 @@ def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
     assert table.main(words) == 0
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith(f"{table.END}\nafter\n")
-    assert f"### {_environment.device_name(CPU)}" in text and "old" not in text
+    assert "### one" in text and "### two" in text and "old" not in text
     if NATIVE:
         assert "| dropout forward float32 8 KiB | native |" in text
+        assert "native: at least as fast as light" in text
     assert "| reference |" not in text
+    assert "![shares](bench/results/one/shares.svg)" in text
     assert table.main([*words, "--check"]) == 0
 
 

@@ -1,0 +1,169 @@
+"""Compares two reports' ratios and names what got worse.
+
+`python bench/compare.py OLD [NEW]`: each a report.json, or OLD a git revision whose report of
+NEW's device is meant, as in `python bench/compare.py HEAD`. NEW is the one report below
+bench/results unless it is given.
+
+Compared is what a slow minute of the machine leaves alone: each implementation's speed over the
+copy's, eager's, torch.compile's and the peers', taken within a round. A ratio counts as worse (or
+better) where its median fell (or rose) by more than the tolerance and the middle halves of the two
+sets of rounds do not overlap. Benchmarks that are gone and contenders that no longer run are named
+as well.
+
+Exit code: 0 nothing got worse, 1 something did, 2 the reports cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from reg_kernels.bench import _report  # noqa: E402
+
+import report  # noqa: E402  (a script: the paths come first)
+
+TOLERANCE = 0.1
+COLUMNS = ("benchmark", "implementation", "speed over", "was", "is", "change")
+
+
+class Ratio(NamedTuple):
+    """How many times faster than another contender, over the rounds."""
+
+    lower: float  # quartile
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, own: Sequence[float], other: Sequence[float]) -> Ratio:
+        ratios = [theirs / ours for ours, theirs in zip(own, other, strict=True)]
+        return cls(*statistics.quantiles(ratios, n=4, method="inclusive"))
+
+    def below(self, other: Ratio, tolerance: float) -> bool:
+        return self.median < other.median * (1 - tolerance) and self.upper < other.lower
+
+
+class Key(NamedTuple):
+    benchmark: str
+    implementation: str
+    other: str
+
+
+def ratios(data: dict[str, Any]) -> Iterator[tuple[Key, Ratio]]:
+    """The ratios of every implementation of ours."""
+    for case in data["results"]["bench"]["benchmarks"]:
+        timed = {row["name"]: row["seconds"] for row in case["contenders"] if "seconds" in row}
+        others = [name for name in timed if not _report.is_ours(case, name)]
+        for name in timed.keys() - others:
+            for other in others:
+                # What calls cost the host has nothing to do with bytes.
+                if other == "copy" and not _report.counts_bytes(case):
+                    continue
+                yield (
+                    Key(_report.key_of(case), name, other),
+                    Ratio.of(timed[name], timed[other]),
+                )
+
+
+class Comparison(NamedTuple):
+    worse: list[tuple[str, ...]]  # rows as COLUMNS, the worst first
+    better: list[tuple[str, ...]]  # the best first
+    gone: list[str]  # what was measured and is not
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Comparison:
+    """What changed from one report to another; ValueError where they are of different devices."""
+    if old["device"]["name"] != new["device"]["name"]:
+        raise ValueError(
+            "expected two reports of one device, got "
+            f"{old['device']['name']!r} and {new['device']['name']!r}"
+        )
+    before, after = dict(ratios(old)), dict(ratios(new))
+    worse, better = [], []
+    for key in before.keys() & after.keys():
+        was, now = before[key], after[key]
+        row = (now.median / was.median, key, was, now)
+        if now.below(was, tolerance):
+            worse.append(row)
+        elif was.below(now, tolerance):
+            better.append(row)
+    gone = sorted(
+        f"{k.benchmark}: {k.implementation} over {k.other}" for k in before.keys() - after.keys()
+    )
+    return Comparison(
+        [_row(*row) for row in sorted(worse)], [_row(*row) for row in sorted(better)[::-1]], gone
+    )
+
+
+def _row(change: float, key: Key, was: Ratio, now: Ratio) -> tuple[str, ...]:
+    return (*key, f"{was.median:.3g}", f"{now.median:.3g}", f"{change - 1:+.0%}")
+
+
+def find_new(path: Path | None) -> Path:
+    if path is not None:
+        return path
+    found = sorted(report.RESULTS.glob("*/report.json"))
+    if len(found) != 1:
+        names = ", ".join(str(p.relative_to(ROOT)) for p in found) or "none"
+        raise ValueError(f"NEW must be given where there is not just one report, got {names}")
+    return found[0]
+
+
+def read_old(name: str, new: Path) -> dict[str, Any]:
+    """A report from a file, or NEW as it is at a git revision."""
+    if Path(name).is_file():
+        return report.read(Path(name))
+    command = ["git", "-C", str(new.resolve().parent), "show", f"{name}:./{new.name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(
+            f"OLD must be a file or a git revision that has {new}, got {name!r} "
+            f"({done.stderr.strip()})"
+        )
+    return report.parse(done.stdout, f"{name}:{new}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", metavar="OLD", help="a report.json or a git revision")
+    parser.add_argument("new", metavar="NEW", type=Path, nargs="?", help="a report.json")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"the share by which a ratio may fall (default: {TOLERANCE})",
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.tolerance < 1:
+        parser.error(f"--tolerance must be in [0, 1), got {args.tolerance}")
+    try:
+        path = find_new(args.new)
+        new = report.read(path)
+        found = compare(read_old(args.old, path), new, args.tolerance)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"bench/compare.py: {error}", file=sys.stderr)
+        return 2
+
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for title, rows in (("worse", found.worse), ("better", found.better)):
+        if rows:
+            console.print(_report.rich_table(title, COLUMNS, rows))
+    for line in found.gone:
+        console.print(f"no longer measured: {line}", highlight=False, markup=False)
+    console.print(f"{len(found.worse)} worse, {len(found.better)} better", highlight=False)
+    return 1 if found.worse or found.gone else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Measures every op, whole networks and growth curves, and writes a report of it.
+
+`report.json`, `report.md` and the charts `shares.svg`, `speedups.svg` and `growth.svg` go to
+bench/results/<device>/; `python bench/readme_table.py` then renews the README's results from them.
+It takes some 15 minutes on two cores. Nothing is written before the end, nor when it is
+interrupted.
+
+Exit code: 0 written, 1 written, but a contender computed something else, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from reg_kernels.bench import _environment, _plots, _report  # noqa: E402  (a script: paths first)
+from reg_kernels.cli._files import write_whole  # noqa: E402
+
+SCHEMA = 2
+RESULTS = ROOT / "bench" / "results"
+TAIL_OF_FAILURE, TAIL = 60, 30  # lines of a stage's output
+
+CHARTS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "shares.svg": _plots.draw_shares,
+    "speedups.svg": _plots.draw_speedups,
+    "growth.svg": _plots.draw_growth,
+}
+
+
+def folder_of(device_name: str, results: Path = RESULTS) -> Path:
+    return results / _environment.slug(device_name)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report.json; OSError or ValueError, which names the file, where it is none."""
+    return parse(path.read_text(), str(path))
+
+
+def parse(text: str, name: str) -> dict[str, Any]:
+    """The report that `text` holds; ValueError, which says `name`, where it is none."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: no JSON: {error}") from error
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{name}: expected a report of schema {SCHEMA}, got schema {found}")
+    return data
+
+
+def write(folder: Path, data: dict[str, Any]) -> None:
+    """Writes report.json, report.md and, where something was measured, the charts."""
+    data["copy_bandwidth"] = copy_bandwidth(data["results"].get("bench"))
+    text = _report.to_json(data)
+    # What is drawn and printed comes of the file's own digits, so that it can be had from it again.
+    data = json.loads(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.json", lambda path: path.write_text(text))
+    write_whole(folder / "report.md", lambda path: path.write_text(render(data)))
+    if bench := data["results"].get("bench"):
+        for name, draw in CHARTS.items():
+            write_whole(folder / name, lambda path, draw=draw: draw(path, bench))
+
+
+def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
+    """Bytes/s of `Tensor.copy_`, read and written, by dtype and size: of each dtype the largest."""
+    largest: dict[str, tuple[int, float]] = {}
+    for case in (bench or {}).get("benchmarks", []):
+        for row in case["contenders"]:
+            if row["name"] == "copy" and "median" in row and _report.counts_bytes(case):
+                found = (case["bytes"], row["bytes_per_second"])
+                largest[case["dtype"]] = max(found, largest.get(case["dtype"], found))
+    return {
+        f"{dtype} {_report.format_bytes(count / 2)}": speed
+        for dtype, (count, speed) in largest.items()
+    }
+
+
+def render(data: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    device, versions = data["device"], data["versions"]
+    lines = [
+        f"# {device['name']}",
+        "",
+        f"- commit: {_report.format_commit(data['commit'])}",
+        f"- date: {data['date']}",
+        *([f"- driver: {device['driver'] or 'unknown'}"] if device["type"] == "cuda" else []),
+        "- versions: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+    ]
+    for what, speed in data["copy_bandwidth"].items():
+        lines.append(f"- copy bandwidth, {what}: {speed / 1e12:.3f} TB/s read and written")
+    if data["stages"]:
+        lines += ["", "## Stages", ""]
+        rows = [
+            (r["group"], r["name"], r["status"], f"{r['seconds']:.0f} s", r["reason"])
+            for r in data["stages"]
+        ]
+        lines.append(
+            _report.markdown_table(("group", "stage", "outcome", "time", "why"), rows, words=5)
+        )
+    if bench := data["results"].get("bench"):
+        lines += ["", "## Benchmarks", ""]
+        lines += [f"![{name.removesuffix('.svg')}]({name})\n" for name in CHARTS]
+        lines.append(_report.markdown(bench).rstrip())
+    # A benchmark that went well is shown above.
+    shown = [
+        row
+        for row in data["stages"]
+        if row["tail"] and (row["group"] != "benchmarks" or row["status"] != "ok")
+    ]
+    if shown:
+        lines += ["", "## Output"]
+    for row in shown:
+        # All of what a failure said; of the rest the summary at its end.
+        last = row["tail"].splitlines()[-(TAIL if row["status"] == "ok" else TAIL_OF_FAILURE) :]
+        lines += ["", f"### {row['name']}: {row['status']}", "", "````text", *last, "````"]
+    return "\n".join(lines) + "\n"
+
+
+def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str, Any]:
+    """The figures of all ops, networks and curves, as `reg-kernels bench --json` writes them."""
+    import torch
+
+    from reg_kernels import bench
+    from reg_kernels.bench import _run
+
+    import growth
+    import models
+
+    device = torch.device(device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
+    scope = bench.Scope(device, dtypes, compiled=not quick)
+    # In turns, so that what a time limit leaves is not of one kind alone.
+    cases = bench.take_turns((bench.all_cases(scope), models.cases(scope), growth.cases(scope)))
+    usual = _run.QUICK if quick else _run.full_plan(device)
+    options = {"quick": quick, "all": False, "op": None, "dtype": None}
+    return _run.measure_all(
+        cases, device, lambda case: growth.PLAN if case.series else usual, options, time_limit
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what to measure on (default: cpu; `make gpu-report` is what takes cuda)",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds, float32, no compiler")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start no benchmark later than this, and name those left out",
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="FILE", help="write the figures alone to FILE, no report"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="the report goes to a folder in DIR named after the device (default: bench/results)",
+    )
+    args = parser.parse_args(argv)
+    if args.time_limit is not None and not args.time_limit > 0:
+        parser.error(f"--time-limit must be above 0, got {args.time_limit}")
+
+    import torch
+
+    from reg_kernels.bench import _run
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"bench/report.py: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        return 2
+    words = sys.argv[1:] if argv is None else argv
+    _run.warm_allocator(torch.device(args.device), [str(Path(__file__).resolve()), *words])
+    try:
+        figures = measure(args.device, args.time_limit, args.quick)
+        if args.figures is not None:
+            write_whole(args.figures, lambda path: path.write_text(_report.to_json(figures)))
+            print(f"wrote {args.figures}")
+        else:
+            folder = folder_of(figures["device"]["name"], args.out.resolve())
+            write(folder, report_of(figures))
+            print(_report.headline(figures, ("native", "triton")))
+            print(f"wrote {folder / 'report.json'}, report.md and {', '.join(CHARTS)}")
+    except OSError as error:
+        print(f"bench/report.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return _run.INTERRUPTED
+    for error in (errors := _report.wrong(figures)):
+        print(f"bench/report.py: wrong values: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def report_of(figures: dict[str, Any]) -> dict[str, Any]:
+    """A report that holds figures and no stages."""
+    facts = {key: figures[key] for key in ("commit", "date", "device", "versions")}
+    return {"schema": SCHEMA, **facts, "stages": [], "results": {"bench": figures}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

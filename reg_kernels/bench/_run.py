@@ -1,0 +1,93 @@
+"""Measuring a list of cases, with progress, and starting again with a warm allocator."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import _environment, _report
+from ._measure import Case, Plan, measure
+
+FULL = Plan(seconds=4.0, least=7, most=40, sample=5e-3)
+FULL_CUDA = Plan(seconds=1.0, least=7, most=40, sample=1e-3)
+QUICK = Plan(seconds=0.3, least=3, most=10, sample=1e-3)
+
+INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
+
+
+def full_plan(device: torch.device) -> Plan:
+    return FULL_CUDA if device.type == "cuda" else FULL
+
+
+def warm_allocator(device: torch.device, command: Sequence[str]) -> None:
+    """Becomes `command` in an environment where malloc keeps freed memory, unless it does here.
+
+    glibc reads those settings when a process starts, so they cannot be made later.
+    """
+    if device.type != "cpu" or _environment.allocator() or not _environment.has_glibc():
+        return
+    settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
+    print(f"started again with {settings}, so that fresh outputs cost no page faults", flush=True)
+    sys.stderr.flush()
+    environment = {**os.environ, **_environment.ALLOCATOR}
+    os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def measure_all(
+    cases: Sequence[Case],
+    device: torch.device,
+    plan: Callable[[Case], Plan],
+    options: dict[str, Any],
+    time_limit: float | None = None,
+) -> dict[str, Any]:
+    """Measures `cases` in order and returns conditions and results, as JSON holds them.
+
+    Args:
+        cases: what to measure.
+        device: where to.
+        plan: how long to measure a case.
+        options: what the results say of how they were asked for.
+        time_limit: seconds after which no further case is started; those are named.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    data = {
+        "schema": _report.SCHEMA,
+        **_environment.environment(device),
+        "options": options,
+        "benchmarks": [],
+        "left_out": [],
+    }
+    begin = time.monotonic()
+    console = Console(stderr=True)
+    torch.manual_seed(0)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    described = TextColumn("{task.description}")
+    with Progress(
+        *columns, described, console=console, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=len(cases))
+        for number, case in enumerate(cases, start=1):
+            progress.update(bar, description=case.label)
+            if time_limit is not None and time.monotonic() - begin > time_limit:
+                data["left_out"].append({"label": case.label, "reason": "the time was up"})
+                continue
+
+            def after_round(done: int, rounds: int, case: Case = case) -> None:
+                progress.update(bar, description=f"{case.label}, round {done} of {rounds}")
+
+            try:
+                data["benchmarks"].append(measure(case, device, plan(case), after_round))
+            except torch.OutOfMemoryError:
+                data["left_out"].append({"label": case.label, "reason": "out of GPU memory"})
+            progress.advance(bar)
+            if not console.is_terminal:
+                print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
+    data["benchmarks"].sort(key=lambda benchmark: benchmark["op"])  # they took turns
+    return data
