@@ -30,9 +30,7 @@ def results(folder: Path) -> str:
         if (bench := data["results"].get("bench")) is None:
             continue
         link = f"bench/results/{path.parent.name}"
-        charts = "\n".join(
-            f"![{name.removesuffix('.svg')}]({link}/{name})" for name in report.CHARTS
-        )
+        charts = "\n".join(report.charts_in_markdown(data, link))
         sections.append(
             f"### {data['device']['name']}\n\n{_report.headline(bench, SHOWN)}\n{charts}\n\n"
             f"Every benchmark: [{link}/report.md]({link}/report.md), with raw times: "

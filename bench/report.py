@@ -11,6 +11,7 @@ Exit code: 0 written, 1 written, but a contender computed something else, 2 bad 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -56,17 +57,27 @@ def parse(text: str, name: str) -> dict[str, Any]:
 
 
 def write(folder: Path, data: dict[str, Any]) -> None:
-    """Writes report.json, report.md and, where something was measured, the charts."""
-    data["copy_bandwidth"] = copy_bandwidth(data["results"].get("bench"))
+    """Writes report.json, report.md and, where something was measured, the charts.
+
+    Without matplotlib, which a machine without a network may lack, there are none.
+    """
+    bench = data["results"].get("bench")
+    data["copy_bandwidth"] = copy_bandwidth(bench)
+    data["charts"] = list(CHARTS) if bench and importlib.util.find_spec("matplotlib") else []
     text = _report.to_json(data)
     # What is drawn and printed comes of the file's own digits, so that it can be had from it again.
     data = json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", lambda path: path.write_text(text))
     write_whole(folder / "report.md", lambda path: path.write_text(render(data)))
-    if bench := data["results"].get("bench"):
-        for name, draw in CHARTS.items():
-            write_whole(folder / name, lambda path, draw=draw: draw(path, bench))
+    for name in data["charts"]:
+        draw, figures = CHARTS[name], data["results"]["bench"]
+        write_whole(folder / name, lambda path, draw=draw, figures=figures: draw(path, figures))
+
+
+def charts_in_markdown(data: dict[str, Any], folder: str) -> list[str]:
+    """A line for each chart of a report that lies in `folder`."""
+    return [f"![{name.removesuffix('.svg')}]({folder}/{name})" for name in data["charts"]]
 
 
 def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
@@ -107,7 +118,7 @@ def render(data: dict[str, Any]) -> str:
         )
     if bench := data["results"].get("bench"):
         lines += ["", "## Benchmarks", ""]
-        lines += [f"![{name.removesuffix('.svg')}]({name})\n" for name in CHARTS]
+        lines += [f"{line}\n" for line in charts_in_markdown(data, ".")]
         lines.append(_report.markdown(bench).rstrip())
     # A benchmark that went well is shown above.
     shown = [
@@ -197,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = folder_of(figures["device"]["name"], args.out.resolve())
             write(folder, report_of(figures))
             print(_report.headline(figures, ("native", "triton")))
-            print(f"wrote {folder / 'report.json'}, report.md and {', '.join(CHARTS)}")
+            print(f"wrote report.json, report.md and charts to {folder}")
     except OSError as error:
         print(f"bench/report.py: {error}", file=sys.stderr)
         return 2

@@ -121,6 +121,15 @@ def test_charts_name_what_they_are_of_and_repeat_themselves(
     assert "model resnet18" in (tmp_path / "one" / "speedups.svg").read_text()
 
 
+def test_without_matplotlib_there_are_no_charts(
+    report: Any, figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.write(tmp_path, report.report_of(figures))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert ".svg" not in (tmp_path / "report.md").read_text()
+
+
 def test_charts_of_nothing(report: Any, figures: Any, tmp_path: Path):
     report.write(tmp_path, report.report_of({**figures, "benchmarks": []}))
     assert (tmp_path / "growth.svg").exists()
