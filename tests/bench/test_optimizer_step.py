@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, optim
-from reg_kernels.bench import _measure, _report, optimizer_step, penalty
+from reg_kernels.bench import _clock, _measure, _report, optimizer_step, penalty
 from reg_kernels.bench._measure import BOTH, FORWARD
 from reg_kernels.bench.optimizer_step import OPTIONS, Kind
 
@@ -243,4 +243,4 @@ def test_the_wall_clock_runs_until_the_gpu_is_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.01))
     subject = optimizer_step._case(CUDA, torch.float32, Kind("AdamW"), SHAPES)
     assert subject.wall and _measure.pool_size(subject, CUDA) == 1
-    assert _measure._clock(subject, CUDA).seconds(lambda i: None, 2, 0) >= 0.005
+    assert _clock.clock(CUDA, wall=True).seconds(lambda i: None, 2, 0) >= 0.005
