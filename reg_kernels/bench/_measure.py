@@ -63,6 +63,16 @@ class Scope:
     everything: bool = False  # every size and layout in every dtype
     compiled: bool = True  # torch.compile among the contenders: it takes seconds a case
 
+    @property
+    def brief(self) -> tuple[torch.dtype, ...]:
+        """Those dtypes that do where one has to."""
+        return self.dtypes if self.everything else self.dtypes[:1]
+
+    @property
+    def of_small_calls(self) -> tuple[torch.dtype, ...]:
+        """Those of calls whose time is the host's, which hardly depends on them."""
+        return self.dtypes if self.everything else (torch.float32,)
+
 
 @dataclass(frozen=True)
 class Plan:
