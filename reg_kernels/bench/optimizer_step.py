@@ -241,6 +241,8 @@ def _compiled(truth: Truth, tensors: int, scope: Scope | None) -> Contender | Sk
         return Skipped(COMPILE, f"left out: compiling a step of {tensors} tensors takes minutes")
     if truth.kind.option and not scope.everything:
         return Skipped(COMPILE, "left out: compiling takes seconds a benchmark; --all has it")
+    if truth.kind.adam and truth.start.dtype == torch.float64:
+        return Skipped(COMPILE, "torch 2.13 compiles Adam's bias corrections in float32")
     torch.compiler.reset()
     stepper = _torch(truth, compiled=True, foreach=True)
     return _contender(COMPILE, stepper, may_fail=True)
