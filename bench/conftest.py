@@ -105,7 +105,7 @@ def row(request: pytest.FixtureRequest) -> dict[str, Any]:
         pytest.skip(f"{name} is no contender here")
     if "skipped" in row:
         pytest.skip(row["skipped"])
-    return row
+    return {"bytes": case.bytes, **row}
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ def peer(name: str, module: str, file: str | None = None) -> ModuleType | Skippe
         return importlib.import_module(module) if file is None else _alone(module, file)
     except ImportError as error:
         return Skipped(name, f"not installed ({error}): make bench-peers")
+    except Exception as error:  # one that breaks when it is loaded is not the end of a benchmark
+        return Skipped(name, f"does not load ({type(error).__name__}: {error})")
 
 
 def _alone(package: str, file: str) -> ModuleType:

@@ -150,10 +150,9 @@ def test_optimis_step_is_checked(monkeypatch: pytest.MonkeyPatch):
         entry_of("optimi", step("SGDW")).check()
 
 
-@pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
-def test_optimis_own_step(dtype: torch.dtype):
+def test_optimis_own_step():
     pytest.importorskip("optimi")
-    for algorithm in ("AdamW", "Adam", "SGDW", "SGD"):
+    for algorithm, dtype in itertools.product(("AdamW", "Adam", "SGDW", "SGD"), backends.DTYPES):
         entry_of("optimi", step(algorithm, dtype)).check()
 
 
@@ -197,13 +196,12 @@ def test_timms_mixup_is_checked(
             entry.call(0)
 
 
-@pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_timms_own_mixup(dtype: torch.dtype, layout: str):
+def test_timms_own_mixup():
     module = _peers.peer("timm", "timm", "data/mixup.py")
     if isinstance(module, bench.Skipped):
         pytest.skip(module.reason)
-    entry_of("timm", mixing(dtype, layout)).check()
+    for dtype, layout in itertools.product(backends.DTYPES, ("contiguous", "channels_last")):
+        entry_of("timm", mixing(dtype, layout)).check()
 
 
 def test_a_compiled_step_is_measured_and_right():
