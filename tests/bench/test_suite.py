@@ -205,13 +205,13 @@ def test_timms_own_mixup():
 
 
 def test_a_compiled_step_is_measured_and_right():
-    scope = bench.Scope(CPU, (torch.float32,))
+    scope = bench.Scope(CPU, (torch.float32,), everything=True)
     subject = optimizer_step._case(CPU, torch.float32, Kind("SGD"), ((64,),), scope=scope)
     rows = {row["name"]: row for row in bench.measure(subject, CPU, TINY)["contenders"]}
     assert len(rows["compile"]["seconds"]) == 3, rows["compile"]
     many = optimizer_step._case(CPU, torch.float32, Kind("SGD"), ((1,),) * 17, scope=scope)
     assert "17 tensors takes minutes" in entry_of("compile", many).reason
-    scope = bench.Scope(CPU, (torch.float64,))
+    scope = bench.Scope(CPU, (torch.float64,), everything=True)
     broken = optimizer_step._case(CPU, torch.float64, Kind("Adam"), ((64,),), scope=scope)
     assert "in float32" in entry_of("compile", broken).reason
 
