@@ -1,16 +1,22 @@
-"""pytest-benchmark over the definitions in reg_kernels/bench.
+"""pytest-benchmark over the definitions in reg_kernels/bench and in the modules beside this file.
 
-A test's `contender` in bench_<op>.py runs over every case and contender of that op. What runs one
-after the other cannot be compared on a machine that changes its speed: this follows one contender
-over time (--benchmark-autosave, --benchmark-compare), `reg-kernels bench` compares.
+A test's `time_it` in bench_<name>.py runs over every case of bench/<name>.py, or else of
+reg_kernels/bench/<name>.py, and over every contender. What runs one after the other cannot be
+compared on a machine that changes its speed: the contenders of a case are measured together, by
+`reg_kernels.bench.measure`, when the first of them is asked for, and pytest-benchmark is handed the
+seconds that were recorded, by way of a clock that shows them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +26,29 @@ from reg_kernels.bench import _environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
-ROUNDS = 5
+PLAN = bench.Plan(seconds=1.0, least=5, most=20, sample=1e-3)
 NAMES = (
     *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
-    *("eager", "compile", "fused", "foreach", "optimi", "liger"),
+    *("eager", "compile", "fused", "foreach", "optimi", "liger", "timm"),
 )
 
 
-class Prepared(NamedTuple):
-    """A contender whose values were checked, and the case it runs in."""
+class RecordedClock:
+    """A clock that shows 0, and then the seconds that it is set to."""
 
-    case: bench.Case
-    contender: bench.Contender
+    __name__ = "recorded"  # in pytest-benchmark's files
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def set(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+
+
+CLOCK = RecordedClock()
 
 
 def pytest_report_header() -> str:
@@ -43,54 +60,68 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "contender" not in metafunc.fixturenames:
+    if "time_it" not in metafunc.fixturenames:
         return
-    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
-    cases = importlib.import_module(f"reg_kernels.bench.{op}").cases(SCOPE)
+    name = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
     metafunc.parametrize(
-        "contender",
+        "row",
         [
-            pytest.param((case, name), id=f"{case.label}-{name}".replace(" ", "-"))
-            for case in cases
+            pytest.param(
+                (case, name),
+                id=f"{case.label}-{name}".replace(" ", "-"),
+                marks=pytest.mark.benchmark(timer=CLOCK, group=case.label),
+            )
+            for case in definitions(name).cases(SCOPE)
             for name in NAMES
         ],
         indirect=True,
     )
 
 
+def definitions(name: str) -> ModuleType:
+    """The module that holds the cases of bench_<name>.py."""
+    path = Path(__file__).with_name(f"{name}.py")
+    if not path.exists():
+        return importlib.import_module(f"reg_kernels.bench.{name}")
+    spec = importlib.util.spec_from_file_location(f"_bench_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @functools.lru_cache(maxsize=1)
-def _contenders(case: bench.Case) -> dict[str, bench.Contender | bench.Skipped]:
-    return {entry.name: entry for entry in bench.contenders(case, DEVICE)}
+def measured(case: bench.Case) -> dict[str, dict[str, Any]]:
+    """What was measured of each contender, by its name."""
+    return {row["name"]: row for row in bench.measure(case, DEVICE, PLAN)["contenders"]}
 
 
 @pytest.fixture
-def contender(request: pytest.FixtureRequest) -> Prepared:
+def row(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A contender's figures, or what is wrong with its values."""
     case, name = request.param
-    entry = _contenders(case).get(name)
-    if entry is None:
+    row = measured(case).get(name)
+    if row is None:
         pytest.skip(f"{name} is no contender here")
-    if isinstance(entry, bench.Skipped):
-        pytest.skip(entry.reason)
-    with entry.within():
-        entry.check()
-    return Prepared(case, entry)
+    if "skipped" in row:
+        pytest.skip(row["skipped"])
+    return {"bytes": case.bytes, **row}
 
 
 @pytest.fixture
-def time_it(benchmark: Any, contender: Prepared) -> Callable[[], None]:
-    """Times the contender: all that a test here has to do."""
-    case, way = contender
+def time_it(benchmark: Any, row: dict[str, Any]) -> Callable[[], None]:
+    """Hands the contender's times to pytest-benchmark: all that a test here has to do.
 
-    def call() -> None:
-        way.call(0)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+    It fails where the contender computed something else.
+    """
 
     def time_it() -> None:
-        benchmark.group = case.label
-        benchmark.extra_info["bytes"] = case.bytes
-        calls = 100 if case.host else 1
-        with way.within():
-            benchmark.pedantic(call, rounds=ROUNDS, iterations=calls, warmup_rounds=1)
+        if "wrong" in row:
+            pytest.fail(f"wrong values: {row['wrong']}", pytrace=False)
+        seconds = iter(row["seconds"])
+        benchmark.extra_info |= {k: v for k, v in row.items() if k not in ("name", "seconds")}
+        benchmark.pedantic(
+            lambda: CLOCK.set(next(seconds)), setup=CLOCK.set, rounds=len(row["seconds"])
+        )
 
     return time_it

@@ -6,9 +6,19 @@ median over the rounds of the ratio within a round. Values are checked before an
 Beside them runs `Tensor.copy_` of as many bytes, the floor that a share of bandwidth is measured
 against.
 
+A contender also pays for the cache lines that the one before it left to be written back: on a CPU,
+mixup of a batch of bytes took 1.17 times as long after `copy_` as after itself. A sample therefore
+begins with untimed calls of its own, two where they are short, which leaves 1.09; one leaves 1.15,
+and reading twice the last-level cache before it instead changes nothing. Samples of short calls
+hold several, which shares out what is left.
+
 On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU
 was kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2
 cache. Where the host's time counts as well, the clock runs until the GPU has done the last call.
+A small call has further figures, each measured in the same way after the first: what the host
+takes where that is not the benchmark ("host_median"), what the GPU takes where the host is
+("device_median"), and what a CUDA graph of the call takes, whose input stays in the L2 cache
+("graph_median", or "graph_note" where there is none).
 """
 
 from __future__ import annotations
@@ -16,16 +26,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from ._clock import Clock, captured, clock
+from ._memory import kept_bytes, peak_bytes
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -33,12 +43,11 @@ STEP = "step"  # of an optimizer, in place
 
 _POOL_OVER_L2 = 4  # the pool of inputs is this many times the L2 cache
 _LARGEST_POOL = 512
-# Calls up to this long get an untimed one first, which wipes out what the contender before them
-# left in the caches; longer ones do not feel it.
-_LEAD_IN = 0.05
-_CUDA_CALLS = 20  # in a sample at most: what is queued must fit the launch queue
-_CUDA_SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
-_HOST_CALLS = 2000
+# Calls up to the first length get two untimed ones before a sample, and up to the second one, which
+# wipe out what the contender before them left in the caches; longer ones do not feel it.
+_LEAD_IN_TWICE, _LEAD_IN = 0.01, 0.05
+_SMALL = 4 * 2**20  # bytes of an input up to which launching is a part of a call's time on a GPU
+_FURTHER = 0.25  # of the time for a benchmark goes to each further figure of a small call
 
 
 class WrongValues(Exception):
@@ -53,6 +62,16 @@ class Scope:
     dtypes: tuple[torch.dtype, ...]
     everything: bool = False  # every size and layout in every dtype
     compiled: bool = True  # torch.compile among the contenders: it takes seconds a case
+
+    @property
+    def brief(self) -> tuple[torch.dtype, ...]:
+        """Those dtypes that do where one has to."""
+        return self.dtypes if self.everything else self.dtypes[:1]
+
+    @property
+    def of_small_calls(self) -> tuple[torch.dtype, ...]:
+        """Those of calls whose time is the host's, which hardly depends on them."""
+        return self.dtypes if self.everything else (torch.float32,)
 
 
 @dataclass(frozen=True)
@@ -187,7 +206,6 @@ def measure(
         figures, with the raw seconds of a call in each round.
     """
     gc.collect()  # the tensors of the case before
-    clock = _clock(case, device)
     pool = pool_size(case, device)
     entries = contenders(case, device)
     rows: list[dict[str, Any]] = []
@@ -204,11 +222,11 @@ def measure(
         except WrongValues as error:
             row["wrong"] = str(error)
         except Exception as error:  # a crash of one contender is a result, not the end
-            message = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            row["skipped" if entry.may_fail else "wrong"] = message
+            row["skipped" if entry.may_fail else "wrong"] = _message(error)
         else:
             running.append(entry)
-    samples, calls = _interleave(running, clock, plan, after_round)
+    timed_by = clock(device, host=case.host, wall=case.wall)
+    samples, calls = _interleave(running, timed_by, plan, after_round)
     for row in rows:
         if (seconds := samples.get(row["name"])) is None:
             continue
@@ -218,12 +236,16 @@ def measure(
             row["items_per_second"] = case.items / row["median"]
         if case.tensors:
             row["seconds_per_tensor"] = row["median"] / case.tensors
+    if device.type == "cuda" and math.prod(case.shape) * case.dtype.itemsize <= _SMALL:
+        further = _small_call_figures(case, device, running, plan)
+        for row in rows:
+            row |= further.get(row["name"], {})
     for entry in running:
         row = next(r for r in rows if r["name"] == entry.name)
         with entry.within():
             if case.requires_grad and case.direction in (FORWARD, BOTH):
-                row["kept_bytes"] = _kept_bytes(entry.call)
-            row["peak_bytes"] = _peak_bytes(entry.call, device)
+                row["kept_bytes"] = kept_bytes(entry.call)
+            row["peak_bytes"] = peak_bytes(entry.call, device)
     peaks = {row["name"]: row["peak_bytes"] for row in rows if "peak_bytes" in row}
     for row in rows:
         for peer in case.peers:
@@ -253,6 +275,37 @@ def measure(
         "inputs": pool,
         "contenders": rows,
     }
+
+
+def _small_call_figures(
+    case: Case, device: torch.device, running: list[Contender], plan: Plan
+) -> dict[str, dict[str, Any]]:
+    """What launching costs: further figures of a small call on a GPU, by contender."""
+    plan = replace(plan, seconds=_FURTHER * plan.seconds)
+    found: dict[str, dict[str, Any]] = {entry.name: {} for entry in running}
+
+    def add(figure: str, contenders: list[Contender], timed_by: Clock) -> None:
+        samples, _ = _interleave(contenders, timed_by, plan)
+        for name, seconds in samples.items():
+            found[name][figure] = statistics.median(seconds)
+
+    if case.host:
+        add("device_median", running, clock(device))
+    elif not case.wall:
+        add("host_median", running, clock(device, host=True))
+    graphs: list[Contender] = []
+    for entry in running:
+        try:
+            with entry.within():
+                graphs.append(replace(entry, call=captured(entry.call, device)))
+        except Exception as error:  # who cannot be captured has been timed all the same
+            found[entry.name]["graph_note"] = _message(error)
+    add("graph_median", graphs, clock(device))
+    return found
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def figures(
@@ -316,86 +369,33 @@ def _copy_contender(case: Case, device: torch.device, pool: int, bytes_moved: in
     return Contender(COPY, lambda i: destination.copy_(sources[i % pool]), check)
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """`seconds(call, calls, first)`: the time of each of `calls` calls, numbered from `first`."""
-
-    seconds: Callable[[Callable[[int], object], int, int], float]
-    most_calls: int
-
-
-def _clock(case: Case, device: torch.device) -> _Clock:
-    if device.type != "cuda":
-        return _Clock(_host_seconds, _HOST_CALLS)
-    if case.wall:
-
-        def wall_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
-            torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            for i in range(first, first + calls):
-                call(i)
-            torch.cuda.synchronize(device)
-            return (time.perf_counter() - begin) / calls
-
-        return _Clock(wall_seconds, _HOST_CALLS)
-    if not case.host:
-        return _Clock(_cuda_seconds, _CUDA_CALLS)
-
-    def host_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
-        torch.cuda.synchronize(device)
-        seconds = _host_seconds(call, calls, first)
-        torch.cuda.synchronize(device)
-        return seconds
-
-    # Few enough that the launch queue never fills, which would hold the host up.
-    return _Clock(host_seconds, 100)
-
-
-def _host_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
-    begin = time.perf_counter()
-    for i in range(first, first + calls):
-        call(i)
-    return (time.perf_counter() - begin) / calls
-
-
-def _cuda_seconds(call: Callable[[int], object], calls: int, first: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_CUDA_SLEEP)
-    begin.record()
-    for i in range(first, first + calls):
-        call(i)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
-
-
 def _interleave(
     contenders: list[Contender],
-    clock: _Clock,
+    timed_by: Clock,
     plan: Plan,
-    after_round: Callable[[int, int], None],
+    after_round: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """The seconds of each contender, one for each round, and how many calls a sample of it is."""
     calls: dict[str, int] = {}
-    lead_in: dict[str, bool] = {}
+    lead_in: dict[str, int] = {}
     number = 0
     round_seconds = 0.0
 
-    def sample(contender: Contender, count: int, lead: bool) -> float:
+    def sample(contender: Contender, count: int, lead: int) -> float:
         nonlocal number
         with contender.within():
-            if lead:
-                contender.call(number)
-            seconds = clock.seconds(contender.call, count, number + 1)
-        number += count + 1
+            for i in range(number, number + lead):
+                contender.call(i)
+            seconds = timed_by.seconds(contender.call, count, number + lead)
+        number += lead + count
         return seconds
 
     for contender in contenders:
         # The check has warmed it up; the shorter of two is the better guess of what is to come.
-        guess = min(sample(contender, 1, False) for _ in range(2))
+        guess = min(sample(contender, 1, 0) for _ in range(2))
         wanted = math.ceil(plan.sample / max(guess, 1e-9))
-        calls[contender.name] = max(1, min(wanted, clock.most_calls))
-        lead_in[contender.name] = guess <= _LEAD_IN
+        calls[contender.name] = max(1, min(wanted, timed_by.most_calls))
+        lead_in[contender.name] = (guess <= _LEAD_IN_TWICE) + (guess <= _LEAD_IN)
         round_seconds += guess * (calls[contender.name] + lead_in[contender.name])
     rounds = max(plan.least, min(plan.most, int(plan.seconds / max(round_seconds, 1e-9))))
 
@@ -422,54 +422,3 @@ def _no_collection() -> Any:
     finally:
         if enabled:
             gc.enable()
-
-
-def _kept_bytes(call: Callable[[int], object]) -> int:
-    """Bytes that a forward keeps for its backward: all storages that autograd saves, once each."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call(0)
-    del result  # alive until here: a freed storage's address could have come twice
-    return sum(kept.values())
-
-
-def _peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
-    """Memory at the peak of a call, beyond what it returns."""
-    follow = _cuda_memory if device.type == "cuda" else _cpu_memory
-    result, peak, grown = follow(call, device)
-    outputs = result if isinstance(result, tuple) else (result,)
-    # A result that was there before, such as the copy's destination, is no allocation of the call.
-    tensors = [t for t in outputs if isinstance(t, Tensor)]
-    returned = min(grown, sum(t.untyped_storage().nbytes() for t in tensors))
-    return max(0, peak - returned)
-
-
-def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
-    """A call's result, by how much it had grown memory at its peak, and by how much at its end."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    result = call(0)
-    torch.cuda.synchronize(device)
-    after = torch.cuda.memory_allocated(device)
-    return result, torch.cuda.max_memory_allocated(device) - before, after - before
-
-
-def _cpu_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
-    """The same of what torch's allocator gave: the scratch of the C library's is not in it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or each profile writes two lines to stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = call(0)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    grown = [0]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        grown.append(grown[-1] + event.nbytes())
-    return result, max(grown), grown[-1]

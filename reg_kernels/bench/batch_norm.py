@@ -63,6 +63,7 @@ ADDED = Kind("batch_norm_act", "residual+relu", relu=True, residual=True)
 _LAYOUTS = ("contiguous", "channels_last")
 _SMALL = (32, 16)
 _STAGE = (64, 64, 56, 56)  # N, C, H, W of a ResNet's first stage
+_TYPICAL = (64, 64, 14, 14)  # what a CPU's caches hold, and a GPU's
 _FLAT = (4096, 512)
 # C, H, W of ResNet-50's BatchNorms, from the first to the last.
 _RESNET = (
@@ -83,8 +84,13 @@ _FLOOR = Goal("native", "at least 0.85 of the floor", "share_of_copy", 0.85, Tru
 
 def cases(scope: Scope) -> list[Case]:
     """Small calls, then layers and chains by dtype, shape, layout and direction."""
-    small = functools.partial(_case, scope, PLAIN, torch.float32, _SMALL, host=True)
-    result = [small(FORWARD, requires_grad=False), small(FORWARD), small(BOTH)]
+    result = []
+    for dtype in scope.of_small_calls:
+        small = functools.partial(_case, scope, dtype=dtype, shape=_SMALL, host=True)
+        result.append(small(PLAIN, direction=FORWARD, requires_grad=False))
+        result += [small(PLAIN, direction=direction) for direction in (FORWARD, BOTH)]
+        result += [small(kind, direction=BOTH) for kind in (DROPPED, ADDED)]
+        result.append(small(FROZEN, direction=FORWARD))
     for point in _gpu(scope) if scope.device.type == "cuda" else _cpu(scope):
         result.append(_case(scope, *point))
     return result
@@ -99,10 +105,15 @@ def _cpu(scope: Scope) -> Iterator[Point]:
         for dtype in scope.dtypes:
             first = scope.everything or dtype == scope.dtypes[0]
             if not first and kind is not PLAIN:
+                directions = _directions(kind, False)
+                yield kind, dtype, _STAGE, directions[0], "contiguous"
                 continue
             directions = _directions(kind, scope.everything or (first and kind is PLAIN))
             for (shape, layout), direction in itertools.product(places, directions):
                 yield kind, dtype, shape, direction, layout
+        for dtype in scope.dtypes if kind is PLAIN else scope.brief:
+            for direction in _directions(kind, scope.everything):
+                yield kind, dtype, _TYPICAL, direction, "contiguous"
 
 
 def _gpu(scope: Scope) -> Iterator[Point]:
@@ -112,6 +123,7 @@ def _gpu(scope: Scope) -> Iterator[Point]:
     dtypes = scope.dtypes if scope.everything else halves or scope.dtypes
     small_batch = [((64, *shape), layout) for shape in _RESNET for layout in _LAYOUTS]
     large_batch = [((256, *shape), layout) for shape in _RESNET for layout in _LAYOUTS]
+    late = [(_TYPICAL, "contiguous")]
     chained = [*(((64, 256, 56, 56), layout) for layout in _LAYOUTS), (_FLAT, "contiguous")]
     uneven = [
         ((8, 3, 1024, 1024), "contiguous"),  # few channels of many pixels
@@ -127,6 +139,7 @@ def _gpu(scope: Scope) -> Iterator[Point]:
         (ADDED, chained, (BOTH,)),
         (FROZEN, chained[:2], (FORWARD,)),
         (PLAIN, large_batch, (BOTH,)),
+        *((kind, late, _directions(kind, False)) for kind in (PLAIN, DROPPED, ADDED, FROZEN)),
     ):
         for dtype, (shape, layout) in itertools.product(dtypes, places):
             # Every contender's outputs and gradients are there at the same time.
@@ -152,7 +165,10 @@ def _goals(
 ) -> tuple[Goal, ...]:
     on_gpu = device.type == "cuda"
     if host:
-        return (_HOST_GPU if on_gpu else _HOST_CPU,) if direction == FORWARD else ()
+        limited = kind is PLAIN and direction == FORWARD
+        return (_HOST_GPU if on_gpu else _HOST_CPU,) if limited else ()
+    if shape == _TYPICAL:
+        return ()
     goals: list[Goal] = []
     if kind.gated and direction != BACKWARD:
         # 64 bytes a channel: parameters, statistics and what rounding up to whole bytes costs.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +37,9 @@ from ._logits import (
     vocabulary,
 )
 from ._measure import BOTH, COMPILE, FORWARD, Case, Contender, Goal, Scope, Skipped, faster
+from ._peers import LIGER, peer
 from ._ways import Inputs, Makers, Way, ways
 
-LIGER = "liger"
 LAM = 0.3
 
 _SEGMENTATION = (8, 21, 512, 512)
@@ -70,11 +69,9 @@ def cases(scope: Scope) -> list[Case]:
         for kind, direction, dtype, shape, layout in _points(scope)
         if fits(scope.device, shape, dtype)
     ]
-    if scope.everything:
-        result += [
-            _case(scope, kind, direction, torch.float32, SMALL, host=True)
-            for kind, direction in itertools.product((PAIR, LABELS), (BOTH, FORWARD))
-        ]
+    directions = (BOTH, FORWARD) if scope.everything else (BOTH,)
+    for place in itertools.product((PAIR, LABELS), directions, scope.of_small_calls):
+        result.append(_case(scope, *place, SMALL, host=True))
     return result
 
 
@@ -86,11 +83,15 @@ def _points(scope: Scope) -> Iterator[Point]:
     if not scope.everything:
         for kind, direction in ((PAIR, BOTH), (SMOOTHED, BOTH), (SMOOTHED, FORWARD)):
             yield kind, direction, default_dtype(scope), shape, "contiguous"
+        for kind, dtype in itertools.product((PAIR, SMOOTHED), scope.dtypes):
+            yield kind, BOTH, dtype, CLASSES, "contiguous"
+        for kind in (LABELS, PROBABILITIES):
+            yield kind, BOTH, default_dtype(scope), CLASSES, "contiguous"
         return
     for dtype in scope.dtypes:
         for kind, direction in itertools.product(_KINDS, (BOTH, FORWARD)):
             yield kind, direction, dtype, shape, "contiguous"
-        for kind in (PAIR, SMOOTHED):
+        for kind in _KINDS:
             yield kind, BOTH, dtype, CLASSES, "contiguous"
         for layout in ("contiguous", "channels_last"):
             yield LABELS, BOTH, dtype, _SEGMENTATION, layout
@@ -202,10 +203,9 @@ def _liger(kind: Kind, truth: Truth, direction: str, inputs: Inputs) -> Contende
     time."""
     if inputs.grads[0].device.type != "cuda":
         return Skipped(LIGER, "its Triton kernels need a GPU")
-    try:
-        liger = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError as error:
-        return Skipped(LIGER, f"liger-kernel is not installed ({error})")
+    liger = peer(LIGER, "liger_kernel.transformers.functional")
+    if isinstance(liger, Skipped):
+        return liger
 
     def function(logits: Tensor, target: Tensor) -> Tensor:
         return liger.liger_cross_entropy(logits, target, label_smoothing=kind.smoothing)

@@ -44,13 +44,11 @@ def cases(scope: Scope) -> list[Case]:
     if scope.everything:
         points.append((BOTH, 1.5))
         places = [(*point, dtype, shape) for dtype in scope.dtypes for point in points]
-        places += [(BOTH, 2.0, dtype, CLASSES) for dtype in scope.dtypes]
+    places += [(BOTH, 2.0, dtype, CLASSES) for dtype in scope.dtypes]
     result = [_case(scope, *place) for place in places if fits(scope.device, place[3], place[2])]
-    if scope.everything:
-        result += [
-            _case(scope, direction, 2.0, torch.float32, SMALL, host=True)
-            for direction in (BOTH, FORWARD)
-        ]
+    for dtype in scope.of_small_calls:
+        for direction in (BOTH, FORWARD) if scope.everything else (BOTH,):
+            result.append(_case(scope, direction, 2.0, dtype, SMALL, host=True))
     return result
 
 

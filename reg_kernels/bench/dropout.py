@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,13 @@ from ._ways import Inputs, Makers, Way, calls, in_layout, ways
 P = 0.1
 
 _MIB = 2**20
-_CHANNELS = (64, 64, 56, 56)  # N, C, H, W of a ResNet's first stage
+# N, C, then L, or H, W of a ResNet's first stage and of a late one, or D, H, W: past the caches,
+# a typical one within them, and a call whose time is the host's.
+_CHANNELS = {
+    "dropout1d": ((64, 64, 4096), (32, 64, 196), (2, 8, 4)),
+    "dropout2d": ((64, 64, 56, 56), (32, 64, 14, 14), (2, 8, 2, 2)),
+    "dropout3d": ((8, 64, 32, 32, 32), (4, 64, 8, 14, 14), (2, 8, 1, 2, 2)),
+}
 
 _KEPT = Goal("native", "keeps 16 bytes for backward", "kept_bytes", 16)
 _HOST_CPU = Goal("native", "at most 1.5 of nn.Dropout's time", "time_over_eager", 1.5)
@@ -40,13 +46,14 @@ _GPU = (
 
 
 def cases(scope: Scope) -> list[Case]:
-    """Small calls, elements by size, and channels in both layouts; each forward and backward."""
+    """Small calls, elements by size, and channels by shape and layout; forward and backward."""
     result = []
     host = _HOST_GPU if scope.device.type == "cuda" else _HOST_CPU
-    for direction, requires_grad in ((FORWARD, False), (FORWARD, True), (BACKWARD, True)):
-        goals = (host,) if direction == FORWARD else ()
-        case = functools.partial(_case, "dropout", direction, torch.float32, (16,), "contiguous")
-        result.append(case(scope, requires_grad=requires_grad, host=True, goals=goals))
+    for dtype in scope.of_small_calls:
+        for direction, requires_grad in ((FORWARD, False), (FORWARD, True), (BACKWARD, True)):
+            goals = (host,) if direction == FORWARD else ()
+            case = functools.partial(_case, "dropout", direction, dtype, (16,), "contiguous")
+            result.append(case(scope, requires_grad=requires_grad, host=True, goals=goals))
     for size in _sizes(scope.device):
         for dtype in scope.dtypes:
             for direction in (FORWARD, BACKWARD):
@@ -55,11 +62,24 @@ def cases(scope: Scope) -> list[Case]:
                 result.append(
                     _case("dropout", direction, dtype, shape, "contiguous", scope, goals=goals)
                 )
-    for dtype in scope.dtypes if scope.everything else scope.dtypes[:1]:
-        for layout in ("contiguous", "channels_last"):
-            for direction in (FORWARD, BACKWARD):
-                result.append(_case("dropout2d", direction, dtype, _CHANNELS, layout, scope))
+    for op in _CHANNELS:
+        result += _of_channels(scope, op)
     return result
+
+
+def _of_channels(scope: Scope, op: str) -> Iterator[Case]:
+    large, typical, small = _CHANNELS[op]
+    brief = op != "dropout2d" and not scope.everything
+    directions = (FORWARD,) if brief else (FORWARD, BACKWARD)
+    for dtype in scope.brief:
+        for layout in ("contiguous", "channels_last") if op == "dropout2d" else ("contiguous",):
+            for direction in directions:
+                yield _case(op, direction, dtype, large, layout, scope)
+    for dtype in scope.dtypes:
+        for direction in (FORWARD, BACKWARD) if scope.everything else (FORWARD,):
+            yield _case(op, direction, dtype, typical, "contiguous", scope)
+    for dtype in scope.of_small_calls:
+        yield _case(op, FORWARD, dtype, small, "contiguous", scope, host=True)
 
 
 def _sizes(device: torch.device) -> list[int]:
@@ -138,7 +158,7 @@ def _functions(op: str) -> Makers:
 
 def _modules(op: str) -> Makers:
     """Layers, which is what a small call's time on the host is about."""
-    name = {"dropout": "Dropout", "dropout2d": "Dropout2d"}[op]
+    name = op.capitalize()
     return Makers(
         lambda: getattr(torch.nn, name)(P),
         lambda backend: getattr(nn, name)(P, backend=backend),

@@ -1,4 +1,5 @@
-"""Benchmarks of mixup, from images and from bytes that are normalised on the way, and of CutMix.
+"""Benchmarks of mixup, from images and from bytes that are normalised on the way, and of CutMix;
+mixup beside timm's, whose CutMix pastes one box for the whole batch.
 
 Bytes an element, s = sizeof(dtype): forward reads x, s or 1, and writes y, s; backward reads the
 gradient and writes another, 2 s. That each sample is read again as a partner is not counted. On
@@ -13,11 +14,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import functional as fused
 from ._measure import BOTH, COMPILE, FORWARD, Case, Contender, Goal, Scope, Skipped, faster
+from ._peers import TIMM, peer
 from ._values import compare
 from ._ways import Inputs, Makers, Way, calls, in_layout, ways
 
@@ -26,7 +29,9 @@ LAM = 0.3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _BATCH = (128, 3, 224, 224)
+_TYPICAL = (128, 3, 32, 32)
 _SMALL = (8, 3, 8, 8)
+_CLASSES = 10  # of the targets that timm makes besides
 
 
 class Kind(NamedTuple):
@@ -44,19 +49,26 @@ _KINDS = (MIXED, BYTES, PASTED)
 
 
 def cases(scope: Scope) -> list[Case]:
-    """A batch of images, each kind of batch without a gradient, and mixup with one."""
-    points = [(kind, FORWARD) for kind in _KINDS] + [(MIXED, BOTH)]
-    if not scope.everything:
-        return [_case(scope, *point, scope.dtypes[0], _BATCH) for point in points]
-    result = [_case(scope, kind, FORWARD, torch.float32, _SMALL, host=True) for kind in _KINDS]
-    for dtype in scope.dtypes:
-        for layout in ("contiguous", "channels_last"):
+    """A batch of images, each kind of batch without a gradient, and mixup with one; then smaller
+    batches."""
+    forward = [(kind, FORWARD) for kind in _KINDS]
+    points = [*forward, (MIXED, BOTH)]
+    result = []
+    for dtype in scope.brief:
+        for layout in ("contiguous", "channels_last") if scope.everything else ("contiguous",):
             result += [_case(scope, *point, dtype, _BATCH, layout) for point in points]
+    for dtype in scope.dtypes:
+        smaller = points if scope.everything else forward
+        result += [_case(scope, *point, dtype, _TYPICAL) for point in smaller]
+    for dtype in scope.of_small_calls:
+        result += [_case(scope, *point, dtype, _SMALL, host=True) for point in forward]
     return result
 
 
-def _goals(kind: Kind, direction: str, dtype: torch.dtype, layout: str) -> tuple[Goal, ...]:
-    if (direction, dtype, layout) != (FORWARD, torch.float32, "contiguous"):
+def _goals(
+    kind: Kind, direction: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> tuple[Goal, ...]:
+    if (direction, dtype, shape, layout) != (FORWARD, torch.float32, _BATCH, "contiguous"):
         return ()
     if kind is MIXED:
         return (faster(4), faster(1.3, COMPILE))
@@ -77,6 +89,7 @@ def _case(
     count = math.prod(shape)
     transfers = 2 * dtype.itemsize if requires_grad else 0  # of the backward
     transfers += dtype.itemsize + (1 if kind.from_bytes else dtype.itemsize)
+    for_timm = kind is MIXED and not requires_grad and shape[0] % 2 == 0
 
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         arguments = []
@@ -90,10 +103,11 @@ def _case(
         ]
         inputs = Inputs(arguments, [of_input[:1] for of_input in arguments], grads)
         makers, size = _makers(kind, dtype, device), count * dtype.itemsize
-        return [
+        entries = [
             way if isinstance(way, Skipped) else _contender(way, kind, direction, dtype, inputs)
             for way in ways("mixup", makers, direction, device, dtype, size, scope.compiled)
         ]
+        return [*entries, _timm(inputs)] if for_timm else entries
 
     return Case(
         op="mixup",
@@ -106,7 +120,8 @@ def _case(
         layout=layout,
         requires_grad=requires_grad,
         host=host,
-        goals=() if host else _goals(kind, direction, dtype, layout),
+        peers=(TIMM,) if for_timm else (),
+        goals=_goals(kind, direction, dtype, shape, layout),
     )
 
 
@@ -190,6 +205,47 @@ def _contender(
             check_gradient(name, inputs.arguments[0][1], inputs.grads[0], gradients[0])
 
     return Contender(way.name, of.of(direction), check, way.within, way.may_fail)
+
+
+def _timm(inputs: Inputs) -> Contender | Skipped:
+    """timm's Mixup of a whole batch, in place: each image with the one as far from the end, by a
+    lambda that it draws for each call; it makes the targets too, and all that is in its time."""
+    module = peer(TIMM, "timm", "data/mixup.py")
+    if isinstance(module, Skipped):
+        return module
+    mix = module.Mixup(label_smoothing=0.0, num_classes=_CLASSES)
+    own = [x.clone() for x, *_ in inputs.arguments]
+    count, device = len(own[0]), own[0].device
+    labels = torch.arange(count, device=device) % _CLASSES
+
+    def check() -> None:
+        # An image of 1 and one of 0 become the lambda that this seed leads to and the rest to 1.
+        state = np.random.get_state()
+        try:
+            np.random.seed(0)
+            pixels = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+            lam = float(mix(pixels, torch.zeros(2, dtype=torch.int64))[0][0])
+            np.random.seed(0)
+            x = own[0].copy_(inputs.arguments[0][0])
+            y, target = mix(x, labels)
+        finally:
+            np.random.set_state(state)
+        check_timm(inputs.arguments[0][0], labels, lam, y, target)
+
+    return Contender(TIMM, lambda i: mix(own[i % len(own)], labels), check, may_fail=True)
+
+
+def check_timm(x: Tensor, labels: Tensor, lam: float, y: Tensor, target: Tensor) -> None:
+    """Raises WrongValues unless y is x and target its labels, mixed with themselves in reverse."""
+
+    def blend(own: Tensor, partner: Tensor) -> Tensor:
+        return lam * own.double() + (1 - lam) * partner.double()
+
+    allowed = 4 * torch.finfo(x.dtype).eps
+    compare("mixup, timm: output", y, blend, (x, x.flip(0)), allowed, 1.0)
+    hot = torch.nn.functional.one_hot(labels, _CLASSES)
+    allowed = 4 * torch.finfo(target.dtype).eps
+    compare("mixup, timm: target", target, blend, (hot, hot.flip(0)), allowed, 1.0)
 
 
 def check_values(

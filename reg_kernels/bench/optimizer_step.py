@@ -1,9 +1,9 @@
 """Benchmarks of the optimizers' step, beside those of torch.optim and of torch-optimi.
 
-Transfers an element: AdamW reads the parameter, the gradient and two moments and writes all but the
-gradient: 7. SGDW with a momentum has one moment less: 5. Clipping reads the gradient once more
-before, an average of the weights is read and written, 2 (in float32 for 16-bit parameters), and the
-l1 penalty moves nothing.
+Transfers an element: AdamW and Adam read the parameter, the gradient and two moments and write all
+but the gradient: 7. SGDW and SGD with a momentum have one moment less: 5. Clipping reads the
+gradient once more before, an average of the weights is read and written, 2 (in float32 for 16-bit
+parameters), and the l1 penalty moves nothing.
 
 On the CPU a step in place has its lines in the cache when it writes them, while `Tensor.copy_`
 reads what it overwrites: three transfers for two that are counted. The floor is then 2/3 of its
@@ -13,7 +13,6 @@ time.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +23,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import optim
-from ._measure import STEP, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import COMPILE, EAGER, STEP, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._peers import OPTIMI, peer
 from ._values import compare, parts
 from ._ways import our_ways
 
-FUSED, FOREACH, OPTIMI = "fused", "foreach", "optimi"
+FUSED, FOREACH = "fused", "foreach"
 PEERS = (FUSED, FOREACH, OPTIMI)
 
 BETAS, EPS, MOMENTUM, DECAY = (0.9, 0.999), 1e-8, 0.9, 1e-2
@@ -40,9 +40,11 @@ CLIP = 0.75  # of the gradient's norm
 FACTORS = (1.0, -2.0, 0.5)  # of the gradient
 LR_CHECKED, LR_TIMED = 0.25, 1e-6
 
+_COMPILED_UP_TO = 16  # tensors: compiling a step takes up to a second for each
+
 
 class Kind(NamedTuple):
-    """An algorithm and the option that is on."""
+    """An algorithm, by its class in reg_kernels.optim, and the option that is on."""
 
     algorithm: str
     option: str = ""
@@ -51,14 +53,19 @@ class Kind(NamedTuple):
     def name(self) -> str:
         return f"{self.algorithm}+{self.option}" if self.option else self.algorithm
 
+    @property
+    def adam(self) -> bool:
+        return self.algorithm in ("AdamW", "Adam")
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes an element that have to move."""
-        transfers = {"AdamW": 7, "SGDW": 5}[self.algorithm] + (self.option == "clip")
+        transfers = (7 if self.adam else 5) + (self.option == "clip")
         return transfers * dtype.itemsize + 2 * max(4, dtype.itemsize) * (self.option == "ema")
 
 
 OPTIONS = ("l1", "clip", "ema")
 _KINDS = (Kind("AdamW"), Kind("SGDW"))
+_COUPLED = (Kind("Adam"), Kind("SGD"))  # whose decay goes by the gradient
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -81,29 +88,33 @@ def resnet50() -> Shapes:
 
 _LARGE = ((2**20,),) * 16
 _LARGE_GPU = ((6_250_000,),) * 16
+_TYPICAL = ((2**16,),) * 16  # with gradients and states, what a CPU's caches hold
 _FEW = ((64,),) * 400
 _MANY = ((64,),) * 10_000
 
 
 def cases(scope: Scope) -> list[Case]:
-    """Large parameters, with and without options, then many small ones."""
+    """Large parameters, with and without options, then many small ones, then a typical list."""
     result = []
-    for dtype in scope.dtypes if scope.everything else scope.dtypes[:1]:
-        case = functools.partial(_case, scope.device, dtype)
+    for dtype in scope.brief:
+        case = functools.partial(_case, scope.device, dtype, scope=scope)
         if scope.device.type == "cuda":
             memory = torch.cuda.get_device_properties(scope.device).total_memory
             # Every contender's parameters and states are there at the same time.
             if 48 * _numel(_LARGE_GPU) * dtype.itemsize <= memory:
-                result += [case(kind, _LARGE_GPU) for kind in _KINDS]
+                result += [case(kind, _LARGE_GPU) for kind in (*_KINDS, *_COUPLED)]
                 result += [case(Kind("AdamW", option), _LARGE_GPU) for option in OPTIONS]
             result += [case(kind, resnet50()) for kind in _KINDS]
         else:
-            result += [case(kind, _LARGE) for kind in _KINDS]
-            result += [case(kind, _FEW) for kind in _KINDS]
+            result += [case(kind, _LARGE) for kind in (*_KINDS, *_COUPLED)]
             result += [
                 case(Kind(k.algorithm, option), _LARGE) for k in _KINDS for option in OPTIONS
             ]
+        result += [case(kind, _FEW) for kind in (*_KINDS, *_COUPLED)]
         result += [case(kind, _MANY) for kind in _KINDS]
+    for dtype in scope.dtypes:
+        case = functools.partial(_case, scope.device, dtype, scope=scope)
+        result += [case(kind, _TYPICAL) for kind in (*_KINDS, *_COUPLED)]
     return result
 
 
@@ -124,7 +135,11 @@ _PEAK = Goal("native", "peak no higher than that of fused=True", "peak_above_fus
 
 
 def _goals(device: torch.device, kind: Kind, shapes: Shapes) -> tuple[Goal, ...]:
+    if kind.algorithm not in ("AdamW", "SGDW") or shapes is _TYPICAL:
+        return ()
     if device.type == "cuda":
+        if shapes is _FEW:
+            return ()
         if shapes is not _LARGE_GPU:
             return (_faster(2, FUSED), _faster(3, FOREACH), _PEAK)
         return (_FLOOR_GPU,) if kind.option else (_COPY, _LEVEL, _PEAK)
@@ -135,27 +150,36 @@ def _goals(device: torch.device, kind: Kind, shapes: Shapes) -> tuple[Goal, ...]
     return ()  # the time a tensor tells whether it stays linear
 
 
-def _case(device: torch.device, dtype: torch.dtype, kind: Kind, shapes: Shapes) -> Case:
+def _case(
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Kind,
+    shapes: Shapes,
+    *,
+    scope: Scope | None = None,
+) -> Case:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         truth = Truth(kind, shapes, dtype, device)
         size = _numel(shapes) * dtype.itemsize
         make = functools.partial(_ours, truth)
         entries: list[Contender | Skipped] = []
-        for way in our_ways("optimizer_step", make, device, dtype, size):
-            if isinstance(way, Skipped):
-                entries.append(way)
+        for ours in our_ways("optimizer_step", make, device, dtype, size):
+            if isinstance(ours, Skipped):
+                entries.append(ours)
             else:
-                entries.append(_contender(way.name, way.function, within=way.within))
-        for peer in (FUSED, FOREACH):
-            broken = peer == FUSED and kind.algorithm == "SGDW" and dtype.itemsize == 2
+                entries.append(_contender(ours.name, ours.function, within=ours.within))
+        entries.append(_contender(EAGER, _torch(truth)))
+        entries.append(_compiled(truth, shapes, scope))
+        for way in (FUSED, FOREACH):
+            broken = way == FUSED and not kind.adam and dtype.itemsize == 2
             if broken and device.type == "cpu":
                 # torch 2.13: momentum_buffer is empty_like, and the loop for 16 bits (of whole
                 # vectors) does not know a first step.
                 entries.append(Skipped(FUSED, "torch's first step reads what nobody wrote"))
             else:
-                entries.append(_contender(peer, _torch(truth, **{peer: True})))
-        if kind == Kind("AdamW"):
-            entries.append(_optimi(truth, device))
+                entries.append(_contender(way, _torch(truth, **{way: True})))
+        if not kind.option:
+            entries.append(_optimi(truth))
         return entries
 
     return Case(
@@ -168,8 +192,8 @@ def _case(device: torch.device, dtype: torch.dtype, kind: Kind, shapes: Shapes) 
         bytes=kind.bytes(dtype) * _numel(shapes),
         prepare=prepare,
         # What launches many small kernels is bound by the host, and a training step waits for it.
-        wall=shapes not in (_LARGE, _LARGE_GPU),
-        peers=PEERS if kind == Kind("AdamW") else PEERS[:2],
+        wall=shapes not in (_LARGE, _LARGE_GPU, _TYPICAL),
+        peers=PEERS[:2] if kind.option else PEERS,
         goals=_goals(device, kind, shapes),
     )
 
@@ -189,39 +213,59 @@ def _ours(truth: Truth, backend: str | None) -> Stepper:
         "clip": {"max_grad_norm": truth.max_norm},
         "ema": {"ema_decay": EMA_DECAY},
     }[kind.option]
-    if kind.algorithm == "AdamW":
-        return Stepper(truth, lambda p: optim.AdamW(p, betas=BETAS, eps=EPS, **options))
-    return Stepper(truth, lambda p: optim.SGDW(p, momentum=MOMENTUM, **options))
+    options |= {"betas": BETAS, "eps": EPS} if kind.adam else {"momentum": MOMENTUM}
+    return Stepper(truth, lambda p: getattr(optim, kind.algorithm)(p, **options))
 
 
-def _torch(truth: Truth, **way: bool) -> Stepper:
+def _torch(truth: Truth, *, compiled: bool = False, **way: bool) -> Stepper:
     """torch.optim's, followed by what one writes for the options that it does not have. Its SGD
     decays by the gradient."""
+    kind = truth.kind
     options: dict[str, Any] = {"lr": LR_CHECKED, "weight_decay": DECAY, **way}
-    if truth.kind.algorithm == "AdamW":
-        return Stepper(
-            truth, lambda p: torch.optim.AdamW(p, betas=BETAS, eps=EPS, **options), by_hand=True
-        )
+    options |= {"betas": BETAS, "eps": EPS} if kind.adam else {"momentum": MOMENTUM}
+    name = kind.algorithm if kind.adam else "SGD"
     return Stepper(
         truth,
-        lambda p: torch.optim.SGD(p, momentum=MOMENTUM, **options),
+        lambda p: getattr(torch.optim, name)(p, **options),
         by_hand=True,
-        coupled=True,
+        coupled=name != "AdamW",
+        compiled=compiled,
     )
 
 
-def _optimi(truth: Truth, device: torch.device) -> Contender | Skipped:
-    if device.type != "cuda":
-        return Skipped(OPTIMI, "its Triton kernels need a GPU")
-    try:
-        optimi = importlib.import_module("optimi")
-    except ImportError as error:
-        return Skipped(OPTIMI, f"torch-optimi is not installed ({error})")
-    options = {"lr": LR_CHECKED, "weight_decay": DECAY, "betas": BETAS, "eps": EPS}
+def _compiled(truth: Truth, shapes: Shapes, scope: Scope | None) -> Contender | Skipped:
+    """torch.optim's step compiled, by way of foreach, which compiles the fastest."""
+    if scope is None or not scope.compiled:
+        return Skipped(COMPILE, "left out: compiling takes seconds a benchmark")
+    if len(shapes) > _COMPILED_UP_TO:
+        reason = f"left out: compiling a step of {len(shapes)} tensors takes minutes"
+        return Skipped(COMPILE, reason)
+    # In what is compiled for the CPU, Adam's powers of beta are computed for each element.
+    brief = truth.kind.option == "" and shapes is _TYPICAL and truth.start.dtype == scope.dtypes[0]
+    if not scope.everything and not brief:
+        return Skipped(COMPILE, "left out: it takes half a minute; --all has it")
+    if truth.kind.adam and truth.start.dtype == torch.float64:
+        return Skipped(COMPILE, "torch 2.13 compiles Adam's bias corrections in float32")
+    torch.compiler.reset()
+    stepper = _torch(truth, compiled=True, foreach=True)
+    return _contender(COMPILE, stepper, may_fail=True)
+
+
+def _optimi(truth: Truth) -> Contender | Skipped:
+    """torch-optimi's, by its default: Triton kernels on a GPU, torch's functions elsewhere."""
+    optimi = peer(OPTIMI, "optimi")
+    if isinstance(optimi, Skipped):
+        return optimi
+    kind = truth.kind
+    options: dict[str, Any] = {"lr": LR_CHECKED, "weight_decay": DECAY, "kahan_sum": False}
+    if kind.adam:
+        options |= {"betas": BETAS, "eps": EPS}
+    else:
+        options |= {"momentum": MOMENTUM, "decouple_wd": kind.algorithm == "SGDW"}
     stepper = Stepper(
         truth,
-        lambda p: optimi.AdamW(p, triton=True, kahan_sum=False, **options),
-        moments=False,  # it keeps them with the bias taken off
+        lambda p: getattr(optimi, kind.algorithm.replace("SGDW", "SGD"))(p, **options),
+        moments=False,  # Adam's it keeps with the bias taken off, and names SGD's otherwise
     )
     return _contender(OPTIMI, stepper, may_fail=True)
 
@@ -229,8 +273,9 @@ def _optimi(truth: Truth, device: torch.device) -> Contender | Skipped:
 class Stepper:
     """An optimizer over parameters and gradients of its own.
 
-    `by_hand`: the kind's option takes separate calls; `coupled`: its decay goes by the gradient;
-    `moments`: it keeps them as torch does.
+    `by_hand`: the kind's option takes separate calls; `coupled`: its decay goes by the gradient
+    (None: as the algorithm's name says); `moments`: it keeps them as torch does; `compiled`: the
+    step is, by torch.compile.
     """
 
     def __init__(
@@ -239,11 +284,13 @@ class Stepper:
         make: Callable[[list[Tensor]], torch.optim.Optimizer],
         *,
         by_hand: bool = False,
-        coupled: bool = False,
+        coupled: bool | None = None,
         moments: bool = True,
+        compiled: bool = False,
     ) -> None:
         self._truth, self._make = truth, make
-        self._by_hand, self._coupled, self._moments = by_hand, coupled, moments
+        self._by_hand, self._moments, self._compiled = by_hand, moments, compiled
+        self._coupled = truth.kind in _COUPLED if coupled is None else coupled
         self.step: Callable[[], object] = self._reset
 
     def _reset(self) -> None:
@@ -252,7 +299,8 @@ class Stepper:
         self._optimizer = self._make(self._params)
         self._averages: list[Tensor] = []
         self._load(1.0)
-        self.step = self._stepped_by_hand() if self._by_hand else self._optimizer.step
+        step = self._stepped_by_hand() if self._by_hand else self._optimizer.step
+        self.step = torch.compile(step) if self._compiled else step
 
     def _load(self, factor: float) -> None:
         """Gives every parameter its gradient, times a power of two."""
@@ -351,7 +399,7 @@ class Truth:
         return self._expected[coupled]
 
     def _steps(self, start: Tensor, gradient: Tensor, coupled: bool) -> dict[str, Tensor]:
-        adam, option = self.kind.algorithm == "AdamW", self.kind.option
+        adam, option = self.kind.adam, self.kind.option
         lr = LR_CHECKED
         beta1, beta2 = BETAS
         p = average = start.double()

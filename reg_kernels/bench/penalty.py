@@ -18,21 +18,36 @@ from ._values import compare, parts
 from ._ways import Inputs, Makers, Way, calls, ways
 
 _TENSORS = 16
-_NUMEL, _NUMEL_GPU = 2**20, 6_250_000  # of each
+# Of each: past the caches, a typical size, and a call whose time is the host's.
+_NUMEL, _NUMEL_GPU = 2**20, 6_250_000
+_TYPICAL, _SMALL = 2**16, 64
 
 
 def cases(scope: Scope) -> list[Case]:
-    """Either penalty of large parameters, forward and with its gradient."""
-    on_gpu = scope.device.type == "cuda"
+    """Either penalty of large parameters, forward and with its gradient; then of smaller ones."""
+    large = _NUMEL_GPU if scope.device.type == "cuda" else _NUMEL
     return [
-        _case(scope, power, dtype, direction, _NUMEL_GPU if on_gpu else _NUMEL)
-        for dtype in (scope.dtypes if scope.everything else scope.dtypes[:1])
+        _case(scope, power, dtype, direction, numel, host=numel == _SMALL)
+        for numel, dtypes, directions in (
+            (large, scope.brief, (FORWARD, BOTH)),
+            (_TYPICAL, scope.dtypes, (FORWARD, BOTH) if scope.everything else (BOTH,)),
+            (_SMALL, scope.of_small_calls, (FORWARD, BOTH) if scope.everything else (BOTH,)),
+        )
+        for dtype in dtypes
         for power in (1, 2)
-        for direction in (FORWARD, BOTH)
+        for direction in directions
     ]
 
 
-def _case(scope: Scope, power: int, dtype: torch.dtype, direction: str, numel: int) -> Case:
+def _case(
+    scope: Scope,
+    power: int,
+    dtype: torch.dtype,
+    direction: str,
+    numel: int,
+    *,
+    host: bool = False,
+) -> Case:
     size = _TENSORS * numel * dtype.itemsize
 
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
@@ -59,6 +74,7 @@ def _case(scope: Scope, power: int, dtype: torch.dtype, direction: str, numel: i
         tensors=_TENSORS,
         bytes=size if direction == FORWARD else 3 * size,
         prepare=prepare,
+        host=host,
     )
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from reg_kernels import backends, bench
 from reg_kernels.bench import _logits, cross_entropy, distillation
 from reg_kernels.bench._measure import BOTH, FORWARD
-from reg_kernels.bench.cross_entropy import LABELS, LIGER, PAIR, PROBABILITIES, SMOOTHED, Kind
+from reg_kernels.bench._peers import LIGER
+from reg_kernels.bench.cross_entropy import LABELS, PAIR, PROBABILITIES, SMOOTHED, Kind
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEFAULT = (torch.float32, torch.bfloat16)
@@ -288,7 +289,7 @@ def test_without_liger_there_is_a_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     inputs = _logits.loss_inputs([(torch.randn(FLAT),)])
     entry = cross_entropy._liger(LABELS, None, BOTH, on_a_gpu(inputs))
-    assert isinstance(entry, bench.Skipped) and "not installed" in entry.reason
+    assert isinstance(entry, bench.Skipped) and entry.reason.endswith("make bench-peers")
     entry = cross_entropy._liger(LABELS, None, BOTH, inputs)
     assert entry == bench.Skipped(LIGER, "its Triton kernels need a GPU")
 
@@ -323,7 +324,7 @@ def test_the_cases_cover_what_is_promised(device: torch.device, size: str, gpu: 
     default = bench.Scope(device, DEFAULT)
     everything = bench.Scope(device, backends.DTYPES, everything=True)
     found = labels(cross_entropy, default)
-    assert found == {
+    assert {label: goals for label, goals in found.items() if size in label} == {
         f"cross_entropy pair forward+backward {size}": speeds(4, 2.5),
         f"cross_entropy smoothed forward+backward {size}": speeds(2, 1.4),
         f"cross_entropy smoothed forward {size} no grad": [],
@@ -341,7 +342,7 @@ def test_the_cases_cover_what_is_promised(device: torch.device, size: str, gpu: 
     ):
         assert full[f"cross_entropy {label}"] == []
     found = labels(distillation, default)
-    assert found == {
+    assert {label: goals for label, goals in found.items() if size in label} == {
         f"distillation T=2 forward+backward {size}": speeds(3, 1.3),
         f"distillation T=2 forward {size} no grad": [],
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, optim
-from reg_kernels.bench import _measure, _report, optimizer_step, penalty
+from reg_kernels.bench import _clock, _measure, _report, optimizer_step, penalty
 from reg_kernels.bench._measure import BOTH, FORWARD
 from reg_kernels.bench.optimizer_step import OPTIONS, Kind
 
@@ -20,6 +20,7 @@ DEFAULT = (torch.float32, torch.bfloat16)
 TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
 SHAPES = ((3, 5), (64,), (1,))
 KINDS = [Kind(name, option) for name in ("AdamW", "SGDW") for option in ("", *OPTIONS)]
+KINDS += [Kind("Adam"), Kind("SGD")]
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 
 
@@ -44,8 +45,8 @@ def test_every_contender_takes_the_step(kind: Kind, dtype: torch.dtype):
                 entry.check()
                 entry.call(0)
             names.add(entry.name)
-    assert {"reference", "foreach"} <= names and ("native" in names) is NATIVE
-    assert ("fused" in names) is (kind.algorithm == "AdamW" or dtype.itemsize > 2)
+    assert {"reference", "eager", "foreach"} <= names and ("native" in names) is NATIVE
+    assert ("fused" in names) is (kind.adam or dtype.itemsize > 2)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,8 @@ def test_every_contender_takes_the_step(kind: Kind, dtype: torch.dtype):
         (Kind("AdamW"), "maximize", True, "parameters is off by"),
         (Kind("SGDW"), "momentum", 0.8, "parameters is off by"),
         (Kind("SGDW"), "decay", "l2", "parameters is off by"),
+        (Kind("SGD"), "decay", "decoupled", "parameters is off by"),
+        (Kind("Adam"), "decay", "decoupled", "parameters is off by"),
         (Kind("AdamW", "l1"), "l1", 0.0, "parameters is off by"),
         (Kind("SGDW", "clip"), "max_grad_norm", None, "parameters is off by"),
         (Kind("AdamW", "ema"), "ema_decay", 0.998, "ema is off by"),
@@ -151,7 +154,10 @@ def test_the_cases_cover_what_is_promised():
             "at least 10 times the speed of foreach=True",
         ]
         assert f"optimizer_step {name} float32 10000 tensors of 2.441 MiB" in found
-    assert len(found) == 12
+    for name in ("Adam", "SGD"):
+        for size in ("16 tensors of 64 MiB", "400 tensors of 100 KiB", "16 tensors of 4 MiB"):
+            assert found[f"optimizer_step {name} float32 {size}"] == []
+    assert found["optimizer_step AdamW bfloat16 16 tensors of 2 MiB"] == []
     full = bench.Scope(CPU, backends.DTYPES, everything=True)
     assert found.keys() < goals(optimizer_step.cases(full)).keys()
     label = "penalty l1 forward+backward float32 16 tensors of 64 MiB"
@@ -176,6 +182,7 @@ def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
                 "at least 3 times the speed of foreach=True",
                 peak,
             ]
+    assert found["optimizer_step SGD float32 400 tensors of 100 KiB"] == []
     assert all(case.wall is (case.tensors > 16) for case in cases)
     properties.total_memory = 8 * 2**30
     assert not any("381.5 MiB" in c.label for c in optimizer_step.cases(bench.Scope(CUDA, DEFAULT)))
@@ -183,7 +190,7 @@ def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
 
 def test_bytes_are_those_that_have_to_move():
     wanted = {"AdamW": 28, "AdamW+l1": 28, "AdamW+clip": 32, "AdamW+ema": 36}
-    wanted |= {"SGDW": 20, "SGDW+l1": 20, "SGDW+clip": 24, "SGDW+ema": 28}
+    wanted |= {"Adam": 28, "SGD": 20, "SGDW": 20, "SGDW+l1": 20, "SGDW+clip": 24, "SGDW+ema": 28}
     assert {kind.name: step(kind).bytes / 80 for kind in KINDS} == wanted
     # Averages of 16-bit parameters have 32.
     assert step(Kind("AdamW", "ema"), torch.bfloat16).bytes == 80 * (7 * 2 + 2 * 4)
@@ -243,4 +250,4 @@ def test_the_wall_clock_runs_until_the_gpu_is_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.01))
     subject = optimizer_step._case(CUDA, torch.float32, Kind("AdamW"), SHAPES)
     assert subject.wall and _measure.pool_size(subject, CUDA) == 1
-    assert _measure._clock(subject, CUDA).seconds(lambda i: None, 2, 0) >= 0.005
+    assert _clock.clock(CUDA, wall=True).seconds(lambda i: None, 2, 0) >= 0.005

@@ -18,7 +18,16 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, ops
-from reg_kernels.bench import _environment, _measure, _report, _run, _ways, dropout
+from reg_kernels.bench import (
+    _clock,
+    _environment,
+    _measure,
+    _memory,
+    _report,
+    _run,
+    _ways,
+    dropout,
+)
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
@@ -90,9 +99,10 @@ def test_contenders_run_interleaved_and_nobody_always_first():
     plan = bench.Plan(seconds=0.0, least=6, most=6, sample=0.0)
     rows = measured(case(*ways), plan)
     assert all(len(rows[n]["seconds"]) == 6 for n in (*names, "copy"))
-    # Two guesses each, then in each round a lead-in and a sample of one call.
-    rounds = [log[i : i + 6] for i in range(6, 6 + 36, 6)]
-    assert all(sorted(part) == sorted(names * 2) for part in rounds)
+    # Two guesses each, then in each round two calls to lead in and a sample of one.
+    rounds = [log[i : i + 9] for i in range(6, 6 + 54, 9)]
+    assert all(sorted(part) == sorted(names * 3) for part in rounds)
+    assert all(part[i] == part[i + 1] == part[i + 2] for part in rounds for i in (0, 3, 6))
     assert {part[0] for part in rounds} == set(names)
 
 
@@ -185,7 +195,7 @@ def test_the_peak_on_a_gpu_is_that_of_its_allocator(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + 1024 + 48)
     call = lambda i: torch.ones(256)  # noqa: E731
-    assert _measure._peak_bytes(call, torch.device("cuda")) == 48
+    assert _memory.peak_bytes(call, torch.device("cuda")) == 48
 
 
 @pytest.mark.parametrize(
@@ -215,7 +225,7 @@ def test_cuda_samples_are_timed_by_events(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    assert _measure._cuda_seconds(log.append, 3, 7) == pytest.approx(2e-3)
+    assert _clock._event_seconds(log.append, 3, 7) == pytest.approx(2e-3)
     assert log == ["sleep", "record", 7, 8, 9, "record", "synchronize"]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reg_kernels.bench._measure import _cpu_memory
+from reg_kernels.bench._memory import cpu_memory
 from reg_kernels.optim import SGD, SGDW, Adam, AdamW
 
 from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
@@ -647,7 +647,7 @@ def bytes_of_a_step(options, *, many_groups=False, fresh=False, strided=False):
     most = 0
     for _ in range(2):
         give()
-        _, peak, grown = _cpu_memory(lambda _: optimizer.step(), torch.device("cpu"))
+        _, peak, grown = cpu_memory(lambda _: optimizer.step(), torch.device("cpu"))
         most = max(most, peak, grown)
     return most
 
@@ -672,10 +672,10 @@ def test_the_profile_sees_what_is_allocated():
     p.grad = torch.ones(1000)
     optimizer = torch.optim.AdamW([p], foreach=False)
     optimizer.step()
-    _, peak, _ = _cpu_memory(lambda _: optimizer.step(), torch.device("cpu"))
+    _, peak, _ = cpu_memory(lambda _: optimizer.step(), torch.device("cpu"))
     assert peak >= 4000
     ours = AdamW([p])
-    _, peak, grown = _cpu_memory(lambda _: ours.step(), torch.device("cpu"))
+    _, peak, grown = cpu_memory(lambda _: ours.step(), torch.device("cpu"))
     assert grown >= 8000  # the state, at the first step
 
 

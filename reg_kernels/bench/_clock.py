@@ -1,0 +1,79 @@
+"""How a sample of calls is timed, and how a call becomes a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_MOST_HOST_CALLS = 2000
+_MOST_QUEUED_CALLS = 100  # few enough that the launch queue never fills, which would hold the host
+_MOST_EVENT_CALLS = 20  # likewise, with several launches a call
+_SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
+_CAPTURE_WARM_UP = 3  # calls on the stream of the capture: autotuning and lazy loading are over
+
+Call = Callable[[int], object]  # on input number i of a pool
+
+
+@dataclass(frozen=True)
+class Clock:
+    """`seconds(call, calls, first)`: the time of each of `calls` calls, numbered from `first`."""
+
+    seconds: Callable[[Call, int, int], float]
+    most_calls: int
+
+
+def clock(device: torch.device, *, host: bool = False, wall: bool = False) -> Clock:
+    """What times calls on `device`: that of the device, of the host alone, or until both are done
+    (`wall`). A CPU is its own host."""
+    if device.type != "cuda":
+        return Clock(_host_seconds, _MOST_HOST_CALLS)
+    if not host and not wall:
+        return Clock(_event_seconds, _MOST_EVENT_CALLS)
+
+    def seconds(call: Call, calls: int, first: int) -> float:
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        queued = _host_seconds(call, calls, first)
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - begin) / calls if wall else queued
+
+    return Clock(seconds, _MOST_HOST_CALLS if wall else _MOST_QUEUED_CALLS)
+
+
+def _host_seconds(call: Call, calls: int, first: int) -> float:
+    begin = time.perf_counter()
+    for i in range(first, first + calls):
+        call(i)
+    return (time.perf_counter() - begin) / calls
+
+
+def _event_seconds(call: Call, calls: int, first: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP)
+    begin.record()
+    for i in range(first, first + calls):
+        call(i)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """`call` on input 0 as a CUDA graph: what replays it, whatever the number that it is given.
+
+    Raises what the capture raises: RuntimeError where the call waits for the GPU, for example.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_CAPTURE_WARM_UP):
+            call(0)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call(0)  # what it returns lies in the graph's own memory: nobody reads it
+
+    return lambda i: graph.replay()
