@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +19,8 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import _environment
+
+sys.path.insert(0, str(Path(__file__).parent))  # models and growth, which are no op's
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
@@ -46,7 +50,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
     op = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
-    cases = importlib.import_module(f"reg_kernels.bench.{op}").cases(SCOPE)
+    module = op if op in ("models", "growth") else f"reg_kernels.bench.{op}"
+    cases = importlib.import_module(module).cases(SCOPE)
     metafunc.parametrize(
         "contender",
         [
