@@ -164,7 +164,7 @@ NETS = (
     Net("resnet18", resnet18, 1000, (32, 3, 64, 64), _PHOTOS),
     Net("resnet50", resnet50, 1000, (16, 3, 64, 64), _PHOTOS),
 )
-_GPU_MEMORY = 40 * 2**30  # bytes that the photos' steps take at most
+_GPU_MEMORY = 40 * 2**30  # bytes that a GPU must have for the batches of photos
 
 
 def cases(scope: bench.Scope) -> list[bench.Case]:
