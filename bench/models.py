@@ -12,7 +12,6 @@ Shapes: images (N, C, H, W), labels (N,).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -269,9 +268,9 @@ class Stepper:
         """Raises WrongValues unless STEPS_CHECKED steps have the losses that they should, dropout
         apart; leaves a model with dropout that takes small steps."""
         self._begin(LR_CHECKED)
-        with no_dropout(self._model):
-            batch = self._truth.batch
-            self._truth.check(name, [self._step(*batch) for _ in range(STEPS_CHECKED)])
+        without_dropout(self._model)
+        batch = self._truth.batch
+        self._truth.check(name, [self._step(*batch) for _ in range(STEPS_CHECKED)])
         self._begin(LR_TIMED)
 
 
@@ -291,17 +290,16 @@ class Truth:
 
     @functools.cached_property
     def _losses(self) -> list[float]:
-        model = copy.deepcopy(self.model).double()
+        model = without_dropout(copy.deepcopy(self.model).double())
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR_CHECKED)
         images, labels = self.batch
         losses = []
-        with no_dropout(model):
-            for _ in range(STEPS_CHECKED):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(images.double()), labels)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
+        for _ in range(STEPS_CHECKED):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images.double()), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
         return losses
 
     def check(self, name: str, losses: Sequence[Tensor]) -> None:
@@ -319,15 +317,9 @@ class Truth:
                 )
 
 
-@contextlib.contextmanager
-def no_dropout(model: nn.Module) -> Iterator[None]:
-    """`model` in training, with every dropout's p at 0."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    shares = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
-    try:
-        yield
-    finally:
-        for layer, p in zip(layers, shares, strict=True):
-            layer.p = p
+def without_dropout(model: nn.Module) -> nn.Module:
+    """`model` itself, with every dropout's p at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model

@@ -154,12 +154,13 @@ def test_another_learning_rate_is_an_error(
     assert "the loss of step 2 is" in rows(small(models))[OURS]["wrong"]
 
 
-def test_dropout_is_off_in_the_check_and_on_in_what_is_timed(models: ModuleType):
+def test_what_is_timed_has_dropout_and_small_steps(models: ModuleType):
     for entry in bench.contenders(small(models), CPU):
         entry.check()
-        model = entry.check.func.__self__._model
+        stepper = entry.check.func.__self__
+        model, (group,) = stepper._model, stepper._optimizer.param_groups
         (dropout,) = (m for m in model.modules() if isinstance(m, nn.Dropout))
-        assert (dropout.p, dropout.training) == (0.5, True)
+        assert (dropout.p, dropout.training, group["lr"]) == (0.5, True, models.LR_TIMED)
         entry.call(0)
         assert all(p.grad is None for p in model.parameters())
 
