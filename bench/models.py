@@ -40,16 +40,16 @@ class _Allowed(NamedTuple):
     it fell by.
 
     AdamW's first steps go by a gradient's sign, and the roundings of a ResNet's few values a
-    channel turn signs and close relus: measured of a ResNet-50's fall 0.4 % in float32 and up to
-    29 % in bfloat16 by autocast, with PyTorch's layers as with ours, and 1e-6 and 0.9 % of the loss
-    itself. A step that is not taken is off by 100 %, one of twice the length by nearly as much.
+    channel turn signs and close relus: measured of a ResNet-50's fall 1 % in float32 and 40 % in
+    bfloat16 by autocast, with PyTorch's layers as with ours, and 2e-6 and 0.9 % of the loss itself.
+    Where no step is taken it is 100 %.
     """
 
     of_loss: float
     of_fall: float
 
 
-_ALLOWED = {torch.float32: _Allowed(1e-4, 0.05), torch.bfloat16: _Allowed(4e-2, 0.5)}
+_ALLOWED = {torch.float32: _Allowed(1e-4, 0.05), torch.bfloat16: _Allowed(4e-2, 0.6)}
 _ALLOWED_TF32 = _Allowed(5e-3, 0.2)  # 10 bits, which PyTorch's convolutions have on a GPU
 
 
