@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,8 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import _environment
+
+sys.path.insert(0, str(Path(__file__).parent))  # for models and growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
@@ -80,14 +81,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def definitions(name: str) -> ModuleType:
     """The module that holds the cases of bench_<name>.py."""
-    path = Path(__file__).with_name(f"{name}.py")
-    if not path.exists():
-        return importlib.import_module(f"reg_kernels.bench.{name}")
-    spec = importlib.util.spec_from_file_location(f"_bench_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    beside = Path(__file__).with_name(f"{name}.py").exists()
+    return importlib.import_module(name if beside else f"reg_kernels.bench.{name}")
 
 
 @functools.lru_cache(maxsize=1)

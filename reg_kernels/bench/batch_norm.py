@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ class Kind(NamedTuple):
 
 PLAIN = Kind("batch_norm")
 FROZEN = Kind("batch_norm_inference", training=False)
+ACTIVATED = Kind("batch_norm_act", "relu", relu=True)
 DROPPED = Kind("batch_norm_act", "relu+dropout", relu=True, drop=P)
 ADDED = Kind("batch_norm_act", "residual+relu", relu=True, residual=True)
 
@@ -94,6 +96,12 @@ def cases(scope: Scope) -> list[Case]:
     for point in _gpu(scope) if scope.device.type == "cuda" else _cpu(scope):
         result.append(_case(scope, *point))
     return result
+
+
+def sized(scope: Scope, elements: int) -> list[Case]:
+    """Points of growth curves: 16 square images of 64 channels; `elements` is a power of four."""
+    side = math.isqrt(elements // (16 * 64))
+    return [_case(scope, ACTIVATED, torch.float32, (16, 64, side, side), BOTH)]
 
 
 Point = tuple[Kind, torch.dtype, tuple[int, ...], str, str]  # the last: direction and layout
@@ -287,8 +295,8 @@ def _layers(truth: Truth, shape: tuple[int, ...], requires_grad: bool) -> Makers
         if kind.residual:
             return ready(_AddReLU(norm))
         if kind.relu:
-            relu, dropout = torch.nn.ReLU(inplace=True), torch.nn.Dropout(kind.drop)
-            return ready(torch.nn.Sequential(norm, relu, dropout))
+            dropout = [torch.nn.Dropout(kind.drop)] if kind.drop else []
+            return ready(torch.nn.Sequential(norm, torch.nn.ReLU(inplace=True), *dropout))
         return ready(norm)
 
     def ours(backend: str | None) -> torch.nn.Module:

@@ -75,6 +75,11 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
+def sized(scope: Scope, elements: int) -> list[Case]:
+    """Points of growth curves: rows of 1,024 classes with a label each, and their gradient."""
+    return [_case(scope, LABELS, BOTH, torch.float32, (elements // 1024, 1024))]
+
+
 Point = tuple[Kind, str, torch.dtype, tuple[int, ...], str]  # direction second, layout last
 
 

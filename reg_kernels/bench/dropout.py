@@ -82,6 +82,12 @@ def _of_channels(scope: Scope, op: str) -> Iterator[Case]:
         yield _case(op, FORWARD, dtype, small, "contiguous", scope, host=True)
 
 
+def sized(scope: Scope, elements: int) -> list[Case]:
+    """Points of growth curves: float32 in one dimension, either direction."""
+    case = functools.partial(_case, "dropout", dtype=torch.float32, shape=(elements,))
+    return [case(d, layout="contiguous", scope=scope) for d in (FORWARD, BACKWARD)]
+
+
 def _sizes(device: torch.device) -> list[int]:
     """Bytes of an input; those that goals are about come first where time may be short."""
     if device.type != "cuda":

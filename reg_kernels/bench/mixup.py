@@ -65,6 +65,12 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
+def sized(scope: Scope, elements: int) -> list[Case]:
+    """Points of growth curves: 64 square images of one channel; `elements` is a power of four."""
+    side = math.isqrt(elements // 64)
+    return [_case(scope, MIXED, FORWARD, torch.float32, (64, 1, side, side))]
+
+
 def _goals(
     kind: Kind, direction: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str
 ) -> tuple[Goal, ...]:

@@ -118,6 +118,16 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
+def sized(scope: Scope, elements: int) -> list[Case]:
+    """Points of growth curves: AdamW of one tensor."""
+    return [_case(scope.device, torch.float32, Kind("AdamW"), ((elements,),))]
+
+
+def numbered(scope: Scope, tensors: int) -> list[Case]:
+    """Points of growth curves: either algorithm, tensors of 64 elements."""
+    return [_case(scope.device, torch.float32, kind, ((64,),) * tensors) for kind in _KINDS]
+
+
 def _numel(shapes: Shapes) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
