@@ -166,7 +166,7 @@ class Case:
         else:
             size = format_bytes(self.shape[0] * self.dtype.itemsize)
         if self.tensors:
-            size = f"{self.tensors} tensors of {size}"
+            size = f"{self.tensors} tensors, {size}"
         words = [self.op, self.variant, "" if self.direction == STEP else self.direction]
         words = [*filter(None, words), dtype, size]
         if self.layout != "contiguous":

@@ -30,6 +30,7 @@ RESULT_COLUMNS = (
 GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
 RATE_COLUMNS = ("training step", "implementation", "time", "a second", "eager", "peak")
 GROWTH_COLUMNS = ("curve", "size", "time", "copy", "eager")
+SMALL_COLUMNS = ("benchmark", "contender", "host", "device", "graph")
 
 RESULT_LEGEND = (
     "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the same "
@@ -47,7 +48,14 @@ RATE_LEGEND = (
     "layers and optimizer, and how many times faster ours is. `peak`: bytes allocated at the peak "
     "of a step, and eager's."
 )
-GROWTH_LEGEND = "Time against size: ours, its share of the copy's bytes/s, and eager's time."
+GROWTH_LEGEND = (
+    "Time against size: ours, its share of the copy's bytes/s, and eager's time (an optimizer's "
+    "with `fused=True`)."
+)
+SMALL_LEGEND = (
+    "Small calls on the GPU: the host's time until a call is queued, the GPU's until it is done, "
+    "and that of a replayed CUDA graph."
+)
 
 Wanted = Callable[[dict[str, Any]], bool]  # whether a benchmark is to be shown
 
@@ -198,8 +206,27 @@ def growth_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{case['tensors']} tensors" if case["tensors"] else "×".join(map(str, case["shape"]))
         )
         share = f"{row['share_of_copy']:.2f}" if "share_of_copy" in row else ""
-        eager = _beside(row, found.get(EAGER), f"speedup_over_{EAGER}")
+        theirs = next((n for n in (EAGER, *case.get("peers", ())) if n in found), EAGER)
+        eager = _beside(row, found.get(theirs), f"speedup_over_{theirs}")
         rows.append((case["series"], size, format_seconds(row["median"]), share, eager))
+    return rows
+
+
+def small_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each contender of a small call on a GPU, as SMALL_COLUMNS."""
+    rows = []
+    for case in data["benchmarks"]:
+        for row in case["contenders"]:
+            if not row.keys() & {"host_median", "device_median", "graph_median", "graph_note"}:
+                continue
+            times = {
+                "host": row.get("host_median", row["median"] if case["host"] else None),
+                "device": row.get("device_median", None if case["host"] else row["median"]),
+                "graph": row.get("graph_median"),
+            }
+            cells = ["" if t is None else format_seconds(t) for t in times.values()]
+            cells[-1] = cells[-1] or row.get("graph_note", "")
+            rows.append((case["label"], row["name"], *cells))
     return rows
 
 
@@ -299,6 +326,8 @@ def markdown(data: dict[str, Any]) -> str:
     columns, rows = peer_table(data)
     if rows:
         parts += [markdown_table(columns, rows), PEER_LEGEND]
+    if rows := small_rows(data):
+        parts += [markdown_table(SMALL_COLUMNS, rows), SMALL_LEGEND]
     if rows := rate_rows(data):
         parts += [markdown_table(RATE_COLUMNS, rows), RATE_LEGEND]
     if rows := growth_rows(data):

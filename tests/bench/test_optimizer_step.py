@@ -145,22 +145,22 @@ def test_the_cases_cover_what_is_promised():
     found = goals(optimizer_step.cases(bench.Scope(CPU, DEFAULT)))
     floor = "within 1.2 of the floor, 0.8 of copy_'s time"
     for name in ("AdamW", "SGDW"):
-        label = f"optimizer_step {name} float32 16 tensors of 64 MiB"
+        label = f"optimizer_step {name} float32 16 tensors, 64 MiB"
         assert found[label] == [floor, "at least level with fused=True"]
         for option in OPTIONS:
             assert found[label.replace(name, f"{name}+{option}")] == [floor]
-        assert found[f"optimizer_step {name} float32 400 tensors of 100 KiB"] == [
+        assert found[f"optimizer_step {name} float32 400 tensors, 100 KiB"] == [
             "at least 5 times the speed of fused=True",
             "at least 10 times the speed of foreach=True",
         ]
-        assert f"optimizer_step {name} float32 10000 tensors of 2.441 MiB" in found
+        assert f"optimizer_step {name} float32 10000 tensors, 2.441 MiB" in found
     for name in ("Adam", "SGD"):
-        for size in ("16 tensors of 64 MiB", "400 tensors of 100 KiB", "16 tensors of 4 MiB"):
+        for size in ("16 tensors, 64 MiB", "400 tensors, 100 KiB", "16 tensors, 4 MiB"):
             assert found[f"optimizer_step {name} float32 {size}"] == []
-    assert found["optimizer_step AdamW bfloat16 16 tensors of 2 MiB"] == []
+    assert found["optimizer_step AdamW bfloat16 16 tensors, 2 MiB"] == []
     full = bench.Scope(CPU, backends.DTYPES, everything=True)
     assert found.keys() < goals(optimizer_step.cases(full)).keys()
-    label = "penalty l1 forward+backward float32 16 tensors of 64 MiB"
+    label = "penalty l1 forward+backward float32 16 tensors, 64 MiB"
     assert label in goals(penalty.cases(bench.Scope(CPU, DEFAULT)))
 
 
@@ -171,18 +171,18 @@ def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
     found = goals(cases)
     peak = "peak no higher than that of fused=True"
     for name in ("AdamW", "SGDW"):
-        assert found[f"optimizer_step {name} float32 16 tensors of 381.5 MiB"] == [
+        assert found[f"optimizer_step {name} float32 16 tensors, 381.5 MiB"] == [
             "at least 0.9 of copy bandwidth",
             "at least level with fused=True",
             peak,
         ]
-        for size in ("161 tensors of 97.49 MiB", "10000 tensors of 2.441 MiB"):
+        for size in ("161 tensors, 97.49 MiB", "10000 tensors, 2.441 MiB"):
             assert found[f"optimizer_step {name} float32 {size}"] == [
                 "at least 2 times the speed of fused=True",
                 "at least 3 times the speed of foreach=True",
                 peak,
             ]
-    assert found["optimizer_step SGD float32 400 tensors of 100 KiB"] == []
+    assert found["optimizer_step SGD float32 400 tensors, 100 KiB"] == []
     assert all(case.wall is (case.tensors > 16) for case in cases)
     properties.total_memory = 8 * 2**30
     assert not any("381.5 MiB" in c.label for c in optimizer_step.cases(bench.Scope(CUDA, DEFAULT)))
@@ -238,7 +238,7 @@ def test_goals_and_reports_know_the_peers():
     assert [goal["met"] for goal in native["goals"]] == [True, True]
     data = {"benchmarks": [result]}
     ((label, name, seconds, *_),) = _report.result_rows(data)
-    assert (label, name) == ("toy kind float32 400 tensors of 256 B", "native")
+    assert (label, name) == ("toy kind float32 400 tensors, 256 B", "native")
     assert seconds.endswith("µs a tensor")
     columns, ((_, name, fused),) = _report.peer_table(data)
     assert (columns[2:], name) == (("fused",), "native")
