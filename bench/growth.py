@@ -1,9 +1,9 @@
 """Growth: the time of one op against its size, and of an optimizer's step against its tensors.
 
 A curve is what the cases of one `series` make, from small to large, in float32. Each has ours by
-the backend that is chosen automatically, eager PyTorch (of optimizers `fused=True`) and the copy of
-as many bytes. An op's module says in `sized(scope, elements)` which of its cases grow, and in what
-shape.
+the backend that is chosen automatically, PyTorch as "eager" (its optimizers with `fused=True`) and
+the copy of as many bytes. An op's module says in `sized(scope, elements)` which of its cases grow,
+and in what shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reg_kernels.bench import batch_norm, cross_entropy, dropout, mixup, optimiz
 from reg_kernels.bench._measure import EAGER, STEP, format_bytes
 from reg_kernels.bench.optimizer_step import FUSED
 
-GROWTH = bench.Plan(seconds=0.3, least=3, most=10, sample=1e-3)
+PLAN = bench.Plan(seconds=0.3, least=3, most=10, sample=1e-3)
 
 SIZES = tuple(4**power for power in range(5, 15))  # elements: 2^10 to 2^28
 TENSORS = (1, 10, 100, 1000, 10_000)
@@ -53,7 +53,7 @@ def _skipped(module: ModuleType, device: torch.device, elements: int) -> Mapping
     alive, there = _ALIVE[module] * elements, _SHARE * _memory(device)
     if alive > there:
         reason = f"it would hold {format_bytes(alive)}, more than {format_bytes(there)}"
-        return dict.fromkeys((*backends.NAMES, EAGER, FUSED), reason)
+        return dict.fromkeys((*backends.NAMES, EAGER), reason)
     if module is dropout and device.type == "cpu" and elements > _EAGER_DROPOUT_UP_TO:
         return {EAGER: "its forward takes seconds"}
     return {}
@@ -72,18 +72,27 @@ def _point(
     """`case` as one point of a curve: with the contenders of a curve, and without goals."""
     with backends.backend(None):
         ours = backends.choose(case.op, device.type, case.dtype)
-    names = (ours, FUSED if case.direction == STEP else EAGER)
-    none = skipped.keys() >= set(names)
+    names = {ours: ours, (FUSED if case.direction == STEP else EAGER): EAGER}
+    none = skipped.keys() >= set(names.values())
 
     def prepare(device: torch.device, pool: int) -> Sequence[bench.Contender | bench.Skipped]:
         if none:  # before anything is allocated
-            return [bench.Skipped(name, skipped[name]) for name in names]
-        return [
-            bench.Skipped(entry.name, skipped[entry.name]) if entry.name in skipped else entry
+            return [bench.Skipped(name, skipped[name]) for name in names.values()]
+        entries = [
+            dataclasses.replace(entry, name=names[entry.name])
             for entry in case.prepare(device, pool)
             if entry.name in names
         ]
+        return [
+            bench.Skipped(entry.name, skipped[entry.name]) if entry.name in skipped else entry
+            for entry in entries
+        ]
 
     return dataclasses.replace(
-        case, prepare=prepare, bytes=None if none else case.bytes, series=series, goals=()
+        case,
+        prepare=prepare,
+        bytes=None if none else case.bytes,
+        series=series,
+        peers=(),
+        goals=(),
     )

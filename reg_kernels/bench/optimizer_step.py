@@ -12,6 +12,7 @@ time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -119,8 +120,9 @@ def cases(scope: Scope) -> list[Case]:
 
 
 def sized(scope: Scope, elements: int) -> list[Case]:
-    """Points of growth curves: AdamW of one tensor."""
-    return [_case(scope.device, torch.float32, Kind("AdamW"), ((elements,),))]
+    """Points of growth curves: AdamW of one tensor, which is then no list of them."""
+    case = _case(scope.device, torch.float32, Kind("AdamW"), ((elements,),))
+    return [dataclasses.replace(case, tensors=0)]
 
 
 def numbered(scope: Scope, tensors: int) -> list[Case]:

@@ -17,6 +17,7 @@ from reg_kernels import backends, bench
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = backends.choose("batch_norm", "cpu", torch.float32)
 
 
