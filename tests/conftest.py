@@ -1,8 +1,10 @@
 """Settings that have to stand before triton is imported, and one seed for every test."""
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,46 @@ import torch
 # Helper modules that tests share.
 sys.path[:0] = [str(Path(__file__).parent / d) for d in ("", "triton", "emulation")]
 
+
+def _patch_the_language_once_a_launch() -> None:
+    """Spares Triton's interpreter what it does over and over.
+
+    A launch puts its own functions into triton.language and takes them out again. Each call of a
+    helper inside a kernel, tl.sum included, searches all of the language once more for what is
+    left to do, which is nothing: a millisecond, and most of a kernel is helpers.
+    """
+    try:
+        from triton.runtime import interpreter
+
+        patch, scope = interpreter._patch_lang, interpreter._LangPatchScope
+        language = interpreter.tl
+    except (ImportError, AttributeError):  # no triton, or one that does it otherwise
+        return
+
+    @functools.cache
+    def names_of(function: Any) -> list[Any]:
+        """The modules by which the function knows the language."""
+        known = (language, language.core)
+        return [m for m in known if any(m is v for v in function.__globals__.values())]
+
+    def patch_once(function: Any) -> Any:
+        found = names_of(function)
+        if found and not any(language.core.is_builtin(m.load) for m in found):
+            return scope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+    _patch_the_language_once_a_launch()
+
+
+# Under `pytest -n`. What a test starts is no worker: pytest-benchmark would time nothing there.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    torch.set_num_threads(1)  # the processes have the cores already
 
 
 @pytest.fixture(autouse=True)

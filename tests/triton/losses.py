@@ -3,6 +3,7 @@ GPU would specialise the kernels for."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ def small_tiles(monkeypatch: Any) -> None:
     """Tiles that hold a few classes, as of logits of many: the classes take several."""
     for name, value in {"KEPT": 4, "PLANES": 4, "LOOPED": 32, "SECTOR": 16}.items():
         monkeypatch.setattr(_loss, name, value)
+
+
+TILINGS = ["kept", "looped"]  # all classes of a position in one tile, or in several
+
+
+def in_either_tiling(*options: list[Any]) -> list[tuple[Any, ...]]:
+    """Each combination of the options, behind the tiling that it is tried in.
+
+    The two take turns, so that any two options meet in both of them.
+    """
+    combinations = itertools.product(*map(enumerate, options))
+    return [
+        (TILINGS[sum(i for i, _ in of_options) % 2], *[value for _, value in of_options])
+        for of_options in combinations
+    ]
 
 
 def logits(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
