@@ -15,6 +15,9 @@ BIN := $(VENV)/bin/
 READY := $(VENV)/.ready
 endif
 
+# Where nothing may be installed, tests may have to run one by one.
+AT_ONCE = $(shell $(PY) -c 'import xdist; print("-n $(MAX_JOBS) --dist loadfile")' 2>/dev/null)
+
 CXX_SOURCES = $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # A linter that is missing is an error, except where nothing may be installed: there it is said.
 lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(2); \
@@ -26,8 +29,9 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
 
+# Two processes, a file each at a time, with a thread each: idle threads must not spin beside them.
 test: lint build
-	$(PY) -m pytest -q tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(AT_ONCE) tests
 
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)

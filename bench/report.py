@@ -155,7 +155,7 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
     usual = _run.QUICK if quick else _run.full_plan(device)
     options = {"quick": quick, "all": False, "op": None, "dtype": None}
     return _run.measure_all(
-        cases, device, lambda case: growth.GROWTH if case.series else usual, options, time_limit
+        cases, device, lambda case: growth.PLAN if case.series else usual, options, time_limit
     )
 
 
