@@ -252,7 +252,7 @@ def _compiled(truth: Truth, shapes: Shapes, scope: Scope | None) -> Contender | 
     if len(shapes) > _COMPILED_UP_TO:
         reason = f"left out: compiling a step of {len(shapes)} tensors takes minutes"
         return Skipped(COMPILE, reason)
-    # In what is compiled for the CPU, Adam's powers of beta are computed for each element.
+    # What is compiled for the CPU computes Adam's powers of beta anew for each vector of elements.
     brief = truth.kind.option == "" and shapes is _TYPICAL and truth.start.dtype == scope.dtypes[0]
     if not scope.everything and not brief:
         return Skipped(COMPILE, "left out: it takes half a minute; --all has it")
