@@ -369,7 +369,7 @@ def test_toy(time_it):
 
 def test_order():
     with open("order.json", "w") as file:
-        json.dump(sys.modules["_bench_toy"].LOG, file)
+        json.dump(sys.modules["toy"].LOG, file)
 """
 
 
