@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test lint build bench bench-compare gpu-report clean
+.PHONY: demo test lint build bench bench-peers bench-compare gpu-report clean
 
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
@@ -51,6 +51,10 @@ $(VENV)/.ready: pyproject.toml
 bench: build
 	$(PY) bench/report.py
 	$(PY) bench/readme_table.py
+
+# Without what they depend on: timm's torchvision does not load beside a CPU build of torch.
+bench-peers: $(READY)
+	$(PY) -m pip install --quiet --no-deps $(shell sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 
 # What got worse since OLD, a git revision or a report.json.
 OLD ?= HEAD
