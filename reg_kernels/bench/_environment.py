@@ -22,6 +22,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
+PEERS = ("timm", "torch-optimi", "liger-kernel")  # that may be among the contenders
 COMMIT = "REG_KERNELS_COMMIT"  # names the commit where the sources are no git checkout
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "triton": _version("triton"),
             "python": platform.python_version(),
+            **{name: _version(name) for name in PEERS},
         },
         "threads": torch.get_num_threads(),
         "allocator": allocator(),
