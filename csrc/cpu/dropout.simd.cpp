@@ -5,8 +5,8 @@
 // it.
 #include "dropout.h"
 
+#include "dropout_lines.h"
 #include "random.h"
-#include "reg_kernels/dropout_math.h"
 #include "stream.h"
 
 RK_NAMESPACE_BEGIN
@@ -21,6 +21,7 @@ struct Dropout {
   bool stream;
   RngStream rng;
   compute_t<T> scale;
+  LineScale<T> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
 
@@ -30,6 +31,7 @@ struct Dropout {
         stream(task.stream),
         rng(RngTag::dropout, task.seed, task.offset),
         scale(static_cast<compute_t<T>>(task.scale)),
+        lines(scale),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)) {}
 
   ~Dropout() {
@@ -38,12 +40,8 @@ struct Dropout {
 
   // Elements [first, first + count), each with its own half-word.
   void apply(int64_t first, int64_t count, const uint16_t* half_words) const {
-    const T* from = x + first;
-    const compute_t<T> kept = scale;
-    const uint16_t last = last_kept;
-    write_each(y + first, count, stream, [=](int64_t i) __attribute__((always_inline)) {
-      return dropout_element(from[i], half_words[i] <= last, kept);
-    });
+    write_each(y + first, count, stream,
+               DroppedTile<T>{x + first, half_words, last_kept, scale, &lines});
   }
 
   // The same with one half-word for all of them.

@@ -83,6 +83,34 @@ def test_each_instruction_set_gives_the_same_bits(isa, dtype):
 
 
 @pytest.mark.skipif(not isas(), reason="the native library was not built")
+@pytest.mark.parametrize("p", [2**-16, 1e-3, 0.1, 0.3, 0.5, 0.75, 0.999, 1 - 2**-16, 1 - 2**-18])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_every_value_of_16_bits_in_each_instruction_set(dtype, p):
+    # In order, so that there are stretches of plain numbers alone and of others alone, and mixed.
+    from reg_kernels import _C
+
+    words = torch.arange(-(2**15), 2**15).to(torch.int16)
+    mixed = words[torch.randperm(words.numel(), generator=torch.Generator().manual_seed(0))]
+    ordinary = mixed.view(dtype).abs()
+    ordinary = mixed[(ordinary < 0.25) & (ordinary > 2**-13) | (ordinary == 0)]
+    x = torch.cat([words, mixed, ordinary]).view(dtype)
+    best = _C.isa()
+    try:
+        bits = []
+        for isa in isas():
+            _C.set_isa(isa)
+            # Nothing is drawn where p rounds to 1, unless the op itself is asked.
+            y = torch.ops.reg_kernels.dropout(x, p, rng_state())
+            bits.append(y.view(torch.int16))
+    finally:
+        _C.set_isa(best)
+    assert all(torch.equal(bits[0], other) for other in bits[1:])
+    truth = F.dropout(x, p, rng_state=rng_state(), backend="reference")
+    finite = truth.isfinite()
+    assert torch.equal(y[finite], truth[finite])
+
+
+@pytest.mark.skipif(not isas(), reason="the native library was not built")
 @dtypes
 def test_streamed_outputs(dtype):
     # Larger than any last-level cache that streams, and an odd length: the bits are the same.

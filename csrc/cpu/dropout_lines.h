@@ -1,0 +1,122 @@
+// The elements of a tile of dropout, one by one or, where AVX-512 knows a shorter way, four cache
+// lines at once with the same bits.
+#pragma once
+
+#include "reg_kernels/dropout_math.h"
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+RK_NAMESPACE_BEGIN
+
+// What the shorter ways know of a scale before the first element.
+template <typename T>
+struct LineScale {
+  explicit LineScale(compute_t<T>) {}
+};
+
+// Element i of a tile: x[i] with the half-word that was drawn for it.
+template <typename T>
+struct DroppedTile {
+  const T* x;
+  const uint16_t* half_words;
+  uint16_t last_kept;
+  compute_t<T> scale;
+  const LineScale<T>* lines;
+
+  RK_HD T operator()(int64_t i) const {
+    return dropout_element(x[i], half_words[i] <= last_kept, scale);
+  }
+};
+
+#if defined(__AVX512BW__)
+
+constexpr int kWords = 32;       // 16-bit elements of a register, which is a cache line
+constexpr int kLinesAtOnce = 4;  // as write_each has them
+
+RK_HD __m512i words_at(const void* p) { return _mm512_loadu_si512(p); }
+RK_HD __m512i all_words(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+
+// A product's mantissa depends on the seven bits of x's mantissa alone, and its exponent is x's
+// plus what those say: y = x + change[mantissa], as bits. That holds for normal numbers whose
+// product is one too; zeros stay as they are, and whatever else there is takes the plain way.
+template <>
+struct LineScale<bfloat16> {
+  __m512i change[4];
+  __m512i largest;  // 2 |x|, as bits, that has a finite product
+
+  explicit LineScale(float scale) {
+    constexpr int kOne = 0x3f80, kMantissas = 128;
+    uint16_t words[kMantissas];
+#pragma omp simd
+    for (int m = 0; m < kMantissas; ++m) {
+      const bfloat16 x{static_cast<uint16_t>(kOne + m)};
+      words[m] = static_cast<uint16_t>(store_product<bfloat16>(load(x) * scale).bits - x.bits);
+    }
+    for (int i = 0; i < 4; ++i) change[i] = words_at(words + i * kWords);
+    // The largest mantissa adds the most. A scale of 0 leaves nothing normal, 1 or more does.
+    const int most = ((words[kMantissas - 1] + kOne + kMantissas - 1) >> 7) - (kOne >> 7);
+    largest = all_words(scale >= 1.0f ? ((255 - most) << 8) - 1 : 0);
+  }
+};
+
+// Whether elements [i, i + 4 * kWords) have gone to y the shorter way; if not, y is as it was. It
+// may be where they lie in x.
+RK_HD bool write_lines(const DroppedTile<bfloat16>& tile, int64_t i, bfloat16* y) {
+  const LineScale<bfloat16>& lines = *tile.lines;
+  const __m512i last = all_words(tile.last_kept);
+  __m512i products[kLinesAtOnce];
+  // 2 |x|, as bits, at the most, and less one at the least, which makes a zero the greatest.
+  __m512i most = all_words(0), least = all_words(0xffff);
+  for (int j = 0; j < kLinesAtOnce; ++j) {
+    const __m512i x = words_at(tile.x + i + j * kWords);
+    const __m512i twice = _mm512_add_epi16(x, x);
+    most = _mm512_max_epu16(most, twice);
+    least = _mm512_min_epu16(least, _mm512_sub_epi16(twice, all_words(1)));
+    const __mmask32 nonzero = _mm512_test_epi16_mask(x, all_words(0x7fff));
+    const __m512i change =
+        _mm512_mask_blend_epi16(_mm512_test_epi16_mask(x, all_words(0x40)),
+                                _mm512_permutex2var_epi16(lines.change[0], x, lines.change[1]),
+                                _mm512_permutex2var_epi16(lines.change[2], x, lines.change[3]));
+    const __m512i drawn = words_at(tile.half_words + i + j * kWords);
+    products[j] =
+        _mm512_mask_add_epi16(_mm512_and_si512(x, all_words(0x8000)),
+                              _mm512_mask_cmple_epu16_mask(nonzero, drawn, last), x, change);
+  }
+  const __mmask32 other = _mm512_cmpgt_epu16_mask(most, lines.largest) |
+                          _mm512_cmplt_epu16_mask(least, all_words(0xff));
+  if (other) return false;
+  for (int j = 0; j < kLinesAtOnce; ++j) _mm512_storeu_si512(y + j * kWords, products[j]);
+  return true;
+}
+
+// The processor's own conversions, which differ in what they make of a NaN: Inf and NaN take the
+// plain way.
+RK_HD bool write_lines(const DroppedTile<float16>& tile, int64_t i, float16* y) {
+  const __m512i last = all_words(tile.last_kept);
+  const __m512 scale = _mm512_set1_ps(tile.scale);
+  __m512i products[kLinesAtOnce];
+  __m512i most = all_words(0);  // 2 |x|, as bits
+  for (int j = 0; j < kLinesAtOnce; ++j) {
+    const __m512i x = words_at(tile.x + i + j * kWords);
+    most = _mm512_max_epu16(most, _mm512_add_epi16(x, x));
+    const __m512i drawn = words_at(tile.half_words + i + j * kWords);
+    const __mmask32 kept = _mm512_cmple_epu16_mask(drawn, last);
+    const auto half = [&](__m256i words, __mmask16 keep) __attribute__((always_inline)) {
+      const __m512 multiplier = _mm512_maskz_mov_ps(keep, scale);
+      return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_cvtph_ps(words), multiplier),
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    };
+    const __m256i low = half(_mm512_castsi512_si256(x), static_cast<__mmask16>(kept));
+    const __m256i high = half(_mm512_extracti64x4_epi64(x, 1), static_cast<__mmask16>(kept >> 16));
+    products[j] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  if (_mm512_cmpge_epu16_mask(most, all_words(0xf800))) return false;
+  for (int j = 0; j < kLinesAtOnce; ++j) _mm512_storeu_si512(y + j * kWords, products[j]);
+  return true;
+}
+
+#endif
+
+RK_NAMESPACE_END
