@@ -43,20 +43,26 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_channel_values(name: str, what: str, values: Tensor | None, input: Tensor) -> None:
+def _check_channel_values(
+    name: str,
+    what: str,
+    values: Tensor | None,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """weight, bias or a running statistic: [C], on the input's device, of a dtype that fits."""
     if values is None:
         return
-    if values.dim() != 1 or values.shape[0] != input.shape[1]:
+    if values.shape != shape:
         raise RuntimeError(
-            f"{name}: {what} must have shape ({input.shape[1]},), one value a channel, "
+            f"{name}: {what} must have shape ({shape[0]},), one value a channel, "
             f"got {tuple(values.shape)}"
         )
-    if values.device != input.device:
+    if values.device != device:
         raise RuntimeError(
-            f"{name}: {what} must be on the input's device {input.device}, got {values.device}"
+            f"{name}: {what} must be on the input's device {device}, got {values.device}"
         )
-    dtype = input.dtype
     if values.dtype != dtype and not (values.dtype == torch.float32 and dtype.itemsize == 2):
         allowed = f"{_dtype_name(dtype)} or float32" if dtype.itemsize == 2 else _dtype_name(dtype)
         raise RuntimeError(
@@ -106,13 +112,14 @@ def check_call(
         raise TypeError(
             f"{name}: momentum must be a float, or None together with num_batches_tracked"
         )
-    _check_channel_values(name, "running_mean", running_mean, input)
-    _check_channel_values(name, "running_var", running_var, input)
+    like = (input.shape[1:2], input.device, input.dtype)
+    _check_channel_values(name, "running_mean", running_mean, *like)
+    _check_channel_values(name, "running_var", running_var, *like)
     for statistic, what in ((running_mean, "running_mean"), (running_var, "running_var")):
         if statistic is not None and statistic.requires_grad:
             raise RuntimeError(f"{name}: {what} must not require grad, it has no gradient")
-    _check_channel_values(name, "weight", weight, input)
-    _check_channel_values(name, "bias", bias, input)
+    _check_channel_values(name, "weight", weight, *like)
+    _check_channel_values(name, "bias", bias, *like)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"{name}: residual must be a Tensor or None, got {type(residual).__name__}")
     if residual is not None and (

@@ -99,8 +99,8 @@ _FROZEN_REST = 5  # arguments of batch_norm_inference after the residual; the ot
 class _BatchNorm(torch.autograd.Function):
     """Either forward; its backward is `batch_norm_backward` in the same implementation.
 
-    After the residual come the overload and the rest of its arguments. Of those, a frozen forward
-    has its statistics in the first two; a training forward returns its own.
+    `rest`, one object to autograd, is what the overload takes after the residual. Of that, a
+    frozen forward has its statistics in the first two; a training forward returns its own.
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         overload: Any,
-        *rest: Any,
+        rest: tuple[Any, ...],
     ) -> Any:
         ctx.set_materialize_grads(False)
         training = len(rest) > _FROZEN_REST
@@ -141,7 +141,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        nothing = (None,) * (len(ctx.needs_input_grad) - 4)
+        nothing = (None, None)
         if grad_output is None:
             return (None,) * 4 + nothing
         input, weight, bias, residual, mean, invstd, gate, rng_state = ctx.saved_tensors
@@ -188,7 +188,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 def _forward(overload: Any, *args: Any) -> Any:
     """A forward op that records its gradient where one is wanted; args as the schema has them."""
     if _wants_gradient(*args[:4]):
-        return _BatchNorm.apply(*args[:4], overload, *args[4:])
+        return _BatchNorm.apply(*args[:4], overload, args[4:])
     with below_autograd():
         outputs = overload(*args)
     if len(args) > 4 + _FROZEN_REST:
@@ -414,7 +414,7 @@ def _run(
     if traced:
         output = overload(*values, *rest)
     elif _wants_gradient(*values):
-        output = _apply(*values, overload, *rest)
+        output = _apply(*values, overload, rest)
     else:
         output = _forward(overload, *values, *rest)
     if not training:

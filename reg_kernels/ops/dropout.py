@@ -22,10 +22,14 @@ from ._registry import Op, below_autograd, implementation_of, is_transformed, re
 
 
 class _Dropout(torch.autograd.Function):
-    """y = x m, and as its backward the same op on the gradient."""
+    """y = x m, and as its backward the same op on the gradient.
+
+    `draw`, one object to autograd, is what decides the mask: (p, rng_state, element_offset,
+    traced_p), the op's arguments after the input.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, overload: Any, *draw: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, overload: Any, draw: tuple[Any, ...]) -> Tensor:
         with below_autograd():
             output = overload(input, *draw)
         _remember(ctx, overload, draw, output)
@@ -33,14 +37,16 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return _gradient(ctx, grad_output), *[None] * 5
+        return _gradient(ctx, grad_output), None, None
 
 
 class _DropoutInPlace(torch.autograd.Function):
     """The same, written over its input."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, in_place: Any, overload: Any, *draw: Any) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, in_place: Any, overload: Any, draw: tuple[Any, ...]
+    ) -> Tensor:
         ctx.mark_dirty(input)
         with below_autograd():
             in_place(input, *draw)
@@ -49,15 +55,12 @@ class _DropoutInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return _gradient(ctx, grad_output), *[None] * 6
+        return _gradient(ctx, grad_output), None, None, None
 
 
 # `apply` spends two microseconds on preparing for torch.func; where that is known to be away, this
 # is the same without.
 _apply_dropout = super(torch.autograd.Function, _Dropout).apply
-
-# `draw` is what decides the mask: (p, rng_state, element_offset, traced_p), the op's arguments
-# after the input.
 
 
 def _remember(ctx: Any, overload: Any, draw: tuple[Any, ...], output: Tensor) -> None:
@@ -83,7 +86,7 @@ def _differentiable(
     traced_p: Tensor | None = None,
 ) -> Tensor:
     if input.requires_grad and torch.is_grad_enabled():
-        return _Dropout.apply(input, overload, p, rng_state, element_offset, traced_p)
+        return _Dropout.apply(input, overload, (p, rng_state, element_offset, traced_p))
     with below_autograd():
         return overload(input, p, rng_state, element_offset, traced_p)
 
@@ -99,7 +102,7 @@ def _write_over(
 ) -> None:
     draw = (p, rng_state, element_offset, traced_p)
     if input.requires_grad and torch.is_grad_enabled():
-        _DropoutInPlace.apply(input, in_place, overload, *draw)
+        _DropoutInPlace.apply(input, in_place, overload, draw)
         return
     with below_autograd():
         in_place(input, *draw)
@@ -239,7 +242,7 @@ def _run(
     draw = (p, rng_state, element_offset, None)
     if not inplace:
         if input.requires_grad and torch.is_grad_enabled():
-            return _apply_dropout(input, overload, *draw)
+            return _apply_dropout(input, overload, draw)
         with below_autograd():
             return overload(input, *draw)
     if not is_dense(input) or input.is_neg():
