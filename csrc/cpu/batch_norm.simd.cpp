@@ -24,6 +24,23 @@ void for_dtype(DType dtype, const F& f) {
   }
 }
 
+// What the means of channel c's parts are differences from; of rows, of those in column j.
+double base_of_channel(const BatchNormTask& task, int64_t c) {
+  double base = 0.0;
+  for_dtype(task.dtype, [&]<typename T>(T) {
+    base = base_at(static_cast<const T*>(task.x) + c * task.length, 1, task.length);
+  });
+  return base;
+}
+
+double base_of_column(const BatchNormTask& task, int64_t j) {
+  double base = 0.0;
+  for_dtype(task.dtype, [&]<typename T>(T) {
+    base = base_at(static_cast<const T*>(task.x) + j, task.plan.columns, task.plan.rows);
+  });
+  return base;
+}
+
 }  // namespace
 
 void batch_norm_moments(const BatchNormTask& task, int64_t unit) {
@@ -54,8 +71,8 @@ void batch_norm_merge_moments(const BatchNormTask& task, int64_t begin, int64_t 
   const BatchNormPlan& plan = task.plan;
   double *means = task.totals, *m2s = task.totals + task.channels;
   Moments<double> total{};
-  const auto put = [&](int64_t c) {
-    means[c] = total.mean;
+  const auto put = [&](int64_t c, double base) {
+    means[c] = base + total.mean;
     m2s[c] = total.m2;
     total = {};
   };
@@ -64,7 +81,7 @@ void batch_norm_merge_moments(const BatchNormTask& task, int64_t begin, int64_t 
       for_pairs(task, c, c + 1, [&](const double* pair, int64_t, int64_t first, int64_t last) {
         total.merge({last - first, pair[0], pair[1]});
       });
-      put(c);
+      put(c, base_of_channel(task, c));
     }
     return;
   }
@@ -84,12 +101,14 @@ void batch_norm_merge_moments(const BatchNormTask& task, int64_t begin, int64_t 
     }
   });
   for (int64_t c = begin; c < end; ++c) {
+    const double base = base_of_column(task, task.channels_last ? c : c * task.length);
     for_column_ranges(task, c, c + 1, [&](int64_t first, int64_t last) {
       for (int64_t j = first; j < last; ++j) {
-        total.merge({plan.rows + (j < plan.rest), mean[j], m2[j]});
+        const double own = mean[j] + (base_of_column(task, j) - base);
+        total.merge({plan.rows + (j < plan.rest), own, m2[j]});
       }
     });
-    put(c);
+    put(c, base);
   }
 }
 

@@ -98,18 +98,18 @@ struct PivotSums {
   }
 };
 
-// The moments of values side by side. In float64, whose own rounding they are to match, the sums
-// are made once more about the mean that the first ones gave.
+// The moments of values side by side, the mean less `base`. In float64, whose own rounding they are
+// to match, the sums are made once more about the mean that the first ones gave.
 template <typename T>
-Moments<double> stretch_moments(const T* x, int64_t count) {
-  const auto value = [&](int64_t i) { return static_cast<double>(load(x[min(i, count - 1)])); };
-  double pivot = pivot_of(value(0), value(1), value(2));
+Moments<double> stretch_moments(const T* x, int64_t count, double base) {
+  double pivot = base_at(x, 1, count);
   Moments<double> result{};
   for (int pass = 0; pass < (sizeof(T) == sizeof(double) ? 2 : 1); ++pass) {
     PivotSums sums;
     sums.add(x, count, kLead<T>, pivot);
-    result = moments_of_sums(count, pivot, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
-    pivot = finite_or_zero(result.mean);
+    result =
+        moments_of_sums(count, pivot - base, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
+    pivot = finite_or_zero(base + result.mean);
   }
   return result;
 }
@@ -118,14 +118,17 @@ template <typename T>
 void plane_moments(const BatchNormTask& task, int64_t unit) {
   const PlaneUnit part(task, unit);
   const T* x = static_cast<const T*>(task.x);
-  for_planes(task, part.begin, part.end, [&](int64_t first, int64_t count, int64_t, int64_t index) {
-    Moments<double> total{};
-    for (int64_t i = 0; i < count; i += kStretch) {
-      total.merge(stretch_moments(x + first + i, min(kStretch, count - i)));
-    }
-    part.sums[2 * index] = total.mean;
-    part.sums[2 * index + 1] = total.m2;
-  });
+  const int64_t length = task.length;
+  for_planes(task, part.begin, part.end,
+             [&](int64_t first, int64_t count, int64_t plane, int64_t index) {
+               const double base = base_at(x + plane % task.channels * length, 1, length);
+               Moments<double> total{};
+               for (int64_t i = 0; i < count; i += kStretch) {
+                 total.merge(stretch_moments(x + first + i, min(kStretch, count - i), base));
+               }
+               part.sums[2 * index] = total.mean;
+               part.sums[2 * index + 1] = total.m2;
+             });
 }
 
 template <typename T>

@@ -133,14 +133,15 @@ void row_moments(const BatchNormTask& task, int64_t unit) {
   const RowUnit part(task, unit);
   const int64_t stride = task.plan.columns, columns = part.columns, block = part.block();
   const T* x = static_cast<const T*>(task.x) + part.first_column;
-  alignas(64) double pivot[kColumns], sum[kColumns], squares[kColumns];
+  alignas(64) double base[kColumns], pivot[kColumns], sum[kColumns], squares[kColumns];
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) base[j] = base_at(x + j, stride, task.plan.rows);
   for (int64_t done = 0; done < part.rows; done += block) {
     const int64_t rows = min(block, part.rows - done);
     const T* from = x + (part.first_row + done) * stride;
-    const T *second = from + min(1, rows - 1) * stride, *third = from + min(2, rows - 1) * stride;
 #pragma omp simd
     for (int64_t j = 0; j < columns; ++j) {
-      pivot[j] = pivot_of(load(from[j]), load(second[j]), load(third[j]));
+      pivot[j] = base_at(from + j, stride, rows);
       sum[j] = squares[j] = 0.0;
     }
     add_rows(from, stride, rows, columns, pivot, sum, squares);
@@ -158,14 +159,14 @@ void row_moments(const BatchNormTask& task, int64_t unit) {
     for (int64_t j = 0; j < columns; ++j) {  // as moments_of_sums
       const double shift = sum[j] / n;
       m2[j] = squares[j] - sum[j] * shift;
-      mean[j] = pivot[j] + shift;
+      mean[j] = (pivot[j] - base[j]) + shift;
     }
     if (done) merge_columns(columns, done, part.first_sum, part.second_sum, rows, mean, m2);
   }
   if (takes_rest(task, unit)) {
     double* rest = RowUnit::row_sums(task, rest_slice(task.plan));
     for (int64_t j = 0; j < task.plan.rest; ++j) {
-      rest[j] = load(x[task.plan.rows * stride + j]);
+      rest[j] = static_cast<double>(load(x[task.plan.rows * stride + j])) - base[j];
       rest[stride + j] = 0.0;
     }
   }

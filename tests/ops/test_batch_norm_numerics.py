@@ -229,6 +229,21 @@ def test_ill_conditioned_channels(values, dtype, backend):
                 assert error <= (own.eps / 2 + 2**-21) * scale + floor, f"{name}, {cut}"
 
 
+@native
+@pytest.mark.parametrize("mean", [0.0, 1e4, -1e8, 1e12])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_large_mean_costs_the_float64_variance_no_digits(cut, mean):
+    n, length, last = CUTS[cut]
+    x = arranged(mean + _drawn(n, length), last, torch.float64)
+    running_mean, running_var = (torch.zeros(C, dtype=torch.float64) for _ in range(2))
+    F.batch_norm(x, running_mean, running_var, training=True, momentum=1.0, backend="native")
+    # Less that mean, which is exact: a sum of such values in long double loses its last digits.
+    flat = (x - mean).movedim(1, 0).reshape(C, -1).numpy().astype(np.longdouble)
+    error = np.abs(running_mean.numpy() - mean - flat.mean(1))
+    assert error.max() <= 4 * 2**-53 * (abs(mean) + 1)
+    assert np.abs(running_var.numpy() / flat.var(1, ddof=1) - 1).max() <= 16 * 2**-52
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @dtypes
 def test_a_constant_channel_is_the_bias(backend, dtype):
