@@ -67,6 +67,14 @@ __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& va
   } else {
     using B = Bits<kCount * sizeof(T)>;
     const auto bits = bit_cast<B>(value);
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(B) == kVectorBytes) {
+      // An intrinsic (of the default policy): nvcc takes some plain stores apart into four STG.32.
+      __stwb(reinterpret_cast<uint4*>(data),
+             make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
+      return;
+    }
+#endif
     *reinterpret_cast<B*>(data) = bits;
   }
 }

@@ -1,0 +1,119 @@
+"""Compiles a source once for as long as nothing that went into it changes; the tests of the CUDA
+sources and the report on their machine code share what comes out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulation"
+CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+
+INCLUDES = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+CUDA_ARCHITECTURES = (80, 90, 100)
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--threads", "2"),
+    *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES),
+    # Registers spilled, or anything else that lives in local memory, is an error.
+    *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings"),
+    *("-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas"),
+]
+COMPILE_SECONDS = 300
+
+
+class Missing(Exception):
+    """A tool that is not installed here; says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    output: str  # stdout and stderr together
+
+    def __str__(self):
+        return f"exit code {self.code}\n{self.output}"
+
+
+def run(command, seconds, **environment):
+    """Runs a command; one that outlives its time is a TimeoutError."""
+    try:
+        done = subprocess.run(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            env=os.environ | environment,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{command[0]} still ran after {seconds} s: {error.output}") from None
+    return Result(done.returncode, done.stdout)
+
+
+@functools.cache
+def compiler(variable, default):
+    """Path and version of a compiler."""
+    name = os.environ.get(variable, default)
+    path = shutil.which(name)
+    if path is None:
+        raise Missing(f"{name} was not found: install it, or name another one in {variable}")
+    return path, run([path, "--version"], 60).output
+
+
+def torch_flags():
+    """As setup.py sets them. A CPU build of torch has all the headers that are needed."""
+    torch = importlib.util.find_spec("torch")  # not imported: that takes seconds
+    if torch is None:
+        raise Missing("torch, whose headers the CUDA sources include, is not installed")
+    include = Path(torch.origin).parent / "include"
+    return ["-isystem", str(include), "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+
+
+def digest(*parts):
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
+
+
+def digest_of_files(dependencies):
+    """Of the contents of all that a compiler's dependency file names."""
+    rule = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1]
+    paths = [Path(word.replace("\\ ", " ")) for word in re.split(r"(?<!\\)\s+", rule.strip())]
+    contents = [path.read_bytes() if path.exists() else b"" for path in paths]
+    return digest(*paths, *contents)
+
+
+def compile_once(toolchain, flags, source, suffix):
+    """The file that a compiler makes of `source`, and what it said. Made anew when the command, the
+    compiler or any file that it read has changed; a failure is never remembered."""
+    path, version = toolchain
+    command = [path, *flags, source]
+    target = BUILD / f"{source.stem}-{digest(version, *command)[:16]}{suffix}"
+    dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".stamp")
+    if target.exists() and stamp.exists() and stamp.read_text() == digest_of_files(dependencies):
+        return target, Result(0, "")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    # Moved into place when whole: another process may be building the same.
+    fresh = target.with_suffix(f".{os.getpid()}.new")
+    result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh], COMPILE_SECONDS)
+    if result.code == 0:
+        fresh.replace(target)
+        stamp.write_text(digest_of_files(dependencies))
+    return target, result
+
+
+def compile_cuda(source, *flags):
+    """The object made of a .cu file for every architecture, and what nvcc and ptxas said, warnings
+    as errors."""
+    return compile_once(
+        compiler("NVCC", "nvcc"), [*NVCC_FLAGS, *flags, *INCLUDES, "-c"], source, ".o"
+    )
