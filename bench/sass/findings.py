@@ -1,0 +1,54 @@
+"""What the table finds fault with, and the reasons of what is left as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+VECTOR = 16  # bytes: the widest access of a thread that every architecture has
+LEAST_OCCUPANCY = 25  # percent
+
+SPILLS, OCCUPANCY, NARROW, INSTRUCTIONS = "stack", "occupancy", "narrow", "instructions"
+
+
+@dataclass(frozen=True)
+class Finding:
+    kernel: str  # "source kernel<...>"
+    architecture: int
+    what: str
+    detail: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is left as it is, where that is written down."""
+        for what, pattern, reason in EXPLAINED:
+            if what == self.what and re.search(pattern, self.kernel):
+                return reason
+        return None
+
+
+# (what, pattern of "source kernel<...>", why). The first that fits counts.
+EXPLAINED: list[tuple[str, str, str]] = []
+
+
+def findings(row: dict[str, Any]) -> Iterator[Finding]:
+    """Of one kernel instance on one architecture."""
+    kernel, architecture = f"{row['source']} {row['kernel']}", row["architecture"]
+
+    def found(what: str, detail: str) -> Finding:
+        return Finding(kernel, architecture, what, detail)
+
+    if row["stack"]:
+        yield found(SPILLS, f"{row['stack']} B of stack a thread")
+    if row["limit"] == "registers" and row["occupancy"] < LEAST_OCCUPANCY:
+        yield found(OCCUPANCY, f"{row['occupancy']} % by {row['registers']} registers")
+    for hot in row["hot"]:
+        for kind in ("loads", "stores"):
+            widths = [int(width) for width in hot[kind]]
+            if widths and min(widths) < VECTOR:
+                yield found(NARROW, f"{kind} of {min(widths)} B")
+        for gpu, (share, pipe) in hot["bounds"].items():
+            if share < 1:
+                yield found(INSTRUCTIONS, f"{gpu}: {share:.2f} of the bandwidth ({pipe})")

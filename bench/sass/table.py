@@ -1,0 +1,184 @@
+"""The table of all kernels: compiled, read, and what that predicts for each GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sass import binary, compiling, triton_launches
+from sass.disassembly import Hot, hot_paths, widths
+from sass.gpus import GPUS, occupancy, share_of_bandwidth
+
+FOLDER = compiling.ROOT / "build" / "sass"
+Row = dict[str, Any]
+
+_SIZES = {"unsigned char": 1, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "double": 8}
+# How many inputs of its first type a kernel reads an element of in a trip, where not one; of those
+# left out elements are not counted: what an optimizer reads is a matter of its options.
+READS = {
+    r"batch_norm_backward|gradient_sums|^backward_kernel|distillation": 2,
+    r"mixup_(kernel|pairs)": 2,
+    r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
+}
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS", "2"))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides on the machine code."""
+    import importlib.metadata
+
+    release = re.search(r"V([\d.]+)", compiling.compiler("NVCC", "nvcc")[1])
+    return {"nvcc": release[1], "triton": importlib.metadata.version("triton")}
+
+
+def element_bytes(arguments: str) -> int | None:
+    """Of the first type among template arguments, or a dtype's own."""
+    found = re.search(r"\b(unsigned char|b?float(?:16|32)?|double)\b", arguments)
+    return _SIZES[found[1]] if found else None
+
+
+def elements(kernel: str, arguments: str, hot: Hot) -> int | None:
+    """Elements that a thread handles in one trip."""
+    reads = next((n for pattern, n in READS.items() if re.search(pattern, kernel)), 1)
+    size = element_bytes(arguments)
+    if reads is None or size is None:
+        return None
+    moved = hot.moved("load") // reads or hot.moved("store")
+    return max(moved // size, 1)
+
+
+def _hot_row(kernel: str, arguments: str, architecture: int, hot: Hot) -> Row:
+    def by_width(kind: str) -> dict[str, int]:
+        return {str(width): count for k, width, count in hot.streamed if k == kind}
+
+    bounds = {}
+    for gpu in GPUS:
+        if gpu.architecture == architecture:
+            share, pipe = share_of_bandwidth(gpu, hot)
+            bounds[gpu.name] = [round(share, 2), pipe]
+    return {
+        "loop": hot.loop,
+        "inner_loops": hot.inner_loops,
+        "loads": by_width("load"),
+        "stores": by_width("store"),
+        "elements": elements(kernel, arguments, hot),
+        "kinds": hot.kinds,
+        "bounds": bounds,
+    }
+
+
+def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
+    """One kernel instance on one architecture. `launch`: threads and shared bytes, where known."""
+    threads, shared = launch.get("threads", kernel.threads), launch.get("shared", kernel.shared)
+    percent, limit = occupancy(kernel.architecture, kernel.registers, threads, shared)
+    base, _, arguments = name.partition("<")
+    paths = [_hot_row(base, arguments, kernel.architecture, h) for h in hot_paths(kernel.code)]
+    paths.sort(key=lambda row: min(share for share, _ in row["bounds"].values()))
+    return {
+        "source": source,
+        "kernel": name,
+        "architecture": kernel.architecture,
+        "threads": threads,
+        "registers": kernel.registers,
+        "stack": kernel.stack,
+        "shared": shared,
+        "occupancy": percent,
+        "limit": limit,
+        "widths": widths(kernel.code),
+        "paths": len(paths),
+        "hot": paths[:1],  # the one that instructions hold up most
+    }
+
+
+def cuda_rows(source: Path) -> list[Row]:
+    """Of every kernel instance in a .cu file, on every architecture."""
+    path, result = compiling.compile_cuda(source, *compiling.torch_flags())
+    if result.code != 0:
+        raise RuntimeError(f"{source.name} does not compile: {result}")
+    found = list(binary.kernels_of_object(path))
+    names = binary.demangled([kernel.name for kernel in found])
+    return [row_of(k, f"cuda/{source.stem}", n) for k, n in zip(found, names, strict=True)]
+
+
+def triton_rows(architecture: int, ops: tuple[str, ...] = triton_launches.OPS) -> list[Row]:
+    """Of every kernel that the calls of triton_launches.py launch, on one architecture."""
+    folder = FOLDER / f"sm_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(compiling.ROOT), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *ops],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the Triton kernels do not compile: {done.stderr}")
+    rows = []
+    for facts in map(json.loads, done.stdout.splitlines()):
+        (kernel,) = binary.kernels(Path(facts["cubin"]))
+        name = f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"
+        launch = {"threads": facts["threads"], "shared": facts["shared"]}
+        rows.append(row_of(kernel, f"triton/{facts['op']}", name, **launch))
+    return rows
+
+
+def tasks() -> dict[str, Callable[[], list[Row]]]:
+    """What the table is made of, the longest to compile first."""
+    sources = sorted(compiling.CUDA_SOURCES, key=lambda p: ("mixup" not in p.stem, p.stem))
+    result: dict[str, Callable[[], list[Row]]] = {
+        f"CUDA {source.stem}": lambda source=source: cuda_rows(source) for source in sources
+    }
+    for architecture in compiling.CUDA_ARCHITECTURES:
+        result[f"Triton sm_{architecture}"] = lambda a=architecture: triton_rows(a)
+    return result
+
+
+def build(done: Callable[[str], None]) -> list[Row]:
+    """Every row, sorted; `done` is told of each part that is through."""
+
+    def part(item: tuple[str, Callable[[], list[Row]]]) -> list[Row]:
+        rows = item[1]()
+        done(item[0])
+        return rows
+
+    with ThreadPoolExecutor(jobs()) as pool:
+        parts = list(pool.map(part, tasks().items()))
+    return sorted((row for rows in parts for row in rows), key=key_of)
+
+
+def key_of(row: Row) -> tuple[str, str, int]:
+    return row["source"], row["kernel"], row["architecture"]
+
+
+def global_kernels() -> Iterator[str]:
+    """Names of all kernels that the sources define."""
+    for folder in ("cuda", "include"):
+        for path in sorted((compiling.CSRC / folder).rglob("*.cu*")):
+            text = re.sub(r"//.*", "", path.read_text())
+            for bounds in re.finditer(r"__global__ void\s+", text):
+                rest = text[bounds.end() :]
+                rest = _after_bounds(rest) if rest.startswith("__launch_bounds__") else rest
+                yield re.match(r"\s*(\w+)\(", rest)[1]
+    for path in sorted((compiling.ROOT / "reg_kernels" / "triton").glob("*.py")):
+        yield from re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+
+
+def _after_bounds(text: str) -> str:
+    """What follows __launch_bounds__(...), whose parentheses may nest."""
+    depth, start = 0, text.index("(")
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[at + 1 :]
+    raise ValueError("__launch_bounds__ without its closing parenthesis")

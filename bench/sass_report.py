@@ -1,0 +1,74 @@
+"""Compiles every CUDA and Triton kernel and predicts from the machine code what bounds it.
+
+Writes bench/results/sass/report.{json,md}. Needs nvcc, and triton for its kernels and its
+disassembler, but no GPU. Compiles MAX_JOBS (2) sources at a time, and each only once.
+
+Exit code: 0; 1 for a finding that is not explained (bench/sass/findings.py); 2 where a tool is
+missing or something does not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from rich.console import Console  # noqa: E402  (a script: the path comes first)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+
+from reg_kernels.cli._files import write_whole  # noqa: E402
+from sass import binary, table  # noqa: E402
+from sass.compiling import Missing  # noqa: E402
+from sass.findings import findings  # noqa: E402
+from sass.render import render  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "sass"
+SCHEMA = 1
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """One kernel a line: a change shows as the lines of what it changed."""
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report["kernels"])
+    head = json.dumps({k: v for k, v in report.items() if k != "kernels"})
+    return f'{head[:-1]}, "kernels": [\n{rows}\n]}}\n'
+
+
+def main() -> int:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        versions = table.versions()
+        for name in ("cuobjdump", "nvdisasm"):
+            binary.tool(name)
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("compiling", total=len(table.tasks()))
+
+            def done(part: str) -> None:
+                progress.update(task, advance=1, description=part)
+
+            rows = table.build(done)
+    except (Missing, ImportError, RuntimeError, TimeoutError) as error:
+        console.print(f"sass-report: {error}", style="red", markup=False)
+        return 2
+    report = {"schema": SCHEMA, "versions": versions, "kernels": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(RESULTS / "report.json", lambda path: path.write_text(to_json(report)))
+    write_whole(RESULTS / "report.md", lambda path: path.write_text(render(report)))
+    found = [finding for row in rows for finding in findings(row)]
+    unexplained = [finding for finding in found if finding.reason is None]
+    for finding in unexplained:
+        where = f"{finding.kernel} on sm_{finding.architecture}"
+        console.print(f"not explained: {where}: {finding.what}, {finding.detail}", markup=False)
+    console.print(
+        f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
+        f"{RESULTS / 'report.md'}"
+    )
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
