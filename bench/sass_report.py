@@ -19,12 +19,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from rich.console import Console  # noqa: E402  (a script: the path comes first)
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-
-from reg_kernels.cli._files import write_whole  # noqa: E402
 from sass import binary, table  # noqa: E402
 from sass.compiling import Missing  # noqa: E402
 from sass.findings import findings  # noqa: E402
 from sass.render import render  # noqa: E402
+
+from reg_kernels.cli._files import write_whole  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "sass"
 SCHEMA = 1

@@ -3,9 +3,10 @@ each does.
 
 A kernel has paths that large aligned inputs never take: odd ends, element by element. So what is
 counted is one path through a loop's body, or through the kernel where no loop touches global
-memory: the one with most of the widest loads and stores, and of those the shortest. So options that cost
-no such access, an activation or a slow division, are off. An inner loop that touches no global memory is on the path once, since how often it runs
-is not in the code; `inner_loops` says how many there are.
+memory: the one with most of the widest loads and stores, and of those the shortest. Options that
+cost no such access, an activation or a slow division, are therefore off. An inner loop that touches
+no global memory is on the path once, since how often it runs is not in the code; `inner_loops` says
+how many there are.
 """
 
 from __future__ import annotations
@@ -242,10 +243,8 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
     the function outside of loops, as one; none where nothing touches global memory."""
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
-    widest = {
-        kind: max((c.width for i in order for c in _accesses(blocks[i]) if c.loads == kind), default=0)
-        for kind in (True, False)
-    }
+    reached = [code for index in order for code in _accesses(blocks[index])]
+    widest = {k: max((c.width for c in reached if c.loads == k), default=0) for k in (True, False)}
     touching = {h: body for h, body in loops.items() if any(_accesses(blocks[i]) for i in body)}
     inner = {
         head: set().union(*(b for h, b in loops.items() if h != head and b < body), set())

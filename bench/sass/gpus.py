@@ -16,7 +16,7 @@ class Gpu:
     architecture: int
     bandwidth: float  # bytes/s
     multiprocessors: int
-    clock: float  # Hz, the boost clock: the lower one of a long run makes more kernels wait for DRAM
+    clock: float  # Hz, boost
 
 
 # NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and B200 (HGX).

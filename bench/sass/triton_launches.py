@@ -49,8 +49,9 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
         yield "1d", lambda: F.dropout(values(2**16), backend=BACKEND)
         for last in (False, True):
             layout = "channels_last" if last else "contiguous"
-            yield f"2d {layout}", lambda last=last: F.dropout2d(
-                values(*images, last=last), backend=BACKEND
+            yield (
+                f"2d {layout}",
+                lambda last=last: F.dropout2d(values(*images, last=last), backend=BACKEND),
             )
     elif op == "penalty":
         yield "l1", lambda: both(F.l1_penalty([values(2**16)], backend=BACKEND))
@@ -69,17 +70,26 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
         index = torch.arange(8).roll(1)
         for last in (False, True):
             layout = "channels_last" if last else "contiguous"
-            yield f"mixup {layout}", lambda last=last: both(
-                F.mixup(values(*images, last=last), torch.rand(8), index, backend=BACKEND)
+            yield (
+                f"mixup {layout}",
+                lambda last=last: both(
+                    F.mixup(values(*images, last=last), torch.rand(8), index, backend=BACKEND)
+                ),
             )
         to_last = torch.channels_last
-        yield "mixup contiguous to channels_last", lambda: both(
-            F.mixup(
-                values(*images), torch.rand(8), index, memory_format=to_last, backend=BACKEND
-            )
+        yield (
+            "mixup contiguous to channels_last",
+            lambda: both(
+                F.mixup(
+                    values(*images), torch.rand(8), index, memory_format=to_last, backend=BACKEND
+                )
+            ),
         )
-        yield "mixup in place", lambda: F.mixup(
-            values(*images).detach(), torch.rand(8), index, inplace=True, backend=BACKEND
+        yield (
+            "mixup in place",
+            lambda: F.mixup(
+                values(*images).detach(), torch.rand(8), index, inplace=True, backend=BACKEND
+            ),
         )
     elif op == "batch_norm":
         small, large = (32, 64, 16, 16), (64, 64, 56, 56)
@@ -106,15 +116,22 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
             ("distillation", lambda x, y: F.distillation_loss(x, x.detach(), y, backend=BACKEND)),
         ):
             for classes in (1000, 32000):
-                yield f"{name} {classes} classes", lambda loss=loss, classes=classes: both(
-                    loss(values(256, classes), labels[256])
+                yield (
+                    f"{name} {classes} classes",
+                    lambda loss=loss, classes=classes: both(
+                        loss(values(256, classes), labels[256])
+                    ),
                 )
-            yield f"{name} planes", lambda loss=loss: both(
-                loss(values(8, 64, 32, 32), torch.zeros(8, 32, 32, dtype=torch.int64))
+            yield (
+                f"{name} planes",
+                lambda loss=loss: both(
+                    loss(values(8, 64, 32, 32), torch.zeros(8, 32, 32, dtype=torch.int64))
+                ),
             )
         pair = MixedTarget(labels[256], labels[256], torch.rand(256), 0.1)
-        yield "cross_entropy mixed", lambda: both(
-            F.cross_entropy(values(256, 1000), pair, backend=BACKEND)
+        yield (
+            "cross_entropy mixed",
+            lambda: both(F.cross_entropy(values(256, 1000), pair, backend=BACKEND)),
         )
 
 

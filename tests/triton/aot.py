@@ -17,6 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+from sass.binary import resources  # noqa: E402  (the path comes first)
+
 ARCHITECTURES = [80, 90, 100]
 
 
@@ -89,16 +93,13 @@ def _compile(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 8}
     )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
-        ).stdout
+        ((registers, stack, _),) = resources(Path(file.name)).values()
     return {
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": stack,
+        "registers": registers,
         "widest_load": _widest(compiled.asm["ptx"], "ld"),
         "widest_store": _widest(compiled.asm["ptx"], "st"),
     }
