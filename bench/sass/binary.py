@@ -82,7 +82,7 @@ def threads_of(image: bytes) -> dict[str, int]:
 def kernels(cubin: Path) -> Iterator[Kernel]:
     """What is in a cubin; functions that kernels call are none of them."""
     text = _output(tool("nvdisasm"), "-c", cubin)
-    architecture = int(re.search(r"\.target\s+sm_(\d+)", text)[1])
+    architecture = int(re.search(r"(?:\.target\s+sm_|EF_CUDA_SM)(\d+)", text)[1])
     used, threads = resources(cubin), threads_of(cubin.read_bytes())
     for name, code in functions(text):
         if name in used:

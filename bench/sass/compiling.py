@@ -27,7 +27,7 @@ NVCC_FLAGS = [
     *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings"),
     *("-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas"),
 ]
-COMPILE_SECONDS = 300
+COMPILE_SECONDS = 600
 
 
 class Missing(Exception):

@@ -11,6 +11,7 @@ how many there are.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 CLASSES = ("integer", "float", "conversion", "memory", "control")
 _LOADS = ("LDG", "LD", "LDGSTS")
 _STORES = ("STG", "ST")
+_GLOBAL = frozenset(_LOADS + _STORES)
 _MEMORY = (*_LOADS, *_STORES, "LDS", "STS", "LDSM", "LDL", "STL", "LDC", "LDCU", "ULDC", "SHFL")
 _MEMORY += ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "LDGDEPBAR", "DEPBAR", "CCTL", "MEMBAR")
 _CONVERSION = ("F2F", "F2I", "I2F", "F2FP", "I2FP", "FRND", "I2I")
@@ -47,7 +49,7 @@ class Instruction:
     @property
     def width(self) -> int:
         """Bytes of a thread's global load or store; 0 of anything else."""
-        if self.name not in _LOADS + _STORES:
+        if self.name not in _GLOBAL:
             return 0
         for modifier in reversed(self.modifiers):
             if modifier in ("256", "128", "64"):
@@ -101,6 +103,11 @@ class Block:
     code: list[Instruction] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
 
+    @functools.cached_property
+    def accesses(self) -> list[Instruction]:
+        """Of global memory."""
+        return [code for code in self.code if code.width]
+
 
 @dataclass(frozen=True)
 class Hot:
@@ -118,8 +125,8 @@ class Hot:
         return sum(self.kinds.values())
 
     @property
-    def widest(self) -> int:
-        return max((width for _, width, _ in self.accesses), default=0)
+    def squares(self) -> int:
+        return sum(width**2 * count for _, width, count in self.streamed)
 
     def moved(self, kind: str) -> int:
         """Bytes loaded or stored of what is streamed."""
@@ -234,47 +241,44 @@ def _flow(blocks: list[Block]) -> tuple[list[int], dict[int, set[int]]]:
     return order[::-1], loops
 
 
-def _accesses(block: Block) -> list[Instruction]:
-    return [code for code in block.code if code.width]
-
-
 def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
-    """The hot path of each innermost loop whose accesses are the widest of the function, else of
-    the function outside of loops, as one; none where nothing touches global memory."""
+    """The hot paths of a function; none where nothing touches global memory.
+
+    They are those of the innermost loops that do, the wide ones: a loop whose sum of squared widths
+    is less than half of the greatest takes odd ends. What lies around those loops, or the function
+    where there is none, is the hot path instead if it moves at least twice as much in a trip.
+    """
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
-    reached = [code for index in order for code in _accesses(blocks[index])]
-    widest = {k: max((c.width for c in reached if c.loads == k), default=0) for k in (True, False)}
-    touching = {h: body for h, body in loops.items() if any(_accesses(blocks[i]) for i in body)}
-    inner = {
-        head: set().union(*(b for h, b in loops.items() if h != head and b < body), set())
-        for head, body in touching.items()
-    }
-    found = []
+    touching = {h: body for h, body in loops.items() if any(blocks[i].accesses for i in body)}
+    innermost, around = [], []
     for head, body in touching.items():
         nested = [b for h, b in touching.items() if h != head and b < body]
         own = body - set().union(*nested)
-        count = sum(1 for h, b in loops.items() if h != head and b < body)
-        path = _best_path(blocks, order, widest, head, body, own)
-        found.append((path, count if inner[head] else 0, True))
+        quiet = sum(1 for h, b in loops.items() if h not in touching and b < body)
+        hot = _hot(_best_path(blocks, order, head, body, own), quiet, True)
+        (around if nested else innermost).append(hot)
     outside = set(order) - set().union(*touching.values())
     quiet = sum(1 for head in loops if head not in touching)
-    found.append((_best_path(blocks, order, widest, 0, set(order), outside), quiet, False))
-    hots = [_hot(path, count, loop) for path, count, loop in found]
-    at_widest = [hot for hot in hots if hot.widest == max(widest.values()) > 0]
-    in_loops = [hot for hot in at_widest if hot.loop]
-    return in_loops or at_widest
+    around.append(_hot(_best_path(blocks, order, 0, set(order), outside), quiet, False))
+    most = max((hot.bytes for hot in innermost), default=0)
+    outer = max(around, key=lambda hot: hot.bytes)
+    if outer.bytes >= max(2 * most, 1):
+        return [outer]
+    widest = max((hot.squares for hot in innermost), default=0)
+    return [hot for hot in innermost if 2 * hot.squares >= widest > 0]
 
 
 def _best_path(
     blocks: list[Block],
     order: list[int],
-    widest: dict[bool, int],
     head: int,
     body: set[int],
     own: set[int],
 ) -> list[Instruction]:
     """The instructions of `own` on the path from `head` that is worth most."""
+    accesses = [code for index in own for code in blocks[index].accesses]
+    widest = {k: max((c.width for c in accesses if c.loads == k), default=0) for k in (True, False)}
     best: dict[int, tuple[int, int, int | None]] = {}
     for index in reversed([i for i in order if i in body]):
         code = blocks[index].code
@@ -291,7 +295,7 @@ def _best_path(
             continue
         worth, short, following = max(ways, key=lambda way: way[:2])
         if index in own:
-            worth += sum(c.width**2 for c in code if c.width == widest[c.loads])
+            worth += sum(c.width**2 for c in blocks[index].accesses if c.width == widest[c.loads])
             short -= len(code)
         best[index] = (worth, short, following)
     path, at = [], head if head in best else None

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from sass.binary import resources  # noqa: E402  (the path comes first)
+from sass.binary import resources
 
 ARCHITECTURES = [80, 90, 100]
 

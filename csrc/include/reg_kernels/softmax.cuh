@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_classes(T* row, int64_t c, int64_t classes
   T* const at = row + c;
   constexpr uintptr_t kAligned = kAlignment<kCount * sizeof(T)>;
   if (c >= 0 && c + kCount <= classes && reinterpret_cast<uintptr_t>(at) % kAligned == 0) {
-    return store_whole(at, value);
+    return store_at_once(at, value);
   }
   RK_UNROLL
   for (int i = 0; i < kCount; ++i) {

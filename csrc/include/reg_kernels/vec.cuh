@@ -67,16 +67,23 @@ __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& va
   } else {
     using B = Bits<kCount * sizeof(T)>;
     const auto bits = bit_cast<B>(value);
-#if defined(__CUDA_ARCH__)
-    if constexpr (sizeof(B) == kVectorBytes) {
-      // An intrinsic (of the default policy): nvcc takes some plain stores apart into four STG.32.
-      __stwb(reinterpret_cast<uint4*>(data),
-             make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
-      return;
-    }
-#endif
     *reinterpret_cast<B*>(data) = bits;
   }
+}
+
+// The same in one STG.128, come what may: nvcc takes some plain stores apart into four STG.32. The
+// loads and stores around it keep their order, so it is for kernels with one output.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_at_once(T* data, const Vector<T, kCount>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kCount * sizeof(T) == kVectorBytes) {
+    const auto bits = bit_cast<VectorBits>(value);
+    __stwb(reinterpret_cast<uint4*>(in_global_memory(data)),
+           make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
+    return;
+  }
+#endif
+  store_whole(data, value);
 }
 
 // Elements [begin, end) of a tensor, `data` the one numbered `begin`. Numbers need not start at 0:
@@ -125,7 +132,7 @@ __device__ __forceinline__ void store_vector(const Span<T>& span, int64_t i,
       return;
     }
   }
-  store_whole(span.at(i), value);
+  store_at_once(span.at(i), value);
 }
 
 }  // namespace cuda
