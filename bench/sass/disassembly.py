@@ -246,7 +246,7 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
 
     They are those of the innermost loops that do, the wide ones: a loop whose sum of squared widths
     is less than half of the greatest takes odd ends. What lies around those loops, or the function
-    where there is none, is the hot path instead if it moves at least twice as much in a trip.
+    where there is none, is the hot path instead if its sum is at least twice theirs.
     """
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
@@ -261,11 +261,10 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
     outside = set(order) - set().union(*touching.values())
     quiet = sum(1 for head in loops if head not in touching)
     around.append(_hot(_best_path(blocks, order, 0, set(order), outside), quiet, False))
-    most = max((hot.bytes for hot in innermost), default=0)
-    outer = max(around, key=lambda hot: hot.bytes)
-    if outer.bytes >= max(2 * most, 1):
-        return [outer]
     widest = max((hot.squares for hot in innermost), default=0)
+    outer = max(around, key=lambda hot: hot.squares)
+    if outer.squares >= max(2 * widest, 1):
+        return [outer]
     return [hot for hot in innermost if 2 * hot.squares >= widest > 0]
 
 
@@ -309,12 +308,18 @@ def _hot(path: list[Instruction], inner_loops: int, loop: bool) -> Hot:
     path = [code for code in path if code.name != "NOP"]
     accesses = [code for code in path if code.width]
     widest = {k: max((c.width for c in accesses if c.loads == k), default=0) for k in (True, False)}
-    # Not a channel's parameters or a row's target, which hit caches, nor a state that may be in
-    # device memory: less than half as wide as the widest, or narrower and under a condition.
+    counts = Counter((c.loads, c.width) for c in accesses if not c.predicated)
+    # Not a channel's parameters, an index or a row's target, which hit caches: narrower than the
+    # widest, but for half as wide and as many, as of an array of shorter elements beside another.
     streamed = [
         c
         for c in accesses
-        if c.width == widest[c.loads] or (2 * c.width >= widest[c.loads] and not c.predicated)
+        if c.width == widest[c.loads]
+        or (
+            2 * c.width == widest[c.loads]
+            and not c.predicated
+            and counts[c.loads, c.width] >= counts[c.loads, widest[c.loads]]
+        )
     ]
     kinds, pipes = Counter(c.kind for c in path), Counter(c.pipe for c in path)
     return Hot(
