@@ -125,6 +125,10 @@ class Hot:
         return sum(self.kinds.values())
 
     @property
+    def widest(self) -> int:
+        return max((width for _, width, _ in self.streamed), default=0)
+
+    @property
     def squares(self) -> int:
         return sum(width**2 * count for _, width, count in self.streamed)
 
@@ -246,7 +250,7 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
 
     They are those of the innermost loops that do, the wide ones: a loop whose sum of squared widths
     is less than half of the greatest takes odd ends. What lies around those loops, or the function
-    where there is none, is the hot path instead if its sum is at least twice theirs.
+    where there is none, is the hot path instead if its sum is at least twice theirs, of accesses no narrower.
     """
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
@@ -263,7 +267,8 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
     around.append(_hot(_best_path(blocks, order, 0, set(order), outside), quiet, False))
     widest = max((hot.squares for hot in innermost), default=0)
     outer = max(around, key=lambda hot: hot.squares)
-    if outer.squares >= max(2 * widest, 1):
+    vectors = max((hot.widest for hot in innermost), default=0)
+    if outer.squares >= max(2 * widest, 1) and outer.widest >= vectors:
         return [outer]
     return [hot for hot in innermost if 2 * hot.squares >= widest > 0]
 

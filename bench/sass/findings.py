@@ -48,6 +48,11 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "A thread takes a position and its neighbour the next: a plane may begin anywhere, and a "
         "warp reads whole sectors of it.",
     ),
+    (
+        NARROW,
+        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)",
+        "As many elements of the shorter type as fill 16 bytes of the longer.",
+    ),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
     (NARROW, r"target_sums_kernel", "It reads labels, int64, one a thread: no logits."),
     (
