@@ -250,7 +250,8 @@ def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
 
     They are those of the innermost loops that do, the wide ones: a loop whose sum of squared widths
     is less than half of the greatest takes odd ends. What lies around those loops, or the function
-    where there is none, is the hot path instead if its sum is at least twice theirs, of accesses no narrower.
+    where there is none, is the hot path instead if its sum is at least twice theirs and its
+    accesses are no narrower.
     """
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
