@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test lint build bench bench-peers bench-compare gpu-report clean
+.PHONY: demo test lint build bench bench-peers bench-compare sass-report gpu-report clean
 
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
@@ -60,6 +60,10 @@ bench-peers: $(READY)
 OLD ?= HEAD
 bench-compare: $(READY)
 	$(PY) bench/compare.py $(OLD)
+
+# Needs nvcc and triton, no GPU: what the machine code of every GPU kernel says.
+sass-report: $(READY)
+	$(PY) bench/sass_report.py
 
 # ONLY=tests,bench reruns those parts of the report.
 gpu-report: $(READY)

@@ -1,6 +1,6 @@
 """Compiles every CUDA and Triton kernel and predicts from the machine code what bounds it.
 
-Writes bench/results/sass/report.{json,md}. Needs nvcc, and triton for its kernels and its
+Writes bench/results/sass.{json,md}. Needs nvcc, and triton for its kernels and its
 disassembler, but no GPU. Compiles MAX_JOBS (2) sources at a time, and each only once.
 
 Exit code: 0; 1 for a finding that is not explained (bench/sass/findings.py); 2 where a tool is
@@ -26,7 +26,7 @@ from sass.render import render  # noqa: E402
 
 from reg_kernels.cli._files import write_whole  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results" / "sass"
+RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 
 
@@ -56,8 +56,8 @@ def main() -> int:
         return 2
     report = {"schema": SCHEMA, "versions": versions, "kernels": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(RESULTS / "report.json", lambda path: path.write_text(to_json(report)))
-    write_whole(RESULTS / "report.md", lambda path: path.write_text(render(report)))
+    write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
+    write_whole(RESULTS / "sass.md", lambda path: path.write_text(render(report)))
     found = [finding for row in rows for finding in findings(row)]
     unexplained = [finding for finding in found if finding.reason is None]
     for finding in unexplained:

@@ -29,18 +29,43 @@ class Finding:
         return None
 
 
-# (what, pattern of "source kernel<...>", why). The first that fits counts.
+# (what, pattern of "source kernel<...>", why). The first that fits counts. "Open:" begins what is a
+# true finding that nobody has mended or measured yet.
 EXPLAINED: list[tuple[str, str, str]] = [
     (
         INSTRUCTIONS,
-        r"^cuda/dropout dropout_kernel<(b?float16)>",
+        r"^cuda/dropout dropout_kernel<(b?float16)>|^triton/dropout dropout_kernel",
         "Ten Philox rounds for eight elements are the contract; 16 bits an element is their least.",
     ),
     (
         INSTRUCTIONS,
-        r"^cuda/dropout feature_dropout_kernel",
-        "Every vector of 16 bytes finds its channel by a division and draws for itself: some 290 "
-        "instructions. Vectors of one channel could share both; not done yet.",
+        r"dropout feature_dropout_kernel",
+        "Open: every vector of 16 bytes finds its channel and draws for itself, some 290 "
+        "instructions in CUDA. Vectors of one channel could share both.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"distillation",
+        "Two exponentials an element, of student and teacher, and their sums: for 2-byte logits more "
+        "than the memory of the fastest leaves time for.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^triton/losses cross_entropy_kernel",
+        "An exponential an element, its sum and the target's share: for 2-byte logits more than "
+        "the memory of the fastest leaves time for.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^cuda/mixup mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)",
+        "Every element changes its type, in and out by way of float, besides the blend; as many "
+        "are taken at once as fill 16 bytes of the longer type.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"batch_norm (batch_norm_kernel<b?float16|moments_kernel<bfloat16)",
+        "Open: each of eight 2-byte elements in 16 bytes is converted, shifted and added to two "
+        "sums. Sums of pairs would halve the additions.",
     ),
     (
         NARROW,
@@ -50,7 +75,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)",
+        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|distillation_rows_kernel<",
         "As many elements of the shorter type as fill 16 bytes of the longer.",
     ),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
@@ -59,6 +84,66 @@ EXPLAINED: list[tuple[str, str, str]] = [
         NARROW,
         r"optimizer_step_kernel<\d, (b?float16, float|float, bfloat16)>",
         "As many elements of 16 bits as fill 16 bytes in the array of 32 bits beside them.",
+    ),
+    (
+        NARROW,
+        r"^cuda/batch_norm batch_norm_backward(_map)?_kernel<double",
+        "The gate: a byte holds the bits of eight elements. Of two doubles in 16 bytes it is one "
+        "byte for four loads.",
+    ),
+    (
+        NARROW,
+        r"^cuda/mixup mixup_(pairs|walk)_kernel",
+        "Partners and places in the permutation, int64; the elements themselves are moved 16 bytes "
+        "at a time, but in a row's odd ends.",
+    ),
+    (
+        NARROW,
+        r"^cuda/penalty penalty_(backward_)?kernel",
+        "Addresses and sizes of the tensors in their table, int64, which every block reads.",
+    ),
+    (
+        NARROW,
+        r"^triton/mixup ",
+        "Partners, int64, one or two a program; the elements are moved 16 bytes at a time.",
+    ),
+    (
+        NARROW,
+        r"^triton/losses (cross_entropy|distillation)\w*_kernel<\w+> \w+ planes",
+        "A tile's positions are few beside its classes, so that a thread holds four of a plane; "
+        "labels, int64, besides.",
+    ),
+    (
+        NARROW,
+        r"^triton/losses (cross_entropy|distillation)\w*_kernel",
+        "Labels, int64, one a row; and of a tile of 1,024 classes a thread of 256 holds four, "
+        "which are 8 bytes of 2-byte logits.",
+    ),
+    (
+        NARROW,
+        r"^triton/losses",
+        "Labels and their weights, one a row, and sums: no logits.",
+    ),
+    (
+        NARROW,
+        r"^triton/batch_norm ",
+        "Sums and parameters, one a channel; the elements are moved 16 bytes at a time.",
+    ),
+    (
+        OCCUPANCY,
+        r"^cuda/cross_entropy short_rows_kernel<true",
+        "A thread holds a whole row in registers, so that it is read once; not measured against "
+        "reading it twice.",
+    ),
+    (
+        OCCUPANCY,
+        r"^triton/losses label_totals_kernel",
+        "Open: it reads labels and their weights alone, a small part of a loss's bytes.",
+    ),
+    (
+        SPILLS,
+        r"^triton/batch_norm backward_kernel<bfloat16> training small",
+        "Open: 8 bytes, on sm_100 alone.",
     ),
 ]
 

@@ -44,6 +44,13 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
     def both(y: torch.Tensor) -> None:
         y.backward(torch.full_like(y, 0.5))  # not 1, which asks for no rescaling
 
+    def capture() -> None:
+        """What a step launches besides where its lr is on the device and a graph is captured."""
+        from reg_kernels.triton import optimizer_step
+
+        row = [0.0] * optimizer_step.NUMBERS
+        optimizer_step._on_device([row], [0], torch.device("cpu"), capturing=True)
+
     images = (8, 64, 32, 32)
     if op == "dropout":
         yield "1d", lambda: F.dropout(values(2**16), backend=BACKEND)
@@ -66,6 +73,7 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
                 kind([parameter], lr=0.1, **momentum, backend=BACKEND).step()
 
             yield name, step
+        yield "capture", capture
     elif op == "mixup":
         index = torch.arange(8).roll(1)
         for last in (False, True):
@@ -111,6 +119,14 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
             yield f"{'training' if training else 'inference'} {size} {layout}", norm
     else:
         labels = {n: torch.zeros(n, dtype=torch.int64) for n in (256, 8)}
+
+        def of_each(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            """The loss of each row, whose gradient is made in the backward."""
+            options = {"reduction": "none", "backend": BACKEND}
+            if name == "cross_entropy":
+                return lambda x: F.cross_entropy(x, labels[256], **options)
+            return lambda x: F.distillation_loss(x, x.detach(), labels[256], **options)
+
         for name, loss in (
             ("cross_entropy", lambda x, y: F.cross_entropy(x, y, backend=BACKEND)),
             ("distillation", lambda x, y: F.distillation_loss(x, x.detach(), y, backend=BACKEND)),
@@ -122,6 +138,10 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
                         loss(values(256, classes), labels[256])
                     ),
                 )
+            yield (
+                f"{name} of each",
+                lambda name=name: both(of_each(name)(values(256, 1000))),
+            )
             yield (
                 f"{name} planes",
                 lambda loss=loss: both(

@@ -17,7 +17,7 @@ from sass.disassembly import Hot, functions, hot_paths  # noqa: E402
 from sass.findings import EXPLAINED, findings  # noqa: E402
 from sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results" / "sass"
+RESULTS = ROOT / "bench" / "results"
 
 
 def listing(*lines: str) -> Any:
@@ -129,11 +129,11 @@ def test_occupancy_by_hand():
 
 
 def committed() -> dict[str, Any]:
-    return json.loads((RESULTS / "report.json").read_text())
+    return json.loads((RESULTS / "sass.json").read_text())
 
 
-def test_report_md_is_made_of_report_json():
-    assert (RESULTS / "report.md").read_text() == render.render(committed())
+def test_sass_md_is_made_of_sass_json():
+    assert (RESULTS / "sass.md").read_text() == render.render(committed())
 
 
 def test_every_kernel_is_in_the_table():
