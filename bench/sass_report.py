@@ -65,7 +65,7 @@ def main() -> int:
         console.print(f"not explained: {where}: {finding.what}, {finding.detail}", markup=False)
     console.print(
         f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
-        f"{RESULTS / 'report.md'}"
+        f"{RESULTS / 'sass.md'}"
     )
     return 1 if unexplained else 0
 

@@ -3,6 +3,7 @@ sources and the report on their machine code share what comes out."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -93,22 +94,25 @@ def digest_of_files(dependencies):
 
 def compile_once(toolchain, flags, source, suffix):
     """The file that a compiler makes of `source`, and what it said. Made anew when the command, the
-    compiler or any file that it read has changed; a failure is never remembered."""
+    compiler or any file that it read has changed; a failure is never remembered. Who wants what
+    another process is making waits for it."""
     path, version = toolchain
     command = [path, *flags, source]
     target = BUILD / f"{source.stem}-{digest(version, *command)[:16]}{suffix}"
     dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".stamp")
-    if target.exists() and stamp.exists() and stamp.read_text() == digest_of_files(dependencies):
-        return target, Result(0, "")
     BUILD.mkdir(parents=True, exist_ok=True)
-    stamp.unlink(missing_ok=True)
-    # Moved into place when whole: another process may be building the same.
-    fresh = target.with_suffix(f".{os.getpid()}.new")
-    result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh], COMPILE_SECONDS)
-    if result.code == 0:
-        fresh.replace(target)
-        stamp.write_text(digest_of_files(dependencies))
-    return target, result
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = stamp.read_text() if target.exists() and stamp.exists() else None
+        if known is not None and known == digest_of_files(dependencies):
+            return target, Result(0, "")
+        stamp.unlink(missing_ok=True)
+        fresh = target.with_suffix(".new")  # moved into place when whole
+        result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh], COMPILE_SECONDS)
+        if result.code == 0:
+            fresh.replace(target)
+            stamp.write_text(digest_of_files(dependencies))
+        return target, result
 
 
 def compile_cuda(source, *flags):

@@ -46,8 +46,8 @@ EXPLAINED: list[tuple[str, str, str]] = [
     (
         INSTRUCTIONS,
         r"distillation",
-        "Two exponentials an element, of student and teacher, and their sums: for 2-byte logits more "
-        "than the memory of the fastest leaves time for.",
+        "Two exponentials an element, of student and teacher, and their sums: for 2-byte logits "
+        "more than the memory of the fastest leaves time for.",
     ),
     (
         INSTRUCTIONS,
@@ -79,6 +79,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "As many elements of the shorter type as fill 16 bytes of the longer.",
     ),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
+    (NARROW, r"write_group_kernel", "It writes ten numbers."),
     (NARROW, r"target_sums_kernel", "It reads labels, int64, one a thread: no logits."),
     (
         NARROW,
@@ -118,11 +119,6 @@ EXPLAINED: list[tuple[str, str, str]] = [
         r"^triton/losses (cross_entropy|distillation)\w*_kernel",
         "Labels, int64, one a row; and of a tile of 1,024 classes a thread of 256 holds four, "
         "which are 8 bytes of 2-byte logits.",
-    ),
-    (
-        NARROW,
-        r"^triton/losses",
-        "Labels and their weights, one a row, and sums: no logits.",
     ),
     (
         NARROW,
