@@ -48,18 +48,18 @@ $(VENV)/.ready: pyproject.toml
 	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# What was written is in the README even where something failed.
 bench: build
-	$(PY) bench/report.py
-	$(PY) bench/readme_table.py
+	$(PY) bench/report.py --time-limit 840; code=$$?; $(PY) bench/readme_table.py && exit $$code
 
 # Without what they depend on: timm's torchvision does not load beside a CPU build of torch.
 bench-peers: $(READY)
 	$(PY) -m pip install --quiet --no-deps $(shell sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 
-# What got worse since OLD, a git revision or a report.json.
+# What got worse since OLD, a git revision or a report.json, in NEW, by default the one report.
 OLD ?= HEAD
 bench-compare: $(READY)
-	$(PY) bench/compare.py $(OLD)
+	$(PY) bench/compare.py $(OLD) $(NEW)
 
 # Needs nvcc and triton, no GPU: what the machine code of every GPU kernel says.
 sass-report: $(READY)
@@ -67,8 +67,8 @@ sass-report: $(READY)
 
 # ONLY=tests,bench reruns those parts of the report.
 gpu-report: $(READY)
-	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY))
-	$(PY) bench/readme_table.py
+	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY)); code=$$?; \
+		$(PY) bench/readme_table.py && exit $$code
 
 clean:
 	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

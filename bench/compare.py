@@ -85,6 +85,10 @@ def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Compa
             "expected two reports of one device, got "
             f"{old['device']['name']!r} and {new['device']['name']!r}"
         )
+    for what in ("threads", "allocator", "options"):
+        was, now = (data["results"]["bench"][what] for data in (old, new))
+        if was != now:
+            raise ValueError(f"expected two reports of the same {what}, got {was} and {now}")
     before, after = dict(ratios(old)), dict(ratios(new))
     worse, better = [], []
     for key in before.keys() & after.keys():

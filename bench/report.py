@@ -2,7 +2,7 @@
 
 `report.json`, `report.md` and the charts `shares.svg`, `speedups.svg` and `growth.svg` go to
 bench/results/<device>/; `python bench/readme_table.py` then renews the README's results from them.
-It takes some 15 minutes on two cores. Nothing is written before the end, nor when it is
+It takes less than 15 minutes on two cores. Nothing is written before the end, nor when it is
 interrupted.
 
 Exit code: 0 written, 1 written, but a contender computed something else, 2 bad arguments.
@@ -70,6 +70,8 @@ def write(folder: Path, data: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", lambda path: path.write_text(text))
     write_whole(folder / "report.md", lambda path: path.write_text(render(data)))
+    for name in CHARTS.keys() - data["charts"]:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
     for name in data["charts"]:
         draw, figures = CHARTS[name], data["results"]["bench"]
         write_whole(folder / name, lambda path, draw=draw, figures=figures: draw(path, figures))
@@ -151,7 +153,11 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
     dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
     scope = bench.Scope(device, dtypes, compiled=not quick)
     # In turns, so that what a time limit leaves is not of one kind alone.
-    cases = bench.take_turns((bench.all_cases(scope), models.cases(scope), growth.cases(scope)))
+    curves: dict[str, list[bench.Case]] = {}
+    for case in growth.cases(scope):
+        curves.setdefault(case.series, []).append(case)
+    points = bench.take_turns(curves.values())
+    cases = bench.take_turns((bench.all_cases(scope), models.cases(scope), points))
     usual = _run.QUICK if quick else _run.full_plan(device)
     options = {"quick": quick, "all": False, "op": None, "dtype": None}
     return _run.measure_all(
@@ -208,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = folder_of(figures["device"]["name"], args.out.resolve())
             write(folder, report_of(figures))
             print(_report.headline(figures, ("native", "triton")))
-            print(f"wrote report.json, report.md and charts to {folder}")
+            print(f"wrote a report to {folder}")
     except OSError as error:
         print(f"bench/report.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""report.md from report.json."""
+"""sass.md from sass.json."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _grouped(all_findings: Iterable[Finding]) -> Iterator[tuple[tuple[str, str],
 
 
 def render(report: dict[str, Any]) -> str:
-    """The whole of report.md."""
+    """The whole of sass.md."""
     rows = sorted(report["kernels"], key=key_of)
     names = ", ".join(f"{tool} {version}" for tool, version in report["versions"].items())
     lines = [HEAD, f"Compiled with {names}: {len(rows)} kernels, counting architectures.", ""]

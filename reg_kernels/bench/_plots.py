@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _OURS = {"native": "#1b6ca8", "triton": "#2a9d6f"}
 _OTHERS = {EAGER: ("#d95f02", "o"), COMPILE: ("#b8860b", "D"), COPY: ("#555555", "|")}
-_PEERS = ("#555555", "#888888", "#b04a8f", "#6b8e23")
+_PEERS = ("#b04a8f", "#6b8e23", "#7a5fa8", "#888888", "#8c564b")
 _PER_CASE = 0.2  # inches
 
 
@@ -30,7 +30,7 @@ def draw_shares(path: Path, data: dict[str, Any]) -> None:
         for number, row in enumerate(_ours(case, "share_of_copy")):
             colour, height = _OURS[row["name"]], 0.7 / (number + 1)
             axes.barh(y, row["share_of_copy"], height, color=colour, label=row["name"])
-        _marks(axes, y, case, "share_of_copy")
+        _marks(axes, y, case, "share_of_copy", _others(data))
     _finish(figure, axes, path)
 
 
@@ -118,11 +118,11 @@ def _others(data: dict[str, Any]) -> list[str]:
 def _style(name: str, others: list[str]) -> tuple[str, str]:
     if name in _OTHERS:
         return _OTHERS[name]
-    return _PEERS[others.index(name) % len(_PEERS)], "s"
+    peers = [other for other in others if other not in _OTHERS]
+    return _PEERS[peers.index(name) % len(_PEERS)], "s"
 
 
-def _marks(axes: Axes, y: float, case: dict[str, Any], figure: str) -> None:
-    names = [EAGER, COMPILE, *case.get("peers", ())]
+def _marks(axes: Axes, y: float, case: dict[str, Any], figure: str, names: list[str]) -> None:
     for row in case["contenders"]:
         if row["name"] in names and figure in row:
             colour, mark = _style(row["name"], names)

@@ -136,7 +136,9 @@ def result_rows(
                     case["label"],
                     name,
                     f"{format_seconds(row['median'])} ({_spread(row)}){_per_tensor(row)}",
-                    f"{row['share_of_copy']:.2f}" if COPY in found and counts_bytes(case) else "",
+                    f"{row['share_of_copy']:.2f}"
+                    if "share_of_copy" in row and counts_bytes(case)
+                    else "",
                     _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
                     _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
                     format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
@@ -178,10 +180,15 @@ def rate_rows(
     rows = []
     for case in data["benchmarks"]:
         found = {row["name"]: row for row in case["contenders"] if "items_per_second" in row}
-        for name, row in found.items():
-            if not is_ours(case, name) or case.get("series"):
+        for row in case["contenders"]:
+            name = row["name"]
+            if not case.get("items") or not is_ours(case, name) or case.get("series"):
                 continue
             if implementations is not None and name not in implementations:
+                continue
+            if "wrong" in row:
+                rows.append((case["label"], name, "WRONG VALUES", "", "", ""))
+            if name not in found:
                 continue
             eager = found.get(EAGER)
             theirs = ""
@@ -206,8 +213,7 @@ def growth_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{case['tensors']} tensors" if case["tensors"] else "×".join(map(str, case["shape"]))
         )
         share = f"{row['share_of_copy']:.2f}" if "share_of_copy" in row else ""
-        theirs = next((n for n in (EAGER, *case.get("peers", ())) if n in found), EAGER)
-        eager = _beside(row, found.get(theirs), f"speedup_over_{theirs}")
+        eager = _beside(row, found.get(EAGER), f"speedup_over_{EAGER}")
         rows.append((case["series"], size, format_seconds(row["median"]), share, eager))
     return rows
 
@@ -219,9 +225,10 @@ def small_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
         for row in case["contenders"]:
             if not row.keys() & {"host_median", "device_median", "graph_median", "graph_note"}:
                 continue
+            both = case.get("wall", False)  # the host's time and the GPU's together
             times = {
                 "host": row.get("host_median", row["median"] if case["host"] else None),
-                "device": row.get("device_median", None if case["host"] else row["median"]),
+                "device": row.get("device_median", None if both or case["host"] else row["median"]),
                 "graph": row.get("graph_median"),
             }
             cells = ["" if t is None else format_seconds(t) for t in times.values()]
@@ -273,6 +280,8 @@ def conditions(data: dict[str, Any]) -> list[str]:
     if device["type"] == "cpu":
         warm = "keeps freed memory" if data["allocator"] else "as it is by default"
         lines.append(f"{data['threads']} threads, {data['isa'] or 'no native code'}, malloc {warm}")
+    if data.get("options", {}).get("quick"):
+        lines.append("few rounds, float32 and no torch.compile: a look, and no measurement")
     return lines
 
 

@@ -76,7 +76,7 @@ def measure_all(
         for number, case in enumerate(cases, start=1):
             progress.update(bar, description=case.label)
             if time_limit is not None and time.monotonic() - begin > time_limit:
-                data["left_out"].append({"label": case.label, "reason": "the time was up"})
+                data["left_out"].append({"label": _name(case), "reason": "the time was up"})
                 continue
 
             def after_round(done: int, rounds: int, case: Case = case) -> None:
@@ -85,9 +85,13 @@ def measure_all(
             try:
                 data["benchmarks"].append(measure(case, device, plan(case), after_round))
             except torch.OutOfMemoryError:
-                data["left_out"].append({"label": case.label, "reason": "out of GPU memory"})
+                data["left_out"].append({"label": _name(case), "reason": "out of GPU memory"})
             progress.advance(bar)
             if not console.is_terminal:
                 print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
     data["benchmarks"].sort(key=lambda benchmark: benchmark["op"])  # they took turns
     return data
+
+
+def _name(case: Case) -> str:
+    return f"{case.series}: {case.label}" if case.series else case.label

@@ -3,7 +3,7 @@
 The contenders of a benchmark run interleaved in one process, after a check of their values. Shown
 are median times with quartiles, the share of the copy's bandwidth, how many times faster the op is
 than PyTorch's, and how each figure stands against its goal. In FILE, {device} stands for the
-device's name, as in --json 'bench/results/{device}/bench.json'. Exit code 1: a contender computed
+device's name, as in --json 'runs/{device}.json'. Exit code 1: a contender computed
 something else.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -175,14 +175,23 @@ def test_the_report_is_there_after_every_stage(report: Any, tmp_path: Path):
     assert [row["tail"] for row in outcome(tmp_path).values()] == ["0", "1", "2"]
 
 
-def test_interruption_keeps_what_was_done(report: Any, tmp_path: Path):
-    code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(30)"
-    stages = [
-        python(report, "done", ""),
-        python(report, "stopped", code),
-        python(report, "never", ""),
-    ]
-    assert report.make_report(tmp_path, FACTS, stages) == 130
+def test_interruption_keeps_what_was_done(tmp_path: Path):
+    """In a process of its own: an interrupt is meant for the whole of it."""
+    code = f"""
+import signal, sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
+import gpu_report as report
+signal.signal(signal.SIGINT, signal.default_int_handler)
+report.LEAST = 0.01
+interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"
+stages = [
+    report.Stage(name, "group", (sys.executable, "-S", "-c", text), 30)
+    for name, text in (("done", ""), ("stopped", interrupt), ("never", ""))
+]
+raise SystemExit(report.make_report(Path({str(tmp_path)!r}), {FACTS!r}, stages))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 130
     assert {n: r["status"] for n, r in outcome(tmp_path).items()} == {
         "done": "ok",
         "stopped": "interrupted",

@@ -107,6 +107,32 @@ def test_a_report_has_figures_tables_and_charts(report: Any, figures: Any, tmp_p
     assert page.count("| model resnet18 ") == 1 and page.count("| dropout 4096 ") == 0
 
 
+def test_what_computed_something_else_is_no_end(report: Any, figures: Any, tmp_path: Path):
+    """A wrong copy leaves no share, and a wrong network no rate: the report says so."""
+    kernel, network = figures["benchmarks"][:2]
+    kernel["contenders"][0] = {"name": "copy", "wrong": "out of memory"}
+    del kernel["contenders"][1]["share_of_copy"]
+    network["contenders"][0] = {"name": "native", "wrong": "another loss"}
+    report.write(tmp_path, report.report_of(figures))
+    page = (tmp_path / "report.md").read_text()
+    assert "| dropout forward | native | 1 ms (1–1.25 ms) |  | 3 ms (3×) |" in page
+    assert "| model resnet18 | native | WRONG VALUES |" in page
+    assert "- WRONG VALUES: another loss (1 benchmarks)" in page
+
+
+def test_small_calls_on_a_gpu_have_their_parts(report: Any, figures: Any, tmp_path: Path):
+    small = figures["benchmarks"][0]
+    small["contenders"][1] |= {"host_median": 2e-6, "graph_median": 3e-6}
+    small["contenders"][2] |= {"host_median": 4e-6, "graph_note": "it waits"}
+    report.write(tmp_path, report.report_of(figures))
+    page = (tmp_path / "report.md").read_text()
+    assert "| dropout forward | native | 2 µs | 1 ms | 3 µs |" in page
+    assert "| dropout forward | eager | 4 µs | 3 ms | it waits |" in page
+    small["wall"] = True  # what the host and the GPU take is nobody's time alone
+    report.write(tmp_path, report.report_of(figures))
+    assert "| dropout forward | native | 2 µs |  | 3 µs |" in (tmp_path / "report.md").read_text()
+
+
 def test_charts_name_what_they_are_of_and_repeat_themselves(
     report: Any, figures: Any, tmp_path: Path
 ):
@@ -124,6 +150,7 @@ def test_charts_name_what_they_are_of_and_repeat_themselves(
 def test_without_matplotlib_there_are_no_charts(
     report: Any, figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    report.write(tmp_path, report.report_of(figures))
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     report.write(tmp_path, report.report_of(figures))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
@@ -246,6 +273,13 @@ def test_another_device_is_refused(
     other = {**figures, "device": {**figures["device"], "name": "Another"}}
     assert compare_files(figures, other) == 2
     assert "expected two reports of one device" in capsys.readouterr().err
+
+
+def test_another_way_of_measuring_is_refused(
+    compare_files: Any, figures: Any, capsys: pytest.CaptureFixture[str]
+):
+    assert compare_files(figures, {**figures, "threads": 1}) == 2
+    assert "two reports of the same threads, got 2 and 1" in capsys.readouterr().err
 
 
 def test_a_report_at_a_git_revision(

@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& va
 }
 
 // The same in one STG.128, come what may: nvcc takes some plain stores apart into four STG.32. The
-// loads and stores around it keep their order, so it is for kernels with one output.
+// loads and stores around it keep their order: none is moved past it.
 template <typename T, int kCount>
 __device__ __forceinline__ void store_at_once(T* data, const Vector<T, kCount>& value) {
 #if defined(__CUDA_ARCH__)
