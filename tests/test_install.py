@@ -41,7 +41,7 @@ def run(tree, *arguments, path=None, **environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
