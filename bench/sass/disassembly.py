@@ -15,7 +15,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CLASSES = ("integer", "float", "conversion", "memory", "control")
 _LOADS = ("LDG", "LD", "LDGSTS")
@@ -45,11 +45,12 @@ class Instruction:
     modifiers: tuple[str, ...]
     predicated: bool
     operands: str
+    aside: bool = False  # an access to something else than the tensors' elements: an index, a label
 
     @property
     def width(self) -> int:
-        """Bytes of a thread's global load or store; 0 of anything else."""
-        if self.name not in _GLOBAL:
+        """Bytes of a thread's global load or store of elements; 0 of anything else."""
+        if self.name not in _GLOBAL or self.aside:
             return 0
         for modifier in reversed(self.modifiers):
             if modifier in ("256", "128", "64"):
@@ -162,6 +163,18 @@ def functions(text: str) -> Iterator[tuple[str, list[tuple[str, Instruction | No
             lines.append(("", code))
     if name is not None:
         yield name, lines
+
+
+def elements_alone(
+    lines: list[tuple[str, Instruction | None]], widths: frozenset[int]
+) -> list[tuple[str, Instruction | None]]:
+    """`lines` in which accesses of other widths than those of elements count as instructions
+    alone: by its width an int64 label is told from two floats, of which no kernel here loads
+    fewer than four at once."""
+    return [
+        (label, replace(code, aside=True) if code and code.width not in (0, *widths) else code)
+        for label, code in lines
+    ]
 
 
 def _jumps(code: Instruction) -> bool:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sass import binary, compiling, triton_launches
-from sass.disassembly import Hot, hot_paths, widths
+from sass.disassembly import Hot, elements_alone, hot_paths, widths
 from sass.gpus import GPUS, occupancy, share_of_bandwidth
 
 FOLDER = compiling.ROOT / "build" / "sass"
 Row = dict[str, Any]
 
 _SIZES = {"unsigned char": 1, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "double": 8}
+_TYPES = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double)\b")
 # How many inputs of its first type a kernel reads an element of in a trip, where not one; of those
 # left out elements are not counted: what an optimizer reads is a matter of its options.
 READS = {
@@ -43,8 +44,18 @@ def versions() -> dict[str, str]:
 
 def element_bytes(arguments: str) -> int | None:
     """Of the first type among template arguments, or a dtype's own."""
-    found = re.search(r"\b(unsigned char|b?float(?:16|32)?|double)\b", arguments)
+    found = _TYPES.search(arguments)
     return _SIZES[found[1]] if found else None
+
+
+def access_bytes(arguments: str) -> frozenset[int] | None:
+    """How wide a CUDA kernel's accesses to elements are: 16 bytes of the longest of its types and
+    as many elements of the others, or one element. None where its types are not told."""
+    sizes = [_SIZES[name] for name in _TYPES.findall(arguments)]
+    if not sizes:
+        return None
+    vectors = {16 * size // max(sizes) for size in sizes}
+    return frozenset(vectors | set(sizes))
 
 
 def elements(kernel: str, arguments: str, hot: Hot) -> int | None:
@@ -82,7 +93,10 @@ def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
     threads, shared = launch.get("threads", kernel.threads), launch.get("shared", kernel.shared)
     percent, limit = occupancy(kernel.architecture, kernel.registers, threads, shared)
     base, _, arguments = name.partition("<")
-    paths = [_hot_row(base, arguments, kernel.architecture, h) for h in hot_paths(kernel.code)]
+    # Triton takes as many elements at once as a tile leaves to a thread: any width may be theirs.
+    accesses = access_bytes(arguments) if source.startswith("cuda/") else None
+    code = kernel.code if accesses is None else elements_alone(kernel.code, accesses)
+    paths = [_hot_row(base, arguments, kernel.architecture, h) for h in hot_paths(code)]
     paths.sort(key=lambda row: min(share for share, _ in row["bounds"].values()))
     return {
         "source": source,

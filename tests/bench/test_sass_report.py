@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "bench"))
 
 from sass import binary, compiling, render, table  # noqa: E402  (the path comes first)
-from sass.disassembly import Hot, functions, hot_paths  # noqa: E402
+from sass.disassembly import Hot, elements_alone, functions, hot_paths  # noqa: E402
 from sass.findings import EXPLAINED, findings  # noqa: E402
 from sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth  # noqa: E402
 
@@ -102,6 +102,25 @@ def test_code_that_touches_no_global_memory_has_no_hot_path():
 def a_hot(load: int, store: int, **pipes: int) -> Hot:
     accesses = (("load", 16, load), ("store", 16, store))
     return Hot(False, 0, accesses, accesses, {"integer": sum(pipes.values())}, pipes)
+
+
+def test_labels_beside_the_elements_are_instructions_and_no_traffic():
+    lines = listing(
+        ".L_x_1:",
+        "LDG.E.64 R8, desc[UR4][R2.64]",
+        "LDG.E.64 R10, desc[UR4][R2.64+8]",
+        ".L_x_2:",
+        "LDG.E.U16 R4, desc[UR4][R2.64]",
+        "@P1 BRA `(.L_x_2)",
+        "@P0 BRA `(.L_x_1)",
+        "EXIT",
+    )
+    widths = table.access_bytes("false, bfloat16>")
+    assert widths == {2, 16} and table.access_bytes("0, bfloat16, float>") == {2, 4, 8, 16}
+    (hot,) = hot_paths(elements_alone(lines, widths))
+    assert hot.streamed == (("load", 2, 1),) and hot.instructions == 2
+    (hot,) = hot_paths(lines)
+    assert hot.streamed == (("load", 8, 2),)
 
 
 def test_the_bound_by_hand():
