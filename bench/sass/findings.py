@@ -57,9 +57,26 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
-        r"^cuda/mixup mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)",
+        r"^cuda/mixup(_backward)? mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)",
         "Every element changes its type, in and out by way of float, besides the blend; as many "
         "are taken at once as fill 16 bytes of the longer type.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^cuda/mixup mixup_pairs_kernel<b?float16>",
+        "Open: the two of a pair are blended both ways, each with a conversion in and out.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^cuda/cross_entropy planes_(backward_)?kernel",
+        "Open: a thread takes one element of each plane, an address and a conversion for 2 bytes. "
+        "Two positions a thread, where the planes allow it, would share the addresses.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^cuda/penalty penalty_kernel<\d, b?float16>",
+        "An element of 2 bytes is converted, its absolute value or square taken and added to a "
+        "sum: just more than the memory of the fastest leaves time for.",
     ),
     (
         INSTRUCTIONS,
@@ -88,20 +105,9 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"^cuda/batch_norm batch_norm_backward(_map)?_kernel<double",
-        "The gate: a byte holds the bits of eight elements. Of two doubles in 16 bytes it is one "
-        "byte for four loads.",
-    ),
-    (
-        NARROW,
         r"^cuda/mixup mixup_(pairs|walk)_kernel",
         "Partners and places in the permutation, int64; the elements themselves are moved 16 bytes "
         "at a time, but in a row's odd ends.",
-    ),
-    (
-        NARROW,
-        r"^cuda/penalty penalty_(backward_)?kernel",
-        "Addresses and sizes of the tensors in their table, int64, which every block reads.",
     ),
     (
         NARROW,

@@ -58,9 +58,13 @@ def access_bytes(arguments: str) -> frozenset[int] | None:
     return frozenset(vectors | set(sizes))
 
 
+def _reads(kernel: str) -> int | None:
+    return next((n for pattern, n in READS.items() if re.search(pattern, kernel)), 1)
+
+
 def elements(kernel: str, arguments: str, hot: Hot) -> int | None:
     """Elements that a thread handles in one trip."""
-    reads = next((n for pattern, n in READS.items() if re.search(pattern, kernel)), 1)
+    reads = _reads(kernel)
     size = element_bytes(arguments)
     if reads is None or size is None:
         return None
@@ -94,7 +98,8 @@ def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
     percent, limit = occupancy(kernel.architecture, kernel.registers, threads, shared)
     base, _, arguments = name.partition("<")
     # Triton takes as many elements at once as a tile leaves to a thread: any width may be theirs.
-    accesses = access_bytes(arguments) if source.startswith("cuda/") else None
+    elements_counted = source.startswith("cuda/") and _reads(base) is not None
+    accesses = access_bytes(arguments) if elements_counted else None
     code = kernel.code if accesses is None else elements_alone(kernel.code, accesses)
     paths = [_hot_row(base, arguments, kernel.architecture, h) for h in hot_paths(code)]
     paths.sort(key=lambda row: min(share for share, _ in row["bounds"].values()))
