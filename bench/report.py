@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from reg_kernels.bench import _environment, _plots, _report  # noqa: E402  (a script: paths first)
+from reg_kernels.bench import _environment, _plots, _report, _run  # noqa: E402  (a script: paths first)
 from reg_kernels.cli._files import write_whole  # noqa: E402
 
 SCHEMA = 2
@@ -142,7 +142,6 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
     import torch
 
     from reg_kernels import bench
-    from reg_kernels.bench import _run
 
     import growth
     import models
@@ -176,12 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what to measure on (default: cpu; `make gpu-report` is what takes cuda)",
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, float32, no compiler")
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="start no benchmark later than this, and name those left out",
-    )
+    _run.add_time_limit(parser)
     parser.add_argument(
         "--figures", type=Path, metavar="FILE", help="write the figures alone to FILE, no report"
     )
@@ -197,8 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--time-limit must be above 0, got {args.time_limit}")
 
     import torch
-
-    from reg_kernels.bench import _run
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"bench/report.py: torch {torch.__version__} sees no GPU here", file=sys.stderr)

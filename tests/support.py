@@ -1,14 +1,17 @@
 """What several test files need: the implementations of this machine, the house's rng_state, two
-optimizers side by side, and what is asked of a GPU."""
+optimizers side by side, the modules of bench/, and what is asked of a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +23,16 @@ from reg_kernels.cases.dropout import state as rng_state
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = backends.DTYPES
 DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
+
+
+def bench_module(name: str) -> ModuleType:
+    """A module of bench/, which is no package: the very one that its other modules import."""
+    folder = str(Path(__file__).parents[1] / "bench")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
 
 
 def implementations(device: str = DEVICE) -> list[object]:

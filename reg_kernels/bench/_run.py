@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -22,6 +23,15 @@ INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 
 def full_plan(device: torch.device) -> Plan:
     return FULL_CUDA if device.type == "cuda" else FULL
+
+
+def add_time_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start no benchmark later than this, and name those left out",
+    )
 
 
 def warm_allocator(device: torch.device, command: Sequence[str]) -> None:

@@ -51,12 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as many as torch takes)"
     )
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="start no benchmark later than this, and name those left out",
-    )
+    _run.add_time_limit(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write every figure and the raw times to FILE"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support import bench_module
 
 ROOT = Path(__file__).parents[2]
 FACTS = {
@@ -61,11 +62,7 @@ BENCH = {
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module("gpu_report")
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
+    return bench_module("gpu_report")
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +179,8 @@ import signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
 import gpu_report as report
+
+from support import bench_module
 signal.signal(signal.SIGINT, signal.default_int_handler)
 report.LEAST = 0.01
 interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"

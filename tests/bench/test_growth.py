@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +12,8 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench, nn
+
+from support import bench_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCOPE = bench.Scope(CPU, (torch.float32, torch.bfloat16))
@@ -33,11 +33,7 @@ BY_TENSORS = {"AdamW by tensors", "SGDW by tensors"}
 
 @pytest.fixture
 def growth() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "growth.py"
-    spec = importlib.util.spec_from_file_location("growth", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_module("growth")
 
 
 def curves(cases: list[bench.Case]) -> dict[str, list[bench.Case]]:

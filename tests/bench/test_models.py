@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +13,8 @@ from torch import nn
 import reg_kernels
 from reg_kernels import backends, bench
 
+from support import bench_module
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,11 +23,7 @@ OURS = backends.choose("batch_norm", "cpu", torch.float32)
 
 @pytest.fixture(scope="module")
 def models() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "models.py"
-    spec = importlib.util.spec_from_file_location("models", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_module("models")
 
 
 def small(models: ModuleType, block: str = "_Basic") -> bench.Case:

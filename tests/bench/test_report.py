@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from support import bench_module
+
 ROOT = Path(__file__).parents[2]
-
-
-def script(name: str) -> ModuleType:
-    """A module of bench/; one and the same for those that import each other."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
 
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    return script("report")
+    return bench_module("report")
 
 
 @pytest.fixture(scope="module")
 def comparing() -> Any:
-    return script("compare")
+    return bench_module("compare")
 
 
 def case(label: str, seconds: dict[str, list[float]], **fields: Any) -> dict[str, Any]:
@@ -189,7 +179,7 @@ def test_the_committed_reports_are_what_their_figures_give(report: Any, tmp_path
 
 
 def test_the_readme_holds_the_committed_results():
-    assert script("readme_table").main(["--check"]) == 0, "run `python bench/readme_table.py`"
+    assert bench_module("readme_table").main(["--check"]) == 0, "run `python bench/readme_table.py`"
 
 
 # Comparing two reports

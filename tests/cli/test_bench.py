@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import pkgutil
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,20 +29,14 @@ from reg_kernels.bench import (
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
+from support import bench_module
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CPU_FACTS = {"type": "cpu", "driver": None}
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
 P = dropout.P
-
-
-def script(name: str) -> ModuleType:
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
 
 
 def case(*contenders: bench.Contender | bench.Skipped, **fields: Any) -> bench.Case:
@@ -588,7 +580,7 @@ def test_results_do_not_make_their_commit_look_changed(
 
 
 def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
-    table, report = script("readme_table"), script("report")
+    table, report = bench_module("readme_table"), bench_module("report")
     results = tmp_path / "results"
     assert run("--json", tmp_path / "figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -615,7 +607,7 @@ def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
 
 @pytest.mark.parametrize("text", ["", "{end}{begin}", "{begin}", "{begin}{end}{begin}{end}"])
 def test_readme_without_its_markers(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    table = script("readme_table")
+    table = bench_module("readme_table")
     readme = tmp_path / "README.md"
     readme.write_text(text.format(begin=table.BEGIN, end=table.END))
     assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
