@@ -179,8 +179,6 @@ import signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
 import gpu_report as report
-
-from support import bench_module
 signal.signal(signal.SIGINT, signal.default_int_handler)
 report.LEAST = 0.01
 interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"
