@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
     # A quarter for what the limit does not cover: starting and the last benchmark.
     arguments = [w.replace("{seconds}", f"{seconds * 0.75:.0f}") for w in stage.command[1:]]
     begin = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, _held_interrupts() as release:
         process = subprocess.Popen(
             [program, *arguments],
             cwd=ROOT,
@@ -178,6 +178,7 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
             start_new_session=True,  # so that all it started can be killed with it
         )
         try:
+            release()
             code = process.wait(timeout=seconds)
             status = OK if code == 0 else FAILED
             reason = "" if code == 0 else stage.reasons.get(code, f"exit code {code}")
@@ -193,6 +194,27 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
         tail = output.read().decode(errors="replace")
     row |= {"seconds": round(time.monotonic() - begin, 1), "tail": _portable(tail.strip())}
     return row | {"status": status, "reason": reason}
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[Callable[[], None]]:
+    """Holds interrupts back until what it yields is called, which raises KeyboardInterrupt where
+    one has come: a process that is being started could not be stopped yet."""
+    came: list[int] = []
+    held = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in held}
+
+    def release() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+        if came:
+            raise KeyboardInterrupt
+
+    try:
+        yield release
+    finally:
+        while previous:
+            signal.signal(*previous.popitem())
 
 
 def _portable(text: str) -> str:
