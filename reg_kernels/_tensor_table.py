@@ -41,6 +41,7 @@ class TensorTable:
     Attributes:
         count: N.
         data: the buffer that kernels read, on the tensors' device.
+        seal: what the kernels' entries tell this buffer from any other tensor by.
         scratch: float64 [1 + chunks], all zero between calls up to what a kernel leaves in [1:]:
             partial sums, and a counter of blocks.
     """
@@ -61,6 +62,7 @@ class TensorTable:
         self._rows = {name: columns[name] for name in ROWS}
         self._host = _tensor_of(numbers)
         self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
+        self.seal = table_seal(self.data, self.count)
         self.scratch = torch.zeros(1 + self.chunks, dtype=torch.float64, device=device)
         # Where a graph copies a row from at its replays; allocated now, not while one is captured.
         self._for_capture = torch.empty(
@@ -86,6 +88,15 @@ class TensorTable:
             self._captured.append(row)
         self.data[first : first + self.count].copy_(row, non_blocking=True)
         self._rows[name] = values
+
+
+def table_seal(data: Tensor, count: int) -> int:
+    """As csrc/torch/tensor_table.h makes it: no tensor but a table's buffer comes with its own."""
+    seal = 0x9E3779B97F4A7C15
+    for word in (data.data_ptr(), data.numel(), count):
+        seal = (seal ^ word) * 0xBF58476D1CE4E5B9 % 2**64
+        seal ^= seal >> 29
+    return seal >> 1
 
 
 def work_units(numel: int) -> int:

@@ -154,28 +154,21 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
-  const char* op = "batch_norm";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
-  STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");
-  const ChannelValues tracked_mean = channel_values(running_mean, in.layout.channels, op);
-  const ChannelValues tracked_var = channel_values(running_var, in.layout.channels, op);
-  const bool tracks = running_mean && running_var;
-  int64_t* batches = nullptr;
-  if (num_batches_tracked) {
-    STD_TORCH_CHECK(
-        num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1,
-        op, ": num_batches_tracked must be one int64");
-    batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-  }
-  STD_TORCH_CHECK(momentum || batches || !tracks, op, ": momentum None needs num_batches_tracked");
-  const double factor = momentum ? *momentum : batches ? 1.0 / (*batches + 1.0) : 0.0;
+  const Call call("batch_norm", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const RunningStatistics running =
+      running_statistics(call, in, running_mean, running_var, num_batches_tracked, momentum);
+  const bool tracks = running.mean.data != nullptr;
+  const double factor = momentum          ? *momentum
+                        : running.batches ? 1.0 / (static_cast<double>(*running.batches) + 1.0)
+                                          : 0.0;
 
   BatchNormTask task = make_task(in, p);
   task.training = true;
   if (task.drops) {
-    STD_TORCH_CHECK(rng_state && rng_state->is_cpu(), op, ": rng_state must be on the CPU");
-    check_rng_state(*rng_state, op);
-    const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
+    RK_REQUIRE(rng_state, call.op, "rng_state", "given where something is dropped", "None");
+    const int64_t* state = rng_state_data(call, *rng_state);
     task.seed = static_cast<uint64_t>(state[0]);
     task.offset = static_cast<uint64_t>(state[1]);
   }
@@ -199,12 +192,12 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
     set_affine(task, in, c, means[c], invstds[c]);
     if (!tracks) return;
     const double unbiased = m2 / static_cast<double>(in.count - 1);
-    tracked_mean.set(c, running_average(tracked_mean.at(c, 0.0), means[c], factor));
-    tracked_var.set(c, running_average(tracked_var.at(c, 0.0), unbiased, factor));
+    running.mean.set(c, running_average(running.mean.at(c, 0.0), means[c], factor));
+    running.var.set(c, running_average(running.var.at(c, 0.0), unbiased, factor));
   };
   run(task, RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments), finish,
       RK_LEAF(batch_norm_map_forward));
-  if (batches) ++*batches;
+  if (running.batches) *running.batches = next_count(*running.batches);
   return {output, mean, invstd, gate};
 }
 
@@ -212,10 +205,12 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& residual,
                             const Tensor& running_mean, const Tensor& running_var, double eps,
                             int64_t activation, double slope) {
-  const char* op = "batch_norm_inference";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
-  const ChannelValues mean = channel_values(running_mean, in.layout.channels, op);
-  const ChannelValues var = channel_values(running_var, in.layout.channels, op);
+  const Call call("batch_norm_inference", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, 0.0);
+  const int64_t channels = in.layout.channels;
+  const ChannelValues mean = channel_values(call, running_mean, channels, "running_mean");
+  const ChannelValues var = channel_values(call, running_var, channels, "running_var");
   Tensor output = empty_like_dense(input);
   if (in.numel == 0) return output;
   BatchNormTask task = make_task(in, 0.0);
@@ -236,39 +231,27 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& /*rng_state*/, bool training, int64_t activation,
                             double slope, double p, bool wants_input, bool wants_parameters,
                             bool wants_residual) {
-  const char* op = "batch_norm_backward";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
+  const Call call("batch_norm_backward", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const BatchNormSaved saved =
+      batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
+  const int64_t channels = in.layout.channels;
+  const double *means = saved.mean, *invstds = saved.invstd;
+  BatchNormGradients gradients(input, weight, bias, channels, wants_input, wants_parameters,
+                               wants_residual);
+  if (in.numel == 0) return gradients.of_nothing();
   BatchNormTask task = make_task(in, p);
   task.training = training;
-  task.grad_output = data_like(input, grad_output, op);
-  if (gate) {
-    STD_TORCH_CHECK(gate->scalar_type() == ScalarType::Byte && gate->numel() == in.gate_bytes(), op,
-                    ": gate is not this forward's");
-    task.gate = static_cast<uint8_t*>(const_cast<void*>(gate->const_data_ptr()));
-  }
-  const int64_t channels = task.channels;
-  for (const Tensor& statistic : {mean, invstd}) {
-    STD_TORCH_CHECK(statistic.scalar_type() == ScalarType::Double &&
-                        statistic.numel() == channels && statistic.is_contiguous(),
-                    op, ": mean and invstd must be contiguous float64 [C]");
-  }
-  const auto* means = static_cast<const double*>(mean.const_data_ptr());
-  const auto* invstds = static_cast<const double*>(invstd.const_data_ptr());
-
-  const int32_t own = dtype_number(input);
-  const auto like_input = [&](bool wanted) {
-    return wanted ? empty_like_dense(input) : empty_vector(input, 0, own);
+  task.grad_output = saved.grad_output;
+  task.gate = saved.gate;
+  const auto parameter = [&](const Tensor& gradient) {
+    return ChannelValues{gradient.mutable_data_ptr(), dtype_of(gradient, call.op)};
   };
-  const auto like_channels = [&](const OptionalTensor& values) {
-    return empty_vector(input, wants_parameters ? channels : 0,
-                        values ? dtype_number(*values) : own);
-  };
-  Tensor grad_input = like_input(wants_input), grad_residual = like_input(wants_residual);
-  Tensor grad_weight = like_channels(weight), grad_bias = like_channels(bias);
-  const ChannelValues weight_gradient = {grad_weight.mutable_data_ptr(), dtype_of(grad_weight, op)};
-  const ChannelValues bias_gradient = {grad_bias.mutable_data_ptr(), dtype_of(grad_bias, op)};
-  if (wants_input) task.grad_input = grad_input.mutable_data_ptr();
-  if (wants_residual) task.grad_residual = grad_residual.mutable_data_ptr();
+  const ChannelValues weight_gradient = parameter(gradients.weight);
+  const ChannelValues bias_gradient = parameter(gradients.bias);
+  if (wants_input) task.grad_input = gradients.input.mutable_data_ptr();
+  if (wants_residual) task.grad_residual = gradients.residual.mutable_data_ptr();
   task.stream = is_streamed(input);
 
   const bool sums = wants_parameters || (wants_input && training);
@@ -295,7 +278,7 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   run(task, sums ? RK_LEAF(batch_norm_gradient_sums) : nullptr,
       sums ? RK_LEAF(batch_norm_merge_sums) : nullptr, finish,
       wants_input || wants_residual ? RK_LEAF(batch_norm_map_backward) : nullptr);
-  return {grad_input, grad_weight, grad_bias, grad_residual};
+  return gradients.all();
 }
 
 }  // namespace

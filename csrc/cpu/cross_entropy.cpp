@@ -19,11 +19,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
                                                  const OptionalTensor& weight, int64_t ignore_index,
                                                  double label_smoothing, int64_t reduction,
                                                  bool keep_gradient) {
-  const char* op = "cross_entropy";
-  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, op);
+  const Call call("cross_entropy", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
-  LossTask task = loss_task(in, kShortRows, op);
+  LossTask task = loss_task(in, kShortRows, call.op);
   LossOutputs outputs(task, in, input, 2, keep_gradient);
   run(task, RK_LEAF(cross_entropy_units));
   return outputs.finish(task, in);
@@ -34,13 +34,14 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                               const OptionalTensor& lam, double one_lam,
                               const OptionalTensor& weight, int64_t ignore_index,
                               double label_smoothing, int64_t reduction) {
-  const char* op = "cross_entropy_backward";
-  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, op);
+  const Call call("cross_entropy_backward", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
+  const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
-  LossTask task = loss_task(in, kShortRows, op);
-  set_backward(task, in, grad_output, stats, 2, gradient, op);
+  LossTask task = loss_task(in, kShortRows, call.op);
+  set_backward(task, in, saved, gradient);
   run(task, RK_LEAF(cross_entropy_backward_units));
   return gradient;
 }

@@ -6,17 +6,12 @@
 namespace reg_kernels {
 namespace {
 
-DistillationTask make_task(const LossInput& in, const Tensor& input, const Tensor& teacher,
-                           double temperature, double alpha, const char* op) {
-  STD_TORCH_CHECK(has_layout_of(input, teacher), op,
-                  ": teacher must have the input's shape and strides");
+DistillationTask make_task(const Call& call, const LossInput& in, const Tensor& teacher,
+                           const void* teacher_values, double temperature, double alpha) {
   DistillationTask task{};
-  task.loss = loss_task(in, 0, op);
-  task.teacher = teacher.const_data_ptr();
-  task.teacher_dtype = dtype_of(teacher, op);
-  STD_TORCH_CHECK((task.teacher_dtype == DType::float64) == (in.dtype == DType::float64), op,
-                  ": teacher and input must both be float64, or neither");
-  STD_TORCH_CHECK(!in.probabilities, op, ": labels must be class indices");
+  task.loss = loss_task(in, 0, call.op);
+  task.teacher = teacher_values;
+  task.teacher_dtype = dtype_of(teacher, call.op, "teacher");
   task.temperature = temperature;
   task.alpha = alpha;
   return task;
@@ -33,11 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
                                                 double label_smoothing, int64_t reduction,
                                                 double temperature, double alpha,
                                                 bool keep_gradient) {
-  const char* op = "distillation";
-  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, op);
+  const Call call("distillation", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
+  const void* teacher_values = teacher_data(call, in, input, teacher);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
-  DistillationTask task = make_task(in, input, teacher, temperature, alpha, op);
+  DistillationTask task = make_task(call, in, teacher, teacher_values, temperature, alpha);
   LossOutputs outputs(task.loss, in, input, 5, keep_gradient);
   run(task, RK_LEAF(distillation_units));
   return outputs.finish(task.loss, in);
@@ -49,13 +45,15 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
                              double one_lam, const OptionalTensor& weight, int64_t ignore_index,
                              double label_smoothing, int64_t reduction, double temperature,
                              double alpha) {
-  const char* op = "distillation_backward";
-  const LossInput in = loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, op);
+  const Call call("distillation_backward", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
+  const void* teacher_values = teacher_data(call, in, input, teacher);
+  const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
-  DistillationTask task = make_task(in, input, teacher, temperature, alpha, op);
-  set_backward(task.loss, in, grad_output, stats, 5, gradient, op);
+  DistillationTask task = make_task(call, in, teacher, teacher_values, temperature, alpha);
+  set_backward(task.loss, in, saved, gradient);
   run(task, RK_LEAF(distillation_backward_units));
   return gradient;
 }

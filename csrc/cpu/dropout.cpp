@@ -13,23 +13,19 @@ constexpr int64_t kGrain = 32768;
 // Threads part the work at whole batches of draws, so that none makes some just to discard them.
 constexpr int64_t kUnit = 256;
 
-DropoutTask make_task(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-                      int64_t mask_offset, const std::optional<Tensor>& traced_p) {
-  check_rng_state(rng_state, "dropout");
-  check_element_offset(mask_offset, "dropout");
-  STD_TORCH_CHECK(rng_state.is_cpu(), "dropout: rng_state must be on the CPU for a CPU input");
-  const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
-  if (traced_p) {
-    check_probability(*traced_p, "dropout");
-    STD_TORCH_CHECK(traced_p->is_cpu(), "dropout: traced_p must be on the CPU for a CPU input");
-    p = *static_cast<const double*>(traced_p->const_data_ptr());
-  }
+DropoutTask make_task(const Call& call, const Tensor& x, const Tensor& y, double p,
+                      const Tensor& rng_state, int64_t mask_offset,
+                      const OptionalTensor& traced_p) {
+  check_element_offset(mask_offset, call.op);
+  check_probability(p, call.op);
+  const int64_t* state = rng_state_data(call, rng_state);
+  if (traced_p) p = *traced_p_data(call, *traced_p);
   const DropoutRate rate = DropoutRate::from_probability(p);
   DropoutTask task{};
-  task.x = x.const_data_ptr();
-  task.y = y.mutable_data_ptr();
+  task.y = call.written(y, "input");
+  task.x = call.data(x, "input");
   task.numel = x.numel();
-  task.dtype = dtype_of(x, "dropout");
+  task.dtype = dtype_of(x, call.op);
   task.mask_offset = mask_offset;
   task.threshold = rate.threshold;
   task.scale = rate.scale;
@@ -50,9 +46,11 @@ void run(const DropoutTask& task) {
   });
 }
 
-void run_feature(DropoutTask task, const Tensor& x) {
+void run_feature(const Call& call, const Tensor& x, const Tensor& y, double p,
+                 const Tensor& rng_state, int64_t mask_offset, const OptionalTensor& traced_p) {
+  const ChannelLayout layout = channel_layout(x, call.op);
+  DropoutTask task = make_task(call, x, y, p, rng_state, mask_offset, traced_p);
   if (task.numel == 0) return;
-  const ChannelLayout layout = channel_layout(x, "feature_dropout");
   task.channels = layout.channels;
   task.length = layout.length;
   task.channels_last = layout.channels_last;
@@ -63,29 +61,34 @@ void run_feature(DropoutTask task, const Tensor& x) {
 }
 
 Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
-               const std::optional<Tensor>& traced_p) {
-  const Tensor x = dense(input);
+               const OptionalTensor& traced_p) {
+  const Call call("dropout", input);
+  const Tensor x = dense(call, input);
   Tensor y = empty_like_dense(x);
-  run(make_task(x, y, p, rng_state, element_offset, traced_p));
+  run(make_task(call, x, y, p, rng_state, element_offset, traced_p));
   return y;
 }
 
 void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
-              const std::optional<Tensor>& traced_p) {
-  check_dense(input, "dropout_");
-  run(make_task(input, input, p, rng_state, element_offset, traced_p));
+              const OptionalTensor& traced_p) {
+  const Call call("dropout_", input);
+  check_dense(input, call.op, "input");
+  run(make_task(call, input, input, p, rng_state, element_offset, traced_p));
 }
 
 Tensor feature_dropout(const Tensor& input, double p, const Tensor& rng_state,
-                       int64_t element_offset, const std::optional<Tensor>& traced_p) {
+                       int64_t element_offset, const OptionalTensor& traced_p) {
+  const Call call("feature_dropout", input);
+  channel_layout(input, call.op);
   Tensor y = empty_like_dense(input);
-  run_feature(make_task(input, y, p, rng_state, element_offset, traced_p), input);
+  run_feature(call, input, y, p, rng_state, element_offset, traced_p);
   return y;
 }
 
 void feature_dropout_(const Tensor& input, double p, const Tensor& rng_state,
-                      int64_t element_offset, const std::optional<Tensor>& traced_p) {
-  run_feature(make_task(input, input, p, rng_state, element_offset, traced_p), input);
+                      int64_t element_offset, const OptionalTensor& traced_p) {
+  const Call call("feature_dropout_", input);
+  run_feature(call, input, input, p, rng_state, element_offset, traced_p);
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ inline LabelTotals label_totals(const LossInput& in, const char* op) {
   const auto total = [&](const int64_t* labels) {
     double sum = 0;
     for (int64_t i = 0; labels && i < in.positions; ++i) {
-      STD_TORCH_CHECK(in.labels.is_valid(labels[i]), op, ": labels must be in [0, ",
-                      in.labels.classes, "), got ", labels[i]);
+      RK_REQUIRE(in.labels.is_valid(labels[i]), op, "labels",
+                 words("in [0, ", in.labels.classes, ")"), labels[i]);
       if (!in.labels.is_ignored(labels[i])) sum += weight_of(labels[i]);
     }
     return sum;
@@ -34,7 +34,7 @@ inline LabelTotals label_totals(const LossInput& in, const char* op) {
     const int64_t samples = in.positions / in.layout.length;
     for (int64_t n = 0; n < (in.labels.one_lam_for_all ? 1 : samples); ++n) {
       const double lam = in.labels.lam.at(n, in.labels.one_lam);
-      STD_TORCH_CHECK(lam >= 0 && lam <= 1, op, ": lam must be in [0, 1], got ", lam);
+      RK_REQUIRE(lam >= 0 && lam <= 1, op, "lam", "in [0, 1]", lam);
     }
   }
   if (in.reduction != Reduction::mean) return {1, 1};
@@ -129,20 +129,11 @@ class LossOutputs {
 };
 
 // What a backward reads and writes.
-inline void set_backward(LossTask& task, const LossInput& in, const Tensor& grad_output,
-                         const Tensor& stats, int64_t count, Tensor& gradient, const char* op) {
-  const ScalarType compute = in.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(stats.scalar_type() == compute && stats.is_contiguous() &&
-                      stats.numel() == count * in.positions,
-                  op, ": stats are not this forward's");
-  STD_TORCH_CHECK(grad_output.scalar_type() == compute && grad_output.is_contiguous() &&
-                      (grad_output.numel() == 1 || grad_output.numel() == in.positions),
-                  op, ": grad_output must be contiguous, the loss's gradient");
-  task.stats = const_cast<void*>(stats.const_data_ptr());
-  task.grad_output = grad_output.const_data_ptr();
+inline void set_backward(LossTask& task, const LossInput& in, const LossSaved& saved,
+                         Tensor& gradient) {
+  task.stats = const_cast<void*>(saved.stats);
+  task.grad_output = saved.grad_output;
   task.grad_stride = in.reduction == Reduction::none ? 1 : 0;
-  STD_TORCH_CHECK(in.reduction != Reduction::none || grad_output.numel() == in.positions, op,
-                  ": grad_output must have one number for each position");
   task.gradient = gradient.mutable_data_ptr();
   task.stream = LossOutputs::is_streamed(gradient);
 }

@@ -17,12 +17,14 @@ constexpr int64_t kLongPlane = 64;  // elements of a channel from which on it is
 void check_values(const MixupBlend& blend, const char* op) {
   for (int64_t n = 0; n < blend.samples; ++n) {
     const int64_t partner = blend.partner_of(n);
-    STD_TORCH_CHECK(partner >= 0 && partner < blend.samples, op, ": index must be in [0, ",
-                    blend.samples, "), got ", partner);
+    RK_REQUIRE(partner >= 0 && partner < blend.samples, op, "index",
+               words("in [0, ", blend.samples, ")"), partner);
     const double lam = blend.lam_of(n);
-    STD_TORCH_CHECK(lam >= 0 && lam <= 1, op, ": lam must be in [0, 1], got ", lam);
-    STD_TORCH_CHECK(blend.box_of(n).fits(blend.height, blend.width), op,
-                    ": a box must be (x1, y1, x2, y2) inside of the image");
+    RK_REQUIRE(lam >= 0 && lam <= 1, op, "lam", "in [0, 1]", lam);
+    const MixupBox box = blend.box_of(n);
+    RK_REQUIRE(box.fits(blend.height, blend.width), op, "boxes",
+               "(x1, y1, x2, y2) inside of the image",
+               words("(", box.x1, ", ", box.y1, ", ", box.x2, ", ", box.y2, ")"));
   }
 }
 
@@ -79,16 +81,18 @@ struct Constants {
   }
 };
 
-MixupTask make_task(const Tensor& x, const Tensor& y, const MixupBlend& blend, const char* op) {
+// `layout` is x's; y is x itself or an output.
+MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const MixupBlend& blend,
+                    const ChannelLayout& layout) {
   MixupTask task{};
-  task.x = x.const_data_ptr();
-  task.y = y.mutable_data_ptr();
-  task.from = x.scalar_type() == ScalarType::Byte ? kBytes : static_cast<int>(dtype_of(x, op));
-  task.to = dtype_of(y, op);
+  task.y = call.written(y, "input");
+  task.x = call.data(x, "input");
+  task.from = x.scalar_type() == ScalarType::Byte ? kBytes : static_cast<int>(dtype_of(x, call.op));
+  task.to = dtype_of(y, call.op);
   task.in_double = computes_in_double(x, y);
   task.blend = blend;
-  task.layout = mixup_layout(x, op);
-  task.to_channels_last = mixup_layout(y, op).channels_last;
+  task.layout = layout;
+  task.to_channels_last = mixup_layout(y, call.op).channels_last;
   task.numel = task.layout.channels * task.layout.length;
   const int64_t tile = kTile / static_cast<int64_t>(x.element_size());
   task.tile = tile;
@@ -113,14 +117,17 @@ void run(const MixupTask& task, void (*leaf)(const MixupTask&, int64_t, int64_t)
 Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
              const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
              const OptionalTensor& shift, ScalarType dtype, bool channels_last) {
-  const char* op = "mixup";
-  const MixupBlend blend = mixup_blend(input, lam, one_lam, index, boxes, op);
-  check_values(blend, op);
-  Tensor output = empty_batch(input, dtype, channels_last);
+  const Call call("mixup", input);
+  const ChannelLayout layout = mixup_layout(input, call.op);
+  for_mixup_input(input, call.op, [](auto) {});  // its dtype
+  const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
+  Tensor output = empty_batch(input, dtype, channels_last, call.op);
+  const void* const scales = mixup_constants(call, scale, input, output, "scale");
+  const void* const shifts = mixup_constants(call, shift, input, output, "shift");
   if (input.numel() == 0) return output;
-  MixupTask task = make_task(input, output, blend, op);
-  const Constants constants(task, mixup_constants(scale, input, output, op),
-                            mixup_constants(shift, input, output, op));
+  check_values(blend, call.op);
+  MixupTask task = make_task(call, input, output, blend, layout);
+  const Constants constants(task, scales, shifts);
   const auto order = paths(blend.samples, [&](int64_t n) { return blend.partner_of(n); }, nullptr);
   task.order = order.data();
   run(task, RK_LEAF(mixup_range));
@@ -130,18 +137,23 @@ Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
 void mixup_(const Tensor& input, const OptionalTensor& lam, double one_lam,
             const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
             const OptionalTensor& shift) {
-  const char* op = "mixup_";
-  const MixupBlend blend = mixup_blend(input, lam, one_lam, index, boxes, op);
-  check_values(blend, op);
+  const Call call("mixup_", input);
+  const ChannelLayout layout = mixup_layout(input, call.op);
+  dtype_of(input, call.op);  // no bytes
+  const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
+  const void* const scales = mixup_constants(call, scale, input, input, "scale");
+  const void* const shifts = mixup_constants(call, shift, input, input, "shift");
+  check_apart_from_input(call.op, input, lam, index, boxes, scale, shift);
+  if (input.numel() == 0) return;
+  check_values(blend, call.op);
   std::vector<bool> taken(blend.samples);
   for (int64_t n = 0; n < blend.samples; ++n) {
-    STD_TORCH_CHECK(!taken[blend.partner_of(n)], op, ": index must be a permutation");
+    RK_REQUIRE(!taken[blend.partner_of(n)], call.op, "index", "a permutation",
+               words(blend.partner_of(n), " twice"));
     taken[blend.partner_of(n)] = true;
   }
-  if (input.numel() == 0) return;
-  MixupTask task = make_task(input, input, blend, op);
-  const Constants constants(task, mixup_constants(scale, input, input, op),
-                            mixup_constants(shift, input, input, op));
+  MixupTask task = make_task(call, input, input, blend, layout);
+  const Constants constants(task, scales, shifts);
   std::vector<int64_t> starts;
   const auto order = paths(blend.samples, [&](int64_t n) { return blend.partner_of(n); }, &starts);
   const int64_t cycles = static_cast<int64_t>(starts.size()) - 1;
@@ -163,27 +175,26 @@ Tensor mixup_backward(const Tensor& grad_output, const OptionalTensor& lam, doub
                       const OptionalTensor& receivers, const OptionalTensor& starts,
                       const OptionalTensor& boxes, const OptionalTensor& scale, ScalarType dtype,
                       bool channels_last) {
-  const char* op = "mixup_backward";
-  dtype_of(grad_output, op);  // no bytes
-  const MixupBlend blend = mixup_blend(grad_output, lam, one_lam, std::nullopt, boxes, op);
-  check_values(blend, op);
-  Tensor grad_input = empty_batch(grad_output, dtype, channels_last);
+  const Call call("mixup_backward", grad_output);
+  const ChannelLayout layout = mixup_layout(grad_output, call.op, "grad_output");
+  dtype_of(grad_output, call.op, "grad_output");  // no bytes
+  const MixupBlend blend = mixup_blend(call, grad_output, lam, one_lam, std::nullopt, boxes);
+  const MixupReceivers sorted = mixup_receivers(call, blend, receivers, starts);
+  Tensor grad_input = empty_batch(grad_output, dtype, channels_last, call.op);
+  const void* const scales = mixup_constants(call, scale, grad_output, grad_input, "scale");
   if (grad_output.numel() == 0) return grad_input;
-  MixupTask task = make_task(grad_output, grad_input, blend, op);
+  check_values(blend, call.op);
+  MixupTask task = make_task(call, grad_output, grad_input, blend, layout);
   const int64_t samples = blend.samples;
-  task.receivers = int64_values(receivers, samples, op, "receivers");
-  task.starts = int64_values(starts, samples + 1, op, "starts");
-  STD_TORCH_CHECK(!task.receivers == !task.starts, op, ": receivers come with starts");
-  if (task.receivers) {
-    for (int64_t n = 0; n < samples; ++n) {
-      const int64_t m = task.receivers[n];
-      STD_TORCH_CHECK(m >= 0 && m < samples && task.starts[n] <= task.starts[n + 1], op,
-                      ": receivers and starts must be those of an index");
-    }
-    STD_TORCH_CHECK(task.starts[0] >= 0 && task.starts[samples] <= samples, op,
-                    ": starts must be those of an index");
+  task.receivers = sorted.samples;
+  task.starts = sorted.starts;
+  for (int64_t n = 0; task.receivers && n < samples; ++n) {
+    const int64_t m = task.receivers[n], first = task.starts[n], last = task.starts[n + 1];
+    RK_REQUIRE(m >= 0 && m < samples && 0 <= first && first <= last && last <= samples, call.op,
+               "receivers and starts", "those of an index",
+               words("sample ", m, " and [", first, ", ", last, ")"));
   }
-  const Constants constants(task, mixup_constants(scale, grad_output, grad_input, op), nullptr);
+  const Constants constants(task, scales, nullptr);
   const auto order = paths(
       samples,
       [&](int64_t n) {

@@ -7,49 +7,43 @@
 namespace reg_kernels {
 namespace {
 
-constexpr const char* kOp = "optimizer_step";
 constexpr int64_t kUnit = 512;  // elements: the loops' tile
 
 // The norm's square is summed up by launch, in their order.
-double norm_of(const Tensor& squares) {
-  STD_TORCH_CHECK(squares.scalar_type() == ScalarType::Double && squares.is_contiguous(), kOp,
-                  ": squares must be contiguous float64");
-  const auto* parts = static_cast<const double*>(squares.const_data_ptr());
+double norm_of(const double* parts, int64_t count) {
   double total = 0;
-  for (int64_t i = 0; i < squares.numel(); ++i) total += parts[i];
+  for (int64_t i = 0; i < count; ++i) total += parts[i];
   return std::sqrt(total);
 }
 
-void optimizer_step_table(const Tensor& data, int64_t count, int64_t algorithm,
+void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64_t algorithm,
                           const std::vector<int64_t>& dtypes, const std::vector<double>& numbers,
                           const std::vector<int64_t>& flags, const std::vector<Tensor>& rates,
                           int64_t rounding, const std::optional<Tensor>& squares, double max_norm,
                           const std::optional<Tensor>& grad_scale,
                           const std::optional<Tensor>& found_inf,
                           const std::optional<Tensor>& rng_state, const Tensor& /*scratch*/) {
-  const TensorTable table = tensor_table(data, count, kOp);
-  const auto groups = optimizer_groups(numbers, flags, rates);
-  const float* found = scalar_of<float>(found_inf, ScalarType::Float, "found_inf");
+  const Call call("optimizer_step", data);
+  const TensorTable table = tensor_table(call, data, count, seal);
+  const auto groups = optimizer_groups(call, numbers, flags, rates);
+  const OptimizerKind kind =
+      optimizer_kind(call.op, algorithm, rounding, dtypes, rng_state.has_value());
+  check_rows(table, kind, static_cast<int64_t>(groups.size()), call.op);
+  const float* found = call.number<float>(found_inf, ScalarType::Float, "found_inf");
+  const float* scale = call.number<float>(grad_scale, ScalarType::Float, "grad_scale");
+  const double* parts = squares_data(call, squares);
+  const int64_t* state = rng_state ? rng_state_data(call, *rng_state) : nullptr;
   if (found && *found != 0.0f) return;
-  STD_TORCH_CHECK(dtypes.size() == 2, kOp, ": expected the parameters' and the moments' dtype");
 
-  double gradient = 1.0;
-  if (const float* scale = scalar_of<float>(grad_scale, ScalarType::Float, "grad_scale")) {
-    gradient = 1.0 / *scale;
-  }
-  if (squares) gradient *= clip_factor(norm_of(*squares) * gradient, max_norm);
+  double gradient = scale ? 1.0 / *scale : 1.0;
+  if (parts) gradient *= clip_factor(norm_of(parts, squares->numel()) * gradient, max_norm);
 
   OptimizerTask shared{};
-  shared.algorithm = static_cast<Algorithm>(algorithm);
-  shared.rounding = static_cast<Rounding>(rounding);
-  shared.dtype = dtype_from(dtypes[0], kOp);
-  shared.moments_dtype = dtype_from(dtypes[1], kOp);
-  STD_TORCH_CHECK((shared.dtype == DType::float64) == (shared.moments_dtype == DType::float64), kOp,
-                  ": moments of float64 must go with float64 parameters, and no others");
-  if (rng_state) {
-    check_rng_state(*rng_state, kOp);
-    STD_TORCH_CHECK(rng_state->is_cpu(), kOp, ": rng_state must be on the CPU");
-    const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
+  shared.algorithm = kind.algorithm;
+  shared.rounding = kind.rounding;
+  shared.dtype = kind.dtype;
+  shared.moments_dtype = kind.moments;
+  if (state) {
     shared.seed = static_cast<uint64_t>(state[0]);
     shared.offset = static_cast<uint64_t>(state[1]);
   }

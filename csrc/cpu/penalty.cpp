@@ -9,13 +9,15 @@ namespace reg_kernels {
 namespace {
 
 // One partial sum a chunk, added up so that neither threads nor the list's order change a bit.
-void penalty_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,
-                   const Tensor& sums, int64_t slot, const Tensor& scratch) {
-  const TensorTable table = tensor_table(data, count, "penalty");
-  check_scratch(scratch, table.chunks(), "penalty");
-  const DType dtype = dtype_from(dtype_number, "penalty");
-  const Penalty penalty = penalty_from(power, "penalty");
-  auto* partials = static_cast<double*>(scratch.mutable_data_ptr()) + 1;
+void penalty_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype_number,
+                   int64_t power, const Tensor& sums, int64_t slot, const Tensor& scratch) {
+  const Call call("penalty", data);
+  const TensorTable table = tensor_table(call, data, count, seal);
+  const DType dtype = dtype_from(dtype_number, call.op);
+  const Penalty penalty = penalty_from(power, call.op);
+  check_row(table, TableRow::grad, call.op);
+  double* const partials = scratch_of(call, data, scratch, table_chunks(data, count)) + 1;
+  double* const sum = slot_of(call, sums, slot, "sums");
   const auto leaf = RK_LEAF(penalty_sum);
   share_out(table, kChunk, [&] {
     return [&](int64_t i, int64_t begin, int64_t end) {
@@ -28,15 +30,18 @@ void penalty_table(const Tensor& data, int64_t count, int64_t dtype_number, int6
   });
   ExactSum total;
   for (int64_t i = 0; i < table.chunks(); ++i) total.add(partials[i]);
-  *slot_of(sums, slot, "penalty") = total.value();
+  *sum = total.value();
 }
 
-void penalty_backward_table(const Tensor& data, int64_t count, int64_t dtype_number, int64_t power,
-                            const Tensor& grad_output) {
-  const TensorTable table = tensor_table(data, count, "penalty_backward");
-  const DType dtype = dtype_from(dtype_number, "penalty_backward");
-  const Penalty penalty = penalty_from(power, "penalty_backward");
-  const double grad = *slot_of(grad_output, 0, "penalty_backward");
+void penalty_backward_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype_number,
+                            int64_t power, const Tensor& grad_output) {
+  const Call call("penalty_backward", data);
+  const TensorTable table = tensor_table(call, data, count, seal);
+  const DType dtype = dtype_from(dtype_number, call.op);
+  const Penalty penalty = penalty_from(power, call.op);
+  check_row(table, TableRow::grad, call.op);
+  check_row(table, TableRow::param, call.op);
+  const double grad = *slot_of(call, grad_output, 0, "grad_output");
   const auto leaf = RK_LEAF(penalty_gradient_range);
   share_out(table, kChunk, [&] {
     return [&](int64_t i, int64_t begin, int64_t end) {

@@ -26,13 +26,6 @@ cuda::Chain make_chain(const BatchNormInput& in, double p) {
   return chain;
 }
 
-const double* statistic(const Tensor& tensor, int64_t channels, const char* op) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.numel() == channels &&
-                      tensor.is_contiguous(),
-                  op, ": mean and invstd must be contiguous float64 [C]");
-  return static_cast<const double*>(tensor.const_data_ptr());
-}
-
 template <typename T>
 cuda::BatchNormForward<T> forward_arguments(const BatchNormInput& in, const Tensor& output,
                                             ChannelValues running_mean, ChannelValues running_var,
@@ -55,25 +48,18 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
-  const char* op = "batch_norm";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
+  const Call call("batch_norm", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const RunningStatistics running =
+      running_statistics(call, in, running_mean, running_var, num_batches_tracked, momentum);
   const int64_t channels = in.layout.channels;
-  STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");
-  const bool tracks = running_mean && running_var;
-  int64_t* batches = nullptr;
-  if (num_batches_tracked) {
-    STD_TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long &&
-                        num_batches_tracked->numel() == 1 && !num_batches_tracked->is_cpu(),
-                    op, ": num_batches_tracked must be one int64 on the input's device");
-    batches = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-  }
-  STD_TORCH_CHECK(momentum || batches || !tracks, op, ": momentum None needs num_batches_tracked");
 
   const cuda::Launch launch(input);
   cuda::Chain chain = make_chain(in, p);
   if (chain.drops) {
-    STD_TORCH_CHECK(rng_state, op, ": dropout needs rng_state");
-    chain.rng = cuda::read_rng_state(input, *rng_state, op);
+    RK_REQUIRE(rng_state, call.op, "rng_state", "given where something is dropped", "None");
+    chain.rng = cuda::read_rng_state(call, *rng_state);
   }
   const bool gated = keep_gate && has_gate(in.activation, residual.has_value(), chain.drops);
   Tensor output = empty_like_dense(input);
@@ -82,11 +68,9 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   Tensor gate = make_gate(input, gated ? in.gate_bytes() : 0);
   if (gated) chain.gate = static_cast<uint8_t*>(gate.mutable_data_ptr());
 
-  cuda::for_dtype(input, op, [&]<typename T>(T) {
-    auto a = forward_arguments<T>(
-        in, output, tracks ? channel_values(running_mean, channels, op) : ChannelValues{},
-        tracks ? channel_values(running_var, channels, op) : ChannelValues{}, eps, chain);
-    a.num_batches_tracked = batches;
+  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+    auto a = forward_arguments<T>(in, output, running.mean, running.var, eps, chain);
+    a.num_batches_tracked = running.batches;
     a.averages = !momentum;
     a.momentum = momentum.value_or(0.0);
     a.mean = static_cast<double*>(mean.mutable_data_ptr());
@@ -101,13 +85,15 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& residual,
                             const Tensor& running_mean, const Tensor& running_var, double eps,
                             int64_t activation, double slope) {
-  const char* op = "batch_norm_inference";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
-  const ChannelValues mean = channel_values(running_mean, in.layout.channels, op);
-  const ChannelValues var = channel_values(running_var, in.layout.channels, op);
+  const Call call("batch_norm_inference", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, 0.0);
+  const int64_t channels = in.layout.channels;
+  const ChannelValues mean = channel_values(call, running_mean, channels, "running_mean");
+  const ChannelValues var = channel_values(call, running_var, channels, "running_var");
   const cuda::Launch launch(input);
   Tensor output = empty_like_dense(input);
-  cuda::for_dtype(input, op, [&]<typename T>(T) {
+  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
     cuda::launch_batch_norm_inference(
         forward_arguments<T>(in, output, mean, var, eps, make_chain(in, 0.0)), in.layout, in.numel,
         launch.stream);
@@ -122,52 +108,45 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& /*rng_state*/, bool training, int64_t activation,
                             double slope, double p, bool wants_input, bool wants_parameters,
                             bool wants_residual) {
-  const char* op = "batch_norm_backward";
-  const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
-  const int64_t channels = in.layout.channels;
+  const Call call("batch_norm_backward", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const BatchNormSaved saved =
+      batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
   cuda::Chain chain = make_chain(in, p);
-  if (gate) {
-    STD_TORCH_CHECK(gate->scalar_type() == ScalarType::Byte && gate->numel() == in.gate_bytes(), op,
-                    ": gate is not this forward's");
-    chain.gate = static_cast<uint8_t*>(const_cast<void*>(gate->const_data_ptr()));
-  }
-  STD_TORCH_CHECK(gate || !chain.drops, op, ": dropout needs the forward's gate");
+  chain.gate = saved.gate;
   const bool needs_z = needs_preactivation(in.activation, gate.has_value(), chain.drops);
 
   const cuda::Launch launch(input);
-  const int32_t own = dtype_number(input);
-  const auto like_input = [&](bool wanted) {
-    return wanted ? empty_like_dense(input) : empty_vector(input, 0, own);
-  };
-  const auto like_channels = [&](const OptionalTensor& values) {
-    return empty_vector(input, wants_parameters ? channels : 0,
-                        values ? dtype_number(*values) : own);
-  };
-  Tensor grad_input = like_input(wants_input), grad_residual = like_input(wants_residual);
-  Tensor grad_weight = like_channels(weight), grad_bias = like_channels(bias);
+  BatchNormGradients gradients(input, weight, bias, in.layout.channels, wants_input,
+                               wants_parameters, wants_residual);
+  if (in.numel == 0) return gradients.of_nothing();
 
-  cuda::for_dtype(input, op, [&]<typename T>(T) {
+  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
     cuda::BatchNormBackward<T> a{};
-    a.grad_output = static_cast<const T*>(data_like(input, grad_output, op));
+    a.grad_output = static_cast<const T*>(saved.grad_output);
     a.x = static_cast<const T*>(in.x);
     a.residual = needs_z ? static_cast<const T*>(in.residual) : nullptr;
     a.weight = in.weight;
     a.bias = in.bias;
-    a.mean = statistic(mean, channels, op);
-    a.invstd = statistic(invstd, channels, op);
+    a.mean = saved.mean;
+    a.invstd = saved.invstd;
     a.training = training;
     a.chain = chain;
-    if (wants_input) a.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
-    if (wants_residual) a.grad_residual = static_cast<T*>(grad_residual.mutable_data_ptr());
+    if (wants_input) a.grad_input = static_cast<T*>(gradients.input.mutable_data_ptr());
+    if (wants_residual) a.grad_residual = static_cast<T*>(gradients.residual.mutable_data_ptr());
     if (wants_parameters) {
-      a.grad_weight = {grad_weight.mutable_data_ptr(), dtype_of(grad_weight, op)};
-      a.grad_bias = {grad_bias.mutable_data_ptr(), dtype_of(grad_bias, op)};
+      const auto parameter = [&](const Tensor& gradient) {
+        return ChannelValues{gradient.mutable_data_ptr(), dtype_of(gradient, call.op)};
+      };
+      a.grad_weight = parameter(gradients.weight);
+      a.grad_bias = parameter(gradients.bias);
     }
     OptionalTensor memory;
     cuda::launch_batch_norm_backward(a, in.layout, in.numel, cuda::allocator(input, memory),
                                      launch.stream);
   });
-  return {grad_input, grad_weight, grad_bias, grad_residual};
+  return gradients.all();
 }
 
 }  // namespace

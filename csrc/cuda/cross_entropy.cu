@@ -3,7 +3,8 @@
 
 #include <tuple>
 
-#include "../torch/cross_entropy.cuh"
+#include "../torch/cross_entropy.h"
+#include "../torch/cuda.cuh"
 
 namespace reg_kernels {
 namespace {
@@ -33,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
                                                  const OptionalTensor& weight, int64_t ignore_index,
                                                  double label_smoothing, int64_t reduction,
                                                  bool keep_gradient) {
-  const char* op = "cross_entropy";
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, label_smoothing, reduction, op);
+  const Call call("cross_entropy", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
   const bool none = in.reduction == Reduction::none;
   const cuda::Launch launch(input);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
@@ -60,19 +61,19 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                               const OptionalTensor& lam, double one_lam,
                               const OptionalTensor& weight, int64_t ignore_index,
                               double label_smoothing, int64_t reduction) {
-  const char* op = "cross_entropy_backward";
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, label_smoothing, reduction, op);
+  const Call call("cross_entropy_backward", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
   const bool none = in.reduction == Reduction::none;
-  cuda::check_backward(input, in, grad_output, stats, 2, op);
+  const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
   cuda::for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = arguments<T>(in);
-    a.stats = static_cast<compute_t<T>*>(const_cast<void*>(stats.const_data_ptr()));
+    a.stats = static_cast<compute_t<T>*>(const_cast<void*>(saved.stats));
     a.gradient = static_cast<T*>(gradient.mutable_data_ptr());
-    a.grad_output = {const_cast<void*>(grad_output.const_data_ptr()), dtype_of(grad_output, op)};
+    a.grad_output = {const_cast<void*>(saved.grad_output), dtype_of(grad_output, call.op)};
     a.one_grad_output = !none;
     OptionalTensor memory;
     cuda::launch_cross_entropy_backward(a, cuda::allocator(input, memory), launch.stream);
@@ -82,14 +83,14 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
 
 // x *= factor in place.
 void rescale_(const Tensor& x, const Tensor& factor) {
-  const char* op = "rescale_";
-  check_dense(x, op);
-  cuda::check_device(x, factor, op, "factor");
-  STD_TORCH_CHECK(factor.numel() == 1, op, ": factor must be one number");
-  const ChannelValues by{const_cast<void*>(factor.const_data_ptr()), dtype_of(factor, op)};
+  const Call call("rescale_", x);
+  check_dense(x, call.op, "x");
+  RK_REQUIRE(factor.numel() == 1, call.op, "factor", "one number", factor);
+  const DType dtype = dtype_of(factor, call.op, "factor");
+  const ChannelValues by{const_cast<void*>(call.data(factor, "factor")), dtype};
   const cuda::Launch launch(x);
-  cuda::for_dtype(x, op, [&]<typename T>(T) {
-    cuda::launch_rescale(static_cast<T*>(x.mutable_data_ptr()), x.numel(), by, launch.stream);
+  cuda::for_dtype(x, call.op, [&]<typename T>(T) {
+    cuda::launch_rescale(static_cast<T*>(call.written(x, "x")), x.numel(), by, launch.stream);
   });
 }
 

@@ -4,7 +4,8 @@
 
 #include <tuple>
 
-#include "../torch/cross_entropy.cuh"
+#include "../torch/cross_entropy.h"
+#include "../torch/cuda.cuh"
 
 namespace reg_kernels {
 namespace {
@@ -12,9 +13,7 @@ namespace {
 // Calls f with a value of the teacher's type: of those that a student of type S may have.
 template <typename S, typename F>
 void for_teacher(const Tensor& teacher, const char* op, F&& f) {
-  const DType dtype = dtype_of(teacher, op);
-  STD_TORCH_CHECK((std::is_same_v<S, double>) == (dtype == DType::float64), op,
-                  ": teacher and input must both be float64, or neither");
+  const DType dtype = dtype_of(teacher, op, "teacher");
   if constexpr (std::is_same_v<S, double>) {
     f(double{});
   } else if (dtype == DType::float32) {
@@ -34,26 +33,12 @@ void for_dtypes(const LossInput& in, const Tensor& teacher, const char* op, F&& 
   });
 }
 
-// Arguments that are checked, and the teacher among them.
-LossInput distillation_input(const Tensor& input, const Tensor& teacher, const Tensor& target,
-                             const OptionalTensor& partner, const OptionalTensor& lam,
-                             double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double smoothing, int64_t reduction, const char* op) {
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, smoothing, reduction, op);
-  STD_TORCH_CHECK(!in.probabilities, op, ": labels must be class indices");
-  STD_TORCH_CHECK(has_layout_of(input, teacher), op,
-                  ": teacher must have the input's shape and strides");
-  cuda::check_device(input, teacher, op, "teacher");
-  return in;
-}
-
 // As the kernels take them, with no place for a result yet.
 template <typename S, typename T>
-cuda::DistillationArguments<S, T> arguments(const LossInput& in, const Tensor& teacher) {
+cuda::DistillationArguments<S, T> arguments(const LossInput& in, const void* teacher) {
   cuda::DistillationArguments<S, T> a{};
   a.x = static_cast<const S*>(in.x);
-  a.teacher = static_cast<const T*>(teacher.const_data_ptr());
+  a.teacher = static_cast<const T*>(teacher);
   a.positions = in.positions;
   a.labels = in.labels;
   a.weight = static_cast<const compute_t<S>*>(in.weight);
@@ -67,9 +52,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
                                                 double label_smoothing, int64_t reduction,
                                                 double temperature, double alpha,
                                                 bool keep_gradient) {
-  const char* op = "distillation";
-  const LossInput in = distillation_input(input, teacher, target, partner, lam, one_lam, weight,
-                                          ignore_index, label_smoothing, reduction, op);
+  const Call call("distillation", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
+  const void* teacher_values = teacher_data(call, in, input, teacher);
   const bool none = in.reduction == Reduction::none;
   const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
   const cuda::Launch launch(input);
@@ -78,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
   Tensor stats = empty_positions(input, true, 5);
   Tensor gradient =
       keep_gradient ? empty_like_dense(input) : empty_vector(input, 0, dtype_number(input));
-  for_dtypes(in, teacher, op, [&]<typename S, typename T>(S, T) {
+  for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
     using C = compute_t<S>;
-    auto a = arguments<S, T>(in, teacher);
+    auto a = arguments<S, T>(in, teacher_values);
     a.stats = static_cast<C*>(stats.mutable_data_ptr());
     (none ? a.losses : a.sum.loss) = static_cast<C*>(loss.mutable_data_ptr());
     if (keep_gradient) a.gradient = static_cast<S*>(gradient.mutable_data_ptr());
@@ -96,18 +82,19 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
                              double one_lam, const OptionalTensor& weight, int64_t ignore_index,
                              double label_smoothing, int64_t reduction, double temperature,
                              double alpha) {
-  const char* op = "distillation_backward";
-  const LossInput in = distillation_input(input, teacher, target, partner, lam, one_lam, weight,
-                                          ignore_index, label_smoothing, reduction, op);
-  cuda::check_backward(input, in, grad_output, stats, 5, op);
+  const Call call("distillation_backward", input);
+  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
+                                  label_smoothing, reduction);
+  const void* teacher_values = teacher_data(call, in, input, teacher);
+  const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
   const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
-  for_dtypes(in, teacher, op, [&]<typename S, typename T>(S, T) {
-    auto a = arguments<S, T>(in, teacher);
-    a.stats = static_cast<compute_t<S>*>(const_cast<void*>(stats.const_data_ptr()));
-    a.grad_output = {const_cast<void*>(grad_output.const_data_ptr()), dtype_of(grad_output, op)};
+  for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
+    auto a = arguments<S, T>(in, teacher_values);
+    a.stats = static_cast<compute_t<S>*>(const_cast<void*>(saved.stats));
+    a.grad_output = {const_cast<void*>(saved.grad_output), dtype_of(grad_output, call.op)};
     a.one_grad_output = in.reduction != Reduction::none;
     a.gradient = static_cast<S*>(gradient.mutable_data_ptr());
     OptionalTensor memory;

@@ -7,67 +7,70 @@
 namespace reg_kernels {
 namespace {
 
-cuda::RateArgument rate_argument(const Tensor& x, double p, const std::optional<Tensor>& traced_p) {
+cuda::RateArgument rate_argument(const Call& call, double p, const OptionalTensor& traced_p) {
+  check_probability(p, call.op);
   if (!traced_p) return DropoutRate::from_probability(p);
-  check_probability(*traced_p, "dropout");
-  const auto* value = static_cast<const double*>(traced_p->const_data_ptr());
+  const double* value = traced_p_data(call, *traced_p);
   if (traced_p->is_cpu()) return DropoutRate::from_probability(*value);
-  STD_TORCH_CHECK(traced_p->get_device_index() == x.get_device_index(),
-                  "dropout: traced_p must be on the CPU or on the input's device");
   return cuda::RateArgument(value);
 }
 
-void run(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-         int64_t element_offset, const std::optional<Tensor>& traced_p) {
-  check_element_offset(element_offset, "dropout");
+void run(const Call& call, const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
+         int64_t element_offset, const OptionalTensor& traced_p) {
+  check_element_offset(element_offset, call.op);
   const cuda::Launch launch(x);
-  const cuda::RngState rng = cuda::read_rng_state(x, rng_state, "dropout");
-  const cuda::RateArgument rate = rate_argument(x, p, traced_p);
-  cuda::for_dtype(x, "dropout", [&]<typename T>(T) {
-    cuda::launch_dropout(static_cast<const T*>(x.const_data_ptr()),
-                         static_cast<T*>(y.mutable_data_ptr()), x.numel(), element_offset, rate,
-                         rng, launch.stream);
+  const cuda::RngState rng = cuda::read_rng_state(call, rng_state);
+  const cuda::RateArgument rate = rate_argument(call, p, traced_p);
+  cuda::for_dtype(x, call.op, [&]<typename T>(T) {
+    T* const to = static_cast<T*>(call.written(y, "input"));
+    cuda::launch_dropout(static_cast<const T*>(call.data(x, "input")), to, x.numel(),
+                         element_offset, rate, rng, launch.stream);
   });
 }
 
-void run_feature(const Tensor& x, const Tensor& y, double p, const Tensor& rng_state,
-                 int64_t element_offset, const std::optional<Tensor>& traced_p) {
-  check_element_offset(element_offset, "feature_dropout");
+void run_feature(const Call& call, const Tensor& x, const Tensor& y, double p,
+                 const Tensor& rng_state, int64_t element_offset, const OptionalTensor& traced_p) {
+  check_element_offset(element_offset, call.op);
+  const ChannelLayout layout = channel_layout(x, call.op);
   const cuda::Launch launch(x);
-  const cuda::RngState rng = cuda::read_rng_state(x, rng_state, "feature_dropout");
-  const cuda::RateArgument rate = rate_argument(x, p, traced_p);
-  const ChannelLayout layout = channel_layout(x, "feature_dropout");
-  cuda::for_dtype(x, "feature_dropout", [&]<typename T>(T) {
-    cuda::launch_feature_dropout(static_cast<const T*>(x.const_data_ptr()),
-                                 static_cast<T*>(y.mutable_data_ptr()), x.numel(), layout,
-                                 element_offset, rate, rng, launch.stream);
+  const cuda::RngState rng = cuda::read_rng_state(call, rng_state);
+  const cuda::RateArgument rate = rate_argument(call, p, traced_p);
+  cuda::for_dtype(x, call.op, [&]<typename T>(T) {
+    T* const to = static_cast<T*>(call.written(y, "input"));
+    cuda::launch_feature_dropout(static_cast<const T*>(call.data(x, "input")), to, x.numel(),
+                                 layout, element_offset, rate, rng, launch.stream);
   });
 }
 
 Tensor dropout(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
-               const std::optional<Tensor>& traced_p) {
-  const Tensor x = dense(input);
+               const OptionalTensor& traced_p) {
+  const Call call("dropout", input);
+  const Tensor x = dense(call, input);
   Tensor y = empty_like_dense(x);
-  run(x, y, p, rng_state, element_offset, traced_p);
+  run(call, x, y, p, rng_state, element_offset, traced_p);
   return y;
 }
 
 void dropout_(const Tensor& input, double p, const Tensor& rng_state, int64_t element_offset,
-              const std::optional<Tensor>& traced_p) {
-  check_dense(input, "dropout_");
-  run(input, input, p, rng_state, element_offset, traced_p);
+              const OptionalTensor& traced_p) {
+  const Call call("dropout_", input);
+  check_dense(input, call.op, "input");
+  run(call, input, input, p, rng_state, element_offset, traced_p);
 }
 
 Tensor feature_dropout(const Tensor& input, double p, const Tensor& rng_state,
-                       int64_t element_offset, const std::optional<Tensor>& traced_p) {
+                       int64_t element_offset, const OptionalTensor& traced_p) {
+  const Call call("feature_dropout", input);
+  channel_layout(input, call.op);
   Tensor y = empty_like_dense(input);
-  run_feature(input, y, p, rng_state, element_offset, traced_p);
+  run_feature(call, input, y, p, rng_state, element_offset, traced_p);
   return y;
 }
 
 void feature_dropout_(const Tensor& input, double p, const Tensor& rng_state,
-                      int64_t element_offset, const std::optional<Tensor>& traced_p) {
-  run_feature(input, input, p, rng_state, element_offset, traced_p);
+                      int64_t element_offset, const OptionalTensor& traced_p) {
+  const Call call("feature_dropout_", input);
+  run_feature(call, input, input, p, rng_state, element_offset, traced_p);
 }
 
 }  // namespace

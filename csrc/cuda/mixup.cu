@@ -1,7 +1,8 @@
 // Mixup on the CUDA key: tensors to raw pointers. The kernels are in mixup.cuh.
 #include "mixup.cuh"
 
-#include "../torch/mixup.cuh"
+#include "../torch/cuda.cuh"
+#include "../torch/mixup.h"
 
 namespace reg_kernels {
 namespace {
@@ -9,16 +10,16 @@ namespace {
 Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
              const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
              const OptionalTensor& shift, ScalarType dtype, bool channels_last) {
-  const char* op = "mixup";
-  const MixupBlend blend = cuda::device_blend(input, lam, one_lam, index, boxes, op);
-  const ChannelLayout layout = mixup_layout(input, op);
-  Tensor output = empty_batch(input, dtype, channels_last);
-  const void* const scales = cuda::device_constants(scale, input, output, op);
-  const void* const shifts = cuda::device_constants(shift, input, output, op);
+  const Call call("mixup", input);
+  const ChannelLayout layout = mixup_layout(input, call.op);
+  const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
+  Tensor output = empty_batch(input, dtype, channels_last, call.op);
+  const void* const scales = mixup_constants(call, scale, input, output, "scale");
+  const void* const shifts = mixup_constants(call, shift, input, output, "shift");
   const cuda::Launch launch(input);
-  for_mixup_input(input, op, [&]<typename In>(In) {
-    cuda::for_dtype(output, op, [&]<typename Out>(Out) {
-      cuda::launch_mixup(static_cast<const In*>(input.const_data_ptr()),
+  for_mixup_input(input, call.op, [&]<typename In>(In) {
+    cuda::for_dtype(output, call.op, [&]<typename Out>(Out) {
+      cuda::launch_mixup(static_cast<const In*>(call.data(input, "input")),
                          static_cast<Out*>(output.mutable_data_ptr()), blend, layout, channels_last,
                          scales, shifts, launch.stream);
     });
@@ -29,15 +30,16 @@ Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
 void mixup_(const Tensor& input, const OptionalTensor& lam, double one_lam,
             const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
             const OptionalTensor& shift) {
-  const char* op = "mixup_";
-  const MixupBlend blend = cuda::device_blend(input, lam, one_lam, index, boxes, op);
-  const ChannelLayout layout = mixup_layout(input, op);
-  const void* const scales = cuda::device_constants(scale, input, input, op);
-  const void* const shifts = cuda::device_constants(shift, input, input, op);
+  const Call call("mixup_", input);
+  const ChannelLayout layout = mixup_layout(input, call.op);
+  const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
+  const void* const scales = mixup_constants(call, scale, input, input, "scale");
+  const void* const shifts = mixup_constants(call, shift, input, input, "shift");
+  check_apart_from_input(call.op, input, lam, index, boxes, scale, shift);
   const cuda::Launch launch(input);
-  cuda::for_dtype(input, op, [&]<typename T>(T) {
-    cuda::launch_mixup_in_place(static_cast<T*>(input.mutable_data_ptr()), blend, layout, scales,
-                                shifts, launch.stream);
+  cuda::for_dtype(input, call.op, [&]<typename T>(T) {
+    cuda::launch_mixup_in_place(static_cast<T*>(call.written(input, "input")), blend, layout,
+                                scales, shifts, launch.stream);
   });
 }
 

@@ -2,33 +2,36 @@
 // kernels are in penalty.cuh.
 #include "penalty.cuh"
 
-#include "../torch/tensor_table.cuh"
+#include "../torch/cuda.cuh"
+#include "../torch/tensor_table.h"
 
 namespace reg_kernels {
 namespace {
 
-void penalty_table(const Tensor& data, int64_t count, int64_t dtype, int64_t power,
+void penalty_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype, int64_t power,
                    const Tensor& sums, int64_t slot, const Tensor& scratch) {
-  const cuda::DeviceTable of = cuda::device_table(data, count, "penalty");
-  const Penalty penalty = penalty_from(power, "penalty");
-  cuda::check_device(data, sums, "penalty", "sums");
-  double* const sum = slot_of(sums, slot, "penalty");
-  double* const partials = cuda::scratch_of(data, scratch, of.chunks, "penalty");
+  const Call call("penalty", data);
+  const TensorTable table = tensor_table(call, data, count, seal);
+  const int64_t chunks = table_chunks(data, count);
+  const Penalty penalty = penalty_from(power, call.op);
+  double* const partials = scratch_of(call, data, scratch, chunks);
+  double* const sum = slot_of(call, sums, slot, "sums");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, "penalty"), [&]<typename T>(T) {
-    cuda::launch_penalty<T>(penalty, of.table, of.chunks, sum, partials, launch.stream);
+  cuda::for_dtype(dtype_from(dtype, call.op), [&]<typename T>(T) {
+    cuda::launch_penalty<T>(penalty, table, chunks, sum, partials, launch.stream);
   });
 }
 
-void penalty_backward_table(const Tensor& data, int64_t count, int64_t dtype, int64_t power,
-                            const Tensor& grad_output) {
-  const cuda::DeviceTable of = cuda::device_table(data, count, "penalty_backward");
-  const Penalty penalty = penalty_from(power, "penalty_backward");
-  cuda::check_device(data, grad_output, "penalty_backward", "grad_output");
-  const double* const grad = slot_of(grad_output, 0, "penalty_backward");
+void penalty_backward_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype,
+                            int64_t power, const Tensor& grad_output) {
+  const Call call("penalty_backward", data);
+  const TensorTable table = tensor_table(call, data, count, seal);
+  const Penalty penalty = penalty_from(power, call.op);
+  const double* const grad = slot_of(call, grad_output, 0, "grad_output");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, "penalty_backward"), [&]<typename T>(T) {
-    cuda::launch_penalty_backward<T>(penalty, of.table, of.chunks, grad, launch.stream);
+  cuda::for_dtype(dtype_from(dtype, call.op), [&]<typename T>(T) {
+    cuda::launch_penalty_backward<T>(penalty, table, table_chunks(data, count), grad,
+                                     launch.stream);
   });
 }
 

@@ -2,13 +2,13 @@
 // declares, checked for what memory safety rests on, as raw pointers.
 #pragma once
 
+#include <tuple>
+
 #include "channel_layout.h"
 #include "checks.h"
 #include "reg_kernels/batch_norm_math.h"
 
 namespace reg_kernels {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // An input (N, C, L) and what is done to it; tensors of the input's shape have its storage order.
 struct BatchNormInput {
@@ -26,43 +26,127 @@ struct BatchNormInput {
   int64_t gate_bytes() const { return layout.channels * ((count + 7) / 8); }
 };
 
-inline ChannelValues channel_values(const OptionalTensor& tensor, int64_t channels,
-                                    const char* op) {
+inline ChannelValues channel_values(const Call& call, const OptionalTensor& tensor,
+                                    int64_t channels, const char* name, bool written = false) {
   if (!tensor) return {nullptr, DType::float32};
-  STD_TORCH_CHECK(tensor->numel() == channels && tensor->is_contiguous(), op,
-                  ": expected a contiguous tensor of one value a channel");
-  return {const_cast<void*>(tensor->const_data_ptr()), dtype_of(*tensor, op)};
+  RK_REQUIRE(tensor->numel() == channels && tensor->is_contiguous(), call.op, name,
+             words("contiguous, one value for each of ", channels, " channels"), *tensor);
+  const DType dtype = dtype_of(*tensor, call.op, name);
+  return {written ? call.written(*tensor, name) : const_cast<void*>(call.data(*tensor, name)),
+          dtype};
 }
 
 // The data of a tensor that is x's like: its shape, storage order and dtype.
-inline const void* data_like(const Tensor& x, const OptionalTensor& tensor, const char* op) {
+inline const void* data_like(const Call& call, const Tensor& x, const OptionalTensor& tensor,
+                             const char* name) {
   if (!tensor) return nullptr;
-  bool alike = tensor->dim() == x.dim() && tensor->scalar_type() == x.scalar_type();
-  for (int64_t d = 0; alike && d < x.dim(); ++d) {
-    alike = tensor->size(d) == x.size(d) &&
-            (x.size(d) <= 1 || x.numel() == 0 || tensor->stride(d) == x.stride(d));
-  }
-  STD_TORCH_CHECK(alike, op, ": expected tensors of the input's shape, strides and dtype");
-  return tensor->const_data_ptr();
+  RK_REQUIRE(has_layout_of(x, *tensor) && tensor->scalar_type() == x.scalar_type(), call.op, name,
+             words("like the input, ", described(x)), *tensor);
+  return call.data(*tensor, name);
 }
 
-inline BatchNormInput batch_norm_input(const Tensor& x, const OptionalTensor& weight,
-                                       const OptionalTensor& bias, const OptionalTensor& residual,
-                                       int64_t activation, double slope, const char* op) {
+inline BatchNormInput batch_norm_input(const Call& call, const Tensor& x,
+                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& residual, int64_t activation,
+                                       double slope, double p) {
   BatchNormInput in{};
-  in.dtype = dtype_of(x, op);
-  in.layout = channel_layout(x, op);
+  in.dtype = dtype_of(x, call.op);
+  in.layout = channel_layout(x, call.op);
   in.numel = x.numel();
   in.count = in.layout.channels ? in.numel / in.layout.channels : 0;
-  in.x = x.const_data_ptr();
-  in.residual = data_like(x, residual, op);
-  in.weight = channel_values(weight, in.layout.channels, op);
-  in.bias = channel_values(bias, in.layout.channels, op);
-  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), op,
-                  ": unknown activation ", activation);
+  in.x = call.data(x, "input");
+  in.residual = data_like(call, x, residual, "residual");
+  in.weight = channel_values(call, weight, in.layout.channels, "weight");
+  in.bias = channel_values(call, bias, in.layout.channels, "bias");
+  RK_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), call.op,
+             "activation", "in [0, 4]", activation);
+  check_probability(p, call.op);
   in.activation = static_cast<Activation>(activation);
   in.slope = slope;
   return in;
 }
+
+// What a training forward moves on: the running statistics, both or none, and the counter.
+struct RunningStatistics {
+  ChannelValues mean, var;
+  int64_t* batches;
+};
+
+inline RunningStatistics running_statistics(const Call& call, const BatchNormInput& in,
+                                            const OptionalTensor& mean, const OptionalTensor& var,
+                                            const OptionalTensor& num_batches_tracked,
+                                            const std::optional<double>& momentum) {
+  RK_REQUIRE(in.count > 1, call.op, "input", "of more than 1 value a channel",
+             words(in.count, " of them"));
+  RK_REQUIRE(mean.has_value() == var.has_value(), call.op, "running_mean and running_var",
+             "given together or not", "one of them");
+  RK_REQUIRE(momentum || num_batches_tracked || !mean, call.op, "momentum",
+             "a float, or come with num_batches_tracked", "None");
+  RunningStatistics running{};
+  running.mean = channel_values(call, mean, in.layout.channels, "running_mean", true);
+  running.var = channel_values(call, var, in.layout.channels, "running_var", true);
+  if (num_batches_tracked) {
+    running.batches = static_cast<int64_t*>(
+        call.written_vector(*num_batches_tracked, ScalarType::Long, 1, "num_batches_tracked"));
+  }
+  return running;
+}
+
+// What a backward reads beside the input.
+struct BatchNormSaved {
+  const void* grad_output;
+  const double *mean, *invstd;  // [C]
+  uint8_t* gate;                // or null
+};
+
+inline BatchNormSaved batch_norm_saved(const Call& call, const BatchNormInput& in, const Tensor& x,
+                                       const Tensor& grad_output, const Tensor& mean,
+                                       const Tensor& invstd, const OptionalTensor& gate, double p) {
+  const auto statistic = [&](const Tensor& values, const char* name) {
+    return static_cast<const double*>(
+        call.vector(values, ScalarType::Double, in.layout.channels, name));
+  };
+  BatchNormSaved saved{};
+  saved.grad_output = data_like(call, x, grad_output, "grad_output");
+  saved.mean = statistic(mean, "mean");
+  saved.invstd = statistic(invstd, "invstd");
+  RK_REQUIRE(gate || p == 0.0, call.op, "gate", "the forward's, where something was dropped",
+             "None");
+  if (gate) {
+    saved.gate = static_cast<uint8_t*>(
+        const_cast<void*>(call.vector(*gate, ScalarType::Byte, in.gate_bytes(), "gate")));
+  }
+  return saved;
+}
+
+// The gradients that a backward returns; those that are not wanted have no elements.
+struct BatchNormGradients {
+  Tensor input, weight, bias, residual;
+
+  BatchNormGradients(const Tensor& x, const OptionalTensor& of_weight,
+                     const OptionalTensor& of_bias, int64_t channels, bool wants_input,
+                     bool wants_parameters, bool wants_residual)
+      : input(like_input(x, wants_input)),
+        weight(like_channels(x, of_weight, wants_parameters ? channels : 0)),
+        bias(like_channels(x, of_bias, wants_parameters ? channels : 0)),
+        residual(like_input(x, wants_residual)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {input, weight, bias, residual}; }
+
+  // Those of no elements at all: sums over nothing.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> of_nothing() {
+    torch::stable::fill_(weight, 0.0);
+    torch::stable::fill_(bias, 0.0);
+    return all();
+  }
+
+ private:
+  static Tensor like_input(const Tensor& x, bool wanted) {
+    return wanted ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x));
+  }
+  static Tensor like_channels(const Tensor& x, const OptionalTensor& values, int64_t channels) {
+    return empty_vector(x, channels, dtype_number(values ? *values : x));
+  }
+};
 
 }  // namespace reg_kernels

@@ -8,23 +8,40 @@ namespace reg_kernels {
 
 // The layout of an input (N, C, ...): contiguous, or dense with the channels last, which is what
 // reg_kernels/ops/ makes of any other.
-inline ChannelLayout channel_layout(const Tensor& input, const char* op) {
-  STD_TORCH_CHECK(input.dim() >= 2, op, ": expected at least 2 dimensions, got ", input.dim());
-  const int64_t rows = input.size(0) * input.size(1);
-  ChannelLayout layout{input.size(1), rows ? input.numel() / rows : 0, false};
+inline ChannelLayout channel_layout(const Tensor& input, const char* op,
+                                    const char* name = "input") {
+  const auto sizes = input.sizes();
+  RK_REQUIRE(sizes.size() >= 2, op, name, "of at least 2 dimensions", input);
+  ChannelLayout layout{sizes[1], 1, false};
+  for (size_t d = 2; d < sizes.size(); ++d) {
+    layout.length = checked_product(layout.length, sizes[d], op);
+  }
   if (!input.is_contiguous()) {
     // Dense, with stride 1 between channels and the rest in order.
+    const auto strides = input.strides();
     int64_t expected = layout.channels;
-    bool channels_last = layout.channels == 1 || input.stride(1) == 1;
-    for (int64_t d = input.dim() - 1; d >= 0; --d) {
-      if (d == 1 || input.size(d) == 1) continue;
-      channels_last = channels_last && input.stride(d) == expected;
-      expected *= input.size(d);
+    bool channels_last = layout.channels == 1 || strides[1] == 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      if (d == 1 || sizes[d] == 1) continue;
+      channels_last = channels_last && strides[d] == expected;
+      expected *= sizes[d];
     }
-    STD_TORCH_CHECK(channels_last, op, ": expected a contiguous or channels-last input");
+    RK_REQUIRE(channels_last, op, name, "contiguous, or dense with the channels last", input);
     layout.channels_last = true;
   }
   return layout;
+}
+
+// Whether the tensor has x's shape and strides; in a dimension of one element those say nothing.
+inline bool has_layout_of(const Tensor& x, const Tensor& tensor) {
+  const auto sizes = x.sizes(), of = tensor.sizes();
+  const auto strides = x.strides(), own = tensor.strides();
+  if (sizes.size() != of.size()) return false;
+  const bool any = x.numel() != 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != of[d] || (any && sizes[d] > 1 && strides[d] != own[d])) return false;
+  }
+  return true;
 }
 
 }  // namespace reg_kernels

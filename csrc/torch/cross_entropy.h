@@ -11,8 +11,6 @@
 
 namespace reg_kernels {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Logits (N, C, ...) and their targets. The classes of a position lie side by side where
 // `classes_last`, else `layout.length` apart. Positions are counted n S + s, S being
 // `layout.length`, in either case.
@@ -30,66 +28,78 @@ struct LossInput {
   Reduction reduction;
 };
 
-// Whether the tensor has x's shape and strides.
-inline bool has_layout_of(const Tensor& x, const Tensor& tensor) {
-  bool alike = tensor.dim() == x.dim();
-  for (int64_t d = 0; alike && d < x.dim(); ++d) {
-    alike = tensor.size(d) == x.size(d) &&
-            (x.size(d) <= 1 || x.numel() == 0 || tensor.stride(d) == x.stride(d));
-  }
-  return alike;
-}
-
-inline LossInput loss_input(const Tensor& x, const Tensor& target, const OptionalTensor& partner,
-                            const OptionalTensor& lam, double one_lam, const OptionalTensor& weight,
-                            int64_t ignore_index, double smoothing, int64_t reduction,
-                            const char* op) {
+inline LossInput loss_input(const Call& call, const Tensor& x, const Tensor& target,
+                            const OptionalTensor& partner, const OptionalTensor& lam,
+                            double one_lam, const OptionalTensor& weight, int64_t ignore_index,
+                            double smoothing, int64_t reduction) {
   LossInput in{};
-  in.dtype = dtype_of(x, op);
-  in.layout = channel_layout(x, op);
+  in.dtype = dtype_of(x, call.op);
+  in.layout = channel_layout(x, call.op);
   in.classes_last = in.layout.channels_last || in.layout.length == 1;
   in.numel = x.numel();
-  in.positions = x.size(0) * in.layout.length;
-  in.x = x.const_data_ptr();
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": unknown reduction ", reduction);
+  in.positions = checked_product(x.size(0), in.layout.length, call.op);
+  in.x = call.data(x, "input");
+  RK_REQUIRE(reduction >= 0 && reduction <= 2, call.op, "reduction", "0, 1 or 2", reduction);
   in.reduction = static_cast<Reduction>(reduction);
-  const ScalarType compute = in.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  if (weight) {
-    STD_TORCH_CHECK(weight->scalar_type() == compute && weight->is_contiguous() &&
-                        weight->numel() == in.layout.channels,
-                    op, ": weight must be contiguous, one for each class, in the compute type");
-    in.weight = weight->const_data_ptr();
-  }
+  const ScalarType compute = compute_type_of(in.dtype);
+  if (weight) in.weight = call.vector(*weight, compute, in.layout.channels, "weight");
   in.labels.positions = in.layout.length;
   in.labels.classes = in.layout.channels;
   in.labels.ignore_index = ignore_index;
   in.labels.smoothing = smoothing;
+  RK_REQUIRE(partner || !lam, call.op, "lam", "None without a partner", *lam);
   if (target.scalar_type() != ScalarType::Long) {
-    STD_TORCH_CHECK(has_layout_of(x, target) && (target.scalar_type() == x.scalar_type() ||
-                                                 target.scalar_type() == compute),
-                    op, ": probabilities must have the input's shape, strides and type");
-    in.probabilities = target.const_data_ptr();
-    in.probabilities_dtype = dtype_of(target, op);
+    RK_REQUIRE(has_layout_of(x, target) &&
+                   (target.scalar_type() == x.scalar_type() || target.scalar_type() == compute),
+               call.op, "target",
+               words("int64 labels, or probabilities like the input, ", described(x)), target);
+    RK_REQUIRE(!partner, call.op, "partner", "None with probabilities", *partner);
+    in.probabilities = call.data(target, "target");
+    in.probabilities_dtype = dtype_of(target, call.op, "target");
     return in;
   }
-  const auto labels = [&](const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous() &&
-                        tensor.numel() == in.positions,
-                    op, ": labels must be contiguous int64, one for each position");
-    return static_cast<const int64_t*>(tensor.const_data_ptr());
+  const auto labels = [&](const Tensor& tensor, const char* name) {
+    return static_cast<const int64_t*>(call.vector(tensor, ScalarType::Long, in.positions, name));
   };
-  in.labels.labels = labels(target);
+  in.labels.labels = labels(target, "target");
   in.labels.one_lam_for_all = true;
   in.labels.one_lam = one_lam;
   if (!partner) return in;
-  in.labels.partner_labels = labels(*partner);
+  in.labels.partner_labels = labels(*partner, "partner");
   if (lam) {
-    STD_TORCH_CHECK(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == x.size(0)), op,
-                    ": lam must be a contiguous tensor of 1 or of one for each sample");
-    in.labels.lam = {const_cast<void*>(lam->const_data_ptr()), dtype_of(*lam, op)};
+    RK_REQUIRE(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == x.size(0)), call.op,
+               "lam", words("contiguous, of 1 element or of ", x.size(0)), *lam);
+    const DType dtype = dtype_of(*lam, call.op, "lam");
+    in.labels.lam = {const_cast<void*>(call.data(*lam, "lam")), dtype};
     in.labels.one_lam_for_all = lam->numel() == 1;
   }
   return in;
+}
+
+// The teacher's logits, of the input's shape and strides.
+inline const void* teacher_data(const Call& call, const LossInput& in, const Tensor& x,
+                                const Tensor& teacher) {
+  RK_REQUIRE(!in.probabilities, call.op, "target", "int64 labels", "probabilities");
+  const DType dtype = dtype_of(teacher, call.op, "teacher");
+  RK_REQUIRE(has_layout_of(x, teacher) && (dtype == DType::float64) == (in.dtype == DType::float64),
+             call.op, "teacher",
+             words("of the input's shape and strides, and float64 if that is: ", described(x)),
+             teacher);
+  return call.data(teacher, "teacher");
+}
+
+// What a backward reads: the loss's gradient, of one number or of one a position, and `count` stats
+// a position.
+struct LossSaved {
+  const void *grad_output, *stats;
+};
+
+inline LossSaved loss_saved(const Call& call, const LossInput& in, const Tensor& grad_output,
+                            const Tensor& stats, int64_t count) {
+  const ScalarType compute = compute_type_of(in.dtype);
+  const int64_t losses = in.reduction == Reduction::none ? in.positions : 1;
+  return {call.vector(grad_output, compute, losses, "grad_output"),
+          call.vector(stats, compute, checked_product(count, in.positions, call.op), "stats")};
 }
 
 // An uninitialised contiguous tensor of the type that x is computed in: of no dimensions, or of x's
@@ -102,12 +112,7 @@ inline Tensor empty_positions(const Tensor& x, bool of_positions, int64_t stats)
       if (d != 1) sizes.push_back(x.size(d));
     }
   }
-  std::vector<int64_t> strides(sizes.size());
-  int64_t expected = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = expected;
-    expected *= sizes[d];
-  }
+  const std::vector<int64_t> strides = dense_strides(sizes, false, "loss");
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
@@ -125,7 +130,9 @@ inline std::tuple<Tensor, Tensor, Tensor> loss_of_nothing(const Tensor& x, Reduc
   Tensor loss = empty_positions(x, reduction == Reduction::none, 0);
   const bool mean = reduction == Reduction::mean;
   torch::stable::fill_(loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
-  return {loss, empty_positions(x, true, stats),
+  Tensor of_positions = empty_positions(x, true, stats);
+  torch::stable::fill_(of_positions, 0.0);  // of no classes: nothing has been seen
+  return {loss, of_positions,
           keep_gradient ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x))};
 }
 

@@ -28,22 +28,11 @@ struct Launch {
   }
 };
 
-// That a kernel on x's device may read or write `tensor`.
-inline void check_device(const Tensor& x, const Tensor& tensor, const char* op, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ",
-                  name, " must be on the tensors' device");
-}
-
-// The random state of an op on x.
-inline RngState read_rng_state(const Tensor& x, const Tensor& rng_state, const char* op) {
-  check_rng_state(rng_state, op);
-  const auto* state = static_cast<const int64_t*>(rng_state.const_data_ptr());
-  if (rng_state.is_cpu()) {
-    return {nullptr, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1])};
-  }
-  STD_TORCH_CHECK(rng_state.get_device_index() == x.get_device_index(), op,
-                  ": rng_state must be on the CPU or on the input's device");
-  return {state, 0, 0};
+// The random state of a call, from the host by value or on the device by its pointer.
+inline RngState read_rng_state(const Call& call, const Tensor& rng_state) {
+  const int64_t* state = rng_state_data(call, rng_state);
+  if (!rng_state.is_cpu()) return {state, 0, 0};
+  return {nullptr, static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1])};
 }
 
 // Device memory from torch's allocator, as a launcher asks for it. `memory` may be freed as soon as

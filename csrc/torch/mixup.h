@@ -8,8 +8,6 @@
 
 namespace reg_kernels {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Calls f with a value of the element type of a batch: a floating-point type, or bytes.
 template <typename F>
 void for_mixup_input(const Tensor& x, const char* op, const F& f) {
@@ -28,45 +26,41 @@ inline bool computes_in_double(const Tensor& x, const Tensor& y) {
 }
 
 // The layout of a batch (N, C, ...); of (N,) or (N, C) the positions of a channel are 1.
-inline ChannelLayout mixup_layout(const Tensor& x, const char* op) {
-  if (x.dim() >= 2) return channel_layout(x, op);
-  STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous(), op, ": expected a contiguous batch");
+inline ChannelLayout mixup_layout(const Tensor& x, const char* op, const char* name = "input") {
+  if (x.dim() >= 2) return channel_layout(x, op, name);
+  RK_REQUIRE(x.dim() == 1 && x.is_contiguous(), op, name, "a contiguous batch", x);
   return {1, 1, false};
 }
 
 // An uninitialised tensor of x's shape in another dtype, contiguous or with the channels last.
-inline Tensor empty_batch(const Tensor& x, ScalarType dtype, bool channels_last) {
-  std::vector<int64_t> strides(x.dim());
-  int64_t expected = channels_last ? x.size(1) : 1;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    if (channels_last && d == 1) continue;
-    strides[d] = expected;
-    expected *= x.size(d);
-  }
-  if (channels_last) strides[1] = 1;
+inline Tensor empty_batch(const Tensor& x, ScalarType dtype, bool channels_last, const char* op) {
+  RK_REQUIRE(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                 dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+             op, "dtype", "one of float64, float32, float16, bfloat16", dtype_name(dtype));
+  RK_REQUIRE(!channels_last || x.dim() >= 2, op, "channels_last", "false without channels", x);
+  const auto given = x.sizes();
+  const std::vector<int64_t> sizes(given.begin(), given.end());
+  const std::vector<int64_t> strides = dense_strides(sizes, channels_last, op);
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), x.sizes().data(), strides.data(),
+      x.dim(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-inline const int64_t* int64_values(const OptionalTensor& tensor, int64_t count, const char* op,
+inline const int64_t* int64_values(const Call& call, const OptionalTensor& tensor, int64_t count,
                                    const char* name) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->is_contiguous() &&
-                      tensor->numel() == count,
-                  op, ": ", name, " must be a contiguous int64 tensor of ", count);
-  return static_cast<const int64_t*>(tensor->const_data_ptr());
+  return static_cast<const int64_t*>(call.vector(*tensor, ScalarType::Long, count, name));
 }
 
 // The blend of a batch like x: its shape alone is read.
-inline MixupBlend mixup_blend(const Tensor& x, const OptionalTensor& lam, double one_lam,
-                              const OptionalTensor& index, const OptionalTensor& boxes,
-                              const char* op) {
+inline MixupBlend mixup_blend(const Call& call, const Tensor& x, const OptionalTensor& lam,
+                              double one_lam, const OptionalTensor& index,
+                              const OptionalTensor& boxes) {
   MixupBlend blend{};
   blend.samples = x.size(0);
   blend.height = x.dim() >= 2 ? x.size(x.dim() - 2) : 1;
@@ -74,29 +68,56 @@ inline MixupBlend mixup_blend(const Tensor& x, const OptionalTensor& lam, double
   blend.one_lam_for_all = true;
   blend.one_lam = one_lam;
   if (lam) {
-    STD_TORCH_CHECK(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == blend.samples),
-                    op, ": lam must be a contiguous tensor of 1 or ", blend.samples);
-    blend.lam = {const_cast<void*>(lam->const_data_ptr()), dtype_of(*lam, op)};
+    RK_REQUIRE(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == blend.samples),
+               call.op, "lam", words("contiguous, of 1 element or of ", blend.samples), *lam);
+    const DType dtype = dtype_of(*lam, call.op, "lam");
+    blend.lam = {const_cast<void*>(call.data(*lam, "lam")), dtype};
     blend.one_lam_for_all = lam->numel() == 1;
   }
-  blend.index = int64_values(index, blend.samples, op, "index");
+  blend.index = int64_values(call, index, blend.samples, "index");
   if (boxes) {
-    STD_TORCH_CHECK(x.dim() >= 4, op, ": boxes need images (N, C, ..., H, W)");
+    RK_REQUIRE(x.dim() >= 4, call.op, "boxes", "None but for images (N, C, ..., H, W)", x);
     blend.one_box = boxes->numel() == 4;
-    blend.boxes = int64_values(boxes, blend.one_box ? 4 : 4 * blend.samples, op, "boxes");
+    blend.boxes = int64_values(
+        call, boxes, blend.one_box ? 4 : checked_product(4, blend.samples, call.op), "boxes");
   }
   return blend;
 }
 
 // The data of `values`, (C,) in the type that x and y are computed in; null where there are none.
-inline const void* mixup_constants(const OptionalTensor& values, const Tensor& x, const Tensor& y,
-                                   const char* op) {
+inline const void* mixup_constants(const Call& call, const OptionalTensor& values, const Tensor& x,
+                                   const Tensor& y, const char* name) {
   if (!values) return nullptr;
   const auto dtype = computes_in_double(x, y) ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(values->numel() == (x.dim() >= 2 ? x.size(1) : 1) && values->is_contiguous() &&
-                      values->scalar_type() == dtype,
-                  op, ": scale and shift must be contiguous, one for each channel");
-  return values->const_data_ptr();
+  return call.vector(*values, dtype, x.dim() >= 2 ? x.size(1) : 1, name);
+}
+
+// The samples by their partner, and where those of each start: both or neither.
+struct MixupReceivers {
+  const int64_t *samples, *starts;
+};
+
+inline MixupReceivers mixup_receivers(const Call& call, const MixupBlend& blend,
+                                      const OptionalTensor& receivers,
+                                      const OptionalTensor& starts) {
+  RK_REQUIRE(receivers.has_value() == starts.has_value(), call.op, "receivers and starts",
+             "given together or not", "one of them");
+  if (!receivers) return {nullptr, nullptr};
+  RK_REQUIRE(starts->numel() - 1 == blend.samples, call.op, "starts",
+             words("of one element more than the ", blend.samples, " samples"), *starts);
+  return {int64_values(call, receivers, blend.samples, "receivers"),
+          int64_values(call, starts, starts->numel(), "starts")};
+}
+
+// What mixup_ reads by while it overwrites the input.
+inline void check_apart_from_input(const char* op, const Tensor& input, const OptionalTensor& lam,
+                                   const OptionalTensor& index, const OptionalTensor& boxes,
+                                   const OptionalTensor& scale, const OptionalTensor& shift) {
+  check_apart(op, input, lam, "lam");
+  check_apart(op, input, index, "index");
+  check_apart(op, input, boxes, "boxes");
+  check_apart(op, input, scale, "scale");
+  check_apart(op, input, shift, "shift");
 }
 
 }  // namespace reg_kernels

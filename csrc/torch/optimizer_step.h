@@ -12,16 +12,21 @@ namespace reg_kernels {
 constexpr int64_t kGroupNumbers = 8;
 constexpr int64_t kMaximize = 4, kNesterov = 8, kRateOnDevice = 16;  // above the two bits of Decay
 
-inline std::vector<OptimizerGroup> optimizer_groups(const std::vector<double>& numbers,
+inline std::vector<OptimizerGroup> optimizer_groups(const Call& call,
+                                                    const std::vector<double>& numbers,
                                                     const std::vector<int64_t>& flags,
                                                     const std::vector<Tensor>& rates) {
   const auto groups = static_cast<int64_t>(flags.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kGroupNumbers * groups,
-                  "optimizer_step: expected ", kGroupNumbers, " numbers a group");
+  RK_REQUIRE(static_cast<int64_t>(numbers.size()) % kGroupNumbers == 0 &&
+                 static_cast<int64_t>(numbers.size()) / kGroupNumbers == groups,
+             call.op, "numbers", words(kGroupNumbers, " for each of ", groups, " groups"),
+             numbers.size());
   std::vector<OptimizerGroup> result;
   size_t rate = 0;
   for (int64_t i = 0; i < groups; ++i) {
     const double* n = numbers.data() + kGroupNumbers * i;
+    RK_REQUIRE(flags[i] >= 0 && flags[i] < 2 * kRateOnDevice && (flags[i] & 3) != 3, call.op,
+               "flags", "a decay, 0 to 2, and bits up to 16", flags[i]);
     OptimizerGroup group{};
     group.lr = n[0];
     group.decay_lr = n[1];
@@ -35,23 +40,63 @@ inline std::vector<OptimizerGroup> optimizer_groups(const std::vector<double>& n
     group.maximize = (flags[i] & kMaximize) != 0;
     group.nesterov = (flags[i] & kNesterov) != 0;
     if (flags[i] & kRateOnDevice) {
-      STD_TORCH_CHECK(rate < rates.size() && rates[rate].scalar_type() == ScalarType::Float &&
-                          rates[rate].numel() == 1,
-                      "optimizer_step: a learning rate on a device must be one float32");
-      group.lr_on_device = static_cast<const float*>(rates[rate++].const_data_ptr());
+      RK_REQUIRE(rate < rates.size(), call.op, "rates", "one for each group that has it there",
+                 rates.size());
+      group.lr_on_device = call.number<float>(rates[rate++], ScalarType::Float, "rates");
     }
     result.push_back(group);
   }
   return result;
 }
 
-// One number that a tensor holds, or null.
-template <typename T>
-const T* scalar_of(const std::optional<Tensor>& tensor, ScalarType type, const char* name) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->numel() == 1, "optimizer_step: ", name,
-                  " must be a tensor of one element");
-  return static_cast<const T*>(tensor->const_data_ptr());
+// The parts of the gradients' norm's square, or null.
+inline const double* squares_data(const Call& call, const OptionalTensor& squares) {
+  if (!squares) return nullptr;
+  return static_cast<const double*>(
+      call.vector(*squares, ScalarType::Double, squares->numel(), "squares"));
+}
+
+// What all tensors of a step have in common.
+struct OptimizerKind {
+  Algorithm algorithm;
+  Rounding rounding;
+  DType dtype, moments;
+};
+
+inline OptimizerKind optimizer_kind(const char* op, int64_t algorithm, int64_t rounding,
+                                    const std::vector<int64_t>& dtypes, bool draws) {
+  RK_REQUIRE(algorithm == 0 || algorithm == 1, op, "algorithm", "0 or 1", algorithm);
+  RK_REQUIRE(rounding >= 0 && rounding <= 2, op, "rounding", "0, 1 or 2", rounding);
+  RK_REQUIRE(dtypes.size() == 2, op, "dtypes", "the parameters' and the moments'", dtypes.size());
+  OptimizerKind kind{static_cast<Algorithm>(algorithm), static_cast<Rounding>(rounding),
+                     dtype_from(dtypes[0], op), dtype_from(dtypes[1], op)};
+  const bool own = kind.moments == kind.dtype;
+  const bool wider = kind.moments == DType::float32 && kind.dtype != DType::float64;
+  const bool narrower = kind.moments == DType::bfloat16 && kind.dtype == DType::float32;
+  RK_REQUIRE(own || wider || narrower, op, "dtypes",
+             "moments like the parameters, float32 for 16 bits, or bfloat16 for float32",
+             words(dtypes[0], " and ", dtypes[1]));
+  RK_REQUIRE(kind.rounding != Rounding::stochastic || draws, op, "rng_state",
+             "given for stochastic rounding", "None");
+  return kind;
+}
+
+// That the tensors have what they are stepped with; of a table on a device Python has seen to it.
+inline void check_rows(const TensorTable& table, const OptimizerKind& kind, int64_t groups,
+                       const char* op) {
+  check_row(table, TableRow::param, op);
+  check_row(table, TableRow::grad, op);
+  if (kind.algorithm == Algorithm::adam) {
+    check_row(table, TableRow::first_moment, op);
+    check_row(table, TableRow::second_moment, op);
+  }
+  for (int64_t i = 0; i < table.count; ++i) {
+    RK_REQUIRE(table.at(TableRow::group, i) >= 0 && table.at(TableRow::group, i) < groups, op,
+               "groups", words("below ", groups), table.at(TableRow::group, i));
+    const int64_t offset = table.at(TableRow::element_offset, i);
+    RK_REQUIRE(offset >= 0 && offset < int64_t{1} << 62 && offset % 8 == 0, op, "element_offsets",
+               "multiples of 8 in [0, 2^62)", offset);
+  }
 }
 
 }  // namespace reg_kernels

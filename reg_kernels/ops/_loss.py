@@ -57,6 +57,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(input, stats, *tensors)
         ctx.args = [None if isinstance(x, Tensor) else x for x in rest]
         ctx.backward = (backward, implementation_of(overload))
+        ctx.strides = input.stride()
         # An output of the op, but of no use to its caller: a backward writes over it.
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
         ctx.gradient = gradient if keeps_gradient else None
@@ -75,6 +76,12 @@ class _Loss(torch.autograd.Function):
                 _multiply(gradient, grad_loss, implementation)
             ctx.gradient = None  # given away
             return gradient, *nothing
+        # What hooks bring back of the saved tensors may lie in another order than the kernels walk.
+        input = with_strides(input, ctx.strides)
+        tensors = [
+            with_strides(t, ctx.strides) if t is not None and t.shape == input.shape else t
+            for t in tensors
+        ]
         args = [x if t is None else t for x, t in zip(ctx.args, tensors, strict=True)]
         grad_loss = grad_loss.contiguous()
         return backward.overloads[implementation](grad_loss, input, stats, *args), *nothing

@@ -8,6 +8,7 @@ implementation it runs, and nothing is chosen behind the dispatcher's back.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import backends
+from ._op_entries import CHECKS
 
 # Inside it an op goes straight to its implementation. By a short name: the hot path looks it up.
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -83,7 +85,11 @@ def register(
             gradient where one is wanted.
         native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
             it, which `define_part` declares.
+
+    What is not native takes its arguments as _op_entries.py checks them; an op that is not there,
+    of lists, does that itself.
     """
+    check = CHECKS.get(name)
 
     def run_triton(*args: Any) -> Any:
         if not isinstance(triton, str):
@@ -102,6 +108,8 @@ def register(
         _library.define(f"{qualified}{arguments}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"reg_kernels::{qualified}", fake, lib=_library)
         if kernel is not None:
+            if check is not None:
+                kernel = functools.partial(_checked, name, check, kernel)
             _library.impl(qualified, kernel, "CompositeExplicitAutograd")
         elif native is not None:
             for key in ("CPU", "CUDA"):
@@ -123,6 +131,11 @@ def define_part(name: str, arguments: str) -> Any:
     """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
     _library.define(f"{name}{arguments}")
     return getattr(torch.ops.reg_kernels, name).default
+
+
+def _checked(name: str, check: Callable[..., None], kernel: Callable[..., Any], *args: Any) -> Any:
+    check(name, *args)
+    return kernel(*args)
 
 
 def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:

@@ -149,6 +149,9 @@ class _BatchNorm(torch.autograd.Function):
         wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         # The kernels walk all tensors in one order.
         grad_output = with_strides(grad_output, ctx.strides)
+        # What hooks bring back of the saved tensors may lie in another one.
+        input = with_strides(input, ctx.strides)
+        residual = residual if residual is None else with_strides(residual, ctx.strides)
         results = _backward(
             _BACKWARD.overloads[implementation_of(overload)],
             grad_output,

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._layout import is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..reference import optimizer_step as reference
+from ._arguments import named
+from ._entry import Call, described, has_layout_of
 from ._registry import below_autograd, define_part, register
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
@@ -63,7 +66,8 @@ _COMMON = (
 
 _step_table = define_part(
     "optimizer_step_table",
-    f"(Tensor table, int count, int algorithm, int[] dtypes, {_COMMON}, Tensor(a!) scratch) -> ()",
+    "(Tensor table, int count, int seal, int algorithm, int[] dtypes, "
+    f"{_COMMON}, Tensor(a!) scratch) -> ()",
 )
 
 
@@ -106,40 +110,79 @@ class StepLists:
         rows |= {"group": self.groups, "element_offset": self.element_offsets}
         return TensorTable(sizes, self.params[0].device, **rows)
 
-    def check(self, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
+    def check(self, algorithm: int, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
         """Raises RuntimeError where a kernel would read or write past what is there."""
-        count = len(self.params)
-        compute = torch.promote_types(self.params[0].dtype, torch.float32)
-        expected = {"grads": (grads, self.params[0].dtype), "params": (self.params, None)}
-        expected |= {name: (getattr(self, name), None) for name in self._ROWS}
-        expected["emas"] = (self.emas, compute)
-        expected["steps"] = (self.steps, torch.float32)
-        expected["compensations"] = (self.compensations, self.params[0].dtype)
-        for name, (tensors, dtype) in expected.items():
-            if len(tensors) not in ((count,) if name == "grads" else (0, count)):
-                raise RuntimeError(f"optimizer_step_: {name} must be {count}, got {len(tensors)}")
-            kinds = {x.dtype for x in tensors} | ({dtype} if dtype and tensors else set())
-            if len(kinds) > 1:
-                raise RuntimeError(f"optimizer_step_: {name} must be of one dtype, got {kinds}")
+        first, count = self.params[0], len(self.params)
+        call = Call("optimizer_step_", first)
+        if algorithm not in range(len(ALGORITHMS)):
+            call.refuse("algorithm", "0 or 1", algorithm)
+        call.check_floats(first, "params")
+        moments = (self.first_moments or self.params)[0].dtype
+        if moments not in _moments_of(first.dtype):
+            must = f"one of {', '.join(map(named, _moments_of(first.dtype)))}"
+            call.refuse("first_moments", must, self.first_moments[0])
+        dtypes = {
+            **dict.fromkeys(("params", "grads", "compensations"), first.dtype),
+            **dict.fromkeys(("first_moments", "second_moments", "max_second_moments"), moments),
+            "emas": torch.promote_types(first.dtype, torch.float32),
+            "steps": torch.float32,
+        }
+        needed = ("params", "grads")
+        if ALGORITHMS[algorithm] == "adam":
+            needed = (*needed, "first_moments", "second_moments")
+        for name, dtype in dtypes.items():
+            tensors = grads if name == "grads" else getattr(self, name)
+            if len(tensors) != count and (tensors or name in needed):
+                call.refuse(name, f"{count} tensors, one for each parameter", len(tensors))
             for i, (x, p) in enumerate(zip(tensors, self.params, strict=False)):
-                if x.numel() != (1 if name == "steps" else p.numel()):
-                    raise RuntimeError(f"optimizer_step_: {name}[{i}] has {x.numel()} elements")
-        if len({x.dtype for x in (*self.first_moments, *self.second_moments)}) > 1:
-            raise RuntimeError("optimizer_step_: the moments must be of one dtype")
-        groups = len(common[1])
+                if name == "steps":
+                    call.check_number(x, dtype, f"steps[{i}]")
+                    continue
+                if x.dtype != dtype or not is_dense(x) or not has_layout_of(p, x):
+                    must = f"dense {named(dtype)}, of the strides of {described(p)}"
+                    call.refuse(f"{name}[{i}]", must, x)
+                call.check_memory(x, f"{name}[{i}]")
+        self._check_common(call, common)
+
+    def _check_common(self, call: Call, common: Sequence[Any]) -> None:
+        numbers, flags, rates, rounding, squares, _, grad_scale, found_inf, rng_state = common
+        count, groups = len(self.params), len(flags)
+        if groups > MOST_GROUPS or len(numbers) != groups * len(Hyperparameters._fields[:8]):
+            must = f"8 for each of {groups} groups, which are at most {MOST_GROUPS}"
+            call.refuse("numbers", must, len(numbers))
+        if any(not 0 <= word < 32 or word % 4 == 3 for word in flags):
+            call.refuse("flags", "a decay, 0 to 2, and bits up to 16", flags)
+        if len(rates) < sum(word >= 16 for word in flags):
+            call.refuse("rates", "one for each group that has it there", len(rates))
+        for rate in rates:
+            call.check_number(rate, torch.float32, "rates")
         if len(self.groups) != count or not all(0 <= g < groups for g in self.groups):
-            raise RuntimeError(f"optimizer_step_: groups must be {count} numbers below {groups}")
-        if len(self.element_offsets) != count:
-            raise RuntimeError(f"optimizer_step_: element_offsets must be {count} numbers")
-        if not 0 <= common[3] < len(ROUNDINGS):
-            raise RuntimeError(f"optimizer_step_: rounding must be 0, 1 or 2, got {common[3]}")
-        if ROUNDINGS[common[3]] == "stochastic" and common[8] is None:
-            raise RuntimeError("optimizer_step_: stochastic rounding needs an rng_state")
+            call.refuse("groups", f"{count} numbers below {groups}", self.groups)
+        offsets = self.element_offsets
+        if len(offsets) != count or any(not 0 <= o < 2**62 or o % 8 for o in offsets):
+            call.refuse("element_offsets", f"{count} multiples of 8 in [0, 2^62)", offsets)
+        if rounding not in range(len(ROUNDINGS)):
+            call.refuse("rounding", "0, 1 or 2", rounding)
+        if ROUNDINGS[rounding] == "stochastic" and rng_state is None:
+            call.refuse("rng_state", "given for stochastic rounding", None)
+        if rng_state is not None:
+            call.check_rng_state(rng_state)
+        if squares is not None:
+            call.check_vector(squares, torch.float64, squares.numel(), "squares")
+        call.check_number(grad_scale, torch.float32, "grad_scale")
+        call.check_number(found_inf, torch.float32, "found_inf")
 
     def dtypes(self) -> list[int]:
         """The parameters' and the moments' dtype, as the kernels number them."""
         moments = self.first_moments or self.params
         return [dtype_number(self.params[0].dtype), dtype_number(moments[0].dtype)]
+
+
+def _moments_of(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The types that moments of parameters of a type may have."""
+    if dtype == torch.float64:
+        return (dtype,)
+    return (dtype, torch.bfloat16 if dtype == torch.float32 else torch.float32)
 
 
 def _table_function(backend: str) -> Any:
@@ -155,13 +198,21 @@ def _from_lists(backend: str) -> Any:
         if not params:
             return
         lists, common = StepLists(params, *rest[:8]), rest[8:]
-        lists.check(grads, common)
+        lists.check(algorithm, grads, common)
         table = lists.table(grads)
         _table_function(backend)(
-            *(table.data, table.count, algorithm, lists.dtypes()), *common, table.scratch
+            *(table.data, table.count, table.seal, algorithm, lists.dtypes()),
+            *common,
+            table.scratch,
         )
 
     return run
+
+
+def _by_reference(algorithm: int, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
+    if params:
+        StepLists(params, *rest[:8]).check(algorithm, grads, rest[8:])
+        reference.optimizer_step_(algorithm, params, grads, *rest)
 
 
 def _fake(*arguments: Any) -> None:
@@ -182,7 +233,7 @@ OP = register(
     "Tensor(f!)[] emas, Tensor(g!)[] compensations, int[] groups, int[] element_offsets, "
     f"{_COMMON}) -> ()",
     fake=_fake,
-    reference=reference.optimizer_step_,
+    reference=_by_reference,
     triton=_from_lists("triton"),
     autograd=_above,
     native=_from_lists("native"),
@@ -219,6 +270,8 @@ class PreparedStep:
         table = self.table
         with below_autograd():
             _table_function(backend)(
-                *(table.data, table.count, self._algorithm, self._dtypes, *common, table.scratch)
+                *(table.data, table.count, table.seal, self._algorithm, self._dtypes),
+                *common,
+                table.scratch,
             )
         torch.autograd.graph.increment_version(self.lists.params)

@@ -14,17 +14,18 @@ from .._layout import dense_like, is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..backends import DTYPES
 from ..reference import penalty as reference
+from ._entry import Call
 from ._registry import below_autograd, define_part, implementation_of, is_transformed, register
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
 _sum_table = define_part(
     "penalty_table",
-    "(Tensor table, int count, int dtype, int power, Tensor(a!) sums, int slot, "
+    "(Tensor table, int count, int seal, int dtype, int power, Tensor(a!) sums, int slot, "
     "Tensor(b!) scratch) -> ()",
 )
 _backward_table = define_part(
     "penalty_backward_table",
-    "(Tensor table, int count, int dtype, int power, Tensor grad_output) -> ()",
+    "(Tensor table, int count, int seal, int dtype, int power, Tensor grad_output) -> ()",
 )
 
 
@@ -50,7 +51,7 @@ def sum_into(
         return
     kind = dtype_number(tensors[0].dtype)
     part = _part(backend, _sum_table)
-    part(table.data, table.count, kind, power, sums, slot, table.scratch)
+    part(table.data, table.count, table.seal, kind, power, sums, slot, table.scratch)
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -66,12 +67,29 @@ def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], 
     return kinds
 
 
+def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | None = None) -> None:
+    """Raises RuntimeError where a kernel would read past what is there."""
+    if not tensors:
+        raise RuntimeError(f"{op}: tensors must be at least one, got none")
+    if power not in (1, 2):
+        Call(op, tensors[0]).refuse("power", "1 or 2", power)
+    for i, x in enumerate(tensors):
+        call = Call(op, x)
+        call.check_floats(x, f"tensors[{i}]")
+        call.check_memory(x, f"tensors[{i}]")
+    if grad_output is not None:
+        if grad_output.numel() != 1:
+            Call(op, grad_output).refuse("grad_output", "one number", grad_output)
+        Call(op, grad_output).check_memory(grad_output, "grad_output")
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if is_dense(x) and not x.is_neg() else x.contiguous().resolve_neg()
 
 
 def _forward(backend: str) -> Any:
     def run(tensors: list[Tensor], power: int) -> Tensor:
+        _check("penalty", tensors, power)
         device = tensors[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for (of_kind, _), places in _kinds(tensors).items():
@@ -87,6 +105,7 @@ def _forward(backend: str) -> Any:
 
 def _backward(backend: str) -> Any:
     def run(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
+        _check("penalty_backward", tensors, power, grad_output)
         grads = [dense_like(x) for x in tensors]
         for (of_kind, dtype), places in _kinds(tensors).items():
             parts = [_dense(tensors[i]) for i in places]
@@ -98,10 +117,20 @@ def _backward(backend: str) -> Any:
             )
             incoming = grad_output.to(of_kind, torch.float64).reshape(1)
             part = _part(backend, _backward_table)
-            part(table.data, table.count, dtype_number(dtype), power, incoming)
+            part(table.data, table.count, table.seal, dtype_number(dtype), power, incoming)
         return grads
 
     return run
+
+
+def _forward_by_torch(tensors: list[Tensor], power: int) -> Tensor:
+    _check("penalty", tensors, power)
+    return reference.penalty(tensors, power)
+
+
+def _backward_by_torch(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
+    _check("penalty_backward", tensors, power, grad_output)
+    return reference.penalty_backward(tensors, grad_output, power)
 
 
 class _Penalty(torch.autograd.Function):
@@ -150,7 +179,7 @@ _PENALTY = register(
     "penalty",
     "(Tensor[] tensors, int power) -> Tensor",
     fake=_fake,
-    reference=reference.penalty,
+    reference=_forward_by_torch,
     triton=_forward("triton"),
     autograd=_above,
     native=_forward("native"),
@@ -159,7 +188,7 @@ _BACKWARD = register(
     "penalty_backward",
     "(Tensor[] tensors, Tensor grad_output, int power) -> Tensor[]",
     fake=_fake_backward,
-    reference=reference.penalty_backward,
+    reference=_backward_by_torch,
     triton=_backward("triton"),
     autograd=_above_backward,
     native=_backward("native"),

@@ -6,8 +6,8 @@ whoever has it for a partner. Programs are in the order of tiles, all samples of
 side, so that the second reading finds it in L2. In place a program walks a cycle of samples, and
 reads each once. Tiles are those of _mixup.py.
 
-The values of lam, index and boxes are asserted here, by the forward and in place: nothing waits for
-them on the host.
+The values of lam, index and boxes are asserted here, by the forward and in place, and those of
+receivers and starts by the backward: nothing waits for them on the host.
 
 The loops are `while`, as in batch_norm.py.
 """
@@ -233,8 +233,10 @@ def mixup_backward_kernel(
         j, end = n, n + 1
     else:
         j, end = tl.load(starts_ptr + n), tl.load(starts_ptr + n + 1)
+        tl.device_assert((j >= 0) & (j <= end) & (end <= N), "starts must be those of an index")
     while j < end:  # in their order: two runs give the same bits
         receiver = N - 1 - n if receivers_ptr is None else tl.load(receivers_ptr + j)
+        tl.device_assert((receiver >= 0) & (receiver < N), "receivers must be samples")
         given += given_by(
             *(receiver, grad_ptr, lam_ptr, one_lam, boxes_ptr, at, there, l0, size, C, H, row),
             *(True, ONE_LAM, ONE_BOX, FLAT, LAST_IN, BLOCK_L, COMPUTE),
@@ -384,5 +386,6 @@ def mixup_backward(
             *tiles.sizes,
             **tiles.constants,
             **_constants(lam, boxes),
+            **ASSERTING,
         )
     return grad_input

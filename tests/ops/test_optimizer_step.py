@@ -543,9 +543,9 @@ def test_flags_and_numbers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rates": []}, "must be one float32"),
-        ({"rates": [torch.ones(2)]}, "must be one float32"),
-        ({"rates": [torch.ones((), dtype=torch.float64)]}, "must be one float32"),
+        ({"rates": []}, "rates must be one for each group"),
+        ({"rates": [torch.ones(2)]}, "rates must be a tensor of one element"),
+        ({"rates": [torch.ones((), dtype=torch.float64)]}, "rates must be a tensor of one"),
         ({"grad_scale": torch.ones(2)}, "grad_scale must be a tensor of one element"),
         ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale must be"),
         ({"found_inf": torch.ones((), dtype=torch.bool)}, "found_inf must be"),
@@ -570,15 +570,24 @@ def test_bad_tables():
     lists = Lists((3, 5), torch.float32)
     table = lists.lists.table(lists.grads)
     op = torch.ops.reg_kernels.optimizer_step_table.default
-    good = [table.data, table.count, 0, lists.lists.dtypes(), *lists.common(), table.scratch]
+    common = [lists.lists.dtypes(), *lists.common(), table.scratch]
+    good = [table.data, table.count, table.seal, 0, *common]
     for place, bad, message in (
-        (0, table.data.double(), "expected a table of 2 tensors"),
-        (0, table.data[:10], "expected a table of 2 tensors"),
-        (1, 200, "expected a table of 200 tensors"),
-        (1, -1, "expected a table of -1 tensors"),
-        (3, [9, 1], "unknown dtype 9"),
-        (3, [1], "expected the parameters' and the moments' dtype"),
-        (4, [0.0] * 7, "8 numbers a group"),
+        (0, table.data.double(), "table must be int64 of 13 rows of 2"),
+        (0, table.data[:10], "table must be int64 of 13 rows of 2"),
+        (0, table.data.clone(), "table must be a TensorTable of this process"),
+        (1, 200, "table must be int64 of 13 rows of 200"),
+        (1, -1, "table must be int64 of 13 rows of -1"),
+        (1, 2**63 - 1, "table must be int64 of 13 rows of"),
+        (1, 1, "table must be a TensorTable of this process"),
+        (3, 2, "algorithm must be 0 or 1, got 2"),
+        (4, [9, 1], r"dtype must be in \[0, 3\], got 9"),
+        (4, [1], "dtypes must be the parameters' and the moments'"),
+        (4, [0, 1], "dtypes must be moments like the parameters"),
+        (5, [0.0] * 7, "numbers must be 8 for each of 1 groups, got 7"),
+        (6, [3], "flags must be a decay, 0 to 2, and bits up to 16, got 3"),
+        (8, 3, "rounding must be 0, 1 or 2, got 3"),
+        (8, 1, "rng_state must be given for stochastic rounding"),
     ):
         arguments = [*good[:place], bad, *good[place + 1 :]]
         with pytest.raises(RuntimeError, match=message):

@@ -557,17 +557,21 @@ def test_bad_arguments_of_the_parts():
     table = TensorTable([9000], x.device, grad=[x.data_ptr()])
     sums = torch.zeros(1, dtype=torch.float64)
     part = torch.ops.reg_kernels.penalty_table.default
-    good = [table.data, 1, 1, 1, sums, 0, table.scratch]
+    good = [table.data, 1, table.seal, 1, 1, sums, 0, table.scratch]
     part(*good)
     assert float(sums) == 9000
     for place, bad, message in (
-        (0, table.data[:5], "expected a table of 1 tensors"),
-        (2, 4, "unknown dtype 4"),
-        (3, 3, "power must be 1 or 2, got 3"),
-        (4, sums.float(), "expected contiguous float64"),
-        (5, 1, "room for number 1"),
-        (5, -1, "room for number -1"),
-        (6, table.scratch[:2], "expected float64 scratch for 2 chunks"),
+        (0, table.data[:5], "table must be int64 of 13 rows of 1, got int64"),
+        (0, table.data.clone(), "table must be a TensorTable of this process"),
+        (1, 2**62, "table must be int64 of 13 rows of 4611686018427387904"),
+        (2, table.seal + 1, "table must be a TensorTable of this process"),
+        (3, 4, r"dtype must be in \[0, 3\], got 4"),
+        (4, 3, "power must be 1 or 2, got 3"),
+        (5, sums.float(), "sums must be contiguous float64"),
+        (6, 1, "room for number 1"),
+        (6, -1, "room for number -1"),
+        (7, table.scratch[:2], "scratch must be contiguous float64 for 2 chunks"),
+        (7, table.data.view(torch.float64), "table must be apart in memory from what is written"),
     ):
         with pytest.raises(RuntimeError, match=message):
             part(*good[:place], bad, *good[place + 1 :])

@@ -299,8 +299,18 @@ def step_table(case, state):
 
     def run(found_inf=None):
         kernels.optimizer_step_table(
-            *(table.data, table.count, case.algorithm, lists.dtypes(), case.groups[0].numbers()),
-            *([case.groups[0].flags()], [], case.rounding, None, 0.0, None, found_inf, None),
+            *(table.data, table.count, table.seal, case.algorithm, lists.dtypes()),
+            *(
+                case.groups[0].numbers(),
+                [case.groups[0].flags()],
+                [],
+                case.rounding,
+                None,
+                0.0,
+                None,
+                found_inf,
+                None,
+            ),
             table.scratch,
         )
 

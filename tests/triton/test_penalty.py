@@ -42,7 +42,8 @@ def sum_of(tensors, power, sums=None, slot=0, table=None):
     table = table or table_of(tensors)
     sums = torch.full((1,), math.nan, dtype=torch.float64, device=DEVICE) if sums is None else sums
     number = dtype_number(tensors[0].dtype)
-    kernels.penalty_table(table.data, table.count, number, power, sums, slot, table.scratch)
+    where = (table.data, table.count, table.seal)
+    kernels.penalty_table(*where, number, power, sums, slot, table.scratch)
     return float(sums[slot]), table
 
 
@@ -80,7 +81,7 @@ def test_gradients_of_which_one_side_is_misaligned(misaligned, power):
     y = memory[4 + misaligned[1] :][: y.numel()]
     table = table_of([x], param=addresses([y]))
     g = torch.tensor([0.5], dtype=torch.float64, device=DEVICE)
-    kernels.penalty_backward_table(table.data, 1, dtype_number(x.dtype), power, g)
+    kernels.penalty_backward_table(table.data, 1, table.seal, dtype_number(x.dtype), power, g)
     torch.testing.assert_close(y, (x.sgn() if power == 1 else 2 * x) * 0.5, rtol=0, atol=0)
     assert int((memory == 9.0).sum()) == 20  # nothing before it, nothing behind
 

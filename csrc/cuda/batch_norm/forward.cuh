@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
   const int classes = kChannelsLast ? plan.vectors : 1;
   const RngStream stream = a.chain.rng.stream(RngTag::dropout);
   if (a.num_batches_tracked && !a.averages && blockIdx.x == 0 && threadIdx.x == 0) {
-    ++*a.num_batches_tracked;
+    *a.num_batches_tracked = next_count(*a.num_batches_tracked);
   }
 
   for (int64_t item = blockIdx.x / plan.blocks; item < plan.items; item += plan.groups) {
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
 // one; a ticket would need zeroed memory, which is a launch as well, and always.
 template <typename Count>
 __global__ void count_batch_kernel(Count* num_batches_tracked) {
-  ++*num_batches_tracked;
+  *num_batches_tracked = next_count(*num_batches_tracked);
 }
 
 }  // namespace cuda

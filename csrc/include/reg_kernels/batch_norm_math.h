@@ -39,6 +39,12 @@ RK_HD double running_average(double running, double batch, double factor) {
   return (1.0 - factor) * running + factor * batch;
 }
 
+// The number of batches so far, one more; past the largest of an int64 it wraps around, as torch's.
+template <typename Count>
+RK_HD Count next_count(Count batches) {
+  return static_cast<Count>(static_cast<uint64_t>(batches) + 1);
+}
+
 // The gradient's sums over a channel of M values, d being the gradient behind the activation:
 // d_sum = sum d, dx_sum = sum d (x - shift). From them grad_input = (d + (x - shift) k2 + k3) k1,
 // which is weight invstd (d - mean(d) - xhat mean(d xhat)). The scale stands outside: inside, a
