@@ -20,6 +20,7 @@ ROWS = (
     *("compensation", "step", "numel", "element_offset", "group", "first_chunk", "first_work"),
 )
 CHUNK = 8192  # elements of a chunk
+_SEAL_BITS = 23  # of a seal, for what it says: as in csrc/torch/tensor_table.h
 _OVERHEAD = 64  # elements that a tensor's own cost weighs as much as
 
 _address = Tensor.data_ptr
@@ -46,8 +47,15 @@ class TensorTable:
             partial sums, and a counter of blocks.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device, **rows: Sequence[int]) -> None:
-        """`rows`: those of ROWS that are known, N numbers each."""
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        **rows: Sequence[int],
+    ) -> None:
+        """`dtypes`: the parameters' and, where there are some, the moments'; `rows`: those of ROWS
+        that are known, N numbers each."""
         self.count = len(sizes)
         columns = {name: [0] * self.count for name in ROWS} | {"numel": sizes} | rows
         chunks = [-(-numel // CHUNK) for numel in sizes]
@@ -62,7 +70,7 @@ class TensorTable:
         self._rows = {name: columns[name] for name in ROWS}
         self._host = _tensor_of(numbers)
         self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
-        self.seal = table_seal(self.data, self.count)
+        self.seal = self._make_seal(dtypes, rows)
         self.scratch = torch.zeros(1 + self.chunks, dtype=torch.float64, device=device)
         # Where a graph copies a row from at its replays; allocated now, not while one is captured.
         self._for_capture = torch.empty(
@@ -72,6 +80,18 @@ class TensorTable:
             pin_memory=device.type == "cuda",
         )
         self._captured: list[Tensor] = []
+
+    def _make_seal(self, dtypes: Sequence[torch.dtype], rows: dict[str, Sequence[int]]) -> int:
+        """As csrc/torch/tensor_table.h states it."""
+        groups = max(rows.get("group", ()), default=0) + 1
+        kind = dtype_number(dtypes[0]) | dtype_number(dtypes[-1]) << 2 | min(groups, 63) << 4
+        for name in rows:
+            kind |= 1 << ROWS.index(name) + 10
+        seal = 0x9E3779B97F4A7C15
+        for word in (self.data.data_ptr(), self.data.numel(), self.count, kind):
+            seal = (seal ^ word) * 0xBF58476D1CE4E5B9 % 2**64
+            seal ^= seal >> 29
+        return seal >> _SEAL_BITS + 1 << _SEAL_BITS | kind
 
     def set_row(self, name: str, values: list[int]) -> None:
         """Replaces a row, where its values differ from what is there."""
@@ -88,15 +108,6 @@ class TensorTable:
             self._captured.append(row)
         self.data[first : first + self.count].copy_(row, non_blocking=True)
         self._rows[name] = values
-
-
-def table_seal(data: Tensor, count: int) -> int:
-    """As csrc/torch/tensor_table.h makes it: no tensor but a table's buffer comes with its own."""
-    seal = 0x9E3779B97F4A7C15
-    for word in (data.data_ptr(), data.numel(), count):
-        seal = (seal ^ word) * 0xBF58476D1CE4E5B9 % 2**64
-        seal ^= seal >> 29
-    return seal >> 1
 
 
 def work_units(numel: int) -> int:

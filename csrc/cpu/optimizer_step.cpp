@@ -24,11 +24,11 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64
                           const std::optional<Tensor>& found_inf,
                           const std::optional<Tensor>& rng_state, const Tensor& /*scratch*/) {
   const Call call("optimizer_step", data);
-  const TensorTable table = tensor_table(call, data, count, seal);
+  const SealedTable sealed = sealed_table(call, data, count, seal);
+  const TensorTable& table = sealed.table;
   const auto groups = optimizer_groups(call, numbers, flags, rates);
-  const OptimizerKind kind =
-      optimizer_kind(call.op, algorithm, rounding, dtypes, rng_state.has_value());
-  check_rows(table, kind, static_cast<int64_t>(groups.size()), call.op);
+  const OptimizerKind kind = optimizer_kind(call, data, sealed, static_cast<int64_t>(groups.size()),
+                                            algorithm, rounding, dtypes, rng_state.has_value());
   const float* found = call.number<float>(found_inf, ScalarType::Float, "found_inf");
   const float* scale = call.number<float>(grad_scale, ScalarType::Float, "grad_scale");
   const double* parts = squares_data(call, squares);

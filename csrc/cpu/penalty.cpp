@@ -12,10 +12,11 @@ namespace {
 void penalty_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype_number,
                    int64_t power, const Tensor& sums, int64_t slot, const Tensor& scratch) {
   const Call call("penalty", data);
-  const TensorTable table = tensor_table(call, data, count, seal);
-  const DType dtype = dtype_from(dtype_number, call.op);
+  const SealedTable sealed = sealed_table(call, data, count, seal);
+  const TensorTable& table = sealed.table;
+  const DType dtype = dtype_from(dtype_number, sealed.dtype, call.op);
   const Penalty penalty = penalty_from(power, call.op);
-  check_row(table, TableRow::grad, call.op);
+  if (count) check_row(call, data, sealed, TableRow::grad);
   double* const partials = scratch_of(call, data, scratch, table_chunks(data, count)) + 1;
   double* const sum = slot_of(call, sums, slot, "sums");
   const auto leaf = RK_LEAF(penalty_sum);
@@ -36,11 +37,12 @@ void penalty_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtyp
 void penalty_backward_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtype_number,
                             int64_t power, const Tensor& grad_output) {
   const Call call("penalty_backward", data);
-  const TensorTable table = tensor_table(call, data, count, seal);
-  const DType dtype = dtype_from(dtype_number, call.op);
+  const SealedTable sealed = sealed_table(call, data, count, seal);
+  const TensorTable& table = sealed.table;
+  const DType dtype = dtype_from(dtype_number, sealed.dtype, call.op);
   const Penalty penalty = penalty_from(power, call.op);
-  check_row(table, TableRow::grad, call.op);
-  check_row(table, TableRow::param, call.op);
+  if (count) check_row(call, data, sealed, TableRow::grad);
+  if (count) check_row(call, data, sealed, TableRow::param);
   const double grad = *slot_of(call, grad_output, 0, "grad_output");
   const auto leaf = RK_LEAF(penalty_gradient_range);
   share_out(table, kChunk, [&] {

@@ -30,7 +30,8 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64
                           const std::optional<Tensor>& rng_state, const Tensor& scratch) {
   const Call call("optimizer_step", data);
   cuda::OptimizerStep step{};
-  step.table = tensor_table(call, data, count, seal);
+  const SealedTable sealed = sealed_table(call, data, count, seal);
+  step.table = sealed.table;
   step.chunks = table_chunks(data, count);
   step.ticket = reinterpret_cast<unsigned*>(scratch_of(call, data, scratch, 0));
   step.grad_scale = call.number<float>(grad_scale, ScalarType::Float, "grad_scale");
@@ -39,14 +40,14 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64
   step.squares = squares_data(call, squares);
   step.squares_count = squares ? squares->numel() : 0;
   if (rng_state) step.rng = cuda::read_rng_state(call, *rng_state);
-  const OptimizerKind kind =
-      optimizer_kind(call.op, algorithm, rounding, dtypes, rng_state.has_value());
-  step.rounding = kind.rounding;
 
   const auto groups = optimizer_groups(call, numbers, flags, rates);
   RK_REQUIRE(groups.size() <= cuda::kMostGroups, call.op, "groups",
              words("at most ", cuda::kMostGroups), groups.size());
   std::copy(groups.begin(), groups.end(), step.groups);
+  const OptimizerKind kind = optimizer_kind(call, data, sealed, static_cast<int64_t>(groups.size()),
+                                            algorithm, rounding, dtypes, rng_state.has_value());
+  step.rounding = kind.rounding;
 
   const cuda::Launch launch(data);
   for_dtypes(kind.dtype, kind.moments, [&]<typename T, typename S>(T, S) {

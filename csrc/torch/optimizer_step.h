@@ -63,13 +63,18 @@ struct OptimizerKind {
   DType dtype, moments;
 };
 
-inline OptimizerKind optimizer_kind(const char* op, int64_t algorithm, int64_t rounding,
+// Of a step of `groups` groups; `draws`: whether there is an rng_state.
+inline OptimizerKind optimizer_kind(const Call& call, const Tensor& data, const SealedTable& table,
+                                    int64_t groups, int64_t algorithm, int64_t rounding,
                                     const std::vector<int64_t>& dtypes, bool draws) {
+  const char* op = call.op;
   RK_REQUIRE(algorithm == 0 || algorithm == 1, op, "algorithm", "0 or 1", algorithm);
   RK_REQUIRE(rounding >= 0 && rounding <= 2, op, "rounding", "0, 1 or 2", rounding);
   RK_REQUIRE(dtypes.size() == 2, op, "dtypes", "the parameters' and the moments'", dtypes.size());
+  RK_REQUIRE(groups >= table.groups, op, "groups", words("the table's ", table.groups), groups);
   OptimizerKind kind{static_cast<Algorithm>(algorithm), static_cast<Rounding>(rounding),
-                     dtype_from(dtypes[0], op), dtype_from(dtypes[1], op)};
+                     dtype_from(dtypes[0], table.dtype, op),
+                     dtype_from(dtypes[1], table.moments, op)};
   const bool own = kind.moments == kind.dtype;
   const bool wider = kind.moments == DType::float32 && kind.dtype != DType::float64;
   const bool narrower = kind.moments == DType::bfloat16 && kind.dtype == DType::float32;
@@ -78,25 +83,14 @@ inline OptimizerKind optimizer_kind(const char* op, int64_t algorithm, int64_t r
              words(dtypes[0], " and ", dtypes[1]));
   RK_REQUIRE(kind.rounding != Rounding::stochastic || draws, op, "rng_state",
              "given for stochastic rounding", "None");
-  return kind;
-}
-
-// That the tensors have what they are stepped with; of a table on a device Python has seen to it.
-inline void check_rows(const TensorTable& table, const OptimizerKind& kind, int64_t groups,
-                       const char* op) {
-  check_row(table, TableRow::param, op);
-  check_row(table, TableRow::grad, op);
+  if (table.table.count == 0) return kind;
+  check_row(call, data, table, TableRow::param);
+  check_row(call, data, table, TableRow::grad);
   if (kind.algorithm == Algorithm::adam) {
-    check_row(table, TableRow::first_moment, op);
-    check_row(table, TableRow::second_moment, op);
+    check_row(call, data, table, TableRow::first_moment);
+    check_row(call, data, table, TableRow::second_moment);
   }
-  for (int64_t i = 0; i < table.count; ++i) {
-    RK_REQUIRE(table.at(TableRow::group, i) >= 0 && table.at(TableRow::group, i) < groups, op,
-               "groups", words("below ", groups), table.at(TableRow::group, i));
-    const int64_t offset = table.at(TableRow::element_offset, i);
-    RK_REQUIRE(offset >= 0 && offset < int64_t{1} << 62 && offset % 8 == 0, op, "element_offsets",
-               "multiples of 8 in [0, 2^62)", offset);
-  }
+  return kind;
 }
 
 }  // namespace reg_kernels

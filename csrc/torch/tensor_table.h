@@ -8,33 +8,48 @@
 
 namespace reg_kernels {
 
-// What tells a table that reg_kernels/_tensor_table.py has built, in this process, from any other
-// int64 tensor: the addresses in it cannot be checked, those of a table on a device not even read.
-inline int64_t table_seal(uint64_t address, uint64_t numbers, uint64_t count) {
-  uint64_t seal = 0x9e3779b97f4a7c15;
-  for (const uint64_t word : {address, numbers, count}) {
-    seal = (seal ^ word) * 0xbf58476d1ce4e5b9;
-    seal ^= seal >> 29;
+// A table that reg_kernels/_tensor_table.py has built in this process comes with a seal, which
+// tells it from any other int64 tensor, and says what of it a launcher cannot read, or not on a
+// device: from the lowest bit on the dtypes of the parameters and of the moments, 2 bits each, the
+// number of groups, 6 bits, and the rows of addresses that it has, 13 bits.
+constexpr int kSealBits = 23;
+
+inline int64_t table_seal(uint64_t address, uint64_t numbers, uint64_t count, uint64_t kind) {
+  uint64_t hash = 0x9e3779b97f4a7c15;
+  for (const uint64_t word : {address, numbers, count, kind}) {
+    hash = (hash ^ word) * 0xbf58476d1ce4e5b9;
+    hash ^= hash >> 29;
   }
-  return static_cast<int64_t>(seal >> 1);
+  return static_cast<int64_t>(hash >> (kSealBits + 1) << kSealBits | kind);
 }
 
-inline TensorTable tensor_table(const Call& call, const Tensor& data, int64_t count, int64_t seal) {
+struct SealedTable {
+  TensorTable table;
+  int64_t dtype, moments, groups, rows;
+
+  bool has(TableRow row) const { return (rows >> static_cast<int>(row) & 1) != 0; }
+};
+
+inline SealedTable sealed_table(const Call& call, const Tensor& data, int64_t count, int64_t seal) {
   const int64_t numbers = data.numel();
   RK_REQUIRE(data.scalar_type() == ScalarType::Long && data.is_contiguous() && data.dim() == 1 &&
                  count >= 0 && count <= numbers / kRows,
              call.op, "table", words("int64 of ", kRows, " rows of ", count), data);
   const auto* rows = static_cast<const int64_t*>(call.data(data, "table"));
+  const int64_t kind = seal & ((1 << kSealBits) - 1);
   RK_REQUIRE(seal == table_seal(reinterpret_cast<uintptr_t>(rows), static_cast<uint64_t>(numbers),
-                                static_cast<uint64_t>(count)),
+                                static_cast<uint64_t>(count), static_cast<uint64_t>(kind)),
              call.op, "table", "a TensorTable of this process, with its seal", seal);
-  return {rows, count};
+  return {{rows, count}, kind & 3, kind >> 2 & 3, kind >> 4 & 63, kind >> 10};
 }
 
-// That a table on the CPU has an address in a row for each tensor that has elements.
-inline void check_row(const TensorTable& table, TableRow row, const char* op) {
-  for (int64_t i = 0; i < table.count; ++i) {
-    RK_REQUIRE(table.at(row, i) != 0 || table.at(TableRow::numel, i) == 0, op, "the table",
+// That a table has a row and, on the CPU, an address in it for each tensor that has elements.
+inline void check_row(const Call& call, const Tensor& data, const SealedTable& of, TableRow row) {
+  RK_REQUIRE(of.has(row), call.op, "table", words("one with row ", static_cast<int>(row)),
+             "one without");
+  const TensorTable& table = of.table;
+  for (int64_t i = 0; data.is_cpu() && i < table.count; ++i) {
+    RK_REQUIRE(table.at(row, i) != 0 || table.at(TableRow::numel, i) == 0, call.op, "table",
                "of tensors whose memory was not freed", words("an address of 0 for tensor ", i));
   }
 }
@@ -44,9 +59,8 @@ inline int64_t table_chunks(const Tensor& data, int64_t count) {
   return data.numel() - kRows * count;
 }
 
-inline DType dtype_from(int64_t number, const char* op) {
-  RK_REQUIRE(number >= 0 && number <= static_cast<int64_t>(DType::bfloat16), op, "dtype",
-             "in [0, 3]", number);
+inline DType dtype_from(int64_t number, int64_t of_table, const char* op) {
+  RK_REQUIRE(number == of_table, op, "dtype", words("the table's, ", of_table), number);
   return static_cast<DType>(number);
 }
 

@@ -108,7 +108,8 @@ class StepLists:
                 rows[row] = addresses(tensors)
         sizes = [p.numel() for p in self.params]
         rows |= {"group": self.groups, "element_offset": self.element_offsets}
-        return TensorTable(sizes, self.params[0].device, **rows)
+        first, moments = self.params[0], (self.first_moments or self.params)[0]
+        return TensorTable(sizes, first.device, (first.dtype, moments.dtype), **rows)
 
     def check(self, algorithm: int, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
         """Raises RuntimeError where a kernel would read or write past what is there."""

@@ -92,9 +92,10 @@ def _forward(backend: str) -> Any:
         _check("penalty", tensors, power)
         device = tensors[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for (of_kind, _), places in _kinds(tensors).items():
+        for (of_kind, dtype), places in _kinds(tensors).items():
             parts = [_dense(tensors[i]) for i in places]
-            table = TensorTable([x.numel() for x in parts], of_kind, grad=addresses(parts))
+            sizes = [x.numel() for x in parts]
+            table = TensorTable(sizes, of_kind, (dtype,), grad=addresses(parts))
             sums = torch.empty(1, dtype=torch.float64, device=of_kind)
             sum_into(table, parts, power, sums, 0, backend)
             total += sums[0].to(device)
@@ -112,6 +113,7 @@ def _backward(backend: str) -> Any:
             table = TensorTable(
                 [x.numel() for x in parts],
                 of_kind,
+                (dtype,),
                 grad=addresses(parts),
                 param=addresses([grads[i] for i in places]),
             )

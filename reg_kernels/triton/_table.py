@@ -31,13 +31,8 @@ CHUNKS = tl.constexpr(len(ROWS))  # behind the rows: each chunk's tensor
 _TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
 
 
-def chunks_of(op: str, table: Tensor, count: int, seal: int) -> int:
-    """The number of chunks of a table of `count` tensors, by its length alone; RuntimeError for
-    what is no table, as by csrc/torch/tensor_table.h."""
-    if _tensor_table.table_seal(table, count) != seal:
-        raise RuntimeError(
-            f"{op}: table must be a TensorTable of this process, with its seal, got {seal}"
-        )
+def chunks_of(table: Tensor, count: int) -> int:
+    """The number of chunks of a table of `count` tensors, by its length alone."""
     return table.numel() - len(ROWS) * count
 
 

@@ -606,7 +606,7 @@ def _on_device(
 def optimizer_step_table(
     table: Tensor,
     count: int,
-    seal: int,
+    _seal: int,
     algorithm: int,
     dtypes: list[int],
     numbers: list[float],
@@ -623,7 +623,7 @@ def optimizer_step_table(
     """The op's step of the tensors in `table`."""
     if count == 0:
         return
-    chunks = chunks_of("optimizer_step", table, count, seal)
+    chunks = chunks_of(table, count)
     dtype, moments = map(type_name, dtypes)
     # Only a bfloat16 is rounded by chance, and what has 16 bits compensated.
     if dtype not in (("bf16",) if rounding == STOCHASTIC.value else ("bf16", "fp16")):

@@ -134,7 +134,7 @@ def penalty_backward_kernel(
 def penalty_table(
     table: Tensor,
     count: int,
-    seal: int,
+    _seal: int,
     dtype: int,
     power: int,
     sums: Tensor,
@@ -142,7 +142,7 @@ def penalty_table(
     scratch: Tensor,
 ) -> None:
     """sums[slot] = the sum of |x|^power over the table's first row."""
-    chunks = chunks_of("penalty", table, count, seal)
+    chunks = chunks_of(table, count)
     with device_of(table):
         penalty_kernel[(max(chunks, 1),)](
             table,
@@ -159,10 +159,10 @@ def penalty_table(
 
 
 def penalty_backward_table(
-    table: Tensor, count: int, seal: int, dtype: int, power: int, grad_output: Tensor
+    table: Tensor, count: int, _seal: int, dtype: int, power: int, grad_output: Tensor
 ) -> None:
     """The gradient, of grad_output's one number, from the table's first row to its second."""
-    chunks = chunks_of("penalty_backward", table, count, seal)
+    chunks = chunks_of(table, count)
     if chunks == 0:
         return
     with device_of(table):

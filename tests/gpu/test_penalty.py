@@ -90,7 +90,9 @@ def test_nan_and_infinity_arrive(power, backend):
 @kernels
 def test_graph_capture_of_a_sum(backend):
     tensors = [x.detach() for x in draw(SHORT, torch.float32)]
-    table = TensorTable([x.numel() for x in tensors], CUDA, grad=addresses(tensors))
+    table = TensorTable(
+        [x.numel() for x in tensors], CUDA, (tensors[0].dtype,), grad=addresses(tensors)
+    )
     sums = torch.empty(2, dtype=torch.float64, device=CUDA)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -445,9 +445,15 @@ def test_sgd_takes_its_first_gradient_as_it_is(backend):
 def test_the_tables_layout():
     sizes = [3, 0, CHUNK, CHUNK + 1, 64]
     table = TensorTable(
-        sizes, torch.device("cpu"), param=[10, 11, 12, 13, 14], group=[0, 1, 2, 3, 4]
+        sizes,
+        torch.device("cpu"),
+        (torch.float32, torch.bfloat16),
+        param=[10, 11, 12, 13, 14],
+        group=[0, 1, 2, 3, 4],
     )
     assert table.count == 5
+    # What the seal says: dtypes, groups, the rows that were given.
+    assert table.seal % 2**23 == 1 | 3 << 2 | 5 << 4 | (2 + 1024) << 10
     assert table.chunks == 1 + 0 + 1 + 2 + 1
     assert table.scratch.numel() == 1 + table.chunks
     assert table.data.numel() == len(ROWS) * 5 + table.chunks
@@ -464,7 +470,7 @@ def test_the_tables_layout():
     assert table.data[5:10].tolist() == [10, 11, 12, 13, 14]
     assert work_units(0) == 64
     assert work_units(1) == work_units(64) == 128
-    empty = TensorTable([], torch.device("cpu"))
+    empty = TensorTable([], torch.device("cpu"), (torch.float32,))
     assert (empty.count, empty.chunks, empty.data.numel()) == (0, 0, 0)
 
 
@@ -581,9 +587,9 @@ def test_bad_tables():
         (1, 2**63 - 1, "table must be int64 of 13 rows of"),
         (1, 1, "table must be a TensorTable of this process"),
         (3, 2, "algorithm must be 0 or 1, got 2"),
-        (4, [9, 1], r"dtype must be in \[0, 3\], got 9"),
+        (4, [9, 1], "dtype must be the table's, 1, got 9"),
         (4, [1], "dtypes must be the parameters' and the moments'"),
-        (4, [0, 1], "dtypes must be moments like the parameters"),
+        (4, [1, 3], "dtype must be the table's, 1, got 3"),
         (5, [0.0] * 7, "numbers must be 8 for each of 1 groups, got 7"),
         (6, [3], "flags must be a decay, 0 to 2, and bits up to 16, got 3"),
         (8, 3, "rounding must be 0, 1 or 2, got 3"),

@@ -554,7 +554,7 @@ def test_bad_arguments_of_the_parts():
     from reg_kernels._tensor_table import TensorTable
 
     x = torch.ones(9000)
-    table = TensorTable([9000], x.device, grad=[x.data_ptr()])
+    table = TensorTable([9000], x.device, (x.dtype,), grad=[x.data_ptr()])
     sums = torch.zeros(1, dtype=torch.float64)
     part = torch.ops.reg_kernels.penalty_table.default
     good = [table.data, 1, table.seal, 1, 1, sums, 0, table.scratch]
@@ -565,7 +565,8 @@ def test_bad_arguments_of_the_parts():
         (0, table.data.clone(), "table must be a TensorTable of this process"),
         (1, 2**62, "table must be int64 of 13 rows of 4611686018427387904"),
         (2, table.seal + 1, "table must be a TensorTable of this process"),
-        (3, 4, r"dtype must be in \[0, 3\], got 4"),
+        (3, 4, "dtype must be the table's, 1, got 4"),
+        (3, 0, "dtype must be the table's, 1, got 0"),
         (4, 3, "power must be 1 or 2, got 3"),
         (5, sums.float(), "sums must be contiguous float64"),
         (6, 1, "room for number 1"),

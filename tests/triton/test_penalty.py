@@ -34,7 +34,7 @@ def values(sizes, dtype, misaligned=False):
 def table_of(tensors, **rows):
     sizes = [x.numel() for x in tensors]
     device = tensors[0].device
-    return TensorTable(sizes, device, grad=addresses(tensors), **rows)
+    return TensorTable(sizes, device, (tensors[0].dtype,), grad=addresses(tensors), **rows)
 
 
 def sum_of(tensors, power, sums=None, slot=0, table=None):
