@@ -217,7 +217,7 @@ def batch_norm_backward(
         z = z + residual.double()
     d = _behind_activation(grad_output, z, gate, activation, slope, p)
 
-    dims, count = _over_channels(x), x.numel() // x.shape[1]
+    dims, count = _over_channels(x), x.numel() // max(x.shape[1], 1)
     normalised = (x - per_channel(mean, x)) * per_channel(invstd, x)
     d_sum, projection = d.sum(dims), (d * normalised).sum(dims)
     scale = invstd if weight is None else invstd * weight.double()

@@ -198,7 +198,8 @@ def batch_norm_backward(
 
     def parameter(values: Tensor | None) -> Tensor:
         dtype = input.dtype if values is None else values.dtype
-        return input.new_empty(input.shape[1] if wants_parameters else 0, dtype=dtype)
+        make = input.new_empty if input.numel() else input.new_zeros  # a sum over nothing
+        return make(input.shape[1] if wants_parameters else 0, dtype=dtype)
 
     results = (
         dense_like(input) if wants_input else input.new_empty(0),

@@ -1,6 +1,6 @@
 """Calls ops as no public function would, and says which of the calls killed the process.
 
-    python tests/ops/hostile_calls.py --seed 0 --calls 2000 [--backend native] [--only 17]
+    python tests/hostile_calls.py --seed 0 --calls 2000 [--backend native] [--only 17]
 
 A call is drawn from (seed, number) alone: a valid one of hostile_inputs.py, of which one to three
 arguments are then changed. It may raise, or return what can be read. It runs in a forked process
@@ -12,6 +12,7 @@ call died, spun, or was refused by one of the two sets of checks and not by the 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import mmap
 import os
 import random
@@ -21,11 +22,12 @@ import struct
 import sys
 import traceback
 
-import hostile_inputs
 import torch
 
 from reg_kernels.ops._op_entries import CHECKS
 from reg_kernels.ops._registry import below_autograd
+
+import hostile_inputs
 
 BATCH = 500  # calls of one process
 SECONDS = 60  # of processor time for a call: one that takes longer does not end
@@ -36,6 +38,9 @@ OF_VALUES = (
     *("labels must be in", "lam must be in", "index must be in", "index must be a permutation"),
     *("boxes must be (x1", "receivers and starts must be those of", "the sizes must be"),
 )
+
+
+planted: int | None = None  # a call that reads address 0
 
 
 def draw(seed: int, number: int) -> hostile_inputs.HostileCall:
@@ -106,9 +111,11 @@ def child(place: mmap.mmap, seed: int, numbers: range, backend: str) -> None:
         place.seek(0)
         place.write(struct.pack("q", number))
         used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + SECONDS, int(used) + SECONDS + 5))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + SECONDS, resource.RLIM_INFINITY))
         call = draw(seed, number)
         place.write(str(call).encode()[: len(place) - 9] + b"\0")
+        if number == planted:
+            ctypes.string_at(0)
         said = run(call, backend)
         if said is not None:
             wrong += 1
@@ -152,8 +159,11 @@ def main() -> int:
     parser.add_argument("--backend", default="native", choices=("native", "triton", "reference"))
     parser.add_argument("--only", type=int, help="the number of one call, made in this process")
     parser.add_argument("--op", help="calls of this op alone")
+    parser.add_argument("--plant", type=int, help="the number of a call that dies whatever it is")
     args = parser.parse_args()
     hostile_inputs.ONLY_OP = args.op
+    global planted
+    planted = args.plant
     torch.set_num_threads(1)  # no pool that a fork would leave behind
     if args.only is not None:
         call = draw(args.seed, args.only)

@@ -27,7 +27,8 @@ class HostileCall:
     arguments: list[Any]
     changes: list[str] = field(default_factory=list)
     below_autograd: bool = False
-    hook: Callable[[Tensor], Tensor] | None = None
+    hook: Callable[[Tensor], Any] | None = None
+    hooked: int = 0  # which function's saved tensors the hook gives back
     keeps: Any = None  # alive as long as the call
 
     def is_plain(self) -> bool:
@@ -72,10 +73,12 @@ class HostileCall:
             lambda: F.l2_penalty([x]),
         ]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, self.hook):
-            y = functions[len(self.changes[0]) % len(functions)]()
+            y = functions[self.hooked % len(functions)]()
         return torch.autograd.grad(y.sum(), x)
 
     def __str__(self) -> str:
+        if self.hook is not None:
+            return f"through_hook() of function {self.hooked}: {self.changes[0]}"
         values = ", ".join(_described(value) for value in self.arguments)
         return f"{self.op}({values})  # {'; '.join(self.changes)}"
 
@@ -257,13 +260,16 @@ def _lists(r: Random) -> tuple[int, list[Any], list[Any]]:
     ]
     on_device = r.random() < 0.3
     common = [
-        *([0.1, 0.1, 0.1, 0.0, 0.9, 0.99, 1e-3, 0.5], [16 * on_device]),
-        *([torch.tensor(0.1)] if on_device else [], rounding),
-        *(_maybe(r, torch.ones(1, dtype=torch.float64)), 1.0),
-        *(_maybe(r, torch.tensor(2.0)), _maybe(r, torch.tensor(0.0)), _state(r)),
+        [0.1, 0.1, 0.1, 0.0, 0.9, 0.99, 1e-3, 0.5],
+        [16 * on_device],
+        [torch.tensor(0.1)] if on_device else [],
+        rounding,
+        _maybe(r, torch.ones(1, dtype=torch.float64)),
+        1.0,
+        _maybe(r, torch.tensor(2.0)),
+        _maybe(r, torch.tensor(0.0)),
+        _state(r),
     ]
-    # The list of rates got lost in the unpacking above where it is empty.
-    common = [*common[:2], [torch.tensor(0.1)] if on_device else [], rounding, *common[-5:]]
     return algorithm, lists, common
 
 
@@ -308,10 +314,6 @@ def _penalty_backward_table(r: Random) -> tuple[list[Any], Any]:
     return [*head, torch.ones(1, dtype=torch.float64)], (x, y, table)
 
 
-def _rescale_(r: Random) -> list[Any]:
-    return [_images(r, r.choice(FLOATS)), torch.tensor(2.0)]
-
-
 VALID: dict[str, Callable[[Random], Any]] = {
     **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), _dropout),
     **{
@@ -319,7 +321,7 @@ VALID: dict[str, Callable[[Random], Any]] = {
         for function in (
             *(_batch_norm, _batch_norm_inference, _batch_norm_backward),
             *(_cross_entropy, _cross_entropy_backward, _distillation, _distillation_backward),
-            *(_mixup, _mixup_, _mixup_backward, _rescale_),
+            *(_mixup, _mixup_, _mixup_backward),
             *(_optimizer_step_, _optimizer_step_table),
             *(_penalty, _penalty_backward, _penalty_table, _penalty_backward_table),
         )
@@ -445,18 +447,20 @@ def _changed(r: Random, value: Any, kind: str, arguments: list[Any]) -> tuple[An
 
 def draw(r: Random) -> HostileCall:
     """A valid call with one to three of its arguments changed; now and then with none."""
-    op = ONLY_OP or r.choice(list(VALID))
+    op = ONLY_OP or r.choice([*VALID, "optimizer_step_", "optimizer_step_"])  # of many arguments
     made = VALID[op](r)
     arguments, keeps = made if isinstance(made, tuple) else (made, None)
     call = HostileCall(op, arguments, keeps=keeps, below_autograd=r.random() < 0.6)
     schema = getattr(torch.ops.reg_kernels, op).default._schema.arguments
     assert len(arguments) == len(schema), (op, len(arguments), len(schema))
     if ONLY_OP is None and r.random() < 0.05:
-        name = r.choice(list(TENSORS))
+        # Not of what is freed: torch's own functions read it as well.
+        name = r.choice([name for name in TENSORS if "freed" not in name])
         only = r.randrange(8)  # of the tensors that are saved
         seen = iter(range(1000))
         call.hook = lambda t: TENSORS[name](r, t) if next(seen) == only else t
-        call.changes.append("hook: " + name + "." * r.randrange(7))
+        call.hooked = r.randrange(7)
+        call.changes.append(f"saved tensor {only}: {name}")
         return call
     changes = min(r.choice([0, 1, 1, 1, 1, 1, 2, 2, 3]), len(arguments))
     for place in r.sample(range(len(arguments)), changes):  # no change of what is freed already
