@@ -21,7 +21,9 @@ from ..reference import optimizer_step as reference
 from ._registry import below_autograd, define_part, register
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
-ALGORITHMS = ("adam", "sgd")
+# "average" is for parameters that have no gradient: it takes their average on and leaves them.
+ALGORITHMS = ("adam", "sgd", "average")
+_AVERAGE = ALGORITHMS.index("average")
 DECAYS = ("decoupled", "decoupled_lr", "l2")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 
@@ -74,7 +76,8 @@ class StepLists:
     All tensors at one place of the lists are dense, of one shape and strides; `steps` are float32
     of one element. `first_moments` are exp_avg or momentum_buffer, and have a dtype of their own
     together with the second ones: the parameters', float32, or bfloat16 for float32 parameters.
-    `emas` are of the compute type, float32 for 16-bit parameters.
+    `emas` are of the compute type, float32 for 16-bit parameters. "average" takes params and emas,
+    and no gradients.
     """
 
     params: list[Tensor]
@@ -98,7 +101,7 @@ class StepLists:
 
     def table(self, grads: Sequence[Tensor]) -> TensorTable:
         """The lists in a table; the tensors have to outlive it."""
-        rows = {"grad": addresses(grads), "param": addresses(self.params)}
+        rows = {"param": addresses(self.params)} | ({"grad": addresses(grads)} if grads else {})
         for name, row in self._ROWS.items():
             if tensors := getattr(self, name):
                 rows[row] = addresses(tensors)
@@ -106,9 +109,10 @@ class StepLists:
         rows |= {"group": self.groups, "element_offset": self.element_offsets}
         return TensorTable(sizes, self.params[0].device, **rows)
 
-    def check(self, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
+    def check(self, algorithm: int, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
         """Raises RuntimeError where a kernel would read or write past what is there."""
         count = len(self.params)
+        needed = "emas" if algorithm == _AVERAGE else "grads"
         compute = torch.promote_types(self.params[0].dtype, torch.float32)
         expected = {"grads": (grads, self.params[0].dtype), "params": (self.params, None)}
         expected |= {name: (getattr(self, name), None) for name in self._ROWS}
@@ -116,7 +120,7 @@ class StepLists:
         expected["steps"] = (self.steps, torch.float32)
         expected["compensations"] = (self.compensations, self.params[0].dtype)
         for name, (tensors, dtype) in expected.items():
-            if len(tensors) not in ((count,) if name == "grads" else (0, count)):
+            if len(tensors) not in ((count,) if name == needed else (0, count)):
                 raise RuntimeError(f"optimizer_step_: {name} must be {count}, got {len(tensors)}")
             kinds = {x.dtype for x in tensors} | ({dtype} if dtype and tensors else set())
             if len(kinds) > 1:
@@ -155,7 +159,7 @@ def _from_lists(backend: str) -> Any:
         if not params:
             return
         lists, common = StepLists(params, *rest[:8]), rest[8:]
-        lists.check(grads, common)
+        lists.check(algorithm, grads, common)
         table = lists.table(grads)
         _table_function(backend)(
             *(table.data, table.count, algorithm, lists.dtypes()), *common, table.scratch
@@ -172,7 +176,8 @@ def _above(overload: Any, algorithm: int, params: list[Tensor], *rest: Any) -> N
     """A step records no gradient; what saved a parameter must know that it has changed."""
     with below_autograd():
         overload(algorithm, params, *rest)
-    torch.autograd.graph.increment_version(params)
+    if algorithm != _AVERAGE:
+        torch.autograd.graph.increment_version(params)
 
 
 OP = register(
@@ -221,4 +226,5 @@ class PreparedStep:
             _table_function(backend)(
                 *(table.data, table.count, self._algorithm, self._dtypes, *common, table.scratch)
             )
-        torch.autograd.graph.increment_version(self.lists.params)
+        if self._algorithm != _AVERAGE:
+            torch.autograd.graph.increment_version(self.lists.params)

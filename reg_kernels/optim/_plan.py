@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,38 @@ _dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("
 _grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
 
 
+# State that torch's optimizers do not have: `swapped_out` is the parameter itself, while its
+# average stands in its place.
+OWN_STATE = ("ema", "compensation", "swapped_out")
 # What state there can be of a parameter's shape.
-STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "ema", "compensation")
+STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", *OWN_STATE)
+
+# Options that torch's optimizers do not have, and what they are in a group that does not name them:
+# so a group has torch's keys alone until more is asked for. Of `decay`: as its optimizer has it.
+OPTIONS = {
+    "decay": None,
+    "decay_lr": None,
+    "l1": 0.0,
+    "ema_decay": None,
+    "rounding": "nearest",
+    "state_dtype": None,
+}
+
+
+def option(group: dict[str, Any], name: str) -> Any:
+    """An option of OPTIONS, as a group has it."""
+    return group.get(name, OPTIONS[name])
+
+
+def is_memoryless(value: Tensor) -> bool:
+    """Whether there is nothing where the elements of `value` should be: a storage that was freed,
+    or zeros that torch's autograd knows of without storing them."""
+    return value.data_ptr() == 0 and value.numel() > 0
+
+
+# SGD's counts of steps: of each parameter its momentum, as the plan last knew it, and the counter.
+# They are no state, which torch's SGD has but the momentum of; they tell one that has not begun.
+Counters = dict[Tensor, tuple[Tensor, Tensor]]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +85,8 @@ def _same(some: Any, others: Any) -> bool:
 def _fits(value: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels take `value` beside `like` as it is."""
     strides = value.stride() == like.stride() or value.numel() <= 1
-    return strides and value.dtype == dtype and value.device == like.device and not value.is_neg()
+    kind = value.dtype == dtype and value.device == like.device
+    return strides and kind and not value.is_neg() and not is_memoryless(value)
 
 
 def _restrided(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,9 +123,10 @@ class _Launch:
                 self.groups.append(m.group)
         first = members[0]
         self.device, self.dtype = first.param.device, first.param.dtype
+        self.averages = first.averages
         self.rounding = ROUNDINGS.index(first.rounding)
         self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
-        self._rates = optimizer._rates
+        self._optimizer = optimizer
 
         names = first.state_names
         self._states = [m.state for m in members]
@@ -106,6 +139,7 @@ class _Launch:
         self._devices = [self.device] * len(members)
         self._contiguous = all(map(_is_contiguous, self.params))
         self._places = self._where(self.params)
+        self._without_elements = list(map(_numel, self.params)).count(0)
         self._buffers: dict[int, Tensor] = {}
         self._staged_grads: list[int] = []
         self._grad_addresses: list[int] = []
@@ -114,6 +148,7 @@ class _Launch:
         # tells: zero_grad() is to free them.
         self._held: list[Tensor] = []
         self._given: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # from gradients into their buffers
         self._first_given: weakref.ref[Tensor] | None = None
 
         by_name = {name: [m.state[name] for m in members] for name in names}
@@ -121,7 +156,7 @@ class _Launch:
         index = {id(g): i for i, g in enumerate(self.groups)}
         lists = StepLists(
             dense,
-            by_name.get("step", []),
+            [m.step for m in members if m.step is not None],
             *moments,
             *[[]] * (3 - len(moments)),
             by_name.get("ema", []),
@@ -129,21 +164,28 @@ class _Launch:
             [index[id(m.group)] for m in members],
             [m.element_offset for m in members],
         )
+        if self.averages:
+            self.step = PreparedStep("average", lists, [])
+            return
         self.grads = list(map(_grad, self.params))
-        self._note_layout(self.grads)
+        self._note_layout(self.grads, addresses(self.grads))
         self._take(self.grads)
         self.step = PreparedStep(optimizer._algorithm, lists, self.grads)
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
-        params, grads = self.params, list(map(_grad, self.params))
+        params = self.params
         if self._where(params) != self._places:
             return False
+        if self.averages:
+            alike = _layout(params) == self._layout
+            return alike and self._where_the_state_is() == self._state_addresses
+        grads = list(map(_grad, params))
         where = addresses(grads)
         # The objects of the last step, held since then, are the same gradients. Of others not even
         # the id says that they are new: all is looked at.
         if not (self._held and _same(grads, self._held) and where == self._grad_addresses):
-            if _layout(params) != self._layout or not self._note_layout(grads):
+            if _layout(params) != self._layout or not self._note_layout(grads, where):
                 return False
             self._grad_addresses = where
         self._take(grads)
@@ -164,14 +206,19 @@ class _Launch:
         """Of state that was replaced, and of a tensor that was given other data."""
         return [addresses(map(getter, self._states)) for getter in self._getters]
 
-    def _note_layout(self, grads: list[Tensor]) -> bool:
+    def _note_layout(self, grads: list[Tensor], where: list[int]) -> bool:
         """Finds out which gradients have to go through buffers: those of other strides or dtype
-        than their parameters. False where one is not its parameter's gradient at all."""
+        than their parameters, and zeros that have no memory. False where one is not its parameter's
+        gradient at all, or was freed."""
         shapes, _, dtypes = self._layout
         if list(map(_shape, grads)) != shapes or list(map(_device, grads)) != self._devices:
             return False
+        all_there = where.count(0) == self._without_elements
+        if not all_there and any(is_memoryless(g) and not g._is_zerotensor() for g in grads):
+            return False
         alike = (
-            self._contiguous
+            all_there
+            and self._contiguous
             and all(map(_is_contiguous, grads))
             and list(map(_dtype, grads)) == dtypes
             and not (self._staged or any(map(_is_neg, grads)))
@@ -207,6 +254,8 @@ class _Launch:
 
     def store(self) -> None:
         """Writes back what is staged, and lets the gradients go."""
+        if self.averages:
+            return
         for param, dense in self._staged:
             param.copy_(dense)
         first = self._given[0]
@@ -221,18 +270,18 @@ class _Launch:
         flags: list[int] = []
         rates: list[Tensor] = []
         for group in self.groups:
-            lr = group["lr"]
+            lr, decay_lr = group["lr"], option(group, "decay_lr")
             on_device = isinstance(lr, Tensor) and lr.is_cuda and lr.device == self.device
             if on_device:
                 rates.append(lr.detach().to(torch.float32))
             of_group = Hyperparameters(
                 0.0 if on_device else float(lr),
-                group["decay_lr"] or 1.0,
+                decay_lr or 1.0,
                 group["weight_decay"],
-                group["l1"],
-                *self._rates(group),
-                group["ema_decay"] or 0.0,
-                group["decay"],
+                option(group, "l1"),
+                *self._optimizer._rates(group),
+                option(group, "ema_decay") or 0.0,
+                self._optimizer._decay_of(group),
                 group["maximize"],
                 group.get("nesterov", False),
                 on_device,
@@ -243,23 +292,27 @@ class _Launch:
 
 
 class _Member:
-    """A parameter that has a gradient, and what its update needs."""
+    """A parameter and what its update needs; one without a gradient is only averaged."""
 
     def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> None:
         self.param, self.group = param, group
-        self.rounding: str = group["rounding"]
-        self.moment_names = optimizer._moments(group)
-        names = ["step"] if self.moment_names else []
+        self.averages = param.grad is None
+        self.rounding: str = "nearest" if self.averages else option(group, "rounding")
+        self.moment_names = () if self.averages else optimizer._moments(group)
+        self._counts_in_state = optimizer._counts
+        names = ["step"] if self.moment_names and self._counts_in_state else []
         names += self.moment_names
-        if group["ema_decay"] is not None:
+        if option(group, "ema_decay") is not None:
             names.append("ema")
         if self.rounding == "kahan" and param.dtype.itemsize == 2:
             names.append("compensation")
         self.state_names = tuple(names)
-        self.moments_dtype = _moments_dtype(param.dtype, group["state_dtype"])
+        wanted = None if self.averages else option(group, "state_dtype")
+        self.moments_dtype = _moments_dtype(param.dtype, wanted)
         self.element_offset = 0
         self.dense = param
         self.state: dict[str, Tensor] = {}
+        self.step: Tensor | None = None
 
     def kind(self) -> tuple[Any, ...]:
         """What the members of a launch have in common."""
@@ -269,16 +322,18 @@ class _Member:
             self.moments_dtype,
             self.state_names,
             self.rounding,
+            self.averages,
         )
 
-    def prepare(self, state: dict[str, Any]) -> None:
+    def prepare(self, state: dict[str, Any], counters: Counters) -> None:
         """Makes the state that is missing, and brings what is there into the kernels' form."""
+        momentum = state.get("momentum_buffer")
         if not is_dense(self.param) or self.param.is_neg():
             self.dense = self.param.detach().resolve_neg().contiguous()
         self.state = state
         for name in self.state_names:
             if name == "step":
-                state[name] = self._step(state)
+                self.step = state[name] = self._step(state)
                 continue
             dtype = self.moments_dtype
             if name == "ema":
@@ -293,15 +348,22 @@ class _Member:
                 state[name] = new.copy_(self.param) if name == "ema" else new.zero_()
             else:
                 state[name] = _restrided(value, self.dense, dtype)
+        if self.moment_names and not self._counts_in_state:
+            # Where there is a momentum a step was taken, unless it is one that was made here.
+            buffer, counter = counters.get(self.param, (None, None))
+            if counter is None or momentum is not buffer or counter.device != self.param.device:
+                counter = self._counter(momentum is not None)
+            self.step = counter
+            counters[self.param] = (state["momentum_buffer"], counter)
 
     def _step(self, state: dict[str, Any]) -> Tensor:
-        device = self.param.device
         step = state.get("step")
-        if step is None:
-            # torch's SGD does not count: where there is a momentum, a step was taken.
-            taken = state.get("momentum_buffer") is not None
-            return torch.full((), float(taken), dtype=torch.float32, device=device)
-        return torch.as_tensor(step, dtype=torch.float32, device=device)
+        if isinstance(step, Tensor):
+            return step.to(self.param.device, torch.float32)
+        return self._counter(0.0 if step is None else float(step))
+
+    def _counter(self, start: float) -> Tensor:
+        return torch.full((), start, dtype=torch.float32, device=self.param.device)
 
 
 class Plan:
@@ -321,15 +383,19 @@ class Plan:
             optimizer._check_options(group)  # again: somebody may have changed it
         members: list[_Member] = []
         self._idle: list[Tensor] = []  # parameters without a gradient
+        self._lazy: list[Tensor] = []  # and those of them that are not there yet
         self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]
         offset = 0
         for number, (group, params, _) in enumerate(self._groups):
             for i, param in enumerate(params):
                 if param.grad is None:
-                    self._idle.append(param)
-                else:
+                    (self._lazy if is_lazy(param) else self._idle).append(param)
+                averaged = option(group, "ema_decay") is not None and not is_lazy(param)
+                if param.grad is not None or averaged:
                     where = f"parameter {i} of group {number}"
-                    _check(name, where, param, optimizer.state.get(param, {}))
+                    if param.grad is not None:
+                        _check_gradient(name, where, param, param.grad)
+                    _check(optimizer, where, param, optimizer.state.get(param, {}))
                     kind = (param.device.type, param.dtype)
                     backends.choose("optimizer_step", *kind, optimizer.backend)
                     member = _Member(optimizer, group, param)
@@ -338,12 +404,15 @@ class Plan:
                 if not is_lazy(param):
                     # By whole draws, and past those without a gradient: each keeps its own.
                     offset += -(-param.numel() // 8) * 8
+        optimizer._counters = {p: c for p, c in optimizer._counters.items() if p in optimizer.state}
         for member in members:
-            member.prepare(optimizer.state[member.param])
+            # SGD without a momentum keeps nothing, as torch's does not.
+            state = optimizer.state[member.param] if member.state_names else {}
+            member.prepare(state, optimizer._counters)
         self.launches = [_Launch(optimizer, of) for of in _by_launch(members)]
         self._state = optimizer.state
         self._values = list(optimizer.state.values())
-        counts = Counter(launch.device for launch in self.launches)
+        counts = Counter(launch.device for launch in self.launches if not launch.averages)
         self._rng_states = {
             device: torch.empty(2, dtype=torch.int64, device="cpu") for device in counts
         }
@@ -370,7 +439,9 @@ class Plan:
             return False
         if not _same(state.values(), self._values):
             return False
-        if any(p.grad is not None for p in self._idle):
+        if not all(map(is_, map(_grad, self._idle), repeat(None))):
+            return False
+        if not all(is_lazy(p) and p.grad is None for p in self._lazy):
             return False
         try:
             return all(launch.is_current() for launch in self.launches)
@@ -398,6 +469,10 @@ class Plan:
             self.launches, chosen, hyperparameters, strict=True
         ):
             device = launch.device
+            if launch.averages:
+                found = _scalar(found_inf, device)
+                launch.step.run([], implementation, (*of_groups, 0, None, 0.0, None, found, None))
+                continue
             rng_state = None
             if launch.stochastic:
                 if device not in states:
@@ -420,6 +495,8 @@ class Plan:
         """The parts of the squared norm: one a launch; of the first one's device."""
         slots = dict.fromkeys(self._squares, 0)
         for launch, implementation in zip(self.launches, chosen, strict=True):
+            if launch.averages:
+                continue
             sums, slot = self._squares[launch.device], slots[launch.device]
             slots[launch.device] += 1
             sum_into(launch.step.table, launch.grads, 2, sums, slot, implementation)
@@ -435,7 +512,7 @@ class Plan:
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that decide which state there is and who goes with whom, or what is a word."""
     names = ("amsgrad", "decay", "decay_lr", "decoupled_weight_decay", "rounding", "state_dtype")
-    return (*map(group.get, names), group.get("momentum", 0) != 0, group["ema_decay"] is None)
+    return (*map(group.get, names), group.get("momentum", 0) != 0, group.get("ema_decay") is None)
 
 
 def _by_launch(members: list[_Member]) -> list[list[_Member]]:
@@ -454,9 +531,7 @@ def _by_launch(members: list[_Member]) -> list[list[_Member]]:
     return launches
 
 
-def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
-    grad = param.grad
-    assert grad is not None
+def _check_gradient(name: str, where: str, param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         layout = str(grad.layout).removeprefix("torch.")
         raise RuntimeError(
@@ -469,8 +544,14 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
             f"{tuple(grad.shape)} on {grad.device} for {where}, {tuple(param.shape)} on "
             f"{param.device}"
         )
-    if grad.numel() and grad.data_ptr() == 0:
+    if is_memoryless(grad) and not grad._is_zerotensor():
         raise RuntimeError(f"{name}: a gradient must have memory of its own, got none for {where}")
+
+
+def _check(optimizer: FusedOptimizer, where: str, param: Tensor, state: dict[str, Any]) -> None:
+    name = type(optimizer).__name__
+    if is_memoryless(param):
+        raise RuntimeError(f"{name}: a parameter must have memory of its own, got none for {where}")
     if torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             f"{name}: a parameter's elements must lie apart, got strides {param.stride()} of shape "
@@ -478,11 +559,16 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
         )
     for key in STATE:
         value = state.get(key)
-        if isinstance(value, Tensor) and value.shape != param.shape:
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape != param.shape:
             raise ValueError(
                 f"{name}: {key} of {where} must have shape {tuple(param.shape)}, "
                 f"got {tuple(value.shape)}"
             )
+        if is_memoryless(value) and not value._is_zerotensor():
+            raise RuntimeError(f"{name}: {key} of {where} must have memory of its own, got none")
+    optimizer._check_complete(where, state)
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
