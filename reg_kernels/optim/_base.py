@@ -405,8 +405,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, key: Any, p: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         name, where = type(self).__name__, f"parameter {key} in the state_dict"
-        step = state.get("step", 0.0)
-        if not (step.numel() == 1 if isinstance(step, Tensor) else hasattr(step, "__float__")):
+        step = state.get("step")
+        number = step.numel() == 1 if isinstance(step, Tensor) else hasattr(step, "__float__")
+        if step is not None and not number:
             raise ValueError(f"{name}: step of {where} must be one number, got {step!r}")
         for moment in STATE:
             value = state.get(moment)
