@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
-from ._plan import OPTIONS, OWN_STATE, STATE, Counters, Plan, option
+from ._launch import OPTIONS, OWN_STATE, STATE, Counters, option
+from ._plan import Plan
 
 DOCUMENTATION = r"""
         decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
-from ._plan import OWN_STATE, STATE, option
+from ._launch import OWN_STATE, STATE, option
 
 
 class AdamW(FusedOptimizer):
