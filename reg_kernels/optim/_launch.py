@@ -95,8 +95,8 @@ def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtyp
 
 
 def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """What of parameters can change in place, other than their addresses."""
-    return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
+    """What of parameters can change in place, other than what `Launch._where` tells."""
+    return list(map(_shape, params)), list(map(_dtype, params))
 
 
 class Launch:
@@ -198,7 +198,7 @@ class Launch:
         """Finds out which gradients have to go through buffers: those of other strides or dtype
         than their parameters, and zeros that have no memory. False where one is not its parameter's
         gradient at all, or was freed."""
-        shapes, _, dtypes = self._layout
+        shapes, dtypes = self._layout
         if list(map(_shape, grads)) != shapes or list(map(_device, grads)) != self._devices:
             return False
         all_there = where.count(0) == self._without_elements
