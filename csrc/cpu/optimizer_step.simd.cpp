@@ -217,10 +217,31 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// Reads p and the EMA and writes the EMA, which lies in its compute type.
+template <typename C>
+void average(const OptimizerTask& task, int64_t begin, int64_t end) {
+  const OptimizerRule<C> rule(task.constants, task.algorithm);
+  TileOf<C> param;
+  C* ema = static_cast<C*>(task.ema);
+  if (ema == nullptr) return;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = kTile < end - first ? kTile : end - first;
+    param.open(task.param, task.dtype, first, count);
+    const C* p = param.values();
+    C* e = ema + first;
+    for_tile(count, [=](int64_t i)
+                        __attribute__((always_inline)) { e[i] = ema_element(rule, e[i], p[i]); });
+  }
+}
+
 }  // namespace
 
 void optimizer_step_range(const OptimizerTask& task, int64_t begin, int64_t end) {
-  (task.dtype == DType::float64 ? run<double> : run<float>)(task, begin, end);
+  if (task.algorithm == Algorithm::average) {
+    (task.dtype == DType::float64 ? average<double> : average<float>)(task, begin, end);
+  } else {
+    (task.dtype == DType::float64 ? run<double> : run<float>)(task, begin, end);
+  }
 }
 
 RK_NAMESPACE_END

@@ -4,6 +4,7 @@
 // AdamW reads p, g, m, v and writes p, m, v: 3 * sizeof(T) + 4 * sizeof(S) bytes an element with
 // moments of type S (28 B in fp32, 14 B in bf16, 22 B in bf16 with fp32 moments); SGDW with
 // momentum five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each.
+// Of what has no gradient an EMA alone reads p and itself and writes itself.
 //
 // Layout: one launch for the whole table, a block for each chunk of kChunk elements of one tensor.
 // A thread takes so many consecutive elements at a time that the widest of the arrays is moved in
@@ -294,10 +295,65 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm
   if (last_block(a.ticket, &block->last)) add_steps(a.table);
 }
 
+// One thread's share of elements [begin, end) of a chunk's parameters and their average.
+template <int kCount, int kUnits, typename T, typename C>
+__device__ __forceinline__ void average_range(const OptimizerRule<C>& rule, const T* param, C* ema,
+                                              int begin, int end) {
+  constexpr int kStride = kOptimizerThreads * kCount;
+  for (int step = begin; step < end; step += kUnits * kStride) {
+    const int mine = step + static_cast<int>(threadIdx.x) * kCount;
+    Vector<T, kCount> params[kUnits];
+    Vector<C, kCount> emas[kUnits];
+    RK_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      const int i = mine + u * kStride;
+      if (i >= end) continue;
+      params[u] = load_whole<kCount>(param + i);
+      emas[u] = load_whole<kCount>(ema + i);
+    }
+    RK_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      const int i = mine + u * kStride;
+      if (i >= end) continue;
+      RK_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        emas[u].v[j] = ema_element(rule, emas[u].v[j], static_cast<C>(load(params[u].v[j])));
+      }
+      store_whole(ema + i, emas[u]);
+    }
+  }
+}
+
+// Algorithm::average: reads p and the EMA and writes the EMA.
+template <typename T>
+__global__ void __launch_bounds__(kOptimizerThreads)
+    optimizer_average_kernel(const __grid_constant__ OptimizerStep a) {
+  using C = compute_t<T>;
+  if (a.found_inf && *a.found_inf != 0.0f) return;
+  const TableChunk chunk(a.table, blockIdx.x);
+  OptimizerConstants k{};
+  k.ema_rest = 1.0 - a.groups[a.table.at(TableRow::group, chunk.tensor)].ema_decay;
+  const OptimizerRule<C> rule(k, Algorithm::average);
+  const T* param = chunk.address<const T>(TableRow::param);
+  C* ema = chunk.address<C>(TableRow::ema);
+  if (!ema) return;
+  constexpr int kCount = kVector<C>;
+  const int whole = optimizer_aligned(chunk) ? chunk.count / kCount * kCount : 0;
+  average_range<kCount, 4>(rule, param, ema, 0, whole);
+  average_range<1, 1>(rule, param, ema, whole, chunk.count);
+}
+
 // Parameters and gradients of type T, moments of type S.
 template <typename T, typename S>
 void launch_optimizer_step(Algorithm algorithm, const OptimizerStep& step, cudaStream_t stream) {
   if (step.table.count == 0) return;
+  if (algorithm == Algorithm::average) {
+    if (step.chunks == 0) return;
+    RK_LAUNCH(optimizer_average_kernel<T>, dim3(static_cast<unsigned>(step.chunks)),
+              dim3(kOptimizerThreads), 0, stream, step);
+    check_launch("optimizer_step");
+    return;
+  }
   // Tensors without an element count their steps too: there is a block for that at least.
   const dim3 grid(static_cast<unsigned>(step.chunks > 0 ? step.chunks : 1));
   const auto kernel = algorithm == Algorithm::adam ? optimizer_step_kernel<Algorithm::adam, T, S>

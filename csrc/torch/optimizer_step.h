@@ -68,7 +68,7 @@ inline OptimizerKind optimizer_kind(const Call& call, const Tensor& data, const 
                                     int64_t groups, int64_t algorithm, int64_t rounding,
                                     const std::vector<int64_t>& dtypes, bool draws) {
   const char* op = call.op;
-  RK_REQUIRE(algorithm == 0 || algorithm == 1, op, "algorithm", "0 or 1", algorithm);
+  RK_REQUIRE(algorithm >= 0 && algorithm <= 2, op, "algorithm", "0, 1 or 2", algorithm);
   RK_REQUIRE(rounding >= 0 && rounding <= 2, op, "rounding", "0, 1 or 2", rounding);
   RK_REQUIRE(dtypes.size() == 2, op, "dtypes", "the parameters' and the moments'", dtypes.size());
   RK_REQUIRE(groups >= table.groups, op, "groups", words("the table's ", table.groups), groups);
@@ -85,6 +85,10 @@ inline OptimizerKind optimizer_kind(const Call& call, const Tensor& data, const 
              "given for stochastic rounding", "None");
   if (table.table.count == 0) return kind;
   check_row(call, data, table, TableRow::param);
+  if (kind.algorithm == Algorithm::average) {
+    check_row(call, data, table, TableRow::ema);
+    return kind;
+  }
   check_row(call, data, table, TableRow::grad);
   if (kind.algorithm == Algorithm::adam) {
     check_row(call, data, table, TableRow::first_moment);

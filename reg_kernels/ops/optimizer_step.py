@@ -24,7 +24,14 @@ from ._entry import Call, described, has_layout_of
 from ._registry import below_autograd, define_part, register
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
-ALGORITHMS = ("adam", "sgd")
+# "average" is for parameters that have no gradient: it takes their average on and leaves them.
+ALGORITHMS = ("adam", "sgd", "average")
+_AVERAGE = ALGORITHMS.index("average")
+_NEEDED = {  # the lists that an algorithm cannot do without
+    "adam": ("params", "grads", "first_moments", "second_moments"),
+    "sgd": ("params", "grads"),
+    "average": ("params", "emas"),
+}
 DECAYS = ("decoupled", "decoupled_lr", "l2")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 
@@ -78,7 +85,8 @@ class StepLists:
     All tensors at one place of the lists are dense, of one shape and strides; `steps` are float32
     of one element. `first_moments` are exp_avg or momentum_buffer, and have a dtype of their own
     together with the second ones: the parameters', float32, or bfloat16 for float32 parameters.
-    `emas` are of the compute type, float32 for 16-bit parameters.
+    `emas` are of the compute type, float32 for 16-bit parameters. "average" takes params and emas,
+    and no gradients.
     """
 
     params: list[Tensor]
@@ -102,7 +110,7 @@ class StepLists:
 
     def table(self, grads: Sequence[Tensor]) -> TensorTable:
         """The lists in a table; the tensors have to outlive it."""
-        rows = {"grad": addresses(grads), "param": addresses(self.params)}
+        rows = {"param": addresses(self.params)} | ({"grad": addresses(grads)} if grads else {})
         for name, row in self._ROWS.items():
             if tensors := getattr(self, name):
                 rows[row] = addresses(tensors)
@@ -116,7 +124,7 @@ class StepLists:
         first, count = self.params[0], len(self.params)
         call = Call("optimizer_step_", first)
         if algorithm not in range(len(ALGORITHMS)):
-            call.refuse("algorithm", "0 or 1", algorithm)
+            call.refuse("algorithm", "0, 1 or 2", algorithm)
         call.check_floats(first, "params")
         moments = (self.first_moments or self.params)[0].dtype
         if moments not in _moments_of(first.dtype):
@@ -128,9 +136,7 @@ class StepLists:
             "emas": torch.promote_types(first.dtype, torch.float32),
             "steps": torch.float32,
         }
-        needed = ("params", "grads")
-        if ALGORITHMS[algorithm] == "adam":
-            needed = (*needed, "first_moments", "second_moments")
+        needed = _NEEDED[ALGORITHMS[algorithm]]
         for name, dtype in dtypes.items():
             tensors = grads if name == "grads" else getattr(self, name)
             if len(tensors) != count and (tensors or name in needed):
@@ -224,7 +230,8 @@ def _above(overload: Any, algorithm: int, params: list[Tensor], *rest: Any) -> N
     """A step records no gradient; what saved a parameter must know that it has changed."""
     with below_autograd():
         overload(algorithm, params, *rest)
-    torch.autograd.graph.increment_version(params)
+    if algorithm != _AVERAGE:
+        torch.autograd.graph.increment_version(params)
 
 
 OP = register(
@@ -275,4 +282,5 @@ class PreparedStep:
                 *common,
                 table.scratch,
             )
-        torch.autograd.graph.increment_version(self.lists.params)
+        if self._algorithm != _AVERAGE:
+            torch.autograd.graph.increment_version(self.lists.params)

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
-from ._plan import STATE, Plan
+from ._launch import OPTIONS, OWN_STATE, STATE, Counters, option
+from ._plan import Plan
 
-OPTIONS = r"""
+DOCUMENTATION = r"""
         decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
             (\gamma / \gamma_0) \lambda \theta`, independent of the learning rate that was chosen
             though not of its schedule; "l2": :math:`\lambda \theta` is added to the gradient.
@@ -25,7 +26,9 @@ OPTIONS = r"""
             the decay is for "decoupled_lr") moves each weight towards zero and makes those within
             it exactly zero. With a weight_decay as well it is the elastic net.
         ema_decay: in [0, 1): keeps an exponential moving average of the weights, float32 for 16-bit
-            parameters, in `state[p]["ema"]`. `ema_weights()` swaps it in. None keeps none.
+            parameters, in `state[p]["ema"]`. It starts from the weights before the first step, and
+            each step takes it on: of every parameter, also of one that has no gradient or requires
+            none. `ema_weights()` swaps it in. None keeps none.
         rounding: how bfloat16 and float16 parameters are stored: "nearest"; "stochastic", bfloat16
             only, which keeps updates below half an ulp alive on average; "kahan", which keeps what
             rounding took off in `state[p]["compensation"]`.
@@ -43,10 +46,16 @@ OPTIONS = r"""
             `backend` that cannot run here (`BackendUnavailable`). Nothing is changed then.
 
     All parameters of one device, dtype and kind of state take one launch, whatever their number (of
-    up to 32 groups); nothing is allocated after the first step. `torch.amp.GradScaler` hands its
-    scale and its verdict to the step, which unscales on the fly (`p.grad` stays scaled) and, where
-    a gradient is infinite or NaN, changes nothing, the step counter included. `torch.compile` takes
-    `step` as an opaque call.
+    up to 32 groups), and those that are only averaged another one; nothing is allocated after the
+    first step. `torch.amp.GradScaler` treats it as it treats torch's: by default it unscales the
+    gradients itself, waits for its verdict and leaves the step out where one is infinite or NaN.
+    With `fused=True` it hands scale and verdict to the step, which unscales on the fly (`p.grad`
+    stays scaled) and then changes nothing, the step counter included, with no synchronisation.
+    `torch.compile` takes `step` as an opaque call.
+    A group, a state and a `state_dict()` hold what torch's of the same name hold, and options and
+    state of ours only where they are in use: `group.get("l1", 0.0)`. What torch's has saved is
+    enough to load, also for torch.distributed.checkpoint, and options that are not in what is
+    loaded stay as they are.
     Results do not depend on threads, nor on how parameters, in one order, are grouped: two runs
     give the same bits.
 
@@ -64,9 +73,10 @@ def check_nonnegative(name: str, option: str, value: Any) -> None:
 class FusedOptimizer(torch.optim.Optimizer):
     """An optimizer whose step is one op on lists (ops/optimizer_step.py)."""
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler: sets grad_scale and found_inf
     _algorithm: ClassVar[str]
     _decay: ClassVar[str]  # by default
+    _counts: ClassVar[bool]  # whether torch's keeps a `step` in its state
+    _required: ClassVar[tuple[str, ...]]  # what torch's keeps there as soon as it keeps anything
 
     def __init__(
         self,
@@ -81,12 +91,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             backends.check_name(backend, "backend")
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self._put_aside: list[tuple[Tensor, Tensor]] = []  # while averaged weights are swapped in
         self._forget()
         super().__init__(params, defaults)
+        self._offer_amp_scaling()
+
+    def _offer_amp_scaling(self) -> None:
+        # Where it is set torch.amp.GradScaler hands over grad_scale and found_inf. Trainers take it
+        # for a sign that gradients are not to be touched, and that a step is never left out.
+        self._step_supports_amp_scaling = bool(self.defaults["fused"])
 
     def _forget(self) -> None:
         """What is known of parameters and state, and need not be known."""
+        self._counters: Counters = {}
+        # The parameters that averages were swapped in for, and their versions then, where known.
+        self._swapped: list[tuple[Tensor, int | None]] = []
         self._plan: Plan | None = None
         self._norm: tuple[Tensor, Tensor | None] | None = None
         self._loaded: list[tuple[Tensor, dict[str, Any]]] | None = None
@@ -108,19 +126,32 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = dict(param_group) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         if "decoupled_weight_decay" in self.defaults:
             # Torch's word and ours for one thing: what a group was given decides.
-            group = self.param_groups[-1]
             if "decay" in given:
                 group["decoupled_weight_decay"] = group["decay"] != "l2"
             elif "decoupled_weight_decay" in given:
                 group["decay"] = "decoupled" if given["decoupled_weight_decay"] else "l2"
         try:
-            self._check_group(self.param_groups[-1])
+            self._check_group(group)
         except BaseException:
             self.param_groups.pop()
             raise
+        self._leave_out_defaults(group)
         self._plan = None
+
+    def _decay_of(self, group: dict[str, Any]) -> str:
+        """The kind of decay: one of DECAYS, or what somebody has put there instead."""
+        return option(group, "decay") or self._decay
+
+    def _leave_out_defaults(self, group: dict[str, Any]) -> None:
+        """Takes out of a group what only says that an option of ours is not in use."""
+        for name, default in OPTIONS.items():
+            if name == "decay":
+                default = self._decay_of({k: v for k, v in group.items() if k != "decay"})
+            if name in group and group[name] == default:
+                del group[name]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -134,32 +165,33 @@ class FusedOptimizer(torch.optim.Optimizer):
         """All but the learning rate: to look at one on a device would wait for it."""
         name = type(self).__name__
         check_nonnegative(name, "weight_decay", group["weight_decay"])
-        check_nonnegative(name, "l1", group["l1"])
+        check_nonnegative(name, "l1", option(group, "l1"))
         if len(set(map(id, group["params"]))) != len(group["params"]):
             raise ValueError(f"{name}: a parameter must come once in its group, got one twice")
         if group["fused"] and group["foreach"]:
             raise RuntimeError(f"{name}: fused and foreach cannot both be True")
         if group["differentiable"]:
             raise RuntimeError(f"{name}: differentiable must be False: the step is one kernel")
-        for option, choices in (("decay", DECAYS), ("rounding", ROUNDINGS)):
-            if group[option] not in choices:
+        decay, rounding = self._decay_of(group), option(group, "rounding")
+        for word, value, choices in (("decay", decay, DECAYS), ("rounding", rounding, ROUNDINGS)):
+            if value not in choices:
                 known = ", ".join(choices)
-                raise ValueError(f"{name}: {option} must be one of {known}, got {group[option]!r}")
-        if group["decay"] == "decoupled_lr":
-            if group["decay_lr"] is None:
+                raise ValueError(f"{name}: {word} must be one of {known}, got {value!r}")
+        if decay == "decoupled_lr":
+            if option(group, "decay_lr") is None:
                 group["decay_lr"] = float(group["lr"])
             if not group["decay_lr"] > 0:
                 raise ValueError(
                     f"{name}: decay_lr must be above 0 for decay='decoupled_lr', "
                     f"got {group['decay_lr']}: name the lr that weight_decay is meant for"
                 )
-        ema_decay = group["ema_decay"]
+        ema_decay, state_dtype = option(group, "ema_decay"), option(group, "state_dtype")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"{name}: ema_decay must be in [0, 1) or None, got {ema_decay}")
-        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"{name}: state_dtype must be torch.float32, torch.bfloat16 or None, "
-                f"got {group['state_dtype']}"
+                f"got {state_dtype}"
             )
         for i, p in enumerate(group["params"]):
             if is_traceable_wrapper_subclass(p):
@@ -173,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}: parameters must be dense float64, float32, float16 or bfloat16, "
                     f"got {str(what).removeprefix('torch.')} for number {i} of its group"
                 )
-            if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            if rounding == "stochastic" and p.dtype == torch.float16:
                 raise RuntimeError(
                     f"{name}: rounding='stochastic' must go with bfloat16 (or wider) parameters, "
                     f"got float16 for number {i} of its group: use rounding='kahan'"
@@ -184,11 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; `closure`, where given, is called first and its loss returned."""
-        if self._put_aside:
-            raise RuntimeError(
-                f"{type(self).__name__}: the averaged weights are swapped in: call swap_out_ema() "
-                "before step()"
-            )
+        self._check_swapped_out("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -217,53 +245,123 @@ class FusedOptimizer(torch.optim.Optimizer):
     def swap_in_ema(self) -> None:
         """Puts the averaged weights in the place of the parameters, for evaluation.
 
-        The parameters are kept aside, and `swap_out_ema` puts them back. Raises RuntimeError where
-        no average is kept yet, or where it is swapped in already.
+        The parameters are kept in `state[p]["swapped_out"]`, and `swap_out_ema` puts them back.
+        Until then a `state_dict()`, a copy and a pickle of the optimizer hold them too, and what
+        such a `state_dict()` is loaded into has averages swapped in as well: after loading, call
+        `swap_out_ema()` before training goes on. Raises RuntimeError where no average is kept yet,
+        or where it is swapped in already.
         """
-        name = type(self).__name__
-        if self._put_aside:
-            raise RuntimeError(f"{name}: the averaged weights are swapped in already")
+        self._check_swapped_out("swap_in_ema")
         found = [
-            (p, self.state[p]["ema"])
+            (p, self.state[p])
             for group in self.param_groups
-            if group["ema_decay"] is not None
+            if option(group, "ema_decay") is not None
             for p in group["params"]
             if p in self.state and "ema" in self.state[p]
         ]
         if not found:
-            reason = "set ema_decay, and take a step, before averaged weights are asked for"
-            raise RuntimeError(f"{name}: no average of the weights is kept: {reason}")
-        self._put_aside = [(p, p.detach().clone()) for p, _ in found]
-        for p, ema in found:
-            p.copy_(ema)
+            raise RuntimeError(
+                f"{type(self).__name__}: no average of the weights is kept: set ema_decay, and "
+                "take a step, before averaged weights are asked for"
+            )
+        kept = [p.detach().clone() for p, _ in found]
+        self._swapped = [(p, None) for p, _ in found]
+        for (p, state), own in zip(found, kept, strict=True):
+            state["swapped_out"] = own
+            p.copy_(state["ema"])
+        self._swapped = [(p, p._version) for p, _ in found]
 
     @torch.no_grad()
-    def swap_out_ema(self) -> None:
-        """Puts the parameters back. Raises RuntimeError where no averages are swapped in."""
-        if not self._put_aside:
-            raise RuntimeError(f"{type(self).__name__}: no averaged weights are swapped in")
-        for p, own in self._put_aside:
-            p.copy_(own)
-        self._put_aside = []
+    def swap_out_ema(self, *, changed: str | None = None) -> None:
+        """Puts the parameters back.
+
+        Args:
+            changed: what becomes of parameters that were changed in place since averages were
+                swapped in, as loading a model does (not of what is written through `p.data`, which
+                leaves no trace): "keep" leaves the changed ones as they are now; "restore" puts
+                them back as well. None raises where there are any, and puts nothing back.
+
+        Raises:
+            RuntimeError: no averages are swapped in; a parameter was changed and `changed` is None.
+        """
+        name = type(self).__name__
+        if changed not in (None, "keep", "restore"):
+            raise ValueError(f"{name}: changed must be keep, restore or None, got {changed!r}")
+        if not self._swapped:
+            raise RuntimeError(f"{name}: no averaged weights are swapped in")
+        others = [p for p, version in self._swapped if version not in (None, p._version)]
+        if others and changed is None:
+            raise RuntimeError(
+                f"{name}: {len(others)} of {len(self._swapped)} parameters were changed while "
+                "averaged weights were swapped in, so nothing was put back: call "
+                "swap_out_ema(changed='keep') if they are to stay as they are now, as after "
+                "loading a model, or swap_out_ema(changed='restore')"
+            )
+        keep = set(map(id, others)) if changed == "keep" else set()
+        for p, _ in self._swapped:
+            own = self.state[p].pop("swapped_out", None)
+            if own is not None and id(p) not in keep:
+                p.copy_(own)
+        self._swapped = []
 
     @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """The averaged weights in a block: `with optimizer.ema_weights(): evaluate(model)`."""
+    def ema_weights(self, *, changed: str | None = None) -> Iterator[None]:
+        """The averaged weights in a block: `with optimizer.ema_weights(): evaluate(model)`.
+
+        A model's state_dict made inside is that of the averaged model. The optimizer's holds the
+        weights that training goes on from, and is not loaded inside (RuntimeError). A parameter
+        that was changed inside is a RuntimeError on leaving unless `changed` says what becomes of
+        it: see `swap_in_ema` and `swap_out_ema`.
+
+        Averages know nothing of BatchNorm's running statistics, which are those of the weights as
+        they were trained. `torch.optim.swa_utils.update_bn(loader, model)` inside of the block
+        makes statistics of the averages, and leaves them to the model: keep a copy of the buffers
+        if training is to go on with its own.
+        """
         self.swap_in_ema()
         try:
             yield
         finally:
-            if self._put_aside:
-                self.swap_out_ema()
+            if self._swapped:
+                self.swap_out_ema(changed=changed)
+
+    def _check_swapped_out(self, method: str) -> None:
+        if self._swapped:
+            already = " already" if method == "swap_in_ema" else ""
+            raise RuntimeError(
+                f"{type(self).__name__}: the averaged weights are swapped in{already}: call "
+                f"swap_out_ema() before {method}()"
+            )
 
     # Saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: of a group and a state what torch's has, and what of ours is in use."""
+        # First of all such hooks: the others may wrap the result in something else.
+        handle = self.register_state_dict_post_hook(
+            lambda _, made: made.update(state=self._exported(made)), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _exported(self, made: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+        """The state in what torch made, as torch's optimizers take it."""
+        return made["state"]
+
+    def _imported(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state that is loaded, as it is kept here."""
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave: this optimizer's, or torch's of the same algorithm.
 
-        Options that torch's does not have stay as they are. Raises ValueError where groups or
-        shapes do not match, and changes nothing then.
+        Options that are not in it stay as they are. Changes nothing where it raises: ValueError
+        where groups, shapes or values do not match, KeyError where a parameter's state lacks what
+        the algorithm needs, RuntimeError where averaged weights are swapped in.
         """
+        self._check_swapped_out("load_state_dict")
         # Last of all such hooks, so that it sees what is going to be loaded.
         handle = self.register_load_state_dict_pre_hook(lambda _, given: self._completed(given))
         try:
@@ -273,48 +371,62 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._loaded = None
 
     def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """`state_dict`, its shapes checked, with the options that its groups lack."""
+        """`state_dict`, its state checked, with the options that its groups lack."""
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return state_dict  # torch says what is wrong
         completed, loaded = [], []
         for group, own in zip(groups, self.param_groups, strict=True):
-            for key, p in zip(group["params"], own["params"], strict=True):
-                state = state_dict["state"].get(key, {})
-                self._check_state(key, p, state)
-                loaded.append((p, state))
             merged = {k: own[k] for k in self.defaults if k in own} | group
             if "decoupled_weight_decay" in own:
                 if "decay" not in group and self._decay == "l2":  # torch's Adam, which may be AdamW
-                    merged["decay"] = "decoupled" if group["decoupled_weight_decay"] else "l2"
-                merged["decoupled_weight_decay"] = merged["decay"] != "l2"
+                    decoupled = merged["decoupled_weight_decay"]
+                    if (option(merged, "decay") == "l2") == decoupled:
+                        merged.pop("decay", None)
+                merged["decoupled_weight_decay"] = self._decay_of(merged) != "l2"
             self._check_group(merged | {"params": own["params"]})
+            for key, p in zip(group["params"], own["params"], strict=True):
+                state = state_dict["state"].get(key, {})
+                self._check_state(key, p, state, merged)
+                loaded.append((p, self._imported(state)))
             completed.append(merged)
         self._loaded = loaded
         return state_dict | {"param_groups": completed}
 
-    def _check_state(self, key: Any, p: Tensor, state: dict[str, Any]) -> None:
-        step = state.get("step", 0.0)
-        if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, int | float)):
-            raise ValueError(
-                f"{type(self).__name__}: step of parameter {key} in the state_dict must be one "
-                f"number, got {step!r}"
-            )
-        for name in STATE:
-            value = state.get(name)
+    def _check_complete(self, where: str, state: dict[str, Any], *more: str) -> None:
+        """Raises KeyError where state lacks what torch's never goes without."""
+        if not state.keys() - set(OWN_STATE):
+            return
+        for key in (*self._required, *more):
+            if state.get(key) is None:
+                found = ", ".join(map(str, state))
+                raise KeyError(f"{type(self).__name__}: {key} of {where} is missing, got {found}")
+
+    def _check_state(
+        self, key: Any, p: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        name, where = type(self).__name__, f"parameter {key} in the state_dict"
+        step = state.get("step")
+        number = step.numel() == 1 if isinstance(step, Tensor) else hasattr(step, "__float__")
+        if step is not None and not number:
+            raise ValueError(f"{name}: step of {where} must be one number, got {step!r}")
+        for moment in STATE:
+            value = state.get(moment)
             if value is None:
                 continue
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"{type(self).__name__}: {name} of parameter {key} in the state_dict must be a "
-                    f"floating-point tensor, got {str(kind).removeprefix('torch.')}"
+                    f"{name}: {moment} of {where} must be a floating-point tensor, "
+                    f"got {str(kind).removeprefix('torch.')}"
                 )
             if value.shape != p.shape:
                 raise ValueError(
-                    f"{type(self).__name__}: {name} of parameter {key} in the state_dict must have "
-                    f"shape {tuple(p.shape)}, got {tuple(value.shape)}"
+                    f"{name}: {moment} of {where} must have shape {tuple(p.shape)}, "
+                    f"got {tuple(value.shape)}"
                 )
+        # amsgrad can be turned on between steps, and begins then; what is saved with it has it.
+        self._check_complete(where, state, *(set(self._moments(group)) & {"max_exp_avg_sq"}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = {"max_grad_norm": self.max_grad_norm, "backend": self.backend}
@@ -323,11 +435,24 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         loaded = getattr(self, "_loaded", None) or ()
-        self._put_aside = getattr(self, "_put_aside", [])
         self._forget()
+        self._offer_amp_scaling()
         # torch casts all state to the parameter's dtype, shares what needs no cast with where it
         # came from, and takes a string to pieces; here state stays as it was, a copy of its own.
         for p, saved in loaded:
-            for name, value in saved.items():
-                own = value.to(p.device, copy=True) if isinstance(value, Tensor) else None
-                self.state[p][name] = copy.deepcopy(value) if own is None else own
+            if saved:
+                self.state[p] = {name: _copied(p, name, value) for name, value in saved.items()}
+        for group in self.param_groups:
+            self._leave_out_defaults(group)
+            for p in group["params"]:
+                if p in self.state and "swapped_out" in self.state[p]:
+                    self._swapped.append((p, None))
+
+
+def _copied(param: Tensor, name: str, value: Any) -> Any:
+    """A copy of a parameter's state, where the parameter is."""
+    if isinstance(value, Tensor):
+        return value.to(param.device, copy=True)
+    if name == "step":
+        return torch.tensor(float(value), dtype=torch.float32, device=param.device)
+    return copy.deepcopy(value)

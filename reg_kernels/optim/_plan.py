@@ -1,4 +1,4 @@
-"""What an optimizer keeps between steps: which tensors go into which launch, and where they lie.
+"""What an optimizer keeps between steps: which tensors go into which launch.
 
 A plan is made when the parameters that have a gradient, their state or their options change, and
 looks at everything once. Each step then checks, without touching a tensor, that it still holds:
@@ -7,9 +7,9 @@ in the end by comparing lists of objects and of addresses.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from operator import attrgetter, is_, itemgetter
+from itertools import repeat
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,291 +17,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import _rng, backends
-from .._layout import is_dense
-from .._tensor_table import addresses
-from ..ops.optimizer_step import (
-    MOST_GROUPS,
-    ROUNDINGS,
-    Hyperparameters,
-    PreparedStep,
-    StepLists,
-)
+from ..ops.optimizer_step import MOST_GROUPS
 from ..ops.penalty import sum_into
+from ._launch import STATE, Launch, Member, gradient, is_memoryless, option, same
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
-
-_stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
-_is_neg = Tensor.is_neg
-_dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
-_grad = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
-
-
-# What state there can be of a parameter's shape.
-STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "ema", "compensation")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that elements of `dtype` are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _same(some: Any, others: Any) -> bool:
-    """Whether two iterables of one length hold the same objects."""
-    return all(map(is_, some, others))
-
-
-def _fits(value: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take `value` beside `like` as it is."""
-    strides = value.stride() == like.stride() or value.numel() <= 1
-    return strides and value.dtype == dtype and value.device == like.device and not value.is_neg()
-
-
-def _restrided(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` as the kernels take it beside `like`, which is dense: itself if it is so already."""
-    if _fits(value, like, dtype):
-        return value
-    new = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
-    return new.copy_(value)
-
-
-def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of the moments: `wanted` where the kernels have it for such parameters."""
-    if wanted == torch.float32 and param in (torch.float16, torch.bfloat16):
-        return wanted
-    if wanted == torch.bfloat16 and param == torch.float32:
-        return wanted
-    return param
-
-
-def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """What of parameters can change in place, other than their addresses."""
-    return list(map(_shape, params)), list(map(_stride, params)), list(map(_dtype, params))
-
-
-class _Launch:
-    """The parameters of one launch: one device and dtype, and the same kinds of state."""
-
-    def __init__(self, optimizer: FusedOptimizer, members: list[_Member]) -> None:
-        self.members = members
-        self.params = [m.param for m in members]
-        self.groups: list[dict[str, Any]] = []
-        for m in members:
-            if not any(m.group is g for g in self.groups):
-                self.groups.append(m.group)
-        first = members[0]
-        self.device, self.dtype = first.param.device, first.param.dtype
-        self.rounding = ROUNDINGS.index(first.rounding)
-        self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
-        self._rates = optimizer._rates
-
-        names = first.state_names
-        self._states = [m.state for m in members]
-        self._getters = [itemgetter(name) for name in names]
-        self._state_addresses = self._where_the_state_is()
-        # What is not dense goes through buffers that are, made here once.
-        self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
-        dense = [m.dense for m in members]
-        self._layout = _layout(self.params)
-        self._devices = [self.device] * len(members)
-        self._contiguous = all(map(_is_contiguous, self.params))
-        self._places = self._where(self.params)
-        self._buffers: dict[int, Tensor] = {}
-        self._staged_grads: list[int] = []
-        self._grad_addresses: list[int] = []
-        self.grads: list[Tensor] = []  # of a step, as the kernels take them
-        # Gradients are held between steps only if they outlive them anyway, which the first one
-        # tells: zero_grad() is to free them.
-        self._held: list[Tensor] = []
-        self._given: list[Tensor] = []
-        self._first_given: weakref.ref[Tensor] | None = None
-
-        by_name = {name: [m.state[name] for m in members] for name in names}
-        moments = [by_name[name] for name in first.moment_names]
-        index = {id(g): i for i, g in enumerate(self.groups)}
-        lists = StepLists(
-            dense,
-            by_name.get("step", []),
-            *moments,
-            *[[]] * (3 - len(moments)),
-            by_name.get("ema", []),
-            by_name.get("compensation", []),
-            [index[id(m.group)] for m in members],
-            [m.element_offset for m in members],
-        )
-        self.grads = list(map(_grad, self.params))
-        self._note_layout(self.grads)
-        self._take(self.grads)
-        self.step = PreparedStep(optimizer._algorithm, lists, self.grads)
-
-    def is_current(self) -> bool:
-        """Whether it still holds; takes in gradients that have come to lie elsewhere."""
-        params, grads = self.params, list(map(_grad, self.params))
-        if self._where(params) != self._places:
-            return False
-        where = addresses(grads)
-        # The objects of the last step, held since then, are the same gradients. Of others not even
-        # the id says that they are new: all is looked at.
-        if not (self._held and _same(grads, self._held) and where == self._grad_addresses):
-            if _layout(params) != self._layout or not self._note_layout(grads):
-                return False
-            self._grad_addresses = where
-        self._take(grads)
-        self.step.table.set_row("grad", addresses(self.grads) if self._staged_grads else where)
-        return self._where_the_state_is() == self._state_addresses
-
-    def _where(self, tensors: list[Tensor]) -> tuple[Any, ...]:
-        """Where tensors lie, how much of it is theirs, and in which order.
-
-        Strides are tuples, of which a step would make so many that the garbage collector runs.
-        """
-        order: Any = self._contiguous and all(map(_is_contiguous, tensors))
-        if not order:
-            order = list(map(_stride, tensors))
-        return addresses(tensors), list(map(_numel, tensors)), order
-
-    def _where_the_state_is(self) -> list[list[int]]:
-        """Of state that was replaced, and of a tensor that was given other data."""
-        return [addresses(map(getter, self._states)) for getter in self._getters]
-
-    def _note_layout(self, grads: list[Tensor]) -> bool:
-        """Finds out which gradients have to go through buffers: those of other strides or dtype
-        than their parameters. False where one is not its parameter's gradient at all."""
-        shapes, _, dtypes = self._layout
-        if list(map(_shape, grads)) != shapes or list(map(_device, grads)) != self._devices:
-            return False
-        alike = (
-            self._contiguous
-            and all(map(_is_contiguous, grads))
-            and list(map(_dtype, grads)) == dtypes
-            and not (self._staged or any(map(_is_neg, grads)))
-        )
-        if alike:  # found out without a look at each by itself
-            self._staged_grads = []
-            return True
-        self._staged_grads = [
-            i
-            for i, (grad, m) in enumerate(zip(grads, self.members, strict=True))
-            if not _fits(grad, m.dense, self.dtype)
-        ]
-        return True
-
-    def _take(self, grads: list[Tensor]) -> None:
-        """Takes the gradients of a step."""
-        self._given, self.grads, self._copies = grads, grads, []
-        if not self._staged_grads:
-            return
-        self.grads = list(grads)
-        for i in self._staged_grads:
-            if i not in self._buffers:
-                self._buffers[i] = torch.empty_like(self.members[i].dense)
-            self._copies.append((self._buffers[i], grads[i]))
-            self.grads[i] = self._buffers[i]
-
-    def load(self) -> None:
-        """Brings what is staged up to date."""
-        for buffer, grad in self._copies:
-            buffer.copy_(grad)
-        for param, dense in self._staged:
-            dense.copy_(param)
-
-    def store(self) -> None:
-        """Writes back what is staged, and lets the gradients go."""
-        for param, dense in self._staged:
-            param.copy_(dense)
-        first = self._given[0]
-        persisted = self._first_given is not None and self._first_given() is first
-        self._held = self._given if persisted else []
-        self._first_given = weakref.ref(first)
-        self._given, self.grads, self._copies = [], [], []
-
-    def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
-        """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
-        numbers: list[float] = []
-        flags: list[int] = []
-        rates: list[Tensor] = []
-        for group in self.groups:
-            lr = group["lr"]
-            on_device = isinstance(lr, Tensor) and lr.is_cuda and lr.device == self.device
-            if on_device:
-                rates.append(lr.detach().to(torch.float32))
-            of_group = Hyperparameters(
-                0.0 if on_device else float(lr),
-                group["decay_lr"] or 1.0,
-                group["weight_decay"],
-                group["l1"],
-                *self._rates(group),
-                group["ema_decay"] or 0.0,
-                group["decay"],
-                group["maximize"],
-                group.get("nesterov", False),
-                on_device,
-            )
-            numbers += of_group.numbers()
-            flags.append(of_group.flags())
-        return numbers, flags, rates
-
-
-class _Member:
-    """A parameter that has a gradient, and what its update needs."""
-
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> None:
-        self.param, self.group = param, group
-        self.rounding: str = group["rounding"]
-        self.moment_names = optimizer._moments(group)
-        names = ["step"] if self.moment_names else []
-        names += self.moment_names
-        if group["ema_decay"] is not None:
-            names.append("ema")
-        if self.rounding == "kahan" and param.dtype.itemsize == 2:
-            names.append("compensation")
-        self.state_names = tuple(names)
-        self.moments_dtype = _moments_dtype(param.dtype, group["state_dtype"])
-        self.element_offset = 0
-        self.dense = param
-        self.state: dict[str, Tensor] = {}
-
-    def kind(self) -> tuple[Any, ...]:
-        """What the members of a launch have in common."""
-        return (
-            self.param.device,
-            self.param.dtype,
-            self.moments_dtype,
-            self.state_names,
-            self.rounding,
-        )
-
-    def prepare(self, state: dict[str, Any]) -> None:
-        """Makes the state that is missing, and brings what is there into the kernels' form."""
-        if not is_dense(self.param) or self.param.is_neg():
-            self.dense = self.param.detach().resolve_neg().contiguous()
-        self.state = state
-        for name in self.state_names:
-            if name == "step":
-                state[name] = self._step(state)
-                continue
-            dtype = self.moments_dtype
-            if name == "ema":
-                dtype = compute_dtype(self.param.dtype)
-            elif name == "compensation":
-                dtype = self.param.dtype
-            value = state.get(name)
-            if value is None:
-                new = torch.empty_strided(
-                    self.dense.shape, self.dense.stride(), dtype=dtype, device=self.param.device
-                )
-                state[name] = new.copy_(self.param) if name == "ema" else new.zero_()
-            else:
-                state[name] = _restrided(value, self.dense, dtype)
-
-    def _step(self, state: dict[str, Any]) -> Tensor:
-        device = self.param.device
-        step = state.get("step")
-        if step is None:
-            # torch's SGD does not count: where there is a momentum, a step was taken.
-            taken = state.get("momentum_buffer") is not None
-            return torch.full((), float(taken), dtype=torch.float32, device=device)
-        return torch.as_tensor(step, dtype=torch.float32, device=device)
 
 
 class Plan:
@@ -319,31 +40,38 @@ class Plan:
             )
         for group in optimizer.param_groups:
             optimizer._check_options(group)  # again: somebody may have changed it
-        members: list[_Member] = []
+        members: list[Member] = []
         self._idle: list[Tensor] = []  # parameters without a gradient
+        self._lazy: list[Tensor] = []  # and those of them that are not there yet
         self._groups = [(g, list(g["params"]), _options(g)) for g in optimizer.param_groups]
         offset = 0
         for number, (group, params, _) in enumerate(self._groups):
             for i, param in enumerate(params):
                 if param.grad is None:
-                    self._idle.append(param)
-                else:
+                    (self._lazy if is_lazy(param) else self._idle).append(param)
+                averaged = option(group, "ema_decay") is not None and not is_lazy(param)
+                if param.grad is not None or averaged:
                     where = f"parameter {i} of group {number}"
-                    _check(name, where, param, optimizer.state.get(param, {}))
+                    if param.grad is not None:
+                        _check_gradient(name, where, param, param.grad)
+                    _check(optimizer, where, param, optimizer.state.get(param, {}))
                     kind = (param.device.type, param.dtype)
                     backends.choose("optimizer_step", *kind, optimizer.backend)
-                    member = _Member(optimizer, group, param)
+                    member = Member(optimizer, group, param)
                     member.element_offset = offset
                     members.append(member)
                 if not is_lazy(param):
                     # By whole draws, and past those without a gradient: each keeps its own.
                     offset += -(-param.numel() // 8) * 8
+        optimizer._counters = {p: c for p, c in optimizer._counters.items() if p in optimizer.state}
         for member in members:
-            member.prepare(optimizer.state[member.param])
-        self.launches = [_Launch(optimizer, of) for of in _by_launch(members)]
+            # SGD without a momentum keeps nothing, as torch's does not.
+            state = optimizer.state[member.param] if member.state_names else {}
+            member.prepare(state, optimizer._counters)
+        self.launches = [Launch(optimizer, of) for of in _by_launch(members)]
         self._state = optimizer.state
         self._values = list(optimizer.state.values())
-        counts = Counter(launch.device for launch in self.launches)
+        counts = Counter(launch.device for launch in self.launches if not launch.averages)
         self._rng_states = {
             device: torch.empty(2, dtype=torch.int64, device="cpu") for device in counts
         }
@@ -361,16 +89,18 @@ class Plan:
             return False
         for group, (planned, params, options) in zip(groups, self._groups, strict=True):
             now = group["params"]
-            if group is not planned or len(now) != len(params) or not _same(now, params):
+            if group is not planned or len(now) != len(params) or not same(now, params):
                 return False
             if _options(group) != options:
                 return False
         state = optimizer.state
         if state is not self._state or len(state) != len(self._values):
             return False
-        if not _same(state.values(), self._values):
+        if not same(state.values(), self._values):
             return False
-        if any(p.grad is not None for p in self._idle):
+        if not all(map(is_, map(gradient, self._idle), repeat(None))):
+            return False
+        if not all(is_lazy(p) and p.grad is None for p in self._lazy):
             return False
         try:
             return all(launch.is_current() for launch in self.launches)
@@ -398,6 +128,10 @@ class Plan:
             self.launches, chosen, hyperparameters, strict=True
         ):
             device = launch.device
+            if launch.averages:
+                found = _scalar(found_inf, device)
+                launch.step.run([], implementation, (*of_groups, 0, None, 0.0, None, found, None))
+                continue
             rng_state = None
             if launch.stochastic:
                 if device not in states:
@@ -420,6 +154,8 @@ class Plan:
         """The parts of the squared norm: one a launch; of the first one's device."""
         slots = dict.fromkeys(self._squares, 0)
         for launch, implementation in zip(self.launches, chosen, strict=True):
+            if launch.averages:
+                continue
             sums, slot = self._squares[launch.device], slots[launch.device]
             slots[launch.device] += 1
             sum_into(launch.step.table, launch.grads, 2, sums, slot, implementation)
@@ -435,18 +171,18 @@ class Plan:
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that decide which state there is and who goes with whom, or what is a word."""
     names = ("amsgrad", "decay", "decay_lr", "decoupled_weight_decay", "rounding", "state_dtype")
-    return (*map(group.get, names), group.get("momentum", 0) != 0, group["ema_decay"] is None)
+    return (*map(group.get, names), group.get("momentum", 0) != 0, group.get("ema_decay") is None)
 
 
-def _by_launch(members: list[_Member]) -> list[list[_Member]]:
+def _by_launch(members: list[Member]) -> list[list[Member]]:
     """The members of each launch, in their order."""
-    kinds: dict[tuple[Any, ...], list[_Member]] = {}
+    kinds: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         kinds.setdefault(member.kind(), []).append(member)
     launches = []
     for of_kind in kinds.values():
         groups: dict[int, int] = {}
-        parts: dict[int, list[_Member]] = {}
+        parts: dict[int, list[Member]] = {}
         for member in of_kind:
             number = groups.setdefault(id(member.group), len(groups))
             parts.setdefault(number // MOST_GROUPS, []).append(member)
@@ -454,9 +190,7 @@ def _by_launch(members: list[_Member]) -> list[list[_Member]]:
     return launches
 
 
-def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
-    grad = param.grad
-    assert grad is not None
+def _check_gradient(name: str, where: str, param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         layout = str(grad.layout).removeprefix("torch.")
         raise RuntimeError(
@@ -469,8 +203,14 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
             f"{tuple(grad.shape)} on {grad.device} for {where}, {tuple(param.shape)} on "
             f"{param.device}"
         )
-    if grad.numel() and grad.data_ptr() == 0:
+    if is_memoryless(grad) and not grad._is_zerotensor():
         raise RuntimeError(f"{name}: a gradient must have memory of its own, got none for {where}")
+
+
+def _check(optimizer: FusedOptimizer, where: str, param: Tensor, state: dict[str, Any]) -> None:
+    name = type(optimizer).__name__
+    if is_memoryless(param):
+        raise RuntimeError(f"{name}: a parameter must have memory of its own, got none for {where}")
     if torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             f"{name}: a parameter's elements must lie apart, got strides {param.stride()} of shape "
@@ -478,11 +218,16 @@ def _check(name: str, where: str, param: Tensor, state: dict[str, Any]) -> None:
         )
     for key in STATE:
         value = state.get(key)
-        if isinstance(value, Tensor) and value.shape != param.shape:
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape != param.shape:
             raise ValueError(
                 f"{name}: {key} of {where} must have shape {tuple(param.shape)}, "
                 f"got {tuple(value.shape)}"
             )
+        if is_memoryless(value) and not value._is_zerotensor():
+            raise RuntimeError(f"{name}: {key} of {where} must have memory of its own, got none")
+    optimizer._check_complete(where, state)
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:

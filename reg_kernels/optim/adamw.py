@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import OPTIONS, FusedOptimizer, check_nonnegative
+from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
+from ._launch import OWN_STATE, STATE, option
 
 
 class AdamW(FusedOptimizer):
@@ -36,9 +37,11 @@ class AdamW(FusedOptimizer):
         differentiable: not supported.
     """
 
-    __doc__ = __doc__.rstrip() + OPTIONS
+    __doc__ = __doc__.rstrip() + DOCUMENTATION
     _algorithm = "adam"
     _decay: ClassVar[str] = "decoupled"
+    _counts = True
+    _required = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -92,14 +95,36 @@ class AdamW(FusedOptimizer):
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"{name}: betas must be two numbers, got {betas}")
-        if group["decoupled_weight_decay"] != (group["decay"] != "l2"):
+        decay = self._decay_of(group)
+        if group["decoupled_weight_decay"] != (decay != "l2"):
             raise ValueError(
                 f"{name}: decoupled_weight_decay must go with decay, got "
-                f"{group['decoupled_weight_decay']} with {group['decay']!r}: set both"
+                f"{group['decoupled_weight_decay']} with {decay!r}: set both"
             )
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] must be in [0, 1), got {beta}")
+
+    def _exported(self, made: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+        """With a start for parameters that were only averaged: torch's take state whole."""
+        moments = {k: self._moments(g) for g in made["param_groups"] for k in g["params"]}
+
+        def whole(key: Any, state: dict[str, Any]) -> dict[str, Any]:
+            if "ema" not in state or state.keys() - set(OWN_STATE):
+                return state
+            start = {name: torch.zeros_like(state["ema"]) for name in moments[key]}
+            return {"step": torch.zeros((), dtype=torch.float32, device="cpu")} | start | state
+
+        return {key: whole(key, state) for key, state in made["state"].items()}
+
+    def _imported(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Without such a start, which a frozen parameter need not carry along."""
+        if "ema" not in state or float(state.get("step", 1)) != 0:
+            return state
+        start = [name for name in STATE if name in state and name not in OWN_STATE]
+        if any(bool(state[name].any()) for name in start):
+            return state
+        return {k: v for k, v in state.items() if k not in ("step", *start)}
 
     @staticmethod
     def _moments(group: dict[str, Any]) -> tuple[str, ...]:
@@ -132,3 +157,7 @@ class Adam(AdamW):
         if decoupled_weight_decay and options.setdefault("decay", "decoupled") == "l2":
             raise ValueError("Adam: decoupled_weight_decay must go with another decay than 'l2'")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+    def _decay_of(self, group: dict[str, Any]) -> str:
+        torchs = "decoupled" if group["decoupled_weight_decay"] else "l2"
+        return option(group, "decay") or torchs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import OPTIONS, FusedOptimizer, check_nonnegative
+from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
 
 
 class SGDW(FusedOptimizer):
@@ -34,9 +35,11 @@ class SGDW(FusedOptimizer):
         differentiable: not supported.
     """
 
-    __doc__ = __doc__.rstrip() + OPTIONS
+    __doc__ = __doc__.rstrip() + DOCUMENTATION
     _algorithm = "sgd"
     _decay: ClassVar[str] = "decoupled"
+    _counts = False
+    _required = ()
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class SGDW(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 1e-3,
+        weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -78,7 +81,6 @@ class SGDW(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults, max_grad_norm, backend)
-        self._export_steps_taken()
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
@@ -90,23 +92,22 @@ class SGDW(FusedOptimizer):
                 f"got momentum {group['momentum']}, dampening {group['dampening']}"
             )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._export_steps_taken()
+    def _exported(self, made: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+        """Without a momentum that has not begun, because GradScaler skipped its first step: of
+        zeros, which torch's SGD would take for one that has."""
+        skipped = {id(momentum) for momentum, c in self._counters.values() if float(c) == 0}
+        return {
+            key: {k: v for k, v in state.items() if id(v) not in skipped}
+            for key, state in made["state"].items()
+        }
 
-    def _export_steps_taken(self) -> None:
-        """A first step that GradScaler skipped leaves zeros, which torch's SGD would take for a
-        momentum: such state is left out of a state_dict."""
+    def _imported(self, state: dict[str, Any]) -> dict[str, Any]:
+        # As they were saved when the steps were counted here.
+        return {name: value for name, value in state.items() if name != "step"}
 
-        def leave_out(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            for key, state in state_dict["state"].items():
-                if "step" in state and float(state["step"]) == 0:
-                    state_dict["state"][key] = {
-                        k: v for k, v in state.items() if k not in ("step", "momentum_buffer")
-                    } | {"momentum_buffer": None}
-
-        if not self._optimizer_state_dict_post_hooks:
-            self.register_state_dict_post_hook(leave_out, prepend=True)
+    def __getstate__(self) -> dict[str, Any]:
+        made = super().__getstate__()
+        return made | {"state": defaultdict(dict, self._exported(made))}
 
     @staticmethod
     def _moments(group: dict[str, Any]) -> tuple[str, ...]:
@@ -118,18 +119,6 @@ class SGDW(FusedOptimizer):
 
 
 class SGD(SGDW):
-    """SGD: `SGDW` with decay="l2" and no decay by default, a drop-in for torch.optim.SGD."""
+    """SGD: `SGDW` with decay="l2", a drop-in for torch.optim.SGD."""
 
     _decay = "l2"
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)

@@ -13,15 +13,15 @@ from torch import Tensor
 from ._philox import half_words
 
 _TAG = 0x726F756E64696E67
-_ADAM = 0
+_ADAM, _AVERAGE = 0, 2
 _DECOUPLED_LR, _L2 = 1, 2
 _STOCHASTIC = 1
-_GROUP_NUMBERS = 8
+_GROUP_NUMBERS, _EMA_DECAY = 8, 7
 _MAXIMIZE, _NESTEROV, _RATE_ON_DEVICE = 4, 8, 16  # flags, above the two bits of the decay
 
 
 def optimizer_step_(
-    algorithm: int,  # 0: Adam, 1: SGD
+    algorithm: int,  # 0: Adam, 1: SGD, 2: only the average of parameters that have no gradient
     params: list[Tensor],
     grads: list[Tensor],
     steps: list[Tensor],
@@ -44,6 +44,11 @@ def optimizer_step_(
 ) -> None:
     """Updates `params` and all of their state in place, or nothing where `found_inf` is set."""
     if found_inf is not None and float(found_inf) != 0:
+        return
+    if algorithm == _AVERAGE:
+        for param, ema, group in zip(params, emas, groups, strict=True):
+            rest = 1 - numbers[_GROUP_NUMBERS * group + _EMA_DECAY]
+            ema += rest * (param.to(ema.dtype) - ema)
         return
     factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     if squares is not None:

@@ -2,7 +2,8 @@
 
 AdamW reads p, g, m, v and writes p, m, v: 3 * sizeof(T) + 4 * sizeof(S) bytes an element with
 moments of type S (28 B in fp32, 14 B in bf16, 22 B in bf16 with fp32 moments); SGDW with momentum
-five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each.
+five arrays, without three; amsgrad, an EMA and Kahan's compensation two more each. Of what has no
+gradient an EMA alone reads p and itself and writes itself.
 
 One launch for the whole table, a program for each chunk. Which arrays there are only the table
 knows, on the device: accesses to one that is not there are masked off or branched around, and move
@@ -43,7 +44,7 @@ from ._table import (
 )
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
-ADAM = tl.constexpr(0)
+ADAM, AVERAGE = tl.constexpr(0), tl.constexpr(2)
 DECOUPLED_LR, L2 = tl.constexpr(1), tl.constexpr(2)
 STOCHASTIC, KAHAN = tl.constexpr(1), tl.constexpr(2)
 # Flags of a group, above the two bits of its decay.
@@ -353,6 +354,28 @@ def update_block(
 
 
 @triton.jit
+def average_block(
+    arrays,
+    rule,
+    first,  # element of the chunk
+    block,
+    count,  # elements from `first` on
+    T: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Takes the average of one block of a chunk on, and leaves the parameter as it is."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (at < count) & (arrays.ema != 0)
+    p_ptr = pointer_to(arrays.param, T, ALIGNED) + first + at
+    ema_ptr = pointer_to(arrays.ema, COMPUTE, ALIGNED) + first + at
+    p = tl.load(p_ptr, mask=inside, other=0.0).to(COMPUTE)
+    ema = tl.load(ema_ptr, mask=inside, other=0.0)
+    tl.store(ema_ptr, ema_values(rule, ema, p), mask=inside)
+
+
+@triton.jit
 def group_of(lr, decay_lr, weight_decay, l1, beta1, beta2, eps, ema_decay, flags):
     """Of a kernel's arguments, which the interpreter takes for float32."""
     return Group(
@@ -476,17 +499,25 @@ def step_chunk(
     # What is left comes first: the loop over vectors, which needs many registers, is then the last.
     block = 0
     while block * REST < rest - vectored:
-        update_block(
-            *(arrays, rule, draws, vectored, block, rest - vectored),
-            *(ALGORITHM, T, S, COMPUTE, ROUNDING, False, REST),
-        )
+        if ALGORITHM == AVERAGE:
+            average_block(
+                *(arrays, rule, vectored, block, rest - vectored), *(T, COMPUTE, False, REST)
+            )
+        else:
+            update_block(
+                *(arrays, rule, draws, vectored, block, rest - vectored),
+                *(ALGORITHM, T, S, COMPUTE, ROUNDING, False, REST),
+            )
         block += 1
     block = 0
     while block * BLOCK < vectored:
-        update_block(
-            *(arrays, rule, draws, 0, block, vectored),
-            *(ALGORITHM, T, S, COMPUTE, ROUNDING, True, BLOCK),
-        )
+        if ALGORITHM == AVERAGE:
+            average_block(*(arrays, rule, 0, block, vectored), *(T, COMPUTE, True, BLOCK))
+        else:
+            update_block(
+                *(arrays, rule, draws, 0, block, vectored),
+                *(ALGORITHM, T, S, COMPUTE, ROUNDING, True, BLOCK),
+            )
         block += 1
 
 

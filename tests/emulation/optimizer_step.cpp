@@ -216,6 +216,10 @@ void step_by_elements(const Options& o, const List& list, const std::vector<int6
     const bool coupled = o.decay == Decay::l2 && group.weight_decay != 0;
     for (int64_t j = 0; j < list.sizes[i]; ++j) {
       C p = reg_kernels::load(e.param[i][j]), m{}, v{}, v_max{};
+      if (o.algorithm == Algorithm::average) {
+        e.ema[i][j] = reg_kernels::ema_element(rule, e.ema[i][j], p);
+        continue;
+      }
       if (!e.compensation.empty()) p += reg_kernels::load(e.compensation[i][j]);
       if (!e.first.empty()) m = static_cast<C>(reg_kernels::load(e.first[i][j]));
       if (!e.second.empty()) v = static_cast<C>(reg_kernels::load(e.second[i][j]));
@@ -274,6 +278,11 @@ void expect_formulas(const Options& o, const List& list, const Expected<T, S>& b
     const double rate = o.decay == Decay::decoupled_lr ? k.lr / k.decay_lr : k.lr;
     for (int64_t j = 0; j < list.sizes[i]; ++j) {
       double p = of(before.param[i][j]);
+      if (o.algorithm == Algorithm::average) {
+        const double e = 0.9 * of(before.ema[i][j]) + 0.1 * p;
+        ema.add(of(after.ema[i][j]), e, allowed(e, 0));
+        continue;
+      }
       if (!before.compensation.empty()) p += of(before.compensation[i][j]);
       double g = of(before.grad[i][j]) * gradient_factor(o) * (k.maximize ? -1 : 1);
       if (o.decay == Decay::l2) g += k.weight_decay * p;
@@ -450,6 +459,7 @@ const Options kAll[] = {
      .nesterov = true,
      .decay = Decay::l2,
      .scaled = true},
+    {.name = "average", .algorithm = Algorithm::average, .ema = true, .counted = false},
 };
 
 const Options kNarrow[] = {
@@ -480,7 +490,7 @@ void test_dtypes() {
   if constexpr (sizeof(T) == 2) {
     for (const Options& o : kNarrow) run(o);
   }
-  for (Options o : {kAll[1], kAll[4], kNarrow[2]}) {
+  for (Options o : {kAll[1], kAll[4], kAll[6], kNarrow[2]}) {
     o.found_inf = true;
     test<T, S>(o, {kSmall}, 2);
     o.found_inf = false;

@@ -102,8 +102,8 @@ class Lists:
             return tensors
 
         adam = algorithm == "adam"
-        stateful = adam or momentum
-        self.grads = values(dtype)
+        stateful = adam or (momentum and algorithm == "sgd")
+        self.grads = [] if algorithm == "average" else values(dtype)
         self.lists = StepLists(
             values(dtype),
             [torch.full((), float(i % 3), device=DEVICE) for i in range(len(sizes))]
@@ -214,6 +214,7 @@ VARIANTS = {
         "groups": [group(beta2=0.0, nesterov=True, decay="l2", l1=0.2)],
     },
     "kahan": {"rounding": "kahan", "ema": True},
+    "average": {"algorithm": "average", "ema": True, "groups": [group(), group(ema_decay=0.25)]},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -244,7 +245,9 @@ def test_native_and_triton_are_the_reference(variant, dtype, moments, backend):
     for name, tensors in own.items():
         for x, y in zip(tensors, before[name], strict=True):
             assert x.dtype == y.dtype
-            if x.numel() > 8 and name != "max":
+            if name == "params" and lists.algorithm == "average":
+                assert torch.equal(x, y)
+            elif x.numel() > 8 and name != "max":
                 assert not torch.equal(x, y), name
 
 
@@ -506,7 +509,7 @@ def test_no_elements_at_all(backend):
 
 
 @on_each
-@pytest.mark.parametrize("variant", ["amsgrad", "nesterov", "sgd", "kahan"])
+@pytest.mark.parametrize("variant", ["amsgrad", "nesterov", "sgd", "kahan", "average"])
 def test_opcheck(backend, variant):
     dtype = torch.bfloat16 if variant == "kahan" else torch.float32
     lists = Lists((3, 5), dtype, **VARIANTS[variant])
@@ -529,6 +532,32 @@ def test_what_saved_a_parameter_knows_that_it_has_changed(backend):
     OP.overloads[backend](*lists.arguments())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@on_each
+def test_what_is_averaged_is_not_changed(backend):
+    lists = Lists((3, 5), torch.float32, **VARIANTS["average"])
+    before = [(p.clone(), p._version, e.clone()) for p, e in _pairs(lists)]
+    OP.overloads[backend](*lists.arguments())
+    for i, ((p, e), (p_before, version, e_before)) in enumerate(
+        zip(_pairs(lists), before, strict=True)
+    ):
+        assert torch.equal(p, p_before)
+        assert p._version == version
+        decay = (0.75, 0.25)[i]
+        torch.testing.assert_close(e, decay * e_before + (1 - decay) * p)
+
+
+def _pairs(lists):
+    return zip(lists.lists.params, lists.lists.emas, strict=True)
+
+
+def test_averages_are_needed_where_nothing_else_is_done():
+    lists = Lists((3,), torch.float32, algorithm="average")
+    if implementations()[0].marks:
+        pytest.skip("the native library was not built")
+    with pytest.raises(RuntimeError, match="emas must be 1, got 0"):
+        OP.overloads["native"](*lists.arguments())
 
 
 def test_flags_and_numbers():

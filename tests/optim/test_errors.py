@@ -214,11 +214,12 @@ def test_a_bad_option_of_one_group_changes_no_other_launch():
     optimizer.step()
     before = snapshot(optimizer)[1:]
     for option, value in (("betas", (0.9,)), ("decay", "typo"), ("lr", "high")):
-        good = optimizer.param_groups[1][option]
+        good = dict(optimizer.param_groups[1])
         optimizer.param_groups[1][option] = value
         with pytest.raises((ValueError, TypeError)):
             optimizer.step()
-        optimizer.param_groups[1][option] = good
+        optimizer.param_groups[1].clear()
+        optimizer.param_groups[1].update(good)
         assert all(map(torch.equal, before[0][0], [p])) and torch.equal(before[0][1][0], q)
 
 
@@ -233,11 +234,13 @@ def test_wrapper_subclasses_are_refused():
 def test_torchs_word_for_the_decay_and_ours_must_agree():
     p = parameter(2)
     optimizer = Adam([{"params": [p], "decoupled_weight_decay": True}], weight_decay=0.1)
-    assert optimizer.param_groups[0]["decay"] == "decoupled"
     p.grad = randn(2)
-    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+    optimizer.step()
+    optimizer.param_groups[0]["decay"] = "l2"
     with pytest.raises(ValueError, match=r"^Adam: decoupled_weight_decay must go with decay"):
         optimizer.step()
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+    optimizer.step()
     with pytest.raises(ValueError, match=r"^Adam: decoupled_weight_decay"):
         Adam([p], decoupled_weight_decay=True, decay="l2")
 
@@ -522,3 +525,63 @@ def test_a_load_that_failed_leaves_no_trace_in_the_next():
     optimizer.load_state_dict(good)
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], good["state"][0]["exp_avg"])
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+# Memory that is not there
+
+
+@on_each
+def test_gradients_without_memory(backend):
+    # Zeros that autograd knows of and does not store are taken at each step, as torch takes them.
+    p, q = parameter(64), None
+    q = p.detach().clone().requires_grad_()
+    ours = AdamW([p], lr=0.1, backend=backend, max_grad_norm=1.0)
+    theirs = torch.optim.AdamW([q], lr=0.1, foreach=False)
+    zeros = torch._efficientzerotensor(64, device=DEVICE)
+    for grad in (zeros, torch.ones(64, device=DEVICE), zeros, zeros):
+        p.grad, q.grad = grad, grad.clone() / max(float(grad.norm()), 1)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q)
+    assert float(ours.grad_norm) == 0
+
+
+FREED = {
+    "gradient": lambda p, optimizer: p.grad,
+    "parameter": lambda p, optimizer: p,
+    "exp_avg": lambda p, optimizer: optimizer.state[p]["exp_avg"],
+    "ema": lambda p, optimizer: optimizer.state[p]["ema"],
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("what", FREED)
+def test_what_was_freed_is_refused(what, steps):
+    p, other = parameter(64), parameter(8)
+    optimizer = AdamW([other, p], lr=0.1, ema_decay=0.9)
+    p.grad, other.grad = randn(64), randn(8)
+    for _ in range(steps):
+        optimizer.step()
+    if steps == 0 and what not in ("gradient", "parameter"):
+        optimizer.state[p] = {
+            name: torch.zeros(() if name == "step" else 64, device=DEVICE)
+            for name in ("step", "exp_avg", "exp_avg_sq", "ema")
+        }
+    FREED[what](p, optimizer).untyped_storage().resize_(0)
+    before = other.detach().clone(), copy.deepcopy(optimizer.state.get(other, {}))
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=f"^AdamW: (a )?{what} .*must have memory of its own"
+        ):
+            optimizer.step()
+    assert torch.equal(other, before[0])
+    assert before[1].keys() == optimizer.state.get(other, {}).keys()
+
+
+def test_an_average_of_a_parameter_that_was_freed_is_refused():
+    p = parameter(64)
+    optimizer = SGD([p], lr=0.1, ema_decay=0.9)
+    optimizer.step()
+    p.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"^SGD: a parameter must have memory of its own"):
+        optimizer.step()

@@ -456,3 +456,21 @@ def test_compiles_without_spilling(algorithm, dtype, moments, rounding, everythi
     assert result["registers"] <= (128 if dtype == "fp64" else 80)
     # 16 bytes a thread and access, although the addresses come from memory.
     assert result["widest_load"] == result["widest_store"] == 128
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_averages_compile_without_spilling(dtype):
+    average = kernels.AVERAGE.value
+    result = compile_kernel(
+        "reg_kernels.triton.optimizer_step:optimizer_step_kernel",
+        ALWAYS | OPTIONAL,
+        {
+            **{"ALGORITHM": average, "DTYPE": dtype, "MOMENTS": dtype, "ROUNDING": NEAREST},
+            **{"TAG": TAG_ROUNDING, "ON_DEVICE": False, "REST": kernels.REST},
+            **{"BLOCK": kernels._block(average, dtype, dtype, NEAREST), "STEPS": kernels.STEPS},
+        },
+        90,
+    )
+    assert result["stack"] == 0
+    assert result["registers"] <= 80
+    assert result["widest_load"] == result["widest_store"] == 128

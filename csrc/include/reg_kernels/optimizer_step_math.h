@@ -14,8 +14,9 @@
 namespace reg_kernels {
 
 // Handed between files that are built for different instruction sets, as DType is. Numbered as
-// reg_kernels/ops/optimizer_step.py numbers them.
-enum class Algorithm { adam, sgd };
+// reg_kernels/ops/optimizer_step.py numbers them. `average` leaves the parameter as it is and takes
+// its moving average on: for one that has no gradient.
+enum class Algorithm { adam, sgd, average };
 enum class Decay { decoupled, decoupled_lr, l2 };
 // How a parameter of 16 bits is stored; one of 32 or 64 has nothing to round.
 enum class Rounding { nearest, stochastic, kahan };
