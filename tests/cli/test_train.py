@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -475,6 +476,48 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
+ROW = {"train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5}
+# Where a checkpoint of the second epoch, whose digest was made anew, is wrong, and how.
+FORGED = [
+    (("epoch",), 2),
+    (("epoch",), EPOCHS + 1),
+    (("epoch",), 1.0),
+    (("epoch",), True),
+    (("phase",), 2),
+    (("phase",), False),
+    (("phase",), 1),
+    (("model",), {}),
+    (("model", "0.weight"), lambda x: x.double()),
+    (("model", "0.weight"), lambda x: x[:1]),
+    (("model", "1.num_batches_tracked"), lambda x: x + 1),
+    (("rng",), None),
+    (("rng",), lambda x: x[:-1]),
+    (("shuffle",), lambda x: x.to(torch.int64)),
+    (("cuda_rng",), 0),
+    (("unknown",), 0),
+    (("history",), []),
+    (("history", "plain"), [3.0]),
+    (("history", "plain"), [[0.5] * 4]),
+    (("history", "plain"), [ROW, ROW]),
+    (("history", "plain"), [ROW | {"more": 1.0}]),
+    (("history", "plain"), [ROW | {"train_loss": "low"}]),
+    (("history", "plain"), [ROW | {"test_accuracy": 1.5}]),
+    (("history", "plain"), [ROW | {"test_accuracy": float("nan")}]),
+    (("history", "regularised"), [ROW]),
+    (("optimizer", "state", 0, "step"), lambda x: x * float("nan")),
+    (("optimizer", "state", 0, "step"), lambda x: x + 1),
+    (("optimizer", "state", 0, "step"), 2.0),
+    (("optimizer", "state", 0, "exp_avg"), None),
+    (("optimizer", "state", 0, "exp_avg"), lambda x: x[0]),
+    (("optimizer", "state", 0), {}),
+    (("optimizer", "state"), {}),
+    (("optimizer", "param_groups"), []),
+    (("optimizer", "param_groups"), lambda x: [x[0] | {"betas": (0.9, 2.0)}]),
+    (("optimizer", "param_groups"), lambda x: [x[0] | {"weight_decay": float("nan")}]),
+    (("optimizer", "param_groups"), lambda x: [x[0] | {"params": [0]}]),
+]
+
+
 class TestRefusal:
     @pytest.mark.parametrize(
         ("more", "difference"),
@@ -544,22 +587,41 @@ class TestRefusal:
         assert not (tmp_path / "sprung").exists()
 
     def test_a_sound_checkpoint_of_an_impossible_state(
-        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: bytes
+        self,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        checkpoint: bytes,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         path = tmp_path / "c.pt"
         path.write_bytes(checkpoint)
         options, state = _trainer.load_checkpoint(path)
-        for wrong in (
-            {"epoch": 2},
-            {"epoch": EPOCHS + 1},
-            {"phase": 2},
-            {"model": {}},
-            {"rng": None},
-            {"history": []},
-        ):
-            _trainer.save_checkpoint(path, options, state | wrong)
-            argv = command(data, tmp_path / "out", "--resume", path)
+        argv = command(data, tmp_path / "out", "--resume", path)
+        monkeypatch.setattr(_trainer.Training, "run", lambda *a: pytest.fail("trains"))
+        for keys, wrong in FORGED:
+            forged = copy.deepcopy(state)
+            inner = forged
+            for key in keys[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = wrong(inner.get(keys[-1])) if callable(wrong) else wrong
+            _trainer.save_checkpoint(path, options, forged)
+            assert "got a damaged or other file" in refusal(capsys, argv), keys
+        # What cannot even be looked at: terabytes of one number, and what has no numbers.
+        with pytest.raises(ValueError, match="larger than what it is stored in"):
+            _trainer._digest({"model": torch.zeros(1).expand(10**12)})
+        blob = {"format": _trainer.FORMAT, "sha256": ""}
+        for tensor in (torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse()):
+            content = {"options": options, "state": state | {"model": {"0.weight": tensor}}}
+            torch.save(blob | {"content": content}, path)
             assert "got a damaged or other file" in refusal(capsys, argv)
+        for name, value in (("seed", torch.zeros(2)), ("seed", 0.0), ("kernels", "a\nb")):
+            _trainer.save_checkpoint(path, options | {name: value}, state)
+            assert "got a damaged or other file" in refusal(capsys, argv), name
+        assert not (tmp_path / "out").exists()
+        _trainer.save_checkpoint(path, options, state)
+        with pytest.raises(pytest.fail.Exception, match="trains"):
+            main(argv)
 
     def test_a_checkpoint_that_is_not_there(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -638,6 +700,53 @@ class TestRefusal:
 
         monkeypatch.setattr(train, "_draw", full)
         assert main(command(data, tmp_path)) == 2
-        assert capsys.readouterr().err.endswith(f"got {tmp_path}: No space left on device\n")
-        assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+        remedy = f"add --resume to continue from {tmp_path / 'checkpoint.pt'}"
+        expected = f"got {tmp_path}: No space left on device; {remedy}\n"
+        assert capsys.readouterr().err.endswith(expected)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png"]
         assert (tmp_path / "curves.png").read_bytes() == b"an earlier run's"
+        # Nothing of the training is lost: what is left to do is to write.
+        monkeypatch.setattr(train, "_draw", lambda path, metrics: path.write_bytes(b"picture"))
+        monkeypatch.setattr(_trainer.Training, "_train_epoch", lambda *a: pytest.fail("trains"))
+        assert main(command(data, tmp_path, "--resume")) == 0
+
+    @pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
+        self,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        checkpoint: bytes,
+        stop: type[BaseException] | None,
+        resumed: bool,
+    ) -> None:
+        path = tmp_path / "checkpoint.pt"
+        path.write_bytes(checkpoint)
+
+        def full(path: Path, *content: object) -> None:
+            path.write_bytes(b"half a checkp")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(train, "save_checkpoint", full)
+        if stop is None:
+            monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+        else:
+            at_step(monkeypatch, 1, stop)
+        remedy = f"; add --resume to continue from {path}" if resumed else ""
+        assert main(command(data, tmp_path, *["--resume"][: int(resumed)])) == 2
+        expected = f"train: --out: must be a directory that can be written to, got {tmp_path}: "
+        message = capsys.readouterr().err
+        assert message == f"reg-kernels {expected}No space left on device{remedy}\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        assert path.read_bytes() == checkpoint
+
+    def test_what_a_killed_run_left_goes_when_the_next_one_starts(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in (".checkpoint-ab12_xyz.partial.pt", ".curves-ab12_xyz.partial.png"):
+            (tmp_path / name).touch()
+        at_step(monkeypatch, 1, KeyboardInterrupt)
+        assert main(command(data, tmp_path)) == 130
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
