@@ -10,9 +10,10 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+import watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -28,7 +29,6 @@ NVCC_FLAGS = [
     *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings"),
     *("-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas"),
 ]
-COMPILE_SECONDS = 600
 
 
 class Missing(Exception):
@@ -44,20 +44,9 @@ class Result:
         return f"exit code {self.code}\n{self.output}"
 
 
-def run(command, seconds, **environment):
-    """Runs a command; one that outlives its time is a TimeoutError."""
-    try:
-        done = subprocess.run(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            env=os.environ | environment,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{command[0]} still ran after {seconds} s: {error.output}") from None
+def run(command, **environment):
+    """Runs a command; one that never ends is a TimeoutError."""
+    done = watchdog.run(command, together=True, env=os.environ | environment)
     return Result(done.returncode, done.stdout)
 
 
@@ -68,7 +57,7 @@ def compiler(variable, default):
     path = shutil.which(name)
     if path is None:
         raise Missing(f"{name} was not found: install it, or name another one in {variable}")
-    return path, run([path, "--version"], 60).output
+    return path, run([path, "--version"]).output
 
 
 def torch_flags():
@@ -108,7 +97,7 @@ def compile_once(toolchain, flags, source, suffix):
             return target, Result(0, "")
         stamp.unlink(missing_ok=True)
         fresh = target.with_suffix(".new")  # moved into place when whole
-        result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh], COMPILE_SECONDS)
+        result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh])
         if result.code == 0:
             fresh.replace(target)
             stamp.write_text(digest_of_files(dependencies))

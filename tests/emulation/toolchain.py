@@ -22,7 +22,6 @@ CXX_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "-fno-var-tracking",  # backtraces need lines, not variables: a third of the compile time
 ]
-RUN_SECONDS = 60
 
 
 def skip_without(function):
@@ -61,7 +60,6 @@ def run_program(program, *arguments):
     # Leaks are not looked for: nothing here runs long, and the search fails under a debugger.
     return run(
         [program, *arguments],
-        RUN_SECONDS,
         ASAN_OPTIONS="detect_leaks=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )
