@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -79,6 +80,26 @@ def digest_of_files(dependencies):
     paths = [Path(word.replace("\\ ", " ")) for word in re.split(r"(?<!\\)\s+", rule.strip())]
     contents = [path.read_bytes() if path.exists() else b"" for path in paths]
     return digest(*paths, *contents)
+
+
+def digest_of_source(source, folders=(CSRC / "include", CSRC)):
+    """Of all that decides on what a CUDA source compiles to, but for nvcc: the flags, torch and the
+    files of ours that it includes, whether or not a condition leaves them out."""
+    texts = {}
+
+    def read(path):
+        if path in texts:
+            return
+        texts[path] = path.read_text()
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', texts[path], re.MULTILINE):
+            found = [folder / name for folder in (path.parent, *folders)]
+            for included in [each.resolve() for each in found if each.is_file()][:1]:
+                read(included)
+
+    read(source)
+    torch = importlib.metadata.version("torch").split("+")[0]
+    files = (f"{path.relative_to(folders[-1])}\0{texts[path]}" for path in sorted(texts))
+    return digest(*NVCC_FLAGS, torch, *files)
 
 
 def compile_once(toolchain, flags, source, suffix):
