@@ -1,7 +1,8 @@
 """Compiles every CUDA and Triton kernel and predicts from the machine code what bounds it.
 
-Writes bench/results/sass.{json,md}. Needs nvcc, and triton for its kernels and its
-disassembler, but no GPU. Compiles MAX_JOBS (2) sources at a time, and each only once.
+Writes bench/results/sass.{json,md}; the tests compile again what has changed since. Needs nvcc, and
+triton for its kernels and its disassembler, but no GPU. Compiles MAX_JOBS (2) sources at a time,
+and each only once.
 
 Exit code: 0; 1 for a finding that is not explained (bench/sass/findings.py); 2 where a tool is
 missing or something does not compile.
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from rich.console import Console  # noqa: E402  (a script: the path comes first)
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from sass import binary, table  # noqa: E402
+from sass import binary, compiling, table  # noqa: E402
 from sass.compiling import Missing  # noqa: E402
 from sass.findings import findings  # noqa: E402
 from sass.render import render  # noqa: E402
@@ -54,7 +55,8 @@ def main() -> int:
     except (Missing, ImportError, RuntimeError, TimeoutError) as error:
         console.print(f"sass-report: {error}", style="red", markup=False)
         return 2
-    report = {"schema": SCHEMA, "versions": versions, "kernels": rows}
+    sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
+    report = {"schema": SCHEMA, "versions": versions, "sources": sources, "kernels": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
     write_whole(RESULTS / "sass.md", lambda path: path.write_text(render(report)))

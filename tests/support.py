@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,11 @@ def bench_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
+
+
+def run_program(command: Sequence[object], **options: Any) -> Any:
+    """A program's exit code and output, as subprocess.run's; one that never ends is an error."""
+    return bench_module("watchdog").run(command, **options)
 
 
 def implementations(device: str = DEVICE) -> list[object]:
@@ -70,13 +74,7 @@ def no_waiting() -> Iterator[None]:
 def check_device_assertion(program: str) -> None:
     """That `program` prints "raised:" and torch's error of a device-side assertion. It runs in a
     process of its own, since no call of CUDA works afterwards."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    done = run_program([sys.executable, "-c", textwrap.dedent(program)], together=True)
     assert "raised: CUDA error: device-side assert triggered" in done.stdout, done.stdout
 
 
@@ -123,4 +121,5 @@ __all__ = [
     "isas",
     "no_waiting",
     "rng_state",
+    "run_program",
 ]

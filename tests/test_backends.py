@@ -1,7 +1,6 @@
 """The choice of implementation, forced and free."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,14 +11,14 @@ from reg_kernels import backends
 from reg_kernels import functional as F
 from reg_kernels.ops._registry import OPS
 
+from support import run_program
+
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 
 
 def python(code, **environment):
     environment = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    return run_program([sys.executable, "-c", code], env=environment)
 
 
 def overload(**arguments):

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from support import run_program
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "csrc", "reg_kernels"]
@@ -35,14 +36,7 @@ def run(tree, *arguments, path=None, **environment):
     environment.pop("PYTHONPATH", None)
     if path is not None:
         environment["PATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_program([sys.executable, *arguments], cwd=tree, env=environment)
 
 
 def build(tree, **environment):

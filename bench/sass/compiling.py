@@ -6,13 +6,15 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+import watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -28,7 +30,6 @@ NVCC_FLAGS = [
     *("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings"),
     *("-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas"),
 ]
-COMPILE_SECONDS = 600
 
 
 class Missing(Exception):
@@ -44,20 +45,9 @@ class Result:
         return f"exit code {self.code}\n{self.output}"
 
 
-def run(command, seconds, **environment):
-    """Runs a command; one that outlives its time is a TimeoutError."""
-    try:
-        done = subprocess.run(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            env=os.environ | environment,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{command[0]} still ran after {seconds} s: {error.output}") from None
+def run(command, **environment):
+    """Runs a command; one that never ends is a TimeoutError."""
+    done = watchdog.run(command, together=True, env=os.environ | environment)
     return Result(done.returncode, done.stdout)
 
 
@@ -68,7 +58,7 @@ def compiler(variable, default):
     path = shutil.which(name)
     if path is None:
         raise Missing(f"{name} was not found: install it, or name another one in {variable}")
-    return path, run([path, "--version"], 60).output
+    return path, run([path, "--version"]).output
 
 
 def torch_flags():
@@ -92,6 +82,26 @@ def digest_of_files(dependencies):
     return digest(*paths, *contents)
 
 
+def digest_of_source(source, folders=(CSRC / "include", CSRC)):
+    """Of all that decides on what a CUDA source compiles to, but for nvcc: the flags, torch and the
+    files of ours that it includes, whether or not a condition leaves them out."""
+    texts = {}
+
+    def read(path):
+        if path in texts:
+            return
+        texts[path] = path.read_text()
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', texts[path], re.MULTILINE):
+            found = [folder / name for folder in (path.parent, *folders)]
+            for included in [each.resolve() for each in found if each.is_file()][:1]:
+                read(included)
+
+    read(source)
+    torch = importlib.metadata.version("torch").split("+")[0]
+    files = (f"{path.relative_to(folders[-1])}\0{texts[path]}" for path in sorted(texts))
+    return digest(*NVCC_FLAGS, torch, *files)
+
+
 def compile_once(toolchain, flags, source, suffix):
     """The file that a compiler makes of `source`, and what it said. Made anew when the command, the
     compiler or any file that it read has changed; a failure is never remembered. Who wants what
@@ -108,7 +118,7 @@ def compile_once(toolchain, flags, source, suffix):
             return target, Result(0, "")
         stamp.unlink(missing_ok=True)
         fresh = target.with_suffix(".new")  # moved into place when whole
-        result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh], COMPILE_SECONDS)
+        result = run([*command, "-MMD", "-MF", dependencies, "-o", fresh])
         if result.code == 0:
             fresh.replace(target)
             stamp.write_text(digest_of_files(dependencies))

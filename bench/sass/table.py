@@ -42,6 +42,12 @@ def versions() -> dict[str, str]:
     return {"nvcc": release[1], "triton": importlib.metadata.version("triton")}
 
 
+def is_current(report: Row, source: Path) -> bool:
+    """Whether a report's rows of a .cu file are those that compiling it here would give again."""
+    compiled = report["sources"].get(source.stem)
+    return report["versions"] == versions() and compiled == compiling.digest_of_source(source)
+
+
 def element_bytes(arguments: str) -> int | None:
     """Of the first type among template arguments, or a dtype's own."""
     found = _TYPES.search(arguments)

@@ -117,9 +117,9 @@ def _driver() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it fails or does not exist."""
+    """What a command prints, or None where it fails, does not exist or does not come back."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

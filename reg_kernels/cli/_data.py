@@ -6,16 +6,31 @@ Shapes: N images of C channels, H rows and W columns; K classes.
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.lib.format as npy
 import torch
 
 from ._errors import UsageError
 
 DIGITS = "digits"
+
+HEADER_BYTES = 10_000  # of an array in a file; a plain array's takes some hundred
+_PREFIX_BYTES = 12  # magic, version and length, which come before it
+# By version: the bytes of the length, and what reads the header. Version 3 differs from 2 in the
+# encoding of fields' names alone, and an array with fields is refused.
+_HEADERS = {
+    (1, 0): (2, npy.read_array_header_1_0),
+    (2, 0): (4, npy.read_array_header_2_0),
+    (3, 0): (4, npy.read_array_header_2_0),
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +67,7 @@ def load_images(source: str) -> Images:
         digits = load_digits()
         return _images(DIGITS, (digits.images / 16).astype(np.float32), digits.target)
     where = f"--data {source}"
-    x, y = _read_npz(Path(source), where)
-    _check_labels(y, where)
-    return _images(source, _checked_pixels(x, len(y), where), y)
+    return _images(source, *_read_npz(Path(source), where))
 
 
 def split(images: Images, train_size: int, seed: int) -> Split:
@@ -95,52 +108,143 @@ def split(images: Images, train_size: int, seed: int) -> Split:
     )
 
 
+class _Array:
+    """An array of an .npz file by its header, which is read at once; the values can wait."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __init__(self, archive: zipfile.ZipFile, member: str, name: str, where: str) -> None:
+        self._archive, self._member, self._name, self._where = archive, member, name, where
+        try:
+            with archive.open(member) as file:
+                start = file.read(_PREFIX_BYTES + HEADER_BYTES)
+            size = archive.getinfo(member).file_size
+        except Exception as error:
+            raise _unreadable(where, error, name) from None
+        if not start.startswith(npy.MAGIC_PREFIX):
+            raise self._refusal(f"must be an array as numpy.save writes it, got {_short(start)}")
+        version = tuple(start[6:8])
+        if version not in _HEADERS:
+            raise self._refusal(f"must be of version 1.0, 2.0 or 3.0 of its format, got {version}")
+        length_bytes, read = _HEADERS[version]
+        if (length := int.from_bytes(start[8:][:length_bytes], "little")) > HEADER_BYTES:
+            raise self._refusal(f"must have a header of at most {HEADER_BYTES} bytes, got {length}")
+        header = io.BytesIO(start)
+        header.seek(8)
+        try:
+            self.shape, _, self.dtype = read(header, max_header_size=HEADER_BYTES)
+        except Exception as error:
+            raise _unreadable(where, error, name) from None
+        if self.dtype.hasobject:
+            raise self._refusal("must be a plain array, got pickled objects, never loaded")
+        expected, got = math.prod(self.shape) * self.dtype.itemsize, size - header.tell()
+        if min(self.shape, default=0) < 0 or expected != got:
+            raise self._refusal(
+                f"must be a whole array, got {got} bytes for {_short(self.shape)} of {self.type}"
+            )
+
+    @property
+    def type(self) -> str:
+        return _short(self.dtype)
+
+    def values(self) -> np.ndarray:
+        try:
+            with self._archive.open(self._member) as file:
+                array = npy.read_array(file, allow_pickle=False, max_header_size=HEADER_BYTES)
+                file.read(1)  # the end of the member: only there is its checksum looked at
+        except Exception as error:
+            raise _unreadable(self._where, error, self._name) from None
+        return array
+
+    def _refusal(self, message: str) -> UsageError:
+        return UsageError(f"{self._where}: {self._name} {message}")
+
+
 def _read_npz(path: Path, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels as float32 [N, C, H, W] or [N, H, W] and labels; all that headers tell is checked
+    before any value is read."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{where}: must be a file, got a device, a pipe or a socket")
     try:
-        file = np.load(path, allow_pickle=False)
+        file = path.open("rb")
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror or error}") from None
+    with file:
+        archive = _archive(file, where)
+        # As numpy.load: the member x.npy is the array x.
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        if not {"x", "y"} <= set(members):
+            got = _short(", ".join(members)) or "none"
+            raise UsageError(f"{where}: must hold arrays x and y, got {got}")
+        x, y = (_Array(archive, members[name], name, where) for name in ("x", "y"))
+        _check_headers(x, y, where)
+        labels = y.values()
+        _check_labels(labels, where)
+        return _float_pixels(x.values(), where), labels
+
+
+def _archive(file: BinaryIO, where: str) -> zipfile.ZipFile:
+    try:
+        start = file.read(4)
+        # What an archive starts with: its first member or, where it has none, its end.
+        if start in (b"", b"PK\x03\x04", b"PK\x05\x06"):
+            return zipfile.ZipFile(file)
     except Exception as error:
         raise _unreadable(where, error) from None
-    if isinstance(file, np.ndarray):
-        raise UsageError(f"{where}: must be an .npz file with arrays x and y, got a single array")
-    arrays: dict[str, np.ndarray] = {}
-    with file:
-        if not {"x", "y"} <= set(file.files):
-            raise UsageError(
-                f"{where}: must hold arrays x and y, got {', '.join(file.files) or 'none'}"
-            )
-        for name in ("x", "y"):
-            try:
-                arrays[name] = file[name]
-            except Exception as error:
-                raise _unreadable(where, error, name) from None
-    return arrays["x"], arrays["y"]
+    got = "a single array" if start == npy.MAGIC_PREFIX[:4] else "something else"
+    raise UsageError(f"{where}: must be an .npz file with arrays x and y, got {got}")
 
 
-def _unreadable(where: str, error: Exception, array: str | None = None) -> UsageError:
+def _unreadable(where: str, error: Exception, array: str = "the file") -> UsageError:
     # The zip reader, the decompressor and the array header's parser each raise types of their
-    # own on a damaged file, too many to list; numpy words its refusal of pickles as ValueError.
-    if isinstance(error, ValueError) and "allow_pickle" in str(error):
-        # For a file that is neither .npz nor .npy numpy guesses "pickle"; only inside an archive
-        # does it know.
-        if array is not None:
-            return UsageError(
-                f"{where}: {array} must be a plain array, got pickled objects, never loaded"
-            )
-        return UsageError(f"{where}: must be an .npz file with arrays x and y, got something else")
-    what = f"{array} is" if array is not None else "the file is"
+    # own on a damaged file, too many to list.
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return UsageError(f"{where}: must be a whole .npz file, but {what} damaged: {reason}")
+    return UsageError(
+        f"{where}: must be a whole .npz file, but {array} cannot be read: {_short(reason)}"
+    )
+
+
+def _short(value: object) -> str:
+    """`value` on one line, the beginning of it where it is long."""
+    text = str(list(value) if isinstance(value, tuple) else value)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_headers(x: _Array, y: _Array, where: str) -> None:
+    if len(y.shape) != 1:
+        raise UsageError(f"{where}: y must be of shape [N], got {_short(y.shape)}")
+    if y.dtype.kind not in "iu":
+        raise UsageError(f"{where}: y must hold integers, got {y.type}")
+    if y.shape == (0,):
+        raise UsageError(f"{where}: y must hold at least one label, got none")
+    if len(x.shape) not in (3, 4) or 0 in x.shape[1:]:
+        raise UsageError(
+            f"{where}: x must be of shape [N, H, W] or [N, C, H, W], got {_short(x.shape)}"
+        )
+    if x.shape[0] != y.shape[0]:
+        raise UsageError(
+            f"{where}: x and y must be of one length, "
+            f"got {x.shape[0]} images and {y.shape[0]} labels"
+        )
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise UsageError(f"{where}: x must be uint8 or floating point, got {x.type}")
+    # As stored and as float32, side by side. A small file may unpack to any size.
+    needed = math.prod(x.shape) * (x.dtype.itemsize + 4)
+    if needed > (here := _memory()):
+        raise UsageError(
+            f"{where}: x must fit into memory, got {_short(x.shape)} of {x.type}, which takes "
+            f"{needed / 2**30:.1f} GiB of {here / 2**30:.1f}"
+        )
+
+
+def _memory() -> int:
+    """The bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_labels(y: np.ndarray, where: str) -> None:
-    if y.ndim != 1:
-        raise UsageError(f"{where}: y must be of shape [N], got {list(y.shape)}")
-    if y.dtype.kind not in "iu":
-        raise UsageError(f"{where}: y must hold integers, got {y.dtype}")
-    if len(y) == 0:
-        raise UsageError(f"{where}: y must hold at least one label, got none")
     labels = np.unique(y)
     last = len(labels) - 1
     if labels[0] < 0 or labels[-1] != last:
@@ -153,20 +257,10 @@ def _check_labels(y: np.ndarray, where: str) -> None:
         raise UsageError(f"{where}: y must hold at least 2 classes, got 1")
 
 
-def _checked_pixels(x: np.ndarray, labels: int, where: str) -> np.ndarray:
-    """Returns `x` as float32 [N, C, H, W] with every pixel finite."""
-    if x.ndim not in (3, 4) or 0 in x.shape[1:]:
-        raise UsageError(
-            f"{where}: x must be of shape [N, H, W] or [N, C, H, W], got {list(x.shape)}"
-        )
-    if len(x) != labels:
-        raise UsageError(
-            f"{where}: x and y must be of one length, got {len(x)} images and {labels} labels"
-        )
+def _float_pixels(x: np.ndarray, where: str) -> np.ndarray:
+    """Returns `x` as float32 with every pixel finite."""
     if x.dtype == np.uint8:
         return x.astype(np.float32) / np.float32(255)
-    if x.dtype.kind != "f":
-        raise UsageError(f"{where}: x must be uint8 or floating point, got {x.dtype}")
     with np.errstate(over="ignore"):  # a double too large for float32 is reported just below
         pixels = x.astype(np.float32)
     bad = np.argwhere(~np.isfinite(pixels))

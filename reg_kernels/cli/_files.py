@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ._errors import UsageError
+
+# Between what mkstemp draws and the suffix of a temporary file: a file of that name is ours.
+_PARTIAL = ".partial"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -16,24 +21,54 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     A reader sees the old file or the new one, never a part; when `write` raises, the old file
     is left as it was and the temporary one is removed. The temporary file keeps `path`'s suffix,
-    since writers such as matplotlib choose their format by it.
+    since writers such as matplotlib choose their format by it. It is locked while this process
+    lives, so that `remove_abandoned` knows what a kill left behind.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    handle, temporary = _locked_temporary(path)
     try:
         write(temporary)
         # mkstemp makes the file private; a result is as readable as any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(handle)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    finally:
+        os.close(handle)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes the temporary files that killed processes left while they wrote `path`."""
+    name = rf"\.{re.escape(path.stem)}-[a-z0-9_]+{re.escape(_PARTIAL + path.suffix)}"
+    for temporary in path.parent.glob(f".*-*{_PARTIAL}{path.suffix}"):
+        if re.fullmatch(name, temporary.name) is None:
+            continue
+        # Another's file, or one that is gone by now, is none of ours to remove.
+        with contextlib.suppress(OSError):
+            handle = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
+            finally:
+                os.close(handle)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open and locked."""
+    while True:
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=_PARTIAL + path.suffix
+        )
+        # A file system without locks refuses them to `remove_abandoned` as well.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # taken for an abandoned one before it was locked
 
 
 def output_file(option: str, path: Path) -> Path:
@@ -46,6 +81,7 @@ def output_file(option: str, path: Path) -> Path:
             pass
     except OSError as error:
         raise _cannot_write(option, path, error) from error
+    remove_abandoned(path)
     return path
 
 

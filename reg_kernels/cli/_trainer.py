@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
 import math
 import statistics
 import time
@@ -28,6 +29,8 @@ from ._data import Split
 BATCH = 64
 EVALUATION_BATCH = 512
 LEARNING_RATE = 4e-3
+# Of both sets, at the end of each epoch.
+MEASURES = tuple(f"{part}_{name}" for part in ("train", "test") for name in ("loss", "accuracy"))
 FORMAT = "reg_kernels train checkpoint 2"
 
 
@@ -202,13 +205,47 @@ class Training:
         )
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to where `state()` was taken; raises, of any type, if `state` is no such thing."""
-        phase, epoch, history = state["phase"], state["epoch"], state["history"]
-        if phase not in range(len(RECIPES)) or epoch not in range(self.epochs + 1):
-            raise ValueError(f"phase {phase}, epoch {epoch} of {self.epochs}")
+        """Goes to where `state()` was taken; raises, of any type, if `state` is no such thing.
+
+        Everything is compared with what this training would have there, values included where it
+        would have but one: a wrong state must not come to light after the rest of the training.
+        """
+        phase, epoch = state["phase"], state["epoch"]
+        if type(phase) is not int or phase not in range(len(RECIPES)):
+            raise ValueError(f"phase {phase}")
+        if type(epoch) is not int or epoch not in range(self.epochs + 1):
+            raise ValueError(f"epoch {epoch} of {self.epochs}")
+        steps = epoch * math.ceil(len(self._train_y) / BATCH)
+        self._begin(phase)
+        row = dict.fromkeys(MEASURES, 0.0)
         done = [self.epochs] * phase + [epoch] + [0] * (len(RECIPES) - phase - 1)
-        if [len(history[recipe.name]) for recipe in RECIPES] != done:
-            raise ValueError("the history does not match the epoch")
+        moments = {
+            index: {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for index, parameter in enumerate(self._net.model.parameters())
+        }
+        like = self.state()
+        like["optimizer"]["state"] = moments if steps > 0 else {}
+        like["history"] = {r.name: [row] * n for r, n in zip(RECIPES, done, strict=True)}
+        _check_alike(state, like)
+        for group, ours in zip(
+            *(s["optimizer"]["param_groups"] for s in (state, like)), strict=True
+        ):
+            if group | {"lr": ours["lr"]} != ours:  # each batch sets the rate anew
+                raise ValueError("the optimizer is another one")
+        counts = [e["step"] for e in state["optimizer"]["state"].values()]
+        counts += [v for n, v in state["model"].items() if n.endswith("num_batches_tracked")]
+        if any(count != steps for count in counts):
+            raise ValueError(f"not {steps} steps")
+        for row in itertools.chain.from_iterable(state["history"].values()):
+            for name, value in row.items():
+                # A loss may have run away; an accuracy is a share.
+                if value < 0 or (name.endswith("accuracy") and not value <= 1):
+                    raise ValueError(f"{name} {value}")
+
         self._begin(phase)
         self._net.model.load_state_dict(state["model"])
         self._net.optimizer.load_state_dict(state["optimizer"])
@@ -217,7 +254,7 @@ class Training:
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self._device)
         self._epoch = epoch
-        self.history = copy.deepcopy(history)
+        self.history = copy.deepcopy(state["history"])
 
     def time_epochs(
         self, rounds: int, kinds: dict[str, Kernels], after_round: Callable[[], None]
@@ -316,7 +353,14 @@ class Training:
 def save_checkpoint(path: Path, options: dict[str, Any], state: dict[str, Any]) -> None:
     """Writes what `load_checkpoint` reads; `options` are those that shape the result."""
     content = {"options": options, "state": state}
-    torch.save({"format": FORMAT, "sha256": _digest(content), "content": content}, path)
+    save({"format": FORMAT, "sha256": _digest(content), "content": content}, path)
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save, in which a disk that is full is an OSError as everywhere else."""
+    blob = io.BytesIO()
+    torch.save(value, blob)
+    path.write_bytes(blob.getbuffer())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -325,15 +369,40 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises OSError when the file cannot be read and ValueError when it is damaged or something
     else. Never runs code from the file: `weights_only=True`.
     """
-    blob = path.read_bytes()
-    try:
-        saved = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-        if saved["format"] != FORMAT or saved["sha256"] != _digest(saved["content"]):
-            raise ValueError("another format or other values than were saved")
-        return dict(saved["content"]["options"]), dict(saved["content"]["state"])
-    except Exception as error:
-        # The archive reader and the unpickler raise nearly any type on a damaged file.
-        raise ValueError(f"not a whole {FORMAT}: {error}") from error
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("a device, a pipe or a socket")
+    with path.open("rb") as file:
+        try:
+            saved = torch.load(file, weights_only=True, map_location="cpu")
+            if saved["format"] != FORMAT or saved["sha256"] != _digest(saved["content"]):
+                raise ValueError("another format or other values than were saved")
+            return dict(saved["content"]["options"]), dict(saved["content"]["state"])
+        except Exception as error:
+            # The archive reader and the unpickler raise nearly any type on a damaged file.
+            raise ValueError(f"not a whole {FORMAT}: {error}") from error
+
+
+def _check_alike(value: Any, like: Any, where: str = "state") -> None:
+    """Raises ValueError unless both are made alike: types, keys, lengths, and a tensor's dtype,
+    shape and layout."""
+    if type(value) is not type(like):
+        raise ValueError(f"{where}: {type(value)} where {type(like)} was expected")
+    if isinstance(like, dict):
+        if value.keys() != like.keys():
+            raise ValueError(f"{where}: {list(value)} where {list(like)} were expected")
+        for key in like:
+            _check_alike(value[key], like[key], f"{where}.{key}")
+    elif isinstance(like, list | tuple):
+        for index, pair in enumerate(zip(value, like, strict=True)):
+            _check_alike(*pair, f"{where}.{index}")
+    elif isinstance(like, Tensor):
+        for make in (
+            (value.dtype, like.dtype),
+            (value.shape, like.shape),
+            (value.layout, like.layout),
+        ):
+            if make[0] != make[1]:
+                raise ValueError(f"{where}: {make[0]} where {make[1]} was expected")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -357,6 +426,8 @@ def _digest(content: dict[str, Any]) -> str:
                 add(item)
             digest.update(b"]")
         elif isinstance(value, Tensor):
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise ValueError("a tensor that is larger than what it is stored in")
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
         else:

@@ -29,7 +29,7 @@ from .. import __version__, augment, backends, convert, optim
 from ..nn import CrossEntropyLoss
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
-from ._files import write_whole
+from ._files import remove_abandoned, write_whole
 from ._trainer import (
     RECIPES,
     Kernels,
@@ -37,6 +37,7 @@ from ._trainer import (
     load_checkpoint,
     loss_by_torch,
     mix_by_torch,
+    save,
     save_checkpoint,
 )
 
@@ -150,11 +151,13 @@ def _run(args: argparse.Namespace) -> int:
     }
     options = _result_options(args, device, implementation, images)
     training = Training(data, images.classes, args.epochs, args.seed, device, kinds[args.kernels])
+    start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
-        _resume(training, Path(args.resume) if args.resume != _HERE else out / CHECKPOINT, options)
+        _resume(training, start, options)
     _make_writable(out)
 
-    checkpoint = _Checkpoint(out / CHECKPOINT, options, training)
+    resumed = args.resume is not None and start == out / CHECKPOINT
+    checkpoint = _Checkpoint(out / CHECKPOINT, options, training, on_disk=resumed)
     try:
         sizes = f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on"
         print(f"{sizes}, {images.classes} classes; {args.kernels} kernels on {device}", flush=True)
@@ -163,10 +166,14 @@ def _run(args: argparse.Namespace) -> int:
             seconds = _time(training, args.time_epochs, kinds, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
         _write_results(out, metrics, training)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UsageError) as stop:
         with _no_interrupt():
-            checkpoint.write()
-        print(f"\ninterrupted: add --resume to continue from {checkpoint.path}", file=sys.stderr)
+            failure = checkpoint.keep()
+        remedy = [f"add --resume to continue from {checkpoint.path}"] if checkpoint.on_disk else []
+        failure = stop if isinstance(stop, UsageError) else failure
+        if failure is not None:
+            raise UsageError("; ".join([str(failure), *remedy])) from None
+        print(f"\ninterrupted: {remedy[0]}", file=sys.stderr)
         return INTERRUPTED
     checkpoint.path.unlink(missing_ok=True)
     _print_table(metrics)
@@ -224,6 +231,8 @@ def _make_writable(out: Path) -> None:
     for name in (CURVES, METRICS, MODEL, CHECKPOINT):
         if (out / name).is_dir():
             raise UsageError(f"--out: {out / name} must be a file or free, got a directory")
+    for name in (CURVES, METRICS, MODEL, CHECKPOINT):
+        remove_abandoned(out / name)
 
 
 def _unwritable(out: Path, error: OSError) -> UsageError:
@@ -253,8 +262,11 @@ def _result_options(
 class _Checkpoint:
     """The state at the end of the last epoch: kept in memory, written now and then."""
 
-    def __init__(self, path: Path, options: dict[str, Any], training: Training) -> None:
+    def __init__(
+        self, path: Path, options: dict[str, Any], training: Training, on_disk: bool
+    ) -> None:
         self.path = path
+        self.on_disk = on_disk  # one of this run, if an older one
         self._options = options
         self._training = training
         self._state = training.state()
@@ -270,6 +282,15 @@ class _Checkpoint:
     def write(self) -> None:
         _write(self.path, lambda path: save_checkpoint(path, self._options, self._state))
         self._written = time.monotonic()
+        self.on_disk = True
+
+    def keep(self) -> UsageError | None:
+        """Writes it as the last thing; a failure, which leaves the one before, is returned."""
+        try:
+            self.write()
+        except UsageError as error:
+            return error
+        return None
 
 
 def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
@@ -282,8 +303,12 @@ def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
     except ValueError:
         raise _damaged(path) from None
     for name, here in options.items():
-        if (there := saved.get(name)) != here:
-            where = f"{there} there, {here} here"
+        there = saved.get(name)
+        # Only what prints on a line, as all of ours does, is shown.
+        if type(there) is not type(here) or not str(there)[:100].isprintable():
+            raise _damaged(path)
+        if there != here:
+            where = f"{str(there)[:100]} there, {here} here"
             raise UsageError(f"--resume: {path} is of another run: {name} {where}")
     try:
         training.restore(state)
@@ -409,7 +434,7 @@ def _write_results(out: Path, metrics: dict[str, Any], training: Training) -> No
     model = {name: value.cpu() for name, value in training.model.state_dict().items()}
     text = json.dumps(_without_nan(metrics), indent=2, allow_nan=False) + "\n"
     _write(out / CURVES, lambda path: _draw(path, metrics))
-    _write(out / MODEL, lambda path: torch.save(model, path))
+    _write(out / MODEL, lambda path: save(model, path))
     _write(out / METRICS, lambda path: path.write_text(text))
 
 
@@ -418,9 +443,6 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write_whole(path, write)
     except OSError as error:
         raise _unwritable(path.parent, error) from None
-    except RuntimeError as error:
-        # torch.save words a full disk as a RuntimeError of several lines.
-        raise UsageError(f"--out: cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
 def _without_nan(value: Any) -> Any:

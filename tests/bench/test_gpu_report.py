@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from support import bench_module
 
 ROOT = Path(__file__).parents[2]
+HANGS = 3000.0  # seconds after which a stage of these does not run slowly any more
 FACTS = {
     "commit": {"hash": "a" * 40, "dirty": False},
     "date": "2026-01-01T00:00:00+00:00",
@@ -71,7 +73,7 @@ def any_time_is_enough(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def python(report: Any, name: str, code: str, group: str = "group", **fields: Any) -> Any:
-    return report.Stage(name, group, (sys.executable, "-S", "-c", code), 30, **fields)
+    return report.Stage(name, group, (sys.executable, "-S", "-c", code), HANGS, **fields)
 
 
 def outcome(folder: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +88,7 @@ def test_a_stage_that_fails_is_reported_and_the_rest_runs(
         python(report, "good", "print('all well')"),
         python(report, "bad", "print('a reason'); raise SystemExit(3)"),
         python(report, "known", "raise SystemExit(5)", reasons={5: "no test was selected"}),
-        report.Stage("missing", "group", ("no-such-program",), 30),
+        report.Stage("missing", "group", ("no-such-program",), HANGS),
         python(report, "last", "print('here')"),
     ]
     folder = tmp_path / "results" / "gpu"
@@ -108,27 +110,47 @@ def test_a_stage_that_fails_is_reported_and_the_rest_runs(
 def test_success_and_missing_tools_exit_0(report: Any, tmp_path: Path):
     stages = [
         python(report, "good", ""),
-        report.Stage("missing", "group", ("no-such-program",), 30),
+        report.Stage("missing", "group", ("no-such-program",), HANGS),
     ]
     assert report.make_report(tmp_path, FACTS, stages) == 0
 
 
-def test_a_stage_is_stopped_at_its_limit_with_all_it_started(report: Any, tmp_path: Path):
+def test_a_stage_is_stopped_at_its_limit_with_all_it_started(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     pid = tmp_path / "pid"
     code = (
-        "import subprocess, sys, time; print('begun', flush=True)\n"
-        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
+        "import os, subprocess, sys, time; print('begun', flush=True)\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(3600)'])\n"
+        f"open({str(pid)!r} + '.new', 'w').write(str(child.pid))\n"
+        f"os.replace({str(pid)!r} + '.new', {str(pid)!r}); time.sleep(3600)"
     )
-    begin = time.monotonic()
+
+    class Process(subprocess.Popen):
+        """Its time is up as soon as all has begun, however long that takes here."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            assert timeout == 3.0
+            while not pid.exists():
+                assert self.poll() is None
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(report.subprocess, "Popen", Process)
     row = report.run_stage(python(report, "slow", code), 3.0)
-    assert time.monotonic() - begin < 20
     assert (row["status"], row["reason"]) == ("timed out", "stopped after 3 s")
     assert row["tail"] == "begun"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANGS
     while _alive(int(pid.read_text())):
         assert time.monotonic() < deadline, "the grandchild runs on"
-        time.sleep(0.05)
+        time.sleep(0.01)
+
+
+def test_a_stage_that_outlives_its_limit_is_stopped_by_the_clock(report: Any):
+    row = report.run_stage(python(report, "slow", "import time; time.sleep(3600)"), 0.5)
+    assert (row["status"], row["reason"]) == ("timed out", "stopped after 0 s")
 
 
 def _alive(pid: int) -> bool:
@@ -148,20 +170,23 @@ def test_what_the_budget_has_not_room_for_is_skipped(
     assert {r["status"] for r in outcome(tmp_path).values()} == {"skipped"}
 
 
-def test_time_is_kept_for_a_stage_that_was_promised_it(report: Any, tmp_path: Path):
+def test_time_is_kept_for_a_stage_that_was_promised_it(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 0.0))
     stages = [
-        python(report, "long", "import time; time.sleep(60)"),
-        python(report, "promised", "import sys; print(sys.argv)", promised=60.0),
+        python(report, "long", "import time; time.sleep(3600)"),
+        python(report, "promised", "import sys; print(sys.argv)", promised=HANGS),
     ]
-    assert report.make_report(tmp_path, FACTS, stages, budget=61.0) == 1
+    assert report.make_report(tmp_path, FACTS, stages, budget=HANGS + 1) == 1
     rows = outcome(tmp_path)
     assert rows["long"]["status"] == "timed out" and rows["promised"]["status"] == "ok"
 
 
 def test_a_command_learns_what_it_may_take(report: Any):
     stage = python(report, "x", "import sys; print(sys.argv[1])")
-    stage = report.Stage("x", "group", (*stage.command, "{seconds}"), 30)
-    assert report.run_stage(stage, 40.0)["tail"] == "30"
+    stage = report.Stage("x", "group", (*stage.command, "{seconds}"), HANGS)
+    assert report.run_stage(stage, HANGS)["tail"] == f"{0.75 * HANGS:.0f}"
 
 
 def test_the_report_is_there_after_every_stage(report: Any, tmp_path: Path):
@@ -181,9 +206,9 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
 import gpu_report as report
 signal.signal(signal.SIGINT, signal.default_int_handler)
 report.LEAST = 0.01
-interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"
+interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(3600)"
 stages = [
-    report.Stage(name, "group", (sys.executable, "-S", "-c", text), 30)
+    report.Stage(name, "group", (sys.executable, "-S", "-c", text), {HANGS})
     for name, text in (("done", ""), ("stopped", interrupt), ("never", ""))
 ]
 raise SystemExit(report.make_report(Path({str(tmp_path)!r}), {FACTS!r}, stages))
@@ -262,7 +287,7 @@ def test_a_result_that_is_no_json_fails_its_stage(report: Any, tmp_path: Path):
 
 
 def test_reports_do_not_name_the_places_of_this_machine(report: Any):
-    row = report.run_stage(python(report, "x", f"print({sys.executable!r}, {str(ROOT)!r})"), 30.0)
+    row = report.run_stage(python(report, "x", f"print({sys.executable!r}, {str(ROOT)!r})"), HANGS)
     assert row["tail"] == "python ."
     assert sys.executable not in row["command"]
 

@@ -17,6 +17,8 @@ from sass.disassembly import Hot, elements_alone, functions, hot_paths  # noqa: 
 from sass.findings import EXPLAINED, findings  # noqa: E402
 from sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth  # noqa: E402
 
+import toolchain  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -162,6 +164,7 @@ def test_every_kernel_is_in_the_table():
     sources = {row["source"].removeprefix("cuda/") for row in rows if "cuda/" in row["source"]}
     assert sources == {source.stem for source in compiling.CUDA_SOURCES}
     assert {row["architecture"] for row in rows} == set(compiling.CUDA_ARCHITECTURES)
+    assert committed()["sources"].keys() == sources
 
 
 def test_every_finding_is_explained_and_every_reason_needed():
@@ -201,9 +204,40 @@ def tools() -> None:
         pytest.skip(str(missing))
 
 
+def test_a_source_is_compiled_again_where_anything_of_it_has_changed(tmp_path: Path):
+    include, cuda = tmp_path / "include", tmp_path / "cuda"
+    include.mkdir()
+    cuda.mkdir()
+    source = cuda / "op.cu"
+    source.write_text('#include <torch.h>\n#include "op.cuh"\nint a;')
+    (cuda / "op.cuh").write_text('#if 0\n#  include "far.h"\n#endif\n#include "op.cuh"')
+    (include / "far.h").write_text("int b;")
+    digests = set()
+    for path, text in (
+        (source, source.read_text()),
+        (source, '#include "op.cuh"\nint b;'),
+        (include / "far.h", "int c;"),
+        (cuda / "far.h", "int c;"),  # nearer than the other one
+        (cuda / "op.cuh", "int d;"),
+    ):
+        path.write_text(text)
+        digests.add(compiling.digest_of_source(source, (include, tmp_path)))
+    assert len(digests) == 5
+    (cuda / "far.h").write_text("int none_includes_it;")
+    assert compiling.digest_of_source(source, (include, tmp_path)) in digests
+
+    (real, *_) = compiling.CUDA_SOURCES
+    report = {"versions": table.versions(), "sources": {real.stem: "older"}}
+    assert not table.is_current(report, real)
+    report["sources"][real.stem] = compiling.digest_of_source(real)
+    assert table.is_current(report, real)
+    assert not table.is_current(report | {"versions": {"nvcc": "1.0"}}, real)
+
+
 # tests/emulation/test_nvcc.py compiles the same, and what it made is taken from there.
 @pytest.mark.parametrize("source", compiling.CUDA_SOURCES, ids=lambda source: source.stem)
 def test_the_table_of_cuda_kernels_holds(source, tools):
+    toolchain.skip_if_compiled_for(committed(), source)
     compare(table.cuda_rows(source), f"cuda/{source.stem}")
 
 

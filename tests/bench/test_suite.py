@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from reg_kernels import backends, bench
 from reg_kernels.bench import _clock, _measure, _peers, dropout, mixup, optimizer_step
 from reg_kernels.bench._measure import BACKWARD, FORWARD
 from reg_kernels.bench.optimizer_step import Kind
+
+from support import run_program
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -378,9 +379,7 @@ def test_pytest_is_handed_what_was_measured_interleaved(tmp_path: Path):
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "bench_toy.py").write_text(BENCH_TOY)
     words = ["-q", "-ra", "--benchmark-json=found.json", "bench_toy.py"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True
-    )
+    ran = run_program([sys.executable, "-m", "pytest", *words], cwd=tmp_path)
     assert ran.returncode == 1, ran.stdout
     assert "wrong values: toy: off by one" in ran.stdout and "no GPU" in ran.stdout
     assert "1 failed, 3 passed" in ran.stdout

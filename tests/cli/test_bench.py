@@ -29,7 +29,7 @@ from reg_kernels.bench import (
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
-from support import bench_module
+from support import bench_module, run_program
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -616,15 +616,13 @@ def test_readme_without_its_markers(text: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path):
     pytest.importorskip("pytest_benchmark")
-    done = subprocess.run(
+    done = run_program(
         [
             *(sys.executable, "-m", "pytest", "bench/bench_dropout.py", "--benchmark-only", "-q"),
             *("-p", "no:cacheprovider", "-k", "16-elements-no-grad and eager"),
             f"--benchmark-json={tmp_path / 'result.json'}",
         ],
         cwd=ROOT,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (only,) = json.loads((tmp_path / "result.json").read_text())["benchmarks"]

@@ -1,7 +1,6 @@
 """The command line as a user meets it: help, info, check."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 
 from reg_kernels import backends, cases
 from reg_kernels.cli import COMMANDS, check, main
+
+from support import run_program
 
 
 def test_help_on_everything(capsys):
@@ -31,9 +32,7 @@ def test_bad_usage_exits_with_2(arguments, capsys):
 
 
 def test_as_a_module():
-    result = subprocess.run(
-        [sys.executable, "-m", "reg_kernels", "info"], capture_output=True, text=True, timeout=120
-    )
+    result = run_program([sys.executable, "-m", "reg_kernels", "info"])
     assert result.returncode == 0, result.stderr
     for word in ("torch", torch.__version__, "dropout", "native", "triton", "reference"):
         assert word in result.stdout

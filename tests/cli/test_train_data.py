@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from reg_kernels.cli import _data
 from reg_kernels.cli._data import Images, load_images, split
 from reg_kernels.cli._errors import UsageError
 
@@ -142,7 +145,133 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("not an archive")
     assert "must be an .npz file" in refusal(tmp_path / "text.npz")
     (tmp_path / "empty.npz").touch()
-    assert "damaged" in refusal(tmp_path / "empty.npz")
+    assert "but the file cannot be read" in refusal(tmp_path / "empty.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert refusal(tmp_path / "pipe.npz") == "must be a file, got a device, a pipe or a socket"
+    assert refusal("/dev/zero") == "must be a file, got a device, a pipe or a socket"
+
+
+def npy_header(shape: object, dtype: str = "<f4", pad: int = 0, version: int = 1) -> bytes:
+    """The beginning of an .npy file, `pad` blanks longer than it has to be."""
+    text = repr({"descr": dtype, "fortran_order": False, "shape": shape}) + " " * pad + "\n"
+    length = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text.encode()
+
+
+def save_raw(path: Path, x: bytes, y: np.ndarray = Y, compression: int = zipfile.ZIP_STORED) -> str:
+    """An .npz file whose member x.npy has these bytes."""
+    np.savez(path, y=y)
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        archive.writestr("x.npy", x)
+    return str(path)
+
+
+RAW = X.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (b"no array", "x must be an array as numpy.save writes it, got b'no array'"),
+        (b"", "x must be an array as numpy.save writes it, got b''"),
+        (b"\x80\x05N.", r"x must be an array as numpy.save writes it, got b'\x80\x05N.'"),
+        (b"a\n" * 9999, r"x must be an array as numpy.save writes it, got b'a\na\na\n"),
+        (b"\x93NUMPY", "x must be of version 1.0, 2.0 or 3.0 of its format, got ()"),
+        (b"\x93NUMPY\x01\x00\x40\x00{'descr'", "must be a whole .npz file, but x cannot be read: "),
+        (
+            b"\x93NUMPY\x09\x00" + RAW,
+            "x must be of version 1.0, 2.0 or 3.0 of its format, got (9, 0)",
+        ),
+        (
+            npy_header((24, 4, 5), pad=20_000) + RAW,
+            "x must have a header of at most 10000 bytes, got 20062",
+        ),
+        (
+            npy_header((24, 4, 5), pad=2**20, version=2) + RAW,
+            "x must have a header of at most 10000 bytes, got 1048638",
+        ),
+        (
+            npy_header((24, 4, 5)) + RAW[:-1],
+            "x must be a whole array, got 1919 bytes for [24, 4, 5] of float32",
+        ),
+        (
+            npy_header((24, 4, 5)) + RAW + b"z",
+            "x must be a whole array, got 1921 bytes for [24, 4, 5] of float32",
+        ),
+        (
+            npy_header((-24, -4, 5)) + RAW,
+            "x must be a whole array, got 1920 bytes for [-24, -4, 5] of float32",
+        ),
+        (
+            npy_header((2**40, 2**40, 2**40)) + RAW,
+            "x must be a whole array, got 1920 bytes for ",
+        ),
+        (npy_header((24, "4", 5)) + RAW, "must be a whole .npz file, but x cannot be read: shape"),
+        (npy_header((24, 4, 5), "what") + RAW, "must be a whole .npz file, but x cannot be read: "),
+        (
+            npy_header((24, 4, 5), "|S4") + RAW,
+            "x must be uint8 or floating point, got |S4",
+        ),
+        (
+            npy_header((24, 4, 5), "<M8[s]") + RAW * 2,
+            "x must be uint8 or floating point, got datetime64[s]",
+        ),
+        (
+            npy_header((24, 4), [("many", "<f4", (5,))]) + RAW,
+            "x must be of shape [N, H, W] or [N, C, H, W], got [24, 4]",
+        ),
+        (
+            npy_header((24, 4, 1), [(f"field {i}", "<f4") for i in range(5)]) + RAW,
+            "x must be uint8 or floating point, got [('field 0', '<f4'), ('field 1', '<f4')",
+        ),
+    ],
+)
+def test_a_member_that_is_no_array_is_told_for_what_it_is(
+    tmp_path: Path, x: bytes, message: str
+) -> None:
+    said = refusal(save_raw(tmp_path / "a.npz", x))
+    assert message in said
+    assert len(said) < 250
+
+
+def test_headers_of_every_version_are_read(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        x = npy_header((24, 4, 5), pad=200, version=version) + RAW
+        assert np.array_equal(load_images(save_raw(tmp_path / "a.npz", x)).x[:, 0], X)
+
+
+def test_nothing_of_a_large_array_is_read_before_its_header_is_found_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("values are read"))
+    x = np.zeros((30, 4, 5), np.float32)
+    assert "30 images and 24 labels" in refusal(save(tmp_path / "a.npz", x=x, y=Y))
+    # A small file that unpacks to more than the machine has.
+    path = save_raw(
+        tmp_path / "b.npz",
+        npy_header((24, 1000, 1000), "|u1") + bytes(24 * 10**6),
+        compression=zipfile.ZIP_DEFLATED,
+    )
+    monkeypatch.setattr(_data, "_memory", lambda: 10**8)
+    assert Path(path).stat().st_size < 10**5
+    assert refusal(path) == (
+        "x must fit into memory, got [24, 1000, 1000] of uint8, which takes 0.1 GiB of 0.1"
+    )
+
+
+def test_archives_that_cannot_be_unpacked_are_refused(tmp_path: Path) -> None:
+    for code, reason in ((97, "compression method"), (None, "encrypted")):
+        path = Path(save(tmp_path / "a.npz", x=X, y=Y))
+        blob = bytearray(path.read_bytes())
+        for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            at = blob.index(signature) + flags
+            blob[at if code is None else at + 2] = 1 if code is None else code
+        path.write_bytes(blob)
+        said = refusal(path)
+        assert said.startswith("must be a whole .npz file, but x cannot be read: ")
+        assert reason in said
+    np.savez(path, y=Y, **{"a\nb": X}, **{f"array {i}": Y for i in range(50)})
+    assert len(refusal(path)) < 200
 
 
 @pytest.mark.parametrize("savez", [np.savez, np.savez_compressed])

@@ -5,7 +5,8 @@
 // turn. A thread runs until it waits (at a barrier, at a warp-wide operation, asleep between two
 // looks at a variable) or exits, then the next one does, in ascending order or, with `reversed`
 // set, in descending order. A missing barrier can hide in one order, since whoever writes happens
-// to come first, but then not in the other.
+// to come first, but then not in the other. With `mixed` set, the order is drawn anew for each turn
+// of all threads: what a launch leaves undetected, one of the next few does not.
 //
 // What threads wait for is settled only when none of them can run. Whoever is missing then has gone
 // another way, and a report says who waits where and ends the program. So it does when all that can
@@ -92,8 +93,15 @@ inline dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-// Whether threads, and blocks, run in descending order.
+// Whether threads, and blocks, run in descending order; whether that is drawn, the same every time.
 inline bool reversed = false;
+inline bool mixed = false;
+inline uint32_t draws = 1;
+
+inline bool descending() {
+  draws = draws * 1664525u + 1013904223u;
+  return mixed ? draws >> 31 != 0 : reversed;
+}
 
 constexpr int kWarp = 32;
 constexpr size_t kMaxThreads = 1024;
@@ -455,8 +463,9 @@ inline bool run(Block& block) {
   const size_t size = block.threads.size();
   bool progress = false;
   for (bool wakes = true;; wakes = false) {
+    const bool down = descending();
     for (size_t i = 0; i < size; ++i) {
-      Thread& thread = *block.threads[reversed ? size - 1 - i : i];
+      Thread& thread = *block.threads[down ? size - 1 - i : i];
       const bool asleep = thread.state == State::asleep;
       if (thread.state != State::ready && !(asleep && wakes)) continue;
       enter_thread(thread);
@@ -477,9 +486,10 @@ inline bool has_exited(const Block& block) {
 // Runs blocks that are all there at once, in turn.
 inline void run_together(std::vector<Block>& blocks) {
   for (;;) {
+    const bool down = descending();
     bool progress = false, exited = true;
     for (size_t i = 0; i < blocks.size(); ++i) {
-      Block& block = blocks[reversed ? blocks.size() - 1 - i : i];
+      Block& block = blocks[down ? blocks.size() - 1 - i : i];
       progress |= run(block);
       exited &= has_exited(block);
     }
@@ -522,9 +532,10 @@ void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 thr
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t together = cooperative ? count : 1;
   std::vector<Block> blocks(together);
+  const bool down = descending();
   for (uint64_t i = 0; i < count; i += together) {
     for (uint64_t j = 0; j < together; ++j) {
-      const uint64_t rank = cooperative || !reversed ? i + j : count - 1 - i;
+      const uint64_t rank = cooperative || !down ? i + j : count - 1 - i;
       set_up(blocks[j], rank, j * size, size, shared_bytes);
     }
     run_together(blocks);

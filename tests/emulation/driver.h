@@ -157,8 +157,9 @@ void expect_assertion(const Launch& launch, const char* condition, const Describ
 // Every program's first argument is the order that its threads run in.
 inline bool set_order(std::string_view order) {
   cuda_on_cpu::reversed = order == "reversed";
-  if (order == "forward" || order == "reversed") return true;
-  std::fprintf(stderr, "the order is forward or reversed\n");
+  cuda_on_cpu::mixed = order == "mixed";
+  if (order == "forward" || cuda_on_cpu::reversed || cuda_on_cpu::mixed) return true;
+  std::fprintf(stderr, "the order is forward, reversed or mixed\n");
   return false;
 }
 

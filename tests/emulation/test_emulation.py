@@ -39,8 +39,17 @@ def test_has_a_program(op):
     assert PROGRAMS[op][0].exists(), f"no tests/emulation/{op}.cpp runs csrc/cuda/{op}.cuh"
 
 
-@pytest.mark.parametrize("order", toolchain.ORDERS)
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if PROGRAMS[name][0].exists()])
+# An op's program launches each kernel so often that one run shows it in every order; what each of
+# the others finds alone, test_planted.py knows.
+RUNS = [
+    (name, order)
+    for name, (source, *_) in PROGRAMS.items()
+    for order in toolchain.ORDERS
+    if source.exists() and (order == "mixed") == (name in OPS)
+]
+
+
+@pytest.mark.parametrize(("name", "order"), RUNS)
 def test_passes(name, order, programs):
     result = toolchain.run_program(programs[name].result(), order)
     assert result.code == 0, str(result)

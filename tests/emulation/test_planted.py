@@ -23,46 +23,46 @@ def at(operation, marker, occurrence=0):
 
 
 # What is said of each fault, and in which orders it shows.
-BOTH = toolchain.ORDERS
+ALL = toolchain.ORDERS
 FAULTS = {
-    "global_out_of_bounds": (["AddressSanitizer: heap-buffer-overflow"], BOTH),
-    "shared_out_of_bounds": (["AddressSanitizer: heap-buffer-overflow"], BOTH),
-    "missing_barrier": (["FAILED element"], ("reversed",)),
+    "global_out_of_bounds": (["AddressSanitizer: heap-buffer-overflow"], ALL),
+    "shared_out_of_bounds": (["AddressSanitizer: heap-buffer-overflow"], ALL),
+    "missing_barrier": (["FAILED element"], ("reversed", "mixed")),
     "skipped_shuffle": (
         [
             at("__shfl_xor_sync", "skipped_shuffle") + ", mask 0xffffffff: threads 32-39\n",
             ": threads 0-31 40-63\n",
         ],
-        BOTH,
+        ALL,
     ),
-    "shuffle_from_exited_lane": (["thread 19 reads lane 20, which takes no part"], BOTH),
-    "lane_outside_its_mask": (["thread 31 is not in its own mask 0x7fffffff"], BOTH),
+    "shuffle_from_exited_lane": (["thread 19 reads lane 20, which takes no part"], ALL),
+    "lane_outside_its_mask": (["thread 31 is not in its own mask 0x7fffffff"], ALL),
     "skipped_barrier": (
         [
             at("__syncthreads", "skipped_barrier, first") + ": threads 0-39\n",
             at("__syncthreads", "skipped_barrier, second") + ": threads 40-63\n",
         ],
-        BOTH,
+        ALL,
     ),
     "barriers_on_one_line": (
         [
             at("__syncthreads", "barriers_on_one_line", 0) + ": threads 0-31\n",
             at("__syncthreads", "barriers_on_one_line", 1) + ": threads 32-63\n",
         ],
-        BOTH,
+        ALL,
     ),
-    "missing_grid_barrier": (["FAILED element"], ("reversed",)),
+    "missing_grid_barrier": (["FAILED element"], ("reversed", "mixed")),
     "skipped_grid_barrier": (
         [
             "block (0, 0, 0) at __nanosleep, ",
             "block (0, 0, 0) at __syncthreads, ",
             "block (1, 0, 0) at __nanosleep, ",
         ],
-        BOTH,
+        ALL,
     ),
-    "blocks_not_together": (["deadlock: ", ") at __nanosleep, "], BOTH),
-    "missing_wait_for_copy": (["FAILED element 4 ", "FAILED element 12 "], BOTH),
-    "signed_overflow": (["runtime error: signed integer overflow: 65536 * 65536"], BOTH),
+    "blocks_not_together": (["deadlock: ", ") at __nanosleep, "], ALL),
+    "missing_wait_for_copy": (["FAILED element 4 ", "FAILED element 12 "], ALL),
+    "signed_overflow": (["runtime error: signed integer overflow: 65536 * 65536"], ALL),
 }
 CUDA_FAULTS = {
     "spill": "Registers are spilled to local memory",
