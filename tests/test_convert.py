@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils import prune
 
 import reg_kernels
 from reg_kernels.convert import twin_of
@@ -128,3 +129,126 @@ def test_bad_arguments():
 def test_a_twin_must_be_a_subclass():
     with pytest.raises(TypeError, match="must be a subclass of Dropout"):
         twin_of(nn.Dropout)(nn.Linear)
+
+
+# Models that have no copy
+
+
+def old_weight_norm(layer):
+    torch.nn.utils.weight_norm(layer)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def own(layer):
+    layer.handle = (i for i in ())  # generators have none either
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", [old_weight_norm, pruned, own])
+@pytest.mark.parametrize("name", ["convert", "revert", "fold_batch_norm"])
+def test_a_model_that_cannot_be_copied(name, change):
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    change(net[2][0])
+    net.eval()
+    if name == "revert":
+        reg_kernels.convert(net, inplace=True, fuse=True)
+    expected, function = net(torch.ones(2, 4)), getattr(reg_kernels, name)
+    message = rf"^{name}: model cannot be copied, because of 2\.0 \(Linear\): \w+: .*inplace=True"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        function(net)
+    assert caught.value.__cause__ is not None
+    assert function(net, inplace=True) is net
+    torch.testing.assert_close(net(torch.ones(2, 4)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*lazy")
+def test_a_lazy_layer_is_left_until_it_is_one():
+    net = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU())
+    reports = []
+    reg_kernels.convert(net, inplace=True, fuse=True, report=reports.append)
+    assert [(n, cls.rpartition(".")[2]) for n, cls, _ in reports[0].left] == [
+        ("0", "LazyLinear"),
+        ("1", "LazyBatchNorm1d"),
+    ]
+    net(torch.ones(2, 3))
+    assert type(reg_kernels.convert(net, fuse=True)[1]) is reg_kernels.nn.BatchNorm1d
+
+
+# Layers in graphs of torch.fx
+
+
+rk = reg_kernels.nn
+X = torch.randn(4, 3)
+LAYERS = {
+    "Dropout": (rk.Dropout(), (X,)),
+    "Dropout1d": (rk.Dropout1d(), (torch.randn(2, 3, 4),)),
+    "Dropout2d": (rk.Dropout2d(), (torch.randn(2, 3, 4, 4),)),
+    "Dropout3d": (rk.Dropout3d(), (torch.randn(2, 3, 2, 2, 2),)),
+    "BatchNorm1d": (rk.BatchNorm1d(3), (X,)),
+    "BatchNorm2d": (rk.BatchNorm2d(3), (torch.randn(2, 3, 4, 4),)),
+    "BatchNorm3d": (rk.BatchNorm3d(3), (torch.randn(2, 3, 2, 2, 2),)),
+    "BatchNormAct1d": (rk.BatchNormAct1d(3, drop=0.5), (X,)),
+    "with a residual": (rk.BatchNormAct1d(3, drop=0.5), (X, torch.randn(4, 3))),
+    "CrossEntropyLoss": (rk.CrossEntropyLoss(), (X, torch.tensor([0, 1, 2, 0]))),
+    "DistillationLoss": (rk.DistillationLoss(), (X, -X, torch.tensor([0, 1, 2, 0]))),
+}
+
+
+class Root(nn.Module):
+    """With as many arguments as a layer has, which fx has to know."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = nn.ModuleList([layer])
+
+
+class One(Root):
+    def forward(self, x):
+        return self.inner[0](x * 2)
+
+
+class Two(Root):
+    def forward(self, x, y):
+        return self.inner[0](x * 2, y)
+
+
+class Three(Root):
+    def forward(self, x, y, z):
+        return self.inner[0](x * 2, y, z)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_is_one_call_in_a_graph(case):
+    layer, arguments = LAYERS[case]
+    net = (One, Two, Three)[len(arguments) - 1](layer)
+    graph = fx.symbolic_trace(net)
+    (call,) = [node for node in graph.graph.nodes if node.op == "call_module"]
+    assert call.target == "inner.0" and graph.get_submodule("inner.0") is layer
+    again = fx.Transformer(graph).transform()  # which is a tracer, too
+    for training in (True, False):
+        for module in (graph, again):
+            torch.manual_seed(0)
+            expected = net.train(training)(*arguments)
+            torch.manual_seed(0)
+            assert torch.equal(module.train(training)(*arguments), expected)
+
+
+def test_a_layer_that_is_traced_by_itself_is_traced_into():
+    for layer in (rk.Dropout(), rk.BatchNorm1d(3)):
+        graph = fx.symbolic_trace(layer.eval())
+        assert not any(node.op == "call_module" for node in graph.graph.nodes)
+        assert torch.equal(graph(X), layer(X))
+    node = fx.Graph().placeholder("x")
+    assert isinstance(rk.Dropout()(fx.Proxy(node)), fx.Proxy)  # outside of any module
+
+
+def test_a_graph_follows_eval_and_train():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    graph = fx.symbolic_trace(reg_kernels.convert(net)).eval()
+    before = graph.state_dict()["0.running_mean"].clone()
+    assert torch.equal(graph(X), net.eval()(X))
+    assert torch.equal(graph.state_dict()["0.running_mean"], before)
+    assert (graph.train()(X) == 0).any()

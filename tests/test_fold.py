@@ -9,6 +9,8 @@ from torch import nn
 
 import reg_kernels
 from reg_kernels import fold_batch_norm
+from reg_kernels.convert import _fold
+from reg_kernels.convert._fused import FusedSequential
 
 
 @pytest.fixture(autouse=True)
@@ -135,17 +137,17 @@ def test_a_block():
 
 
 def test_a_fused_model():
-    """Its chains come apart, and what was not folded is fused again."""
+    """What was not folded stays fused."""
     net = disturbed(Block())
     fused = reg_kernels.convert(net, fuse=True, backend="reference")
     folded, report = fold(fused)
     assert len(report.folded) == 3
-    assert isinstance(folded.last[0], reg_kernels.nn.BatchNormAct2d)
+    assert isinstance(folded.last, FusedSequential)
     assert folded.last[0].backend == "reference"
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert_same(net, folded, x)
-    assert_same(net, fused, x)  # that is another object, whose chains were not touched
-    assert isinstance(fused.bn1, reg_kernels.nn.BatchNormAct2d)
+    assert_same(net, fused, x)  # that is another object, whose layers were not touched
+    assert type(fused.bn1) is reg_kernels.nn.BatchNorm2d
     assert_same(net, reg_kernels.revert(folded), x)
 
 
@@ -326,6 +328,45 @@ def test_what_training_alone_does_is_no_obstacle():
     folded, report = fold(net)
     assert report.folded == [("bn", "conv")]
     assert_same(net, folded, torch.randn(2, 4, 6, 6, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_modules_of_torchscript_are_left_alone():
+    inner = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double().eval())
+    net = disturbed(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), inner))
+    folded, report = fold(net)
+    assert report.folded == [("1", "0")]
+    ((name, _, why),) = report.left
+    assert name == "2" and "TorchScript" in why
+    assert_same(net, folded, torch.randn(2, 4, 6, 6, dtype=torch.float64))
+
+
+def test_only_what_was_fused_stays_so():
+    net = disturbed(nn.Sequential(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), Block()))
+    net[0] = reg_kernels.convert(net[0], fuse=True)
+    folded, report = fold(net)
+    assert len(report.folded) == 3
+    assert isinstance(folded[0], FusedSequential)
+    assert type(folded[1].last[0]) is nn.BatchNorm2d  # torch's, as it was
+
+
+def test_folding_that_fails_changes_nothing(monkeypatch):
+    net = disturbed(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Block()))
+    reg_kernels.convert(net, fuse=True, inplace=True)
+    before, values = [type(m) for m in net.modules()], copy.deepcopy(net.state_dict())
+    weights, calls = _fold._weights, []
+
+    def fails(norm, layer):
+        calls.append(norm)
+        if len(calls) == 3:
+            raise MemoryError
+        return weights(norm, layer)
+
+    monkeypatch.setattr(_fold, "_weights", fails)
+    with pytest.raises(MemoryError):
+        fold_batch_norm(net, inplace=True)
+    assert [type(m) for m in net.modules()] == before
+    assert all(torch.equal(values[name], value) for name, value in net.state_dict().items())
 
 
 def test_a_tied_weight_is_not_written():

@@ -1,148 +1,150 @@
-"""The layers that a fused chain is made of, under the names that they had before.
+"""A BatchNorm and what follows it, run in one pass where its parts let it be one at that call.
 
-Each is a class that stands in for torch's on the same object, as with every swap: parameters,
-buffers and attributes stay, and giving the class back undoes it.
+A fused module keeps its layers as they are and hands them over at each call: what was replaced,
+hooked, frozen or moved since is called by itself, and the rest goes on together.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.nn.functional as torch_functional
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as F
-from .._activation import NUMBERS
-from ..nn.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from ..reference.batch_norm import activate
-from ._layers import Fused
+from .. import nn as twins
+from ..ops.batch_norm import SLOPE
 
-SHAPED_BY_FUSING = ("activation", "negative_slope", "_dropout", "_adds_in_place")
-
-
-class _Chain(Fused):
-    """A BatchNorm that does what followed it, too: see `_fuse`.
-
-    `layer(input, residual=None, p=0.0, dropping=False)` is
-    dropout(activation(batch_norm(input) + residual), p, dropping), in one pass where the tensors
-    and the flags let it be one, else one after the other, as the layers would.
-    """
-
-    # What held the dropout, unless a function of the forward did: its p and its flag rule, so that
-    # freezing the statistics (bn.eval()) does not stop the dropout. In a tuple, which hides it from
-    # nn.Module: it has its own place in the model.
-    _dropout: tuple[nn.Module, ...] = ()
-    _adds_in_place = False  # the residual was added by +=, which keeps shape and dtype
-
-    @property
-    def drop(self) -> float:
-        return self._dropout[0].p if self._dropout else 0.0
-
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        p: float = 0.0,
-        dropping: bool = False,
-    ) -> Tensor:
-        self._check_input_dim(input)
-        if self._dropout:
-            p, dropping = self._dropout[0].p, self._dropout[0].training
-        p = p if dropping else 0.0
-        if residual is None or _fits(residual, input):
-            together = p if self.training else 0.0
-            output = self._normalize(input, residual, self.activation, together)
-            return output if together == p else F.dropout(output, p, backend=self.backend)
-        output = self._normalize(input, None, None, 0.0)
-        if self._adds_in_place:
-            output += residual
-        else:
-            output = output + residual
-        output = activate(output, NUMBERS[self.activation], self.negative_slope)
-        return F.dropout(output, p, dropping, backend=self.backend)
-
-    def _normalize(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, drop: float
-    ) -> Tensor:
-        running_mean, running_var, training, momentum, counter = self._statistics()
-        return F.batch_norm_act(
-            *(input, running_mean, running_var, self.weight, self.bias, residual),
-            *(training, momentum, self.eps),
-            activation=activation,
-            negative_slope=self.negative_slope,
-            drop=drop,
-            num_batches_tracked=counter,
-            backend=self.backend,
-        )
-
-    def take_apart(self) -> None:
-        for name in SHAPED_BY_FUSING:
-            vars(self).pop(name, None)
-        self.__class__ = next(cls for cls, chain in CHAINS.items() if chain is type(self))
+# The layers of a chain, by torch's; fused are their twins, and activations, which have none.
+NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+TWIN_NORMS = (twins.BatchNorm1d, twins.BatchNorm2d, twins.BatchNorm3d)
 
 
-def _fits(residual: Any, input: Tensor) -> bool:
+# In the order of a chain, in which each may stand once; a link of place 0 does nothing.
+RESIDUAL, ACTIVATION, DROPOUT = 1, 2, 3
+
+# What a forward does by functions is a link (name, argument, ...), of these and of
+# ("dropout", p, training, inplace).
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "+": operator.add,  # residual
+    "+=": operator.iadd,  # residual
+    "relu": torch_functional.relu,  # inplace
+    "leaky_relu": torch_functional.leaky_relu,  # negative_slope, inplace
+    "silu": torch_functional.silu,  # inplace
+    "gelu": torch_functional.gelu,
+}
+_PLACES: dict[Any, int] = {
+    nn.Identity: 0,
+    **dict.fromkeys(["+", "+="], RESIDUAL),
+    **dict.fromkeys([*ACTIVATIONS, *ACTIVATIONS.values()], ACTIVATION),
+    **dict.fromkeys([twins.Dropout, "dropout"], DROPOUT),
+}
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a layer is no more than its class's forward."""
+    state = module.__dict__
+    return "forward" not in state and not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def _fits(residual: Any, input: Any) -> bool:
     """Whether a residual can be added in the same pass; torch would broadcast or promote others."""
     return (
         isinstance(residual, Tensor)
+        and isinstance(input, Tensor)
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
     )
 
 
-class BatchNormChain1d(_Chain, BatchNormAct1d):
-    pass
+def _parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias. To ask a module for them takes as long as all checks of a chain together;
+    where they are no parameters, as in the replicas of DataParallel, there is no other way."""
+    own = norm._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return norm.weight, norm.bias
 
 
-class BatchNormChain2d(_Chain, BatchNormAct2d):
-    pass
+def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, int]:
+    """The result of a layer and of as many of links[start:] as it can do, and the next link.
+
+    Args:
+        norm: what stands where a BatchNorm did; any layer.
+        links: layers, which may be any, and functions with their arguments.
+    """
+    if type(norm) not in TWIN_NORMS or not is_bare(norm) or _has_any_global_hook():
+        return norm(input), start
+    residual = activation = None
+    slope, p, dropping = SLOPE, 0.0, False
+    place, end = 0, start
+    for i in range(start, len(links)):
+        link = links[i]
+        is_function = type(link) is tuple
+        kind = link[0] if is_function else type(link)
+        here = _PLACES.get(kind)
+        if here is None or 0 < here <= place or not (is_function or is_bare(link)):
+            break
+        if here == RESIDUAL:
+            if not _fits(link[1], input):
+                break
+            residual = link[1]
+        elif here == ACTIVATION:
+            if kind is nn.GELU and link.approximate != "none":
+                break
+            activation = kind if is_function else ACTIVATIONS[kind]
+            if activation == "leaky_relu":
+                slope = link[1] if is_function else link.negative_slope
+        elif here == DROPOUT:
+            if is_function:
+                p, dropping = link[1], link[2]
+            elif link.backend is None or link.backend == norm.backend:
+                p, dropping = link.p, link.training
+            else:
+                break
+        if here:
+            place, end = here, i + 1
+    if end == start:
+        return norm(input), start
+    norm._check_input_dim(input)
+    running_mean, running_var, training, momentum, counter = norm._statistics()
+    output = F.batch_norm_act(
+        *(input, running_mean, running_var, *_parameters(norm), residual),
+        *(training, momentum, norm.eps),
+        activation=activation,
+        negative_slope=slope,
+        drop=p if dropping and training else 0.0,
+        num_batches_tracked=counter,
+        backend=norm.backend,
+    )
+    if dropping and not training:  # frozen statistics do not stop a dropout
+        output = F.dropout(output, p, backend=norm.backend)
+    return output, end
 
 
-class BatchNormChain3d(_Chain, BatchNormAct3d):
-    pass
-
-
-CHAINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNormChain1d,
-    nn.BatchNorm2d: BatchNormChain2d,
-    nn.BatchNorm3d: BatchNormChain3d,
-}
-
-
-class _Absorbed(Fused):
-    """A layer whose work a BatchNorm before it does: passes its input on."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-    def take_apart(self) -> None:
-        self.__class__ = next(cls for cls, absorbed in ABSORBED.items() if absorbed is type(self))
-
-
-class AbsorbedReLU(_Absorbed, nn.ReLU):
-    pass
-
-
-class AbsorbedLeakyReLU(_Absorbed, nn.LeakyReLU):
-    pass
-
-
-class AbsorbedSiLU(_Absorbed, nn.SiLU):
-    pass
-
-
-class AbsorbedGELU(_Absorbed, nn.GELU):
-    pass
-
-
-class AbsorbedDropout(_Absorbed, nn.Dropout):
-    """Its `p` and `training` still rule: the BatchNorm looks here."""
-
-
-ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ReLU: AbsorbedReLU,
-    nn.LeakyReLU: AbsorbedLeakyReLU,
-    nn.SiLU: AbsorbedSiLU,
-    nn.GELU: AbsorbedGELU,
-    nn.Dropout: AbsorbedDropout,
-}
+def chain(norm: Any, input: Any, *links: Any) -> Any:
+    """What comes of a layer's call and of the links behind it, as much as can be in one pass."""
+    output, done = run(norm, input, links, 0)
+    for link in links[done:]:
+        if type(link) is not tuple:
+            output = link(output)
+        elif link[0] == "dropout":  # which is ours, and a layer's implementation may be forced
+            output = F.dropout(output, *link[1:], backend=getattr(norm, "backend", None))
+        else:
+            output = _FUNCTIONS[link[0]](output, *link[1:])
+    return output

@@ -7,7 +7,7 @@ weights s w and the bias s (b - running_mean) + bias.
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,9 +19,11 @@ from .. import functional as F
 from .. import nn as fused_nn
 from .._activation import NUMBERS
 from ..reference.batch_norm import activate
-from ._forwards import Forward, Uses, read_forwards, why_not_touched
-from ._layers import Fused, check_model, convert, qualified
-from ._links import NORMS
+from ._forwards import Forward, has_forward, read_forwards, why_not_touched, why_opaque
+from ._fused import Fused
+from ._layers import check_model, copied, set_classes
+from ._links import is_norm
+from ._report import qualified
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -95,9 +97,9 @@ def fold_batch_norm(
 
     That is a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose result nothing else uses, found in
     the forward of one module by `torch.fx`, or next to it in an nn.Sequential. An nn.Identity takes
-    the BatchNorm's place; of a `BatchNormAct`, residual, activation and dropout remain. A model
-    from `convert(fuse=True)` is taken apart, folded and converted again. The result is for
-    evaluation: its `state_dict` lacks the BatchNorm layers, and nothing undoes it but a copy.
+    the BatchNorm's place; of a `BatchNormAct`, residual, activation and dropout remain. What else
+    `convert(fuse=True)` fused stays so. The result is for evaluation: its `state_dict` lacks the
+    BatchNorm layers, and nothing undoes it but a copy.
 
     Args:
         model: torch's BatchNorm layers and ours are folded where they are in evaluation mode.
@@ -112,17 +114,17 @@ def fold_batch_norm(
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        RuntimeError: a BatchNorm that could be folded is in training mode. Nothing is changed then.
+        RuntimeError: a BatchNorm that could be folded is in training mode, or `model` cannot be
+            copied (`inplace=True` does without). Nothing is changed then.
 
     Example:
         model = reg_kernels.fold_batch_norm(model.eval(), report=print)
     """
     check_model("fold_batch_norm", model)
-    model = model if inplace else copy.deepcopy(model)
-    chains = [module for module in model.modules() if isinstance(module, Fused)]
-    for module in chains:
-        module.take_apart()
+    model = model if inplace else copied("fold_batch_norm", model)
+    fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
     folding = Folding()
+    set_classes([(module, module._original) for module, _ in fused])  # whose forwards are read
     try:
         pairs = _find(model, folding)
         for pair in pairs:
@@ -131,24 +133,53 @@ def fold_batch_norm(
                     f"fold_batch_norm: {pair.norm_name} must be in evaluation mode, got training "
                     "mode: call model.eval() first"
                 )
-        for pair in pairs:
-            _fold(model, pair)
+        values = [_values(pair) for pair in pairs]
+        for pair, (weight, bias) in zip(pairs, values, strict=True):
+            _fold(model, pair, weight, bias)
             folding.folded.append((pair.norm_name, pair.layer_name))
     finally:
-        if chains:
-            convert(model, fuse=True, inplace=True)
+        set_classes(fused)
     if report is not None:
         report(folding)
     return model
 
 
 def _is_foldable(layer: nn.Module) -> bool:
-    return type(layer) in NORMS or type(layer) in _WITH_ACTIVATION
+    return is_norm(layer) or type(layer) in _WITH_ACTIVATION
+
+
+class _Uses:
+    """Where layers stand in a model and who calls them, as far as forwards were read."""
+
+    def __init__(self, model: nn.Module, forwards: list[Forward]) -> None:
+        self._calls = Counter(id(layer) for f in forwards for _, layer in f.calls())
+        self._places = Counter(
+            id(child) for m in model.modules() for child in m._modules.values() if child is not None
+        )
+        self._values_read = {
+            id(f.layers[owner])
+            for f in forwards
+            for node in f.trace.graph.nodes
+            if node.op == "get_attr" and (owner := str(node.target).rpartition(".")[0])
+        }
+
+    def why_not_once(self, layer: nn.Module, forward: Forward) -> str | None:
+        """Why a layer may do something else where `forward` does not call it, or None."""
+        if self._calls[id(layer)] > 1:
+            return "is called more than once"
+        if self._places[id(layer)] > 1:
+            return "stands in more than one place"
+        if id(layer) in self._values_read:
+            return "has its values read by a forward"
+        if not forward.owns(layer):
+            return "is called by another module than the one that holds it"
+        return None
 
 
 def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
-    forwards, failed = read_forwards(model, _is_foldable, evaluation_only=True)
-    uses = Uses(model, forwards)
+    readable = [(name, m) for name, m in model.named_modules() if has_forward(m)]
+    forwards, failed = read_forwards(readable, _is_foldable, evaluation_only=True)
+    uses = _Uses(model, forwards)
     names = {id(module): name for name, module in model.named_modules()}
     reasons = {
         id(layer): f"the forward of {name or 'the model'} cannot be traced: it {reason}"
@@ -156,6 +187,7 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
         for layer in module.modules()
     }
     pairs = []
+    opaque: tuple[str, ...] = ()
     for forward in forwards:
         for node, norm in forward.calls():
             if not _is_foldable(norm):
@@ -167,6 +199,9 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
                 pairs.append(_Pair(norm, names[id(norm)], layer, names[id(layer)]))
             reasons[id(norm)] = reason
     for name, module in model.named_modules():
+        if (reason := why_opaque(module)) is not None and not name.startswith(opaque):
+            folding.left.append((name, qualified(type(module)), f"it {reason}"))
+            opaque += (f"{name}.",) if name else ("",)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             reason = "not one of torch's BatchNorm1d/2d/3d or ours"
             if _is_foldable(module):
@@ -176,7 +211,7 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
     return pairs
 
 
-def _why_not(forward: Forward, norm: nn.Module, source: object, uses: Uses) -> str | None:
+def _why_not(forward: Forward, norm: nn.Module, source: object, uses: _Uses) -> str | None:
     """Why a BatchNorm cannot go into what computes its input, or None where it can."""
     reason = why_not_touched(norm) or uses.why_not_once(norm, forward)
     if reason is not None:
@@ -202,13 +237,19 @@ def _why_not(forward: Forward, norm: nn.Module, source: object, uses: Uses) -> s
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, pair: _Pair) -> None:
-    norm, layer = pair.norm, pair.layer
-    weight, bias = _weights(norm, layer)
-    trained = layer.weight.requires_grad
-    layer.weight, layer.bias = (
-        nn.Parameter(values.to(layer.weight), requires_grad=trained) for values in (weight, bias)
+def _values(pair: _Pair) -> tuple[nn.Parameter, nn.Parameter]:
+    """The weight and the bias of the layer with the BatchNorm in it."""
+    weight, bias = _weights(pair.norm, pair.layer)
+    like, trained = pair.layer.weight, pair.layer.weight.requires_grad
+    return (
+        nn.Parameter(weight.to(like), requires_grad=trained),
+        nn.Parameter(bias.to(like), requires_grad=trained),
     )
+
+
+def _fold(model: nn.Module, pair: _Pair, weight: nn.Parameter, bias: nn.Parameter) -> None:
+    norm, layer = pair.norm, pair.layer
+    layer.weight, layer.bias = weight, bias
     linear = isinstance(layer, nn.Linear)
     rest: nn.Module = nn.Identity()
     if linear or type(norm) in _WITH_ACTIVATION:
@@ -218,7 +259,7 @@ def _fold(model: nn.Module, pair: _Pair) -> None:
 
 
 def _weights(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The weight and the bias of the layer with the BatchNorm in it, in float64."""
+    """What they are in float64."""
     channels = norm.running_mean.double()
     statistics = (channels, norm.running_var.double(), norm.eps)
     scale = torch.ones_like(channels) if norm.weight is None else norm.weight.double()

@@ -1,29 +1,35 @@
-"""The forwards of a model, each read by itself, and who calls which layer in them."""
+"""The forwards of a model, each read by itself, and what in them may be written to."""
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
-from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from ._layers import Fused
+from ._chain import is_bare
+from ._fused import Fused
 from ._links import Chain
 from ._trace import CannotTrace, Trace, in_place_functions, trace
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_touched(module: nn.Module) -> str | None:
     """Why another layer may not do this one's work, or None where it may."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return "has hooks"
+    if is_bare(module):
+        return None
     if "forward" in vars(module):
         return "has a forward of its own on the object"
+    return "has hooks"
+
+
+def why_opaque(module: nn.Module) -> str | None:
+    """Why a module is left as it is, with all that is in it, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript's, compiled as it was"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "is lazy, and what it will be is known after its first call"
     return None
 
 
@@ -44,25 +50,6 @@ class Forward:
         """Whether no other module with a forward holds a layer."""
         return id(layer) in self._own
 
-    @property
-    def simple(self) -> bool:
-        """Whether every call does what the graph shows, so that its own forward may stay."""
-        return len(self.trace.required) == 1 and not (self.trace.fixed or self.trace.optional)
-
-    @functools.cached_property
-    def must_stay(self) -> bool:
-        """Whether the class cannot be replaced by one with another forward."""
-        try:
-            _format_import_block(self.trace.graph.python_code("self").globals, sys_importer)
-        except Exception:  # it calls what no import finds again
-            return True
-        cls = type(self.module)
-        copies_itself = any(
-            getattr(cls, name, None) is not getattr(nn.Module, name, None)
-            for name in ("__reduce_ex__", "__reduce__", "__deepcopy__", "__copy__")
-        )
-        return is_sequential(self.module) or copies_itself
-
     def calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
         for node in self.trace.graph.nodes:
             if node.op == "call_module":
@@ -73,26 +60,27 @@ def is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
     """Whether it only holds others, as nn.ModuleList does."""
-    return type(module).forward is nn.Module.forward
+    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
-def _is_read(module: nn.Module) -> bool:
-    if _is_container(module) or isinstance(module, Fused):
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward of the user's, or one that runs its layers in turn."""
+    if is_container(module) or isinstance(module, Fused) or why_opaque(module) is not None:
         return False
     return is_sequential(module) or not type(module).__module__.startswith("torch.nn.")
 
 
 def read_forwards(
-    model: nn.Module, contains: Callable[[nn.Module], bool], evaluation_only: bool = False
+    modules: Iterable[tuple[str, nn.Module]],
+    contains: Callable[[nn.Module], bool],
+    evaluation_only: bool = False,
 ) -> tuple[list[Forward], list[tuple[str, nn.Module, str]]]:
-    """The forwards of all modules that have a layer which `contains` asks for, and the modules
+    """The forwards of those modules that have a layer which `contains` asks for, and the modules
     (name, module, reason) that cannot be read though such a layer has no other forward above it."""
     forwards, failed = [], []
-    for name, module in list(model.named_modules()):
-        if not _is_read(module):
-            continue
+    for name, module in modules:
         if not any(contains(layer) for layer in module.modules() if layer is not module):
             continue
         try:
@@ -108,41 +96,8 @@ def _own_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers that no module with a forward between holds."""
     for child in module.children():
         yield child
-        if _is_container(child):
+        if is_container(child):
             yield from _own_layers(child)
-
-
-class Uses:
-    """Where layers stand in a model and who calls them, as far as forwards were read."""
-
-    def __init__(self, model: nn.Module, forwards: list[Forward]) -> None:
-        self._calls = Counter(id(layer) for f in forwards for _, layer in f.calls())
-        self._places = Counter(
-            id(child) for m in model.modules() for child in m._modules.values() if child is not None
-        )
-        self._values_read = {
-            id(f.layers[owner])
-            for f in forwards
-            for node in f.trace.graph.nodes
-            if node.op == "get_attr" and (owner := str(node.target).rpartition(".")[0])
-        }
-
-    def why_not_once(self, layer: nn.Module, forward: Forward) -> str | None:
-        """Why a layer may do something else where `forward` does not call it, or None."""
-        if self._calls[id(layer)] > 1:
-            return "is called more than once"
-        if self._places[id(layer)] > 1:
-            return "stands in more than one place"
-        if id(layer) in self._values_read:
-            return "has its values read by a forward"
-        if not forward.owns(layer):
-            return "is called by another module than the one that holds it"
-        return None
-
-    def are_all(self, calls: int, layer: nn.Module, forward: Forward) -> bool:
-        """Whether so many calls in a forward are all that there are."""
-        alone = self._calls[id(layer)] == calls and self._places[id(layer)] == 1
-        return alone and forward.owns(layer)
 
 
 # What may be written to: a chain runs where its last link stood

@@ -1,71 +1,151 @@
 """Fusing BatchNorm → (+ residual) → activation → Dropout, wherever a module's own forward has it.
 
-Every module is read by itself, its layers as single calls, so that a chain lies in one forward and
-each module other than the chain's layers goes on computing what it did, also when called alone.
-The BatchNorm's object takes the whole chain on; what comes of the others depends on the forward:
+Every module is read by itself, its layers as single calls, so that a chain lies in one forward. Its
+layers stay what they are; the module whose forward calls them gets a class that hands them over
+together, to be looked at again at each call (`_chain`):
 
-- It runs one layer after the other (nn.Sequential, or a block that only does that). The forward
-  stays; the activation and the dropout pass their input on.
-- It adds a residual or calls functions. The module's class becomes a subclass of its own class,
-  whose forward is the graph with the chains put together. Where a call is not what the graph was
-  made from, the module says so and goes back to its own forward, its layers to their own work.
-
-Either way a class changes and nothing else: objects, names and state stay.
+- nn.Sequential, and what inherits its forward, becomes a `FusedSequential`.
+- The class of any other module becomes a subclass of its own class, whose forward is the graph with
+  the chains put together. Where a call is not what the graph was made from, the module says so and
+  goes back to its own forward.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from ..ops.batch_norm import SLOPE
-from ._block import give_forward
-from ._chain import ABSORBED, CHAINS
-from ._forwards import Forward, Uses, changes_its_input, memory_of, read_forwards, why_not_touched
-from ._layers import Conversion, qualified
-from ._links import ABSORBABLE, ACTIVATION, DROPOUT, NORMS, RESIDUAL, Chain, Link, link_of
+from ._block import block_class
+from ._chain import DROPOUT
+from ._forwards import (
+    Forward,
+    changes_its_input,
+    has_forward,
+    is_sequential,
+    memory_of,
+    read_forwards,
+    why_not_touched,
+)
+from ._fused import copies_itself, sequential_class
+from ._links import Chain, Link, is_norm, link_of, place_of
+from ._report import Conversion, qualified
 
 
-def fuse(model: nn.Module, backend: str | None, conversion: Conversion) -> None:
-    """Fuses what can be fused in `model` itself and writes it down in `conversion`."""
-    forwards, failed = read_forwards(model, lambda layer: type(layer) in NORMS)
+@dataclass
+class Fusing:
+    """What is to be changed for a model's chains; nothing is before all of it is known."""
+
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    members: list[nn.Module] = field(default_factory=list)  # that have an implementation to choose
+
+
+def plan(model: nn.Module, conversion: Conversion) -> Fusing:
+    """Finds what can be fused and writes it down in `conversion`."""
+    fusing = Fusing()
+    names = {id(module): name for name, module in model.named_modules()}
+    with_forward = [(name, m) for name, m in model.named_modules() if has_forward(m)]
+    for name, module in with_forward:
+        if is_sequential(module):
+            _plan_sequential(module, name, fusing, conversion)
+    blocks = [(name, module) for name, module in with_forward if not is_sequential(module)]
+    forwards, failed = read_forwards(blocks, is_norm)
     for name, module, reason in failed:
         text = f"its forward cannot be traced: it {reason}; its layers are converted one by one"
         conversion.apart.append((name, qualified(type(module)), text))
-    uses = Uses(model, forwards)
-    names = {id(module): name for name, module in model.named_modules()}
     for forward in forwards:
-        for node, layer in forward.calls():
-            if type(layer) in NORMS:
-                chain = Chain(node, layer, names[id(layer)], _links(forward, node))
-                reason = _cut(forward, chain, uses)
-                if reason is not None:
-                    conversion.apart.append((chain.name, qualified(type(layer)), reason))
-                if chain.links:
-                    forward.chains.append(chain)
-    absorbed = _settle(forwards, uses, conversion)
-    for forward in forwards:
-        if not forward.chains:
+        _plan_block(forward, names, fusing, conversion)
+    return fusing
+
+
+def _note(
+    conversion: Conversion, fusing: Fusing, name: str, parts: list[tuple[str, nn.Module | None]]
+) -> None:
+    """Writes a chain down: the BatchNorm's name in the model, and the parts by the forward's."""
+    norm = parts[0][1]
+    conversion.fused.append((name, " → ".join(text for text, _ in parts), qualified(type(norm))))
+    for text, layer in parts:
+        if layer is None:
             continue
-        new_forward = not _can_stay(forward, absorbed)
-        for chain in forward.chains:
-            _join(chain, backend)
-            conversion.fused.append((chain.name, chain.described(), qualified(type(chain.norm))))
-        if new_forward:
-            give_forward(forward)
-    for layer in absorbed.values():
-        layer.__class__ = ABSORBED[ABSORBABLE[type(layer)]]
-        if backend is not None and isinstance(layer, nn.Dropout):
-            layer.backend = backend
+        if is_norm(layer) or place_of(layer) == DROPOUT:
+            fusing.members.append(layer)
+        if (reason := why_not_touched(layer)) is not None:
+            why = f"{text} {reason}: while it has, it is called by itself"
+            conversion.apart.append((name, qualified(type(norm)), why))
 
 
-def _links(forward: Forward, node: fx.Node) -> list[Link]:
-    """What follows a BatchNorm's call and is used by nothing else, in a chain's order."""
+def _plan_sequential(module: nn.Module, name: str, fusing: Fusing, conversion: Conversion) -> None:
+    layers = list(module._modules.items())
+    found = []
+    for i, (_, norm) in enumerate(layers):
+        if not is_norm(norm):
+            continue
+        parts, before = [layers[i]], 0
+        for key, layer in layers[i + 1 :]:
+            place = place_of(layer)
+            if place is None or 0 < place <= before:
+                break
+            if place:
+                parts.append((key, layer))
+                before = place
+        if len(parts) > 1:
+            found.append(parts)
+    if not found:
+        return
+    reason = None
+    if "forward" in vars(module):
+        reason = "has a forward of its own on the object"
+    elif copies_itself(type(module)):
+        reason = "has a class that copies itself"
+    if reason is not None:
+        conversion.apart.append((name, qualified(type(module)), f"not fused: it {reason}"))
+        return
+    for parts in found:
+        key = parts[0][0]
+        _note(conversion, fusing, f"{name}.{key}" if name else key, parts)
+    fusing.classes.append((module, sequential_class(type(module))))
+
+
+def _plan_block(
+    forward: Forward,
+    names: dict[int, str],
+    fusing: Fusing,
+    conversion: Conversion,
+) -> None:
+    taken: set[fx.Node] = set()
+    for node, layer in forward.calls():
+        if not is_norm(layer):
+            continue
+        chain = Chain(node, layer, names[id(layer)], _links(forward, node, taken))
+        reason = _cut(forward, chain)
+        if reason is not None:
+            conversion.apart.append((chain.name, qualified(type(layer)), reason))
+        if chain.links:
+            forward.chains.append(chain)
+            taken |= {link.node for link in chain.links}
+    if not forward.chains:
+        return
+    reason = "not fused: its class copies itself" if copies_itself(type(forward.module)) else None
+    if reason is None:
+        try:
+            fusing.classes.append((forward.module, block_class(forward)))
+        except Exception:
+            reason = "not fused: it calls what no import finds again"
+    if reason is not None:
+        conversion.apart.append((forward.name, qualified(type(forward.module)), reason))
+        return
+    for chain in forward.chains:
+        _note(conversion, fusing, chain.name, chain.parts())
+
+
+def _links(forward: Forward, node: fx.Node, taken: set[fx.Node]) -> list[Link]:
+    """What follows a BatchNorm's call and is used by nothing else, in a chain's order. Where two
+    chains meet in a sum, it is the first one's."""
     links: list[Link] = []
     place = 0
     while len(node.users) == 1:
-        link = link_of(next(iter(node.users)), node, forward.layers)
+        user = next(iter(node.users))
+        link = None if user in taken else link_of(user, node, forward.layers)
         if link is None or (link.place and link.place <= place):
             break
         links.append(link)
@@ -73,22 +153,15 @@ def _links(forward: Forward, node: fx.Node) -> list[Link]:
     return links
 
 
-def _cut(forward: Forward, chain: Chain, uses: Uses) -> str | None:
+def _cut(forward: Forward, chain: Chain) -> str | None:
     """Shortens a chain to what may be fused; says why, where a reader might wonder."""
     chain.shorten(len(chain.links))
     if not chain.links:
         return None
-    reason = why_not_touched(chain.norm) or uses.why_not_once(chain.norm, forward)
-    if reason is not None:
-        chain.links.clear()
-        return f"not fused: it {reason}"
     if not _takes_one_input(chain.node):
         chain.links.clear()
         return "not fused: it is called with more than its input"
-    for i, link in enumerate(chain.links):
-        if link.layer is not None and (reason := why_not_touched(link.layer)) is not None:
-            chain.shorten(i)
-            return f"not fused with {link.text}: that {reason}"
+    reason = None
     while chain.links and _is_written_meanwhile(forward, chain):
         link = chain.links[-1]
         chain.shorten(len(chain.links) - 1)
@@ -104,88 +177,24 @@ def _takes_one_input(node: fx.Node) -> bool:
 
 def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
     """Whether what a chain reads may be changed between where it is read and where the chain ends,
-    since from now on it is read there."""
+    since from now on it is read there; or is read there after the chain has written over it."""
     layers = forward.layers
     reads = {chain.node: chain.node.all_input_nodes[0]}
     reads |= {link.node: link.residual for link in chain.links if link.residual is not None}
     members = {chain.node, *(link.node for link in chain.links)}
-    node, waiting = chain.node, set()
+    # Of what may take the BatchNorm's place, an nn.Identity gives its input to what follows it.
+    own = memory_of(reads[chain.node], layers)
+    node, waiting, written_late = chain.node, set(), False
     while node is not chain.links[-1].node:
         if node in reads:
             waiting |= memory_of(reads[node], layers)
-        elif node not in members and changes_its_input(node, layers):
-            written = set().union(*(memory_of(n, layers) for n in node.all_input_nodes))
-            if written & waiting:
+        if node in members:
+            written_late |= node is not chain.node and changes_its_input(node, layers)
+        else:
+            touched = set().union(*(memory_of(n, layers) for n in node.all_input_nodes))
+            if touched & waiting and changes_its_input(node, layers):
+                return True
+            if written_late and touched & own:
                 return True
         node = node.next
     return False
-
-
-def _settle(forwards: list[Forward], uses: Uses, conversion: Conversion) -> dict[int, nn.Module]:
-    """Shortens the chains of forwards that stay as they are to layers that nothing else calls.
-
-    Returns the layers, by id, that only the chains of one forward call, and that these therefore
-    absorb. A chain that gets shorter may leave one to be called, so this goes on until all is
-    settled.
-    """
-    while True:
-        absorbed: dict[int, nn.Module] = {}
-        for forward in forwards:
-            layers = [k.layer for c in forward.chains for k in c.links if k.layer is not None]
-            calls = Counter(map(id, layers))
-            for layer in layers:
-                if type(layer) in ABSORBABLE and uses.are_all(calls[id(layer)], layer, forward):
-                    absorbed[id(layer)] = layer
-        shortened = False
-        for forward in forwards:
-            if not forward.must_stay or _can_stay(forward, absorbed):
-                continue
-            for chain in forward.chains:
-                kept = _that_stay(forward, chain, absorbed)
-                if kept < len(chain.links):
-                    text = f"not fused with {chain.links[kept].text}: "
-                    text += (
-                        "its forward depends on what a call may change"
-                        if not forward.simple
-                        else "that is not its alone, or no layer"
-                    )
-                    conversion.apart.append((chain.name, qualified(type(chain.norm)), text))
-                    chain.shorten(kept)
-                    shortened = True
-            forward.chains = [chain for chain in forward.chains if chain.links]
-        if not shortened:
-            return absorbed
-
-
-def _that_stay(forward: Forward, chain: Chain, absorbed: dict[int, nn.Module]) -> int:
-    """How many links of a chain the BatchNorm can do at its own place, with the forward as it is:
-    those that are layers and follow directly."""
-    if not forward.simple:
-        return 0
-    node = chain.node
-    for i, link in enumerate(chain.links):
-        if link.node is not node.next or not (link.place == 0 or id(link.layer) in absorbed):
-            return i
-        node = link.node
-    return len(chain.links)
-
-
-def _can_stay(forward: Forward, absorbed: dict[int, nn.Module]) -> bool:
-    return all(_that_stay(forward, chain, absorbed) == len(chain.links) for chain in forward.chains)
-
-
-def _join(chain: Chain, backend: str | None) -> None:
-    """Makes the BatchNorm's object one that does the chain."""
-    norm, state = chain.norm, vars(chain.norm)
-    norm.__class__ = CHAINS[NORMS[type(norm)]]
-    if backend is not None:
-        norm.backend = backend
-    state["activation"] = None
-    state["negative_slope"] = SLOPE
-    for link in chain.links:
-        if link.place == RESIDUAL:
-            state["_adds_in_place"] = link.in_place
-        elif link.place == ACTIVATION:
-            state["activation"], state["negative_slope"] = link.activation, link.slope
-        elif link.place == DROPOUT and link.layer is not None:
-            state["_dropout"] = (link.layer,)

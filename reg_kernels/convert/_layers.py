@@ -4,77 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends
-
-Module = TypeVar("Module", bound=nn.Module)
-
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def twin_of(layer: type[nn.Module]) -> Callable[[type[Module]], type[Module]]:
-    """Class decorator: the fused class that `convert` swaps `layer` for.
-
-    The class must be a subclass of `layer` that keeps its state as it is, with a class attribute
-    `backend`: a swap changes a module's class and nothing else, so its parameters, buffers, hooks
-    and flags stay the very objects they were.
-    """
-
-    def register(fused: type[Module]) -> type[Module]:
-        if not issubclass(fused, layer):
-            raise TypeError(f"twin_of: {fused.__name__} must be a subclass of {layer.__name__}")
-        _TWINS[layer] = fused
-        return fused
-
-    return register
-
-
-@dataclass
-class Conversion:
-    """What `convert` or `revert` did; prints as a list of layers."""
-
-    fused: list[tuple[str, str, str]] = field(default_factory=list)  # BatchNorm, chain, new class
-    apart: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, why not fused
-    swapped: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, new class
-    left: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, reason
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.left)} left as they were"]
-        if self.fused or self.apart:
-            lines[0] = f"{len(self.fused)} chains fused, {lines[0]}"
-        lines += [f"  {name or '(model)'}: {chain} -> {new}" for name, chain, new in self.fused]
-        lines += [f"  {name or '(model)'}: {cls}: {why}" for name, cls, why in self.apart]
-        lines += [f"  {name or '(model)'}: {old} -> {new}" for name, old, new in self.swapped]
-        lines += [f"  {name or '(model)'}: {old} left: {why}" for name, old, why in self.left]
-        return "\n".join(lines)
-
-
-class Fused:
-    """What `convert(fuse=True)` made of a module by giving its object another class."""
-
-    def take_apart(self) -> None:
-        """Gives the object the class of torch's, or of the user's, that it had."""
-        raise NotImplementedError
-
-
-def qualified(cls: type) -> str:
-    module = cls.__module__
-    if module.startswith("torch.nn."):
-        module = "torch.nn"
-    for package in ("reg_kernels.nn", "reg_kernels.convert"):
-        if module.startswith(f"{package}."):
-            module = package
-    return f"{module}.{cls.__name__}"
-
-
-def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    # A list first: a class is changed while walking. A shared module comes once, by its first name.
-    return list(model.named_modules())
+from .._twins import TWINS
+from . import _fuse
+from ._forwards import why_opaque
+from ._fused import Fused, set_class
+from ._report import Conversion, qualified
 
 
 def convert(
@@ -91,22 +29,19 @@ def convert(
     same object (in the copy, if one is made): only its class changes. Subclasses of torch's layers
     are left alone, since their `forward` may be their own.
 
-    With `fuse`, chains BatchNorm → (+ residual) → ReLU, LeakyReLU, SiLU or exact GELU → Dropout
-    become one layer first, a `BatchNormAct` under the BatchNorm's name, wherever `torch.fx` finds
-    them in the forward of one module and nothing else uses what lies between; any of the three may
-    be missing. A module whose forward cannot be traced safely has its layers swapped one by one,
-    while the modules inside it are still looked at. Calls, state and gradients stay what they were,
-    to rounding; what can differ:
+    With `fuse`, chains BatchNorm → (+ residual) → ReLU, LeakyReLU, SiLU or exact GELU → Dropout run
+    in one pass, wherever `torch.fx` finds them in the forward of one module and nothing else uses
+    what lies between; any of the three may be missing. Only the module whose forward has the chain
+    gets another class, a subclass of its own: the chain's layers are swapped as all others, and
+    looked at again at each call. One that was replaced, taken out, frozen, or given a hook or a
+    forward of its own is called by itself, and an nn.Sequential may be rearranged as before. Calls,
+    state and gradients stay what they were, to rounding.
 
-    - A fused BatchNorm that is called by itself, or seen by a hook that is added later, gives the
-      chain's result; layers that it absorbed pass their input on. Layers with hooks are not fused.
-    - A block with a residual or with functions in its chain is an instance of a subclass of its
-      class, of the same name. If a plain attribute that its forward read changes, or an argument
-      comes that was left out, it warns and runs its layers one by one from then on.
-    - A layer that is put in the place of one of a chain's does not give the others their work back,
-      and neither does SyncBatchNorm.convert_sync_batchnorm: revert first.
-
-    An absorbed dropout's own `p` and `training` go on to rule, and so do the BatchNorm's.
+    Any other module has its graph for a forward. If a plain attribute that its forward read
+    changes, a layer is added or taken away, or an argument comes that was left out, it warns and
+    runs its layers one by one from then on. A module whose forward cannot be traced safely has its
+    layers swapped one by one, while the modules inside it are still looked at; so have those of
+    which no subclass can be made. Modules of TorchScript are left alone.
 
     Args:
         model: any module, itself a layer or made of them.
@@ -123,6 +58,8 @@ def convert(
     Raises:
         TypeError: `model` is not an nn.Module.
         ValueError: an unknown `backend`.
+        RuntimeError: `model` cannot be copied; `inplace=True` does without.
+        When it raises, `model` is as it was.
 
     Example:
         model = reg_kernels.convert(model, fuse=True, report=print)
@@ -130,42 +67,73 @@ def convert(
     check_model("convert", model)
     if backend is not None:
         backends.check_name(backend, "backend")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied("convert", model)
     conversion = Conversion()
-    if fuse:
-        # Here, because the layers that it makes are made of those that register themselves above.
-        from . import _fuse
-
-        _fuse.fuse(model, backend, conversion)
-    fused_now = {name for name, _, _ in conversion.fused}
-    for name, module in _named_modules(model):
+    fusing = _fuse.plan(model, conversion) if fuse else _fuse.Fusing()
+    classes, forced = fusing.classes, fusing.members
+    opaque: set[nn.Module] = set()
+    for name, module in model.named_modules():
         cls = type(module)
-        if name in fused_now or (issubclass(cls, Fused) and not issubclass(cls, _BatchNorm)):
+        if module in opaque:
             continue
-        if swap_for_twin(module):
-            if backend is not None:
-                module.backend = backend
-            conversion.swapped.append((name, qualified(cls), qualified(type(module))))
-        elif (reason := _why_left(cls)) is not None:
+        if (reason := why_opaque(module)) is not None:
+            opaque |= set(module.modules())
+            conversion.left.append((name, qualified(cls), f"it {reason}"))
+        elif (twin := TWINS.get(cls)) is not None:
+            classes.append((module, twin))
+            forced.append(module)
+            conversion.swapped.append((name, qualified(cls), qualified(twin)))
+        elif not issubclass(cls, Fused) and (reason := _why_left(cls)) is not None:
             conversion.left.append((name, qualified(cls), reason))
+    set_classes(classes)
+    if backend is not None:
+        for module in forced:
+            module.backend = backend
     if report is not None:
         report(conversion)
     return model
 
 
-def swap_for_twin(module: nn.Module) -> bool:
-    """Gives a layer the class that is registered for its own; False where there is none."""
-    twin = _TWINS.get(type(module))
-    if twin is not None:
-        module.__class__ = twin
-    return twin is not None
+def set_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Gives each object its class, all of them or none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            set_class(module, cls)
+    except BaseException:
+        for module, cls in before:
+            set_class(module, cls)
+        raise
+
+
+def copied(name: str, model: nn.Module) -> nn.Module:
+    """A deep copy, or an error that says what in the model has none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        where, module = _without_copy("", model)
+        raise RuntimeError(
+            f"{name}: model cannot be copied, because of {where or 'the model itself'} "
+            f"({type(module).__name__}): {type(error).__name__}: {error}. "
+            f"{name}(model, inplace=True) changes the model itself and copies nothing"
+        ) from error
+
+
+def _without_copy(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The innermost module that cannot be copied, of one that cannot."""
+    for key, child in module.named_children():
+        try:
+            copy.deepcopy(child)
+        except Exception:
+            return _without_copy(f"{name}.{key}" if name else key, child)
+    return name, module
 
 
 def _why_left(cls: type[nn.Module]) -> str | None:
     """The reason to report for a layer that stays; None where nobody expects a change."""
-    if issubclass(cls, Fused) or cls.__module__.startswith("reg_kernels.nn."):
+    if cls.__module__.startswith("reg_kernels.nn."):
         return "fused already"
-    for layer, twin in _TWINS.items():
+    for layer, twin in TWINS.items():
         if issubclass(cls, twin):
             return "fused already"
         if issubclass(cls, layer):
@@ -188,20 +156,22 @@ def revert(
     Args, result and errors are those of `convert`. A forced `backend` is forgotten.
     """
     check_model("revert", model)
-    model = model if inplace else copy.deepcopy(model)
-    originals = {twin: layer for layer, twin in _TWINS.items()}
+    model = model if inplace else copied("revert", model)
+    originals = {twin: layer for layer, twin in TWINS.items()}
     conversion = Conversion()
-    for name, module in _named_modules(model):
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    for name, module in model.named_modules():
         cls = type(module)
-        if isinstance(module, Fused):
-            module.take_apart()
-        elif cls in originals:
-            module.__class__ = originals[cls]
-        else:
+        original = module._original if isinstance(module, Fused) else originals.get(cls)
+        if original is None:
             continue
-        module.__dict__.pop("backend", None)
-        if qualified(type(module)) != qualified(cls):  # not a block, which kept its name
-            conversion.swapped.append((name, qualified(cls), qualified(type(module))))
+        classes.append((module, original))
+        if qualified(original) != qualified(cls):  # not a block, which kept its name
+            conversion.swapped.append((name, qualified(cls), qualified(original)))
+    set_classes(classes)
+    for module, cls in classes:
+        if cls in TWINS:
+            module.__dict__.pop("backend", None)
     if report is not None:
         report(conversion)
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +11,27 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import functional
-from .. import nn as twins
+from .._twins import TWINS
 from ..ops.batch_norm import SLOPE
-from ._chain import ABSORBED, CHAINS
+from ._chain import ACTIVATION, ACTIVATIONS, DROPOUT, NORMS, RESIDUAL
 from ._trace import in_place_functions
 
 
-def _named_like(layers: Iterable[type[nn.Module]]) -> dict[type[nn.Module], type[nn.Module]]:
-    """torch's layers and our twins of them, by torch's."""
-    found = {layer: layer for layer in layers}
-    return found | {
-        getattr(twins, layer.__name__): layer for layer in layers if hasattr(twins, layer.__name__)
-    }
+def is_norm(layer: object) -> bool:
+    """Whether a layer is a BatchNorm that a chain may start with, torch's or its twin."""
+    return any(type(layer) in (norm, TWINS[norm]) for norm in NORMS)
 
 
-NORMS = _named_like(CHAINS)
-ABSORBABLE = _named_like(ABSORBED)
-
-
-RESIDUAL, ACTIVATION, DROPOUT = 1, 2, 3  # in the order of the chain
+def place_of(layer: object) -> int | None:
+    """A layer's place in a chain, if it has one."""
+    cls = type(layer)
+    if cls is nn.Identity:
+        return 0
+    if cls in (nn.Dropout, TWINS[nn.Dropout]):
+        return DROPOUT
+    if cls in ACTIVATIONS and getattr(layer, "approximate", "none") == "none":
+        return ACTIVATION
+    return None
 
 
 @dataclass
@@ -38,14 +39,14 @@ class Link:
     """One step behind a BatchNorm."""
 
     node: fx.Node
-    place: int  # one of the above; 0 for an nn.Identity
+    place: int  # as in `_chain`: 0 for an nn.Identity
     text: str
     layer: nn.Module | None = None
-    residual: fx.Node | None = None
-    in_place: bool = False
-    activation: str | None = None
-    slope: float = SLOPE
-    drop: tuple[Any, Any] = (0.0, False)  # p and training, of a function
+    function: tuple[Any, ...] = ()  # as `_chain` takes it, where there is no layer
+
+    @property
+    def residual(self) -> fx.Node | None:
+        return self.function[1] if self.place == RESIDUAL else None
 
 
 @dataclass
@@ -63,9 +64,12 @@ class Chain:
         while self.links and self.links[-1].place == 0:
             self.links.pop()
 
-    def described(self) -> str:
-        parts = ["+ residual" if k.place == RESIDUAL else k.text for k in self.links if k.place]
-        return " → ".join([str(self.node.target), *parts])
+    def parts(self) -> list[tuple[str, nn.Module | None]]:
+        """What a reader is told of: each part's name in the forward, and its layer."""
+        links = [k for k in self.links if k.place]
+        texts = ["+ residual" if k.place == RESIDUAL else k.text for k in links]
+        named = zip(texts, (k.layer for k in links), strict=True)
+        return [(str(self.node.target), self.norm), *named]
 
 
 _ADDITIONS = {operator.add, torch.add, "add", "add_", in_place_functions["iadd"]}
@@ -76,6 +80,10 @@ _FUNCTIONS = {
     F.gelu: "gelu",
 }
 _DROPOUTS = {F.dropout, torch.dropout, torch.dropout_, functional.dropout}
+_IN_PLACE = {torch.relu_, F.relu_, "relu_", F.leaky_relu_, torch.dropout_, "add_"}
+_IN_PLACE |= {in_place_functions["iadd"]}
+# Where `inplace` is among a function's arguments.
+_INPLACE_AT = {F.relu: 1, F.silu: 1, F.leaky_relu: 2, F.dropout: 3, functional.dropout: 3}
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
@@ -93,6 +101,11 @@ def link_of(node: fx.Node, value: fx.Node, layers: dict[str, nn.Module]) -> Link
         return _addition(node, value)
     if _argument(node, 0, "input") is not value:
         return None
+    in_place = node.target in _IN_PLACE
+    if node.target in _INPLACE_AT:
+        in_place = _argument(node, _INPLACE_AT[node.target], "inplace", False)
+        if not isinstance(in_place, bool):
+            return None
     if node.target in _FUNCTIONS:
         activation, slope = _FUNCTIONS[node.target], SLOPE
         if activation == "leaky_relu":
@@ -101,39 +114,33 @@ def link_of(node: fx.Node, value: fx.Node, layers: dict[str, nn.Module]) -> Link
             return None
         if not isinstance(slope, (int, float)):
             return None
-        return Link(node, ACTIVATION, f"{activation}()", activation=activation, slope=slope)
+        arguments = {"relu": (in_place,), "leaky_relu": (slope, in_place), "silu": (in_place,)}
+        function = (activation, *arguments.get(activation, ()))
+        return Link(node, ACTIVATION, f"{activation}()", function=function)
     if node.target in _DROPOUTS:
         if any(node.kwargs.get(name) is not None for name in ("rng_state", "backend")):
             return None
         if node.kwargs.get("element_offset", 0) != 0:
             return None
         flag = "train" if node.target in (torch.dropout, torch.dropout_) else "training"
-        drop = (_argument(node, 1, "p", 0.5), _argument(node, 2, flag, True))
-        return Link(node, DROPOUT, "dropout()", drop=drop)
+        p, training = _argument(node, 1, "p", 0.5), _argument(node, 2, flag, True)
+        return Link(node, DROPOUT, "dropout()", function=("dropout", p, training, in_place))
     return None
 
 
 def _layer_link(node: fx.Node, layer: nn.Module) -> Link | None:
-    name = str(node.target)
-    if type(layer) is nn.Identity:
-        return Link(node, 0, name, layer)
-    kind = ABSORBABLE.get(type(layer))
-    if kind is None or (kind is nn.GELU and layer.approximate != "none"):
-        return None
-    if kind is nn.Dropout:
-        return Link(node, DROPOUT, name, layer)
-    activation = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-    slope = getattr(layer, "negative_slope", SLOPE)
-    return Link(node, ACTIVATION, name, layer, activation=activation[kind], slope=slope)
+    place = place_of(layer)
+    return None if place is None else Link(node, place, str(node.target), layer)
 
 
 def _addition(node: fx.Node, value: fx.Node) -> Link | None:
     first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
-    in_place = node.target in ("add_", in_place_functions["iadd"])
+    in_place = node.target in _IN_PLACE
     if len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1 or first is second:
         return None
     if first is value and isinstance(second, fx.Node):
-        return Link(node, RESIDUAL, "residual", residual=second, in_place=in_place)
+        name = "+=" if in_place else "+"
+        return Link(node, RESIDUAL, "residual", function=(name, second))
     if second is value and isinstance(first, fx.Node) and not in_place:
-        return Link(node, RESIDUAL, "residual", residual=first)
+        return Link(node, RESIDUAL, "residual", function=("+", first))
     return None

@@ -185,6 +185,9 @@ _HERE = str(Path(__file__).parent)
 _PYTHON = str(Path(inspect.__file__).parent)
 
 
+_COMPILED = (torch.jit.ScriptModule, fx.GraphModule)
+
+
 def _is_a_users(file: str) -> bool:
     """Whether code is a model's, and not of what traces it."""
     if file.startswith((_TORCH, _HERE, "<frozen")):
@@ -227,6 +230,8 @@ def _attributes(watch: _Watch) -> Iterator[None]:
         value = get(module, name)
         if name.startswith("__") or id(module) not in names:
             return value
+        if isinstance(module, _COMPILED) and not _is_a_users(sys._getframe(1).f_code.co_filename):
+            return value  # what a call of it takes, which is one call here
         path = names[id(module)]
         path = f"{path}.{name}" if path else name
         if name == "training":
@@ -258,7 +263,8 @@ def _attributes(watch: _Watch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _all_training(module: nn.Module, training: bool) -> Iterator[None]:
-    before = [(m, m.training) for m in module.modules()]
+    # Those of TorchScript have the flag elsewhere.
+    before = [(m, m.training) for m in module.modules() if "training" in m.__dict__]
     for m, _ in before:
         m.__dict__["training"] = training
     try:
@@ -325,8 +331,6 @@ def trace(module: nn.Module, evaluation_only: bool = False) -> Trace:
     """
     if "forward" in vars(module):
         raise CannotTrace("was replaced on this object")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise CannotTrace("is TorchScript's")
     evaluation, watched = _run(module, False)
     training, watched_training = (evaluation, watched) if evaluation_only else _run(module, True)
     reads_training = watched.reads_training | watched_training.reads_training

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from .. import backends
 from .. import functional as F
-from ..convert import twin_of
+from .._twins import twin_of
 from ..ops._batch_norm_checks import activation_number, check_drop
 from ..ops.batch_norm import SLOPE
+from ._leaf import call_in_graph
 
 
 class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -47,6 +48,8 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.backend = backends.check_name(backend, "backend")
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := call_in_graph(self, input)) is not None:
+            return call
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm(
@@ -143,6 +146,10 @@ class _FusedBatchNormAct(_FusedBatchNorm):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if has_torch_function_variadic(input, residual):
+            call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
+            if call is not None:
+                return call
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm_act(

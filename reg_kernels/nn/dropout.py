@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from .. import backends
 from .. import functional as F
-from ..convert import twin_of
+from .._twins import twin_of
 from ..ops.dropout import check_probability
+from ._leaf import call_in_graph
 
 
 class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
@@ -34,6 +36,8 @@ class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
             self.backend = backends.check_name(backend, "backend")
 
     def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := call_in_graph(self, input)) is not None:
+            return call
         return self._function(input, self.p, self.training, self.inplace, backend=self.backend)
 
 

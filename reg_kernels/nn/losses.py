@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
-from ..convert import twin_of
+from .._twins import twin_of
 from ..ops.distillation import check_distillation
+from ._leaf import call_in_graph
 
 
 @twin_of(torch.nn.CrossEntropyLoss)
@@ -41,6 +43,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             self.backend = backends.check_name(backend, "backend")
 
     def forward(self, input: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        if has_torch_function_variadic(input, target):
+            call = call_in_graph(self, input, target)
+            if call is not None:
+                return call
         return F.cross_entropy(
             *(input, target, self.weight),
             ignore_index=self.ignore_index,
@@ -108,6 +114,10 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         )
 
     def forward(self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        if has_torch_function_variadic(input, teacher, target):
+            call = call_in_graph(self, input, teacher, target)
+            if call is not None:
+                return call
         return F.distillation_loss(
             *(input, teacher, target, self.weight),
             temperature=self.temperature,
