@@ -150,11 +150,11 @@ void set_affine(const BatchNormTask& task, const BatchNormInput& in, int64_t c, 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
   const char* op = "batch_norm";
+  const auto& [running_mean, running_var, num_batches_tracked] = Tracked(tracked, op);
   const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
   STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");
   const ChannelValues tracked_mean = channel_values(running_mean, in.layout.channels, op);

@@ -51,11 +51,11 @@ cuda::BatchNormForward<T> forward_arguments(const BatchNormInput& in, const Tens
 }
 
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
   const char* op = "batch_norm";
+  const auto& [running_mean, running_var, num_batches_tracked] = Tracked(tracked, op);
   const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
   const int64_t channels = in.layout.channels;
   STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");

@@ -65,4 +65,20 @@ inline BatchNormInput batch_norm_input(const Tensor& x, const OptionalTensor& we
   return in;
 }
 
+// What a training forward moves on, as the op is given it: [running_mean, running_var], and behind
+// them, or by itself, num_batches_tracked.
+struct Tracked {
+  OptionalTensor running_mean, running_var, num_batches_tracked;
+
+  Tracked(const std::vector<Tensor>& tensors, const char* op) {
+    STD_TORCH_CHECK(tensors.size() <= 3, op, ": expected up to 3 tracked tensors, got ",
+                    tensors.size());
+    if (tensors.size() > 1) {
+      running_mean = tensors[0];
+      running_var = tensors[1];
+    }
+    if (tensors.size() % 2) num_batches_tracked = tensors.back();
+  }
+};
+
 }  // namespace reg_kernels

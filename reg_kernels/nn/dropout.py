@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from .. import functional as F
 from ..convert import twin_of
-from ..ops.dropout import check_probability
+from ..ops._arguments import probability
 
 
 class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
@@ -28,7 +28,7 @@ class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None
     ) -> None:
-        check_probability(type(self).__name__, p)
+        probability(type(self).__name__, "p", p)
         super().__init__(p, inplace)
         if backend is not None:
             self.backend = backends.check_name(backend, "backend")

@@ -26,6 +26,7 @@ from ._registry import (
     define_part,
     implementation_of,
     is_fake,
+    is_recorded,
     is_transformed,
     register,
 )
@@ -405,7 +406,7 @@ def run(
         if on_cpu and not is_transformed():
             _check_values(name, call)
         loss = reference(input, *args, False)[0]
-    elif traced:
+    elif traced or is_recorded():
         loss = overload(input, *args, False)[0]
     else:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()
