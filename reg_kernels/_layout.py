@@ -35,17 +35,22 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def ordered(x: Tensor, channels_last: bool) -> Tensor:
-    """x, (N, C, ...), contiguous or dense with its channels innermost: itself where it is."""
+    """x, (N, C, ...), as kernels of channels take it, contiguous or dense with its channels
+    innermost: itself where it is."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
 
 
-def in_order(x: Tensor) -> Tensor:
-    """x, (N, C, ...), as kernels of channels take it, contiguous or channels last. A part of what
-    is channels last stays so."""
-    return ordered(x, is_channels_last(x) or is_channels_last(torch.empty_like(x)))
+def keeps_channels_last(x: Tensor) -> bool:
+    """Whether what torch makes like x has its channels innermost: x has, or is a part of what has,
+    as `images[:, 1:]`."""
+    if x.is_contiguous():
+        return False
+    return is_channels_last(x) or is_channels_last(torch.empty_like(x))
 
 
 def as_torch_returns(output: Tensor, input: Tensor) -> Tensor:
-    """An elementwise op's contiguous output for an input that is not dense, in the strides that
-    torch gives its own: dense, and ordered as the input's."""
+    """An elementwise op's output, contiguous where the input is not dense, in the strides that
+    torch gives its own: dense, and in the order of the input's."""
+    if input.is_contiguous():
+        return output
     return with_strides(output, torch.empty_like(input).stride())

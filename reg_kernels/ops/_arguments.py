@@ -72,15 +72,20 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and has_channels_last(x)
 
 
+def keeps_channels_last(x: Tensor) -> bool:
+    """The same of what an op returns for it."""
+    return x.dim() > 2 and _layout.keeps_channels_last(x)
+
+
 def in_order(x: Tensor) -> Tensor:
     """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
     if is_recorded():  # what is traced for one order has to bring any other into it
         with unrecorded():
-            channels_last = is_channels_last(x)
+            channels_last = keeps_channels_last(x)
         return _layout.ordered(x, channels_last).resolve_neg()
-    if x.is_contiguous() or is_channels_last(x):
-        return x.resolve_neg()
-    return _layout.in_order(x).resolve_neg()
+    if not x.is_contiguous():
+        x = _layout.ordered(x, keeps_channels_last(x))
+    return x.resolve_neg()
 
 
 def check_in_place(name: str, input: Tensor) -> None:

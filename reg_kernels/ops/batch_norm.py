@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _rng
 from .._activation import NONE
-from .._layout import in_order, is_channels_last, ordered, with_strides
+from .._layout import keeps_channels_last, ordered, with_strides
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
@@ -105,7 +105,7 @@ def _run(
     if recorded:
         with unrecorded():
             check_call(*call)
-            empty, channels_last = input.numel() == 0, is_channels_last(input)
+            empty, channels_last = input.numel() == 0, keeps_channels_last(input)
     else:
         check_call(*call)
         empty = input.numel() == 0
@@ -141,8 +141,8 @@ def _run(
         input = ordered(input, channels_last)
         residual = None if residual is None else ordered(residual, channels_last)
     else:
-        if not input.is_contiguous() and not is_channels_last(input):
-            input = in_order(input)
+        if not input.is_contiguous():
+            input = ordered(input, keeps_channels_last(input))
         if residual is not None:
             residual = with_strides(residual, input.stride())
     weight, bias = (v if v is None else v.contiguous() for v in (weight, bias))

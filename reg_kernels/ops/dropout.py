@@ -255,7 +255,7 @@ def _run(
             output = _by_torch(overload, input, p, state, element_offset)
         if inplace:
             return input.copy_(output)
-        return output if recorded or is_dense(input) else as_torch_returns(output, input)
+        return output if recorded else as_torch_returns(output, input)
 
     if inplace:
         check_in_place(fresh.name, input)  # before the generator moves on
