@@ -21,8 +21,10 @@ def as_float(name: str, argument: str, value: Any) -> float:
         return value
     if isinstance(value, Tensor):
         number = value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    else:
-        number = isinstance(value, Real)
+    elif torch.compiler.is_compiling():  # which has numpy's scalars for arrays
+        number = not isinstance(value, str)
+    else:  # numpy's bool is no Real, as its other numbers are
+        number = isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
     if not number:
         raise TypeError(f"{name}: {argument} must be a float, got {_kind(value)}")
     return float(value)

@@ -31,6 +31,11 @@ def is_transformed() -> bool:
     return _func_is_active() or forward_ad._current_level >= 0
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x may stand for a batch: under torch.func's vmap, or as one of batched gradients."""
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def is_fake() -> bool:
     """Whether tensors made now have shapes alone."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
@@ -173,7 +178,8 @@ def twin_by_numbers(op: Op) -> Op:
     floats, in their order, and perhaps more behind them. The floats themselves count no longer,
     but by being None or 0."""
     schema = op.overloads["native"]._schema
-    floats = [i for i, a in enumerate(schema.arguments) if str(a.type) in ("float", "Optional[float]")]
+    kinds = [str(a.type) for a in schema.arguments]
+    floats = [i for i, kind in enumerate(kinds) if kind in ("float", "Optional[float]")]
     arguments = str(schema).removeprefix(schema.name)
     inside, returns = arguments.rsplit(" -> ", 1)
 
