@@ -66,8 +66,8 @@ def _draw_what_is_saved(device: torch.device) -> Tensor:
         return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
     if torch._functorch.config.activation_memory_budget == 0 and torch.is_grad_enabled():
         raise RuntimeError(
-            "reg_kernels: a budget of 0 saves nothing for the backward, the 16 bytes that a mask "
-            "is drawn from included: activation_memory_budget must be above 0, got 0"
+            "dropout: activation_memory_budget must be above 0, where not even the 16 bytes that a "
+            "mask is drawn from are saved for the backward, got 0"
         )
     marks["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
