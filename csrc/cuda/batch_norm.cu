@@ -55,7 +55,9 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
   const char* op = "batch_norm";
-  const auto& [running_mean, running_var, num_batches_tracked] = Tracked(tracked, op);
+  const Tracked moved(tracked, op);
+  const OptionalTensor &running_mean = moved.running_mean, &running_var = moved.running_var;
+  const OptionalTensor& num_batches_tracked = moved.num_batches_tracked;
   const BatchNormInput in = batch_norm_input(input, weight, bias, residual, activation, slope, op);
   const int64_t channels = in.layout.channels;
   STD_TORCH_CHECK(in.count > 1, op, ": expected more than 1 value a channel");
