@@ -32,3 +32,25 @@ def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 def is_channels_last(x: Tensor) -> bool:
     """Whether an (N, C, ...) tensor is dense with its channels innermost, and not contiguous."""
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def ordered(x: Tensor, channels_last: bool) -> Tensor:
+    """x, (N, C, ...), as kernels of channels take it, contiguous or dense with its channels
+    innermost: itself where it is."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+def keeps_channels_last(x: Tensor) -> bool:
+    """Whether what torch makes like x has its channels innermost: x has, or is a part of what has,
+    as `images[:, 1:]`."""
+    if x.is_contiguous():
+        return False
+    return is_channels_last(x) or is_channels_last(torch.empty_like(x))
+
+
+def as_torch_returns(output: Tensor, input: Tensor) -> Tensor:
+    """An elementwise op's output, contiguous where the input is not dense, in the strides that
+    torch gives its own: dense, and in the order of the input's."""
+    if input.is_contiguous():
+        return output
+    return with_strides(output, torch.empty_like(input).stride())

@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 
 import torch
+import torch._functorch.config
+import torch.fx.traceback
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 GROUP = 8  # mask elements drawn by one Philox call
 
@@ -44,8 +47,38 @@ def _generator_is_at_hand() -> bool:
 
 
 def draw_traced_state(device: torch.device) -> Tensor:
-    """The same as an operation of a compiled program, drawn anew at each of its runs."""
+    """The same as an operation of a program that is being traced, drawn anew at each of its runs;
+    and for torch.func, whose vmap decides whether the samples share it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.reg_kernels.draw_state(device)
     return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def _draw_what_is_saved(device: torch.device) -> Tensor:
+    """torch.randint, marked as what a backward must be given.
+
+    With an activation_memory_budget below 1 a backward computes anew what it was not given, and
+    would draw another state. The mark is one that AOTAutograd, which runs this to learn what
+    draw_state consists of, leaves on the operations it records meanwhile.
+    """
+    marks = torch.fx.traceback.current_meta
+    if not torch.fx.traceback.has_preserved_node_meta() or "recompute" in marks:
+        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+    if torch._functorch.config.activation_memory_budget == 0 and torch.is_grad_enabled():
+        raise RuntimeError(
+            "dropout: activation_memory_budget must be above 0, where not even the 16 bytes that a "
+            "mask is drawn from are saved for the backward, got 0"
+        )
+    marks["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+    finally:
+        del marks["recompute"]
+
+
+_library = torch.library.Library("reg_kernels", "FRAGMENT")
+_library.define("draw_state(Device device) -> Tensor")
+_library.impl("draw_state", _draw_what_is_saved, "CompositeImplicitAutograd")
 
 
 def _advance_cuda_generator(device: torch.device) -> Tensor:

@@ -44,15 +44,13 @@ cuda::BatchNormForward<T> forward_arguments(const BatchNormInput& in, const Tens
 }
 
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, bool keep_gate) {
   const Call call("batch_norm", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
-  const RunningStatistics running =
-      running_statistics(call, in, running_mean, running_var, num_batches_tracked, momentum);
+  const RunningStatistics running = running_statistics(call, in, tracked, momentum);
   const int64_t channels = in.layout.channels;
 
   const cuda::Launch launch(input);

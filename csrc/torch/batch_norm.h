@@ -72,22 +72,25 @@ struct RunningStatistics {
   int64_t* batches;
 };
 
+// Of what the op is given: [running_mean, running_var], and behind them, or by itself,
+// num_batches_tracked.
 inline RunningStatistics running_statistics(const Call& call, const BatchNormInput& in,
-                                            const OptionalTensor& mean, const OptionalTensor& var,
-                                            const OptionalTensor& num_batches_tracked,
+                                            const std::vector<Tensor>& tracked,
                                             const std::optional<double>& momentum) {
   RK_REQUIRE(in.count > 1, call.op, "input", "of more than 1 value a channel",
              words(in.count, " of them"));
-  RK_REQUIRE(mean.has_value() == var.has_value(), call.op, "running_mean and running_var",
-             "given together or not", "one of them");
-  RK_REQUIRE(momentum || num_batches_tracked || !mean, call.op, "momentum",
+  RK_REQUIRE(tracked.size() <= 3, call.op, "tracked", "at most 3 tensors", tracked.size());
+  const bool averages = tracked.size() > 1, counts = tracked.size() % 2 == 1;
+  RK_REQUIRE(momentum || counts || !averages, call.op, "momentum",
              "a float, or come with num_batches_tracked", "None");
   RunningStatistics running{};
-  running.mean = channel_values(call, mean, in.layout.channels, "running_mean", true);
-  running.var = channel_values(call, var, in.layout.channels, "running_var", true);
-  if (num_batches_tracked) {
+  if (averages) {
+    running.mean = channel_values(call, tracked[0], in.layout.channels, "running_mean", true);
+    running.var = channel_values(call, tracked[1], in.layout.channels, "running_var", true);
+  }
+  if (counts) {
     running.batches = static_cast<int64_t*>(
-        call.written_vector(*num_batches_tracked, ScalarType::Long, 1, "num_batches_tracked"));
+        call.written_vector(tracked.back(), ScalarType::Long, 1, "num_batches_tracked"));
   }
   return running;
 }

@@ -11,7 +11,8 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 from .. import backends
 from .. import functional as F
 from .._twins import twin_of
-from ..ops._batch_norm_checks import activation_number, check_drop
+from ..ops._arguments import probability
+from ..ops._batch_norm_checks import activation_number
 from ..ops.batch_norm import SLOPE
 from ._leaf import call_in_graph
 
@@ -135,7 +136,7 @@ class _FusedBatchNormAct(_FusedBatchNorm):
         backend: str | None = None,
     ) -> None:
         activation_number(type(self).__name__, activation)
-        check_drop(type(self).__name__, drop)
+        probability(type(self).__name__, "drop", drop)
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_unary
 from .. import backends
 from .. import functional as F
 from .._twins import twin_of
-from ..ops.dropout import check_probability
+from ..ops._arguments import probability
 from ._leaf import call_in_graph
 
 
@@ -30,7 +30,7 @@ class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None
     ) -> None:
-        check_probability(type(self).__name__, p)
+        probability(type(self).__name__, "p", p)
         super().__init__(p, inplace)
         if backend is not None:
             self.backend = backends.check_name(backend, "backend")

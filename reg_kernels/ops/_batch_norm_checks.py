@@ -24,12 +24,6 @@ def check_eps(name: str, eps: float, training: bool) -> None:
         raise ValueError(f"{name}: eps must not be negative, got {eps}")
 
 
-def check_drop(name: str, drop: float) -> None:
-    """Raises unless drop is a probability; NaN is none."""
-    if not 0.0 <= drop <= 1.0:
-        raise ValueError(f"{name}: drop must be in [0, 1], got {drop}")
-
-
 def activation_number(name: str, activation: str | None) -> int:
     """The number that stands for an activation's name; raises ValueError for an unknown one."""
     try:
@@ -106,8 +100,6 @@ def check_call(
         raise RuntimeError(f"{name}: running_mean and running_var must be given for evaluation")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: running_mean and running_var must be given together or not")
-    if not isinstance(momentum, int | float | torch.SymFloat | None):
-        raise TypeError(f"{name}: momentum must be a float or None, got {type(momentum).__name__}")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise TypeError(
             f"{name}: momentum must be a float, or None together with num_batches_tracked"

@@ -25,7 +25,9 @@ from ._registry import (
     below_autograd,
     define_part,
     implementation_of,
+    is_batched,
     is_fake,
+    is_recorded,
     is_transformed,
     register,
 )
@@ -89,9 +91,7 @@ class _Loss(torch.autograd.Function):
 
 def _is_one_number(factor: Tensor) -> bool:
     """A real one: neither a factor for each position nor a batch of them, nor what is traced."""
-    if factor.dim() > 0 or type(factor) is not Tensor or is_transformed():
-        return False
-    return not torch._C._functorch.is_legacy_batchedtensor(factor)
+    return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
 
 
 # As in ops/dropout.py: where torch.func is known to be away, without preparing for it.
@@ -412,7 +412,7 @@ def run(
         if on_cpu and not is_transformed():
             _check_values(name, call)
         loss = reference(input, *args, False)[0]
-    elif traced:
+    elif traced or is_recorded():
         loss = overload(input, *args, False)[0]
     else:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()

@@ -88,9 +88,7 @@ def batch_norm(
     weight: _Optional,
     bias: _Optional,
     residual: _Optional,
-    running_mean: _Optional,
-    running_var: _Optional,
-    num_batches_tracked: _Optional,
+    tracked: list[Tensor],
     momentum: float | None,
     eps: float,
     activation: int,
@@ -103,14 +101,16 @@ def batch_norm(
     count = _batch_norm_input(call, input, weight, bias, residual, activation, p)
     if count <= 1:
         call.refuse("input", "of more than 1 value a channel", f"{count} of them")
-    if (running_mean is None) != (running_var is None):
-        call.refuse("running_mean and running_var", "given together or not", "one of them")
-    if momentum is None and num_batches_tracked is None and running_mean is not None:
+    if len(tracked) > 3:
+        call.refuse("tracked", "at most 3 tensors", len(tracked))
+    averages, counts = len(tracked) > 1, len(tracked) % 2 == 1
+    if momentum is None and averages and not counts:
         call.refuse("momentum", "a float, or come with num_batches_tracked", None)
-    _channel_values(call, running_mean, input.shape[1], "running_mean")
-    _channel_values(call, running_var, input.shape[1], "running_var")
-    if num_batches_tracked is not None:
-        call.check_vector(num_batches_tracked, torch.int64, 1, "num_batches_tracked")
+    if averages:
+        _channel_values(call, tracked[0], input.shape[1], "running_mean")
+        _channel_values(call, tracked[1], input.shape[1], "running_var")
+    if counts:
+        call.check_vector(tracked[-1], torch.int64, 1, "num_batches_tracked")
     if p > 0.0:
         if rng_state is None:
             call.refuse("rng_state", "given where something is dropped", None)

@@ -14,11 +14,26 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _rng
-from .._layout import dense_like, is_channels_last, is_dense, with_strides
+from .._layout import (
+    as_torch_returns,
+    dense_like,
+    is_channels_last,
+    is_dense,
+    ordered,
+    with_strides,
+)
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._arguments import check_in_place
-from ._registry import Op, below_autograd, implementation_of, is_transformed, register
+from ._arguments import as_int, check_in_place, probability
+from ._registry import (
+    Op,
+    below_autograd,
+    implementation_of,
+    is_recorded,
+    is_transformed,
+    register,
+    unrecorded,
+)
 
 
 class _Dropout(torch.autograd.Function):
@@ -160,21 +175,18 @@ _DROPOUT = _register("dropout", reference.dropout)
 _FEATURE_DROPOUT = _register("feature_dropout", reference.feature_dropout)
 
 
-def check_probability(name: str, p: float) -> None:
-    """Raises unless p is a probability; NaN is none."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: p must be in [0, 1], got {p}")
-
-
-def _check(name: str, input: Tensor, p: float) -> None:
-    """What every call has to be given, whether it draws or not."""
-    check_probability(name, p)
+def _checked(name: str, input: Tensor, p: Any) -> float:
+    """p; raises unless a call is given what each needs, whether it draws or not."""
+    p = probability(name, "p", p)
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    return p
 
 
-def _check_draw(name: str, input: Tensor, element_offset: int) -> None:
-    """What a call that draws a mask has to be given as well."""
+def _checked_draw(name: str, input: Tensor, element_offset: Any) -> int:
+    """element_offset; raises unless a call is given what drawing a mask takes as well."""
+    if type(element_offset) is not int:
+        element_offset = as_int(name, "element_offset", element_offset)
     if not 0 <= element_offset < 2**62:
         raise ValueError(f"{name}: element_offset must be in [0, 2^62), got {element_offset}")
     if input.dtype not in DTYPES:
@@ -183,6 +195,7 @@ def _check_draw(name: str, input: Tensor, element_offset: int) -> None:
             f"{name}: input must be one of {supported}, "
             f"got {str(input.dtype).removeprefix('torch.')}"
         )
+    return element_offset
 
 
 def _by_torch(
@@ -213,42 +226,52 @@ def _run(
 ) -> Tensor:
     fresh, in_place = ops
     device = input.device
-    if p == 0.0 or input.numel() == 0:
+    if p == 0.0:
+        return input
+    if recorded := is_recorded():
+        with unrecorded():
+            empty = input.numel() == 0
+    else:
+        empty = input.numel() == 0
+    if empty:
         return input
     if p == 1.0:
         return input.mul_(0) if inplace else input * 0
-    _check_draw(fresh.name, input, element_offset)
+    element_offset = _checked_draw(fresh.name, input, element_offset)
     traced = torch.compiler.is_compiling()
     choose = fresh.traced_overload if traced else fresh.overload
     overload = choose(device, input.dtype, backend)
     if rng_state is not None:
         rng_state = _rng.checked_state(rng_state, device, fresh.name)
-    if traced:
-        # Times a tensor, a float that varies can stay one input of the program: see _DRAW.
-        traced_p = torch.ones((), dtype=torch.float64, device=device) * p
+    if traced or recorded or is_transformed():
         state = _rng.draw_traced_state(device) if rng_state is None else rng_state
-        output = overload(input, 0.0, state, element_offset, traced_p)
-        return input.copy_(output) if inplace else output
-
-    if is_transformed():
-        state = _rng.draw_traced_state(device) if rng_state is None else rng_state
-        output = _by_torch(overload, input, p, state, element_offset)
-        return input.copy_(output) if inplace else output
+        if traced:
+            # Times a tensor, a float that varies can stay one input of the program: see _DRAW.
+            traced_p = torch.ones((), dtype=torch.float64, device=device) * p
+            output = overload(input, 0.0, state, element_offset, traced_p)
+        elif recorded:
+            output = overload(input, p, state, element_offset)
+        else:
+            output = _by_torch(overload, input, p, state, element_offset)
+        if inplace:
+            return input.copy_(output)
+        return output if recorded else as_torch_returns(output, input)
 
     if inplace:
         check_in_place(fresh.name, input)  # before the generator moves on
     if rng_state is None:
         rng_state = _rng.draw_state(device)
     draw = (p, rng_state, element_offset, None)
-    if not inplace:
-        if input.requires_grad and torch.is_grad_enabled():
-            return _apply_dropout(input, overload, draw)
-        with below_autograd():
-            return overload(input, *draw)
-    if not is_dense(input) or input.is_neg():
-        return input.copy_(_differentiable(overload, input, *draw))
-    _write_over(in_place.overload(device, input.dtype, backend), overload, input, *draw)
-    return input
+    if not is_dense(input) or (inplace and input.is_neg()):
+        output = _differentiable(overload, input, *draw)
+        return input.copy_(output) if inplace else as_torch_returns(output, input)
+    if inplace:
+        _write_over(in_place.overload(device, input.dtype, backend), overload, input, *draw)
+        return input
+    if input.requires_grad and torch.is_grad_enabled():
+        return _apply_dropout(input, overload, draw)
+    with below_autograd():
+        return overload(input, *draw)
 
 
 def _hand_over(function: Any, input: Any, p: Any, training: Any, inplace: Any, *rest: Any) -> Any:
@@ -291,7 +314,8 @@ def dropout(
         backend: "native", "triton" or "reference"; by default the first that can run here.
 
     Returns:
-        A tensor like `input`, in its memory layout where that is dense, else contiguous.
+        A tensor like `input`, in its memory layout where that is dense, else with its strides in
+        the order of the input's, as torch's `empty_like` has them.
 
     Raises:
         ValueError: `p` outside [0, 1], or an unknown `backend`.
@@ -307,7 +331,7 @@ def dropout(
     """
     if has_torch_function_unary(input):
         return _hand_over(dropout, input, p, training, inplace, rng_state, element_offset, backend)
-    _check("dropout", input, p)
+    p = _checked("dropout", input, p)
     if not training:
         return input
     return _run(_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
@@ -324,18 +348,22 @@ def _feature_dropout(
     backend: str | None,
 ) -> Tensor:
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
-    if not training:
+    if not training or p == 0.0:
         return input
     if input.dim() < 2 and 0.0 < p < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
+    options = (rng_state, element_offset, backend)
+    if is_recorded() and input.dim() >= 2:  # whatever the order is of what a later run brings
+        with unrecorded():
+            channels_last = is_channels_last(input)
+        output = _run(_FEATURE_DROPOUT, ordered(input, channels_last), p, False, *options)
+        return input.copy_(output) if inplace else output
     if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
-        return _run(_FEATURE_DROPOUT, input, p, inplace, rng_state, element_offset, backend)
+        return _run(_FEATURE_DROPOUT, input, p, inplace, *options)
     if inplace:
         check_in_place(name, input)
-    output = _run(
-        _FEATURE_DROPOUT, input.contiguous(), p, False, rng_state, element_offset, backend
-    )
-    return input.copy_(output) if inplace else output
+    output = _run(_FEATURE_DROPOUT, input.contiguous(), p, False, *options)
+    return input.copy_(output) if inplace else as_torch_returns(output, input)
 
 
 def dropout1d(
@@ -360,7 +388,7 @@ def dropout1d(
         return _hand_over(
             dropout1d, input, p, training, inplace, rng_state, element_offset, backend
         )
-    _check("dropout1d", input, p)
+    p = _checked("dropout1d", input, p)
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: input must be (N, C, L) or (C, L), got {input.dim()} dims")
     options = (p, training, inplace, rng_state, element_offset, backend)
@@ -386,7 +414,7 @@ def dropout2d(
         return _hand_over(
             dropout2d, input, p, training, inplace, rng_state, element_offset, backend
         )
-    _check("dropout2d", input, p)
+    p = _checked("dropout2d", input, p)
     if input.dim() == 3:
         warnings.warn(
             "dropout2d: a 3-d input is taken for (N, C, L), as torch does for now; use dropout1d "
@@ -418,7 +446,7 @@ def dropout3d(
         return _hand_over(
             dropout3d, input, p, training, inplace, rng_state, element_offset, backend
         )
-    _check("dropout3d", input, p)
+    p = _checked("dropout3d", input, p)
     if input.dim() not in (4, 5):
         _warn_of_dimensions("dropout3d", "(N, C, D, H, W) or (C, D, H, W)", input)
     options = (p, training, inplace, rng_state, element_offset, backend)

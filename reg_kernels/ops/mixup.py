@@ -17,7 +17,14 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..backends import DTYPES
 from ..reference import mixup as reference
-from ._arguments import check_device, check_in_place, in_order, is_channels_last, named
+from ._arguments import (
+    check_device,
+    check_in_place,
+    in_order,
+    is_channels_last,
+    keeps_channels_last,
+    named,
+)
 from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
 
 # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
@@ -313,7 +320,7 @@ def _wants_channels_last(
     name: str, input: Tensor, memory_format: torch.memory_format | None
 ) -> bool:
     if memory_format in (None, torch.preserve_format):
-        return is_channels_last(input)
+        return keeps_channels_last(input)
     if memory_format == torch.contiguous_format:
         return False
     dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -364,7 +371,7 @@ def blend(
                 f"{name}: inplace needs an output of the input's dtype, {named(input.dtype)}, "
                 f"got dtype {named(dtype)}"
             )
-        if channels_last != is_channels_last(input):
+        if channels_last != keeps_channels_last(input):
             raise RuntimeError(f"{name}: inplace cannot change the memory format")
         if looks:
             _check_permutation(name, index)

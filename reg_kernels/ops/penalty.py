@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._layout import dense_like, is_dense
+from .._layout import is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..backends import DTYPES
 from ..reference import penalty as reference
 from ._entry import Call
-from ._registry import below_autograd, define_part, implementation_of, is_transformed, register
+from ._registry import (
+    below_autograd,
+    define_part,
+    implementation_of,
+    is_batched,
+    is_transformed,
+    register,
+)
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
 _sum_table = define_part(
@@ -84,7 +91,7 @@ def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | Non
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) and not x.is_neg() else x.contiguous().resolve_neg()
+    return x if is_dense(x) and not x.is_neg() else torch.empty_like(x).copy_(x)
 
 
 def _forward(backend: str) -> Any:
@@ -107,7 +114,7 @@ def _forward(backend: str) -> Any:
 def _backward(backend: str) -> Any:
     def run(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
         _check("penalty_backward", tensors, power, grad_output)
-        grads = [dense_like(x) for x in tensors]
+        grads = [torch.empty_like(x) for x in tensors]
         for (of_kind, dtype), places in _kinds(tensors).items():
             parts = [_dense(tensors[i]) for i in places]
             table = TensorTable(
@@ -150,7 +157,8 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         overload, power = ctx.call
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # by operations that can be differentiated again
+        # By operations that can be differentiated again, and have a rule for batches.
+        if torch.is_grad_enabled() or is_batched(grad_output):
             return None, None, *reference.penalty_backward(list(tensors), grad_output, power)
         return None, None, *overload(list(tensors), grad_output, power)
 
@@ -174,7 +182,7 @@ def _fake(tensors: list[Tensor], power: int) -> Tensor:
 
 
 def _fake_backward(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
-    return [dense_like(x) for x in tensors]
+    return [torch.empty_like(x) for x in tensors]
 
 
 _PENALTY = register(

@@ -106,9 +106,7 @@ def batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    tracked: list[Tensor],
     momentum: float | None,
     eps: float,
     activation: int,
@@ -117,7 +115,8 @@ def batch_norm(
     rng_state: Tensor | None,
     keep_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training: (output, mean, invstd, gate), and the running statistics moved on.
+    """Training: (output, mean, invstd, gate), and what is tracked moved on: [running_mean,
+    running_var], and behind them, or by itself, num_batches_tracked.
 
     With momentum None the running statistics become the average over all batches.
     """
@@ -129,14 +128,16 @@ def batch_norm(
     multipliers = _multipliers(z, p, rng_state)
     output = torch.empty_like(input).copy_(activate(z, activation, slope) * multipliers)
 
-    if running_mean is not None and running_var is not None:
-        factor = momentum if momentum is not None else 1.0 / (num_batches_tracked.double() + 1.0)
+    running = tracked[:2] if len(tracked) > 1 else []
+    counter = tracked[-1] if len(tracked) % 2 else None
+    if running:
+        factor = momentum if momentum is not None else 1.0 / (counter.double() + 1.0)
         dims = _over_channels(x)
         variance = (x - per_channel(mean, x)).square().sum(dims) / (x.numel() // x.shape[1] - 1)
-        for running, batch in ((running_mean, mean), (running_var, variance)):
-            running.copy_((1.0 - factor) * running.double() + factor * batch)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        for average, batch in zip(running, (mean, variance), strict=True):
+            average.copy_((1.0 - factor) * average.double() + factor * batch)
+    if counter is not None:
+        counter.add_(1)
 
     gate = input.new_empty(0, dtype=torch.uint8)
     dropped = p > 0.0

@@ -64,9 +64,7 @@ def batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    tracked: list[Tensor],
     momentum: float | None,
     eps: float,
     activation: int,
@@ -76,6 +74,8 @@ def batch_norm(
     keep_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op in training: (output, mean, invstd, gate)."""
+    running_mean, running_var = tracked[:2] if len(tracked) > 1 else (None, None)
+    num_batches_tracked = tracked[-1] if len(tracked) % 2 else None
     plan = _plan(input, FORWARD_TILE, merges=True)
     output = dense_like(input)
     mean = input.new_empty(plan.channels, dtype=torch.float64)

@@ -280,6 +280,18 @@ def test_empty_batch(backend, training):
     assert F.batch_norm(x[:, :0], None, None, training=True, backend=backend).shape == (4, 0, 5, 3)
 
 
+@on_each
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (2, 0, 4)])
+def test_the_registered_op_of_nothing_has_a_gradient(backend, shape):
+    x, r = (torch.empty(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+    w, b = (torch.ones(shape[1], device=DEVICE, requires_grad=True) for _ in range(2))
+    mean, var = torch.zeros_like(w), torch.ones_like(w)
+    op = overload_of("batch_norm_inference", backend)
+    y = op(x, w, b, r, mean.detach(), var.detach(), 1e-5, NUMBERS["leaky_relu"], 0.01)
+    for tensor, gradient in zip((x, r, w, b), torch.autograd.grad(y.sum(), (x, r, w, b))):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
 def test_versions_count_what_is_written():
     x, mean, var, *_ = arguments()
     counter = torch.tensor(0)
