@@ -37,7 +37,7 @@ inline LabelTotals label_totals(const LossInput& in, const char* op) {
       STD_TORCH_CHECK(lam >= 0 && lam <= 1, op, ": lam must be in [0, 1], got ", lam);
     }
   }
-  if (in.reduction != Reduction::mean) return {1, 1};
+  if (in.reduction != Reduction::mean || !in.labels.labels) return {1, 1};
   return totals;
 }
 

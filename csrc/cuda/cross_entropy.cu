@@ -32,10 +32,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
                                                  const OptionalTensor& lam, double one_lam,
                                                  const OptionalTensor& weight, int64_t ignore_index,
                                                  double label_smoothing, int64_t reduction,
+                                                 const OptionalTensor& traced_smoothing,
                                                  bool keep_gradient) {
   const char* op = "cross_entropy";
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, label_smoothing, reduction, op);
+  const LossInput in =
+      cuda::device_loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
+                              label_smoothing, reduction, traced_smoothing, op);
   const bool none = in.reduction == Reduction::none;
   const cuda::Launch launch(input);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
@@ -59,10 +61,12 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                               const Tensor& target, const OptionalTensor& partner,
                               const OptionalTensor& lam, double one_lam,
                               const OptionalTensor& weight, int64_t ignore_index,
-                              double label_smoothing, int64_t reduction) {
+                              double label_smoothing, int64_t reduction,
+                              const OptionalTensor& traced_smoothing) {
   const char* op = "cross_entropy_backward";
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, label_smoothing, reduction, op);
+  const LossInput in =
+      cuda::device_loss_input(input, target, partner, lam, one_lam, weight, ignore_index,
+                              label_smoothing, reduction, traced_smoothing, op);
   const bool none = in.reduction == Reduction::none;
   cuda::check_backward(input, in, grad_output, stats, 2, op);
   const cuda::Launch launch(input);

@@ -35,12 +35,15 @@ void for_dtypes(const LossInput& in, const Tensor& teacher, const char* op, F&& 
 }
 
 // Arguments that are checked, and the teacher among them.
-LossInput distillation_input(const Tensor& input, const Tensor& teacher, const Tensor& target,
-                             const OptionalTensor& partner, const OptionalTensor& lam,
-                             double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double smoothing, int64_t reduction, const char* op) {
-  const LossInput in = cuda::device_loss_input(input, target, partner, lam, one_lam, weight,
-                                               ignore_index, smoothing, reduction, op);
+LossInput distillation_input(const Tensor& input, const Tensor& teacher,
+                             const OptionalTensor& target, const OptionalTensor& partner,
+                             const OptionalTensor& lam, double one_lam,
+                             const OptionalTensor& weight, int64_t ignore_index, double smoothing,
+                             int64_t reduction, const OptionalTensor& traced_smoothing,
+                             const char* op) {
+  const LossInput in =
+      cuda::device_loss_input(input, target, partner, lam, one_lam, weight, ignore_index, smoothing,
+                              reduction, traced_smoothing, op);
   STD_TORCH_CHECK(!in.probabilities, op, ": labels must be class indices");
   STD_TORCH_CHECK(has_layout_of(input, teacher), op,
                   ": teacher must have the input's shape and strides");
@@ -60,18 +63,20 @@ cuda::DistillationArguments<S, T> arguments(const LossInput& in, const Tensor& t
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tensor& teacher,
-                                                const Tensor& target, const OptionalTensor& partner,
-                                                const OptionalTensor& lam, double one_lam,
-                                                const OptionalTensor& weight, int64_t ignore_index,
-                                                double label_smoothing, int64_t reduction,
-                                                double temperature, double alpha,
-                                                bool keep_gradient) {
+std::tuple<Tensor, Tensor, Tensor> distillation(
+    const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+    const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+    const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
+    const OptionalTensor& traced_smoothing, double temperature, double alpha,
+    const OptionalTensor& traced_softness, bool keep_gradient) {
   const char* op = "distillation";
-  const LossInput in = distillation_input(input, teacher, target, partner, lam, one_lam, weight,
-                                          ignore_index, label_smoothing, reduction, op);
+  const LossInput in =
+      distillation_input(input, teacher, target, partner, lam, one_lam, weight, ignore_index,
+                         label_smoothing, reduction, traced_smoothing, op);
   const bool none = in.reduction == Reduction::none;
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
+  if (traced_softness) cuda::check_device(input, *traced_softness, op, "traced_softness");
+  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
+                                          traced_numbers(traced_softness, 2, op)};
   const cuda::Launch launch(input);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
   Tensor loss = empty_positions(input, none, 0);
@@ -91,16 +96,20 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
 }
 
 Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                             const Tensor& teacher, const Tensor& target,
+                             const Tensor& teacher, const OptionalTensor& target,
                              const OptionalTensor& partner, const OptionalTensor& lam,
                              double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction, double temperature,
-                             double alpha) {
+                             double label_smoothing, int64_t reduction,
+                             const OptionalTensor& traced_smoothing, double temperature,
+                             double alpha, const OptionalTensor& traced_softness) {
   const char* op = "distillation_backward";
-  const LossInput in = distillation_input(input, teacher, target, partner, lam, one_lam, weight,
-                                          ignore_index, label_smoothing, reduction, op);
+  const LossInput in =
+      distillation_input(input, teacher, target, partner, lam, one_lam, weight, ignore_index,
+                         label_smoothing, reduction, traced_smoothing, op);
   cuda::check_backward(input, in, grad_output, stats, 5, op);
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
+  if (traced_softness) cuda::check_device(input, *traced_softness, op, "traced_softness");
+  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
+                                          traced_numbers(traced_softness, 2, op)};
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;

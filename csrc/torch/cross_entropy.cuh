@@ -8,17 +8,18 @@ namespace reg_kernels {
 namespace cuda {
 
 // Arguments that loss_input has checked, all on the input's device.
-inline LossInput device_loss_input(const Tensor& input, const Tensor& target,
+inline LossInput device_loss_input(const Tensor& input, const OptionalTensor& target,
                                    const OptionalTensor& partner, const OptionalTensor& lam,
                                    double one_lam, const OptionalTensor& weight,
                                    int64_t ignore_index, double smoothing, int64_t reduction,
-                                   const char* op) {
-  check_device(input, target, op, "target");
+                                   const OptionalTensor& traced_smoothing, const char* op) {
+  if (target) check_device(input, *target, op, "target");
   if (partner) check_device(input, *partner, op, "partner");
   if (lam) check_device(input, *lam, op, "lam");
   if (weight) check_device(input, *weight, op, "weight");
+  if (traced_smoothing) check_device(input, *traced_smoothing, op, "traced_smoothing");
   return loss_input(input, target, partner, lam, one_lam, weight, ignore_index, smoothing,
-                    reduction, op);
+                    reduction, traced_smoothing, op);
 }
 
 // That a backward on x's device may read the loss's gradient, one number, or one for each position

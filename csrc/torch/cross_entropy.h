@@ -40,10 +40,20 @@ inline bool has_layout_of(const Tensor& x, const Tensor& tensor) {
   return alike;
 }
 
-inline LossInput loss_input(const Tensor& x, const Tensor& target, const OptionalTensor& partner,
-                            const OptionalTensor& lam, double one_lam, const OptionalTensor& weight,
-                            int64_t ignore_index, double smoothing, int64_t reduction,
-                            const char* op) {
+// What a compiled program passes instead of `count` numbers, so that they may vary; or null.
+inline const double* traced_numbers(const OptionalTensor& numbers, int64_t count, const char* op) {
+  if (!numbers) return nullptr;
+  STD_TORCH_CHECK(numbers->scalar_type() == ScalarType::Double && numbers->is_contiguous() &&
+                      numbers->numel() == count,
+                  op, ": traced numbers must be ", count, " in float64, contiguous");
+  return static_cast<const double*>(numbers->const_data_ptr());
+}
+
+inline LossInput loss_input(const Tensor& x, const OptionalTensor& target,
+                            const OptionalTensor& partner, const OptionalTensor& lam,
+                            double one_lam, const OptionalTensor& weight, int64_t ignore_index,
+                            double smoothing, int64_t reduction,
+                            const OptionalTensor& traced_smoothing, const char* op) {
   LossInput in{};
   in.dtype = dtype_of(x, op);
   in.layout = channel_layout(x, op);
@@ -64,12 +74,19 @@ inline LossInput loss_input(const Tensor& x, const Tensor& target, const Optiona
   in.labels.classes = in.layout.channels;
   in.labels.ignore_index = ignore_index;
   in.labels.smoothing = smoothing;
-  if (target.scalar_type() != ScalarType::Long) {
-    STD_TORCH_CHECK(has_layout_of(x, target) && (target.scalar_type() == x.scalar_type() ||
-                                                 target.scalar_type() == compute),
+  in.labels.traced_smoothing = traced_numbers(traced_smoothing, 1, op);
+  in.labels.one_lam_for_all = true;
+  in.labels.one_lam = one_lam;
+  if (!target) {
+    STD_TORCH_CHECK(!partner, op, ": partner labels need labels");
+    return in;
+  }
+  if (target->scalar_type() != ScalarType::Long) {
+    STD_TORCH_CHECK(has_layout_of(x, *target) && (target->scalar_type() == x.scalar_type() ||
+                                                  target->scalar_type() == compute),
                     op, ": probabilities must have the input's shape, strides and type");
-    in.probabilities = target.const_data_ptr();
-    in.probabilities_dtype = dtype_of(target, op);
+    in.probabilities = target->const_data_ptr();
+    in.probabilities_dtype = dtype_of(*target, op);
     return in;
   }
   const auto labels = [&](const Tensor& tensor) {
@@ -78,9 +95,7 @@ inline LossInput loss_input(const Tensor& x, const Tensor& target, const Optiona
                     op, ": labels must be contiguous int64, one for each position");
     return static_cast<const int64_t*>(tensor.const_data_ptr());
   };
-  in.labels.labels = labels(target);
-  in.labels.one_lam_for_all = true;
-  in.labels.one_lam = one_lam;
+  in.labels.labels = labels(*target);
   if (!partner) return in;
   in.labels.partner_labels = labels(*partner);
   if (lam) {

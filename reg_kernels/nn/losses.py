@@ -9,7 +9,8 @@ from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
 from ..convert import twin_of
-from ..ops.distillation import check_distillation
+from ..ops._arguments import integer, number
+from ..ops.distillation import checked_softness
 
 
 @twin_of(torch.nn.CrossEntropyLoss)
@@ -65,7 +66,8 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
 
     Called as loss(input, teacher, target): logits of the student and the teacher, (N, C, ...) or
-    (C,), and class indices or a `reg_kernels.augment.MixedTarget`.
+    (C,), and class indices or a `reg_kernels.augment.MixedTarget`; of an alpha of 1 as
+    loss(input, teacher) as well.
 
     Raises:
         ValueError: an argument out of its range; at a call, as `functional.distillation_loss`.
@@ -84,7 +86,9 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         *,
         backend: str | None = None,
     ) -> None:
-        check_distillation("DistillationLoss", temperature, alpha)
+        name = "DistillationLoss"
+        temperature, alpha = checked_softness(name, temperature, alpha)
+        label_smoothing = number(name, "label_smoothing", label_smoothing)
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(
                 f"DistillationLoss: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
@@ -96,7 +100,7 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         super().__init__(weight, reduction=reduction)
         self.temperature = temperature
         self.alpha = alpha
-        self.ignore_index = ignore_index
+        self.ignore_index = integer(name, "ignore_index", ignore_index)
         self.label_smoothing = label_smoothing
         if backend is not None:
             self.backend = backends.check_name(backend, "backend")
@@ -107,7 +111,9 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
         )
 
-    def forward(self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    def forward(
+        self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget | None = None
+    ) -> Tensor:
         return F.distillation_loss(
             *(input, teacher, target, self.weight),
             temperature=self.temperature,
