@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
+from .._numbers import integer, number
 from ..convert import twin_of
-from ..ops._arguments import integer, number
 from ..ops.distillation import checked_softness
 
 

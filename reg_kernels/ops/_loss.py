@@ -18,16 +18,9 @@ from torch.nn import _reduction
 
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
+from .._numbers import integer, number, traced_numbers, varies
 from ..backends import DTYPES
-from ._arguments import (
-    check_device,
-    in_order,
-    integer,
-    named,
-    number,
-    traced_numbers,
-    varies,
-)
+from ._arguments import check_device, in_order, named
 from ._registry import (
     Op,
     below_autograd,

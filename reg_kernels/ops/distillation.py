@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
+from .._numbers import number, traced_numbers, varies
 from ..reference import distillation as reference
-from ._arguments import number, traced_numbers, varies
 from ._loss import (
     TARGET,
     check_logits,

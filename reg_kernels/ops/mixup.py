@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .._numbers import number, traced_numbers, varies
 from ..backends import DTYPES
 from ..reference import mixup as reference
-from ._arguments import (
-    check_device,
-    check_in_place,
-    in_order,
-    is_channels_last,
-    named,
-    number,
-    traced_numbers,
-    varies,
-)
+from ._arguments import check_device, check_in_place, in_order, is_channels_last, named
 from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
 
 # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
@@ -396,7 +388,9 @@ def blend(
 
 def _check_permutation(name: str, index: Tensor | None) -> None:
     """Raises unless each sample is somebody's partner once."""
-    if index is not None and not torch.equal(index.sort().values, torch.arange(len(index))):
+    if index is not None and not torch.equal(
+        index.sort().values, torch.arange(len(index), device=index.device)
+    ):
         raise ValueError(
             f"{name}: inplace needs an index that is a permutation: a sample that is read twice "
             "would be overwritten before"

@@ -485,7 +485,7 @@ def test_repr_and_attributes_are_timms():
     assert repr(mixup) == (
         "Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, cutmix_minmax=None, prob=0.9, switch_prob=0.4, "
         "mode='pair', correct_lam=False, label_smoothing=0.05, num_classes=10, seed=4, mean=None, "
-        "std=None, dtype=torch.float16, inplace=False, backend=None)"
+        "std=None, dtype=torch.float16, inplace=False, dense=False, backend=None)"
     )
     assert (mixup.mix_prob, mixup.mixup_enabled) == (0.9, True)
     assert Mixup(cutmix_minmax=[0.2, 0.3]).cutmix_minmax == (0.2, 0.3)
@@ -519,7 +519,7 @@ def test_bad_arguments(options, message):
 
 
 def test_a_seed_is_an_int():
-    with pytest.raises(TypeError, match=r"^Mixup: seed must be an int or None, got float$"):
+    with pytest.raises(TypeError, match=r"^Mixup: seed must be an integer, got float$"):
         Mixup(seed=1.0)
 
 

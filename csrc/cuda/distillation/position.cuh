@@ -143,7 +143,7 @@ struct PositionTerms {
 template <typename S, typename T, typename C = compute_t<S>>
 __device__ __forceinline__ PositionTerms<C> position_terms(const DistillationArguments<S, T>& a,
                                                            int64_t position) {
-  RK_ASSERT(!a.labels.labels || a.labels.is_valid(a.labels.labels[position]));
+  if (a.labels.labels) RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
   RK_ASSERT(!a.labels.partner_labels || a.labels.is_valid(a.labels.partner_labels[position]));
   PositionTerms<C> terms;
   const TargetSums sums = a.sums();
