@@ -27,6 +27,7 @@ from ._registry import (
     define_part,
     implementation_of,
     is_fake,
+    is_recorded,
     is_transformed,
     register,
 )
@@ -222,6 +223,8 @@ def checked_call(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    *,
+    needs_target: bool = True,
 ) -> Call:
     """The call as the ops take it; raises what torch raises for the same mistake.
 
@@ -245,7 +248,7 @@ def checked_call(
     device = input.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)
     result = compute if autocasts else input.dtype
-    if target is None:
+    if target is None and not needs_target:
         checked, weight, label_smoothing = Target(None, None, None, 1.0), None, 0.0
     elif mixed:
         checked = _checked_mixed(name, input, target, batched)
@@ -415,7 +418,7 @@ def run(
         if on_cpu and not is_transformed():
             _check_values(name, call)
         loss = reference(input, *args, False)[0]
-    elif traced:
+    elif traced or is_recorded():
         loss = overload(input, *args, False)[0]
     else:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()

@@ -34,6 +34,15 @@ def is_fake() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def is_recorded() -> bool:
+    """Whether torch.jit.trace records what is called.
+
+    It then has to see an op as the dispatcher does: what an autograd Function does inside is not
+    for its program, which records gradients anew at each of its runs.
+    """
+    return torch._C._get_tracing_state() is not None
+
+
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
 OPS: dict[str, Op] = {}

@@ -107,7 +107,10 @@ def distillation_loss(
         raise RuntimeError(
             f"{name}: target must be int64 class indices or a MixedTarget, got {target.dtype}"
         )
-    call = checked_call(name, input, target, weight, ignore_index, reduction, label_smoothing)
+    call = checked_call(
+        *(name, input, target, weight, ignore_index, reduction, label_smoothing),
+        needs_target=False,
+    )
     check_logits(name, "teacher", teacher)
     if teacher.shape != input.shape:
         raise RuntimeError(

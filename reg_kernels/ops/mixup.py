@@ -20,7 +20,14 @@ from .._numbers import number, traced_numbers, varies
 from ..backends import DTYPES
 from ..reference import mixup as reference
 from ._arguments import check_device, check_in_place, in_order, is_channels_last, named
-from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
+from ._registry import (
+    below_autograd,
+    implementation_of,
+    is_fake,
+    is_recorded,
+    is_transformed,
+    register,
+)
 
 # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
 # every sample.
@@ -379,8 +386,12 @@ def blend(
         return input.copy_(output) if inplace else output
     x = in_order(input)
     if inplace and x is input and not traced:
+        in_place = _MIXUP_.overload(*choice)
+        if is_recorded():
+            in_place(input, *weights)
+            return input
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        _above_in_place(_MIXUP_.overload(*choice), input, *weights)
+        _above_in_place(in_place, input, *weights)
         return input
     output = overload(x, *weights, dtype, channels_last)
     return input.copy_(output) if inplace else output

@@ -48,10 +48,11 @@ def distillation(
     log_q, log_p = (x / temperature).log_softmax(1), (t / temperature).log_softmax(1)
     p = log_p.exp()
     divergence = (torch.xlogy(p, p) - p * log_q).sum(1)
-    if reduction == MEAN:
-        divergence = divergence / divergence.numel()
     if reduction != NONE:
+        positions = divergence.numel()
         divergence = divergence.sum()
+        if reduction == MEAN:
+            divergence = divergence / positions
     loss = of_divergence * divergence
     if target is not None:
         loss = loss + share * cross_entropy(x, *options, False)[0]
