@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from ._numbers import integer, number
 
-class MixedTarget(NamedTuple):
+_FIELDS = ("labels", "partner_labels", "lam", "label_smoothing")
+
+
+class MixedTarget(Mapping[str, Any]):
     r"""Labels of a mixed batch, for a loss :math:`\lambda\,\ell(a) + (1 - \lambda)\,\ell(b)`.
 
     `reg_kernels.nn.CrossEntropyLoss` and `DistillationLoss` take it as it is; `to_dense` makes
-    class probabilities of it for any other loss. A tuple of its fields, so that DataLoader's
-    workers, pinning, pickling and `torch.compile` know what to do with it; `default_collate` makes
-    a batch of single targets.
+    class probabilities of it for any other loss. DataLoader's workers, pinning, pickling and
+    `torch.compile` know what to do with it, and `default_collate` makes a batch of single targets.
+
+    Its length is the number of samples, and target[samples] is the target of some of them. By the
+    names of its fields it is a mapping of tensors that have an entry for each sample, also of what
+    is one number for all, from which it can be made again: what joins, cuts, gathers or broadcasts
+    such mappings, as accelerate does, keeps to each sample its own shares. It has no comparison,
+    since there is none of two labels with one: `==` is a TypeError.
 
     Attributes:
         labels: the labels a of the samples, int64 (N, ...).
@@ -26,10 +37,71 @@ class MixedTarget(NamedTuple):
         label_smoothing: of both losses, in [0, 1].
     """
 
-    labels: Tensor
-    partner_labels: Tensor
-    lam: Tensor | float
-    label_smoothing: float = 0.0
+    def __init__(
+        self,
+        labels: Tensor | Mapping[str, Any],
+        partner_labels: Tensor | None = None,
+        lam: Tensor | float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if isinstance(labels, Mapping):
+            labels, partner_labels, lam, label_smoothing = (labels[name] for name in _FIELDS)
+            label_smoothing = _one_smoothing(label_smoothing)
+        elif partner_labels is None:
+            raise TypeError("MixedTarget: partner_labels must be given")
+        self.labels = labels
+        self.partner_labels = partner_labels
+        self.lam = lam
+        self.label_smoothing = label_smoothing
+
+    def _replace(self, **changes: Any) -> MixedTarget:
+        """The same with other values of some fields."""
+        return MixedTarget(**{name: getattr(self, name) for name in _FIELDS} | changes)
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in _FIELDS)
+        return f"MixedTarget({', '.join(shown)})"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FIELDS)
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            raise TypeError(f"MixedTarget: a field's name must be a str, got {type(name).__name__}")
+        return name in _FIELDS
+
+    def __getitem__(self, key: Any) -> Any:
+        """Some samples; or a field by its name, with an entry for each sample."""
+        if isinstance(key, str):
+            if key not in _FIELDS:
+                raise KeyError(key)
+            value = getattr(self, key)
+            return self._of_each_sample(value) if key in _FIELDS[2:] else value
+        if isinstance(key, tuple):
+            raise TypeError("MixedTarget: an index must be one of samples, got a tuple")
+        lam = self.lam
+        if isinstance(lam, Tensor) and lam.dim() > 0 and len(lam) == len(self):
+            lam = lam[key]
+        return self._replace(
+            labels=self.labels[key], partner_labels=self.partner_labels[key], lam=lam
+        )
+
+    def _of_each_sample(self, value: Any) -> Any:
+        shape = self.labels.shape[:1]
+        if isinstance(value, Tensor):
+            return value if value.shape == shape else value.expand(shape).contiguous()
+        return torch.full(shape, value, dtype=torch.float64, device=self.labels.device)
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError(
+            "MixedTarget: there is no comparison with two labels a sample: compare with `labels` "
+            "and `partner_labels`, or with `to_dense(num_classes)`"
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     def to(self, *args: Any, **kwargs: Any) -> MixedTarget:
         """On another device, as `Tensor.to(device, non_blocking=...)`; a floating-point dtype is
@@ -70,18 +142,22 @@ class MixedTarget(NamedTuple):
                 [0, 1], or another number of shares than 1 and N.
             IndexError: on the CPU, a label that is not in [0, num_classes).
         """
+        num_classes = integer("MixedTarget.to_dense", "num_classes", num_classes)
+        smoothing = number("MixedTarget.to_dense", "label_smoothing", self.label_smoothing)
+        lam = self.lam
+        if not isinstance(lam, Tensor):
+            lam = number("MixedTarget.to_dense", "lam", lam)
         if num_classes < 1:
             raise ValueError(
                 f"MixedTarget.to_dense: num_classes must be at least 1, got {num_classes}"
             )
-        if not 0.0 <= self.label_smoothing <= 1.0:
+        if not 0.0 <= smoothing <= 1.0:
             raise ValueError(
-                "MixedTarget.to_dense: label_smoothing must be in [0, 1], "
-                f"got {self.label_smoothing}"
+                f"MixedTarget.to_dense: label_smoothing must be in [0, 1], got {smoothing}"
             )
         labels, partners = self.labels.long(), self.partner_labels.long()
         samples = labels.shape[0] if labels.dim() else 1
-        shares = self.lam.numel() if isinstance(self.lam, Tensor) else 1
+        shares = lam.numel() if isinstance(lam, Tensor) else 1
         if shares not in (1, samples):
             raise ValueError(
                 f"MixedTarget.to_dense: lam must be one number, or one for each of the {samples} "
@@ -95,36 +171,52 @@ class MixedTarget(NamedTuple):
                         f"MixedTarget.to_dense: labels must be in [0, {num_classes}), "
                         f"got {int(wrong[0])}"
                     )
-            lam = torch.as_tensor(self.lam)
-            if not bool(((lam >= 0) & (lam <= 1)).all()):
-                raise ValueError(f"MixedTarget.to_dense: lam must be in [0, 1], got {lam.tolist()}")
+            if isinstance(lam, Tensor):
+                within, got = bool(((lam >= 0) & (lam <= 1)).all()), lam.tolist()
+            else:
+                within, got = 0.0 <= lam <= 1.0, lam
+            if not within:
+                raise ValueError(f"MixedTarget.to_dense: lam must be in [0, 1], got {got}")
         # In float64, so that a probability is rounded once.
         options: Any = {"dtype": torch.float64, "device": labels.device}
-        lam = self.lam.to(**options) if isinstance(self.lam, Tensor) else self.lam
+        lam = lam.to(**options) if isinstance(lam, Tensor) else lam
         lam = torch.ones((), **options) * lam  # a copy from the host would wait for a GPU
         lam = lam.reshape(-1, *[1] * labels.dim())
         dim = min(1, labels.dim())  # a single target has no N
         shape = (*labels.shape[:dim], num_classes, *labels.shape[dim:])
-        dense = torch.full(shape, self.label_smoothing / num_classes, **options)
+        dense = torch.zeros(shape, **options) + smoothing / num_classes
         for each, share in ((labels, lam), (partners, 1 - lam)):
             each = each.unsqueeze(dim)
-            hot = (1 - self.label_smoothing) * share
+            hot = (1 - smoothing) * share
             dense.scatter_add_(dim, each, hot.expand(each.shape))
         return dense.to(dtype)
 
 
+def _one_smoothing(smoothing: Any) -> Any:
+    """That of a batch, of what each sample has; of what is no tensor, as it is."""
+    if not isinstance(smoothing, Tensor):
+        return smoothing
+    different = smoothing.unique().tolist() or [0.0]
+    if len(different) > 1:
+        got = ", ".join(map(str, different))
+        raise ValueError(f"MixedTarget: a batch must have one label_smoothing, got {got}")
+    return different[0]
+
+
 def _collate(batch: list[MixedTarget], *, collate_fn_map: Any = None) -> MixedTarget:
     """Single targets as one of a batch; all have to be smoothed alike."""
-    smoothings = {target.label_smoothing for target in batch}
-    if len(smoothings) > 1:
-        raise ValueError(
-            "MixedTarget: a batch must have one label_smoothing, "
-            f"got {', '.join(map(str, sorted(smoothings)))}"
-        )
+    smoothings = [float(target.label_smoothing) for target in batch]
     labels, partner_labels, lam = (
-        default_collate([target[i] for target in batch]) for i in range(3)
+        default_collate([getattr(target, name) for target in batch]) for name in _FIELDS[:3]
     )
-    return MixedTarget(labels, partner_labels, lam, smoothings.pop())
+    smoothing = _one_smoothing(torch.tensor(smoothings, dtype=torch.float64, device="cpu"))
+    return MixedTarget(labels, partner_labels, lam, smoothing)
 
 
 default_collate_fn_map[MixedTarget] = _collate
+pytree.register_pytree_node(
+    MixedTarget,
+    lambda target: ([getattr(target, name) for name in _FIELDS], None),
+    lambda values, _: MixedTarget(*values),
+    serialized_type_name="reg_kernels.augment.MixedTarget",
+)

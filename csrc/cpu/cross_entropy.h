@@ -54,8 +54,8 @@ struct SmoothedTarget {
   C keep, smooth;
 
   explicit SmoothedTarget(const LossTask& task)
-      : keep(static_cast<C>(1.0 - task.labels.smoothing)),
-        smooth(static_cast<C>(task.labels.smoothing / static_cast<double>(task.classes))) {}
+      : keep(static_cast<C>(1.0 - task.labels.smoothed_by())),
+        smooth(static_cast<C>(task.labels.smoothed_by() / static_cast<double>(task.classes))) {}
   RK_HD C operator()(C q) const { return q * keep + smooth; }
 };
 

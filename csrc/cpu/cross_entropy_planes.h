@@ -82,7 +82,7 @@ struct Planes {
     }
     if (task.probabilities) sum_targets(count);
     if constexpr (!kBackward) {
-      if (!task.probabilities && task.labels.smoothing > 0) sum_above(count);
+      if (!task.probabilities && task.labels.smooths()) sum_above(count);
       task.partials[unit] = lose(count);
       if (task.losses) memcpy(static_cast<C*>(task.losses) + position, losses, count * sizeof(C));
     }

@@ -64,7 +64,7 @@ struct Rows {
       return 0;
     }
     const T* x = row(position);
-    const bool smooths = terms.smooth != 0;
+    const bool smooths = terms.smooths();
     const RowSum sum = sum_row(position, [&](int64_t first, int64_t n, C max) -> Above {
       if (!smooths) return {0, 0};
       const T* block = x + first;

@@ -7,13 +7,14 @@ namespace reg_kernels {
 namespace {
 
 DistillationTask make_task(const Call& call, const LossInput& in, const Tensor& teacher,
-                           const void* teacher_values, double temperature, double alpha) {
+                           const void* teacher_values, double temperature, double alpha,
+                           const double* traced_softness) {
   DistillationTask task{};
   task.loss = loss_task(in, 0, call.op);
   task.teacher = teacher_values;
   task.teacher_dtype = dtype_of(teacher, call.op, "teacher");
-  task.temperature = temperature;
-  task.alpha = alpha;
+  task.temperature = traced_softness ? traced_softness[0] : temperature;
+  task.alpha = traced_softness ? traced_softness[1] : alpha;
   return task;
 }
 
@@ -21,38 +22,42 @@ void run(const DistillationTask& task, void (*leaf)(const DistillationTask&, int
   for_units(task.loss, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tensor& teacher,
-                                                const Tensor& target, const OptionalTensor& partner,
-                                                const OptionalTensor& lam, double one_lam,
-                                                const OptionalTensor& weight, int64_t ignore_index,
-                                                double label_smoothing, int64_t reduction,
-                                                double temperature, double alpha,
-                                                bool keep_gradient) {
+std::tuple<Tensor, Tensor, Tensor> distillation(
+    const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+    const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+    const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
+    const OptionalTensor& traced_smoothing, double temperature, double alpha,
+    const OptionalTensor& traced_softness, bool keep_gradient) {
   const Call call("distillation", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
+  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
-  DistillationTask task = make_task(call, in, teacher, teacher_values, temperature, alpha);
+  DistillationTask task =
+      make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
   LossOutputs outputs(task.loss, in, input, 5, keep_gradient);
   run(task, RK_LEAF(distillation_units));
   return outputs.finish(task.loss, in);
 }
 
 Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                             const Tensor& teacher, const Tensor& target,
+                             const Tensor& teacher, const OptionalTensor& target,
                              const OptionalTensor& partner, const OptionalTensor& lam,
                              double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction, double temperature,
-                             double alpha) {
+                             double label_smoothing, int64_t reduction,
+                             const OptionalTensor& traced_smoothing, double temperature,
+                             double alpha, const OptionalTensor& traced_softness) {
   const Call call("distillation_backward", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
+  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
-  DistillationTask task = make_task(call, in, teacher, teacher_values, temperature, alpha);
+  DistillationTask task =
+      make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
   set_backward(task.loss, in, saved, gradient);
   run(task, RK_LEAF(distillation_backward_units));
   return gradient;

@@ -130,7 +130,7 @@ struct Distillation {
     } else {
       Softmaxes<C> sums;
       double diverged = 0, above = 0;
-      sum(at, x, t, terms.smooth != 0, sums, diverged, above);
+      sum(at, x, t, terms.smooths(), sums, diverged, above);
       stat(0, position) = sums.student.max;
       stat(1, position) = sums.student.sum;
       stat(2, position) = sums.student_at_t.sum;

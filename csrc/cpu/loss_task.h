@@ -37,7 +37,7 @@ inline LabelTotals label_totals(const LossInput& in, const char* op) {
       RK_REQUIRE(lam >= 0 && lam <= 1, op, "lam", "in [0, 1]", lam);
     }
   }
-  if (in.reduction != Reduction::mean) return {1, 1};
+  if (in.reduction != Reduction::mean || !in.labels.labels) return {1, 1};
   return totals;
 }
 

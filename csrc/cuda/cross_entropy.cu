@@ -33,10 +33,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
                                                  const OptionalTensor& lam, double one_lam,
                                                  const OptionalTensor& weight, int64_t ignore_index,
                                                  double label_smoothing, int64_t reduction,
+                                                 const OptionalTensor& traced_smoothing,
                                                  bool keep_gradient) {
   const Call call("cross_entropy", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
   const bool none = in.reduction == Reduction::none;
   const cuda::Launch launch(input);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
@@ -60,10 +61,12 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                               const Tensor& target, const OptionalTensor& partner,
                               const OptionalTensor& lam, double one_lam,
                               const OptionalTensor& weight, int64_t ignore_index,
-                              double label_smoothing, int64_t reduction) {
+                              double label_smoothing, int64_t reduction,
+                              const OptionalTensor& traced_smoothing) {
   const Call call("cross_entropy_backward", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
+  const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   const bool none = in.reduction == Reduction::none;
   const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   const cuda::Launch launch(input);

@@ -45,19 +45,20 @@ cuda::DistillationArguments<S, T> arguments(const LossInput& in, const void* tea
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tensor& teacher,
-                                                const Tensor& target, const OptionalTensor& partner,
-                                                const OptionalTensor& lam, double one_lam,
-                                                const OptionalTensor& weight, int64_t ignore_index,
-                                                double label_smoothing, int64_t reduction,
-                                                double temperature, double alpha,
-                                                bool keep_gradient) {
+std::tuple<Tensor, Tensor, Tensor> distillation(
+    const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+    const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+    const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
+    const OptionalTensor& traced_smoothing, double temperature, double alpha,
+    const OptionalTensor& traced_softness, bool keep_gradient) {
   const Call call("distillation", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
+  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   const bool none = in.reduction == Reduction::none;
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
+  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
+                                          softness};
   const cuda::Launch launch(input);
   if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
   Tensor loss = empty_positions(input, none, 0);
@@ -77,17 +78,20 @@ std::tuple<Tensor, Tensor, Tensor> distillation(const Tensor& input, const Tenso
 }
 
 Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                             const Tensor& teacher, const Tensor& target,
+                             const Tensor& teacher, const OptionalTensor& target,
                              const OptionalTensor& partner, const OptionalTensor& lam,
                              double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction, double temperature,
-                             double alpha) {
+                             double label_smoothing, int64_t reduction,
+                             const OptionalTensor& traced_smoothing, double temperature,
+                             double alpha, const OptionalTensor& traced_softness) {
   const Call call("distillation_backward", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction);
+                                  label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
+  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha};
+  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
+                                          softness};
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;

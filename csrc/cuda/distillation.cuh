@@ -74,6 +74,7 @@ struct DistillationOptions {
   bool classes_last;  // of a position side by side, else layout.length apart
   Reduction reduction;
   double temperature, alpha;
+  const double* traced;  // null, or the two on the device, which then count instead
 };
 
 // `a` has all but what follows from the options. `allocate(bytes)` returns device memory that lives
@@ -84,18 +85,16 @@ void launch_distillation_pass(DistillationArguments<S, T> a, const DistillationO
                               int64_t most_blocks) {
   using C = compute_t<S>;
   const bool is_mean = options.reduction == Reduction::mean;
-  const double share = options.alpha / (is_mean ? static_cast<double>(a.positions) : 1.0);
-  a.inverse_temperature = static_cast<C>(1.0 / options.temperature);
-  a.of_divergence = share * options.temperature * options.temperature;
-  a.divergence_slope = static_cast<C>(share * options.temperature);
-  a.of_labels = 1.0 - options.alpha;
+  a.mean_of = is_mean ? a.positions : 1;
+  a.known = DistillationFactors<C>(options.temperature, options.alpha, a.mean_of);
+  a.traced = options.traced;
   a.classes = a.labels.classes;
   a.length = options.classes_last ? 1 : a.labels.positions;
   const DistillationPlan plan =
       plan_distillation(a, options.classes_last, most_shared_bytes(), most_blocks);
   a.threads = plan.threads;
   a.room = plan.room;
-  if (a.sum.loss || is_mean || (a.weight && a.labels.smoothing > 0)) {
+  if (a.sum.loss || is_mean || (a.weight && a.labels.smooths())) {
     const int64_t partials = a.sum.loss ? plan.blocks : 0;
     const LossScratch scratch(allocate(LossScratch::bytes(a.positions, a.classes, partials)),
                               partials);

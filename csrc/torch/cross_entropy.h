@@ -28,10 +28,18 @@ struct LossInput {
   Reduction reduction;
 };
 
-inline LossInput loss_input(const Call& call, const Tensor& x, const Tensor& target,
+// What a compiled program passes instead of `count` numbers, so that they may vary; or null.
+inline const double* traced_numbers(const Call& call, const OptionalTensor& numbers, int64_t count,
+                                    const char* name) {
+  if (!numbers) return nullptr;
+  return static_cast<const double*>(call.vector(*numbers, ScalarType::Double, count, name));
+}
+
+inline LossInput loss_input(const Call& call, const Tensor& x, const OptionalTensor& target,
                             const OptionalTensor& partner, const OptionalTensor& lam,
                             double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                            double smoothing, int64_t reduction) {
+                            double smoothing, int64_t reduction,
+                            const OptionalTensor& traced_smoothing) {
   LossInput in{};
   in.dtype = dtype_of(x, call.op);
   in.layout = channel_layout(x, call.op);
@@ -47,23 +55,28 @@ inline LossInput loss_input(const Call& call, const Tensor& x, const Tensor& tar
   in.labels.classes = in.layout.channels;
   in.labels.ignore_index = ignore_index;
   in.labels.smoothing = smoothing;
+  in.labels.traced_smoothing = traced_numbers(call, traced_smoothing, 1, "traced_smoothing");
+  in.labels.one_lam_for_all = true;
+  in.labels.one_lam = one_lam;
   RK_REQUIRE(partner || !lam, call.op, "lam", "None without a partner", *lam);
-  if (target.scalar_type() != ScalarType::Long) {
-    RK_REQUIRE(has_layout_of(x, target) &&
-                   (target.scalar_type() == x.scalar_type() || target.scalar_type() == compute),
+  if (!target) {
+    RK_REQUIRE(!partner, call.op, "partner", "None without a target", *partner);
+    return in;
+  }
+  if (target->scalar_type() != ScalarType::Long) {
+    RK_REQUIRE(has_layout_of(x, *target) &&
+                   (target->scalar_type() == x.scalar_type() || target->scalar_type() == compute),
                call.op, "target",
-               words("int64 labels, or probabilities like the input, ", described(x)), target);
+               words("int64 labels, or probabilities like the input, ", described(x)), *target);
     RK_REQUIRE(!partner, call.op, "partner", "None with probabilities", *partner);
-    in.probabilities = call.data(target, "target");
-    in.probabilities_dtype = dtype_of(target, call.op, "target");
+    in.probabilities = call.data(*target, "target");
+    in.probabilities_dtype = dtype_of(*target, call.op, "target");
     return in;
   }
   const auto labels = [&](const Tensor& tensor, const char* name) {
     return static_cast<const int64_t*>(call.vector(tensor, ScalarType::Long, in.positions, name));
   };
-  in.labels.labels = labels(target, "target");
-  in.labels.one_lam_for_all = true;
-  in.labels.one_lam = one_lam;
+  in.labels.labels = labels(*target, "target");
   if (!partner) return in;
   in.labels.partner_labels = labels(*partner, "partner");
   if (lam) {

@@ -12,7 +12,8 @@ from torch.utils.data import get_worker_info
 
 from .. import backends
 from .._mixed_target import MixedTarget
-from ..ops._registry import is_fake
+from .._numbers import integer, number
+from ..ops._modes import is_fake
 from ..ops.mixup import blend
 
 MODES = ("batch", "elem", "pair")
@@ -50,6 +51,8 @@ class Mixup:
             numbers, or tensors on the batch's device.
         dtype: of the mixed batch; by default the input's, and torch's default for bytes.
         inplace: write over the input.
+        dense: return class probabilities (N, num_classes), float32, instead of a `MixedTarget`: for
+            losses that know no other, as timm's `SoftTargetCrossEntropy`.
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
 
     Called as mixup(input, target) with
@@ -59,7 +62,7 @@ class Mixup:
 
     Returns of a call:
         The mixed batch, whose gradient goes to the input, and a `MixedTarget`, whose `lam` is
-        float32: one number in mode "batch", else (N,).
+        float32: one number in mode "batch", else (N,); or, if `dense`, its `to_dense`.
 
     Raises:
         ValueError: an argument out of its range, or both alphas 0; at a call a target of another
@@ -99,8 +102,14 @@ class Mixup:
         std: Tensor | Sequence[float] | float | None = None,
         dtype: torch.dtype | None = None,
         inplace: bool = False,
+        dense: bool = False,
         backend: str | None = None,
     ) -> None:
+        mixup_alpha = number("Mixup", "mixup_alpha", mixup_alpha)
+        cutmix_alpha = number("Mixup", "cutmix_alpha", cutmix_alpha)
+        prob = number("Mixup", "prob", prob)
+        switch_prob = number("Mixup", "switch_prob", switch_prob)
+        label_smoothing = number("Mixup", "label_smoothing", label_smoothing)
         if cutmix_minmax is not None:
             cutmix_minmax = _checked_minmax(cutmix_minmax)
             cutmix_alpha = 1.0
@@ -120,10 +129,14 @@ class Mixup:
                 raise ValueError(f"Mixup: {name} must be in [0, 1], got {value}")
         if mode not in MODES:
             raise ValueError(f"Mixup: mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"Mixup: num_classes must be at least 1, got {num_classes}")
-        if seed is not None and not isinstance(seed, int):
-            raise TypeError(f"Mixup: seed must be an int or None, got {type(seed).__name__}")
+        if num_classes is not None:
+            num_classes = integer("Mixup", "num_classes", num_classes)
+            if num_classes < 1:
+                raise ValueError(f"Mixup: num_classes must be at least 1, got {num_classes}")
+        elif dense:
+            raise ValueError("Mixup: num_classes must be given for a dense target")
+        if seed is not None:
+            seed = integer("Mixup", "seed", seed)
         if backend is not None:
             backends.check_name(backend, "backend")
         self.mixup_alpha = mixup_alpha
@@ -140,6 +153,7 @@ class Mixup:
         self.std = std
         self.dtype = dtype
         self.inplace = inplace
+        self.dense = dense
         self.backend = backend
         self.mixup_enabled = True
         # (device, seed of the DataLoader's worker, or None outside of one) -> generator
@@ -149,12 +163,12 @@ class Mixup:
         names = (
             *("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "mix_prob", "switch_prob", "mode"),
             *("correct_lam", "label_smoothing", "num_classes", "seed", "mean", "std", "dtype"),
-            *("inplace", "backend"),
+            *("inplace", "dense", "backend"),
         )
         shown = (f"{name.removeprefix('mix_')}={getattr(self, name)!r}" for name in names)
         return f"Mixup({', '.join(shown)})"
 
-    def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget]:
+    def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget | Tensor]:
         self._check(input, target)
         lam, boxes, label_lam = self._draw(input)
         normalisation = (self.mean, self.std, self.dtype)
@@ -168,7 +182,8 @@ class Mixup:
         )
         if gray:
             mixed = input if self.inplace else mixed.squeeze(1)
-        return mixed, MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
+        mixed_target = MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
+        return mixed, mixed_target.to_dense(self.num_classes) if self.dense else mixed_target
 
     def _check(self, input: Any, target: Any) -> None:
         for name, value in (("input", input), ("target", target)):

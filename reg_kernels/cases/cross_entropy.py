@@ -29,6 +29,9 @@ class LossCall:
             "shares" of each sample.
         ignore_index: of every third label.
         weighted: whether classes have weights, among them 0 and 1.
+        infinite: whether every other position excludes a class, by a logit of -inf, and those that
+            are ignored hold what is not finite. What an ignored position holds counts for nothing,
+            where torch makes its gradient NaN.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class LossCall:
     weighted: bool = False
     label_smoothing: float = 0.0
     reduction: str = "mean"
+    infinite: bool = False
 
     @property
     def classes(self) -> int:
@@ -54,13 +58,20 @@ class LossCall:
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), self.layout.__name__[1:], self.kind]
         words += [] if self.ignore_index is None else [f"ignoring {self.ignore_index}"]
-        words += ["weighted"] * self.weighted
+        words += ["weighted"] * self.weighted + ["infinite"] * self.infinite
         words += [f"smoothing {self.label_smoothing}"] if self.label_smoothing else []
         return " ".join([*words, self.reduction])
 
     def logits(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(sum(self.shape) + len(self.shape))
         x = 3 * torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.infinite:
+            rows = x.movedim(1, -1).reshape(-1, self.classes)
+            rows[::2, 1] = -torch.inf
+            ignored = self._ignored().view(-1)
+            nothing = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
+            rows[ignored] = nothing[torch.arange(int(ignored.sum())) % 3].unsqueeze(1)
+            x = rows.view(*self.positions, self.classes).movedim(-1, 1)
         return self.layout(x.to(dtype).to(device))
 
     def grad_output(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -101,6 +112,8 @@ class LossCall:
     def cross_entropy(self, x: Tensor, target: Tensor | MixedTarget) -> Tensor:
         """torch's loss; of a pair both of them, each reduced on its own, added by their shares."""
         options = self.options(x)
+        if self.infinite:
+            x = x.masked_fill(self._ignored().to(x.device).unsqueeze(1), 0.0)
         if isinstance(target, Tensor):
             return TF.cross_entropy(x, target, **options)
         weight, ignore_index = options["weight"], options["ignore_index"]
@@ -116,11 +129,19 @@ class LossCall:
             loss = loss + (each if self.reduction == "none" else each.sum())
         return loss
 
+    def _ignored(self) -> Tensor:
+        """The positions of which no label counts."""
+        sides = 1 if self.kind == "labels" else 2
+        ignored = torch.stack([self._labels(side) == self.ignore_index for side in range(sides)])
+        return ignored.all(0)
+
     def _labels(self, side: int) -> Tensor:
         generator = torch.Generator().manual_seed(side)
         labels = torch.randint(self.classes, self.positions, generator=generator)
         if self.ignore_index is not None:
             labels.view(-1)[1 + side :: 3] = self.ignore_index
+            if self.infinite:  # one has no label that counts
+                labels.view(-1)[-1] = self.ignore_index
         return labels
 
 
@@ -159,7 +180,7 @@ def loss_case(
         oracle=second_gradient(oracle) if backward else oracle,
         small=call.small,
         exact=False,
-        differentiable=not backward,
+        differentiable=not (backward or call.infinite),
     )
 
 
@@ -275,6 +296,25 @@ CASES += [
         ("sum", {"label_smoothing": 0.2}),
         ("mean", {"weighted": True}),
     )
+]
+CASES += [
+    _case(
+        *((11, classes, *rest), layout),
+        kind=kind,
+        infinite=True,
+        ignore_index=-100,
+        reduction="none",
+        label_smoothing=smoothing,
+        backward=backward,
+    )
+    for classes, rest, layout in (
+        (5, (), _contiguous),
+        (70, (), _contiguous),
+        (5, (3,), _contiguous),
+        (5, (3,), _channels_last),
+    )
+    for kind, smoothing in (("labels", 0.0), ("shares", 0.1))
+    for backward in (False, True)
 ]
 CASES += [
     _case((1, 1), backward=True),

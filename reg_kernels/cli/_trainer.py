@@ -90,7 +90,7 @@ def loss_by_torch(label_smoothing: float) -> Loss:
     def loss(scores: Tensor, target: Tensor | MixedTarget) -> Tensor:
         if isinstance(target, Tensor):
             return cross_entropy(scores, target)
-        labels, partner_labels, lam, _ = target
+        labels, partner_labels, lam = target.labels, target.partner_labels, target.lam
         own, partners = (cross_entropy(scores, each) for each in (labels, partner_labels))
         return lam * own + (1 - lam) * partners
 

@@ -173,7 +173,9 @@ def measure(
     theirs = outputs(case.oracle, *detached())
     ours = outputs(lambda *t: case.function(*t, backend=backend), *detached())
     error, baseline = _distance(ours, truth), _distance(theirs, truth)
-    largest = max((float(t.detach().abs().max()) for t in truth if t.numel()), default=0.0)
+    # What is not finite has to be the same, and is no measure of the rest.
+    finite = [t.detach().nan_to_num(0.0, 0.0, 0.0) for t in truth]
+    largest = max((float(t.abs().max()) for t in finite if t.numel()), default=0.0)
     truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
     roundings = 0.5 if case.exact and not truncates else 1.0
     if dtype == torch.float64 and not case.exact:
@@ -184,11 +186,12 @@ def measure(
 
 def _distance(results: list[Tensor], truth: list[Tensor]) -> float:
     """The largest difference anywhere; NaN where one is NaN, which Python's max would lose."""
-    worst = [
-        (a.detach().double() - b.detach()).abs().max()
-        for a, b in zip(results, truth, strict=True)
-        if a.numel()
-    ]
+    worst = []
+    for a, b in zip(results, truth, strict=True):
+        a, b = a.detach().double(), b.detach().double()
+        same = (a == b) | (a.isnan() & b.isnan())  # infinities, too
+        if a.numel():
+            worst.append(torch.where(same, torch.zeros_like(a), (a - b).abs()).max())
     return float(torch.stack(worst).max()) if worst else 0.0
 
 

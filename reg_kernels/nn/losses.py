@@ -9,8 +9,9 @@ from torch.overrides import has_torch_function_variadic
 from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
+from .._numbers import integer, number
 from .._twins import twin_of
-from ..ops.distillation import check_distillation
+from ..ops.distillation import checked_softness
 from ._leaf import call_in_graph
 
 
@@ -71,7 +72,8 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
 
     Called as loss(input, teacher, target): logits of the student and the teacher, (N, C, ...) or
-    (C,), and class indices or a `reg_kernels.augment.MixedTarget`.
+    (C,), and class indices or a `reg_kernels.augment.MixedTarget`; of an alpha of 1 as
+    loss(input, teacher) as well.
 
     Raises:
         ValueError: an argument out of its range; at a call, as `functional.distillation_loss`.
@@ -90,7 +92,9 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         *,
         backend: str | None = None,
     ) -> None:
-        check_distillation("DistillationLoss", temperature, alpha)
+        name = "DistillationLoss"
+        temperature, alpha = checked_softness(name, temperature, alpha)
+        label_smoothing = number(name, "label_smoothing", label_smoothing)
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(
                 f"DistillationLoss: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
@@ -102,7 +106,7 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
         super().__init__(weight, reduction=reduction)
         self.temperature = temperature
         self.alpha = alpha
-        self.ignore_index = ignore_index
+        self.ignore_index = integer(name, "ignore_index", ignore_index)
         self.label_smoothing = label_smoothing
         if backend is not None:
             self.backend = backends.check_name(backend, "backend")
@@ -113,7 +117,9 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
         )
 
-    def forward(self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    def forward(
+        self, input: Tensor, teacher: Tensor, target: Tensor | MixedTarget | None = None
+    ) -> Tensor:
         if has_torch_function_variadic(input, teacher, target):
             call = call_in_graph(self, input, teacher, target)
             if call is not None:

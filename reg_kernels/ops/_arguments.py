@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,49 +9,17 @@ from torch import Tensor
 
 from .. import _layout
 from .._layout import is_channels_last as has_channels_last
-from ._registry import is_recorded, unrecorded
-
-
-def as_float(name: str, argument: str, value: Any) -> float:
-    """`value` as torch's own operators take it for a float: a number of Python's or numpy's, or a
-    tensor of no dimensions and without a gradient. A caller in a hurry skips it for a float."""
-    if isinstance(value, float | torch.SymFloat | torch.SymInt):
-        return value
-    if isinstance(value, Tensor):
-        number = value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    elif torch.compiler.is_compiling():  # which has numpy's scalars for arrays
-        number = not isinstance(value, str)
-    else:  # numpy's bool is no Real, as its other numbers are
-        number = isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
-    if not number:
-        raise TypeError(f"{name}: {argument} must be a float, got {_kind(value)}")
-    return float(value)
-
-
-def as_int(name: str, argument: str, value: Any) -> int:
-    """The same for an int."""
-    if isinstance(value, int | torch.SymInt):
-        return value
-    try:
-        return operator.index(value)
-    except (TypeError, RuntimeError):
-        raise TypeError(f"{name}: {argument} must be an int, got {_kind(value)}") from None
+from .._numbers import number
+from ._modes import is_recorded, unrecorded
 
 
 def probability(name: str, argument: str, value: Any) -> float:
     """`value` as a float; raises unless it is a probability. NaN is none."""
     if type(value) is not float:
-        value = as_float(name, argument, value)
+        value = number(name, argument, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
     return value
-
-
-def _kind(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    gradient = " that requires grad" if value.requires_grad else ""
-    return f"a Tensor of {named(value.dtype)} and shape {tuple(value.shape)}{gradient}"
 
 
 def named(dtype: torch.dtype) -> str:

@@ -18,7 +18,8 @@ from .._layout import dense_like, with_strides
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import values_a_channel
-from ._registry import below_autograd, implementation_of, register, twin_by_numbers
+from ._modes import below_autograd
+from ._registry import implementation_of, register, twin_by_numbers
 
 # Schemas, fakes
 

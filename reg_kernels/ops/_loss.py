@@ -18,27 +18,20 @@ from torch.nn import _reduction
 
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
+from .._numbers import integer, number, traced_numbers, varies
 from ..backends import DTYPES
 from ._arguments import check_device, in_order, named
-from ._registry import (
-    Op,
-    below_autograd,
-    define_part,
-    implementation_of,
-    is_batched,
-    is_fake,
-    is_recorded,
-    is_transformed,
-    register,
-)
+from ._modes import below_autograd, is_batched, is_fake, is_recorded, is_transformed
+from ._registry import Op, define_part, implementation_of, register
 
 NONE = 0  # of the reductions, torch's numbers
 
-# What every loss op is told of its target; `lam` is for a pair of labels, and where it is None
-# `one_lam` counts for every sample.
+# What every loss op is told of its target, after the target's type; `lam` is for a pair of labels,
+# and where it is None `one_lam` counts for every sample. A compiled program passes a smoothing that
+# varies as a float64 tensor, traced_smoothing, which then counts instead of the float.
 TARGET = (
-    "Tensor target, Tensor? partner, Tensor? lam, float one_lam, Tensor? weight, "
-    "int ignore_index, float label_smoothing, int reduction"
+    "target, Tensor? partner, Tensor? lam, float one_lam, Tensor? weight, SymInt ignore_index, "
+    "float label_smoothing, int reduction, Tensor? traced_smoothing"
 )
 
 # x times the one number in `factor`, in place; where that is 1, x is not even read.
@@ -197,7 +190,7 @@ _REDUCTION: dict[str, int] = {}  # op -> the place of `reduction` among its argu
 class Target(NamedTuple):
     """A target as the ops take it: TARGET's first four."""
 
-    labels: Tensor
+    labels: Tensor | None  # None: no loss of labels
     partner: Tensor | None
     lam: Tensor | None
     one_lam: float
@@ -208,7 +201,8 @@ class Call(NamedTuple):
 
     input: Tensor  # (N, C, ...)
     target: Target
-    options: tuple[Tensor | None, int, float, int]  # weight, ignore_index, smoothing, reduction
+    # weight, ignore_index, smoothing, reduction, traced smoothing
+    options: tuple[Tensor | None, int, float, int, Tensor | None]
     result: torch.dtype
     batched: bool
 
@@ -221,11 +215,13 @@ class Call(NamedTuple):
 def checked_call(
     name: str,
     input: Tensor,
-    target: Tensor | MixedTarget,
+    target: Tensor | MixedTarget | None,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    *,
+    needs_target: bool = True,
 ) -> Call:
     """The call as the ops take it; raises what torch raises for the same mistake.
 
@@ -234,10 +230,12 @@ def checked_call(
     check_logits(name, "input", input)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    number = _reduction.get_enum(reduction)
+    ignore_index = integer(name, "ignore_index", ignore_index)
+    label_smoothing = number(name, "label_smoothing", label_smoothing)
     mixed = isinstance(target, MixedTarget)
     if mixed:
-        label_smoothing = _one_smoothing(name, target.label_smoothing, label_smoothing)
+        of_target = number(name, "label_smoothing", target.label_smoothing)
+        label_smoothing = _one_smoothing(name, of_target, label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     batched = input.dim() > 1
@@ -247,7 +245,9 @@ def checked_call(
     device = input.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)
     result = compute if autocasts else input.dtype
-    if mixed:
+    if target is None and not needs_target:
+        checked, weight, label_smoothing = Target(None, None, None, 1.0), None, 0.0
+    elif mixed:
         checked = _checked_mixed(name, input, target, batched)
     elif isinstance(target, Tensor):
         if target.is_floating_point() and target.dim() == input.dim() - (not batched):
@@ -278,9 +278,13 @@ def checked_call(
             )
         check_device(name, "weight", weight, input)
         weight = weight.to(compute).contiguous()
-    options = (weight, ignore_index, float(label_smoothing), number)
+    traced = None
+    if varies(label_smoothing):
+        traced, label_smoothing = traced_numbers(input.device, label_smoothing), 0.0
+    options = (weight, ignore_index, label_smoothing, _reduction.get_enum(reduction), traced)
     input = in_order(input)
-    if checked.labels.is_floating_point():  # the kernels walk both in one order
+    if checked.labels is not None and checked.labels.is_floating_point():
+        # The kernels walk both in one order.
         checked = checked._replace(labels=with_strides(checked.labels, input.stride()))
     return Call(input, checked, options, result, batched)
 
@@ -346,15 +350,12 @@ def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool)
     partner = _checked_labels(name, "partner_labels", input, target.partner_labels, batched)
     lam = target.lam
     if not isinstance(lam, Tensor):
-        if not isinstance(lam, int | float):
-            raise TypeError(f"{name}: lam must be a number or a Tensor, got {type(lam).__name__}")
+        lam = number(name, "lam", lam)
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"{name}: lam must be in [0, 1], got {lam}")
         if torch.compiler.is_compiling():
-            # A float would be a constant of the program, and each new value a recompile.
-            lam = torch.ones(1, dtype=torch.float64, device=input.device) * lam
-            return Target(labels, partner, lam, 1.0)
-        return Target(labels, partner, None, float(lam))
+            return Target(labels, partner, traced_numbers(input.device, lam), 1.0)
+        return Target(labels, partner, None, lam)
     if lam.dtype not in DTYPES:
         raise TypeError(f"{name}: lam must be of a floating-point type, got {named(lam.dtype)}")
     check_device(name, "lam", lam, input)
@@ -406,7 +407,9 @@ def run(
     )
     on_cpu = input.device.type == "cpu" and not traced and not is_fake()
     weight = call.options[0]
-    wants_more = target.labels.requires_grad or (weight is not None and weight.requires_grad)
+    wants_more = weight is not None and weight.requires_grad
+    if target.labels is not None:
+        wants_more = wants_more or target.labels.requires_grad
     by_torch = wants_more or (not traced and (input.numel() == 0 or is_transformed()))
     if by_torch:
         if on_cpu and not is_transformed():

@@ -170,11 +170,12 @@ def batch_norm_backward(
 def _loss_input(
     call: Call,
     input: Tensor,
-    target: Tensor,
+    target: _Optional,
     partner: _Optional,
     lam: _Optional,
     weight: _Optional,
     reduction: int,
+    traced_smoothing: _Optional,
 ) -> tuple[torch.dtype, int]:
     """What the logits are computed in, and how many positions there are."""
     call.check_floats(input, "input")
@@ -191,6 +192,12 @@ def _loss_input(
         call.check_vector(weight, compute, classes, "weight")
     if lam is not None and partner is None:
         call.refuse("lam", "None without a partner", lam)
+    if traced_smoothing is not None:
+        call.check_vector(traced_smoothing, torch.float64, 1, "traced_smoothing")
+    if target is None:
+        if partner is not None:
+            call.refuse("partner", "None without a target", partner)
+        return compute, positions
     if target.dtype != torch.int64:
         if target.dtype not in (input.dtype, compute) or not has_layout_of(input, target):
             must = f"int64 labels, or probabilities like the input, {described(input)}"
@@ -220,8 +227,12 @@ def _saved(
     call.check_vector(stats, compute, count * positions, "stats")
 
 
-def _teacher(call: Call, input: Tensor, teacher: Tensor, target: Tensor) -> None:
-    if target.dtype != torch.int64:
+def _teacher(
+    call: Call, input: Tensor, teacher: Tensor, target: _Optional, traced_softness: _Optional
+) -> None:
+    if traced_softness is not None:
+        call.check_vector(traced_softness, torch.float64, 2, "traced_softness")
+    if target is not None and target.dtype != torch.int64:
         call.refuse("target", "int64 labels", "probabilities")
     call.check_floats(teacher, "teacher")
     both = (teacher.dtype == torch.float64) == (input.dtype == torch.float64)
@@ -242,9 +253,10 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: _Optional,
     keep_gradient: bool,
 ) -> None:
-    _loss_input(Call(op, input), input, target, partner, lam, weight, reduction)
+    _loss_input(Call(op, input), input, target, partner, lam, weight, reduction, traced_smoothing)
 
 
 def cross_entropy_backward(
@@ -260,9 +272,10 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: _Optional,
 ) -> None:
     call = Call(op, input)
-    of = _loss_input(call, input, target, partner, lam, weight, reduction)
+    of = _loss_input(call, input, target, partner, lam, weight, reduction, traced_smoothing)
     _saved(call, of, grad_output, stats, 2, reduction)
 
 
@@ -270,7 +283,7 @@ def distillation(
     op: str,
     input: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: _Optional,
     partner: _Optional,
     lam: _Optional,
     one_lam: float,
@@ -278,13 +291,15 @@ def distillation(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: _Optional,
     temperature: float,
     alpha: float,
+    traced_softness: _Optional,
     keep_gradient: bool,
 ) -> None:
     call = Call(op, input)
-    _loss_input(call, input, target, partner, lam, weight, reduction)
-    _teacher(call, input, teacher, target)
+    _loss_input(call, input, target, partner, lam, weight, reduction, traced_smoothing)
+    _teacher(call, input, teacher, target, traced_softness)
 
 
 def distillation_backward(
@@ -293,7 +308,7 @@ def distillation_backward(
     input: Tensor,
     stats: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: _Optional,
     partner: _Optional,
     lam: _Optional,
     one_lam: float,
@@ -301,12 +316,14 @@ def distillation_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: _Optional,
     temperature: float,
     alpha: float,
+    traced_softness: _Optional,
 ) -> None:
     call = Call(op, input)
-    of = _loss_input(call, input, target, partner, lam, weight, reduction)
-    _teacher(call, input, teacher, target)
+    of = _loss_input(call, input, target, partner, lam, weight, reduction, traced_smoothing)
+    _teacher(call, input, teacher, target, traced_softness)
     _saved(call, of, grad_output, stats, 5, reduction)
 
 

@@ -8,64 +8,17 @@ implementation it runs, and nothing is chosen behind the dispatcher's back.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backends
+from ._modes import below_autograd
 from ._op_entries import CHECKS
-
-# Inside it an op goes straight to its implementation. By a short name: the hot path looks it up.
-below_autograd = torch._C._AutoDispatchBelowAutograd
-
-_func_is_active = torch._C._are_functorch_transforms_active
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at what is called."""
-    return _func_is_active() or forward_ad._current_level >= 0
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether x may stand for a batch: under torch.func's vmap, or as one of batched gradients."""
-    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(x)
-
-
-def is_fake() -> bool:
-    """Whether tensors made now have shapes alone."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
-
-_tracing_state = torch._C._get_tracing_state
-
-
-def is_recorded() -> bool:
-    """Whether torch.jit.trace records what is called.
-
-    It then has to see an op as the dispatcher does: what an autograd Function does inside is not
-    for its program, which records gradients anew at each of its runs.
-    """
-    return _tracing_state() is not None
-
-
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """For what is asked of arguments: torch.jit.trace would make tensors of the sizes it sees, and
-    warn of each one that is compared."""
-    state = _tracing_state()
-    torch._C._set_tracing_state(None)
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)
-
 
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
@@ -161,24 +114,6 @@ def _define(
         overloads[backend] = overload
         _library.impl(qualified, _bind(autograd, overload), "Autograd")
     return Op(name, overloads, fake, autograd)
-
-
-# Numbers that vary. A float is a constant of a compiled program, and each new value a recompile;
-# when a second value comes, torch.compile makes a symbol of it, which a tensor can be made of. An
-# op's twin takes such a tensor.
-
-
-def varies(*numbers: float | None) -> bool:
-    """Whether one of them is a symbol, in what torch.compile traces."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second
-
-    return not all(x is None or has_static_value(x) for x in numbers)
-
-
-def as_tensor(*numbers: float | None) -> Tensor:
-    """What a twin takes: float64 on the CPU, where a launcher reads it without a wait."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * (0.0 if x is None else x) for x in numbers])
 
 
 def twin_by_numbers(op: Op) -> Op:

@@ -14,14 +14,18 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _rng
 from .._activation import NONE
 from .._layout import keeps_channels_last, ordered, with_strides
+from .._numbers import number, traced_numbers, varies
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
-from ._arguments import as_float, probability
+from ._arguments import probability
 from ._batch_norm_checks import activation_number, check_call
-from ._registry import as_tensor, is_recorded, is_transformed, unrecorded, varies
+from ._modes import is_recorded, is_transformed, unrecorded
+
+_CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
+
 
 def _empty_batch(
     input: Tensor,
@@ -94,9 +98,9 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     if type(momentum) is not float and momentum is not None:
-        momentum = as_float(name, "momentum", momentum)
+        momentum = number(name, "momentum", momentum)
     if type(eps) is not float:
-        eps = as_float(name, "eps", eps)
+        eps = number(name, "eps", eps)
     call = (
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, num_batches_tracked),
@@ -115,7 +119,7 @@ def _run(
         rng_state = _rng.checked_state(rng_state, device, name)
     if not training or p == 0.0:
         p, rng_state = 0.0, None
-    by_numbers = traced and varies(momentum, eps, slope, p)
+    by_numbers = varies(momentum, eps, slope, p)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
@@ -150,7 +154,7 @@ def _run(
     if by_numbers:
         # What is left of them in their places: None, 0 or not.
         varying = (momentum, eps, slope, p) if training else (eps, slope, p)
-        numbers = (as_tensor(*varying),)
+        numbers = (traced_numbers(_CPU, *varying),)
         momentum = None if momentum is None else 0.0
         eps, slope, p = 1.0, 0.0, 0.5 if p > 0.0 else 0.0
     # The kernels write contiguous statistics and an int64; others are copied there and back.
@@ -313,9 +317,9 @@ def batch_norm_act(
     name = "batch_norm_act"
     drop = probability(name, "drop", drop)
     if type(negative_slope) is not float:
-        negative_slope = as_float(name, "negative_slope", negative_slope)
-    number = activation_number(name, activation)
+        negative_slope = number(name, "negative_slope", negative_slope)
+    act = activation_number(name, activation)
     return _run(
-        *(name, *tensors, training, momentum, eps, number, negative_slope, drop),
+        *(name, *tensors, training, momentum, eps, act, negative_slope, drop),
         *(num_batches_tracked, rng_state, backend),
     )

@@ -12,7 +12,7 @@ from ._loss import TARGET, checked_call, register_loss, run
 
 _OPS = register_loss(
     "cross_entropy",
-    TARGET,
+    f"Tensor {TARGET}",
     stats=2,
     reference=reference.cross_entropy,
     by_torch=reference.cross_entropy_backward,

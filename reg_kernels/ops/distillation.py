@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,30 +11,41 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
+from .._numbers import number, traced_numbers, varies
 from ..reference import distillation as reference
-from ._loss import TARGET, check_logits, checked_call, register_loss, run
+from ._loss import (
+    TARGET,
+    check_logits,
+    checked_call,
+    register_loss,
+    run,
+)
 
 _OPS = register_loss(
     "distillation",
-    f"Tensor teacher, {TARGET}, float temperature, float alpha",
+    # As traced_smoothing, but temperature and alpha.
+    f"Tensor teacher, Tensor? {TARGET}, float temperature, float alpha, Tensor? traced_softness",
     stats=5,
     reference=reference.distillation,
     by_torch=reference.distillation_backward,
 )
 
 
-def check_distillation(name: str, temperature: float, alpha: float) -> None:
-    """Raises unless the two are such as a loss can be made of."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+def checked_softness(name: str, temperature: Any, alpha: Any) -> tuple[float, float]:
+    """The two as floats; raises unless they are such as a loss can be made of."""
+    temperature = number(name, "temperature", temperature)
+    alpha = number(name, "alpha", alpha)
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature must be positive and finite, got {temperature}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha}")
+    return temperature, alpha
 
 
 def distillation_loss(
     input: Tensor,
     teacher: Tensor,
-    target: Tensor | MixedTarget,
+    target: Tensor | MixedTarget | None = None,
     weight: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -52,7 +64,7 @@ def distillation_loss(
         input: the student's logits, (N, C, ...) or (C,); float64, float32, float16 or bfloat16.
         teacher: the teacher's, of the same shape and any of these types; no gradient goes there.
         target: class indices (N, ...), or a `reg_kernels.augment.MixedTarget`, as of
-            `cross_entropy`.
+            `cross_entropy`; or None, where `alpha` is 1: then the divergence is all there is.
         weight, ignore_index, label_smoothing: of the cross-entropy, as there. A label that is
             ignored leaves its position's divergence as it is.
         temperature: T, positive.
@@ -67,7 +79,8 @@ def distillation_loss(
     Raises:
         ValueError: `temperature` or `alpha` out of range, and as `cross_entropy`.
         RuntimeError: a teacher of another shape or device, and as `cross_entropy`.
-        IndexError, TypeError: as `cross_entropy`.
+        TypeError: no target where `alpha` is less than 1, and as `cross_entropy`.
+        IndexError: as `cross_entropy`.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
     """
@@ -87,12 +100,17 @@ def distillation_loss(
             backend=backend,
         )
     name = "distillation_loss"
-    check_distillation(name, temperature, alpha)
+    temperature, alpha = checked_softness(name, temperature, alpha)
+    if target is None and alpha != 1.0:
+        raise TypeError(f"{name}: target must be given unless alpha is 1, got alpha {alpha}")
     if isinstance(target, Tensor) and target.is_floating_point():
         raise RuntimeError(
             f"{name}: target must be int64 class indices or a MixedTarget, got {target.dtype}"
         )
-    call = checked_call(name, input, target, weight, ignore_index, reduction, label_smoothing)
+    call = checked_call(
+        *(name, input, target, weight, ignore_index, reduction, label_smoothing),
+        needs_target=False,
+    )
     check_logits(name, "teacher", teacher)
     if teacher.shape != input.shape:
         raise RuntimeError(
@@ -108,5 +126,7 @@ def distillation_loss(
         teacher = teacher.to(torch.promote_types(call.input.dtype, torch.float32))
     # The kernels walk both in one order.
     teacher = with_strides(teacher.resolve_neg(), call.input.stride())
-    last = (float(temperature), float(alpha))
+    last: tuple[Any, ...] = (temperature, alpha, None)
+    if varies(temperature) or varies(alpha):
+        last = (1.0, 0.0, traced_numbers(call.input.device, temperature, alpha))
     return run(_OPS, name, call, (teacher,), last, backend, reference.distillation)

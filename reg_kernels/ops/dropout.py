@@ -22,18 +22,12 @@ from .._layout import (
     ordered,
     with_strides,
 )
+from .._numbers import integer
 from ..backends import DTYPES
 from ..reference import dropout as reference
-from ._arguments import as_int, check_in_place, probability
-from ._registry import (
-    Op,
-    below_autograd,
-    implementation_of,
-    is_recorded,
-    is_transformed,
-    register,
-    unrecorded,
-)
+from ._arguments import check_in_place, probability
+from ._modes import below_autograd, is_recorded, is_transformed, unrecorded
+from ._registry import Op, implementation_of, register
 
 
 class _Dropout(torch.autograd.Function):
@@ -186,7 +180,7 @@ def _checked(name: str, input: Tensor, p: Any) -> float:
 def _checked_draw(name: str, input: Tensor, element_offset: Any) -> int:
     """element_offset; raises unless a call is given what drawing a mask takes as well."""
     if type(element_offset) is not int:
-        element_offset = as_int(name, "element_offset", element_offset)
+        element_offset = integer(name, "element_offset", element_offset)
     if not 0 <= element_offset < 2**62:
         raise ValueError(f"{name}: element_offset must be in [0, 2^62), got {element_offset}")
     if input.dtype not in DTYPES:

@@ -8,6 +8,7 @@ its input: the gradient goes to each sample by its own weight, and to the partne
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .._numbers import number, traced_numbers, varies
 from ..backends import DTYPES
 from ..reference import mixup as reference
 from ._arguments import (
@@ -25,7 +27,8 @@ from ._arguments import (
     keeps_channels_last,
     named,
 )
-from ._registry import below_autograd, implementation_of, is_fake, is_transformed, register
+from ._modes import below_autograd, is_fake, is_recorded, is_transformed
+from ._registry import implementation_of, register
 
 # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
 # every sample.
@@ -184,13 +187,7 @@ def _checked_lam(name: str, input: Tensor, lam: Any) -> tuple[Tensor | None, flo
         check_device(name, "lam", lam, input)
         lam = lam if lam.dtype in DTYPES else lam.double()
         return lam.detach().reshape(-1).contiguous(), 1.0
-    try:
-        one = float("no number" if isinstance(lam, str) else lam)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: lam must be a number or a Tensor, got {type(lam).__name__}"
-        ) from error
-    return None, one
+    return None, number(name, "lam", lam)
 
 
 def _check_integers(name: str, argument: str, x: Any, input: Tensor) -> None:
@@ -256,16 +253,16 @@ def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> A
     if values is None:
         return None
     channels = input.shape[1] if input.dim() > 1 else 0
-    if hasattr(values, "__array__") and not isinstance(values, Tensor | float):  # numpy's
+    if not isinstance(values, (Tensor, numbers.Real)) and hasattr(values, "tolist"):  # numpy's
         values = values.tolist()
     if isinstance(values, Tensor):
         shape = tuple(values.shape)
         if values.requires_grad:
             raise RuntimeError(f"{name}: {argument} must not require grad: detach it")
-    elif isinstance(values, int | float):
-        values, shape = (float(values),) * max(channels, 1), ()
+    elif isinstance(values, numbers.Real):
+        values, shape = (number(name, argument, values),) * max(channels, 1), ()
     elif isinstance(values, Sequence) and not isinstance(values, str):
-        values = tuple(float(value) for value in values)
+        values = tuple(number(name, argument, value) for value in values)
         shape = (len(values),)
     else:
         raise TypeError(
@@ -303,9 +300,13 @@ def _normalisation(
 def _affine(
     mean: Any, std: Any, unit: float, compute: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    options: Any = {"dtype": torch.float64, "device": device}
-    spread = torch.as_tensor(std, **options)
-    shift = None if mean is None else (-torch.as_tensor(mean, **options) / spread).to(compute)
+    def in_double(values: Tensor | tuple[float, ...]) -> Tensor:
+        if isinstance(values, tuple) and any(map(varies, values)):
+            return traced_numbers(device, *values)
+        return torch.as_tensor(values, dtype=torch.float64, device=device)
+
+    spread = in_double(std)
+    shift = None if mean is None else (-in_double(mean) / spread).to(compute)
     return (1 / (unit * spread)).to(compute), shift
 
 
@@ -377,9 +378,7 @@ def blend(
             _check_permutation(name, index)
         check_in_place(name, input)
     if traced and lam is None:
-        # A float would be a constant of the program, and each new value a recompile.
-        lam = torch.ones(1, dtype=torch.float64, device=input.device) * one_lam
-        one_lam = 1.0
+        lam, one_lam = traced_numbers(input.device, one_lam), 1.0
     choice = (input.device, dtype, backend)
     overload = (_MIXUP.traced_overload if traced else _MIXUP.overload)(*choice)
     weights = (lam, one_lam, index, boxes, scale, shift)
@@ -388,8 +387,12 @@ def blend(
         return input.copy_(output) if inplace else output
     x = in_order(input)
     if inplace and x is input and not traced:
+        in_place = _MIXUP_.overload(*choice)
+        if is_recorded():
+            in_place(input, *weights)
+            return input
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        _above_in_place(_MIXUP_.overload(*choice), input, *weights)
+        _above_in_place(in_place, input, *weights)
         return input
     output = overload(x, *weights, dtype, channels_last)
     return input.copy_(output) if inplace else output
@@ -397,7 +400,9 @@ def blend(
 
 def _check_permutation(name: str, index: Tensor | None) -> None:
     """Raises unless each sample is somebody's partner once."""
-    if index is not None and not torch.equal(index.sort().values, torch.arange(len(index))):
+    if index is not None and not torch.equal(
+        index.sort().values, torch.arange(len(index), device=index.device)
+    ):
         raise ValueError(
             f"{name}: inplace needs an index that is a permutation: a sample that is read twice "
             "would be overwritten before"

@@ -21,7 +21,8 @@ from .._tensor_table import TensorTable, addresses, dtype_number
 from ..reference import optimizer_step as reference
 from ._arguments import named
 from ._entry import Call, described, has_layout_of
-from ._registry import below_autograd, define_part, register
+from ._modes import below_autograd
+from ._registry import define_part, register
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
 # "average" is for parameters that have no gradient: it takes their average on and leaves them.

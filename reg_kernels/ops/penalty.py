@@ -15,14 +15,8 @@ from .._tensor_table import TensorTable, addresses, dtype_number
 from ..backends import DTYPES
 from ..reference import penalty as reference
 from ._entry import Call
-from ._registry import (
-    below_autograd,
-    define_part,
-    implementation_of,
-    is_batched,
-    is_transformed,
-    register,
-)
+from ._modes import below_autograd, is_batched, is_transformed
+from ._registry import define_part, implementation_of, register
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
 _sum_table = define_part(

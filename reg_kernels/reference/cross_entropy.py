@@ -22,6 +22,7 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; of each position the largest logit and the sum of exp(logit - largest), (2, N,
@@ -29,21 +30,25 @@ def cross_entropy(
 
     `target` holds class indices, or class probabilities in a floating-point type. With a `partner`
     the loss is lam CE(target) + (1 - lam) CE(partner), each of the two reduced on its own; `lam`
-    (N,) or (1,), else the float `one_lam` counts.
+    (N,) or (1,), else the float `one_lam` counts, and so does `label_smoothing` but for a
+    `traced_smoothing`, one float64.
     """
-    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    x = _counted(input, target, partner, ignore_index)
+    smoothing = label_smoothing if traced_smoothing is None else traced_smoothing.view(())
     log_p = x.log_softmax(1)
     loss = torch.zeros_like(log_p[:, 0])
     for labels, share in shares(target, partner, lam, one_lam, loss):
-        of_labels, counted = losses(log_p, labels, weight, ignore_index, label_smoothing)
+        of_labels, counted = losses(log_p, labels, weight, ignore_index, smoothing)
         loss = loss + share * (of_labels / counted.sum() if reduction == MEAN else of_labels)
-    largest = x.amax(1)
-    stats = torch.stack((largest, (x - largest.unsqueeze(1)).exp().sum(1)))
+    every = input.to(x.dtype)
+    largest = every.amax(1)
+    stats = torch.stack((largest, (every - largest.unsqueeze(1)).exp().sum(1)))
     gradient = input.new_empty(0)
     if keep_gradient:
         one = loss.new_ones(()) if reduction != NONE else torch.ones_like(loss)
-        options = (target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
-        gradient = cross_entropy_backward(one, input, stats, *options)
+        of_target = (target, partner, lam, one_lam)
+        options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+        gradient = cross_entropy_backward(one, input, stats, *of_target, *options)
     if reduction != NONE:
         # A mean of nothing is NaN.
         loss = loss.sum() / 0 if reduction == MEAN and loss.numel() == 0 else loss.sum()
@@ -62,14 +67,15 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
 ) -> Tensor:
     """grad_output, (N, ...) or of no dimensions, times the gradient by the input: softmax times the
     mass of the targets, less the targets. Differentiable by grad_output and input."""
-    x = input.to(torch.promote_types(input.dtype, torch.float32))
-    p = x.softmax(1)
+    p = _counted(input, target, partner, ignore_index).softmax(1)
+    smoothing = label_smoothing if traced_smoothing is None else traced_smoothing.view(())
     gradient = torch.zeros_like(p)
     for labels, share in shares(target, partner, lam, one_lam, p[:, 0]):
-        targets, counted = distributions(p, labels, weight, ignore_index, label_smoothing)
+        targets, counted = distributions(p, labels, weight, ignore_index, smoothing)
         share = share * grad_output.to(p.dtype)
         if reduction == MEAN:
             share = share / counted.sum()
@@ -78,6 +84,18 @@ def cross_entropy_backward(
         share = share.unsqueeze(1)
         gradient = gradient + share * (p * targets.sum(1, keepdim=True) - targets)
     return gradient.to(input.dtype)
+
+
+def _counted(input: Tensor, target: Tensor, partner: Tensor | None, ignore_index: int) -> Tensor:
+    """The logits in the type that is computed in, and 0 where no label counts: what an ignored
+    position holds, be it infinite or NaN, is in neither the loss nor the gradient."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    if target.is_floating_point():
+        return x
+    counts = target != ignore_index
+    if partner is not None:
+        counts = counts | (partner != ignore_index)
+    return torch.where(counts.unsqueeze(1), x, torch.zeros_like(x))
 
 
 def shares(
@@ -97,7 +115,7 @@ def losses(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    label_smoothing: float,
+    label_smoothing: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each position and what it counts for in a mean, both (N, ...)."""
     w = _class_weights(weight, log_p)
@@ -110,7 +128,7 @@ def losses(
     label = torch.where(valid, target, 0).unsqueeze(1)
     of_label = w.expand_as(log_p).gather(1, label).squeeze(1)
     loss = -(1 - label_smoothing) * of_label * log_p.gather(1, label).squeeze(1)
-    if label_smoothing > 0:
+    if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
         loss = loss - smooth * (w * log_p).sum(1)
     nothing = torch.zeros_like(loss)
     return torch.where(valid, loss, nothing), torch.where(valid, of_label, nothing)
@@ -121,7 +139,7 @@ def distributions(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    label_smoothing: float,
+    label_smoothing: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The targets as weights of all classes, (N, C, ...), and what each position counts for in a
     mean, (N, ...)."""
@@ -132,8 +150,8 @@ def distributions(
         return w * targets, torch.ones_like(p[:, 0])
     valid = (target != ignore_index).unsqueeze(1)
     label = torch.where(valid, target.unsqueeze(1), 0)
-    targets = torch.full_like(p, smooth).scatter_add(
-        1, label, torch.full_like(p[:, :1], 1 - label_smoothing)
+    targets = (torch.zeros_like(p) + smooth).scatter_add(
+        1, label, torch.zeros_like(p[:, :1]) + (1 - label_smoothing)
     )
     targets = torch.where(valid, w * targets, torch.zeros_like(p))
     of_label = w.expand_as(p).gather(1, label)

@@ -119,7 +119,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def target_arguments(
     x: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     partner: Tensor | None,
     lam: Tensor | None,
     one_lam: float,
@@ -127,14 +127,16 @@ def target_arguments(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
 ) -> dict[str, Any]:
     """The kernels' arguments by what the ops are told of a target."""
     classes = x.shape[1]
-    labels = not target.is_floating_point()
+    labels = None if target is None or target.is_floating_point() else target
+    smooths = traced_smoothing is not None or label_smoothing > 0.0
     totals = weight_sum = None
-    if labels and reduction == MEAN:
-        totals = _label_totals(target, partner, weight, ignore_index, classes)
-    if labels and label_smoothing > 0.0 and weight is not None:
+    if labels is not None and reduction == MEAN:
+        totals = _label_totals(labels, partner, weight, ignore_index, classes)
+    if labels is not None and smooths and weight is not None:
         weight_sum = weight.sum(dtype=torch.float64)
     return {
         "target_ptr": target,
@@ -147,9 +149,10 @@ def target_arguments(
         "one_lam": one_lam,
         "hard": 1.0 - label_smoothing,
         "smooth": label_smoothing / classes,
-        "share": classes / x.numel() if reduction == MEAN and not labels else 1.0,
+        "traced_smoothing_ptr": traced_smoothing,
+        "share": classes / x.numel() if reduction == MEAN and labels is None else 1.0,
         "LAM_PER_SAMPLE": lam is not None and lam.numel() > 1,
-        "SMOOTHS": label_smoothing > 0.0,
+        "SMOOTHS": smooths,
     }
 
 

@@ -62,17 +62,20 @@ class Terms(NamedTuple):
     kb: Any
     smooth: Any
     mass: Any  # ka + kb + smooth V
+    least: Any  # share of a label that counts
 
 
 @triton.jit
 def label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum):
     """Of labels, their weights and shares."""
+    least = tl.minimum(tl.where(a >= 0, share_a, 1.0), tl.where(b >= 0, share_b, 1.0))
     share_a = tl.where(a >= 0, share_a, 0.0)
     share_b = tl.where(b >= 0, share_b, 0.0)
     ka = share_a * rule.hard * weight_a
     kb = share_b * rule.hard * weight_b
     smooth = (share_a + share_b) * rule.smooth
-    return Terms(a, b, weight_a, weight_b, ka, kb, smooth, ka + kb + smooth * weight_sum)
+    mass = ka + kb + smooth * weight_sum
+    return Terms(a, b, weight_a, weight_b, ka, kb, smooth, mass, least)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def probability_terms(mass, share):
     """Of class probabilities, `mass` being V."""
     zero = mass * 0.0
     none = zero.to(tl.int32) - 1
-    return Terms(none, none, zero, zero, zero, zero, zero + share, share * mass)
+    return Terms(none, none, zero, zero, zero, zero, zero + share, share * mass, zero + 1.0)
 
 
 @triton.jit
@@ -104,7 +107,10 @@ def target_loss(
     if PAIR:
         loss += tl.where(terms.b >= 0, terms.kb * (log_total - above_b), 0.0)
     if SPREADS:
-        loss += tl.where(terms.smooth != 0.0, terms.smooth * (mass * log_total - z), 0.0)
+        of_all = mass * log_total - z
+        loss += tl.where(terms.smooth != 0.0, terms.smooth * of_all, 0.0)
+        # A loss of no share is still a part: NaN of an infinite one.
+        loss += tl.where(terms.least == 0.0, 0.0 * of_all, 0.0)
     return loss
 
 
@@ -159,6 +165,17 @@ def load_logits(ptr, at, inside, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE: tl.constexpr):
+    """The Rule of arguments, or of a smoothing that lies in memory."""
+    if traced_smoothing_ptr is None:
+        rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
+    else:
+        smoothing = tl.load(traced_smoothing_ptr)
+        rule = Rule((1.0 - smoothing).to(COMPUTE), (smoothing / C).to(COMPUTE))
+    return rule
+
+
+@triton.jit
 def load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE: tl.constexpr):
     """(labels, their weights) of positions m: -1 and 0 of one that counts for nothing."""
     label = tl.load(labels_ptr + m, mask=m < M, other=ignore_index)
@@ -203,7 +220,10 @@ def load_label_terms(
     COMPUTE: tl.constexpr,
 ):
     """The Terms of positions m."""
-    a, weight_a = load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
+    if labels_ptr is None:
+        a, weight_a = m.to(tl.int32) * 0 - 1, tl.zeros([m.shape[0]], COMPUTE)
+    else:
+        a, weight_a = load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
     share_a = factor / load_total(totals_ptr, 0, COMPUTE)
     b, weight_b, share_b = a * 0 - 1, weight_a * 0.0, weight_a * 0.0
     if partner_ptr is not None:

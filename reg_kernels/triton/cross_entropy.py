@@ -26,7 +26,6 @@ from ._launch import device_of, processors
 from ._loss import NONE, empty_results, finished, plan, target_arguments
 from ._softmax import (
     UNSPECIALISED,
-    Rule,
     bounded,
     label_gradients,
     labels_at,
@@ -35,6 +34,7 @@ from ._softmax import (
     load_factor,
     load_label_terms,
     load_logits,
+    load_rule,
     load_weight_sum,
     number,
     probability_terms,
@@ -165,6 +165,7 @@ def cross_entropy_kernel(
     one_lam: tl.float64,
     hard: tl.float64,
     smooth: tl.float64,
+    traced_smoothing_ptr,  # float64 [1], or None: else it counts instead of the two
     share: tl.float64,  # of a position: of a mean of probabilities, or 1
     LAM_PER_SAMPLE: tl.constexpr,
     SMOOTHS: tl.constexpr,
@@ -185,7 +186,7 @@ def cross_entropy_kernel(
     C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
     m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
     m = m0 + tl.arange(0, BLOCK_M)
-    rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
     factor = number(share, COMPUTE)
     if OF_LABELS:
         mass = load_weight_sum(weight_sum_ptr, C, COMPUTE)
@@ -294,6 +295,7 @@ def cross_entropy_backward_kernel(
     one_lam: tl.float64,
     hard: tl.float64,
     smooth: tl.float64,
+    traced_smoothing_ptr,
     share: tl.float64,
     GRAD_PER_POSITION: tl.constexpr,
     LAM_PER_SAMPLE: tl.constexpr,
@@ -313,7 +315,7 @@ def cross_entropy_backward_kernel(
     C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
     m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
     m = m0 + tl.arange(0, BLOCK_M)
-    rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
     factor = number(share, COMPUTE)
     factor *= load_factor(grad_output_ptr, m, M, GRAD_PER_POSITION, COMPUTE)
     if OF_LABELS:
@@ -370,9 +372,14 @@ def rescale_kernel(
             block += tl.num_programs(0)
 
 
-def _registers(target: Tensor, weight: Tensor | None, label_smoothing: float) -> int:
+def _registers(
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    traced_smoothing: Tensor | None,
+) -> int:
     """How many an element of a tile takes: an exponential, and what its class counts for."""
-    weighs = weight is not None and label_smoothing > 0.0
+    weighs = weight is not None and (traced_smoothing is not None or label_smoothing > 0.0)
     return 4 if weighs or target.is_floating_point() else 1
 
 
@@ -386,11 +393,13 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op: (loss, stats, gradient)."""
-    options = (target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
-    tiles = plan(input, _registers(target, weight, label_smoothing))
+    of_target = (target, partner, lam, one_lam)
+    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+    tiles = plan(input, _registers(target, weight, label_smoothing, traced_smoothing))
     loss, stats, gradient = empty_results(input, 2, reduction, keep_gradient, tiles.programs)
     with device_of(input):
         cross_entropy_kernel[(tiles.programs,)](
@@ -400,7 +409,7 @@ def cross_entropy(
             gradient_ptr=gradient if keep_gradient else None,
             SUMS=reduction != NONE,
             SINGLE=tiles.single,
-            **target_arguments(input, *options),
+            **target_arguments(input, *of_target, *options),
             **tiles.arguments,
         )
     return finished(loss, input, reduction), stats, gradient
@@ -418,10 +427,12 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
 ) -> Tensor:
     """The op's gradient by the input."""
-    options = (target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
-    tiles = plan(input, _registers(target, weight, label_smoothing), loops=True)
+    of_target = (target, partner, lam, one_lam)
+    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+    tiles = plan(input, _registers(target, weight, label_smoothing, traced_smoothing), loops=True)
     gradient = dense_like(input)
     with device_of(input):
         cross_entropy_backward_kernel[(tiles.programs,)](
@@ -430,7 +441,7 @@ def cross_entropy_backward(
             stats_ptr=stats,
             gradient_ptr=gradient,
             GRAD_PER_POSITION=grad_output.dim() > 0,
-            **target_arguments(input, *options),
+            **target_arguments(input, *of_target, *options),
             **tiles.arguments,
         )
     return gradient

@@ -22,7 +22,6 @@ from ._launch import device_of
 from ._loss import MEAN, NONE, empty_results, finished, plan, target_arguments
 from ._softmax import (
     UNSPECIALISED,
-    Rule,
     bounded,
     label_gradients,
     labels_at,
@@ -31,6 +30,7 @@ from ._softmax import (
     load_factor,
     load_label_terms,
     load_logits,
+    load_rule,
     load_weight_sum,
     number,
     store_loss,
@@ -52,6 +52,33 @@ def divergence_terms(e_t, above_t, above):
 def divergence(total_t, softened, z):
     """KL of positions by the sums at T of the teacher and of the student."""
     return z / total_t + tl.log(softened / total_t)
+
+
+class Softness(NamedTuple):
+    """What temperature and alpha make of a loss."""
+
+    share: Any  # of the labels: 1 - alpha
+    soft_share: Any  # of a position's divergence: alpha T^2, or what a mean makes of it
+    inverse_t: Any
+
+
+@triton.jit
+def load_softness(
+    share, soft_share, inverse_t, traced_softness_ptr, mean_of, COMPUTE: tl.constexpr
+):
+    """Softness of arguments, or of a temperature and an alpha that lie in memory."""
+    if traced_softness_ptr is None:
+        softness = Softness(
+            number(share, COMPUTE), number(soft_share, COMPUTE), number(inverse_t, COMPUTE)
+        )
+    else:
+        temperature, alpha = tl.load(traced_softness_ptr), tl.load(traced_softness_ptr + 1)
+        softness = Softness(
+            (1.0 - alpha).to(COMPUTE),
+            (alpha * temperature * temperature / mean_of).to(COMPUTE),
+            (1.0 / temperature).to(COMPUTE),
+        )
+    return softness
 
 
 class Scales(NamedTuple):
@@ -176,7 +203,7 @@ def store_gradients(
         tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "mean_of"])
 def distillation_kernel(
     x_ptr,  # [N, C, L] in either layout
     teacher_ptr,  # as x lies
@@ -196,9 +223,12 @@ def distillation_kernel(
     one_lam: tl.float64,
     hard: tl.float64,
     smooth: tl.float64,
-    share: tl.float64,  # of the labels: 1 - alpha
-    soft_share: tl.float64,  # of a position's divergence: alpha T^2, or what a mean makes of it
+    traced_smoothing_ptr,  # float64 [1], or None: else it counts instead of the two
+    share: tl.float64,
+    soft_share: tl.float64,
     inverse_t: tl.float64,
+    traced_softness_ptr,  # float64 [2], T and alpha, or None: else they count instead of the three
+    mean_of,  # positions of a mean, or 1
     LAM_PER_SAMPLE: tl.constexpr,
     SMOOTHS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -216,12 +246,12 @@ def distillation_kernel(
     C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
     m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
     m = m0 + tl.arange(0, BLOCK_M)
-    rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
-    soft_share = number(soft_share, COMPUTE)
-    inverse_t = number(inverse_t, COMPUTE)
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
+    softness = load_softness(share, soft_share, inverse_t, traced_softness_ptr, mean_of, COMPUTE)
+    share, soft_share, inverse_t = softness.share, softness.soft_share, softness.inverse_t
     mass = load_weight_sum(weight_sum_ptr, C, COMPUTE)
     terms = load_label_terms(
-        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, totals_ptr, number(share, COMPUTE), mass),
+        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, totals_ptr, share, mass),
         *(m, C, M, L, ignore_index, one_lam, rule, LAM_PER_SAMPLE, COMPUTE),
     )
 
@@ -321,7 +351,7 @@ def distillation_kernel(
         )
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "mean_of"])
 def distillation_backward_kernel(
     grad_output_ptr,  # [M], or one number
     x_ptr,
@@ -341,9 +371,12 @@ def distillation_backward_kernel(
     one_lam: tl.float64,
     hard: tl.float64,
     smooth: tl.float64,
+    traced_smoothing_ptr,
     share: tl.float64,
     soft_share: tl.float64,
     inverse_t: tl.float64,
+    traced_softness_ptr,
+    mean_of,
     GRAD_PER_POSITION: tl.constexpr,
     LAM_PER_SAMPLE: tl.constexpr,
     SMOOTHS: tl.constexpr,
@@ -359,16 +392,17 @@ def distillation_backward_kernel(
     C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
     m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
     m = m0 + tl.arange(0, BLOCK_M)
-    rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
-    inverse_t = number(inverse_t, COMPUTE)
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
+    softness = load_softness(share, soft_share, inverse_t, traced_softness_ptr, mean_of, COMPUTE)
+    inverse_t = softness.inverse_t
     factor = load_factor(grad_output_ptr, m, M, GRAD_PER_POSITION, COMPUTE)
     mass = load_weight_sum(weight_sum_ptr, C, COMPUTE)
     terms = load_label_terms(
         *(target_ptr, partner_ptr, lam_ptr, weight_ptr, totals_ptr),
-        *(factor * number(share, COMPUTE), mass),
+        *(factor * softness.share, mass),
         *(m, C, M, L, ignore_index, one_lam, rule, LAM_PER_SAMPLE, COMPUTE),
     )
-    soft_share = factor * number(soft_share, COMPUTE) * inverse_t
+    soft_share = factor * softness.soft_share * inverse_t
     stats_ptr += m
     largest = tl.load(stats_ptr, mask=m < M, other=0.0)
     total = tl.load(stats_ptr + M, mask=m < M, other=1.0)
@@ -388,20 +422,26 @@ def distillation_backward_kernel(
 
 
 def _soft_arguments(
-    input: Tensor, reduction: int, temperature: float, alpha: float
-) -> dict[str, float]:
-    positions = input.numel() // input.shape[1]
+    input: Tensor,
+    reduction: int,
+    temperature: float,
+    alpha: float,
+    traced_softness: Tensor | None,
+) -> dict[str, Any]:
+    mean_of = input.numel() // input.shape[1] if reduction == MEAN else 1
     return {
         "share": 1.0 - alpha,
-        "soft_share": alpha * temperature**2 / (positions if reduction == MEAN else 1),
+        "soft_share": alpha * temperature**2 / mean_of,
         "inverse_t": 1.0 / temperature,
+        "traced_softness_ptr": traced_softness,
+        "mean_of": mean_of,
     }
 
 
 def distillation(
     input: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     partner: Tensor | None,
     lam: Tensor | None,
     one_lam: float,
@@ -409,12 +449,15 @@ def distillation(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
     temperature: float,
     alpha: float,
+    traced_softness: Tensor | None,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op: (loss, stats, gradient)."""
-    options = (target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
+    of_target = (target, partner, lam, one_lam)
+    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
     tiles = plan(input, REGISTERS)
     loss, stats, gradient = empty_results(input, 5, reduction, keep_gradient, tiles.programs)
     with device_of(input):
@@ -426,8 +469,8 @@ def distillation(
             gradient_ptr=gradient if keep_gradient else None,
             SUMS=reduction != NONE,
             SINGLE=tiles.single,
-            **target_arguments(input, *options)
-            | _soft_arguments(input, reduction, temperature, alpha),
+            **target_arguments(input, *of_target, *options)
+            | _soft_arguments(input, reduction, temperature, alpha, traced_softness),
             **tiles.arguments,
         )
     return finished(loss, input, reduction), stats, gradient
@@ -438,7 +481,7 @@ def distillation_backward(
     input: Tensor,
     stats: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     partner: Tensor | None,
     lam: Tensor | None,
     one_lam: float,
@@ -446,11 +489,14 @@ def distillation_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
+    traced_smoothing: Tensor | None,
     temperature: float,
     alpha: float,
+    traced_softness: Tensor | None,
 ) -> Tensor:
     """The op's gradient by the input."""
-    options = (target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
+    of_target = (target, partner, lam, one_lam)
+    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
     tiles = plan(input, REGISTERS, loops=True)
     gradient = dense_like(input)
     with device_of(input):
@@ -461,8 +507,8 @@ def distillation_backward(
             stats_ptr=stats,
             gradient_ptr=gradient,
             GRAD_PER_POSITION=grad_output.dim() > 0,
-            **target_arguments(input, *options)
-            | _soft_arguments(input, reduction, temperature, alpha),
+            **target_arguments(input, *of_target, *options)
+            | _soft_arguments(input, reduction, temperature, alpha, traced_softness),
             **tiles.arguments,
         )
     return gradient

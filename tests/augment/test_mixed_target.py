@@ -1,10 +1,12 @@
-"""MixedTarget: a tuple that loaders, pickles, copies and compilers know, and its dense form."""
+"""MixedTarget: what loaders, pickles, compilers and trainers make of it, and its dense form."""
 
 import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -21,7 +23,8 @@ LAM = torch.tensor([0.25, 1.0, 0.5])
 
 def same(target, other):
     assert type(target) is type(other) is MixedTarget
-    for a, b in zip(target, other, strict=True):
+    for name in ("labels", "partner_labels", "lam", "label_smoothing"):
+        a, b = getattr(target, name), getattr(other, name)
         assert type(a) is type(b)
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     return True
@@ -102,16 +105,110 @@ def test_no_value_is_looked_at_on_a_device():
         assert MixedTarget(labels, labels, lam).to_dense(5).shape == (3, 5)
 
 
-# A tuple
+@pytest.mark.parametrize("lam", [LAM, 0.25], ids=["each", "float"])
+def test_to_dense_under_a_default_device(lam):
+    target = MixedTarget(A, B, lam, 0.1)
+    expected = target.to_dense(3)
+    with torch.device("meta"):
+        assert target.to_dense(3).equal(expected)
+        assert default_collate(singles()).to_dense(3).equal(default_collate(singles()).to_dense(3))
 
 
-def test_it_is_a_tuple_of_its_fields():
+def test_numbers_as_torch_takes_them():
+    expected = MixedTarget(A, B, 0.25, 0.5).to_dense(3)
+    for kind in (np.float32, np.float64, torch.tensor):
+        given = MixedTarget(A, B, kind(0.25), kind(0.5))
+        assert given.to_dense(np.int64(3)).equal(expected)
+    with pytest.raises(TypeError, match=r"num_classes must be an integer, got float$"):
+        MixedTarget(A, B).to_dense(3.0)
+
+
+# A batch of targets
+
+
+def test_its_length_and_its_samples():
+    target = MixedTarget(A, B, LAM, 0.1)
+    assert len(target) == 3
+    same(target[1:], MixedTarget(A[1:], B[1:], LAM[1:], 0.1))
+    same(target[-1], MixedTarget(A[-1], B[-1], LAM[-1], 0.1))
+    same(target[torch.tensor([2, 0])], MixedTarget(A[[2, 0]], B[[2, 0]], LAM[[2, 0]], 0.1))
+    for lam in (0.3, torch.tensor(0.3), torch.tensor([0.3])):
+        same(MixedTarget(A, B, lam)[:2], MixedTarget(A[:2], B[:2], lam))
+    for wrong, error in ((3, IndexError), ((0, 1), TypeError), ("lambda", KeyError)):
+        with pytest.raises(error):
+            target[wrong]
+    with pytest.raises(TypeError):
+        len(target[0])
+    with pytest.raises(TypeError, match="partner_labels must be given"):
+        MixedTarget(A)
+
+
+def test_it_is_equal_to_nothing():
     target = MixedTarget(A, B, LAM)
-    labels, partner_labels, lam, smoothing = target
-    assert labels is A
-    assert partner_labels is B
-    assert lam is LAM
-    assert smoothing == target.label_smoothing == 0.0
+    for compare in (
+        lambda: target == A,
+        lambda: target == A,
+        lambda: target != A,
+        lambda: target == target,
+        lambda: A in target,
+        lambda: target < A,
+        lambda: torch.eq(A, target),
+    ):
+        with pytest.raises(TypeError):
+            compare()
+
+
+def each_of(data, f):
+    """As trainers go through what a loader gave them."""
+    if isinstance(data, Mapping):
+        return type(data)({key: each_of(value, f) for key, value in data.items()})
+    assert isinstance(data, torch.Tensor)  # what else there is they refuse to gather
+    return f(data)
+
+
+def joined(batches):
+    first = batches[0]
+    return type(first)({key: torch.cat([batch[key] for batch in batches]) for key in first})
+
+
+def stand_ins():
+    return joined, lambda data, part: each_of(data, lambda x: x[part]), lambda data: len(data)
+
+
+def accelerates():
+    operations = pytest.importorskip("accelerate.utils.operations")
+    return operations.concatenate, operations.slice_tensors, operations.find_batch_size
+
+
+@pytest.mark.parametrize("library", [stand_ins, accelerates])
+@pytest.mark.parametrize("lams", [(LAM, LAM / 2), (torch.tensor(0.3), torch.tensor(0.9)), (0.3, 1)])
+def test_joined_and_cut_as_trainers_do(lams, library):
+    concatenate, cut, batch_size = library()
+    targets = [MixedTarget(A, B, lams[0], 0.1), MixedTarget(B, A, lams[1], 0.1)]
+    whole = concatenate(targets)
+    assert type(whole) is MixedTarget
+    assert (batch_size(whole), len(whole), whole.label_smoothing) == (6, 6, 0.1)
+    dense = torch.cat([target.to_dense(3) for target in targets])
+    torch.testing.assert_close(whole.to_dense(3), dense, rtol=0, atol=1e-7)
+    part = cut(whole, slice(2, 5))
+    torch.testing.assert_close(part.to_dense(3), dense[2:5], rtol=0, atol=1e-7)
+    targets[1] = targets[1]._replace(label_smoothing=0.2)
+    with pytest.raises(ValueError, match=r"one label_smoothing, got 0\.1, 0\.2$"):
+        concatenate(targets)
+
+
+def test_gathered_as_trainers_do():
+    """From all processes, tensor by tensor; one that is broadcast is written over in place."""
+    target = MixedTarget(A, B, torch.tensor(0.3), 0.1)
+    twice = each_of(target, lambda x: torch.cat([x, x]))
+    assert twice.to_dense(3).equal(torch.cat([target.to_dense(3)] * 2))
+    assert all(value.is_contiguous() for value in target.values())
+    shapes = type(target)({key: tuple(value.shape) for key, value in target.items()})
+    assert {shapes.labels, shapes.lam, shapes.label_smoothing} == {(3,)}
+
+
+def test_it_is_a_pytree():
+    target = MixedTarget(A, B, LAM)
     leaves, tree = pytree.tree_flatten(target)
     assert len(leaves) == 4
     same(pytree.tree_unflatten(leaves, tree), target)
@@ -155,7 +252,7 @@ def test_pin_memory():
         MixedTarget(A, B, LAM, 0.1).pin_memory(),
         pin_memory(MixedTarget(A, B, LAM, 0.1)),
     ):
-        assert all(each.is_pinned() for each in pinned[:3])
+        assert all(pinned[name].is_pinned() for name in ("labels", "partner_labels", "lam"))
         same(pinned, MixedTarget(A, B, LAM, 0.1))
 
 
@@ -183,7 +280,7 @@ def test_default_collate():
     same(
         default_collate(singles(lam=lambda n: LAM[n].item())), MixedTarget(A, B, LAM.double(), 0.1)
     )
-    numbers = [MixedTarget(int(a), int(b), lam) for a, b, lam, _ in singles()]
+    numbers = [MixedTarget(int(t.labels), int(t.partner_labels), t.lam) for t in singles((0, 0, 0))]
     same(default_collate(numbers), MixedTarget(A, B, LAM))
     # Beside what else a sample holds.
     images, target = default_collate([(torch.ones(2), each) for each in singles()])
@@ -220,7 +317,8 @@ def test_unpickling_alone_registers_the_collation():
     blob = pickle.dumps(MixedTarget(A, B, LAM))
     code = (
         "import pickle, sys; from torch.utils.data import default_collate as c;"
-        "t = pickle.loads(sys.stdin.buffer.read()); print(type(c([t, t])).__name__, c([t, t])[3])"
+        "t = pickle.loads(sys.stdin.buffer.read()); t = c([t, t]);"
+        "print(type(t).__name__, t.label_smoothing)"
     )
     done = subprocess.run([sys.executable, "-c", code], input=blob, capture_output=True, check=True)
     assert done.stdout.decode().split() == ["MixedTarget", "0.0"]

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as TF
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import reg_kernels.augment.mixup as module
+from reg_kernels import functional as F
 from reg_kernels.augment import MixedTarget, Mixup
 from reg_kernels.augment.mixup import MODES
 
@@ -485,7 +487,7 @@ def test_repr_and_attributes_are_timms():
     assert repr(mixup) == (
         "Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, cutmix_minmax=None, prob=0.9, switch_prob=0.4, "
         "mode='pair', correct_lam=False, label_smoothing=0.05, num_classes=10, seed=4, mean=None, "
-        "std=None, dtype=torch.float16, inplace=False, backend=None)"
+        "std=None, dtype=torch.float16, inplace=False, dense=False, backend=None)"
     )
     assert (mixup.mix_prob, mixup.mixup_enabled) == (0.9, True)
     assert Mixup(cutmix_minmax=[0.2, 0.3]).cutmix_minmax == (0.2, 0.3)
@@ -518,8 +520,40 @@ def test_bad_arguments(options, message):
         Mixup(**options)
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+def test_a_dense_target(mode):
+    """timm's losses take no other; the draws are the same."""
+    x, labels = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 2])
+    options = {"mode": mode, "num_classes": 4, "label_smoothing": 0.2, "seed": 3}
+    mixed, target = Mixup(0.8, 1.0, **options)(x, labels)
+    again, dense = Mixup(0.8, 1.0, dense=True, **options)(x, labels)
+    assert torch.equal(mixed, again)
+    lam = target.lam.double().view(-1, 1)
+    one, other = (TF.one_hot(each, 4) * 0.8 + 0.05 for each in (labels, labels.flip(0)))
+    assert (dense.shape, dense.dtype) == ((5, 4), torch.float32)
+    torch.testing.assert_close(dense, (lam * one + (1 - lam) * other).float())
+    logits = torch.randn(5, 4)
+    loss = (-dense * logits.log_softmax(1)).sum(1).mean()  # SoftTargetCrossEntropy
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+    with pytest.raises(ValueError, match=r"^Mixup: num_classes must be given for a dense target$"):
+        Mixup(dense=True, num_classes=None)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_under_a_default_device(inplace):
+    x, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    mixup = Mixup(1.0, 1.0, num_classes=4, seed=1, mean=0.3, std=(0.5,) * 3, inplace=inplace)
+    expected, target = copy.deepcopy(mixup)(x.clone(), labels)
+    with torch.device("meta"):
+        mixed, other = mixup(x.clone(), labels)
+        index = torch.tensor([1, 0, 3, 2], device="cpu")
+        assert F.mixup(x.clone(), 0.3, index, inplace=inplace).device.type == "cpu"
+    assert torch.equal(mixed, expected)
+    assert torch.equal(other.lam, target.lam)
+
+
 def test_a_seed_is_an_int():
-    with pytest.raises(TypeError, match=r"^Mixup: seed must be an int or None, got float$"):
+    with pytest.raises(TypeError, match=r"^Mixup: seed must be an integer, got float$"):
         Mixup(seed=1.0)
 
 

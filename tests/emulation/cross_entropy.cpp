@@ -52,6 +52,7 @@ struct Case {
   int64_t shift = 0;
   int64_t most_blocks = reg_kernels::cuda::kMostLossBlocks;
   int shared_bytes = cuda_on_cpu::Device{}.shared_bytes_a_block;
+  bool traced = false;  // the smoothing lies in memory
 
   int64_t positions() const { return N * S; }
   bool has_probabilities() const { return kind >= Kind::probabilities; }
@@ -140,7 +141,8 @@ struct Problem {
     a.labels.positions = of.S;
     a.labels.classes = of.C;
     a.labels.ignore_index = kIgnored;
-    a.labels.smoothing = of.smoothing;
+    a.labels.smoothing = of.traced ? 2.0 : of.smoothing;
+    a.labels.traced_smoothing = of.traced ? &of.smoothing : nullptr;
     if (!of.has_probabilities()) a.labels.labels = labels.data();
     if (of.has_partner()) a.labels.partner_labels = partner_labels.data();
     a.labels.one_lam_for_all = of.kind != Kind::shares;
@@ -373,6 +375,11 @@ void test_special(int64_t N, int64_t C, int64_t S, bool classes_last) {
     test<T>(of);
     of.kind = Kind::labels;
     of.smoothing = 0;
+    test<T>(of);
+  }
+  for (const Kind kind : {Kind::labels, Kind::shares, Kind::probabilities}) {
+    Case of{N, C, S, kind, Reduction::mean, 0.1, true, classes_last};
+    of.traced = true;
     test<T>(of);
   }
 }

@@ -50,6 +50,8 @@ struct Case {
   Lams lams = Lams::none;
   bool weighted = false;
   double smoothing = 0;
+  bool labelled = true;
+  bool traced = false;  // smoothing, temperature and alpha lie in memory
   Ignored ignored = Ignored::none;
   double range = 5;  // of the logits
   Excluded excluded = Excluded::none;
@@ -74,7 +76,8 @@ struct Case {
     return "(" + std::to_string(N) + ", " + std::to_string(C) + ", " + std::to_string(L) + ")" +
            (last ? " last" : "") + number("T", temperature) + number("alpha", alpha) + " " +
            reductions[static_cast<int>(reduction)] + number("lams", static_cast<int>(lams)) +
-           (weighted ? " weighted" : "") + number("smoothing", smoothing) +
+           (weighted ? " weighted" : "") + (labelled ? "" : " unlabelled") +
+           (traced ? " traced" : "") + number("smoothing", smoothing) +
            number("ignored", static_cast<int>(ignored)) + number("range", range) +
            number("excluded", static_cast<int>(excluded)) + number("x+", x_shift) +
            number("teacher+", teacher_shift) + number("gradient+", gradient_shift) +
@@ -103,12 +106,14 @@ struct Problem {
   std::unique_ptr<int64_t[]> labels, partner_labels;
   std::unique_ptr<float[]> lam;
   std::unique_ptr<C[]> weight;
+  double softness[2];
 
   explicit Problem(const Case& of)
       : of(of),
         x(of.numel(), of.x_shift),
         teacher(of.numel(), of.teacher_shift),
-        labels(draw_labels()) {
+        labels(of.labelled ? draw_labels() : nullptr),
+        softness{of.temperature, of.alpha} {
     const bool by_student = of.excluded == Excluded::by_student,
                both = of.excluded == Excluded::by_both;
     const bool by_teacher = of.excluded == Excluded::by_teacher;
@@ -155,12 +160,14 @@ struct Problem {
     a.labels.positions = of.L;
     a.labels.classes = of.C;
     a.labels.ignore_index = kIgnored;
-    a.labels.smoothing = of.smoothing;
+    a.labels.smoothing = of.traced ? 2.0 : of.smoothing;
+    a.labels.traced_smoothing = of.traced ? &of.smoothing : nullptr;
     return a;
   }
 
   DistillationOptions options() const {
-    return {of.classes_last(), of.reduction, of.temperature, of.alpha};
+    if (!of.traced) return {of.classes_last(), of.reduction, of.temperature, of.alpha, nullptr};
+    return {of.classes_last(), of.reduction, 7.0, 2.0, softness};
   }
 
  private:
@@ -263,7 +270,7 @@ struct Expected {
       }
       losses[p] += of_labels * cross_entropy;
       loss += losses[p];
-      size += sizes[p];
+      this->size += sizes[p];
     }
   }
 
@@ -430,6 +437,15 @@ void test_options() {
       of.temperature = 0.5;
       test<S, T>(of);
       of.alpha = 0;
+      test<S, T>(of);
+      of.alpha = 0.3;
+      of.smoothing = 0.2;
+      of.weighted = of.traced = true;
+      test<S, T>(of);
+      of = shape;
+      of.reduction = reduction;
+      of.labelled = false;
+      of.alpha = 1;
       test<S, T>(of);
     }
   }

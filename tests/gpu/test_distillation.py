@@ -55,7 +55,7 @@ def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean"
     divergence = TF.kl_div(log_q, p, reduction="none").sum(1)
     divergence = {"none": divergence, "mean": divergence.mean(), "sum": divergence.sum()}[reduction]
     if isinstance(target, MixedTarget):
-        a, b, lam, _ = target
+        a, b, lam = target.labels, target.partner_labels, target.lam
         of_labels = lam * TF.cross_entropy(x, a, reduction=reduction, **options)
         of_labels = of_labels + (1 - lam) * TF.cross_entropy(x, b, reduction=reduction, **options)
     else:

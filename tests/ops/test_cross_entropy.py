@@ -446,10 +446,11 @@ def test_opcheck(backend, reduction):
     last = reduction == 1
     x = LAYOUTS["channels_last" if last else "contiguous"](draw(2, 3, 2, dtype=torch.float32))
     probabilities = torch.empty_like(x).copy_(x.softmax(1))  # in x's layout, as the ops take it
+    smoothing = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
     target = {
-        0: (labels, labels.flip(0), lam, 1.0, weight, -100, 0.1, 0),
-        1: (probabilities, None, None, 1.0, weight, -100, 0.1, 1),
-        2: (labels, None, None, 1.0, None, 2, 0.0, 2),
+        0: (labels, labels.flip(0), lam, 1.0, weight, -100, 0.1, 0, None),
+        1: (probabilities, None, None, 1.0, weight, -100, 0.1, 1, None),
+        2: (labels, None, None, 1.0, None, 2, 0.0, 2, smoothing),
     }[reduction]
     overload = overload_of("cross_entropy", backend)
     for leaf, keeps in ((x, False), (x.detach().requires_grad_(), True)):

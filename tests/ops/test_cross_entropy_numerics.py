@@ -343,10 +343,6 @@ def test_what_an_ignored_position_holds_counts_for_nothing(value, backend):
         options = {"label_smoothing": smoothing, "reduction": reduction, "backend": backend}
         ours = results(F.cross_entropy, x, target, **options)
         expected = results(F.cross_entropy, clean, target, **options)
-        # Of the gradients there torch makes NaN, being 0 times a softmax of NaN.
-        for ours_there, there in ((ours[1][1, :, 0], expected[1][1, :, 0]), (ours[1][2, :, 1], 0)):
-            assert ((ours_there == there) | ours_there.isnan()).all()
-            ours_there.zero_()
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
 
 

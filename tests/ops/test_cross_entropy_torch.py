@@ -18,10 +18,8 @@ on_each = pytest.mark.parametrize("backend", implementations())
 @on_each
 @pytest.mark.parametrize("classes", [3, 64])
 @pytest.mark.parametrize("incoming", [math.inf, math.nan, 2.0])
-@pytest.mark.parametrize("logit", [0.0, -math.inf])
+@pytest.mark.parametrize("logit", [0.0, -math.inf, math.inf, math.nan])
 def test_an_ignored_position_has_no_gradient(classes, incoming, logit, backend):
-    if backend == "reference" and logit != 0.0:
-        pytest.skip("NaN, as torch's")
     for shape in ((2, classes), (2, classes, 5)):
         x = torch.randn(shape, device=DEVICE)
         x[0] = logit
@@ -70,10 +68,10 @@ def test_a_weight_that_requires_grad(backend):
 def test_the_ops_take_no_logits_at_all(shape, backend):
     x = torch.empty(shape, device=DEVICE)
     labels = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device=DEVICE)
-    for name, first, last in (("cross_entropy", (), ()), ("distillation", (x,), (2.0, 0.5))):
+    for name, first, last in (("cross_entropy", (), ()), ("distillation", (x,), (2.0, 0.5, None))):
         forward, backward = overload_of(name, backend), overload_of(f"{name}_backward", backend)
         for reduction, expected in ((0, labels.float()), (1, math.nan), (2, 0.0)):
-            args = (*first, labels, None, None, 1.0, None, -100, 0.0, reduction, *last)
+            args = (*first, labels, None, None, 1.0, None, -100, 0.0, reduction, None, *last)
             loss, stats, gradient = forward(x, *args, True)
             expected = torch.as_tensor(expected, device=DEVICE)
             assert torch.equal(loss.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -101,5 +99,5 @@ def test_what_is_no_tensor(backend):
     with pytest.raises(TypeError, match="weight must be a Tensor, got list"):
         F.cross_entropy(x, y, [1.0] * 5, backend=backend)
     for lam in (None, "0.3"):
-        with pytest.raises(TypeError, match="lam must be a number or a Tensor"):
+        with pytest.raises(TypeError, match="lam must be a number, got"):
             F.cross_entropy(x, MixedTarget(y, y, lam), backend=backend)

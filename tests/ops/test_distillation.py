@@ -53,7 +53,7 @@ def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean"
     divergence = TF.kl_div(log_q, p, reduction="none").sum(dim)
     divergence = {"none": divergence, "mean": divergence.mean(), "sum": divergence.sum()}[reduction]
     if isinstance(target, MixedTarget):
-        a, b, lam, _ = target
+        a, b, lam = target.labels, target.partner_labels, target.lam
         of_labels = lam * TF.cross_entropy(x, a, reduction=reduction, **options)
         of_labels = of_labels + (1 - lam) * TF.cross_entropy(x, b, reduction=reduction, **options)
     else:
@@ -398,7 +398,9 @@ def test_opcheck(backend, reduction):
     labels = torch.tensor([[0, 1], [2, 2]], device=DEVICE)
     lam, weight = torch.tensor([0.3, 1.0], device=DEVICE), torch.rand(3, device=DEVICE)
     mixed = (labels.flip(0), lam, 1.0, weight) if reduction else (None, None, 1.0, None)
-    args = (teacher, labels, *mixed, 2, 0.1 * reduction, reduction, 1.5, 0.3)
+    softness = torch.tensor([1.5, 0.3], dtype=torch.float64, device=DEVICE)
+    soft = (1.0, 0.0, softness) if reduction == 2 else (1.5, 0.3, None)
+    args = (teacher, labels, *mixed, 2, 0.1 * reduction, reduction, None, *soft)
     overload = overload_of("distillation", backend)
     for leaf, keeps in ((x, False), (x.detach().requires_grad_(), True)):
         opcheck(overload, (leaf, *args, keeps))

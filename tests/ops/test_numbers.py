@@ -113,9 +113,9 @@ def test_what_torch_refuses(argument, kind):
 
 
 def test_a_refusal_names_the_argument():
-    with pytest.raises(TypeError, match=r"^batch_norm: momentum must be a float, got str$"):
+    with pytest.raises(TypeError, match=r"^batch_norm: momentum must be a number, got str$"):
         of_momentum("0.1")
-    with pytest.raises(TypeError, match=r"^dropout: p must be a float, got a Tensor of float32 and"):
+    with pytest.raises(TypeError, match="dropout: p must be a number, got a Tensor of"):
         F.dropout(X, torch.tensor(0.5, requires_grad=True))
     assert torch.equal(of_chain(drop=Fraction(1)), torch.zeros_like(X))
 
@@ -129,7 +129,7 @@ def test_an_offset_of_any_integer(value):
 
 @pytest.mark.parametrize("value", [3.0, "3", torch.tensor(3.0), np.float64(3)])
 def test_an_offset_that_is_no_integer(value):
-    with pytest.raises(TypeError, match="dropout: element_offset must be an int, got"):
+    with pytest.raises(TypeError, match="dropout: element_offset must be an integer, got"):
         F.dropout(X, element_offset=value)
 
 

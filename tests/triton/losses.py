@@ -58,7 +58,7 @@ def target_of(
     reduction: int = MEAN,
     ignore_index: int = -100,
 ) -> tuple[Any, ...]:
-    """The ops' arguments from the target to the reduction; some labels are ignored."""
+    """The ops' arguments from the target to the traced smoothing; some labels are ignored."""
     n, classes = x.shape[:2]
     partner = lam = None
     one_lam = 1.0
@@ -80,7 +80,8 @@ def target_of(
     if weighted:
         compute = torch.promote_types(x.dtype, torch.float32)
         weight = torch.rand(classes, dtype=compute, device=DEVICE) + 0.5
-    return target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction
+    of_target = (target, partner, lam, one_lam)
+    return *of_target, weight, ignore_index, label_smoothing, reduction, None
 
 
 KINDS = ["labels", "pair", "one lam", "probabilities"]
@@ -120,12 +121,15 @@ def signature(
         "gradient_ptr": values,
         **dict.fromkeys("CML", "i32"),
         "ignore_index": "i64",
+        "mean_of": "i32",
         **dict.fromkeys(("one_lam", "hard", "smooth", "share", "soft_share", "inverse_t"), "fp64"),
         ("grad_output_ptr" if backward else "loss_ptr"): compute if backward else "*fp64",
     }
     constants = {
         "LAM_PER_SAMPLE": True,
         "SMOOTHS": spreads,
+        "traced_smoothing_ptr": None,
+        "traced_softness_ptr": None,
         "SUMS": True,
         "GRAD_PER_POSITION": False,
         "SHORT_ROWS": False,

@@ -78,7 +78,7 @@ def check(x, *options):
     truth = reference.cross_entropy(*in_double((x, *options)), True)
     compute = torch.promote_types(x.dtype, FLOAT)
     assert ours[0].dtype == ours[1].dtype == compute
-    size = 10.0 * (x.numel() / x.shape[1] if options[-1] == SUM else 1.0)
+    size = 10.0 * (x.numel() / x.shape[1] if options[-2] == SUM else 1.0)
     assert_close(ours[0], truth[0], x.dtype, size)
     assert_close(ours[1], truth[1], x.dtype, float(truth[1].abs().max()))
     gradient_is(ours[2], truth[2], x)

@@ -33,7 +33,7 @@ struct CrossEntropy {
 
   RK_HD bool has_probabilities() const { return labels.labels == nullptr; }
   // Whether each class counts for something of its own, beside those of the labels.
-  RK_HD bool is_dense() const { return has_probabilities() || labels.smoothing > 0; }
+  RK_HD bool is_dense() const { return has_probabilities() || labels.smooths(); }
 
   __device__ C factor(int64_t position) const {
     return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
@@ -116,9 +116,9 @@ struct DenseTarget {
       : probabilities(a.probabilities ? a.probabilities + first : nullptr),
         probabilities_c(a.probabilities_c ? a.probabilities_c + first : nullptr),
         weight(a.weight),
-        keep(static_cast<C>(1.0 - a.labels.smoothing)),
+        keep(static_cast<C>(1.0 - a.labels.smoothed_by())),
         base(a.has_probabilities()
-                 ? static_cast<C>(a.labels.smoothing / static_cast<double>(a.layout.channels))
+                 ? static_cast<C>(a.labels.smoothed_by() / static_cast<double>(a.layout.channels))
                  : C(1)) {}
 
   // Of class c, element c * stride of the position.
@@ -169,7 +169,7 @@ __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntro
   Position<C> result{};
   if (a.has_probabilities()) {
     const double count = a.reduction == Reduction::mean ? static_cast<double>(a.positions) : 1.0;
-    result.terms = {-1, -1, 0, 0, static_cast<C>(1.0 / count), 0};
+    result.terms = {-1, -1, 0, 0, static_cast<C>(1.0 / count), 0, false};
     result.counts = true;
     return result;
   }

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kDistillationPlaneThreads)
   // At a time, as far as there are: loads that wait for nothing, where registers allow.
   constexpr int kClasses = sizeof(C) == 8 ? 2 : 4;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   for (int64_t p = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; p < a.positions; p += stride) {
     const int64_t start = a.start(p);
@@ -44,14 +45,15 @@ __global__ void __launch_bounds__(kDistillationPlaneThreads)
     const PositionTerms<C> terms = position_terms(a, p);
     DistillationSums<S> sums;
     if (a.forward) {
-      each([&](auto count, int64_t c) { logits_at(count, c).add_to(sums, a, c); });
+      each([&](auto count, int64_t c) {
+        logits_at(count, c).add_to(sums, a, inverse_temperature, c);
+      });
       loss += finish_position(a, p, terms, sums);
     } else {
       sums = read_stats(a, p);
     }
     if (a.gradient == nullptr) continue;
-    const DistillationSlopes<S> slopes(terms, sums, a.divergence_slope,
-                                       static_cast<C>(a.of_labels));
+    const DistillationSlopes<S> slopes(terms, sums, a.factors());
     each([&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
       const auto gradient = logits_at(count, c).gradient(slopes, a, c);
       RK_UNROLL

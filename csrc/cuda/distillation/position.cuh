@@ -9,6 +9,24 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
+// What temperature and alpha make of a loss that is a mean of `mean_of` positions, or of 1: a sum.
+template <typename C>
+struct DistillationFactors {
+  C inverse_temperature;
+  double of_divergence;  // alpha T^2 / mean_of
+  double of_labels;      // 1 - alpha
+  C divergence_slope;    // alpha T / mean_of
+
+  DistillationFactors() = default;
+  RK_HD DistillationFactors(double temperature, double alpha, int64_t mean_of) {
+    const double share = alpha / static_cast<double>(mean_of);
+    inverse_temperature = static_cast<C>(1.0 / temperature);
+    of_divergence = share * temperature * temperature;
+    of_labels = 1.0 - alpha;
+    divergence_slope = static_cast<C>(share * temperature);
+  }
+};
+
 // S and T are the element types of student and teacher.
 template <typename S, typename T>
 struct DistillationArguments {
@@ -21,10 +39,9 @@ struct DistillationArguments {
   int64_t length;  // positions of a sample where classes lie apart, that far; else 1
   LabelOptions labels;
   const C* weight;  // (C,), or null
-  C inverse_temperature;
-  double of_divergence;  // alpha T^2, over the positions where the loss is a mean
-  double of_labels;      // 1 - alpha
-  C divergence_slope;    // alpha T, over the same
+  DistillationFactors<C> known;
+  const double* traced;  // null, or temperature and alpha: `known` is void then
+  int64_t mean_of;
 
   const TargetSums* target_sums;  // or null: no mean, and no weights to smooth over
 
@@ -42,6 +59,10 @@ struct DistillationArguments {
 
   __device__ C grad_output_of(int64_t position) const {
     return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
+  }
+  // A compiler drops what a caller has no use for.
+  __device__ DistillationFactors<C> factors() const {
+    return traced ? DistillationFactors<C>(traced[0], traced[1], mean_of) : known;
   }
   __device__ TargetSums sums() const {
     return target_sums ? *target_sums : TargetSums{{1, 1}, static_cast<double>(labels.classes)};
@@ -122,7 +143,7 @@ struct PositionTerms {
 template <typename S, typename T, typename C = compute_t<S>>
 __device__ __forceinline__ PositionTerms<C> position_terms(const DistillationArguments<S, T>& a,
                                                            int64_t position) {
-  RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
+  if (a.labels.labels) RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
   RK_ASSERT(!a.labels.partner_labels || a.labels.is_valid(a.labels.partner_labels[position]));
   PositionTerms<C> terms;
   const TargetSums sums = a.sums();
@@ -146,13 +167,14 @@ __device__ __forceinline__ double finish_position(const DistillationArguments<S,
   stats[3 * a.positions] = sums.teacher_max;
   stats[4 * a.positions] = sums.teacher_sum;
   const double weights = a.sums().weights;
+  const DistillationFactors<C> factors = a.factors();
   const double of_labels =
       terms.labels.loss({sums.max, sums.sum}, terms.x_a, terms.x_b,
                         sums.smooth - weights * static_cast<double>(sums.max), weights);
   const double kl =
       divergence<C>({sums.teacher_max, sums.teacher_sum}, {sums.max, sums.sum_at_t},
-                    static_cast<double>(sums.z) * static_cast<double>(a.inverse_temperature));
-  const double loss = a.of_divergence * kl + a.of_labels * of_labels;
+                    static_cast<double>(sums.z) * static_cast<double>(factors.inverse_temperature));
+  const double loss = factors.of_divergence * kl + factors.of_labels * of_labels;
   if (a.losses) a.losses[position] = static_cast<C>(loss);
   return loss;
 }
@@ -163,22 +185,27 @@ template <typename S, typename C = compute_t<S>>
 struct DistillationSlopes {
   C max, teacher_max;
   C at_t, teacher, at_1, smooth, ka, kb;
+  C inverse_temperature;
   int64_t a, b;
 
   __device__ DistillationSlopes(const PositionTerms<C>& terms, const DistillationSums<S>& sums,
-                                C divergence_slope, C of_labels)
-      : max(sums.max), teacher_max(sums.teacher_max), a(terms.labels.a), b(terms.labels.b) {
-    const C share = divergence_slope * terms.grad_output;
+                                const DistillationFactors<C>& factors)
+      : max(sums.max),
+        teacher_max(sums.teacher_max),
+        inverse_temperature(factors.inverse_temperature),
+        a(terms.labels.a),
+        b(terms.labels.b) {
+    const C share = factors.divergence_slope * terms.grad_output;
     at_t = share / sums.sum_at_t;
     teacher = share / sums.teacher_sum;
-    const C factor = of_labels * terms.grad_output;
+    const C factor = static_cast<C>(factors.of_labels) * terms.grad_output;
     at_1 = factor * terms.labels.mass / sums.sum;
     smooth = factor * terms.labels.smooth;
     ka = factor * terms.labels.ka;
     kb = factor * terms.labels.kb;
   }
 
-  __device__ C at(C x, C t, C weight, C inverse_temperature) const {
+  __device__ C at(C x, C t, C weight) const {
     const Exponentials<S> of_x(x - max, inverse_temperature);
     const C e = softmax_exponential<S>((t - teacher_max) * inverse_temperature);
     return (at_t * of_x.at_t - teacher * e) + (at_1 * of_x.at_1 - smooth * weight);
@@ -217,9 +244,9 @@ struct DistillationLogits {
   }
 
   __device__ void add_to(DistillationSums<S>& sums, const DistillationArguments<S, T>& a,
-                         int64_t c) const {
-    sums.add(x, teacher, a.inverse_temperature);
-    if (a.labels.smoothing == 0) return;
+                         C inverse_temperature, int64_t c) const {
+    sums.add(x, teacher, inverse_temperature);
+    if (!a.labels.smooths()) return;
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) {
       const C weight = a.weight ? a.weight[c + j] : C(1);
@@ -229,12 +256,11 @@ struct DistillationLogits {
 
   __device__ Vector<S, kCount> gradient(const DistillationSlopes<S>& slopes,
                                         const DistillationArguments<S, T>& a, int64_t c) const {
-    const bool weighs = a.weight && a.labels.smoothing != 0;
+    const bool weighs = a.weight && a.labels.smooths();
     C slope[kCount];
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      slope[j] =
-          slopes.at(x[j], teacher[j], weighs ? a.weight[c + j] : C(1), a.inverse_temperature);
+      slope[j] = slopes.at(x[j], teacher[j], weighs ? a.weight[c + j] : C(1));
     }
     if (slopes.has_label(c, kCount)) {
       RK_UNROLL

@@ -177,8 +177,9 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
   const int row = static_cast<int>(threadIdx.x) / a.threads;
   const int thread = static_cast<int>(threadIdx.x) % a.threads;
   const int rows = static_cast<int>(blockDim.x) / a.threads;
-  const bool smooths = a.labels.smoothing != 0;
+  const bool smooths = a.labels.smooths();
   const int64_t stride = int64_t{gridDim.x} * rows;
+  const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   int turn = 0;
   for (int64_t p = int64_t{blockIdx.x} * rows + row; p < a.positions; p += stride, turn ^= 1) {
@@ -189,14 +190,14 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
 
     DistillationSums<S> sums;
     if (a.forward) {
-      logits.each(thread, a.threads,
-                  [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-                    const auto xs = load_whole<kCount>(logits.x + c);
-                    const auto teachers = load_whole<kCount>(logits.teacher + c);
-                    if (kept.has(c, kCount)) kept.put(c, xs, teachers);
-                    DistillationLogits<S, T, kCount>(xs, teachers).add_to(sums, a, c);
-                  });
-      join(sums, a.threads, a.inverse_temperature, smooths, shared);
+      logits.each(
+          thread, a.threads, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+            const auto xs = load_whole<kCount>(logits.x + c);
+            const auto teachers = load_whole<kCount>(logits.teacher + c);
+            if (kept.has(c, kCount)) kept.put(c, xs, teachers);
+            DistillationLogits<S, T, kCount>(xs, teachers).add_to(sums, a, inverse_temperature, c);
+          });
+      join(sums, a.threads, inverse_temperature, smooths, shared);
       if (thread == 0) loss += finish_position(a, p, terms, sums);
     } else {
       sums = read_stats(a, p);
@@ -204,8 +205,7 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
     }
     if (a.gradient == nullptr) continue;
 
-    const DistillationSlopes<S> slopes(terms, sums, a.divergence_slope,
-                                       static_cast<C>(a.of_labels));
+    const DistillationSlopes<S> slopes(terms, sums, a.factors());
     logits.each(thread, a.threads, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
       const bool has = kept.has(c, kCount);
       const auto xs = has ? kept.template x_at<kCount>(c) : load_whole<kCount>(logits.x + c);

@@ -340,7 +340,7 @@ template <typename C>
 const TargetSums* launch_target_sums(const LabelOptions& options, const C* weight,
                                      int64_t positions, bool is_mean, const LossScratch& scratch,
                                      cudaStream_t stream) {
-  const bool weighs = weight && options.smoothing > 0;
+  const bool weighs = weight && options.smooths();
   const bool needed = options.labels && (is_mean || weighs);
   const int64_t blocks = needed ? target_sums_blocks(positions, weighs ? options.classes : 0) : 0;
   if (blocks != 1) {  // a block of its own sets the other's ticket

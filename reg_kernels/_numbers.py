@@ -1,0 +1,64 @@
+"""Numbers that an argument may be, and those that vary in a program that is being compiled."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """A real number as a float: Python's or numpy's, or a tensor of no dimensions and without a
+    gradient, as torch takes it where a float is wanted. Who is in a hurry skips it for a float."""
+    if isinstance(value, float | torch.SymFloat | torch.SymInt):
+        return value
+    if isinstance(value, Tensor):
+        real = value.dim() == 0 and not (value.requires_grad or value.is_complex())
+    elif torch.compiler.is_compiling():  # which has numpy's scalars for arrays
+        real = not isinstance(value, str)
+    else:  # numpy's bool is no Real, as its other numbers are
+        real = isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
+    if not real:
+        raise TypeError(f"{op}: {argument} must be a number, got {_shown(value)}")
+    return float(value)
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """An integer as an int: Python's or numpy's, or a tensor of one."""
+    if isinstance(value, int | torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{op}: {argument} must be an integer, got {_shown(value)}") from None
+
+
+# A float is a constant of a compiled program, and each new value a recompile; when a second value
+# comes, torch.compile makes an input of the program of it, which a tensor can be made of.
+
+
+def varies(*values: float | None) -> bool:
+    """Whether one of them is an input of the program that is being compiled."""
+    if not torch.compiler.is_compiling():
+        return False
+    is_constant = torch.fx.experimental.symbolic_shapes.has_static_value
+    return not all(value is None or is_constant(value) for value in values)
+
+
+def traced_numbers(device: torch.device, *values: float | None) -> Tensor:
+    """Numbers of a program that is being compiled, as a float64 tensor that an op takes instead of
+    floats; 0 for None."""
+    # Times a tensor, a float that varies can stay one input of the program.
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    return torch.cat([one * (0.0 if value is None else value) for value in values])
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    grad = " that requires grad" if value.requires_grad else ""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"a Tensor of {dtype} and shape {tuple(value.shape)}{grad}"
