@@ -296,30 +296,35 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm
 }
 
 // One thread's share of elements [begin, end) of a chunk's parameters and their average.
-template <int kCount, int kUnits, typename T, typename C>
-__device__ __forceinline__ void average_range(const OptimizerRule<C>& rule, const T* param, C* ema,
-                                              int begin, int end) {
+template <int kCount, int kUnits, typename T>
+__device__ __forceinline__ void average_range(const OptimizerRule<compute_t<T>>& rule,
+                                              const T* param, compute_t<T>* ema, int begin,
+                                              int end) {
+  using C = compute_t<T>;
   constexpr int kStride = kOptimizerThreads * kCount;
+  // Unrolled it spills.
+  RK_NO_UNROLL
   for (int step = begin; step < end; step += kUnits * kStride) {
     const int mine = step + static_cast<int>(threadIdx.x) * kCount;
     Vector<T, kCount> params[kUnits];
-    Vector<C, kCount> emas[kUnits];
     RK_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       const int i = mine + u * kStride;
-      if (i >= end) continue;
-      params[u] = load_whole<kCount>(param + i);
-      emas[u] = load_whole<kCount>(ema + i);
+      if (i < end) params[u] = load_whole<kCount>(param + i);
     }
     RK_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       const int i = mine + u * kStride;
       if (i >= end) continue;
+      C p[kCount];
       RK_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        emas[u].v[j] = ema_element(rule, emas[u].v[j], static_cast<C>(load(params[u].v[j])));
-      }
-      store_whole(ema + i, emas[u]);
+      for (int j = 0; j < kCount; ++j) p[j] = load(params[u].v[j]);
+      // Loaded here and not with the parameters: nvcc 13.0 would store element by element.
+      C* const address = ema + i;
+      auto next = load_whole<kCount>(address);
+      RK_UNROLL
+      for (int j = 0; j < kCount; ++j) next.v[j] = ema_element(rule, next.v[j], p[j]);
+      store_whole(address, next);
     }
   }
 }
@@ -331,16 +336,20 @@ __global__ void __launch_bounds__(kOptimizerThreads)
   using C = compute_t<T>;
   if (a.found_inf && *a.found_inf != 0.0f) return;
   const TableChunk chunk(a.table, blockIdx.x);
-  OptimizerConstants k{};
-  k.ema_rest = 1.0 - a.groups[a.table.at(TableRow::group, chunk.tensor)].ema_decay;
-  const OptimizerRule<C> rule(k, Algorithm::average);
+  RK_SHARED(OptimizerRule<C>, rule);
+  if (threadIdx.x == 0) {
+    OptimizerConstants k{};
+    k.ema_rest = 1.0 - a.groups[a.table.at(TableRow::group, chunk.tensor)].ema_decay;
+    *rule = OptimizerRule<C>(k, Algorithm::average);
+  }
+  __syncthreads();
   const T* param = chunk.address<const T>(TableRow::param);
   C* ema = chunk.address<C>(TableRow::ema);
   if (!ema) return;
   constexpr int kCount = kVector<C>;
   const int whole = optimizer_aligned(chunk) ? chunk.count / kCount * kCount : 0;
-  average_range<kCount, 4>(rule, param, ema, 0, whole);
-  average_range<1, 1>(rule, param, ema, whole, chunk.count);
+  average_range<kCount, 4>(*rule, param, ema, 0, whole);
+  average_range<1, 1>(*rule, param, ema, whole, chunk.count);
 }
 
 // Parameters and gradients of type T, moments of type S.
@@ -350,7 +359,7 @@ void launch_optimizer_step(Algorithm algorithm, const OptimizerStep& step, cudaS
   if (algorithm == Algorithm::average) {
     if (step.chunks == 0) return;
     RK_LAUNCH(optimizer_average_kernel<T>, dim3(static_cast<unsigned>(step.chunks)),
-              dim3(kOptimizerThreads), 0, stream, step);
+              dim3(kOptimizerThreads), sizeof(OptimizerRule<compute_t<T>>), stream, step);
     check_launch("optimizer_step");
     return;
   }
