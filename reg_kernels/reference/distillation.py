@@ -6,8 +6,6 @@ in float32, or in float64 where the input is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -43,8 +41,8 @@ def distillation(
     t = teacher.to(x.dtype)
     soft = (temperature, alpha, traced_softness)
     temperature, of_divergence, _, share = _factors(*soft, x.dtype)
-    options: Any = (partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction)
-    options = (target, *options, traced_smoothing)
+    of_target = (target, partner, lam, one_lam)
+    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
     log_q, log_p = (x / temperature).log_softmax(1), (t / temperature).log_softmax(1)
     p = log_p.exp()
     divergence = (torch.xlogy(p, p) - p * log_q).sum(1)
@@ -55,7 +53,7 @@ def distillation(
             divergence = divergence / positions
     loss = of_divergence * divergence
     if target is not None:
-        loss = loss + share * cross_entropy(x, *options, False)[0]
+        loss = loss + share * cross_entropy(x, *of_target, *options, False)[0]
     largest, largest_t = x.amax(1), t.amax(1)
     above, above_t = x - largest.unsqueeze(1), t - largest_t.unsqueeze(1)
     sums = [(z.exp()).sum(1) for z in (above, above / temperature, above_t / temperature)]
@@ -63,7 +61,7 @@ def distillation(
     gradient = input.new_empty(0)
     if keep_gradient:
         one = torch.ones_like(loss)
-        gradient = distillation_backward(one, input, stats, teacher, *options, *soft)
+        gradient = distillation_backward(one, input, stats, teacher, *of_target, *options, *soft)
     return loss, stats, gradient
 
 
@@ -105,8 +103,11 @@ def distillation_backward(
 
 
 def _factors(
-    temperature: Any, alpha: Any, traced_softness: Tensor | None, dtype: torch.dtype
-) -> list[Any]:
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    traced_softness: Tensor | None,
+    dtype: torch.dtype,
+) -> list[float] | list[Tensor]:
     """T, alpha T^2, alpha T and 1 - alpha: numbers, or tensors of the type that is computed in."""
     if traced_softness is not None:
         temperature, alpha = traced_softness.unbind()

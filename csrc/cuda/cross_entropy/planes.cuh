@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
         all.softmax.sum += softmax_exponential<T>(above_max);
       }
     }
-    const Position<C> target = read_position(a, position, x, length);
+    const Position<C> target = read_position<kDense>(a, position, x, length);
     C dense = 0, mass = 0;
     if constexpr (kDense) dense = all.dense, mass = all.mass;
     losses += finish_position(a, position, target, all.softmax, dense, mass);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     const T* const x = a.x + first;
     const DenseTarget<T> classwise(a.weight);
     const SoftmaxSum<C> softmax{a.stats[position], a.stats[a.positions + position]};
-    const Slope<C> slope(read_position(a, position, x, length), softmax, false, C(0),
+    const Slope<C> slope(read_position<kDense>(a, position, x, length), softmax, false, C(0),
                          a.factor(position));
     RK_NO_UNROLL
     for (int64_t c = begin; c < end; c += kPlaneLoads) {

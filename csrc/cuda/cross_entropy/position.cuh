@@ -160,8 +160,9 @@ struct Position {
   bool counts;          // or all of its labels are ignored
 };
 
-// `x` is the position's class 0, and its classes are `stride` apart.
-template <typename T>
+// `x` is the position's class 0, and its classes are `stride` apart. Without dense targets nothing
+// is smoothed.
+template <bool kDense, typename T>
 __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntropy<T>& a,
                                                                 int64_t position, const T* x,
                                                                 int64_t stride) {
@@ -180,7 +181,8 @@ __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntro
   }
   const TargetSums sums = a.target_sums();
   auto& terms = result.terms;
-  terms = LabelTerms<C>::at(a.labels, sums.labels, a.weight, sums.weights, position);
+  terms =
+      LabelTerms<C>::template at<kDense>(a.labels, sums.labels, a.weight, sums.weights, position);
   if (terms.a >= 0) result.x_a = load(x[terms.a * stride]);
   if (terms.b >= 0) result.x_b = load(x[terms.b * stride]);
   result.counts = !terms.is_nothing();

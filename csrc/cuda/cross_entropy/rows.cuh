@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kShortThreads, kDense ? 1 : 2)
     for (int k = 0; k < kVectors; ++k) {
       if (k * lanes < most) x[k] = row.load(k * lanes + lane);
     }
-    const Position<C> target = read_position(a, position, row.data, 1);
+    const Position<C> target = read_position<kDense>(a, position, row.data, 1);
 
     SoftmaxSum<C> softmax;
     RK_UNROLL
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
     const LogitRow<T> row(a.x + position * classes, classes);
     const DenseTarget<T> classwise(a, position * classes);
     const auto vectors = static_cast<int>(row.vectors());
-    if (thread == 0) shared->target[turn] = read_position(a, position, row.data, 1);
+    if (thread == 0) shared->target[turn] = read_position<kDense>(a, position, row.data, 1);
     ClassSums<T, kDense> mine;
     RK_NO_UNROLL
     for (int vector = thread; vector < vectors; vector += kLongLoads * stride) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     RK_UNROLL
     for (int k = 0; k < kLongLoads; ++k) x[k] = row.load(vector + k * lanes);
     const SoftmaxSum<C> softmax{a.stats[position], a.stats[a.positions + position]};
-    const Slope<C> slope(read_position(a, position, row.data, 1), softmax, false, C(0),
+    const Slope<C> slope(read_position<kDense>(a, position, row.data, 1), softmax, false, C(0),
                          a.factor(position));
     const DenseTarget<T> classwise(a.weight);
     RK_UNROLL

@@ -55,12 +55,14 @@ struct LabelTerms {
   C mass;            // ka + kb + u W
   bool of_no_share;  // whether a label that counts has a share of 0, and there is smoothing
 
-  // `weight` (C,) or null; `weight_sum` is W: C without weights.
+  // `weight` (C,) or null; `weight_sum` is W: C without weights. A kernel for losses without
+  // smoothing has it for a constant, which saves registers.
+  template <bool kSmooths = true>
   static RK_HD LabelTerms at(const LabelOptions& options, const LabelTotals& totals,
                              const C* weight, double weight_sum, int64_t position) {
     const bool pair = options.partner_labels != nullptr;
     const double lam = pair ? options.lam_of(position) : 1.0;
-    const double smoothing = options.smoothed_by();
+    const double smoothing = kSmooths ? options.smoothed_by() : 0.0;
     double shares = 0;
     LabelTerms terms{-1, -1, 0, 0, 0, 0, false};
     const auto add = [&](int64_t label, double share, int64_t& at, C& k) {
