@@ -89,10 +89,10 @@ FORBIDDEN = {
     "reference": {"ops", "triton"} | FACES,
     "triton": {"ops", "reference"} | FACES,
     "ops": FACES,
-    "nn": {"augment", "cli", "cases", "bench", "triton", "reference"},
+    "nn": {"augment", "cli", "convert", "cases", "bench", "triton", "reference"},
     "optim": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
     "augment": {"nn", "optim", "cli", "convert", "cases", "bench", "triton", "reference"},
-    "functional": {"nn", "augment", "cli", "cases", "bench", "triton", "reference"},
+    "functional": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
 }
 
 

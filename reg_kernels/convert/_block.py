@@ -67,7 +67,8 @@ class FusedBlock(Fused):
 def block_class(forward: Forward) -> type[nn.Module]:
     """The class of a module that runs the chains of its forward, whose graph is used up.
 
-    Raises what fx and import raise where there is no such source.
+    Raises ObjNotFoundError or ObjMismatchError, of torch.package, where it calls what no import
+    finds again.
     """
     graph, traced = forward.trace.graph, forward.trace
     called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]

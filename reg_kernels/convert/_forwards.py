@@ -25,7 +25,7 @@ def why_not_touched(module: nn.Module) -> str | None:
 
 
 def why_opaque(module: nn.Module) -> str | None:
-    """Why a module is left as it is, with all that is in it, or None."""
+    """Why a module is left as it is, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is TorchScript's, compiled as it was"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():

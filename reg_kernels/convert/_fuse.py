@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.package.importer import ObjMismatchError, ObjNotFoundError
 
 from ._block import block_class
 from ._chain import DROPOUT
@@ -129,7 +130,7 @@ def _plan_block(
     if reason is None:
         try:
             fusing.classes.append((forward.module, block_class(forward)))
-        except Exception:
+        except (ObjNotFoundError, ObjMismatchError):
             reason = "not fused: it calls what no import finds again"
     if reason is not None:
         conversion.apart.append((forward.name, qualified(type(forward.module)), reason))
@@ -184,6 +185,9 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
     members = {chain.node, *(link.node for link in chain.links)}
     # Of what may take the BatchNorm's place, an nn.Identity gives its input to what follows it.
     own = memory_of(reads[chain.node], layers)
+    shown = any(
+        _is_of(chain.norm, n, layers) for n in forward.trace.graph.nodes if n.op == "get_attr"
+    )
     node, waiting, written_late = chain.node, set(), False
     while node is not chain.links[-1].node:
         if node in reads:
@@ -191,6 +195,8 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
         if node in members:
             written_late |= node is not chain.node and changes_its_input(node, layers)
         else:
+            if shown or _is_of(chain.norm, node, layers):
+                return True  # its statistics are to be those that they were
             touched = set().union(*(memory_of(n, layers) for n in node.all_input_nodes))
             if touched & waiting and changes_its_input(node, layers):
                 return True
@@ -198,3 +204,10 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
                 return True
         node = node.next
     return False
+
+
+def _is_of(norm: nn.Module, node: fx.Node, layers: dict[str, nn.Module]) -> bool:
+    """Whether a node calls a BatchNorm, in another module perhaps, or reads a value of it."""
+    if node.op == "call_module":
+        return any(layer is norm for layer in layers[node.target].modules())
+    return node.op == "get_attr" and layers.get(str(node.target).rpartition(".")[0]) is norm

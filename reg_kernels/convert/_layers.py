@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from .. import backends
@@ -77,7 +78,8 @@ def convert(
         if module in opaque:
             continue
         if (reason := why_opaque(module)) is not None:
-            opaque |= set(module.modules())
+            if isinstance(module, torch.jit.ScriptModule):
+                opaque |= set(module.modules())
             conversion.left.append((name, qualified(cls), f"it {reason}"))
         elif (twin := TWINS.get(cls)) is not None:
             classes.append((module, twin))

@@ -49,10 +49,12 @@ def _in_storage_order(x: Tensor) -> tuple[Tensor, list[int]]:
 
 def _permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
     """y with its dimensions as they were, in the strides of `like` where those are dense."""
-    y = y.permute([order.index(d) for d in range(len(order))])
-    if y.stride() == like.stride() or not torch.ops.aten.is_non_overlapping_and_dense(like):
+    dense = torch.ops.aten.is_non_overlapping_and_dense(like)
+    if order == sorted(order) and (y.stride() == like.stride() or not dense):
         return y
-    # Dimensions of size 1 can have any stride.
+    y = y.permute([order.index(d) for d in range(len(order))])
+    # A tensor of its own, since autograd lets nobody write to a view that an op made. Dimensions of
+    # size 1 can have any stride.
     return torch.empty_strided(y.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
