@@ -14,7 +14,7 @@ from .._layout import is_channels_last as has_channels_last
 from ._registry import is_recorded, unrecorded
 
 
-def as_float(name: str, argument: str, value: Any) -> float:
+def as_float(name: str, argument: str, value: Any, expected: str = "a float") -> float:
     """`value` as torch's own operators take it for a float: a number of Python's or numpy's, or a
     tensor of no dimensions and without a gradient. A caller in a hurry skips it for a float."""
     if isinstance(value, float | torch.SymFloat | torch.SymInt):
@@ -26,7 +26,7 @@ def as_float(name: str, argument: str, value: Any) -> float:
     else:  # numpy's bool is no Real, as its other numbers are
         number = isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
     if not number:
-        raise TypeError(f"{name}: {argument} must be a float, got {_kind(value)}")
+        raise TypeError(f"{name}: {argument} must be {expected}, got {_kind(value)}")
     return float(value)
 
 

@@ -23,6 +23,7 @@ from ._registry import as_tensor, is_recorded, is_transformed, unrecorded, varie
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
+
 def _empty_batch(
     input: Tensor,
     weight: Tensor | None,
@@ -94,7 +95,7 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     if type(momentum) is not float and momentum is not None:
-        momentum = as_float(name, "momentum", momentum)
+        momentum = as_float(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = as_float(name, "eps", eps)
     call = (

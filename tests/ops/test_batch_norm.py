@@ -432,7 +432,10 @@ def test_opcheck(backend, layout, options):
         leaves = [t.clone().requires_grad_(grad) for t in (x, weight, bias)]
         opcheck(
             overload_of("batch_norm", backend),
-            (*leaves, added, mean, var, counter, momentum, 1e-5, activation, 0.1, p, state, False),
+            (
+                *(*leaves, added, [mean, var, counter]),
+                *(momentum, 1e-5, activation, 0.1, p, state, False),
+            ),
         )
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     opcheck(
@@ -440,8 +443,7 @@ def test_opcheck(backend, layout, options):
         (*leaves, added, mean, var, 1e-5, activation, 0.1),
     )
     gate = overload_of("batch_norm", backend)(
-        *(x, weight, bias, added, None, None, None),
-        *(0.1, 1e-5, activation, 0.1, p, state, True),
+        *(x, weight, bias, added, [], 0.1, 1e-5, activation, 0.1, p, state, True),
     )
     _, *statistics, gate = gate
     opcheck(
@@ -450,6 +452,22 @@ def test_opcheck(backend, layout, options):
             *(torch.randn_like(x), x, weight, bias, added, *statistics),
             *(gate if gate.numel() else None, state, True, activation, 0.1, p, True, True, True),
         ),
+    )
+
+
+@on_each
+def test_opcheck_of_the_twins_by_numbers(backend):
+    x, mean, var, weight, bias = arguments((2, 3, 2, 2), torch.contiguous_format)
+    numbers = torch.tensor([0.1, 1e-5, 0.1, P], dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    leaky_relu = NUMBERS["leaky_relu"]
+    opcheck(
+        overload_of("batch_norm_by_numbers", backend),
+        (*leaves, None, [mean, var], 0.0, 0.0, leaky_relu, 0.0, 0.5, rng_state(), False, numbers),
+    )
+    opcheck(
+        overload_of("batch_norm_inference_by_numbers", backend),
+        (*leaves, None, mean, var, 0.0, leaky_relu, 0.0, numbers[1:]),
     )
 
 
