@@ -214,7 +214,7 @@ def batch_norm(
         backend: "native", "triton" or "reference"; by default the first that can run here.
 
     Returns:
-        A tensor like `input`, channels last where that is.
+        A tensor like `input`, channels last where that is or is a part of what is.
 
     Raises:
         ValueError: one value a channel in training, eps not positive in training or negative, one
@@ -285,7 +285,7 @@ def batch_norm_act(
         The others: as `batch_norm`.
 
     Returns:
-        A tensor like `input`, channels last where that is.
+        A tensor like `input`, channels last where that is or is a part of what is.
 
     Raises:
         ValueError: also for an unknown `activation` or `drop` outside [0, 1].

@@ -288,7 +288,8 @@ def test_the_registered_op_of_nothing_has_a_gradient(backend, shape):
     mean, var = torch.zeros_like(w), torch.ones_like(w)
     op = overload_of("batch_norm_inference", backend)
     y = op(x, w, b, r, mean.detach(), var.detach(), 1e-5, NUMBERS["leaky_relu"], 0.01)
-    for tensor, gradient in zip((x, r, w, b), torch.autograd.grad(y.sum(), (x, r, w, b))):
+    leaves = (x, r, w, b)
+    for tensor, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
