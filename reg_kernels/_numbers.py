@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def number(op: str, argument: str, value: Any) -> float:
+def number(op: str, argument: str, value: Any, expected: str = "a number") -> float:
     """A real number as a float: Python's or numpy's, or a tensor of no dimensions and without a
     gradient, as torch takes it where a float is wanted. Who is in a hurry skips it for a float."""
     if isinstance(value, float | torch.SymFloat | torch.SymInt):
@@ -22,7 +22,7 @@ def number(op: str, argument: str, value: Any) -> float:
     else:  # numpy's bool is no Real, as its other numbers are
         real = isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
     if not real:
-        raise TypeError(f"{op}: {argument} must be a number, got {_shown(value)}")
+        raise TypeError(f"{op}: {argument} must be {expected}, got {_shown(value)}")
     return float(value)
 
 

@@ -98,7 +98,7 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     if type(momentum) is not float and momentum is not None:
-        momentum = number(name, "momentum", momentum)
+        momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
     call = (
@@ -217,7 +217,7 @@ def batch_norm(
         backend: "native", "triton" or "reference"; by default the first that can run here.
 
     Returns:
-        A tensor like `input`, channels last where that is.
+        A tensor like `input`, channels last where that is or is a part of what is.
 
     Raises:
         ValueError: one value a channel in training, eps not positive in training or negative, one
@@ -288,7 +288,7 @@ def batch_norm_act(
         The others: as `batch_norm`.
 
     Returns:
-        A tensor like `input`, channels last where that is.
+        A tensor like `input`, channels last where that is or is a part of what is.
 
     Raises:
         ValueError: also for an unknown `activation` or `drop` outside [0, 1].

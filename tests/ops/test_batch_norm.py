@@ -288,8 +288,8 @@ def test_the_registered_op_of_nothing_has_a_gradient(backend, shape):
     mean, var = torch.zeros_like(w), torch.ones_like(w)
     op = overload_of("batch_norm_inference", backend)
     y = op(x, w, b, r, mean.detach(), var.detach(), 1e-5, NUMBERS["leaky_relu"], 0.01)
-    inputs = (x, r, w, b)
-    for tensor, gradient in zip(inputs, torch.autograd.grad(y.sum(), inputs), strict=True):
+    leaves = (x, r, w, b)
+    for tensor, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
@@ -433,7 +433,10 @@ def test_opcheck(backend, layout, options):
         leaves = [t.clone().requires_grad_(grad) for t in (x, weight, bias)]
         opcheck(
             overload_of("batch_norm", backend),
-            (*leaves, added, mean, var, counter, momentum, 1e-5, activation, 0.1, p, state, False),
+            (
+                *(*leaves, added, [mean, var, counter]),
+                *(momentum, 1e-5, activation, 0.1, p, state, False),
+            ),
         )
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     opcheck(
@@ -441,8 +444,7 @@ def test_opcheck(backend, layout, options):
         (*leaves, added, mean, var, 1e-5, activation, 0.1),
     )
     gate = overload_of("batch_norm", backend)(
-        *(x, weight, bias, added, None, None, None),
-        *(0.1, 1e-5, activation, 0.1, p, state, True),
+        *(x, weight, bias, added, [], 0.1, 1e-5, activation, 0.1, p, state, True),
     )
     _, *statistics, gate = gate
     opcheck(
@@ -451,6 +453,22 @@ def test_opcheck(backend, layout, options):
             *(torch.randn_like(x), x, weight, bias, added, *statistics),
             *(gate if gate.numel() else None, state, True, activation, 0.1, p, True, True, True),
         ),
+    )
+
+
+@on_each
+def test_opcheck_of_the_twins_by_numbers(backend):
+    x, mean, var, weight, bias = arguments((2, 3, 2, 2), torch.contiguous_format)
+    numbers = torch.tensor([0.1, 1e-5, 0.1, P], dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    leaky_relu = NUMBERS["leaky_relu"]
+    opcheck(
+        overload_of("batch_norm_by_numbers", backend),
+        (*leaves, None, [mean, var], 0.0, 0.0, leaky_relu, 0.0, 0.5, rng_state(), False, numbers),
+    )
+    opcheck(
+        overload_of("batch_norm_inference_by_numbers", backend),
+        (*leaves, None, mean, var, 0.0, leaky_relu, 0.0, numbers[1:]),
     )
 
 

@@ -440,7 +440,7 @@ def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
     for shape in ((1, 1, m), (m, 1)):  # in planes and in rows
         tracked_mean, tracked_var, counter = torch.zeros(1), torch.ones(1), torch.tensor(0)
         y, *found, _ = torch.ops.reg_kernels.batch_norm(
-            *(x.view(shape), None, None, None, tracked_mean, tracked_var, counter, 1.0, EPS),
+            *(x.view(shape), None, None, None, [tracked_mean, tracked_var, counter], 1.0, EPS),
             *(0, 0.0, 0.0, None, False),
         )
         assert found[0].item() == pytest.approx(mean, rel=1e-12)
