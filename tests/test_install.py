@@ -79,6 +79,10 @@ def test_a_wheel_without_any_compiler(tree, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_without_nvcc_the_cpu_kernels_are_built(tree):
+    # One op of all, since each source is found by its place and the others would take minutes.
+    for source in (tree / "csrc" / "cpu").glob("*.cpp"):
+        if source.name.split(".")[0] not in ("isa", "penalty"):
+            source.unlink()
     # Whether nvcc is there or not, NVCC names one that is not.
     result = build(tree, NVCC="no-such-nvcc", CUDA_HOME="", REG_KERNELS_CUDA="0")
     assert result.returncode == 0, result.stderr
