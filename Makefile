@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test lint build bench bench-peers bench-compare sass-report gpu-report clean
+.PHONY: demo test test-sanitized lint build bench bench-peers bench-compare sass-report gpu-report clean
 
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
@@ -32,6 +32,22 @@ demo: build
 # Two processes, a file each at a time, with a thread each: idle threads must not spin beside them.
 test: lint build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(AT_ONCE) tests
+
+# The native CPU kernels under ASan and UBSan: the op suites and many more hostile calls. A package
+# of its own below build/, which -P keeps the one in this folder from standing before. Python itself
+# leaks, and torch hands memory between its libraries.
+SANITIZED = build/sanitized
+SANITIZED_PY = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_WAIT_POLICY=passive $(PY) -P
+
+test-sanitized: $(READY)
+	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
+	$(SANITIZED_PY) -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
+	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
+	$(SANITIZED_PY) -m pytest -q $(AT_ONCE) tests/ops tests/nn tests/optim \
+		-k "not triton and not reference and not compile and not opcheck"
 
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)

@@ -5,6 +5,8 @@ REG_KERNELS_BUILD      auto (default): the CPU kernels, and CUDA's as below; non
 REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a
                        CUDA build; 1: build them or fail; 0: leave them out.
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
+REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own; whoever
+                       imports them preloads libasan. What `make test-sanitized` tests; no CUDA.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
 
 One extension serves torch 2.11 and later (LibTorch's stable ABI); the CUDA kernels are a shared
@@ -41,6 +43,13 @@ ISA_FLAGS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
+# What either finds ends the process. Of UBSan's checks without those that ASan or the entries make
+# as well, and for this machine's instruction set alone: with all of them the compiler takes an hour.
+SANITIZE_FLAGS = [
+    *("-O1", "-g1", "-fno-omit-frame-pointer", "-march=native", "-DRK_ONE_ISA"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fno-sanitize=null,alignment,object-size,vptr,returns-nonnull-attribute",
+]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -53,6 +62,10 @@ def setting(name, default, allowed):
     if value not in allowed:
         fail(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
+
+
+def is_sanitized():
+    return setting("REG_KERNELS_SANITIZE", "0", ("0", "1")) == "1"
 
 
 def import_torch():
@@ -83,6 +96,8 @@ def find_compiler():
 def find_nvcc(torch):
     """Path of nvcc and None, or None and why the CUDA kernels are left out."""
     wanted = setting("REG_KERNELS_CUDA", "auto", ("auto", "0", "1"))
+    if is_sanitized():
+        return None, "left out by REG_KERNELS_SANITIZE=1"
     if wanted == "0":
         return None, "left out by REG_KERNELS_CUDA=0"
     if wanted == "auto" and torch.version.cuda is None:
@@ -132,6 +147,7 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
     for directory in system:
         flags += ["-isystem", directory]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    sanitize = SANITIZE_FLAGS if is_sanitized() else []
     facts = [
         f'-DRK_COMPILER=\\"{Path(compiler).name}\\"',
         f'-DRK_TORCH_VERSION=\\"{torch.__version__}\\"',
@@ -142,7 +158,7 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
         ninja.variable("builddir", path.parent)
         ninja.rule(
             "cxx",
-            f"{compiler} -MMD -MF $out.d {quoted(CXX_FLAGS + flags)} $flags -c $in -o $out",
+            f"{compiler} -MMD -MF $out.d {quoted(CXX_FLAGS + sanitize + flags)} $flags -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="CXX $out",
@@ -158,10 +174,11 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
         compile_cxx(CSRC / "module.cpp", "module", *facts)
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             compile_cxx(source, f"cpu.{source.stem}")
-            if source.name.endswith(".simd.cpp") and platform.machine() in ("x86_64", "AMD64"):
+            several = platform.machine() in ("x86_64", "AMD64") and not sanitize
+            if source.name.endswith(".simd.cpp") and several:
                 for isa, options in ISA_FLAGS.items():
                     compile_cxx(source, f"cpu.{source.stem}.{isa}", *options, f"-DRK_ISA={isa}")
-        libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *sanitize]
         ninja.build(str(extension), "link", objects, variables={"flags": quoted(libraries)})
 
         if nvcc:
@@ -220,7 +237,8 @@ class Build(build_ext):
         nvcc, cuda_missing = find_nvcc(torch)
         if nvcc is None:
             cuda_library.unlink(missing_ok=True)
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        build = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        build = ROOT / "build" / (build + ("-sanitized" if is_sanitized() else ""))
         build.mkdir(parents=True, exist_ok=True)
         ninja_file = build / "build.ninja"
         write_ninja(ninja_file, torch, compiler, nvcc, extension, cuda_library)

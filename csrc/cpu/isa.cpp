@@ -7,7 +7,7 @@ namespace reg_kernels {
 namespace {
 
 Isa best_isa() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(RK_ONE_ISA)
   // The levels that setup.py's flags name, whole: the compiler may use any part of them.
   if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::avx2;

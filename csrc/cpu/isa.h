@@ -25,7 +25,7 @@ void set_isa(Isa isa);
   result name arguments;                                 \
   }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(RK_ONE_ISA)
 #define RK_DECLARE_LEAF(result, name, arguments)        \
   RK_DECLARE_LEAF_IN(baseline, result, name, arguments) \
   RK_DECLARE_LEAF_IN(avx2, result, name, arguments)     \
