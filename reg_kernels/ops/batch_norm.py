@@ -19,7 +19,7 @@ from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
 from ._arguments import as_float, probability
 from ._batch_norm_checks import activation_number, check_call
-from ._registry import as_tensor, is_recorded, is_transformed, unrecorded, varies
+from ._registry import as_tensor, is_transformed, tracing_state, unrecorded, varies
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
@@ -102,7 +102,7 @@ def _run(
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, num_batches_tracked),
     )
-    recorded = is_recorded()
+    recorded = tracing_state() is not None
     if recorded:
         with unrecorded():
             check_call(*call)
@@ -312,7 +312,8 @@ def batch_norm_act(
             backend=backend,
         )
     name = "batch_norm_act"
-    drop = probability(name, "drop", drop)
+    if type(drop) is not float or not 0.0 <= drop <= 1.0:
+        drop = probability(name, "drop", drop)
     if type(negative_slope) is not float:
         negative_slope = as_float(name, "negative_slope", negative_slope)
     number = activation_number(name, activation)

@@ -32,6 +32,7 @@ from ._registry import (
     is_recorded,
     is_transformed,
     register,
+    tracing_state,
     unrecorded,
 )
 
@@ -177,7 +178,8 @@ _FEATURE_DROPOUT = _register("feature_dropout", reference.feature_dropout)
 
 def _checked(name: str, input: Tensor, p: Any) -> float:
     """p; raises unless a call is given what each needs, whether it draws or not."""
-    p = probability(name, "p", p)
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        p = probability(name, "p", p)
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
     return p
@@ -228,7 +230,8 @@ def _run(
     device = input.device
     if p == 0.0:
         return input
-    if recorded := is_recorded():
+    recorded = tracing_state() is not None
+    if recorded:
         with unrecorded():
             empty = input.numel() == 0
     else:
@@ -262,7 +265,7 @@ def _run(
     if rng_state is None:
         rng_state = _rng.draw_state(device)
     draw = (p, rng_state, element_offset, None)
-    if not is_dense(input) or (inplace and input.is_neg()):
+    if not (input.is_contiguous() or is_dense(input)) or (inplace and input.is_neg()):
         output = _differentiable(overload, input, *draw)
         return input.copy_(output) if inplace else as_torch_returns(output, input)
     if inplace:
