@@ -5,8 +5,8 @@ REG_KERNELS_BUILD      auto (default): the CPU kernels, and CUDA's as below; non
 REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a
                        CUDA build; 1: build them or fail; 0: leave them out.
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
-REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own; whoever
-                       imports them preloads libasan. What `make test-sanitized` tests; no CUDA.
+REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own, and
+                       no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
 
 One extension serves torch 2.11 and later (LibTorch's stable ABI); the CUDA kernels are a shared
@@ -44,7 +44,7 @@ ISA_FLAGS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 # What either finds ends the process. Of UBSan's checks without those that ASan or the entries make
-# as well, and for this machine's instruction set alone: with all of them the compiler takes an hour.
+# as well, and for this machine's instruction set alone: the compiler takes an hour for all of them.
 SANITIZE_FLAGS = [
     *("-O1", "-g1", "-fno-omit-frame-pointer", "-march=native", "-DRK_ONE_ISA"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -158,7 +158,8 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
         ninja.variable("builddir", path.parent)
         ninja.rule(
             "cxx",
-            f"{compiler} -MMD -MF $out.d {quoted(CXX_FLAGS + sanitize + flags)} $flags -c $in -o $out",
+            f"{compiler} -MMD -MF $out.d {quoted([*CXX_FLAGS, *sanitize, *flags])} "
+            "$flags -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="CXX $out",

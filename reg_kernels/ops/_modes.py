@@ -30,7 +30,7 @@ def is_fake() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-_tracing_state = torch._C._get_tracing_state
+tracing_state = torch._C._get_tracing_state  # by itself for the hot paths, to be held to None
 
 
 def is_recorded() -> bool:
@@ -39,14 +39,14 @@ def is_recorded() -> bool:
     It then has to see an op as the dispatcher does: what an autograd Function does inside is not
     for its program, which records gradients anew at each of its runs.
     """
-    return _tracing_state() is not None
+    return tracing_state() is not None
 
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """For what is asked of arguments: torch.jit.trace would make tensors of the sizes it sees, and
     warn of each one that is compared."""
-    state = _tracing_state()
+    state = tracing_state()
     torch._C._set_tracing_state(None)
     try:
         yield

@@ -20,7 +20,7 @@ from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
 from ._arguments import probability
 from ._batch_norm_checks import activation_number, check_call
-from ._modes import is_recorded, is_transformed, unrecorded
+from ._modes import is_transformed, tracing_state, unrecorded
 
 _CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
 
@@ -105,7 +105,7 @@ def _run(
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, num_batches_tracked),
     )
-    recorded = is_recorded()
+    recorded = tracing_state() is not None
     if recorded:
         with unrecorded():
             check_call(*call)
@@ -315,7 +315,8 @@ def batch_norm_act(
             backend=backend,
         )
     name = "batch_norm_act"
-    drop = probability(name, "drop", drop)
+    if type(drop) is not float or not 0.0 <= drop <= 1.0:
+        drop = probability(name, "drop", drop)
     if type(negative_slope) is not float:
         negative_slope = number(name, "negative_slope", negative_slope)
     act = activation_number(name, activation)

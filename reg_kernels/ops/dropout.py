@@ -26,7 +26,7 @@ from .._numbers import integer
 from ..backends import DTYPES
 from ..reference import dropout as reference
 from ._arguments import check_in_place, probability
-from ._modes import below_autograd, is_recorded, is_transformed, unrecorded
+from ._modes import below_autograd, is_transformed, tracing_state, unrecorded
 from ._registry import Op, implementation_of, register
 
 
@@ -171,7 +171,8 @@ _FEATURE_DROPOUT = _register("feature_dropout", reference.feature_dropout)
 
 def _checked(name: str, input: Tensor, p: Any) -> float:
     """p; raises unless a call is given what each needs, whether it draws or not."""
-    p = probability(name, "p", p)
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        p = probability(name, "p", p)
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
     return p
@@ -222,7 +223,8 @@ def _run(
     device = input.device
     if p == 0.0:
         return input
-    if recorded := is_recorded():
+    recorded = tracing_state() is not None
+    if recorded:
         with unrecorded():
             empty = input.numel() == 0
     else:
@@ -256,7 +258,7 @@ def _run(
     if rng_state is None:
         rng_state = _rng.draw_state(device)
     draw = (p, rng_state, element_offset, None)
-    if not is_dense(input) or (inplace and input.is_neg()):
+    if not (input.is_contiguous() or is_dense(input)) or (inplace and input.is_neg()):
         output = _differentiable(overload, input, *draw)
         return input.copy_(output) if inplace else as_torch_returns(output, input)
     if inplace:
@@ -347,7 +349,9 @@ def _feature_dropout(
     if input.dim() < 2 and 0.0 < p < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
     options = (rng_state, element_offset, backend)
-    if is_recorded() and input.dim() >= 2:  # whatever the order is of what a later run brings
+    if (
+        tracing_state() is not None and input.dim() >= 2
+    ):  # whatever the order is of what a later run brings
         with unrecorded():
             channels_last = is_channels_last(input)
         output = _run(_FEATURE_DROPOUT, ordered(input, channels_last), p, False, *options)

@@ -194,8 +194,9 @@ def first_of(change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("algorithm", 2, "algorithm must be 0 or 1, got 2"),
-        ("algorithm", 2**40, "algorithm must be 0 or 1"),
+        ("algorithm", 3, "algorithm must be 0, 1 or 2, got 3"),
+        ("algorithm", 2, "emas must be 2 tensors"),
+        ("algorithm", 2**40, "algorithm must be 0, 1 or 2"),
         ("first_moments", (), "first_moments must be 2 tensors, one for each parameter, got 0"),
         ("second_moments", (), "second_moments must be 2 tensors"),
         ("max_second_moments", [torch.ones(4, 3).double(), torch.ones(5).double()],
@@ -211,7 +212,7 @@ def first_of(change):
         ("flags", [3], "flags must be a decay"),
         ("rounding", 3, "rounding must be 0, 1 or 2"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_step_refuses_and_changes_nothing(backend, name, change, message):
     given = step_arguments(**{name: change})
