@@ -35,18 +35,19 @@ test: lint build
 
 # The native CPU kernels under ASan and UBSan: the op suites and many more hostile calls. A package
 # of its own below build/, which -P keeps the one in this folder from standing before. Python itself
-# leaks, and torch hands memory between its libraries.
+# leaks; libstdc++ comes along since libasan looks for what throws when it is loaded.
 SANITIZED = build/sanitized
-SANITIZED_PY = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" \
+PRELOADED = $(foreach lib,libasan.so libstdc++.so,$$($${CXX:-g++} -print-file-name=$(lib)))
+SANITIZED_PY = LD_PRELOAD="$(PRELOADED)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
-	PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_WAIT_POLICY=passive $(PY) -P
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_WAIT_POLICY=passive $(PY)
 
 test-sanitized: $(READY)
 	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
-	$(SANITIZED_PY) -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
+	$(SANITIZED_PY) -P -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
 	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
-	$(SANITIZED_PY) -m pytest -q $(AT_ONCE) tests/ops tests/nn tests/optim \
+	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) tests/ops tests/nn tests/optim \
 		-k "not triton and not reference and not compile and not opcheck"
 
 lint: $(READY)

@@ -13,7 +13,7 @@ from torch import Tensor
 def number(op: str, argument: str, value: Any, expected: str = "a number") -> float:
     """A real number as a float: Python's or numpy's, or a tensor of no dimensions and without a
     gradient, as torch takes it where a float is wanted. Who is in a hurry skips it for a float."""
-    if isinstance(value, float | torch.SymFloat | torch.SymInt):
+    if type(value) is float or isinstance(value, torch.SymFloat | torch.SymInt):
         return value
     if isinstance(value, Tensor):
         real = value.dim() == 0 and not (value.requires_grad or value.is_complex())
@@ -28,7 +28,7 @@ def number(op: str, argument: str, value: Any, expected: str = "a number") -> fl
 
 def integer(op: str, argument: str, value: Any) -> int:
     """An integer as an int: Python's or numpy's, or a tensor of one."""
-    if isinstance(value, int | torch.SymInt):
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
         return operator.index(value)

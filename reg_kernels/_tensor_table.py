@@ -20,7 +20,10 @@ ROWS = (
     *("compensation", "step", "numel", "element_offset", "group", "first_chunk", "first_work"),
 )
 CHUNK = 8192  # elements of a chunk
-_SEAL_BITS = 23  # of a seal, for what it says: as in csrc/torch/tensor_table.h
+# As in csrc/torch/tensor_table.h: the bits of a seal for what it says.
+_SEAL_BITS = 23
+_SEAL_FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
+_ROW_BITS = {name: 1 << 10 + i for i, name in enumerate(ROWS)}
 _OVERHEAD = 64  # elements that a tensor's own cost weighs as much as
 
 _address = Tensor.data_ptr
@@ -83,15 +86,13 @@ class TensorTable:
 
     def _make_seal(self, dtypes: Sequence[torch.dtype], rows: dict[str, Sequence[int]]) -> int:
         """As csrc/torch/tensor_table.h states it."""
-        groups = max(rows.get("group", ()), default=0) + 1
-        kind = dtype_number(dtypes[0]) | dtype_number(dtypes[-1]) << 2 | min(groups, 63) << 4
+        groups = min(max(rows["group"], default=0) + 1, 63) if "group" in rows else 1
+        kind = dtype_number(dtypes[0]) | dtype_number(dtypes[-1]) << 2 | groups << 4
         for name in rows:
-            kind |= 1 << ROWS.index(name) + 10
-        seal = 0x9E3779B97F4A7C15
-        for word in (self.data.data_ptr(), self.data.numel(), self.count, kind):
-            seal = (seal ^ word) * 0xBF58476D1CE4E5B9 % 2**64
-            seal ^= seal >> 29
-        return seal >> _SEAL_BITS + 1 << _SEAL_BITS | kind
+            kind |= _ROW_BITS[name]
+        data, (a, b, c, d) = self.data, _SEAL_FACTORS
+        mixed = data.data_ptr() * a + data.numel() * b + self.count * c + kind * d
+        return mixed % 2**64 >> _SEAL_BITS + 1 << _SEAL_BITS | kind
 
     def set_row(self, name: str, values: list[int]) -> None:
         """Replaces a row, where its values differ from what is there."""

@@ -21,6 +21,21 @@ COMPUTE = {torch.float64: torch.float64}
 ONLY_OP: str | None = None
 
 
+def _is_plain(value: Any, kind: str) -> bool:
+    """Whether an argument of a type of the schema is handed on as it is."""
+    if kind == "List[Tensor]":
+        return isinstance(value, list) and all(_is_plain(x, "Tensor") for x in value)
+    if isinstance(value, Tensor):
+        odd = value.is_neg() or value.is_conj() or value._is_zerotensor()
+        known = value.dtype in (*FLOATS, *OTHERS[:4])
+        return value.device.type == "cpu" and value.layout == torch.strided and known and not odd
+    if "Tensor" in kind:
+        return value is None and kind != "Tensor"
+    if kind in ("int", "float") and isinstance(value, int) and abs(value) >= 2**63:
+        return False
+    return isinstance(value, int | float | bool | torch.dtype | None)
+
+
 @dataclass
 class HostileCall:
     op: str
@@ -34,28 +49,8 @@ class HostileCall:
     def is_plain(self) -> bool:
         """Whether the arguments reach the implementation as they are."""
         overload = getattr(torch.ops.reg_kernels, self.op).default
-        for value, argument in zip(self.arguments, overload._schema.arguments, strict=True):
-            kind = str(argument.type)
-            if (
-                "Tensor" in kind
-                and not isinstance(value, Tensor)
-                and (value is not None or kind == "Tensor")
-            ):
-                return False
-            if isinstance(value, Tensor) and (
-                value.device.type != "cpu"
-                or value.layout != torch.strided
-                or value.is_neg()
-                or value.is_conj()
-                or value._is_zerotensor()
-                or value.dtype not in (*FLOATS, *OTHERS[:4])
-            ):
-                return False
-            if kind in ("int", "float") and isinstance(value, int) and abs(value) >= 2**63:
-                return False
-            if not isinstance(value, Tensor | int | float | bool | torch.dtype | None):
-                return False
-        return True
+        pairs = zip(self.arguments, overload._schema.arguments, strict=True)
+        return all(_is_plain(value, str(argument.type)) for value, argument in pairs)
 
     def through_hook(self) -> Any:
         """A public function whose saved tensors a hook gives back changed."""
@@ -133,10 +128,10 @@ def _normalised(r: Random) -> tuple[Tensor, list[Any]]:
 
 def _batch_norm(r: Random) -> list[Any]:
     x, rest = _normalised(r)
-    running = [torch.zeros(x.shape[1]), torch.ones(x.shape[1])] if r.random() < 0.7 else [None] * 2
-    count = torch.tensor(r.choice([0, 5, 2**63 - 1]))
+    tracked = [torch.zeros(x.shape[1]), torch.ones(x.shape[1])] if r.random() < 0.7 else []
+    tracked.append(torch.tensor(r.choice([0, 5, 2**63 - 1])))
     p = r.choice([0.0, 0.5])
-    rest += [*running, count, r.choice([None, 0.1]), 1e-5, r.randrange(5), 0.01, p, _state(r)]
+    rest += [tracked, r.choice([None, 0.1]), 1e-5, r.randrange(5), 0.01, p, _state(r)]
     return [x, *rest, r.random() < 0.5]
 
 
@@ -163,18 +158,26 @@ def _batch_norm_backward(r: Random) -> list[Any]:
 
 
 def _targets(r: Random, x: Tensor, of_labels: bool) -> list[Any]:
-    """target, partner, lam, one_lam, weight, ignore_index, smoothing, reduction"""
+    """target, partner, lam, one_lam, weight, ignore_index, smoothing, reduction, and the smoothing
+    as a compiled program may pass it."""
     positions = (x.shape[0], *x.shape[2:])
     compute = COMPUTE.get(x.dtype, torch.float32)
+    traced = torch.full((1,), 0.2, dtype=torch.float64) if r.random() < 0.2 else None
     rest = [_maybe(r, torch.ones(x.shape[1], dtype=compute)), -100, r.choice([0.0, 0.1])]
+    rest += [r.randrange(3), traced]
     if not of_labels:
-        return [x.softmax(1).to(x.dtype), None, None, 1.0, *rest, r.randrange(3)]
+        return [x.softmax(1).to(x.dtype), None, None, 1.0, *rest]
     pair = [torch.zeros(positions, dtype=torch.int64) for _ in range(2)]
     pair[0].fill_(x.shape[1] - 1)
     if r.random() < 0.5:
-        return [pair[0], None, None, 1.0, *rest, r.randrange(3)]
+        return [pair[0], None, None, 1.0, *rest]
     lam = _maybe(r, torch.full(r.choice([(1,), (x.shape[0],)]), 0.3))
-    return [*pair, lam, 0.4, *rest, r.randrange(3)]
+    return [*pair, lam, 0.4, *rest]
+
+
+def _softness(r: Random) -> list[Any]:
+    """temperature, alpha, and the two as a compiled program may pass them."""
+    return [2.0, 0.5, torch.tensor([3.0, 0.25]).double() if r.random() < 0.2 else None]
 
 
 def _saved(x: Tensor, reduction: int, stats: int) -> tuple[Tensor, Tensor]:
@@ -192,20 +195,20 @@ def _cross_entropy(r: Random) -> list[Any]:
 def _cross_entropy_backward(r: Random) -> list[Any]:
     x = _images(r, r.choice(FLOATS))
     targets = _targets(r, x, r.random() < 0.6)
-    grad, stats = _saved(x, targets[-1], 2)
+    grad, stats = _saved(x, targets[-2], 2)
     return [grad, x, stats, *targets]
 
 
 def _distillation(r: Random) -> list[Any]:
     x = _images(r, r.choice(FLOATS))
-    return [x, x.clone(), *_targets(r, x, True), 2.0, 0.5, r.random() < 0.5]
+    return [x, x.clone(), *_targets(r, x, True), *_softness(r), r.random() < 0.5]
 
 
 def _distillation_backward(r: Random) -> list[Any]:
     x = _images(r, r.choice(FLOATS))
     targets = _targets(r, x, True)
-    grad, stats = _saved(x, targets[-1], 5)
-    return [grad, x, stats, x.clone(), *targets, 2.0, 0.5]
+    grad, stats = _saved(x, targets[-2], 5)
+    return [grad, x, stats, x.clone(), *targets, *_softness(r)]
 
 
 def _blend(r: Random, x: Tensor, dtype: torch.dtype) -> list[Any]:
@@ -242,7 +245,7 @@ def _mixup_backward(r: Random) -> list[Any]:
 
 def _lists(r: Random) -> tuple[int, list[Any], list[Any]]:
     """algorithm, what optimizer_step_ has of lists, and what follows them."""
-    algorithm, count = r.randrange(2), r.choice([1, 3])
+    algorithm, count = r.randrange(3), r.choice([1, 3])
     dtype = r.choice(FLOATS)
     moments = r.choice([dtype, torch.float32]) if dtype != torch.float64 else dtype
     shapes = [r.choice([(3, 5), (700,), (0,), ()]) for _ in range(count)]
@@ -253,9 +256,11 @@ def _lists(r: Random) -> tuple[int, list[Any], list[Any]]:
     compute = torch.promote_types(dtype, torch.float32)
     rounding = r.randrange(3)
     lists = [
-        *(each(dtype), each(dtype), [torch.zeros(()) for _ in shapes], each(moments)),
+        each(dtype),
+        each(dtype, algorithm != 2),  # an average alone takes no gradients
+        *([torch.zeros(()) for _ in shapes], each(moments)),
         *(each(moments, algorithm == 0), each(moments, algorithm == 0 and r.random() < 0.3)),
-        *(each(compute, r.random() < 0.3), each(dtype, rounding == 2)),
+        *(each(compute, algorithm == 2 or r.random() < 0.3), each(dtype, rounding == 2)),
         *([0] * count, [0] * count),
     ]
     on_device = r.random() < 0.3

@@ -81,7 +81,8 @@ inline OptimizerKind optimizer_kind(const Call& call, const Tensor& data, const 
   RK_REQUIRE(own || wider || narrower, op, "dtypes",
              "moments like the parameters, float32 for 16 bits, or bfloat16 for float32",
              words(dtypes[0], " and ", dtypes[1]));
-  RK_REQUIRE(kind.rounding != Rounding::stochastic || draws, op, "rng_state",
+  const bool rounds = kind.dtype == DType::float16 || kind.dtype == DType::bfloat16;
+  RK_REQUIRE(kind.rounding != Rounding::stochastic || !rounds || draws, op, "rng_state",
              "given for stochastic rounding", "None");
   if (table.table.count == 0) return kind;
   check_row(call, data, table, TableRow::param);

@@ -15,12 +15,9 @@ namespace reg_kernels {
 constexpr int kSealBits = 23;
 
 inline int64_t table_seal(uint64_t address, uint64_t numbers, uint64_t count, uint64_t kind) {
-  uint64_t hash = 0x9e3779b97f4a7c15;
-  for (const uint64_t word : {address, numbers, count, kind}) {
-    hash = (hash ^ word) * 0xbf58476d1ce4e5b9;
-    hash ^= hash >> 29;
-  }
-  return static_cast<int64_t>(hash >> (kSealBits + 1) << kSealBits | kind);
+  const uint64_t mixed = address * 0x9e3779b97f4a7c15 + numbers * 0xbf58476d1ce4e5b9 +
+                         count * 0x94d049bb133111eb + kind * 0xd6e8feb86659fd93;
+  return static_cast<int64_t>(mixed >> (kSealBits + 1) << kSealBits | kind);
 }
 
 struct SealedTable {

@@ -189,8 +189,6 @@ def _backward(overload: Any, *args: Any) -> tuple[Tensor, ...]:
     """The backward op; where its own gradient is wanted, as an expression of torch's."""
     if wants_gradient(*args[: 1 + _INPUTS]):
         return _backward_by_torch(overload, *args)
-    if args[1].numel() == 0:
-        return tuple(gradient.zero_() for gradient in _fake_backward(*args))
     with below_autograd():
         return overload(*args)
 

@@ -556,7 +556,7 @@ def test_averages_are_needed_where_nothing_else_is_done():
     lists = Lists((3,), torch.float32, algorithm="average")
     if implementations()[0].marks:
         pytest.skip("the native library was not built")
-    with pytest.raises(RuntimeError, match="emas must be 1, got 0"):
+    with pytest.raises(RuntimeError, match="emas must be 1 tensors, one for each parameter, got 0"):
         OP.overloads["native"](*lists.arguments())
 
 
@@ -615,18 +615,26 @@ def test_bad_tables():
         (1, -1, "table must be int64 of 13 rows of -1"),
         (1, 2**63 - 1, "table must be int64 of 13 rows of"),
         (1, 1, "table must be a TensorTable of this process"),
-        (3, 2, "algorithm must be 0 or 1, got 2"),
+        (3, 3, "algorithm must be 0, 1 or 2, got 3"),
+        (3, 2, "table must be one with row 5"),
         (4, [9, 1], "dtype must be the table's, 1, got 9"),
         (4, [1], "dtypes must be the parameters' and the moments'"),
         (4, [1, 3], "dtype must be the table's, 1, got 3"),
         (5, [0.0] * 7, "numbers must be 8 for each of 1 groups, got 7"),
         (6, [3], "flags must be a decay, 0 to 2, and bits up to 16, got 3"),
         (8, 3, "rounding must be 0, 1 or 2, got 3"),
-        (8, 1, "rng_state must be given for stochastic rounding"),
     ):
         arguments = [*good[:place], bad, *good[place + 1 :]]
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+    lists = Lists((3, 5), torch.bfloat16, rounding="stochastic")
+    table = lists.lists.table(lists.grads)
+    *common, _ = lists.common()
+    with pytest.raises(RuntimeError, match="rng_state must be given for stochastic rounding"):
+        op(
+            *(table.data, table.count, table.seal, 0, lists.lists.dtypes(), *common, None),
+            table.scratch,
+        )
 
 
 @native
