@@ -68,7 +68,6 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                                   label_smoothing, reduction, traced_smoothing);
   const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   const bool none = in.reduction == Reduction::none;
-  const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
