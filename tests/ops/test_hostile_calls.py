@@ -44,7 +44,7 @@ def test_hostile_calls_raise_or_return(backend, calls):
 def test_a_call_that_dies_is_named_and_the_others_run():
     code, said = hostile_calls("--backend", "reference", "--calls", 30, "--plant", 7)
     assert code == 1
-    assert "reference --seed 0 --only 7 died: SIGSEGV" in said, said
+    assert "reference --seed 0 --only 7 died: SIG" in said, said  # SEGV, or ABRT by sanitizers
     assert said.endswith("30 calls, 1 wrong\n"), said
 
 
