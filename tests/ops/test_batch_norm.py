@@ -424,6 +424,8 @@ def overload_of(name, backend):
 @layouts
 @pytest.mark.parametrize("options", [(0, False, 0.0), (1, True, P), (3, True, P), (2, True, 0.0)])
 def test_opcheck(backend, layout, options):
+    if backend != "native" and options != (1, True, P):
+        pytest.skip("schema, fake and autograd are the same function in each implementation")
     activation, residual, p = options
     x, mean, var, weight, bias = arguments((2, 3, 2, 2), layout)
     added = torch.randn_like(x) if residual else None

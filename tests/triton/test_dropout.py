@@ -2,7 +2,7 @@
 
 import pytest
 
-from aot import ARCHITECTURES, compile_kernel
+from aot import compile_kernel, targets
 
 pytest.importorskip("triton")
 
@@ -26,8 +26,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "architecture"), targets(DTYPES, ["fp64", "bf16"]))
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_without_spilling(kernel, dtype, on_device, architecture):
