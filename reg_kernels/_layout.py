@@ -31,7 +31,7 @@ def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether an (N, C, ...) tensor is dense with its channels innermost, and not contiguous."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def ordered(x: Tensor, channels_last: bool) -> Tensor:

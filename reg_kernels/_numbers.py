@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dtypes import named
+
 
 def number(op: str, argument: str, value: Any, expected: str = "a number") -> float:
     """A real number as a float: Python's or numpy's, or a tensor of no dimensions and without a
@@ -60,5 +62,4 @@ def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     grad = " that requires grad" if value.requires_grad else ""
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f"a Tensor of {dtype} and shape {tuple(value.shape)}{grad}"
+    return f"a Tensor of {named(value.dtype)} and shape {tuple(value.shape)}{grad}"

@@ -14,6 +14,8 @@ import torch.fx.traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ._dtypes import named
+
 GROUP = 8  # mask elements drawn by one Philox call
 
 # Xored into the seed, so that no two kinds of op share draws. As in philox.h.
@@ -104,7 +106,7 @@ def checked_state(rng_state: Tensor, device: torch.device, op: str) -> Tensor:
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
         raise RuntimeError(
             f"{op}: rng_state must be an int64 tensor of shape (2,), "
-            f"got {str(rng_state.dtype).removeprefix('torch.')} of shape {tuple(rng_state.shape)}"
+            f"got {named(rng_state.dtype)} of shape {tuple(rng_state.shape)}"
         )
     if rng_state.device.type != "cpu" and rng_state.device != device:
         raise RuntimeError(

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from ._dtypes import DTYPES, SUPPORTED, named
+
 NAMES = ("native", "triton", "reference")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _ENVIRONMENT = "REG_KERNELS_BACKEND"
 # By `backend(...)`, for the whole process; a name from the environment is checked when it is used.
@@ -119,8 +120,7 @@ def triton_interpreted() -> bool:
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why implementation `name` cannot run on this device and dtype, or None where it can."""
     if dtype not in DTYPES:
-        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        return f"dtype {str(dtype).removeprefix('torch.')} is none of {supported}"
+        return f"dtype {named(dtype)} is none of {SUPPORTED}"
     if name == "reference":
         return None
     if name == "native":

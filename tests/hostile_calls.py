@@ -25,7 +25,7 @@ import traceback
 import torch
 
 from reg_kernels.ops._modes import below_autograd
-from reg_kernels.ops._op_entries import CHECKS
+from reg_kernels.ops._registry import OPS
 
 import hostile_inputs
 
@@ -58,12 +58,13 @@ def read(result: object) -> None:
 
 
 def refused_by_checks(call: hostile_inputs.HostileCall) -> bool | None:
-    """What _op_entries.py says; None where it is not asked: of what the dispatcher changes."""
-    check = CHECKS.get(call.op)
+    """What the op's check in Python says; None where it is not asked: of what the dispatcher
+    changes."""
+    check = OPS[call.op].check if call.op in OPS else None
     if check is None or not call.is_plain():
         return None
     try:
-        check(call.op, *call.arguments)
+        check(*call.arguments)
     except RuntimeError:
         return True
     return False
@@ -94,7 +95,7 @@ def run(call: hostile_inputs.HostileCall, backend: str) -> str | None:
     if expected is None or call.hook is not None:
         return None
     if expected and not message:
-        return "is refused by _op_entries.py alone"
+        return "is refused by the check in Python alone"
     of_value = backend != "native" or any(words in message for words in OF_VALUES)
     if not expected and f"{call.op}: " in message and not of_value:
         return f"is refused by csrc/ alone: {message}"

@@ -2,7 +2,7 @@
 // kernel touches them: dtypes, sizes, layouts, devices, numbers in range, memory that is there. The
 // public functions have validated their callers' arguments, but an op is also reached by saved
 // programs, by hooks and by compiled code. CPU and CUDA check by the functions of this folder;
-// reg_kernels/ops/_entry.py is their twin for the implementations in Python.
+// reg_kernels/ops/_checks.py is their twin for the implementations in Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -11,8 +11,8 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 from .. import backends
 from .. import functional as F
 from .._twins import twin_of
-from ..ops._arguments import probability
 from ..ops._batch_norm_checks import activation_number
+from ..ops._checks import probability
 from ..ops.batch_norm import SLOPE
 from ._leaf import call_in_graph
 

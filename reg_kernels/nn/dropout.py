@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_unary
 from .. import backends
 from .. import functional as F
 from .._twins import twin_of
-from ..ops._arguments import probability
+from ..ops._checks import probability
 from ._leaf import call_in_graph
 
 

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._activation import NUMBERS
-from ..backends import DTYPES
+from .._dtypes import named
+from ._checks import (
+    Entry,
+    check_device,
+    check_dtype,
+    check_tensor,
+    described,
+    has_layout_of,
+    refuse,
+)
+
+
+class Call(NamedTuple):
+    """What `batch_norm` or `batch_norm_act`, the `name`, was called with."""
+
+    name: str
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: int  # of _activation.NUMBERS
+    slope: float
+    p: float
+    num_batches_tracked: Tensor | None
+    rng_state: Tensor | None
+    backend: str | None
 
 
 def values_a_channel(x: Tensor) -> int:
@@ -30,104 +61,149 @@ def activation_number(name: str, activation: str | None) -> int:
         return NUMBERS[activation]
     except (KeyError, TypeError):
         known = ", ".join(repr(known) for known in NUMBERS)
-        raise ValueError(f"{name}: activation must be one of {known}, got {activation!r}") from None
+        refuse(name, "activation", f"one of {known}", repr(activation), ValueError)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_channel_values(
-    name: str,
-    what: str,
-    values: Tensor | None,
-    shape: torch.Size,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def _check_channel_values(name: str, what: str, values: Tensor | None, input: Tensor) -> None:
     """weight, bias or a running statistic: [C], on the input's device, of a dtype that fits."""
     if values is None:
         return
-    if values.shape != shape:
+    dtype = input.dtype
+    if values.shape != input.shape[1:2]:
         raise RuntimeError(
-            f"{name}: {what} must have shape ({shape[0]},), one value a channel, "
+            f"{name}: {what} must have shape ({input.shape[1]},), one value a channel, "
             f"got {tuple(values.shape)}"
         )
-    if values.device != device:
-        raise RuntimeError(
-            f"{name}: {what} must be on the input's device {device}, got {values.device}"
-        )
+    check_device(name, what, values, input)
     if values.dtype != dtype and not (values.dtype == torch.float32 and dtype.itemsize == 2):
-        allowed = f"{_dtype_name(dtype)} or float32" if dtype.itemsize == 2 else _dtype_name(dtype)
-        raise RuntimeError(
-            f"{name}: {what} must be {allowed} for an input of {_dtype_name(dtype)}, "
-            f"got {_dtype_name(values.dtype)}"
-        )
+        allowed = f"{named(dtype)} or float32" if dtype.itemsize == 2 else named(dtype)
+        refuse(name, what, f"{allowed} for an input of {named(dtype)}", named(values.dtype))
 
 
-def check_call(
-    name: str,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> None:
+def check_call(call: Call) -> None:
     """What every call has to be given. Nothing is written before all of it holds."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    name, input, training = call.name, call.input, call.training
+    check_tensor(name, "input", input)
     if input.dim() < 2:
         raise IndexError(
             f"{name}: input must have at least 2 dimensions, (N, C, ...), got {input.dim()}"
         )
-    if input.dtype not in DTYPES:
-        supported = ", ".join(_dtype_name(d) for d in DTYPES)
-        raise NotImplementedError(
-            f"{name}: input must be one of {supported}, got {_dtype_name(input.dtype)}"
-        )
-    check_eps(name, eps, training)
+    check_dtype(name, "input", input.dtype, NotImplementedError)
+    check_eps(name, call.eps, training)
     if training and input.numel() == input.shape[1] and values_a_channel(input) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel when training, "
             f"got input size {tuple(input.shape)}"
         )
-    if not training and (running_mean is None or running_var is None):
+    statistics = {"running_mean": call.running_mean, "running_var": call.running_var}
+    given = [x is not None for x in statistics.values()]
+    if not training and not all(given):
         raise RuntimeError(f"{name}: running_mean and running_var must be given for evaluation")
-    if (running_mean is None) != (running_var is None):
+    if any(given) and not all(given):
         raise ValueError(f"{name}: running_mean and running_var must be given together or not")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+    counter = call.num_batches_tracked
+    if training and call.momentum is None and any(given) and counter is None:
         raise TypeError(
             f"{name}: momentum must be a float, or None together with num_batches_tracked"
         )
-    like = (input.shape[1:2], input.device, input.dtype)
-    _check_channel_values(name, "running_mean", running_mean, *like)
-    _check_channel_values(name, "running_var", running_var, *like)
-    for statistic, what in ((running_mean, "running_mean"), (running_var, "running_var")):
+    for what, statistic in statistics.items():
+        _check_channel_values(name, what, statistic, input)
         if statistic is not None and statistic.requires_grad:
             raise RuntimeError(f"{name}: {what} must not require grad, it has no gradient")
-    _check_channel_values(name, "weight", weight, *like)
-    _check_channel_values(name, "bias", bias, *like)
-    if residual is not None and not isinstance(residual, Tensor):
-        raise TypeError(f"{name}: residual must be a Tensor or None, got {type(residual).__name__}")
-    if residual is not None and (
-        residual.shape != input.shape
-        or residual.dtype != input.dtype
-        or residual.device != input.device
+    _check_channel_values(name, "weight", call.weight, input)
+    _check_channel_values(name, "bias", call.bias, input)
+    if call.residual is not None:
+        _check_residual(name, call.residual, input)
+    if counter is not None and (counter.numel() != 1 or counter.device != input.device):
+        got = f"shape {tuple(counter.shape)} on {counter.device}"
+        refuse(name, "num_batches_tracked", f"one number on {input.device}", got)
+
+
+def _check_residual(name: str, residual: Any, input: Tensor) -> None:
+    def kind(x: Tensor) -> str:
+        return f"{named(x.dtype)} of shape {tuple(x.shape)} on {x.device}"
+
+    check_tensor(name, "residual", residual, "a Tensor or None")
+    if any(
+        getattr(residual, fact) != getattr(input, fact) for fact in ("shape", "dtype", "device")
     ):
-        raise RuntimeError(
-            f"{name}: residual must be like the input, {_dtype_name(input.dtype)} of shape "
-            f"{tuple(input.shape)} on {input.device}, got {_dtype_name(residual.dtype)} of shape "
-            f"{tuple(residual.shape)} on {residual.device}"
-        )
-    if num_batches_tracked is not None and (
-        num_batches_tracked.numel() != 1 or num_batches_tracked.device != input.device
-    ):
-        raise RuntimeError(
-            f"{name}: num_batches_tracked must be one number on {input.device}, got shape "
-            f"{tuple(num_batches_tracked.shape)} on {num_batches_tracked.device}"
-        )
+        refuse(name, "residual", f"like the input, {kind(input)}", kind(residual))
+
+
+# Entries
+
+_ACTIVATIONS = range(5)
+
+
+def _check_channels(entry: Entry, values: Tensor | None, channels: int, name: str) -> None:
+    if values is None:
+        return
+    if values.numel() != channels or not values.is_contiguous():
+        entry.refuse(name, f"contiguous, one value for each of {channels} channels", values)
+    entry.check_floats(values, name)
+    entry.check_memory(values, name)
+
+
+def _check_like(entry: Entry, x: Tensor, other: Tensor | None, name: str) -> None:
+    if other is None:
+        return
+    if other.dtype != x.dtype or not has_layout_of(x, other):
+        entry.refuse(name, f"like the input, {described(x)}", other)
+    entry.check_memory(other, name)
+
+
+def _check_values(entry: Entry, a: Any, p: float) -> int:
+    """What all three ops read; returns values a channel."""
+    x = a.input
+    entry.check_floats(x, "input")
+    entry.check_channels(x)
+    entry.check_memory(x, "input")
+    _check_like(entry, x, a.residual, "residual")
+    channels = x.shape[1]
+    _check_channels(entry, a.weight, channels, "weight")
+    _check_channels(entry, a.bias, channels, "bias")
+    if a.activation not in _ACTIVATIONS:
+        entry.refuse("activation", "in [0, 4]", a.activation)
+    entry.check_probability(p)
+    return x.numel() // channels if channels else 0
+
+
+def check_training(op: str, a: Any) -> None:
+    entry, tracked = Entry(op, a.input), a.tracked
+    count = _check_values(entry, a, a.p)
+    if count <= 1:
+        entry.refuse("input", "of more than 1 value a channel", f"{count} of them")
+    if len(tracked) > 3:
+        entry.refuse("tracked", "at most 3 tensors", len(tracked))
+    averages, counts = len(tracked) > 1, len(tracked) % 2 == 1
+    if a.momentum is None and averages and not counts:
+        entry.refuse("momentum", "a float, or come with num_batches_tracked", None)
+    if averages:
+        _check_channels(entry, tracked[0], a.input.shape[1], "running_mean")
+        _check_channels(entry, tracked[1], a.input.shape[1], "running_var")
+    if counts:
+        entry.check_vector(tracked[-1], torch.int64, 1, "num_batches_tracked")
+    if a.p > 0.0:
+        if a.rng_state is None:
+            entry.refuse("rng_state", "given where something is dropped", None)
+        entry.check_rng_state(a.rng_state)
+
+
+def check_inference(op: str, a: Any) -> None:
+    entry = Entry(op, a.input)
+    _check_values(entry, a, 0.0)
+    _check_channels(entry, a.running_mean, a.input.shape[1], "running_mean")
+    _check_channels(entry, a.running_var, a.input.shape[1], "running_var")
+
+
+def check_backward(op: str, a: Any) -> None:
+    entry = Entry(op, a.input)
+    count = _check_values(entry, a, a.p)
+    _check_like(entry, a.input, a.grad_output, "grad_output")
+    channels = a.input.shape[1]
+    entry.check_vector(a.mean, torch.float64, channels, "mean")
+    entry.check_vector(a.invstd, torch.float64, channels, "invstd")
+    if a.gate is not None:
+        entry.check_vector(a.gate, torch.uint8, channels * ((count + 7) // 8), "gate")
+    elif a.p > 0.0:
+        entry.refuse("gate", "the forward's, where something was dropped", None)

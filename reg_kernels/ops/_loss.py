@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from .._layout import with_strides
-from .._mixed_target import MixedTarget
-from .._numbers import integer, number, traced_numbers, varies
-from ..backends import DTYPES
-from ._arguments import check_device, in_order, named
-from ._modes import below_autograd, is_batched, is_fake, is_recorded, is_transformed
+from ._loss_checks import NONE, Call, check_values
+from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake, watcher
 from ._registry import Op, define_part, implementation_of, register
-
-NONE = 0  # of the reductions, torch's numbers
+from ._route import wants_gradient, without_functorch
 
 # What every loss op is told of its target, after the target's type; `lam` is for a pair of labels,
 # and where it is None `one_lam` counts for every sample. A compiled program passes a smoothing that
@@ -51,7 +46,7 @@ class _Loss(torch.autograd.Function):
         tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(input, stats, *tensors)
         ctx.args = [None if isinstance(x, Tensor) else x for x in rest]
-        ctx.backward = (backward, implementation_of(overload))
+        ctx.backward = backward.like(overload)
         ctx.strides = input.stride()
         # An output of the op, but of no use to its caller: a backward writes over it.
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
@@ -64,11 +59,10 @@ class _Loss(torch.autograd.Function):
         if grad_loss is None:
             return None, *nothing
         input, stats, *tensors = ctx.saved_tensors
-        backward, implementation = ctx.backward
         if ctx.gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
             gradient = ctx.gradient
             with below_autograd():
-                _multiply(gradient, grad_loss, implementation)
+                _multiply(gradient, grad_loss, implementation_of(ctx.backward))
             ctx.gradient = None  # given away
             return gradient, *nothing
         # What hooks bring back of the saved tensors may lie in another order than the kernels walk.
@@ -79,7 +73,7 @@ class _Loss(torch.autograd.Function):
         ]
         args = [x if t is None else t for x, t in zip(ctx.args, tensors, strict=True)]
         grad_loss = grad_loss.contiguous()
-        return backward.overloads[implementation](grad_loss, input, stats, *args), *nothing
+        return ctx.backward(grad_loss, input, stats, *args), *nothing
 
 
 def _is_one_number(factor: Tensor) -> bool:
@@ -87,8 +81,7 @@ def _is_one_number(factor: Tensor) -> bool:
     return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
 
 
-# As in ops/dropout.py: where torch.func is known to be away, without preparing for it.
-_apply = super(torch.autograd.Function, _Loss).apply
+_apply = without_functorch(_Loss)
 
 
 def _multiply(x: Tensor, factor: Tensor, implementation: str) -> None:
@@ -110,6 +103,7 @@ def register_loss(
     stats: int,
     reference: Callable[..., Any],
     by_torch: Callable[..., Any],
+    check: Callable[[str, Any], None],
 ) -> tuple[Op, Op]:
     """A loss op and its backward.
 
@@ -119,10 +113,11 @@ def register_loss(
         stats: the numbers it keeps for each position.
         reference: the forward in plain PyTorch.
         by_torch: the backward, differentiable.
+        check: of either's arguments, as `register` takes it.
     """
 
     def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        reduction, keep_gradient = args[_REDUCTION[name]], args[-1]
+        reduction, keep_gradient = args[place], args[-1]
         compute = torch.promote_types(input.dtype, torch.float32)
         positions = (input.shape[0], *input.shape[2:])
         return (
@@ -132,13 +127,13 @@ def register_loss(
         )
 
     def above(overload: Any, input: Tensor, *args: Any) -> Any:
-        if input.requires_grad and torch.is_grad_enabled():
+        if wants_gradient(input):
             return _Loss.apply(input, backward, overload, args)
         with below_autograd():
             return overload(input, *args)
 
     def above_backward(overload: Any, grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
-        if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
+        if wants_gradient(grad_output, input):
             return by_torch(grad_output, input, *args)
         with below_autograd():
             return overload(grad_output, input, *args)
@@ -168,6 +163,7 @@ def register_loss(
         reference=forward_by_torch,
         triton=launching(name, 0, forward_by_torch),
         autograd=above,
+        check=check,
     )
     backward = register(
         f"{name}_backward",
@@ -176,215 +172,10 @@ def register_loss(
         reference=backward_by_torch,
         triton=launching(f"{name}_backward", 1, backward_by_torch),
         autograd=above_backward,
+        check=check,
     )
-    _REDUCTION[name] = [a.split()[1] for a in arguments.split(", ")].index("reduction")
+    place = forward.argument_names.index("reduction") - 1
     return forward, backward
-
-
-_REDUCTION: dict[str, int] = {}  # op -> the place of `reduction` among its arguments
-
-
-# Validation
-
-
-class Target(NamedTuple):
-    """A target as the ops take it: TARGET's first four."""
-
-    labels: Tensor | None  # None: no loss of labels
-    partner: Tensor | None
-    lam: Tensor | None
-    one_lam: float
-
-
-class Call(NamedTuple):
-    """What a loss was called with, checked, as the ops take it."""
-
-    input: Tensor  # (N, C, ...)
-    target: Target
-    # weight, ignore_index, smoothing, reduction, traced smoothing
-    options: tuple[Tensor | None, int, float, int, Tensor | None]
-    result: torch.dtype
-    batched: bool
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """TARGET's values."""
-        return (*self.target, *self.options)
-
-
-def checked_call(
-    name: str,
-    input: Tensor,
-    target: Tensor | MixedTarget | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    *,
-    needs_target: bool = True,
-) -> Call:
-    """The call as the ops take it; raises what torch raises for the same mistake.
-
-    What the values of labels and shares are is looked at when the op runs: `run`.
-    """
-    check_logits(name, "input", input)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    ignore_index = integer(name, "ignore_index", ignore_index)
-    label_smoothing = number(name, "label_smoothing", label_smoothing)
-    mixed = isinstance(target, MixedTarget)
-    if mixed:
-        of_target = number(name, "label_smoothing", target.label_smoothing)
-        label_smoothing = _one_smoothing(name, of_target, label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    batched = input.dim() > 1
-    if not batched:
-        input = input.unsqueeze(0)
-    compute = torch.promote_types(input.dtype, torch.float32)
-    device = input.device.type
-    autocasts = device != "meta" and torch.is_autocast_enabled(device)
-    result = compute if autocasts else input.dtype
-    if target is None and not needs_target:
-        checked, weight, label_smoothing = Target(None, None, None, 1.0), None, 0.0
-    elif mixed:
-        checked = _checked_mixed(name, input, target, batched)
-    elif isinstance(target, Tensor):
-        if target.is_floating_point() and target.dim() == input.dim() - (not batched):
-            target = target if batched else target.unsqueeze(0)
-            checked = Target(_checked_probabilities(name, input, target), None, None, 1.0)
-            result = torch.promote_types(result, target.dtype)
-            if ignore_index >= 0:
-                raise RuntimeError(
-                    f"{name}: ignore_index is for class indices, got {ignore_index} with class "
-                    "probabilities"
-                )
-            if target.dtype == torch.float64:
-                input, compute = input.double(), torch.float64
-        else:
-            labels = _checked_labels(name, "target", input, target, batched)
-            checked = Target(labels, None, None, 1.0)
-    else:
-        raise TypeError(
-            f"{name}: target must be a Tensor or a MixedTarget, got {type(target).__name__}"
-        )
-    if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"{name}: weight must be a Tensor, got {type(weight).__name__}")
-        if weight.shape != input.shape[1:2]:
-            raise RuntimeError(
-                f"{name}: weight must have one number for each of the {input.shape[1]} classes, "
-                f"got shape {tuple(weight.shape)}"
-            )
-        check_device(name, "weight", weight, input)
-        weight = weight.to(compute).contiguous()
-    traced = None
-    if varies(label_smoothing):
-        traced, label_smoothing = traced_numbers(input.device, label_smoothing), 0.0
-    options = (weight, ignore_index, label_smoothing, _reduction.get_enum(reduction), traced)
-    input = in_order(input)
-    if checked.labels is not None and checked.labels.is_floating_point():
-        # The kernels walk both in one order.
-        checked = checked._replace(labels=with_strides(checked.labels, input.stride()))
-    return Call(input, checked, options, result, batched)
-
-
-def check_logits(name: str, argument: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        supported = ", ".join(map(named, DTYPES))
-        raise NotImplementedError(
-            f"{name}: {argument} must be one of {supported}, got {named(x.dtype)}"
-        )
-    if x.dim() == 0:
-        raise RuntimeError(f"{name}: {argument} must be (N, C, ...) or (C,), got no dimensions")
-
-
-def _one_smoothing(name: str, targets: float, own: float) -> float:
-    if targets and own and targets != own:
-        raise ValueError(
-            f"{name}: label_smoothing must be given once, by the loss or by the target: "
-            f"got {own} and {targets}"
-        )
-    return targets or own
-
-
-def _checked_labels(name: str, argument: str, input: Tensor, labels: Any, batched: bool) -> Tensor:
-    """Class indices (N, ...) as int64."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(labels).__name__}")
-    check_device(name, argument, labels, input)
-    if labels.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(
-            f"{name}: {argument} must be int64 class indices, or probabilities of the input's "
-            f"shape, got {named(labels.dtype)} of shape {tuple(labels.shape)}"
-        )
-    given = tuple(labels.shape)
-    if not batched and given != (1,):
-        labels = labels.unsqueeze(0)
-    expected = (input.shape[0], *input.shape[2:])
-    if labels.shape != expected:
-        other_batch = given[:1] != expected[:1] and (batched or len(given) == 1)
-        kind = ValueError if other_batch else RuntimeError
-        raise kind(f"{name}: {argument} must have shape {expected if batched else ()}, got {given}")
-    return labels.long().contiguous()
-
-
-def _checked_probabilities(name: str, input: Tensor, target: Tensor) -> Tensor:
-    check_device(name, "target", target, input)
-    if target.shape != input.shape:
-        kind = ValueError if len(target) != len(input) else RuntimeError
-        raise kind(
-            f"{name}: target must have the input's shape, {tuple(input.shape)}, for class "
-            f"probabilities, got {tuple(target.shape)}"
-        )
-    compute = torch.promote_types(input.dtype, torch.float32)
-    if target.dtype not in (input.dtype, compute, torch.float64):
-        target = target.to(compute)
-    return target
-
-
-def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool) -> Target:
-    labels = _checked_labels(name, "labels", input, target.labels, batched)
-    partner = _checked_labels(name, "partner_labels", input, target.partner_labels, batched)
-    lam = target.lam
-    if not isinstance(lam, Tensor):
-        lam = number(name, "lam", lam)
-        if not 0.0 <= lam <= 1.0:
-            raise ValueError(f"{name}: lam must be in [0, 1], got {lam}")
-        if torch.compiler.is_compiling():
-            return Target(labels, partner, traced_numbers(input.device, lam), 1.0)
-        return Target(labels, partner, None, lam)
-    if lam.dtype not in DTYPES:
-        raise TypeError(f"{name}: lam must be of a floating-point type, got {named(lam.dtype)}")
-    check_device(name, "lam", lam, input)
-    if lam.dim() > 1 or lam.numel() not in (1, len(input)):
-        raise ValueError(
-            f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
-            f"got shape {tuple(lam.shape)}"
-        )
-    if lam.requires_grad:
-        raise RuntimeError(f"{name}: lam must not require grad: detach it")
-    return Target(labels, partner, lam.reshape(-1).contiguous(), 1.0)
-
-
-def _check_values(name: str, call: Call) -> None:
-    """Raises what torch raises where a label or a share is out of range."""
-    classes = call.input.shape[1]
-    labels, partner, lam, _ = call.target
-    ignore_index = call.options[1]
-    for each in (labels, partner):
-        if each is None or each.is_floating_point():
-            continue
-        wrong = each[((each < 0) | (each >= classes)) & (each != ignore_index)]
-        if wrong.numel():
-            raise IndexError(
-                f"{name}: labels must be in [0, {classes}), or ignore_index {ignore_index}, "
-                f"got {int(wrong[0])}"
-            )
-    if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"{name}: lam must be in [0, 1], got {lam.tolist()}")
 
 
 def run(
@@ -399,40 +190,34 @@ def run(
     """The loss of a checked call, in its result's type; `first` and `last` are the arguments that
     the op has before and after TARGET."""
     forward, backward = ops
-    input, target = call.input, call.target
+    input, options = call.input, call.options
     args = (*first, *call.arguments, *last)
-    traced = torch.compiler.is_compiling()
-    overload = (forward.traced_overload if traced else forward.overload)(
-        input.device, input.dtype, backend
-    )
-    on_cpu = input.device.type == "cpu" and not traced and not is_fake()
-    weight = call.options[0]
-    wants_more = weight is not None and weight.requires_grad
-    if target.labels is not None:
-        wants_more = wants_more or target.labels.requires_grad
-    by_torch = wants_more or (not traced and (input.numel() == 0 or is_transformed()))
-    if by_torch:
-        if on_cpu and not is_transformed():
-            _check_values(name, call)
+    looks = watcher()
+    overload = forward.overload(input.device, input.dtype, backend, looks)
+    on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
+    wants_more = wants_gradient(options.weight, call.target.labels)
+    if wants_more or (looks is not COMPILE and (input.numel() == 0 or looks is FUNC)):
+        if on_cpu and looks is not FUNC:
+            check_values(name, call)
         loss = reference(input, *args, False)[0]
-    elif traced or is_recorded():
+    elif looks is not None:
         loss = overload(input, *args, False)[0]
     else:
-        wants_gradient = input.requires_grad and torch.is_grad_enabled()
+        wanted = wants_gradient(input)
         # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;
         # nor where each position has a factor of its own.
-        keeps = wants_gradient and call.options[3] != NONE and input.dtype != torch.float16
+        keeps = wanted and options.reduction != NONE and input.dtype != torch.float16
         if on_cpu and implementation_of(overload) != "native":
-            _check_values(name, call)
+            check_values(name, call)
         try:
-            if wants_gradient:
+            if wanted:
                 loss = _apply(input, backward, overload, (*args, keeps))[0]
             else:
                 with below_autograd():
                     loss = overload(input, *args, False)[0]
         except RuntimeError:
             if on_cpu:  # the kernel refused, before it wrote anything: say why
-                _check_values(name, call)
+                check_values(name, call)
             raise
     loss = loss if loss.dtype == call.result else loss.to(call.result)
     return loss if call.batched or loss.dim() == 0 else loss.squeeze(0)

@@ -1,4 +1,4 @@
-"""Who looks at a call beside autograd: torch.func, torch.jit.trace, fake tensors."""
+"""Who looks at a call beside autograd: torch.compile, torch.func, torch.jit.trace, fake tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,27 @@ from torch.autograd import forward_ad
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _func_is_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
+
+
+def watcher() -> str | None:
+    """COMPILE, FUNC or TRACE where that looks at the call, None where it is an eager one.
+
+    torch.func stands for forward-mode differentiation as well. torch.jit.trace has to see an op as
+    the dispatcher does: what an autograd Function does inside is not for its program, which records
+    gradients anew at each of its runs.
+    """
+    if torch.compiler.is_compiling():
+        return COMPILE
+    if _func_is_active() or forward_ad._current_level >= 0:
+        return FUNC
+    return None if _tracing_state() is None else TRACE
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at what is called."""
+    """Whether torch.func looks at a call, torch.compile or not."""
     return _func_is_active() or forward_ad._current_level >= 0
 
 
@@ -30,23 +47,11 @@ def is_fake() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-tracing_state = torch._C._get_tracing_state  # by itself for the hot paths, to be held to None
-
-
-def is_recorded() -> bool:
-    """Whether torch.jit.trace records what is called.
-
-    It then has to see an op as the dispatcher does: what an autograd Function does inside is not
-    for its program, which records gradients anew at each of its runs.
-    """
-    return tracing_state() is not None
-
-
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """For what is asked of arguments: torch.jit.trace would make tensors of the sizes it sees, and
     warn of each one that is compared."""
-    state = tracing_state()
+    state = _tracing_state()
     torch._C._set_tracing_state(None)
     try:
         yield

@@ -8,6 +8,7 @@ implementation it runs, and nothing is chosen behind the dispatcher's back.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from typing import Any
 import torch
 
 from .. import backends
-from ._modes import below_autograd
-from ._op_entries import CHECKS
+from ._modes import COMPILE, below_autograd
 
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
 OPS: dict[str, Op] = {}
+_IMPLEMENTATIONS: dict[Any, str] = {}  # overload -> the implementation that it is
 
 
 @dataclass(frozen=True)
@@ -33,36 +34,53 @@ class Op:
     overloads: dict[str, Any] = field(repr=False)  # implementation name -> torch.ops overload
     fake: Callable[..., Any] = field(repr=False, compare=False)
     autograd: Callable[..., Any] = field(repr=False, compare=False)
+    # Raises RuntimeError where a kernel must not be given these arguments.
+    check: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     _chosen: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def traced_overload(self, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
-        """The overload to call; raises BackendUnavailable where a forced one cannot run."""
-        return self.overloads[backends.choose(self.name, device.type, dtype, backend)]
+    @property
+    def argument_names(self) -> list[str]:
+        return [argument.name for argument in self.overloads["native"]._schema.arguments]
 
-    def overload(self, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
-        """The same for eager calls: what can run stays so, and need not be found out each time."""
+    def overload(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str | None,
+        watcher: str | None = None,
+    ) -> Any:
+        """The overload to call; raises BackendUnavailable where a forced one cannot run."""
+        if watcher is COMPILE:
+            return self.overloads[backends.choose(self.name, device.type, dtype, backend)]
+        # What can run stays so, and need not be found out at each call.
         key = (device, dtype, backends.forced_by() if backend is None else backend)
         overload = self._chosen.get(key)
         if overload is None:
-            overload = self._chosen[key] = self.traced_overload(device, dtype, backend)
+            chosen = backends.choose(self.name, device.type, dtype, backend)
+            overload = self._chosen[key] = self.overloads[chosen]
         return overload
+
+    def like(self, overload: Any) -> Any:
+        """This op's overload of the implementation that another op's overload is."""
+        return self.overloads[_IMPLEMENTATIONS[overload]]
 
 
 def register(
     name: str,
-    arguments: str,
+    schema: str,
     *,
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     triton: str | Callable[..., Any],
     autograd: Callable[..., Any],
     native: Callable[..., Any] | None = None,
+    check: Callable[[str, Any], None] | None = None,
 ) -> Op:
     """Registers an op and its implementations.
 
     Args:
         name: the op's name; its kernels in csrc/ carry the same one.
-        arguments: the schema after the name, as "(Tensor input, float p) -> Tensor".
+        schema: what follows the name, as "(Tensor input, float p) -> Tensor".
         fake: shapes and strides of the result, for compilation.
         reference: the implementation in plain PyTorch.
         triton: "module:function" below reg_kernels.triton, imported at the first call; or what
@@ -71,9 +89,9 @@ def register(
             gradient where one is wanted.
         native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
             it, which `define_part` declares.
-
-    What is not native takes its arguments as _op_entries.py checks them; an op that is not there,
-    of lists, does that itself.
+        check: called as check(name, arguments), the schema's by their names, before what is not
+            native: raises RuntimeError where a kernel must not be given them. An op of lists has
+            none here and checks by itself.
     """
 
     def run_triton(*args: Any) -> Any:
@@ -83,85 +101,100 @@ def register(
         return getattr(importlib.import_module(f"reg_kernels.triton.{module}"), function)(*args)
 
     kernels = {"native": native, "triton": run_triton, "reference": reference}
-    if (check := CHECKS.get(name)) is not None:
-        for backend in ("triton", "reference"):
-            kernels[backend] = functools.partial(_checked, name, check, kernels[backend])
-    OPS[name] = _define(name, arguments, kernels, fake, autograd)
+    by_position = None
+    if check is not None:
+        by_position = _by_position(name, schema, check)
+        for implementation in ("triton", "reference"):
+            kernels[implementation] = functools.partial(
+                _checked, by_position, kernels[implementation]
+            )
+    OPS[name] = _define(name, schema, kernels, fake, autograd, by_position)
     return OPS[name]
+
+
+def _by_position(name: str, schema: str, check: Callable[[str, Any], None]) -> Callable[..., None]:
+    """The check of arguments that come by their places, as the dispatcher hands them on."""
+    arguments = torch._C.parse_schema(f"{name}{schema}").arguments
+    defaults = [a.default_value for a in arguments if a.has_default_value()]
+    named = collections.namedtuple("named", [a.name for a in arguments], defaults=defaults)  # type: ignore[misc]
+    return lambda *args: check(name, named(*args))
+
+
+def _checked(check: Callable[..., None], kernel: Callable[..., Any], *args: Any) -> Any:
+    check(*args)
+    return kernel(*args)
 
 
 def _define(
     name: str,
-    arguments: str,
+    schema: str,
     kernels: dict[str, Callable[..., Any] | None],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
+    check: Callable[..., None] | None = None,
 ) -> Op:
     """An op of these implementations, by their names."""
     overloads = {}
-    for backend, kernel in kernels.items():
-        suffix = "" if backend == "native" else f".{backend}"
+    for implementation, kernel in kernels.items():
+        suffix = "" if implementation == "native" else f".{implementation}"
         qualified = f"{name}{suffix}"
-        _library.define(f"{qualified}{arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"reg_kernels::{qualified}", fake, lib=_library)
-        if backend != "native":
+        if implementation != "native":
             _library.impl(qualified, kernel, "CompositeExplicitAutograd")
         elif kernel is not None:
             for key in ("CPU", "CUDA"):
                 _library.impl(qualified, kernel, key)
         packet = getattr(torch.ops.reg_kernels, name)
         overload = getattr(packet, suffix.removeprefix(".") or "default")
-        overloads[backend] = overload
+        overloads[implementation] = overload
+        _IMPLEMENTATIONS[overload] = implementation
         _library.impl(qualified, _bind(autograd, overload), "Autograd")
-    return Op(name, overloads, fake, autograd)
+    return Op(name, overloads, fake, autograd, check)
 
 
-def twin_by_numbers(op: Op) -> Op:
-    """The op once more as `<name>_by_numbers`, with one more argument, `numbers`: the values of its
-    floats, in their order, and perhaps more behind them. The floats themselves count no longer,
-    but by being None or 0."""
-    schema = op.overloads["native"]._schema
-    kinds = [str(a.type) for a in schema.arguments]
-    floats = [i for i, kind in enumerate(kinds) if kind in ("float", "Optional[float]")]
-    arguments = str(schema).removeprefix(schema.name)
-    inside, returns = arguments.rsplit(" -> ", 1)
+def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
+    return lambda *args: function(overload, *args)
+
+
+def register_by_numbers(op: Op, schema: str, *numbers: str) -> Op:
+    """The op once more as `<name>_by_numbers`, for compiled programs, of which a float would be a
+    constant, and each new value a recompile.
+
+    Its schema has one more argument at the end, `numbers`: a tensor of the values of the arguments
+    that are named here, in their order, and perhaps more behind them. The floats themselves count
+    no longer, but by being None or 0. The op's `autograd` is given it by its name.
+    """
+    names = op.argument_names
+    places = [names.index(number) for number in numbers]
 
     def kernel_of(overload: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            *rest, numbers = args
-            for i, value in zip(floats, numbers.tolist(), strict=False):
-                if rest[i] is not None:
-                    rest[i] = value
+            *given, values = args
+            for place, value in zip(places, values.tolist(), strict=False):
+                if given[place] is not None:
+                    given[place] = value
             with below_autograd():
-                return overload(*rest)
+                return overload(*given)
 
         return run
 
     twin = _define(
         f"{op.name}_by_numbers",
-        f"{inside[:-1]}, Tensor numbers) -> {returns}",
-        {backend: kernel_of(overload) for backend, overload in op.overloads.items()},
+        schema,
+        {implementation: kernel_of(overload) for implementation, overload in op.overloads.items()},
         lambda *args: op.fake(*args[:-1]),
-        op.autograd,
+        lambda overload, *args: op.autograd(overload, *args[:-1], numbers=args[-1]),
     )
     return replace(twin, name=op.name)  # by which the choice of an implementation goes
 
 
 def implementation_of(overload: Any) -> str:
-    """The implementation that an overload is: `register` names them so."""
-    return overload._overloadname.replace("default", "native")
+    """The implementation that an overload is."""
+    return _IMPLEMENTATIONS[overload]
 
 
-def define_part(name: str, arguments: str) -> Any:
+def define_part(name: str, schema: str) -> Any:
     """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
-    _library.define(f"{name}{arguments}")
+    _library.define(f"{name}{schema}")
     return getattr(torch.ops.reg_kernels, name).default
-
-
-def _checked(name: str, check: Callable[..., None], kernel: Callable[..., Any], *args: Any) -> Any:
-    check(name, *args)
-    return kernel(*args)
-
-
-def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
-    return lambda *args: function(overload, *args)

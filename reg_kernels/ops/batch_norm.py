@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _rng
 from .._activation import NONE
@@ -18,130 +18,82 @@ from .._numbers import number, traced_numbers, varies
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
-from ._arguments import probability
-from ._batch_norm_checks import activation_number, check_call
-from ._modes import is_transformed, tracing_state, unrecorded
+from ._batch_norm_checks import Call, activation_number, check_call
+from ._checks import hand_over, probability
+from ._modes import FUNC, TRACE, watcher
+from ._route import untraced, wants_gradient
 
 _CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
+
+_TENSORS = ("input", "running_mean", "running_var", "weight", "bias")  # that may override a call
 
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
 
-def _empty_batch(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _empty_batch(call: Call) -> Tensor:
     """As torch: a batch of no values moves the counter on, not the running statistics, and every
     parameter has a gradient, of zeros."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    output = input.clone()
-    for values, combine in ((weight, torch.mul), (bias, torch.add)):
+    if call.training and call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
+    output = call.input.clone()
+    for values, combine in ((call.weight, torch.mul), (call.bias, torch.add)):
         if values is not None:
             output = combine(output, reference.per_channel(values.to(output.dtype), output))
-    return output if residual is None else output + residual
+    output = output if call.residual is None else output + call.residual
+    return reference.activate(output, call.activation, call.slope)
 
 
-def _by_torch(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    p: float,
-    rng_state: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _by_torch(call: Call) -> Tensor:
     """The same by operations that torch.func and forward mode can transform, unfused."""
-    if momentum is None and num_batches_tracked is not None:
-        momentum = 1.0 / float(num_batches_tracked + 1)
+    momentum, counter = call.momentum, call.num_batches_tracked
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
     y = torch.nn.functional.batch_norm(
-        *(input, running_mean, running_var, weight, bias),
-        *(training, 0.0 if momentum is None else momentum, eps),
+        *(call.input, call.running_mean, call.running_var, call.weight, call.bias),
+        *(call.training, momentum, call.eps),
     )
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if residual is not None:
-        y = y + residual
-    y = reference.activate(y, activation, slope)
-    if p > 0.0:
-        y = y * reference_dropout(torch.ones_like(y), p, rng_state)
+    if call.training and counter is not None:
+        counter.add_(1)
+    if call.residual is not None:
+        y = y + call.residual
+    y = reference.activate(y, call.activation, call.slope)
+    if call.p > 0.0:
+        y = y * reference_dropout(torch.ones_like(y), call.p, call.rng_state)
     return y
 
 
-def _run(
-    name: str,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    slope: float,
-    p: float,
-    num_batches_tracked: Tensor | None,
-    rng_state: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    if type(momentum) is not float and momentum is not None:
-        momentum = number(name, "momentum", momentum, "a float or None")
-    if type(eps) is not float:
-        eps = number(name, "eps", eps)
-    call = (
-        *(name, input, running_mean, running_var, weight, bias, residual),
-        *(training, momentum, eps, num_batches_tracked),
-    )
-    recorded = tracing_state() is not None
-    if recorded:
-        with unrecorded():
-            check_call(*call)
-            empty, channels_last = input.numel() == 0, keeps_channels_last(input)
-    else:
-        check_call(*call)
-        empty = input.numel() == 0
-    device = input.device
-    traced = torch.compiler.is_compiling()
-    if rng_state is not None:
-        rng_state = _rng.checked_state(rng_state, device, name)
-    if not training or p == 0.0:
-        p, rng_state = 0.0, None
-    by_numbers = varies(momentum, eps, slope, p)
+def _rng_state(call: Call, looks: str | None) -> Tensor | None:
+    """The state that a call which drops something draws by."""
+    device = call.input.device
+    if call.rng_state is not None:
+        return call.rng_state
+    if call.p == 1.0:  # nothing to draw
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
+
+
+def _run(call: Call) -> Tensor:
+    name, input, training, device = call.name, call.input, call.training, call.input.device
+    looks = watcher()
+    if call.rng_state is not None:
+        call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, name))
+    by_numbers = varies(call.momentum, call.eps, call.slope, call.p)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
         op = ops.INFERENCE_BY_NUMBERS if by_numbers else ops.INFERENCE
-    overload = (op.traced_overload if traced else op.overload)(device, input.dtype, backend)
-    if empty:
-        output = _empty_batch(input, weight, bias, residual, training, num_batches_tracked)
-        return reference.activate(output, activation, slope)
-    if p > 0.0 and rng_state is None:
-        if p == 1.0:  # nothing to draw
-            rng_state = torch.zeros(2, dtype=torch.int64, device=device)
-        elif traced or recorded or is_transformed():
-            rng_state = _rng.draw_traced_state(device)
-        else:
-            rng_state = _rng.draw_state(device)
-    if not traced and is_transformed():
-        return _by_torch(
-            *(input, running_mean, running_var, weight, bias, residual, training),
-            *(momentum, eps, activation, slope, p, rng_state, num_batches_tracked),
-        )
+    overload = op.overload(device, input.dtype, call.backend, looks)
+    if untraced(input.numel) == 0:
+        return _empty_batch(call)
+    p, rng_state = 0.0, None
+    if training and call.p != 0.0:
+        p, rng_state = call.p, _rng_state(call, looks)
+    if looks is FUNC:
+        return _by_torch(call._replace(p=p, rng_state=rng_state))
 
-    if recorded:  # in this order, whatever the order is of what a later run brings
+    residual = call.residual
+    if looks is TRACE:  # in this order, whatever the order is of what a later run brings
+        channels_last = untraced(keeps_channels_last, input)
         input = ordered(input, channels_last)
         residual = None if residual is None else ordered(residual, channels_last)
     else:
@@ -149,39 +101,56 @@ def _run(
             input = ordered(input, keeps_channels_last(input))
         if residual is not None:
             residual = with_strides(residual, input.stride())
-    weight, bias = (v if v is None else v.contiguous() for v in (weight, bias))
-    numbers: tuple[Tensor, ...] = ()
+    weight, bias = (v if v is None else v.contiguous() for v in (call.weight, call.bias))
+    values = (input, weight, bias, residual)
+    momentum, eps, slope, numbers = call.momentum, call.eps, call.slope, None
     if by_numbers:
         # What is left of them in their places: None, 0 or not.
         varying = (momentum, eps, slope, p) if training else (eps, slope, p)
-        numbers = (traced_numbers(_CPU, *varying),)
+        numbers = traced_numbers(_CPU, *varying)
         momentum = None if momentum is None else 0.0
         eps, slope, p = 1.0, 0.0, 0.5 if p > 0.0 else 0.0
     # The kernels write contiguous statistics and an int64; others are copied there and back.
-    given = [v for v in (running_mean, running_var, num_batches_tracked) if v is not None]
+    moved = (call.running_mean, call.running_var, call.num_batches_tracked)
+    given = [v for v in moved if v is not None]
     tracked = [v.contiguous() for v in given]
+    how: ops.Training | ops.Inference
     if training:
-        if num_batches_tracked is not None and num_batches_tracked.dtype != torch.int64:
+        if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
             tracked[-1] = tracked[-1].to(torch.int64)
-        rest: tuple[Any, ...] = (
-            *(tracked, momentum, eps, activation, slope, p, rng_state, False),
-            *numbers,
-        )
+        how = ops.Training(tracked, momentum, eps, call.activation, slope, p, rng_state)
     else:
-        rest = (*tracked[:2], eps, activation, slope, *numbers)
-    values = (input, weight, bias, residual)
-    if traced or recorded:
-        output = overload(*values, *rest)
-    elif ops.wants_gradient(*values):
-        output = ops.apply(*values, overload, rest)
+        how = ops.Inference(tracked[0], tracked[1], eps, call.activation, slope)
+    if looks is not None:
+        output = overload(*values, *how, *(() if numbers is None else (numbers,)))
+    elif wants_gradient(*values):
+        output = ops.apply(*values, overload, how, numbers)
     else:
-        output = ops.forward(overload, *values, *rest)
+        output = ops.run(overload, values, how, numbers)
     if not training:
         return output
     for own, written in zip(given, tracked, strict=True):
         if written is not own:
             own.copy_(written)
     return output[0]
+
+
+def _checked(
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    training: bool,
+    momentum: Any,
+    eps: Any,
+    *rest: Any,
+) -> Call:
+    """A call of numbers that are floats, and of whatever else one has to be given."""
+    if type(momentum) is not float and momentum is not None:
+        momentum = number(name, "momentum", momentum, "a float or None")
+    if type(eps) is not float:
+        eps = number(name, "eps", eps)
+    call = Call(name, *tensors, training, momentum, eps, *rest)
+    untraced(check_call, call)
+    return call
 
 
 def batch_norm(
@@ -233,22 +202,10 @@ def batch_norm(
     Source: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015, algorithm 1.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return handle_torch_function(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias),
-            *(input, running_mean, running_var),
-            weight=weight,
-            bias=bias,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            num_batches_tracked=num_batches_tracked,
-            backend=backend,
-        )
-    return _run(
-        *("batch_norm", input, running_mean, running_var, weight, bias, None),
-        *(training, momentum, eps, NONE, SLOPE, 0.0, num_batches_tracked, None, backend),
-    )
+        return hand_over(batch_norm, locals(), *_TENSORS)
+    tensors = (input, running_mean, running_var, weight, bias, None)
+    chain = (NONE, SLOPE, 0.0, num_batches_tracked, None, backend)
+    return _run(_checked("batch_norm", tensors, training, momentum, eps, *chain))
 
 
 def batch_norm_act(
@@ -298,29 +255,14 @@ def batch_norm_act(
     Source: as `batch_norm` and `dropout`; the order of the chain is that of K. He et al., "Deep
     residual learning", CVPR 2016, with dropout behind it.
     """
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            batch_norm_act,
-            tensors,
-            *tensors,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            activation=activation,
-            negative_slope=negative_slope,
-            drop=drop,
-            num_batches_tracked=num_batches_tracked,
-            rng_state=rng_state,
-            backend=backend,
-        )
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+        return hand_over(batch_norm_act, locals(), *_TENSORS, "residual")
     name = "batch_norm_act"
     if type(drop) is not float or not 0.0 <= drop <= 1.0:
         drop = probability(name, "drop", drop)
     if type(negative_slope) is not float:
         negative_slope = number(name, "negative_slope", negative_slope)
     act = activation_number(name, activation)
-    return _run(
-        *(name, *tensors, training, momentum, eps, act, negative_slope, drop),
-        *(num_batches_tracked, rng_state, backend),
-    )
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    chain = (act, negative_slope, drop, num_batches_tracked, rng_state, backend)
+    return _run(_checked(name, tensors, training, momentum, eps, *chain))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import _reduction
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
 from .._mixed_target import MixedTarget
 from ..reference import cross_entropy as reference
-from ._loss import TARGET, checked_call, register_loss, run
+from ._checks import hand_over
+from ._loss import TARGET, register_loss, run
+from ._loss_checks import check_entry, checked_call
+
+
+def _check(op: str, arguments: Any) -> None:
+    check_entry(op, arguments, stats=2)
+
 
 _OPS = register_loss(
     "cross_entropy",
@@ -16,6 +25,7 @@ _OPS = register_loss(
     stats=2,
     reference=reference.cross_entropy,
     by_torch=reference.cross_entropy_backward,
+    check=_check,
 )
 
 
@@ -71,19 +81,7 @@ def cross_entropy(
     2018.
     """
     if has_torch_function((input, weight)):
-        return handle_torch_function(
-            cross_entropy,
-            (input, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            backend=backend,
-        )
+        return hand_over(cross_entropy, locals(), "input", "weight")
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     name = "cross_entropy"

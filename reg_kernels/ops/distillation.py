@@ -7,19 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import number, traced_numbers, varies
 from ..reference import distillation as reference
-from ._loss import (
-    TARGET,
-    check_logits,
-    checked_call,
-    register_loss,
-    run,
-)
+from ._checks import check_device, described, hand_over, has_layout_of, probability, refuse
+from ._loss import TARGET, register_loss, run
+from ._loss_checks import check_entry, check_logits, checked_call
+
+
+def _check(op: str, a: Any) -> None:
+    entry = check_entry(op, a, stats=5)
+    if a.traced_softness is not None:
+        entry.check_vector(a.traced_softness, torch.float64, 2, "traced_softness")
+    if a.target is not None and a.target.dtype != torch.int64:
+        entry.refuse("target", "int64 labels", "probabilities")
+    teacher = a.teacher
+    entry.check_floats(teacher, "teacher")
+    both = (teacher.dtype == torch.float64) == (a.input.dtype == torch.float64)
+    if not both or not has_layout_of(a.input, teacher):
+        must = "of the input's shape and strides, and float64 if that is: " + described(a.input)
+        entry.refuse("teacher", must, teacher)
+    entry.check_memory(teacher, "teacher")
+
 
 _OPS = register_loss(
     "distillation",
@@ -28,6 +40,7 @@ _OPS = register_loss(
     stats=5,
     reference=reference.distillation,
     by_torch=reference.distillation_backward,
+    check=_check,
 )
 
 
@@ -36,10 +49,8 @@ def checked_softness(name: str, temperature: Any, alpha: Any) -> tuple[float, fl
     temperature = number(name, "temperature", temperature)
     alpha = number(name, "alpha", alpha)
     if not 0.0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature must be positive and finite, got {temperature}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"{name}: alpha must be in [0, 1], got {alpha}")
-    return temperature, alpha
+        refuse(name, "temperature", "positive and finite", temperature, ValueError)
+    return temperature, probability(name, "alpha", alpha)
 
 
 def distillation_loss(
@@ -85,20 +96,7 @@ def distillation_loss(
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
     """
     if has_torch_function((input, teacher, weight)):
-        return handle_torch_function(
-            distillation_loss,
-            (input, teacher, weight),
-            input,
-            teacher,
-            target,
-            weight=weight,
-            temperature=temperature,
-            alpha=alpha,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            backend=backend,
-        )
+        return hand_over(distillation_loss, locals(), "input", "teacher", "weight")
     name = "distillation_loss"
     temperature, alpha = checked_softness(name, temperature, alpha)
     if target is None and alpha != 1.0:
@@ -117,10 +115,7 @@ def distillation_loss(
             f"{name}: teacher must have the input's shape, {tuple(input.shape)}, "
             f"got {tuple(teacher.shape)}"
         )
-    if teacher.device != input.device:
-        raise RuntimeError(
-            f"{name}: teacher must be on the input's device, {input.device}, got {teacher.device}"
-        )
+    check_device(name, "teacher", teacher, input)
     teacher = teacher.detach() if call.batched else teacher.detach().unsqueeze(0)
     if torch.float64 in (teacher.dtype, call.input.dtype):
         teacher = teacher.to(torch.promote_types(call.input.dtype, torch.float32))

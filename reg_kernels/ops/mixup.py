@@ -14,72 +14,93 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import has_torch_function_unary
 
+from .._dtypes import DTYPES, SUPPORTED, named
+from .._layout import is_channels_last, keeps_channels_last
 from .._numbers import number, traced_numbers, varies
-from ..backends import DTYPES
 from ..reference import mixup as reference
-from ._arguments import (
+from ._checks import (
+    Entry,
     check_device,
+    check_dtype,
+    check_has_no_gradient,
     check_in_place,
-    in_order,
-    is_channels_last,
-    keeps_channels_last,
-    named,
+    check_shares,
+    check_tensor,
+    checked_shares,
+    hand_over,
+    probability,
+    refuse,
 )
-from ._modes import below_autograd, is_fake, is_recorded, is_transformed
-from ._registry import implementation_of, register
+from ._modes import COMPILE, FUNC, TRACE, below_autograd, is_fake, watcher
+from ._registry import register
+from ._route import Linear, in_order, wants_gradient
 
-# In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
-# every sample.
-_BLEND = "Tensor? lam, float one_lam, Tensor? index, Tensor? boxes, Tensor? scale, Tensor? shift"
-
-
-class _Mixup(torch.autograd.Function):
-    """The blend, and as its backward the share of each sample."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, overload: Any, *blend: Any) -> Tensor:
-        with below_autograd():
-            output = overload(input, *blend)
-        _remember(ctx, input, overload, blend)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return _gradient(ctx, grad_output), *[None] * 9
+# Entries
 
 
-class _MixupInPlace(torch.autograd.Function):
-    """The same, written over its input."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, in_place: Any, overload: Any, *blend: Any) -> Tensor:
-        ctx.mark_dirty(input)
-        with below_autograd():
-            in_place(input, *blend)
-        _remember(ctx, input, overload, (*blend, input.dtype, is_channels_last(input)))
-        return input
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return _gradient(ctx, grad_output), *[None] * 8
+def _check_batch(entry: Entry, x: Tensor, name: str) -> None:
+    if x.dim() >= 2:
+        entry.check_channels(x, name)
+    elif x.dim() != 1 or not x.is_contiguous():
+        entry.refuse(name, "a contiguous batch", x)
+    entry.check_memory(x, name)
 
 
-def _remember(ctx: Any, input: Tensor, overload: Any, blend: tuple[Any, ...]) -> None:
-    lam, one_lam, index, boxes, scale, *_ = blend
-    ctx.save_for_backward(lam, index, boxes, scale)
-    backward = _BACKWARD.overloads[implementation_of(overload)]
-    ctx.call = (backward, one_lam, input.dtype, is_channels_last(input))
+def _check_blend(entry: Entry, x: Tensor, a: Any, dtype: torch.dtype, *constants: str) -> None:
+    """The weights of a blend, and of a result of `dtype` the constants that are named."""
+    samples = x.shape[0]
+    if a.lam is not None:
+        entry.check_shares(a.lam, samples)
+    if a.boxes is not None:
+        if x.dim() < 4:
+            entry.refuse("boxes", "None but for images (N, C, ..., H, W)", x)
+        count = 4 if a.boxes.numel() == 4 else 4 * samples
+        entry.check_vector(a.boxes, torch.int64, count, "boxes")
+    compute = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
+    for name in constants:
+        if (values := getattr(a, name)) is not None:
+            entry.check_vector(values, compute, x.shape[1] if x.dim() >= 2 else 1, name)
 
 
-def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    lam, index, boxes, scale = ctx.saved_tensors
-    backward, one_lam, dtype, channels_last = ctx.call
-    receivers = _receivers(index)
-    return backward(
-        in_order(grad_output), lam, one_lam, *receivers, boxes, scale, dtype, channels_last
-    )
+def _check_result(entry: Entry, x: Tensor, a: Any) -> None:
+    if a.dtype not in DTYPES:
+        entry.refuse("dtype", f"one of {SUPPORTED}", a.dtype)
+    if a.channels_last and x.dim() < 2:
+        entry.refuse("channels_last", "false without channels", x)
+
+
+def _check(op: str, a: Any) -> None:
+    entry, x, in_place = Entry(op, a.input), a.input, op.endswith("_")
+    _check_batch(entry, x, "input")
+    if in_place or x.dtype != torch.uint8:
+        entry.check_floats(x, "input")
+    if a.index is not None:
+        entry.check_vector(a.index, torch.int64, x.shape[0], "index")
+    if not in_place:
+        _check_result(entry, x, a)
+    _check_blend(entry, x, a, x.dtype if in_place else a.dtype, "scale", "shift")
+    if in_place:
+        for name in ("lam", "index", "boxes", "scale", "shift"):
+            entry.check_apart(x, getattr(a, name), name)
+
+
+def _check_backward(op: str, a: Any) -> None:
+    entry, x = Entry(op, a.grad_output), a.grad_output
+    _check_batch(entry, x, "grad_output")
+    entry.check_floats(x, "grad_output")
+    samples = x.shape[0]
+    if (a.receivers is None) != (a.starts is None):
+        entry.refuse("receivers and starts", "given together or not", "one of them")
+    if a.receivers is not None:
+        entry.check_vector(a.receivers, torch.int64, samples, "receivers")
+        entry.check_vector(a.starts, torch.int64, samples + 1, "starts")
+    _check_result(entry, x, a)
+    _check_blend(entry, x, a, a.dtype, "scale")
+
+
+# Registration
 
 
 def _receivers(index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -91,110 +112,84 @@ def _receivers(index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return receivers, torch.searchsorted(partners, samples)
 
 
-def _above(overload: Any, input: Tensor, *blend: Any) -> Tensor:
-    if input.requires_grad and torch.is_grad_enabled():
-        return _Mixup.apply(input, overload, *blend)
+def _adjoint(
+    overload: Any,
+    grad_output: Tensor,
+    like: tuple[torch.dtype, bool],
+    strides: Any,
+    lam: Tensor | None,
+    one_lam: float,
+    index: Tensor | None,
+    boxes: Tensor | None,
+    scale: Tensor | None,
+    *shift_and_result: Any,
+) -> Tensor:
+    """The share of each sample."""
+    weights = (lam, one_lam, *_receivers(index), boxes, scale)
+    return _BACKWARD.like(overload)(in_order(grad_output), *weights, *like)
+
+
+def _above_backward(overload: Any, grad_output: Tensor, *rest: Any) -> Tensor:
+    if wants_gradient(grad_output):
+        return reference.mixup_backward(grad_output, *rest)  # can be differentiated again
     with below_autograd():
-        return overload(input, *blend)
+        return overload(grad_output, *rest)
 
 
-def _above_in_place(in_place: Any, input: Tensor, *blend: Any) -> None:
-    if input.requires_grad and torch.is_grad_enabled():
-        fresh = _MIXUP.overloads[implementation_of(in_place)]
-        _MixupInPlace.apply(input, in_place, fresh, *blend)
-        return
-    with below_autograd():
-        in_place(input, *blend)
-    if not input.is_inference():
-        torch.autograd.graph.increment_version(input)
+def _fake(input: Tensor, *rest: Any) -> Tensor:
+    *_, dtype, channels_last = rest
+    return reference.in_format(torch.empty_like(input, dtype=dtype), channels_last)
 
 
-def _above_backward(overload: Any, grad_output: Tensor, *blend: Any) -> Tensor:
-    if grad_output.requires_grad and torch.is_grad_enabled():
-        return reference.mixup_backward(grad_output, *blend)  # can be differentiated again
-    with below_autograd():
-        return overload(grad_output, *blend)
-
-
-def _like(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    return reference.in_format(torch.empty_like(x, dtype=dtype), channels_last)
-
-
-def _fake(input: Tensor, *blend: Any) -> Tensor:
-    return _like(input, *blend[-2:])
-
-
-def _in_place_reference(input: Tensor, *blend: Any) -> None:
-    input.copy_(reference.mixup(input, *blend, input.dtype, False))
-
-
-_MIXUP = register(
+_RESULT = "ScalarType dtype, bool channels_last"
+_MIXUP = Linear(
     "mixup",
-    f"(Tensor input, {_BLEND}, ScalarType dtype, bool channels_last) -> Tensor",
+    # In the op's terms mean and std are a scale and a shift. Where lam is None, one_lam counts for
+    # every sample.
+    "Tensor? lam, float one_lam, Tensor? index, Tensor? boxes, Tensor? scale, Tensor? shift",
+    result=_RESULT,
+    like=lambda input: (input.dtype, is_channels_last(input)),
     fake=_fake,
     reference=reference.mixup,
-    triton="mixup:mixup",
-    autograd=_above,
-)
-_MIXUP_ = register(
-    "mixup_",
-    f"(Tensor(a!) input, {_BLEND}) -> ()",
-    fake=lambda input, *blend: None,
-    reference=_in_place_reference,
-    triton="mixup:mixup_",
-    autograd=_above_in_place,
+    triton="mixup",
+    check=_check,
+    keeps=("lam", "index", "boxes", "scale"),
+    adjoint=_adjoint,
 )
 _BACKWARD = register(
     "mixup_backward",
     "(Tensor grad_output, Tensor? lam, float one_lam, Tensor? receivers, Tensor? starts, "
-    "Tensor? boxes, Tensor? scale, ScalarType dtype, bool channels_last) -> Tensor",
+    f"Tensor? boxes, Tensor? scale, {_RESULT}) -> Tensor",
     fake=_fake,
     reference=reference.mixup_backward,
     triton="mixup:mixup_backward",
     autograd=_above_backward,
+    check=_check_backward,
 )
 
 # Validation
 
 
 def _check_input(name: str, input: Any, dtype: torch.dtype | None) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    check_tensor(name, "input", input)
     if input.dim() == 0:
-        raise ValueError(f"{name}: input must be a batch (N, ...), got no dimensions")
-    if input.dtype not in (*DTYPES, torch.uint8):
-        supported = ", ".join(map(named, DTYPES))
-        raise RuntimeError(
-            f"{name}: input must be one of {supported} or uint8, got {named(input.dtype)}"
-        )
-    if dtype is not None and dtype not in DTYPES:
-        supported = ", ".join(map(named, DTYPES))
-        raise TypeError(f"{name}: dtype must be one of {supported}, got {dtype}")
+        refuse(name, "input", "a batch (N, ...)", "no dimensions", ValueError)
+    check_dtype(name, "input", input.dtype, and_also="uint8")
+    if dtype is not None:
+        check_dtype(name, "dtype", dtype, TypeError)
 
 
 def _checked_lam(name: str, input: Tensor, lam: Any) -> tuple[Tensor | None, float]:
     """`lam` as the op takes it: (N,) or (1,), or a float."""
     if isinstance(lam, Tensor):
-        if not lam.is_floating_point():
-            raise TypeError(f"{name}: lam must be of a floating-point type, got {named(lam.dtype)}")
-        if lam.dim() > 1 or lam.numel() not in (1, len(input)):
-            raise ValueError(
-                f"{name}: lam must be one number, or one for each of the {len(input)} samples, "
-                f"got shape {tuple(lam.shape)}"
-            )
-        if lam.requires_grad:
-            raise RuntimeError(f"{name}: lam must not require grad: detach it")
-        check_device(name, "lam", lam, input)
-        lam = lam if lam.dtype in DTYPES else lam.double()
-        return lam.detach().reshape(-1).contiguous(), 1.0
-    return None, number(name, "lam", lam)
+        return checked_shares(name, lam, input), 1.0
+    return None, probability(name, "lam", lam)
 
 
 def _check_integers(name: str, argument: str, x: Any, input: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {argument} must be a Tensor, got {type(x).__name__}")
+    check_tensor(name, argument, x)
     if x.dtype not in (torch.int64, torch.int32):
-        raise IndexError(f"{name}: {argument} must be int64 or int32, got {named(x.dtype)}")
+        refuse(name, argument, "int64 or int32", named(x.dtype), IndexError)
     check_device(name, argument, x, input)
 
 
@@ -229,23 +224,20 @@ def _check_values(
     name: str, input: Tensor, lam: Tensor | None, index: Tensor | None, boxes: Tensor | None
 ) -> None:
     """What is looked at on the CPU alone: on a GPU the kernels assert it, without a wait."""
-    if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"{name}: lam must be in [0, 1], got {lam.tolist()}")
+    if lam is not None:
+        check_shares(name, lam)
     if index is not None and index.numel():
         least, most = (int(value) for value in index.aminmax())
         if least < 0 or most >= len(index):
             wrong = least if least < 0 else most
-            raise IndexError(f"{name}: index must be in [0, {len(index)}), got {wrong}")
+            refuse(name, "index", f"in [0, {len(index)})", wrong, IndexError)
     if boxes is not None:
         height, width = input.shape[-2:]
         x1, y1, x2, y2 = boxes.unbind(1)
         fits = (x1 >= 0) & (x1 <= x2) & (x2 <= width) & (y1 >= 0) & (y1 <= y2) & (y2 <= height)
         if not bool(fits.all()):
-            wrong = boxes[~fits][0].tolist()
-            raise ValueError(
-                f"{name}: boxes must be (x1, y1, x2, y2) with 0 <= x1 <= x2 <= {width} and "
-                f"0 <= y1 <= y2 <= {height}, got {wrong}"
-            )
+            must = f"(x1, y1, x2, y2) with 0 <= x1 <= x2 <= {width} and 0 <= y1 <= y2 <= {height}"
+            refuse(name, "boxes", must, boxes[~fits][0].tolist(), ValueError)
 
 
 def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> Any:
@@ -257,18 +249,14 @@ def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> A
         values = values.tolist()
     if isinstance(values, Tensor):
         shape = tuple(values.shape)
-        if values.requires_grad:
-            raise RuntimeError(f"{name}: {argument} must not require grad: detach it")
+        check_has_no_gradient(name, argument, values)
     elif isinstance(values, numbers.Real):
         values, shape = (number(name, argument, values),) * max(channels, 1), ()
     elif isinstance(values, Sequence) and not isinstance(values, str):
         values = tuple(number(name, argument, value) for value in values)
         shape = (len(values),)
     else:
-        raise TypeError(
-            f"{name}: {argument} must be a number, a sequence or a Tensor, "
-            f"got {type(values).__name__}"
-        )
+        check_tensor(name, argument, values, "a number, a sequence or a Tensor")
     if channels == 0 or shape not in ((), (1,), (channels,)):
         raise ValueError(
             f"{name}: {argument} must be one number for each of the {channels} channels, "
@@ -353,13 +341,11 @@ def blend(
         output = blend(name, images, *rest)
         return input if inplace else output.squeeze(1)
     lam, one_lam = _checked_lam(name, input, lam)
-    if lam is None and not 0.0 <= one_lam <= 1.0:
-        raise ValueError(f"{name}: lam must be in [0, 1], got {one_lam}")
     index = _checked_index(name, input, index)
     boxes = _checked_boxes(name, input, boxes)
-    traced = torch.compiler.is_compiling()
-    looks = input.device.type == "cpu" and not traced and not is_fake()
-    if looks and not is_transformed():
+    looks = watcher()
+    on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
+    if on_cpu and looks is not FUNC:
         _check_values(name, input, lam, index, boxes)
     if dtype is None:
         dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
@@ -374,27 +360,27 @@ def blend(
             )
         if channels_last != keeps_channels_last(input):
             raise RuntimeError(f"{name}: inplace cannot change the memory format")
-        if looks:
+        if on_cpu:
             _check_permutation(name, index)
         check_in_place(name, input)
-    if traced and lam is None:
+    if looks is COMPILE and lam is None:
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
-    choice = (input.device, dtype, backend)
-    overload = (_MIXUP.traced_overload if traced else _MIXUP.overload)(*choice)
+    choice = (input.device, dtype, backend, looks)
     weights = (lam, one_lam, index, boxes, scale, shift)
-    if is_transformed() and not traced:
+    if looks is FUNC:
+        _MIXUP.fresh.overload(*choice)  # raises where it is forced and cannot run
         output = reference.mixup(input, *weights, dtype, channels_last)
         return input.copy_(output) if inplace else output
     x = in_order(input)
-    if inplace and x is input and not traced:
-        in_place = _MIXUP_.overload(*choice)
-        if is_recorded():
-            in_place(input, *weights)
-            return input
+    if inplace and x is input and looks is not COMPILE:
+        in_place = _MIXUP.in_place.overload(*choice)
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        _above_in_place(in_place, input, *weights)
+        if looks is TRACE:
+            in_place(input, *weights)
+        else:
+            _MIXUP.write_over(in_place, input, *weights)
         return input
-    output = overload(x, *weights, dtype, channels_last)
+    output = _MIXUP.fresh.overload(*choice)(x, *weights, dtype, channels_last)
     return input.copy_(output) if inplace else output
 
 
@@ -460,19 +446,7 @@ def mixup(
     Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            mixup,
-            (input,),
-            input,
-            lam,
-            index,
-            mean=mean,
-            std=std,
-            dtype=dtype,
-            memory_format=memory_format,
-            inplace=inplace,
-            backend=backend,
-        )
+        return hand_over(mixup, locals(), "input")
     normalisation = (mean, std, dtype, memory_format, inplace, backend)
     return blend("mixup", input, lam, None, index, *normalisation)
 
@@ -510,19 +484,7 @@ def cutmix(
     localizable features", ICCV 2019.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            cutmix,
-            (input,),
-            input,
-            boxes,
-            index,
-            mean=mean,
-            std=std,
-            dtype=dtype,
-            memory_format=memory_format,
-            inplace=inplace,
-            backend=backend,
-        )
+        return hand_over(cutmix, locals(), "input")
     if boxes is None:
         raise TypeError("cutmix: boxes must be a Tensor, got None")
     normalisation = (mean, std, dtype, memory_format, inplace, backend)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._dtypes import named
 from .._layout import is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..reference import optimizer_step as reference
-from ._arguments import named
-from ._entry import Call, described, has_layout_of
+from ._checks import Entry, described, has_layout_of
 from ._modes import below_autograd
 from ._registry import define_part, register
 
@@ -123,7 +123,7 @@ class StepLists:
     def check(self, algorithm: int, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
         """Raises RuntimeError where a kernel would read or write past what is there."""
         first, count = self.params[0], len(self.params)
-        call = Call("optimizer_step_", first)
+        call = Entry("optimizer_step_", first)
         if algorithm not in range(len(ALGORITHMS)):
             call.refuse("algorithm", "0, 1 or 2", algorithm)
         call.check_floats(first, "params")
@@ -152,7 +152,7 @@ class StepLists:
                 call.check_memory(x, f"{name}[{i}]")
         self._check_common(call, common)
 
-    def _check_common(self, call: Call, common: Sequence[Any]) -> None:
+    def _check_common(self, call: Entry, common: Sequence[Any]) -> None:
         numbers, flags, rates, rounding, squares, _, grad_scale, found_inf, rng_state = common
         count, groups = len(self.params), len(flags)
         if groups > MOST_GROUPS or len(numbers) != groups * len(Hyperparameters._fields[:8]):

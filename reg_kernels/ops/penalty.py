@@ -14,9 +14,9 @@ from .._layout import is_dense
 from .._tensor_table import TensorTable, addresses, dtype_number
 from ..backends import DTYPES
 from ..reference import penalty as reference
-from ._entry import Call
+from ._checks import Entry
 from ._modes import below_autograd, is_batched, is_transformed
-from ._registry import define_part, implementation_of, register
+from ._registry import define_part, register
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
 _sum_table = define_part(
@@ -73,15 +73,15 @@ def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | Non
     if not tensors:
         raise RuntimeError(f"{op}: tensors must be at least one, got none")
     if power not in (1, 2):
-        Call(op, tensors[0]).refuse("power", "1 or 2", power)
+        Entry(op, tensors[0]).refuse("power", "1 or 2", power)
     for i, x in enumerate(tensors):
-        call = Call(op, x)
+        call = Entry(op, x)
         call.check_floats(x, f"tensors[{i}]")
         call.check_memory(x, f"tensors[{i}]")
     if grad_output is not None:
         if grad_output.numel() != 1:
-            Call(op, grad_output).refuse("grad_output", "one number", grad_output)
-        Call(op, grad_output).check_memory(grad_output, "grad_output")
+            Entry(op, grad_output).refuse("grad_output", "one number", grad_output)
+        Entry(op, grad_output).check_memory(grad_output, "grad_output")
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class _Penalty(torch.autograd.Function):
         with below_autograd():
             output = overload(list(tensors), power)
         ctx.save_for_backward(*tensors)
-        ctx.call = (_BACKWARD.overloads[implementation_of(overload)], power)
+        ctx.call = (_BACKWARD.like(overload), power)
         return output
 
     @staticmethod

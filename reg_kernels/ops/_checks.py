@@ -1,0 +1,240 @@
+"""What arguments have to be: each check, and each message, once.
+
+The first half is for the public functions, which raise what torch raises for the same mistake. The
+second half is for an op's entry: an op is also reached by saved programs, by hooks and by compiled
+code, so what memory safety rests on is checked again, as RuntimeErrors. It is the twin, for the
+implementations in Python, of csrc/torch/checks.h, by which the native ones check:
+tests/ops/test_hostile_calls.py holds the two to refuse the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from .._dtypes import DTYPES, SUPPORTED, named
+from .._layout import is_channels_last
+from .._numbers import number
+
+_DTYPES = frozenset(DTYPES)
+
+
+def refuse(
+    op: str, argument: str, must: str, got: Any, kind: type[Exception] = RuntimeError
+) -> NoReturn:
+    """Raises what every refused call says: op, argument, what it must be, what it is."""
+    raise kind(f"{op}: {argument} must be {must}, got {got}")
+
+
+def hand_over(function: Callable[..., Any], arguments: dict[str, Any], *tensors: str) -> Any:
+    """Gives a call to what overrides it: a subclass's __torch_function__, a tracer's proxy.
+
+    `arguments` are the function's own locals() before it has made others. Those that `tensors`
+    names may override it; the first argument goes by its place, the others by their names.
+    """
+    first, *rest = arguments
+    named_ones = {name: arguments[name] for name in rest}
+    relevant = tuple(arguments[name] for name in tensors)
+    return handle_torch_function(function, relevant, arguments[first], **named_ones)
+
+
+def check_tensor(op: str, argument: str, x: Any, expected: str = "a Tensor") -> None:
+    if not isinstance(x, Tensor):
+        refuse(op, argument, expected, type(x).__name__, TypeError)
+
+
+def check_dtype(
+    op: str,
+    argument: str,
+    dtype: torch.dtype,
+    kind: type[Exception] = RuntimeError,
+    and_also: str = "",
+    where: str = "",
+) -> None:
+    """Raises unless it is one of the kernels' types, or the one that `and_also` names."""
+    if dtype not in _DTYPES and named(dtype) != and_also:
+        also = f" or {and_also}" if and_also else ""
+        refuse(op, argument, f"one of {SUPPORTED}{also}", f"{named(dtype)}{where}", kind)
+
+
+def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
+    """Raises unless x is where the input is."""
+    if x.device != input.device:
+        refuse(op, argument, f"on the input's device, {input.device}", x.device)
+
+
+def check_has_no_gradient(op: str, argument: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise RuntimeError(f"{op}: {argument} must not require grad: detach it")
+
+
+def probability(op: str, argument: str, value: Any, kind: type[Exception] = ValueError) -> float:
+    """`value` as a float; raises unless it is a probability or a share. NaN is none."""
+    if type(value) is not float:
+        value = number(op, argument, value)
+    if not 0.0 <= value <= 1.0:
+        refuse(op, argument, "in [0, 1]", value, kind)
+    return value
+
+
+def check_shares(op: str, lam: Tensor) -> None:
+    """Raises unless all are in [0, 1]; looks at the values, so waits for a GPU."""
+    if not bool(((lam >= 0) & (lam <= 1)).all()):
+        refuse(op, "lam", "in [0, 1]", lam.tolist(), ValueError)
+
+
+def checked_shares(op: str, lam: Tensor, input: Tensor) -> Tensor:
+    """`lam`, one share for all samples or one for each, as the ops take it: (1,) or (N,)."""
+    if not lam.is_floating_point():
+        refuse(op, "lam", "of a floating-point type", named(lam.dtype), TypeError)
+    if lam.dim() > 1 or lam.numel() not in (1, len(input)):
+        must = f"one number, or one for each of the {len(input)} samples"
+        refuse(op, "lam", must, f"shape {tuple(lam.shape)}", ValueError)
+    check_has_no_gradient(op, "lam", lam)
+    check_device(op, "lam", lam, input)
+    lam = lam if lam.dtype in _DTYPES else lam.double()
+    return lam.detach().reshape(-1).contiguous()
+
+
+def choice(op: str, argument: str, value: Any, known: Sequence[Any]) -> None:
+    """Raises unless the value is one of those that are known."""
+    if value not in known:
+        refuse(op, argument, f"one of {', '.join(map(repr, known))}", repr(value), ValueError)
+
+
+def check_in_place(op: str, input: Tensor) -> None:
+    """What autograd would raise as well, but only after the input had been overwritten."""
+    if torch.compiler.is_compiling():  # its tracing checks before anything runs
+        return
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: an inference tensor cannot be changed in place outside of inference mode: "
+            "use inplace=False, or clone it"
+        )
+    if not torch.is_grad_enabled() or not input.requires_grad:
+        return
+    base = input._base if input._is_view() else None
+    if input.is_leaf or (base is not None and base.is_leaf):
+        raise RuntimeError(
+            f"{op}: a leaf tensor that requires grad, or a view of one, cannot be changed in "
+            "place: use inplace=False, or torch.no_grad()"
+        )
+    metadata = torch._C._autograd
+    if base is not None and (metadata._get_creation_meta(input) != metadata.CreationMeta.DEFAULT):
+        raise RuntimeError(
+            f"{op}: a view made by a function of several outputs, or without grad, cannot be "
+            "changed in place: use inplace=False"
+        )
+
+
+# An op's entry
+
+
+def described(x: Any) -> Any:
+    """A tensor as messages name it; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return f"{named(x.dtype)} of shape {tuple(x.shape)} and strides {x.stride()}"
+
+
+class Entry:
+    """What an op was handed: its name, and the device that its tensors have to be on."""
+
+    __slots__ = ("device", "op")
+
+    def __init__(self, op: str, x: Tensor) -> None:
+        self.op = op
+        self.device = x.device
+
+    def refuse(self, name: str, must: str, got: Any) -> NoReturn:
+        refuse(self.op, name, must, described(got))
+
+    def check_memory(self, x: Tensor, name: str, on_host: bool = False) -> None:
+        """That a kernel may read or write x: here, or also on the CPU, and not freed."""
+        if x.device != self.device and not (on_host and x.device.type == "cpu"):
+            where = "on the CPU or on" if on_host else "on"
+            self.refuse(name, f"{where} the tensors' device", "one on another device")
+        if x.numel() == 0:
+            return
+        last = x.storage_offset()
+        if x.is_contiguous():
+            last += x.numel() - 1
+        else:
+            last += sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        if last >= x.untyped_storage().nbytes() // x.itemsize:
+            self.refuse(name, "a tensor whose memory was not freed", x)
+        if (address := x.data_ptr()) % x.itemsize:
+            must = "at a multiple of its elements' size (a clone is)"
+            self.refuse(name, must, f"address {address}")
+
+    def check_floats(self, x: Tensor, name: str) -> None:
+        if x.dtype not in _DTYPES:
+            self.refuse(name, f"one of {SUPPORTED}", x)
+
+    def check_vector(
+        self, x: Tensor, dtype: torch.dtype, count: int, name: str, on_host: bool = False
+    ) -> None:
+        """`count` numbers of a type that lie side by side."""
+        if x.dtype != dtype or x.numel() != count or not x.is_contiguous():
+            self.refuse(name, f"contiguous {named(dtype)} of {count} elements", x)
+        self.check_memory(x, name, on_host)
+
+    def check_number(
+        self, x: Tensor | None, dtype: torch.dtype, name: str, on_host: bool = False
+    ) -> None:
+        if x is None:
+            return
+        if x.dtype != dtype or x.numel() != 1:
+            self.refuse(name, f"a tensor of one element, of {named(dtype)}", x)
+        self.check_memory(x, name, on_host)
+
+    def check_channels(self, x: Tensor, name: str = "input") -> None:
+        """An input (N, C, ...): contiguous, or dense with the channels last."""
+        if x.dim() < 2:
+            self.refuse(name, "of at least 2 dimensions", x)
+        if not x.is_contiguous() and not is_channels_last(x):
+            self.refuse(name, "contiguous, or dense with the channels last", x)
+
+    def check_probability(self, p: float) -> None:
+        if not 0.0 <= p <= 1.0:
+            self.refuse("p", "in [0, 1]", p)
+
+    def check_rng_state(self, rng_state: Tensor) -> None:
+        self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
+
+    def check_drawn(self, a: Any) -> None:
+        """What a mask is drawn by: p, rng_state, element_offset, traced_p."""
+        if not 0 <= a.element_offset < 2**62:
+            self.refuse("element_offset", "in [0, 2^62)", a.element_offset)
+        self.check_probability(a.p)
+        self.check_rng_state(a.rng_state)
+        self.check_number(a.traced_p, torch.float64, "traced_p", on_host=True)
+
+    def check_shares(self, lam: Tensor, samples: int) -> None:
+        """One number, or one for each sample."""
+        if lam.numel() not in (1, samples) or not lam.is_contiguous():
+            self.refuse("lam", f"contiguous, of 1 element or of {samples}", lam)
+        self.check_floats(lam, "lam")
+        self.check_memory(lam, "lam")
+
+    def check_apart(self, written: Tensor, other: Tensor | None, name: str) -> None:
+        """That what an op writes is none of what it reads by; both are dense."""
+        if other is None or written.device != other.device:
+            return
+        begin, own = other.data_ptr(), written.data_ptr()
+        if own < begin + other.nbytes and begin < own + written.nbytes:
+            self.refuse(name, "apart in memory from what is written", "a part of it")
+
+
+def has_layout_of(x: Tensor, other: Tensor) -> bool:
+    """Whether `other` has x's shape and strides; of one element a dimension's say nothing."""
+    if x.shape != other.shape:
+        return False
+    if x.numel() == 0 or x.stride() == other.stride():
+        return True
+    strides = zip(x.shape, x.stride(), other.stride(), strict=True)
+    return all(n <= 1 or a == b for n, a, b in strides)
