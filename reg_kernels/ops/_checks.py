@@ -27,6 +27,8 @@ def refuse(
     op: str, argument: str, must: str, got: Any, kind: type[Exception] = RuntimeError
 ) -> NoReturn:
     """Raises what every refused call says: op, argument, what it must be, what it is."""
+    if torch.compiler.is_compiling():  # which cannot put a number that varies into words
+        raise kind(f"{op}: {argument} must be {must}")
     raise kind(f"{op}: {argument} must be {must}, got {got}")
 
 
