@@ -3,6 +3,7 @@
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.cross_entropy import cross_entropy
 from .ops.distillation import distillation_loss
+from .ops.drop_path import drop_path
 from .ops.dropout import dropout, dropout1d, dropout2d, dropout3d
 from .ops.mixup import cutmix, mixup
 from .ops.penalty import l1_penalty, l2_penalty
@@ -13,6 +14,7 @@ __all__ = [
     "cross_entropy",
     "cutmix",
     "distillation_loss",
+    "drop_path",
     "dropout",
     "dropout1d",
     "dropout2d",

@@ -8,7 +8,7 @@ from .batch_norm import (
     BatchNormAct2d,
     BatchNormAct3d,
 )
-from .dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from .dropout import Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath
 from .losses import CrossEntropyLoss, DistillationLoss
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "BatchNormAct3d",
     "CrossEntropyLoss",
     "DistillationLoss",
+    "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",

@@ -1,4 +1,4 @@
-"""Dropout layers: torch's, with the fused ops inside."""
+"""Dropout layers: torch's, with the fused ops inside, and stochastic depth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from .. import backends
 from .. import functional as F
@@ -67,3 +67,33 @@ class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
     """`torch.nn.Dropout3d` by `reg_kernels.functional.dropout3d`: channels of (N, C, D, H, W)."""
 
     _function = staticmethod(F.dropout3d)
+
+
+class DropPath(torch.nn.Module):
+    """Stochastic depth by `reg_kernels.functional.drop_path`: drops whole samples of a batch in
+    training, and adds the residual in the same pass.
+
+    Args:
+        p: the probability of dropping a sample, in [0, 1].
+        scale_by_keep: whether kept samples are scaled up by the inverse of the one of keeping.
+        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+
+    `layer(input, residual=None)` takes a batch (N, ...), and a residual like it.
+    """
+
+    def __init__(self, p: float, scale_by_keep: bool = True, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.p = probability(type(self).__name__, "p", p)
+        self.scale_by_keep = scale_by_keep
+        self.backend = None if backend is None else backends.check_name(backend, "backend")
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if has_torch_function_variadic(input, residual):
+            call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
+            if call is not None:
+                return call
+        options = {"scale_by_keep": self.scale_by_keep, "backend": self.backend}
+        return F.drop_path(input, self.p, self.training, residual=residual, **options)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, scale_by_keep={self.scale_by_keep}"

@@ -14,9 +14,8 @@ from ._checks import (
     Entry,
     check_device,
     check_dtype,
+    check_like,
     check_tensor,
-    described,
-    has_layout_of,
     refuse,
 )
 
@@ -113,21 +112,10 @@ def check_call(call: Call) -> None:
     _check_channel_values(name, "weight", call.weight, input)
     _check_channel_values(name, "bias", call.bias, input)
     if call.residual is not None:
-        _check_residual(name, call.residual, input)
+        check_like(name, "residual", call.residual, input)
     if counter is not None and (counter.numel() != 1 or counter.device != input.device):
         got = f"shape {tuple(counter.shape)} on {counter.device}"
         refuse(name, "num_batches_tracked", f"one number on {input.device}", got)
-
-
-def _check_residual(name: str, residual: Any, input: Tensor) -> None:
-    def kind(x: Tensor) -> str:
-        return f"{named(x.dtype)} of shape {tuple(x.shape)} on {x.device}"
-
-    check_tensor(name, "residual", residual, "a Tensor or None")
-    if any(
-        getattr(residual, fact) != getattr(input, fact) for fact in ("shape", "dtype", "device")
-    ):
-        refuse(name, "residual", f"like the input, {kind(input)}", kind(residual))
 
 
 # Entries
@@ -144,21 +132,13 @@ def _check_channels(entry: Entry, values: Tensor | None, channels: int, name: st
     entry.check_memory(values, name)
 
 
-def _check_like(entry: Entry, x: Tensor, other: Tensor | None, name: str) -> None:
-    if other is None:
-        return
-    if other.dtype != x.dtype or not has_layout_of(x, other):
-        entry.refuse(name, f"like the input, {described(x)}", other)
-    entry.check_memory(other, name)
-
-
 def _check_values(entry: Entry, a: Any, p: float) -> int:
     """What all three ops read; returns values a channel."""
     x = a.input
     entry.check_floats(x, "input")
     entry.check_channels(x)
     entry.check_memory(x, "input")
-    _check_like(entry, x, a.residual, "residual")
+    entry.check_like(x, a.residual, "residual")
     channels = x.shape[1]
     _check_channels(entry, a.weight, channels, "weight")
     _check_channels(entry, a.bias, channels, "bias")
@@ -199,7 +179,7 @@ def check_inference(op: str, a: Any) -> None:
 def check_backward(op: str, a: Any) -> None:
     entry = Entry(op, a.input)
     count = _check_values(entry, a, a.p)
-    _check_like(entry, a.input, a.grad_output, "grad_output")
+    entry.check_like(a.input, a.grad_output, "grad_output")
     channels = a.input.shape[1]
     entry.check_vector(a.mean, torch.float64, channels, "mean")
     entry.check_vector(a.invstd, torch.float64, channels, "invstd")

@@ -69,6 +69,17 @@ def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
         refuse(op, argument, f"on the input's device, {input.device}", x.device)
 
 
+def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
+    """Raises unless x is a tensor of the input's shape, dtype and device."""
+
+    def kind(x: Tensor) -> str:
+        return f"{named(x.dtype)} of shape {tuple(x.shape)} on {x.device}"
+
+    check_tensor(op, argument, x, "a Tensor or None")
+    if x.shape != input.shape or x.dtype != input.dtype or x.device != input.device:
+        refuse(op, argument, f"like the input, {kind(input)}", kind(x))
+
+
 def check_has_no_gradient(op: str, argument: str, x: Tensor) -> None:
     if x.requires_grad:
         raise RuntimeError(f"{op}: {argument} must not require grad: detach it")
@@ -207,6 +218,14 @@ class Entry:
 
     def check_rng_state(self, rng_state: Tensor) -> None:
         self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
+
+    def check_like(self, x: Tensor, other: Tensor | None, name: str) -> None:
+        """That another tensor has x's dtype, shape and strides."""
+        if other is None:
+            return
+        if other.dtype != x.dtype or not has_layout_of(x, other):
+            self.refuse(name, f"like the input, {described(x)}", other)
+        self.check_memory(other, name)
 
     def check_drawn(self, a: Any) -> None:
         """What a mask is drawn by: p, rng_state, element_offset, traced_p."""

@@ -38,6 +38,11 @@ def philox4x32(key: Tensor, counter_low: Tensor, counter_high: Tensor) -> tuple[
     return c0, c1, c2, c3
 
 
+def tag(letters: str) -> int:
+    """What a kind of op xors into the seed: its eight letters, the first one highest."""
+    return int.from_bytes(letters.encode(), "big")
+
+
 def half_words(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
     """Draws `count` mask elements from index `first` on: int64 [count], each 0 to 65535.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._philox import half_words
+from ._philox import half_words, tag
 
-_TAG = 0x64726F706F757431
+_TAG = tag("dropout1")
 
 
 def rate(p: float) -> tuple[int, float]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._philox import half_words
+from ._philox import half_words, tag
 
-_TAG = 0x726F756E64696E67
+_TAG = tag("rounding")
 _ADAM, _AVERAGE = 0, 2
 _DECOUPLED_LR, _L2 = 1, 2
 _STOCHASTIC = 1
