@@ -94,18 +94,16 @@ def check_call(call: Call) -> None:
             f"{name}: expected more than 1 value per channel when training, "
             f"got input size {tuple(input.shape)}"
         )
-    statistics = {"running_mean": call.running_mean, "running_var": call.running_var}
-    given = [x is not None for x in statistics.values()]
-    if not training and not all(given):
+    mean, var, counter = call.running_mean, call.running_var, call.num_batches_tracked
+    if not training and (mean is None or var is None):
         raise RuntimeError(f"{name}: running_mean and running_var must be given for evaluation")
-    if any(given) and not all(given):
+    if (mean is None) != (var is None):
         raise ValueError(f"{name}: running_mean and running_var must be given together or not")
-    counter = call.num_batches_tracked
-    if training and call.momentum is None and any(given) and counter is None:
+    if training and call.momentum is None and mean is not None and counter is None:
         raise TypeError(
             f"{name}: momentum must be a float, or None together with num_batches_tracked"
         )
-    for what, statistic in statistics.items():
+    for what, statistic in (("running_mean", mean), ("running_var", var)):
         _check_channel_values(name, what, statistic, input)
         if statistic is not None and statistic.requires_grad:
             raise RuntimeError(f"{name}: {what} must not require grad, it has no gradient")

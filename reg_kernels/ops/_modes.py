@@ -14,6 +14,7 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _func_is_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
 
 COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
 
@@ -25,7 +26,7 @@ def watcher() -> str | None:
     the dispatcher does: what an autograd Function does inside is not for its program, which records
     gradients anew at each of its runs.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return COMPILE
     if _func_is_active() or forward_ad._current_level >= 0:
         return FUNC

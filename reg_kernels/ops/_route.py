@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _layout, _rng
+from .._dtypes import DTYPES
 from .._layout import as_torch_returns, dense_like, is_dense, keeps_channels_last, with_strides
 from .._numbers import integer
 from ._checks import check_dtype, check_in_place
@@ -23,12 +24,18 @@ from ._registry import Op, register
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def count_changes(*tensors: Tensor) -> None:
     """Tells autograd that these were written."""
-    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def without_functorch(function: type[torch.autograd.Function]) -> Any:
@@ -37,9 +44,9 @@ def without_functorch(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-def untraced(question: Callable[..., Any], *arguments: Any) -> Any:
-    """What torch.jit.trace should see as a constant: see `unrecorded`."""
-    if watcher() is not TRACE:
+def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
+    """What is asked of arguments, and is no part of a program that torch.jit.trace records."""
+    if looks is not TRACE:
         return question(*arguments)
     with unrecorded():
         return question(*arguments)
@@ -48,7 +55,7 @@ def untraced(question: Callable[..., Any], *arguments: Any) -> Any:
 def in_order(x: Tensor) -> Tensor:
     """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
     if watcher() is TRACE:  # what is traced for one order has to bring any other into it
-        return _layout.ordered(x, untraced(keeps_channels_last, x)).resolve_neg()
+        return _layout.ordered(x, asked(TRACE, keeps_channels_last, x)).resolve_neg()
     if not x.is_contiguous():
         x = _layout.ordered(x, keeps_channels_last(x))
     return x.resolve_neg()
@@ -118,7 +125,7 @@ class Linear:
             check=check,
         )
         names = self.fresh.argument_names[1 + self._addends :]
-        self._kept = tuple(names.index(kept) for kept in keeps)
+        self._kept = [names.index(name) for name in keeps]  # places among the arguments
         schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
         self._count = len(schema)
         self._defaults = [x.default_value for x in schema if x.has_default_value()]
@@ -142,7 +149,7 @@ class Linear:
         """The fresh form by an overload of it, with its gradient where one is wanted."""
         addends, arguments = rest[: self._addends], rest[self._addends :]
         if wants_gradient(input, *addends):
-            return _Linear.apply(self, overload, None, self._all(arguments), input, *addends)
+            return _Linear.apply((self, overload, None, self._all(arguments)), input, *addends)
         with below_autograd():
             return overload(input, *rest)
 
@@ -150,7 +157,7 @@ class Linear:
         """The same of the in-place form."""
         if wants_gradient(input):
             fresh = self.fresh.like(in_place)
-            _Linear.apply(self, fresh, in_place, self._all(arguments), input)
+            _Linear.apply((self, fresh, in_place, self._all(arguments)), input)
             return
         with below_autograd():
             in_place(input, *arguments)
@@ -170,19 +177,15 @@ class Linear:
 
 
 class _Linear(torch.autograd.Function):
-    """A Linear's call by the overload `overload`, or over its input by `in_place`; `arguments`, one
-    object to autograd, are those behind the tensors that have a gradient."""
+    """A Linear's call.
+
+    `call` is one object to autograd: (the Linear, the overload of its fresh form, that of its
+    in-place form or None, the arguments behind the tensors that have a gradient).
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        op: Linear,
-        overload: Any,
-        in_place: Any,
-        arguments: tuple[Any, ...],
-        input: Tensor,
-        *addends: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *addends: Tensor | None) -> Tensor:
+        op, overload, in_place, arguments = call
         with below_autograd():
             if in_place is None:
                 output = overload(input, *addends, *arguments)
@@ -190,25 +193,24 @@ class _Linear(torch.autograd.Function):
                 ctx.mark_dirty(input)
                 in_place(input, *arguments)
                 output = input
-        ctx.save_for_backward(*[arguments[place] for place in op._kept])
-        rest = list(arguments)
+        others = list(arguments)
         for place in op._kept:
-            rest[place] = None
-        ctx.call = (overload, op, rest, op._like(input), output.stride())
+            others[place] = None
+        ctx.save_for_backward(*[arguments[place] for place in op._kept])
+        ctx.call = (overload, op, others, op._like(input), output.stride())
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        overload, op, arguments, like, strides = ctx.call
-        _, _, _, _, wants_input, *of_addends = ctx.needs_input_grad
+        overload, op, others, like, strides = ctx.call
+        _, wants_input, *wants_addends = ctx.needs_input_grad
         gradient = None
         if wants_input:
-            arguments = list(arguments)
+            arguments = list(others)
             for place, x in zip(op._kept, ctx.saved_tensors, strict=True):
                 arguments[place] = x
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
-        of_addends = [grad_output if wanted else None for wanted in of_addends]
-        return None, None, None, None, gradient, *of_addends
+        return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
 
 
 apply_linear = without_functorch(_Linear)
@@ -235,23 +237,26 @@ def draw(
     op: Linear,
     input: Tensor,
     how: Draw,
+    inplace: bool = False,
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
-    inplace: bool = False,
 ) -> Tensor:
-    """A call of an op of the schema (input, {addends}, p, {options}, {DRAWN}), whose input is not
-    empty: with a state of its own where none is given, and whoever looks at it.
+    """A call of an op of the schema (input, {addends}, p, {options}, {DRAWN}), with a state of its
+    own where none is given. An input of no elements is returned itself.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
+    looks = watcher()
+    if not (input.numel() if looks is None else asked(looks, input.numel)):
+        return input
     name, device, dtype = op.fresh.name, input.device, input.dtype
     p, state, element_offset, backend = how
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
     if not 0 <= element_offset < 2**62:
         raise ValueError(f"{name}: element_offset must be in [0, 2^62), got {element_offset}")
-    check_dtype(name, "input", dtype)
-    looks = watcher()
+    if dtype not in DTYPES:
+        check_dtype(name, "input", dtype)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
         state = _rng.checked_state(state, device, name)
@@ -274,7 +279,7 @@ def draw(
         op.write_over(op.in_place.overload(device, dtype, backend), input, *arguments)
         return input
     if (input.requires_grad or addends) and wants_gradient(input, *addends):
-        return apply_linear(op, overload, None, arguments, input, *addends)
+        return apply_linear((op, overload, None, arguments), input, *addends)
     with below_autograd():
         return overload(input, *addends, *arguments)
 

@@ -21,7 +21,7 @@ from . import _batch_norm_ops as ops
 from ._batch_norm_checks import Call, activation_number, check_call
 from ._checks import hand_over, probability
 from ._modes import FUNC, TRACE, watcher
-from ._route import untraced, wants_gradient
+from ._route import asked, wants_gradient
 
 _CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
 
@@ -73,17 +73,18 @@ def _rng_state(call: Call, looks: str | None) -> Tensor | None:
 
 
 def _run(call: Call) -> Tensor:
-    name, input, training, device = call.name, call.input, call.training, call.input.device
     looks = watcher()
+    asked(looks, check_call, call)
+    input, training, device = call.input, call.training, call.input.device
     if call.rng_state is not None:
-        call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, name))
+        call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, call.name))
     by_numbers = varies(call.momentum, call.eps, call.slope, call.p)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
         op = ops.INFERENCE_BY_NUMBERS if by_numbers else ops.INFERENCE
     overload = op.overload(device, input.dtype, call.backend, looks)
-    if untraced(input.numel) == 0:
+    if asked(looks, input.numel) == 0:
         return _empty_batch(call)
     p, rng_state = 0.0, None
     if training and call.p != 0.0:
@@ -93,7 +94,7 @@ def _run(call: Call) -> Tensor:
 
     residual = call.residual
     if looks is TRACE:  # in this order, whatever the order is of what a later run brings
-        channels_last = untraced(keeps_channels_last, input)
+        channels_last = asked(looks, keeps_channels_last, input)
         input = ordered(input, channels_last)
         residual = None if residual is None else ordered(residual, channels_last)
     else:
@@ -148,9 +149,7 @@ def _checked(
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    call = Call(name, *tensors, training, momentum, eps, *rest)
-    untraced(check_call, call)
-    return call
+    return Call(name, *tensors, training, momentum, eps, *rest)
 
 
 def batch_norm(

@@ -12,7 +12,7 @@ from .._layout import as_torch_returns, is_dense, with_strides
 from ..reference import drop_path as reference
 from ._checks import Entry, check_like, check_tensor, hand_over, probability
 from ._modes import TRACE, watcher
-from ._route import DRAWN, Draw, Linear, draw, untraced
+from ._route import DRAWN, Draw, Linear, asked, draw
 
 
 def _has_samples_outermost(x: Tensor) -> bool:
@@ -94,14 +94,15 @@ def drop_path(
         raise RuntimeError(f"{name}: input must be a batch (N, ...), got no dimensions")
     if residual is not None:
         check_like(name, "residual", residual, input)
-    if not training or p == 0.0 or untraced(input.numel) == 0:
+    looks = watcher()
+    if not training or p == 0.0 or asked(looks, input.numel) == 0:
         return input if residual is None else input + residual
     # Kernels take each sample as one stretch of memory; what is traced has to bring any into it.
-    fits = watcher() is not TRACE and _has_samples_outermost(input)
+    fits = looks is not TRACE and _has_samples_outermost(input)
     x = input if fits else input.contiguous()
     residual = None if residual is None else with_strides(residual, x.stride())
     if p == 1.0 and rng_state is None:  # nothing to draw
         rng_state = torch.zeros(2, dtype=torch.int64)
     how = Draw(p, rng_state, element_offset, backend)
-    y = draw(_DROP_PATH, x, how, (scale_by_keep,), (residual,))
-    return y if fits or watcher() is TRACE else as_torch_returns(y, input)
+    y = draw(_DROP_PATH, x, how, False, (scale_by_keep,), (residual,))
+    return y if fits or looks is TRACE else as_torch_returns(y, input)

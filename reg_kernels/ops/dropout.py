@@ -17,7 +17,7 @@ from .._layout import as_torch_returns, is_channels_last, is_dense, ordered
 from ..reference import dropout as reference
 from ._checks import Entry, check_in_place, check_tensor, hand_over, probability
 from ._modes import TRACE, watcher
-from ._route import DRAWN, Draw, Linear, draw, untraced
+from ._route import DRAWN, Draw, Linear, asked, draw
 
 
 def _check(op: str, a: Any) -> None:
@@ -53,14 +53,6 @@ def _checked(name: str, input: Tensor, p: Any) -> float:
     if not isinstance(input, Tensor):
         check_tensor(name, "input", input)
     return p
-
-
-def _run(op: Linear, input: Tensor, how: Draw, inplace: bool) -> Tensor:
-    if how.p == 0.0 or untraced(input.numel) == 0:
-        return input
-    if how.p == 1.0:
-        return input.mul_(0) if inplace else input * 0
-    return draw(op, input, how, inplace=inplace)
 
 
 def dropout(
@@ -113,27 +105,31 @@ def dropout(
     if has_torch_function_unary(input):
         return hand_over(dropout, locals(), "input")
     p = _checked("dropout", input, p)
-    if not training:
+    if not training or p == 0.0:
         return input
-    return _run(_DROPOUT, input, Draw(p, rng_state, element_offset, backend), inplace)
+    if p == 1.0:
+        return input.mul_(0) if inplace else input * 0
+    return draw(_DROPOUT, input, Draw(p, rng_state, element_offset, backend), inplace)
 
 
 def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tensor:
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
     if how.p == 0.0:
         return input
-    if input.dim() < 2 and how.p < 1.0:
+    if how.p == 1.0:
+        return input.mul_(0) if inplace else input * 0
+    if input.dim() < 2:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
-    if watcher() is TRACE and input.dim() >= 2:
+    if watcher() is TRACE:
         # Whatever the order is of what a later run brings.
-        output = ordered(input, untraced(is_channels_last, input))
-        output = _run(_FEATURE_DROPOUT, output, how, False)
+        output = ordered(input, asked(TRACE, is_channels_last, input))
+        output = draw(_FEATURE_DROPOUT, output, how)
         return input.copy_(output) if inplace else output
-    if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
-        return _run(_FEATURE_DROPOUT, input, how, inplace)
+    if input.is_contiguous() or is_channels_last(input):
+        return draw(_FEATURE_DROPOUT, input, how, inplace)
     if inplace:
         check_in_place(name, input)
-    output = _run(_FEATURE_DROPOUT, input.contiguous(), how, False)
+    output = draw(_FEATURE_DROPOUT, input.contiguous(), how)
     return input.copy_(output) if inplace else as_torch_returns(output, input)
 
 
