@@ -195,15 +195,21 @@ def run(
     looks = watcher()
     overload = forward.overload(input.device, input.dtype, backend, looks)
     on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
-    wants_more = wants_gradient(options.weight, call.target.labels)
-    if wants_more or (looks is not COMPILE and (input.numel() == 0 or looks is FUNC)):
+    # Neither weights nor probabilities have a gradient by the kernels.
+    weight, labels = options.weight, call.target.labels
+    wants_more = weight is not None and weight.requires_grad
+    if (
+        wants_more
+        or (labels is not None and labels.requires_grad)
+        or (looks is not COMPILE and (input.numel() == 0 or looks is FUNC))
+    ):
         if on_cpu and looks is not FUNC:
             check_values(name, call)
         loss = reference(input, *args, False)[0]
     elif looks is not None:
         loss = overload(input, *args, False)[0]
     else:
-        wanted = wants_gradient(input)
+        wanted = input.requires_grad and torch.is_grad_enabled()
         # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;
         # nor where each position has a factor of its own.
         keeps = wanted and options.reduction != NONE and input.dtype != torch.float16

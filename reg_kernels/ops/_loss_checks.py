@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from .._dtypes import named
+from .._dtypes import DTYPES, named
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number, traced_numbers, varies
@@ -89,7 +89,8 @@ def checked_call(
     if mixed:
         of_target = number(name, "label_smoothing", target.label_smoothing)
         label_smoothing = _one_smoothing(name, of_target, label_smoothing)
-    label_smoothing = probability(name, "label_smoothing", label_smoothing, RuntimeError)
+    if not 0.0 <= label_smoothing <= 1.0:
+        refuse(name, "label_smoothing", "in [0, 1]", label_smoothing, RuntimeError)
     batched = input.dim() > 1
     if not batched:
         input = input.unsqueeze(0)
@@ -141,7 +142,8 @@ def checked_call(
 
 def check_logits(name: str, argument: str, x: Any) -> None:
     check_tensor(name, argument, x)
-    check_dtype(name, argument, x.dtype, NotImplementedError)
+    if x.dtype not in DTYPES:
+        check_dtype(name, argument, x.dtype, NotImplementedError)
     if x.dim() == 0:
         raise RuntimeError(f"{name}: {argument} must be (N, C, ...) or (C,), got no dimensions")
 

@@ -9,6 +9,7 @@ its kernels walk, that autograd hears of what was written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ class Linear:
         )
         names = self.fresh.argument_names[1 + self._addends :]
         self._kept = [names.index(name) for name in keeps]  # places among the arguments
+        self._kept_of = itemgetter(*self._kept)
         schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
         self._count = len(schema)
         self._defaults = [x.default_value for x in schema if x.has_default_value()]
@@ -155,13 +157,14 @@ class Linear:
 
     def write_over(self, in_place: Any, input: Tensor, *arguments: Any) -> None:
         """The same of the in-place form."""
-        if wants_gradient(input):
+        if input.requires_grad and torch.is_grad_enabled():
             fresh = self.fresh.like(in_place)
             _Linear.apply((self, fresh, in_place, self._all(arguments)), input)
             return
         with below_autograd():
             in_place(input, *arguments)
-        count_changes(input)
+        if not input.is_inference():
+            torch.autograd.graph.increment_version(input)
 
     def _all(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments with the defaults at their end, which the dispatcher leaves away."""
@@ -196,7 +199,7 @@ class _Linear(torch.autograd.Function):
         others = list(arguments)
         for place in op._kept:
             others[place] = None
-        ctx.save_for_backward(*[arguments[place] for place in op._kept])
+        ctx.save_for_backward(*op._kept_of(arguments))
         ctx.call = (overload, op, others, op._like(input), output.stride())
         return output
 
@@ -278,7 +281,11 @@ def draw(
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
         op.write_over(op.in_place.overload(device, dtype, backend), input, *arguments)
         return input
-    if (input.requires_grad or addends) and wants_gradient(input, *addends):
+    if addends:
+        wanted = wants_gradient(input, *addends)
+    else:
+        wanted = input.requires_grad and torch.is_grad_enabled()
+    if wanted:
         return apply_linear((op, overload, None, arguments), input, *addends)
     with below_autograd():
         return overload(input, *addends, *arguments)
