@@ -50,6 +50,12 @@ SANITIZE_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=null,alignment,object-size,vptr,returns-nonnull-attribute",
 ]
+# What is compiled for each op of the random elementwise family.
+ELEMENTWISE_PARTS = {
+    ".cpp": "cpu/elementwise.h",
+    ".simd.cpp": "cpu/elementwise.simd.h",
+    ".cu": "cuda/elementwise.h",
+}
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -130,6 +136,21 @@ def cuda_architectures(torch):
     return architectures
 
 
+def elementwise_sources(folder):
+    """Writes and returns the sources of the random elementwise family, which differ in their op
+    alone: a header that is found by its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {"cpp": [], "cu": []}
+    for header in sorted((CSRC / "include" / "reg_kernels" / "elementwise").glob("*.h")):
+        for source, part in ELEMENTWISE_PARTS.items():
+            path = folder / f"{header.stem}{source}"
+            text = f'#include "reg_kernels/elementwise/{header.name}"\n#include "{part}"\n'
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+            sources[source.split(".")[-1]].append(path)
+    return sources
+
+
 def quoted(words):
     return " ".join(f"'{word}'" if " " in str(word) else str(word) for word in words)
 
@@ -173,7 +194,8 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
             objects.append(str(target))
 
         compile_cxx(CSRC / "module.cpp", "module", *facts)
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        generated = elementwise_sources(path.parent / "elementwise")
+        for source in sorted((CSRC / "cpu").glob("*.cpp")) + generated["cpp"]:
             compile_cxx(source, f"cpu.{source.stem}")
             several = platform.machine() in ("x86_64", "AMD64") and not sanitize
             if source.name.endswith(".simd.cpp") and several:
@@ -201,7 +223,7 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
                 description="LINK $out",
             )
             cuda_objects = []
-            for source in sorted((CSRC / "cuda").glob("*.cu")):
+            for source in sorted((CSRC / "cuda").glob("*.cu")) + generated["cu"]:
                 target = str(path.parent / f"cuda.{source.stem}.o")
                 ninja.build(target, "nvcc", str(source))
                 cuda_objects.append(target)

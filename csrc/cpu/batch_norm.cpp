@@ -24,7 +24,6 @@ constexpr int64_t kWideRow = 128, kWideDrawnRow = 256;
 constexpr int64_t kStripColumns = 1024;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 BatchNormPlan make_plan(const BatchNormInput& in, bool channels_last, bool drops) {
   const int64_t channels = in.layout.channels, length = in.layout.length;

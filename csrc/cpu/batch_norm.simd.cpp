@@ -14,16 +14,6 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-template <typename F>
-void for_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float64: return f(double{});
-    case DType::float32: return f(float{});
-    case DType::float16: return f(float16{});
-    case DType::bfloat16: return f(bfloat16{});
-  }
-}
-
 // What the means of channel c's parts are differences from; of rows, of those in column j.
 double base_of_channel(const BatchNormTask& task, int64_t c) {
   double base = 0.0;

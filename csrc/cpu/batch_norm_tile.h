@@ -19,9 +19,6 @@ constexpr int64_t kBlock = 16384;  // elements of a block: its gate is packed, i
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Channel constants of a tile: one set for all of its elements, or a column of each.
 template <typename C>
 struct OneChannel {
@@ -88,7 +85,7 @@ struct Typed {
         drops(task.drops),
         scale(static_cast<C>(task.drops ? task.scale : 1.0)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
-        rng(RngTag::dropout, task.seed, task.offset) {}
+        rng(kDropoutTag, task.seed, task.offset) {}
 
   ~Typed() {
     if (task.stream) stream_fence();

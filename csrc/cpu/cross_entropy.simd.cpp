@@ -14,12 +14,12 @@ namespace {
 template <typename F>
 void for_types(const LossTask& task, const F& f) {
   const bool computed = task.probabilities_dtype == DType::float32;
-  switch (task.dtype) {
-    case DType::float64: return f(double{}, double{});
-    case DType::float32: return f(float{}, float{});
-    case DType::float16: return computed ? f(float16{}, float{}) : f(float16{}, float16{});
-    case DType::bfloat16: return computed ? f(bfloat16{}, float{}) : f(bfloat16{}, bfloat16{});
-  }
+  for_dtype(task.dtype, [&]<typename T>(T x) {
+    if constexpr (sizeof(T) == 2) {
+      if (computed) return f(x, float{});
+    }
+    f(x, x);
+  });
 }
 
 template <bool kBackward>

@@ -278,19 +278,12 @@ struct Distillation {
 // Calls f(S{}, U{}) with the element types of student and teacher.
 template <typename F>
 void for_types(const DistillationTask& task, const F& f) {
-  const auto with_teacher = [&](auto student) {
-    switch (task.teacher_dtype) {
-      case DType::float16: return f(student, float16{});
-      case DType::bfloat16: return f(student, bfloat16{});
-      default: return f(student, float{});
-    }
-  };
-  switch (task.loss.dtype) {
-    case DType::float64: return f(double{}, double{});
-    case DType::float32: return with_teacher(float{});
-    case DType::float16: return with_teacher(float16{});
-    case DType::bfloat16: return with_teacher(bfloat16{});
-  }
+  for_dtype(task.loss.dtype, [&]<typename S>(S student) {
+    for_dtype(task.teacher_dtype, [&]<typename U>(U teacher) {
+      // Of float64 both are, or neither.
+      if constexpr ((sizeof(S) == 8) == (sizeof(U) == 8)) f(student, teacher);
+    });
+  });
 }
 
 template <bool kBackward>

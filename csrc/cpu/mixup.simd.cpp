@@ -11,9 +11,6 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Items that a tile is asked for before it is read: an item reads its own and the next one's, so
 // that what lies two ahead is the first new one. Further ahead was a little faster (2026-11-24,
 // EPYC: 2 to 4 items of 4 to 32 KiB within a tenth, 4 of 16 KiB first).
@@ -293,13 +290,10 @@ void with_tiles(const MixupTask& task, const F& f) {
       f(Tiles<T, float, kBackward>(task));
     }
   };
-  switch (task.from) {
-    case static_cast<int>(DType::float64): return in(double{});
-    case static_cast<int>(DType::float32): return in(float{});
-    case static_cast<int>(DType::float16): return in(float16{});
-    case static_cast<int>(DType::bfloat16): return in(bfloat16{});
-    default:
-      if constexpr (!kBackward) in(uint8_t{});
+  if (task.from <= static_cast<int>(DType::bfloat16)) {
+    for_dtype(static_cast<DType>(task.from), in);
+  } else {
+    if constexpr (!kBackward) in(uint8_t{});
   }
 }
 

@@ -19,10 +19,9 @@ double norm_of(const double* parts, int64_t count) {
 void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64_t algorithm,
                           const std::vector<int64_t>& dtypes, const std::vector<double>& numbers,
                           const std::vector<int64_t>& flags, const std::vector<Tensor>& rates,
-                          int64_t rounding, const std::optional<Tensor>& squares, double max_norm,
-                          const std::optional<Tensor>& grad_scale,
-                          const std::optional<Tensor>& found_inf,
-                          const std::optional<Tensor>& rng_state, const Tensor& /*scratch*/) {
+                          int64_t rounding, const OptionalTensor& squares, double max_norm,
+                          const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                          const OptionalTensor& rng_state, const Tensor& /*scratch*/) {
   const Call call("optimizer_step", data);
   const SealedTable sealed = sealed_table(call, data, count, seal);
   const TensorTable& table = sealed.table;

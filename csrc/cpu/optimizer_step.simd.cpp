@@ -168,7 +168,7 @@ void update_tile(const OptimizerTask& task, const OptimizerRule<C>& rule, const 
 template <typename C>
 void run(const OptimizerTask& task, int64_t begin, int64_t end) {
   const OptimizerRule<C> rule(task.constants, task.algorithm);
-  const RngStream rng(RngTag::rounding, task.seed, task.offset);
+  const RngStream rng(kRoundingTag, task.seed, task.offset);
   const DType own = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
   const bool stochastic = task.rounding == Rounding::stochastic && task.dtype == DType::bfloat16;
   Tiles<C> tiles;

@@ -54,28 +54,19 @@ void gradient(const void* from, void* to, double grad_output, int64_t begin, int
 
 }  // namespace
 
-#define RK_FOR_PENALTY(function, dtype, penalty, ...)                                              \
-  const bool squares = (penalty) == Penalty::l2;                                                   \
-  switch (dtype) {                                                                                 \
-    case DType::float64:                                                                           \
-      return (squares ? function<Penalty::l2, double>                                              \
-                      : function<Penalty::l1, double>)(__VA_ARGS__);                               \
-    case DType::float32:                                                                           \
-      return (squares ? function<Penalty::l2, float> : function<Penalty::l1, float>)(__VA_ARGS__); \
-    case DType::float16:                                                                           \
-      return (squares ? function<Penalty::l2, float16>                                             \
-                      : function<Penalty::l1, float16>)(__VA_ARGS__);                              \
-    default:                                                                                       \
-      return (squares ? function<Penalty::l2, bfloat16>                                            \
-                      : function<Penalty::l1, bfloat16>)(__VA_ARGS__);                             \
-  }
-
 double penalty_sum(const void* x, DType dtype, Penalty penalty, int64_t begin, int64_t end) {
-  RK_FOR_PENALTY(sum, dtype, penalty, x, begin, end)
+  return for_dtype(dtype, [&]<typename T>(T) {
+    const auto of = penalty == Penalty::l2 ? sum<Penalty::l2, T> : sum<Penalty::l1, T>;
+    return of(x, begin, end);
+  });
 }
 
 void penalty_gradient_range(const void* x, void* y, DType dtype, Penalty penalty,
-                            double grad_output, int64_t begin, int64_t end){
-    RK_FOR_PENALTY(gradient, dtype, penalty, x, y, grad_output, begin, end)}
+                            double grad_output, int64_t begin, int64_t end) {
+  for_dtype(dtype, [&]<typename T>(T) {
+    const auto of = penalty == Penalty::l2 ? gradient<Penalty::l2, T> : gradient<Penalty::l1, T>;
+    of(x, y, grad_output, begin, end);
+  });
+}
 
 RK_NAMESPACE_END

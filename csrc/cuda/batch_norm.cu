@@ -66,7 +66,7 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   Tensor gate = make_gate(input, gated ? in.gate_bytes() : 0);
   if (gated) chain.gate = static_cast<uint8_t*>(gate.mutable_data_ptr());
 
-  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+  for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = forward_arguments<T>(in, output, running.mean, running.var, eps, chain);
     a.num_batches_tracked = running.batches;
     a.averages = !momentum;
@@ -91,7 +91,7 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
   const ChannelValues var = channel_values(call, running_var, channels, "running_var");
   const cuda::Launch launch(input);
   Tensor output = empty_like_dense(input);
-  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+  for_dtype(in.dtype, [&]<typename T>(T) {
     cuda::launch_batch_norm_inference(
         forward_arguments<T>(in, output, mean, var, eps, make_chain(in, 0.0)), in.layout, in.numel,
         launch.stream);
@@ -120,7 +120,7 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                                wants_parameters, wants_residual);
   if (in.numel == 0) return gradients.of_nothing();
 
-  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+  for_dtype(in.dtype, [&]<typename T>(T) {
     cuda::BatchNormBackward<T> a{};
     a.grad_output = static_cast<const T*>(saved.grad_output);
     a.x = static_cast<const T*>(in.x);

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tens
   Tensor stats = empty_positions(input, true, 2);
   Tensor gradient =
       keep_gradient ? empty_like_dense(input) : empty_vector(input, 0, dtype_number(input));
-  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+  for_dtype(in.dtype, [&]<typename T>(T) {
     using C = compute_t<T>;
     auto a = arguments<T>(in);
     a.stats = static_cast<C*>(stats.mutable_data_ptr());
@@ -71,7 +71,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
-  cuda::for_dtype(in.dtype, [&]<typename T>(T) {
+  for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = arguments<T>(in);
     a.stats = static_cast<compute_t<T>*>(const_cast<void*>(saved.stats));
     a.gradient = static_cast<T*>(gradient.mutable_data_ptr());
@@ -91,7 +91,7 @@ void rescale_(const Tensor& x, const Tensor& factor) {
   const DType dtype = dtype_of(factor, call.op, "factor");
   const ChannelValues by{const_cast<void*>(call.data(factor, "factor")), dtype};
   const cuda::Launch launch(x);
-  cuda::for_dtype(x, call.op, [&]<typename T>(T) {
+  for_dtype(x, call.op, [&]<typename T>(T) {
     cuda::launch_rescale(static_cast<T*>(call.written(x, "x")), x.numel(), by, launch.stream);
   });
 }

@@ -28,7 +28,7 @@ void for_teacher(const Tensor& teacher, const char* op, F&& f) {
 // Calls f with a value of each of the two element types.
 template <typename F>
 void for_dtypes(const LossInput& in, const Tensor& teacher, const char* op, F&& f) {
-  cuda::for_dtype(in.dtype, [&]<typename S>(S student) {
+  for_dtype(in.dtype, [&]<typename S>(S student) {
     for_teacher<S>(teacher, op, [&]<typename T>(T of_teacher) { f(student, of_teacher); });
   });
 }

@@ -18,7 +18,7 @@ Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
   const void* const shifts = mixup_constants(call, shift, input, output, "shift");
   const cuda::Launch launch(input);
   for_mixup_input(input, call.op, [&]<typename In>(In) {
-    cuda::for_dtype(output, call.op, [&]<typename Out>(Out) {
+    for_dtype(output, call.op, [&]<typename Out>(Out) {
       cuda::launch_mixup(static_cast<const In*>(call.data(input, "input")),
                          static_cast<Out*>(output.mutable_data_ptr()), blend, layout, channels_last,
                          scales, shifts, launch.stream);
@@ -37,7 +37,7 @@ void mixup_(const Tensor& input, const OptionalTensor& lam, double one_lam,
   const void* const shifts = mixup_constants(call, shift, input, input, "shift");
   check_apart_from_input(call.op, input, lam, index, boxes, scale, shift);
   const cuda::Launch launch(input);
-  cuda::for_dtype(input, call.op, [&]<typename T>(T) {
+  for_dtype(input, call.op, [&]<typename T>(T) {
     cuda::launch_mixup_in_place(static_cast<T*>(call.written(input, "input")), blend, layout,
                                 scales, shifts, launch.stream);
   });

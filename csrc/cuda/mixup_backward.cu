@@ -18,8 +18,8 @@ Tensor mixup_backward(const Tensor& grad_output, const OptionalTensor& lam, doub
   Tensor grad_input = empty_batch(grad_output, dtype, channels_last, call.op);
   const void* const scales = mixup_constants(call, scale, grad_output, grad_input, "scale");
   const cuda::Launch launch(grad_output);
-  cuda::for_dtype(grad_output, call.op, [&]<typename In>(In) {
-    cuda::for_dtype(grad_input, call.op, [&]<typename Out>(Out) {
+  for_dtype(grad_output, call.op, [&]<typename In>(In) {
+    for_dtype(grad_input, call.op, [&]<typename Out>(Out) {
       cuda::launch_mixup_backward(static_cast<const In*>(call.data(grad_output, "grad_output")),
                                   static_cast<Out*>(grad_input.mutable_data_ptr()), blend,
                                   sorted.samples, sorted.starts, layout, channels_last, scales,

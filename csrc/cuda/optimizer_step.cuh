@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm
       const float next = step ? *step + 1.0f : 1.0f;
       const OptimizerConstants k = optimizer_constants(kAlgorithm, group, next, a.gradient());
       block->rule = OptimizerRule<C>(k, kAlgorithm);
-      block->round = {a.rounding == Rounding::stochastic, a.rng.stream(RngTag::rounding),
+      block->round = {a.rounding == Rounding::stochastic, a.rng.stream(kRoundingTag),
                       a.table.at(TableRow::element_offset, chunk.tensor) + chunk.first};
       block->coupled = group.decay == Decay::l2 && group.weight_decay != 0;
       block->proximal = k.threshold > 0;

@@ -18,7 +18,7 @@ void penalty_table(const Tensor& data, int64_t count, int64_t seal, int64_t dtyp
   double* const partials = scratch_of(call, data, scratch, chunks);
   double* const sum = slot_of(call, sums, slot, "sums");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, sealed.dtype, call.op), [&]<typename T>(T) {
+  for_dtype(dtype_from(dtype, sealed.dtype, call.op), [&]<typename T>(T) {
     cuda::launch_penalty<T>(penalty, sealed.table, chunks, sum, partials, launch.stream);
   });
 }
@@ -32,7 +32,7 @@ void penalty_backward_table(const Tensor& data, int64_t count, int64_t seal, int
   if (count) check_row(call, data, sealed, TableRow::param);
   const double* const grad = slot_of(call, grad_output, 0, "grad_output");
   const cuda::Launch launch(data);
-  cuda::for_dtype(dtype_from(dtype, sealed.dtype, call.op), [&]<typename T>(T) {
+  for_dtype(dtype_from(dtype, sealed.dtype, call.op), [&]<typename T>(T) {
     cuda::launch_penalty_backward<T>(penalty, sealed.table, table_chunks(data, count), grad,
                                      launch.stream);
   });

@@ -32,6 +32,16 @@ inline ChannelLayout channel_layout(const Tensor& input, const char* op,
   return layout;
 }
 
+// The layout of a batch (N, ...) that is dense with its samples outermost, as one channel of each.
+inline ChannelLayout sample_layout(const Tensor& input, const char* op) {
+  const int64_t numel = input.numel();
+  const int64_t samples = input.dim() == 0 ? 0 : input.size(0);
+  const bool outermost = samples < 2 || numel == 0 || input.stride(0) * samples == numel;
+  RK_REQUIRE(input.dim() > 0 && is_dense(input) && outermost, op, "input",
+             "a batch, dense with its samples outermost", input);
+  return {1, samples == 0 ? 1 : numel / samples, false};
+}
+
 // Whether the tensor has x's shape and strides; in a dimension of one element those say nothing.
 inline bool has_layout_of(const Tensor& x, const Tensor& tensor) {
   const auto sizes = x.sizes(), of = tensor.sizes();

@@ -99,6 +99,12 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const char* name = "
   }
 }
 
+// Calls f with a value of x's element type.
+template <typename F>
+void for_dtype(const Tensor& x, const char* op, F&& f) {
+  for_dtype(dtype_of(x, op), f);
+}
+
 // The type that elements of another are computed in.
 inline ScalarType compute_type_of(DType dtype) {
   return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;

@@ -44,22 +44,5 @@ inline auto allocator(const Tensor& x, std::optional<Tensor>& memory) {
   };
 }
 
-// Calls f with a value of the element type.
-template <typename F>
-void for_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::float64: return f(double{});
-    case DType::float32: return f(float{});
-    case DType::float16: return f(float16{});
-    case DType::bfloat16: return f(bfloat16{});
-  }
-}
-
-// The same for that of x.
-template <typename F>
-void for_dtype(const Tensor& x, const char* op, F&& f) {
-  for_dtype(dtype_of(x, op), f);
-}
-
 }  // namespace cuda
 }  // namespace reg_kernels

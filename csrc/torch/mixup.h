@@ -12,12 +12,7 @@ namespace reg_kernels {
 template <typename F>
 void for_mixup_input(const Tensor& x, const char* op, const F& f) {
   if (x.scalar_type() == ScalarType::Byte) return f(uint8_t{});
-  switch (dtype_of(x, op)) {
-    case DType::float64: return f(double{});
-    case DType::float32: return f(float{});
-    case DType::float16: return f(float16{});
-    case DType::bfloat16: return f(bfloat16{});
-  }
+  for_dtype(x, op, f);
 }
 
 // float64 where input or output is, else float32: what a batch is computed in.

@@ -17,7 +17,7 @@ from ._route import DRAWN, Draw, Linear, asked, draw
 
 def _has_samples_outermost(x: Tensor) -> bool:
     """Whether each sample of a batch (N, ...) fills one stretch of memory, after the one before."""
-    return is_dense(x) and (len(x) < 2 or x.stride(0) * len(x) == x.numel())
+    return is_dense(x) and (len(x) < 2 or x.stride(0) * len(x) == x.numel() or x.numel() == 0)
 
 
 def _check(op: str, a: Any) -> None:

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
   const Staging<T, kAhead<T> + 1> residual(scratch.rest(true), 0, plan.kept + plan.ring);
   const int rank = blockIdx.x % plan.blocks, channels = plan.channels<T>();
   const int classes = kChannelsLast ? plan.vectors : 1;
-  const RngStream stream = a.chain.rng.stream(RngTag::dropout);
+  const RngStream stream = a.chain.rng.stream(kDropoutTag);
   if (a.num_batches_tracked && !a.averages && blockIdx.x == 0 && threadIdx.x == 0) {
     *a.num_batches_tracked = next_count(*a.num_batches_tracked);
   }
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   const Staging<T, 1> residual(scratch.rest(false), plan.kept, plan.kept);
   const int64_t item = blockIdx.x / plan.blocks;
   const Slice<T, kChannelsLast> slice(plan, item, blockIdx.x % plan.blocks);
-  const RngStream stream = a.chain.rng.stream(RngTag::dropout);
+  const RngStream stream = a.chain.rng.stream(kDropoutTag);
   const auto read = [&](int step) {
     slice.for_vectors(step, [&](int k, int64_t element, uint32_t valid) {
       x.read(a.x, plan.direct, element, valid, step, k);

@@ -49,6 +49,23 @@ RK_HD To bit_cast(const From& from) {
   return to;
 }
 
+// A sum that the compiler does not join with a product before it in one rounding.
+RK_HD float add_apart(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+RK_HD double add_apart(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
 RK_HD double load(double value) { return value; }
 RK_HD float load(float value) { return value; }
 
@@ -69,6 +86,18 @@ RK_HD float load(float16 value) {
   if (magnitude >= 0x7c00u) result = bit_cast<float>(0x7f800000u | (magnitude << 13));
   return bit_cast<float>(bit_cast<uint32_t>(result) | ((value.bits & 0x8000u) << 16));
 #endif
+}
+
+// Calls f with a value of the element type.
+template <typename F>
+inline auto for_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float64: return f(double{});
+    case DType::float32: return f(float{});
+    case DType::float16: return f(float16{});
+    case DType::bfloat16: break;
+  }
+  return f(bfloat16{});
 }
 
 // store<T>(value): `value` as a T, rounded to nearest even; a NaN stays a NaN.

@@ -35,8 +35,6 @@ namespace cuda {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr int kWarp = 32;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // After every launch, and any other call: a refused one is an error here, not a wrong result later.
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();

@@ -16,11 +16,17 @@
 RK_NAMESPACE_BEGIN
 
 // Tags keep the kinds of op, and torch's own Philox streams, from sharing draws.
-// reg_kernels/_rng.py holds the same values for the other implementations.
-enum class RngTag : uint64_t {
-  dropout = 0x64726f706f757431ull,
-  rounding = 0x726f756e64696e67ull,
-};
+// reg_kernels/_rng.py makes the same ones for the other implementations.
+enum class RngTag : uint64_t {};
+
+// The tag of eight letters, the first one highest.
+constexpr RngTag rng_tag(const char (&letters)[9]) {
+  uint64_t tag = 0;
+  for (int i = 0; i < 8; ++i) tag = tag << 8 | static_cast<unsigned char>(letters[i]);
+  return static_cast<RngTag>(tag);
+}
+
+constexpr RngTag kDropoutTag = rng_tag("dropout1"), kRoundingTag = rng_tag("rounding");
 
 constexpr int64_t kGroup = 8;  // mask elements drawn by one Philox call
 

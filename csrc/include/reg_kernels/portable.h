@@ -1,6 +1,8 @@
 // What lets one header serve g++, nvcc and every instruction set the CPU kernels are built for.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define RK_HD __host__ __device__ __forceinline__
 #define RK_UNROLL _Pragma("unroll")
@@ -27,4 +29,10 @@
 
 // Opened here, so that naming it elsewhere (csrc/cpu/isa.h) finds it inline already.
 RK_NAMESPACE_BEGIN
+
+// What kernels on any processor count with: no standard template, for the same reason.
+RK_HD constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+RK_HD constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+RK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 RK_NAMESPACE_END

@@ -1,8 +1,8 @@
-// The elements of a tile of dropout, one by one or, where AVX-512 knows a shorter way, four cache
-// lines at once with the same bits.
+// The elements of a tile that are each multiplied by 0 or a scale, one by one or, where AVX-512
+// knows a shorter way, four cache lines at once with the same bits.
 #pragma once
 
-#include "reg_kernels/dropout_math.h"
+#include "reg_kernels/elementwise.h"
 
 #if defined(__AVX512BW__)
 #include <immintrin.h>
@@ -17,8 +17,8 @@ struct LineScale {
 };
 
 // Element i of a tile: x[i] with the half-word that was drawn for it.
-template <typename T>
-struct DroppedTile {
+template <typename Op, typename T>
+struct Tile {
   const T* x;
   const uint16_t* half_words;
   uint16_t last_kept;
@@ -26,7 +26,7 @@ struct DroppedTile {
   const LineScale<T>* lines;
 
   RK_HD T operator()(int64_t i) const {
-    return dropout_element(x[i], half_words[i] <= last_kept, scale);
+    return Op::element(x[i], half_words[i] <= last_kept ? scale : compute_t<T>(0));
   }
 };
 
@@ -63,7 +63,8 @@ struct LineScale<bfloat16> {
 
 // Whether elements [i, i + 4 * kWords) have gone to y the shorter way; if not, y is as it was. It
 // may be where they lie in x.
-RK_HD bool write_lines(const DroppedTile<bfloat16>& tile, int64_t i, bfloat16* y) {
+template <typename Op>
+RK_HD bool write_lines(const Tile<Op, bfloat16>& tile, int64_t i, bfloat16* y) {
   const LineScale<bfloat16>& lines = *tile.lines;
   const __m512i last = all_words(tile.last_kept);
   __m512i products[kLinesAtOnce];
@@ -93,7 +94,8 @@ RK_HD bool write_lines(const DroppedTile<bfloat16>& tile, int64_t i, bfloat16* y
 
 // The processor's own conversions, which differ in what they make of a NaN: Inf and NaN take the
 // plain way.
-RK_HD bool write_lines(const DroppedTile<float16>& tile, int64_t i, float16* y) {
+template <typename Op>
+RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   const __m512i last = all_words(tile.last_kept);
   const __m512 scale = _mm512_set1_ps(tile.scale);
   __m512i products[kLinesAtOnce];

@@ -1,0 +1,168 @@
+// The loops of the random elementwise family, compiled once for each op (elementwise/<op>.h, which
+// comes first) and each instruction set (isa.h).
+//
+// Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
+// streamed past the caches where it is larger than they are. A tile of mask draws is made into the
+// first-level cache, then a plain loop applies it.
+#include "elementwise_task.h"
+
+#include "product_lines.h"
+#include "random.h"
+#include "stream.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+template <typename T>
+struct Elements {
+  const T* x;
+  T* y;
+  const T* residual;
+  bool stream;
+  RngStream rng;
+  compute_t<T> scale;
+  LineScale<T> lines;
+  // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
+  uint16_t last_kept;
+  bool any_kept;
+
+  explicit Elements(const ElementwiseTask& task)
+      : x(static_cast<const T*>(task.x)),
+        y(static_cast<T*>(task.y)),
+        residual(static_cast<const T*>(task.residual)),
+        stream(task.stream),
+        rng(Op::kTag, task.seed, task.offset),
+        scale(static_cast<compute_t<T>>(task.scale)),
+        lines(scale),
+        last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
+        any_kept(task.threshold != 0) {}
+
+  ~Elements() {
+    if (stream) stream_fence();
+  }
+
+  // Elements [first, first + count), each with its own half-word, of an op that adds nothing.
+  void apply(int64_t first, int64_t count, const uint16_t* half_words) const {
+    write_each(y + first, count, stream,
+               Tile<Op, T>{x + first, half_words, last_kept, scale, &lines});
+  }
+
+  // The same with one half-word for all of them.
+  void apply_one(int64_t first, int64_t count, uint16_t half_word) const {
+    const T* from = x + first;
+    const bool kept = half_word <= last_kept && any_kept;
+    const auto write = [&](const auto& f) __attribute__((always_inline)) {
+      write_each(y + first, count, stream, f);
+    };
+    if constexpr (Op::kReadsDropped) {
+      const compute_t<T> m = kept ? scale : 0;
+      write([=](int64_t i) __attribute__((always_inline)) { return Op::element(from[i], m); });
+    } else if (residual == nullptr) {
+      const compute_t<T> m = scale;
+      if (kept) {
+        write([=](int64_t i) __attribute__((always_inline)) { return Op::element(from[i], m); });
+      } else {
+        write([](int64_t) __attribute__((always_inline)) { return T{}; });
+      }
+    } else {
+      const T* beside = residual + first;
+      const compute_t<T> m = scale;
+      if (kept) {
+        write([=](int64_t i)
+                  __attribute__((always_inline)) { return Op::element(from[i], beside[i], m); });
+      } else {
+        write([=](int64_t i) __attribute__((always_inline)) { return beside[i]; });
+      }
+    }
+  }
+};
+
+template <typename T>
+void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
+  Elements<T> of(task);
+  Draws draws;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = min(kTile, end - first);
+    of.apply(first, count, draws.fill(of.rng, task.mask_offset + first, count));
+  }
+}
+
+// Elements [begin, end) of planes of L, with one draw each: a long plane is shared by threads.
+template <typename T>
+void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
+  Elements<T> of(task);
+  Draws draws;
+  const int64_t length = task.length, first = begin / length, last = ceil_div(end, length);
+  const uint16_t* half_words = nullptr;
+  for (int64_t plane = first; plane < last; ++plane) {
+    const int64_t drawn = (plane - first) % kTile;
+    if (drawn == 0) {
+      half_words = draws.fill(of.rng, task.mask_offset + plane, min(kTile, last - plane));
+    }
+    const int64_t from = max(begin, plane * length);
+    of.apply_one(from, min(end, (plane + 1) * length) - from, half_words[drawn]);
+  }
+}
+
+// Positions [begin, end): the C draws of a sample, once for each of its L positions.
+template <typename T>
+void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
+  Elements<T> of(task);
+  Draws draws;
+  const int64_t channels = task.channels;
+  if (channels > kTile) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t sample = task.mask_offset + row / task.length * channels;
+      for (int64_t c = 0; c < channels; c += kTile) {
+        const int64_t count = min(kTile, channels - c);
+        of.apply(row * channels + c, count, draws.fill(of.rng, sample + c, count));
+      }
+    }
+    return;
+  }
+  // The draws of a sample, repeated until a tile can start in any channel.
+  uint16_t repeated[2 * kTile];
+  for (int64_t row = begin; row < end;) {
+    const int64_t sample = row / task.length;
+    const int64_t next = min(end, (sample + 1) * task.length);
+    const uint16_t* half_words = draws.fill(of.rng, task.mask_offset + sample * channels, channels);
+    const int64_t needed = channels + min(kTile, (next - row) * channels);
+    for (int64_t i = 0; i < needed; i += channels) {
+      const int64_t count = min(channels, needed - i);
+      memcpy(repeated + i, half_words, count * sizeof(uint16_t));
+    }
+    const int64_t last = next * channels;
+    for (int64_t first = row * channels; first < last; first += kTile) {
+      of.apply(first, min(kTile, last - first), repeated + first % channels);
+    }
+    row = next;
+  }
+}
+
+}  // namespace
+
+template <uint64_t kTag>
+void elements_range(const ElementwiseTask& task, int64_t begin, int64_t end) {
+  if constexpr (has_form<Op>(DrawnFor::element)) {
+    for_dtype(task.dtype, [&]<typename T>(T) { elements<T>(task, begin, end); });
+  }
+}
+
+template <uint64_t kTag>
+void channels_range(const ElementwiseTask& task, int64_t begin, int64_t end) {
+  for_dtype(task.dtype, [&]<typename T>(T) {
+    if constexpr (has_form<Op>(DrawnFor::channel)) {
+      if (task.channels_last) return positions<T>(task, begin, end);
+    }
+    if constexpr (has_form<Op>(DrawnFor::channel) || has_form<Op>(DrawnFor::sample)) {
+      planes<T>(task, begin, end);
+    }
+  });
+}
+
+template void elements_range<static_cast<uint64_t>(Op::kTag)>(const ElementwiseTask&, int64_t,
+                                                              int64_t);
+template void channels_range<static_cast<uint64_t>(Op::kTag)>(const ElementwiseTask&, int64_t,
+                                                              int64_t);
+
+RK_NAMESPACE_END

@@ -1,0 +1,42 @@
+// An op of the random elementwise family on the CUDA key: tensors to raw pointers. The kernels are
+// in elementwise.cuh. Compiled once for each op (elementwise/<op>.h, which comes first).
+#include "elementwise.cuh"
+
+#include "../torch/cuda.cuh"
+#include "../torch/elementwise.h"
+
+namespace reg_kernels {
+namespace {
+
+cuda::RateArgument rate_argument(const ElementwiseCall& a) {
+  if (!a.traced_p) return DropoutRate::from_probability(a.p);
+  const double* value = traced_p_data(a.call, *a.traced_p);
+  if (a.traced_p->is_cpu()) return DropoutRate::from_probability(*value);
+  return cuda::RateArgument(value);
+}
+
+void run(const ElementwiseCall& a) {
+  const ChannelLayout layout = a.layout();
+  a.check();
+  const cuda::Launch launch(a.x);
+  const cuda::RngState rng = cuda::read_rng_state(a.call, a.rng_state);
+  const cuda::RateArgument rate = rate_argument(a);
+  for_dtype(a.x, a.call.op, [&]<typename T>(T) {
+    T* const y = static_cast<T*>(a.call.written(a.y, "input"));
+    const T* const x = static_cast<const T*>(a.call.data(a.x, "input"));
+    const cuda::Addend<Op, T> addend(static_cast<const T*>(a.residual_data()), a.scaled);
+    if (a.drawn_for == DrawnFor::element) {
+      cuda::launch_elements<Op>(x, y, addend, a.x.numel(), a.element_offset, rate, rng,
+                                launch.stream);
+    } else {
+      cuda::launch_channels<Op>(x, y, addend, a.x.numel(), layout, a.element_offset, rate, rng,
+                                launch.stream);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CUDA, m) { Elementwise<Op, run>::register_in(m); }
+
+}  // namespace reg_kernels

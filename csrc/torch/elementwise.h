@@ -1,0 +1,94 @@
+// The arguments of an op of the random elementwise family as both launchers, CPU and CUDA, read
+// them, checked for what memory safety rests on; and the functions that are registered.
+#pragma once
+
+#include "channel_layout.h"
+#include "checks.h"
+#include "reg_kernels/elementwise.h"
+
+namespace reg_kernels {
+
+// A call of one of an op's forms.
+struct ElementwiseCall {
+  Call call;
+  DrawnFor drawn_for;
+  const Tensor& x;
+  const Tensor& y;  // x itself, in place
+  OptionalTensor residual;
+  double p;
+  bool scaled;  // whether what is kept is scaled up
+  const Tensor& rng_state;
+  int64_t element_offset;
+  const OptionalTensor& traced_p;
+
+  // How x lies in memory, where one draw is for more than an element.
+  ChannelLayout layout() const {
+    if (drawn_for == DrawnFor::element) return {1, 1, false};
+    return drawn_for == DrawnFor::channel ? channel_layout(x, call.op) : sample_layout(x, call.op);
+  }
+
+  void check() const {
+    check_element_offset(element_offset, call.op);
+    check_probability(p, call.op);
+  }
+
+  const void* residual_data() const {
+    if (!residual) return nullptr;
+    RK_REQUIRE(has_layout_of(x, *residual) && residual->scalar_type() == x.scalar_type(), call.op,
+               "residual", "like the input, " + described(x), *residual);
+    return call.data(*residual, "residual");
+  }
+};
+
+// The functions that are registered for an op's forms, of which `run` runs each.
+template <typename Op, void (*run)(const ElementwiseCall&)>
+struct Elementwise {
+  template <int kForm>
+  static Tensor fresh(const Tensor& input, double p, const Tensor& rng_state,
+                      int64_t element_offset, const OptionalTensor& traced_p) {
+    constexpr Form form = Op::kForms[kForm];
+    const Call call(form.name, input);
+    if constexpr (form.drawn_for == DrawnFor::channel) channel_layout(input, call.op);
+    const Tensor x = form.drawn_for == DrawnFor::element ? dense(call, input) : input;
+    Tensor y = empty_like_dense(x);
+    run({call, form.drawn_for, x, y, {}, p, true, rng_state, element_offset, traced_p});
+    return y;
+  }
+
+  template <int kForm>
+  static void in_place(const Tensor& input, double p, const Tensor& rng_state,
+                       int64_t element_offset, const OptionalTensor& traced_p) {
+    constexpr Form form = Op::kForms[kForm];
+    const Call call(form.in_place, input);
+    if constexpr (form.drawn_for == DrawnFor::element) check_dense(input, call.op, "input");
+    run({call, form.drawn_for, input, input, {}, p, true, rng_state, element_offset, traced_p});
+  }
+
+  static Tensor added(const Tensor& input, const OptionalTensor& residual, double p,
+                      bool scale_by_keep, const Tensor& rng_state, int64_t element_offset,
+                      const OptionalTensor& traced_p) {
+    constexpr Form form = Op::kForms[0];
+    const Call call(form.name, input);
+    sample_layout(input, call.op);
+    Tensor y = empty_like_dense(input);
+    run({call, form.drawn_for, input, y, residual, p, scale_by_keep, rng_state, element_offset,
+         traced_p});
+    return y;
+  }
+
+  template <typename Library, int kForm = 0>
+  static void register_in(Library& m) {
+    if constexpr (kForm < static_cast<int>(std::size(Op::kForms))) {
+      constexpr Form form = Op::kForms[kForm];
+      if constexpr (Op::kAdds) {
+        m.impl(form.name, TORCH_BOX(&added));
+      } else {
+        m.impl(form.name, TORCH_BOX(&fresh<kForm>));
+      }
+      if constexpr (form.in_place != nullptr) m.impl(form.in_place, TORCH_BOX(&in_place<kForm>));
+      register_in<Library, kForm + 1>(m);
+    }
+  }
+};
+
+}  // namespace reg_kernels
