@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for models and growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
-PLAN = bench.Plan(seconds=1.0, least=5, most=20, sample=1e-3)
+BUDGET = bench.Budget(seconds=1.0, least=5, most=20, sample=1e-3)
 NAMES = (
     *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
     *("eager", "compile", "fused", "foreach", "optimi", "liger", "timm"),
@@ -86,9 +86,9 @@ def definitions(name: str) -> ModuleType:
 
 
 @functools.lru_cache(maxsize=1)
-def measured(case: bench.Case) -> dict[str, dict[str, Any]]:
+def measured(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     """What was measured of each contender, by its name."""
-    return {row["name"]: row for row in bench.measure(case, DEVICE, PLAN)["contenders"]}
+    return {row["name"]: row for row in bench.measure(case, DEVICE, BUDGET)["contenders"]}
 
 
 @pytest.fixture

@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
     _run.warm_allocator(device, ["-m", "reg_kernels", "bench", *_arguments(args)])
 
-    plan = _run.QUICK if args.quick else _run.full_plan(device)
+    budget = _run.QUICK if args.quick else _run.full_budget(device)
     options = {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype}
     try:
-        data = _run.measure_all(cases, device, lambda case: plan, options, args.time_limit)
+        data = _run.measure_all(cases, device, lambda case: budget, options, args.time_limit)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return _run.INTERRUPTED
