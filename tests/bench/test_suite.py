@@ -365,6 +365,8 @@ BENCH_TOY = """
 import json
 import sys
 
+MODULES = ("toy",)
+
 def test_toy(time_it):
     time_it()
 
