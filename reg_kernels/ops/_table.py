@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,18 +31,20 @@ class TablePart:
 
 def tables(
     tensors: Sequence[Tensor], results: Sequence[Tensor] = ()
-) -> Iterator[tuple[TensorTable, list[Tensor]]]:
+) -> list[tuple[TensorTable, list[Tensor]]]:
     """For the tensors of each device and dtype their table, and the dense ones that its first row
     is of and that have to outlive it; its second row is of `results`, which are dense as well."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
         kinds.setdefault((x.device, x.dtype), []).append(i)
+    found = []
     for (device, dtype), places in kinds.items():
         dense = [_dense(tensors[i]) for i in places]
         rows = {"grad": addresses(dense)}
         if results:
             rows["param"] = addresses(results[i] for i in places)
-        yield TensorTable([x.numel() for x in dense], device, (dtype,), **rows), dense
+        found.append((TensorTable([x.numel() for x in dense], device, (dtype,), **rows), dense))
+    return found
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ def sum_into(
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    double = any(x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if double else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | None = None) -> None:
@@ -57,9 +56,9 @@ def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | Non
     if power not in (1, 2):
         Call(op, tensors[0]).refuse("power", "1 or 2", power)
     for i, x in enumerate(tensors):
-        call = Call(op, x)
-        call.check_floats(x, f"tensors[{i}]")
-        call.check_memory(x, f"tensors[{i}]")
+        call, name = Call(op, x), f"tensors[{i}]"
+        call.check_floats(x, name)
+        call.check_memory(x, name)
     if grad_output is not None:
         if grad_output.numel() != 1:
             Call(op, grad_output).refuse("grad_output", "one number", grad_output)
@@ -71,11 +70,12 @@ def _forward(backend: str) -> Any:
         _check("penalty", tensors, power)
         if backend == "reference":
             return reference.penalty(tensors, power)
-        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+        device = tensors[0].device
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for table, dense in tables(tensors):
             sums = torch.empty(1, dtype=torch.float64, device=dense[0].device)
             sum_into(table, dense, power, sums, 0, backend)
-            total += sums[0].to(total.device)
+            total += sums[0].to(device)
         return total.to(_result_dtype(tensors))
 
     return run
