@@ -1,10 +1,9 @@
 """pytest-benchmark over the definitions in reg_kernels/bench and in the modules beside this file.
 
-A test's `time_it` in bench_<name>.py runs over every case of bench/<name>.py, or else of
-reg_kernels/bench/<name>.py, and over every contender. What runs one after the other cannot be
-compared on a machine that changes its speed: the contenders of a case are measured together, by
-`reg_kernels.bench.measure`, when the first of them is asked for, and pytest-benchmark is handed the
-seconds that were recorded, by way of a clock that shows them.
+A test's `time_it` runs over every case of its file's `MODULES`, and over every contender. What
+runs one after the other cannot be compared on a machine that changes its speed: the contenders of a
+case are measured together, by `reg_kernels.bench.measure`, when the first of them is asked for, and
+pytest-benchmark is handed the seconds that were recorded, by way of a clock that shows them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for models and growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
-PLAN = bench.Plan(seconds=1.0, least=5, most=20, sample=1e-3)
+BUDGET = bench.Budget(seconds=1.0, least=5, most=20, sample=1e-3)
 NAMES = (
     *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
     *("eager", "compile", "fused", "foreach", "optimi", "liger", "timm"),
@@ -63,32 +61,26 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "time_it" not in metafunc.fixturenames:
         return
-    name = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
     metafunc.parametrize(
         "row",
         [
             pytest.param(
                 (case, name),
-                id=f"{case.label}-{name}".replace(" ", "-"),
+                id=f"{module.rpartition('.')[2]}-{case.label}-{name}".replace(" ", "-"),
                 marks=pytest.mark.benchmark(timer=CLOCK, group=case.label),
             )
-            for case in definitions(name).cases(SCOPE)
+            for module in metafunc.module.MODULES
+            for case in importlib.import_module(module).cases(SCOPE)
             for name in NAMES
         ],
         indirect=True,
     )
 
 
-def definitions(name: str) -> ModuleType:
-    """The module that holds the cases of bench_<name>.py."""
-    beside = Path(__file__).with_name(f"{name}.py").exists()
-    return importlib.import_module(name if beside else f"reg_kernels.bench.{name}")
-
-
 @functools.lru_cache(maxsize=1)
-def measured(case: bench.Case) -> dict[str, dict[str, Any]]:
+def measured(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     """What was measured of each contender, by its name."""
-    return {row["name"]: row for row in bench.measure(case, DEVICE, PLAN)["contenders"]}
+    return {row["name"]: row for row in bench.measure(case, DEVICE, BUDGET)["contenders"]}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from reg_kernels.bench import batch_norm, cross_entropy, dropout, mixup, optimiz
 from reg_kernels.bench._measure import EAGER, STEP, format_bytes
 from reg_kernels.bench.optimizer_step import FUSED
 
-PLAN = bench.Plan(seconds=0.3, least=3, most=10, sample=1e-3)
+BUDGET = bench.Budget(seconds=0.3, least=3, most=10, sample=1e-3)
 
 SIZES = tuple(4**power for power in range(5, 15))  # elements: 2^10 to 2^28
 TENSORS = (1, 10, 100, 1000, 10_000)
@@ -32,7 +32,7 @@ _SHARE = 0.4  # of the memory that there is, which a case may take
 _EAGER_DROPOUT_UP_TO = 2**26  # elements
 
 
-def cases(scope: bench.Scope) -> list[bench.Case]:
+def cases(scope: bench.Scope) -> list[bench.Benchmark]:
     """Curve by curve; of a size that does not fit into memory there is the reason alone."""
     scope = dataclasses.replace(scope, compiled=False)
     result = []
@@ -67,8 +67,8 @@ def _memory(device: torch.device) -> int:
 
 
 def _point(
-    case: bench.Case, device: torch.device, series: str, skipped: Mapping[str, str]
-) -> bench.Case:
+    case: bench.Benchmark, device: torch.device, series: str, skipped: Mapping[str, str]
+) -> bench.Benchmark:
     """`case` as one point of a curve: with the contenders of a curve, and without goals."""
     with backends.backend(None):
         ours = backends.choose(case.op, device.type, case.dtype)

@@ -166,7 +166,7 @@ NETS = (
 _GPU_MEMORY = 40 * 2**30  # bytes that a GPU must have for the batches of photos
 
 
-def cases(scope: bench.Scope) -> list[bench.Case]:
+def cases(scope: bench.Scope) -> list[bench.Benchmark]:
     """A step of each net by layout and, on a GPU, also in bfloat16 by autocast."""
     return [_case(scope.device, *point) for point in _points(scope)]
 
@@ -188,7 +188,7 @@ def _points(scope: bench.Scope) -> Iterator[Point]:
     yield from itertools.product(resnets, dtypes, layouts)
 
 
-def _case(device: torch.device, net: Net, dtype: torch.dtype, layout: str) -> bench.Case:
+def _case(device: torch.device, net: Net, dtype: torch.dtype, layout: str) -> bench.Benchmark:
     """A step of `net`; in another dtype than float32 by autocast, the weights staying float32."""
     shape = net.shape(device)
     with backends.backend(None):
@@ -208,7 +208,7 @@ def _case(device: torch.device, net: Net, dtype: torch.dtype, layout: str) -> be
             _contender(EAGER, Stepper(truth, images, labels, copy.deepcopy, eager)),
         ]
 
-    return bench.Case(
+    return bench.Benchmark(
         op="model",
         variant=net.name if dtype == torch.float32 else f"{net.name} autocast",
         direction=STEP,

@@ -152,15 +152,15 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
     dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
     scope = bench.Scope(device, dtypes, compiled=not quick)
     # In turns, so that what a time limit leaves is not of one kind alone.
-    curves: dict[str, list[bench.Case]] = {}
+    curves: dict[str, list[bench.Benchmark]] = {}
     for case in growth.cases(scope):
         curves.setdefault(case.series, []).append(case)
     points = bench.take_turns(curves.values())
     cases = bench.take_turns((bench.all_cases(scope), models.cases(scope), points))
-    usual = _run.QUICK if quick else _run.full_plan(device)
+    usual = _run.QUICK if quick else _run.full_budget(device)
     options = {"quick": quick, "all": False, "op": None, "dtype": None}
     return _run.measure_all(
-        cases, device, lambda case: growth.PLAN if case.series else usual, options, time_limit
+        cases, device, lambda case: growth.BUDGET if case.series else usual, options, time_limit
     )
 
 

@@ -48,6 +48,7 @@ class TensorTable:
         seal: what the kernels' entries tell this buffer from any other tensor by.
         scratch: float64 [1 + chunks], all zero between calls up to what a kernel leaves in [1:]:
             partial sums, and a counter of blocks.
+        head: data, count and seal, the first arguments of what takes a table.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TensorTable:
         self._host = _tensor_of(numbers)
         self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
         self.seal = self._make_seal(dtypes, rows)
+        self.head = (self.data, self.count, self.seal)
         self.scratch = torch.zeros(1 + self.chunks, dtype=torch.float64, device=device)
         # Where a graph copies a row from at its replays; allocated now, not while one is captured.
         self._for_capture = torch.empty(

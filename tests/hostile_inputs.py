@@ -285,9 +285,8 @@ def _optimizer_step_(r: Random) -> list[Any]:
 
 def _optimizer_step_table(r: Random) -> tuple[list[Any], Any]:
     algorithm, lists, common = _lists(r)
-    params, grads, *rest = lists
-    of = StepLists(params, *rest)
-    table = of.table(grads)
+    of = StepLists(*lists)
+    table = of.table()
     arguments = [table.data, table.count, table.seal, algorithm, of.dtypes(), *common]
     return [*arguments, table.scratch], (lists, table)
 

@@ -1,6 +1,7 @@
 """The house's own rules: where an op lives, and which way imports point."""
 
 import ast
+import graphlib
 import importlib
 import re
 from pathlib import Path
@@ -18,27 +19,33 @@ CSRC = ROOT / "csrc"
 FILES = sorted({re.sub(r"^feature_|_$|_(inference|backward)$", "", name) for name in OPS})
 
 
-@pytest.mark.parametrize("op", FILES)
-@pytest.mark.parametrize(
-    "place",
-    [
-        "csrc/include/reg_kernels/{}_math.h",
-        "csrc/cpu/{}.cpp",
-        "csrc/cuda/{}.cu",
-        "csrc/cuda/{}.cuh",
-        "reg_kernels/reference/{}.py",
-        "reg_kernels/triton/{}.py",
-        "reg_kernels/ops/{}.py",
-        "reg_kernels/cases/{}.py",
-        "reg_kernels/bench/{}.py",
-        "bench/bench_{}.py",
-        "tests/ops/test_{}.py",
-        "tests/triton/test_{}.py",
-        "tests/emulation/{}.cpp",
-    ],
+# An op of a family brings its element's function, include/reg_kernels/<family>/<op>.h; the loops,
+# csrc/{cpu,cuda}/<family>.*, are the family's.
+HEADERS = CSRC / "include" / "reg_kernels"
+FAMILIES = {
+    header.stem: header.parent.name
+    for header in HEADERS.glob("*/*.h")
+    if (CSRC / "cpu" / f"{header.parent.name}.cpp").is_file()
+}
+
+# What there has to be of an op, and of what its loops are: of its family, or of the op itself.
+OF_AN_OP = ("reference/{}.py", "ops/{}.py", "cases/{}.py")
+OF_LOOPS = ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "tests/emulation/{}.cpp")
+# And of an op that shares its loops with none. One of a family is held by its cases to be right in
+# every implementation, wherever that stands, and has other files where there is more to say.
+OF_A_LONE_OP = (
+    "csrc/include/reg_kernels/{}_math.h",
+    *("reg_kernels/triton/{}.py", "reg_kernels/bench/{}.py", "tests/ops/test_{}.py"),
 )
-def test_an_op_has_the_same_basename_in_every_layer(op, place):
-    assert (ROOT / place.format(op)).is_file()
+
+
+@pytest.mark.parametrize("op", FILES)
+def test_an_op_has_the_same_basename_in_every_layer(op):
+    needed = [f"reg_kernels/{place}".format(op) for place in OF_AN_OP]
+    needed += [place.format(FAMILIES.get(op, op)) for place in OF_LOOPS]
+    needed += [place.format(op) for place in OF_A_LONE_OP if op not in FAMILIES]
+    missing = [path for path in needed if not (ROOT / path).is_file()]
+    assert not missing, ", ".join(missing)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -60,13 +67,24 @@ def test_files_of_ops_that_do_not_exist():
         for path in (PACKAGE / directory).glob("*.py"):
             if not path.stem.startswith("_"):
                 assert path.stem in FILES, path
+    assert FAMILIES.keys() <= set(FILES)
 
 
 # Python: faces -> ops -> implementations.
 
 
+def module_of(path):
+    """The name of the module that a file is."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def imported(path):
-    """Names of the reg_kernels modules that a file imports, at any depth of nesting."""
+    """Names of the reg_kernels modules that a file imports, at any depth of nesting: also inside of
+    functions, and for types alone."""
     package = ["reg_kernels", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -76,6 +94,25 @@ def imported(path):
             base = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 yield ".".join([*base, alias.name])
+
+
+def module_with(name):
+    """The module of the package that has an imported name, or is it; None of others."""
+    if name == "reg_kernels._C":  # of C++
+        return None
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def test_no_module_reaches_itself():
+    # By strings they may: ops/ finds triton/ so, which may not be installed, and the packages of
+    # cases and benchmarks find their modules.
+    graph = {
+        module: {module_with(name) for name in imported(path)} - {None}
+        for module, path in MODULES.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def layer(module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .. import backends
+from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number
 from ..ops._modes import is_fake
@@ -193,7 +194,7 @@ class Mixup:
             expected = "images (N, C, H, W) or (N, H, W)" if self._cuts else "a batch (N, ...)"
             raise ValueError(f"Mixup: input must be {expected}, got {input.dim()} dimensions")
         if target.dtype != torch.int64:
-            dtype = str(target.dtype).removeprefix("torch.")
+            dtype = named(target.dtype)
             raise RuntimeError(f"Mixup: target must be int64 class indices, got {dtype}")
         if target.shape != input.shape[:1]:
             raise ValueError(

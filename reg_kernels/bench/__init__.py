@@ -1,7 +1,7 @@
 """Microbenchmarks: what is measured, and how.
 
 Each public module here holds the benchmarks of the op of the same name, as a function
-`cases(scope) -> list[Case]`; adding the file is all that a new op needs.
+`cases(scope) -> list[Benchmark]`; adding the file is all that a new op needs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import pkgutil
 from collections.abc import Iterable
 
 from ._measure import (
-    Case,
+    Benchmark,
+    Budget,
     Contender,
     Goal,
-    Plan,
     Scope,
     Skipped,
     WrongValues,
@@ -24,10 +24,10 @@ from ._measure import (
 )
 
 __all__ = [
-    "Case",
+    "Benchmark",
+    "Budget",
     "Contender",
     "Goal",
-    "Plan",
     "Scope",
     "Skipped",
     "WrongValues",
@@ -44,7 +44,7 @@ def modules() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def all_cases(scope: Scope) -> list[Case]:
+def all_cases(scope: Scope) -> list[Benchmark]:
     """Every benchmark of every op, in the order in which they run.
 
     The ops take turns, so that what a time limit leaves is not one op's alone.
@@ -54,7 +54,7 @@ def all_cases(scope: Scope) -> list[Case]:
     )
 
 
-def take_turns(lists: Iterable[list[Case]]) -> list[Case]:
+def take_turns(lists: Iterable[list[Benchmark]]) -> list[Benchmark]:
     """The first case of each list, then the second ones, and so on."""
     turns = itertools.zip_longest(*lists)
     return [case for turn in turns for case in turn if case is not None]

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from .._dtypes import named
 from ._clock import Clock, captured, clock
 from ._memory import kept_bytes, peak_bytes
 
@@ -75,7 +76,7 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Budget:
     """How long to measure a benchmark."""
 
     seconds: float  # for all rounds together
@@ -135,7 +136,7 @@ def faster(limit: float, than: str = EAGER) -> Goal:
 
 
 @dataclass(frozen=True)
-class Case:
+class Benchmark:
     """One benchmark: an op in one direction, dtype and shape."""
 
     op: str
@@ -158,7 +159,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = named(self.dtype)
         if len(self.shape) > 1:
             size = "×".join(map(str, self.shape))
         elif self.host:
@@ -187,9 +188,9 @@ def format_bytes(count: float) -> str:
 
 
 def measure(
-    case: Case,
+    case: Benchmark,
     device: torch.device,
-    plan: Plan,
+    budget: Budget,
     after_round: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> dict[str, Any]:
     """Checks and times the contenders of `case`.
@@ -197,7 +198,7 @@ def measure(
     Args:
         case: the benchmark.
         device: where to run it.
-        plan: how long to.
+        budget: how long to.
         after_round: called with the number of rounds done and of all.
 
     Returns:
@@ -226,7 +227,7 @@ def measure(
         else:
             running.append(entry)
     timed_by = clock(device, host=case.host, wall=case.wall)
-    samples, calls = _interleave(running, timed_by, plan, after_round)
+    samples, calls = _interleave(running, timed_by, budget, after_round)
     for row in rows:
         if (seconds := samples.get(row["name"])) is None:
             continue
@@ -237,7 +238,7 @@ def measure(
         if case.tensors:
             row["seconds_per_tensor"] = row["median"] / case.tensors
     if device.type == "cuda" and math.prod(case.shape) * case.dtype.itemsize <= _SMALL:
-        further = _small_call_figures(case, device, running, plan)
+        further = _small_call_figures(case, device, running, budget)
         for row in rows:
             row |= further.get(row["name"], {})
     for entry in running:
@@ -260,7 +261,7 @@ def measure(
         "op": case.op,
         "variant": case.variant,
         "direction": case.direction,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": named(case.dtype),
         "shape": list(case.shape),
         "layout": case.layout,
         "requires_grad": case.requires_grad,
@@ -278,14 +279,14 @@ def measure(
 
 
 def _small_call_figures(
-    case: Case, device: torch.device, running: list[Contender], plan: Plan
+    case: Benchmark, device: torch.device, running: list[Contender], budget: Budget
 ) -> dict[str, dict[str, Any]]:
     """What launching costs: further figures of a small call on a GPU, by contender."""
-    plan = replace(plan, seconds=_FURTHER * plan.seconds)
+    budget = replace(budget, seconds=_FURTHER * budget.seconds)
     found: dict[str, dict[str, Any]] = {entry.name: {} for entry in running}
 
     def add(figure: str, contenders: list[Contender], timed_by: Clock) -> None:
-        samples, _ = _interleave(contenders, timed_by, plan)
+        samples, _ = _interleave(contenders, timed_by, budget)
         for name, seconds in samples.items():
             found[name][figure] = statistics.median(seconds)
 
@@ -340,14 +341,14 @@ def figures(
     return row
 
 
-def contenders(case: Case, device: torch.device) -> list[Contender | Skipped]:
+def contenders(case: Benchmark, device: torch.device) -> list[Contender | Skipped]:
     """The copy and those of the case, with their tensors made."""
     pool = pool_size(case, device)
     copy = [] if case.bytes is None else [_copy_contender(case, device, pool, case.bytes)]
     return [*copy, *case.prepare(device, pool)]
 
 
-def pool_size(case: Case, device: torch.device) -> int:
+def pool_size(case: Benchmark, device: torch.device) -> int:
     """How many inputs to walk, so that none is in the GPU's L2 cache when its turn comes."""
     if device.type != "cuda" or case.host or case.wall:
         return 1
@@ -356,7 +357,9 @@ def pool_size(case: Case, device: torch.device) -> int:
     return min(_LARGEST_POOL, max(1, math.ceil(_POOL_OVER_L2 * cache / size)))
 
 
-def _copy_contender(case: Case, device: torch.device, pool: int, bytes_moved: int) -> Contender:
+def _copy_contender(
+    case: Benchmark, device: torch.device, pool: int, bytes_moved: int
+) -> Contender:
     count = max(1, bytes_moved // 2 // case.dtype.itemsize)  # a copy reads and writes each byte
     sources = [torch.randn(count, dtype=case.dtype, device=device) for _ in range(pool)]
     destination = torch.zeros_like(sources[0])
@@ -372,7 +375,7 @@ def _copy_contender(case: Case, device: torch.device, pool: int, bytes_moved: in
 def _interleave(
     contenders: list[Contender],
     timed_by: Clock,
-    plan: Plan,
+    budget: Budget,
     after_round: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """The seconds of each contender, one for each round, and how many calls a sample of it is."""
@@ -393,11 +396,11 @@ def _interleave(
     for contender in contenders:
         # The check has warmed it up; the shorter of two is the better guess of what is to come.
         guess = min(sample(contender, 1, 0) for _ in range(2))
-        wanted = math.ceil(plan.sample / max(guess, 1e-9))
+        wanted = math.ceil(budget.sample / max(guess, 1e-9))
         calls[contender.name] = max(1, min(wanted, timed_by.most_calls))
         lead_in[contender.name] = (guess <= _LEAD_IN_TWICE) + (guess <= _LEAD_IN)
         round_seconds += guess * (calls[contender.name] + lead_in[contender.name])
-    rounds = max(plan.least, min(plan.most, int(plan.seconds / max(round_seconds, 1e-9))))
+    rounds = max(budget.least, min(budget.most, int(budget.seconds / max(round_seconds, 1e-9))))
 
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}
     with _no_collection():

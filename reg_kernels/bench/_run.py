@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from . import _environment, _report
-from ._measure import Case, Plan, measure
+from ._measure import Benchmark, Budget, measure
 
-FULL = Plan(seconds=4.0, least=7, most=40, sample=5e-3)
-FULL_CUDA = Plan(seconds=1.0, least=7, most=40, sample=1e-3)
-QUICK = Plan(seconds=0.3, least=3, most=10, sample=1e-3)
+FULL = Budget(seconds=4.0, least=7, most=40, sample=5e-3)
+FULL_CUDA = Budget(seconds=1.0, least=7, most=40, sample=1e-3)
+QUICK = Budget(seconds=0.3, least=3, most=10, sample=1e-3)
 
 INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 
 
-def full_plan(device: torch.device) -> Plan:
+def full_budget(device: torch.device) -> Budget:
     return FULL_CUDA if device.type == "cuda" else FULL
 
 
@@ -49,9 +49,9 @@ def warm_allocator(device: torch.device, command: Sequence[str]) -> None:
 
 
 def measure_all(
-    cases: Sequence[Case],
+    cases: Sequence[Benchmark],
     device: torch.device,
-    plan: Callable[[Case], Plan],
+    budget: Callable[[Benchmark], Budget],
     options: dict[str, Any],
     time_limit: float | None = None,
 ) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measure_all(
     Args:
         cases: what to measure.
         device: where to.
-        plan: how long to measure a case.
+        budget: how long to measure a case.
         options: what the results say of how they were asked for.
         time_limit: seconds after which no further case is started; those are named.
     """
@@ -89,11 +89,11 @@ def measure_all(
                 data["left_out"].append({"label": _name(case), "reason": "the time was up"})
                 continue
 
-            def after_round(done: int, rounds: int, case: Case = case) -> None:
+            def after_round(done: int, rounds: int, case: Benchmark = case) -> None:
                 progress.update(bar, description=f"{case.label}, round {done} of {rounds}")
 
             try:
-                data["benchmarks"].append(measure(case, device, plan(case), after_round))
+                data["benchmarks"].append(measure(case, device, budget(case), after_round))
             except torch.OutOfMemoryError:
                 data["left_out"].append({"label": _name(case), "reason": "out of GPU memory"})
             progress.advance(bar)
@@ -103,5 +103,5 @@ def measure_all(
     return data
 
 
-def _name(case: Case) -> str:
+def _name(case: Benchmark) -> str:
     return f"{case.series}: {case.label}" if case.series else case.label

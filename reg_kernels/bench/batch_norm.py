@@ -26,7 +26,7 @@ from ._measure import (
     BACKWARD,
     BOTH,
     FORWARD,
-    Case,
+    Benchmark,
     Contender,
     Goal,
     Scope,
@@ -84,7 +84,7 @@ _HOST_GPU = Goal("native", "at most 1.3 of nn.BatchNorm1d's time", "time_over_ea
 _FLOOR = Goal("native", "at least 0.85 of the floor", "share_of_copy", 0.85, True)
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """Small calls, then layers and chains by dtype, shape, layout and direction."""
     result = []
     for dtype in scope.of_small_calls:
@@ -98,7 +98,7 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
-def sized(scope: Scope, elements: int) -> list[Case]:
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: 16 square images of 64 channels; `elements` is a power of four."""
     side = math.isqrt(elements // (16 * 64))
     return [_case(scope, ACTIVATED, torch.float32, (16, 64, side, side), BOTH)]
@@ -231,7 +231,7 @@ def _case(
     *,
     requires_grad: bool = True,
     host: bool = False,
-) -> Case:
+) -> Benchmark:
     requires_grad = requires_grad and kind.training
 
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
@@ -252,7 +252,7 @@ def _case(
             for way in ways(kind.op, makers, direction, device, dtype, size, scope.compiled)
         ]
 
-    return Case(
+    return Benchmark(
         op=kind.op,
         variant=kind.variant,
         direction=direction,

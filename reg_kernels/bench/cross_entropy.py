@@ -36,7 +36,7 @@ from ._logits import (
     loss_inputs,
     vocabulary,
 )
-from ._measure import BOTH, COMPILE, FORWARD, Case, Contender, Goal, Scope, Skipped, faster
+from ._measure import BOTH, COMPILE, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, faster
 from ._peers import LIGER, peer
 from ._ways import Inputs, Makers, Way, ways
 
@@ -62,7 +62,7 @@ PROBABILITIES = Kind("probabilities", probabilities=True)
 _KINDS = (PAIR, SMOOTHED, LABELS, PROBABILITIES)
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """A vocabulary's logits, with their gradient and without; then images and small batches."""
     result = [
         _case(scope, kind, direction, dtype, shape, layout)
@@ -75,7 +75,7 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
-def sized(scope: Scope, elements: int) -> list[Case]:
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: rows of 1,024 classes with a label each, and their gradient."""
     return [_case(scope, LABELS, BOTH, torch.float32, (elements // 1024, 1024))]
 
@@ -121,7 +121,7 @@ def _case(
     layout: str = "contiguous",
     *,
     host: bool = False,
-) -> Case:
+) -> Benchmark:
     requires_grad = direction == BOTH
     size = torch.Size(shape).numel() * dtype.itemsize
     for_liger = not kind.pair and not kind.probabilities and len(shape) == 2
@@ -150,7 +150,7 @@ def _case(
             entries.append(_liger(kind, truth, direction, inputs))
         return entries
 
-    return Case(
+    return Benchmark(
         op="cross_entropy",
         variant=kind.variant,
         direction=direction,

@@ -28,7 +28,7 @@ from ._logits import (
     loss_inputs,
     vocabulary,
 )
-from ._measure import BOTH, COMPILE, FORWARD, Case, Contender, Scope, Skipped, faster
+from ._measure import BOTH, COMPILE, FORWARD, Benchmark, Contender, Scope, Skipped, faster
 from ._ways import Makers, ways
 
 ALPHA = 0.5
@@ -36,7 +36,7 @@ ALPHA = 0.5
 _GOALS = (faster(3), faster(1.3, COMPILE))
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """A vocabulary's logits with their gradient and without; another temperature, small batches."""
     shape = vocabulary(scope.device)
     points = [(BOTH, 2.0), (FORWARD, 2.0)]
@@ -60,7 +60,7 @@ def _case(
     shape: tuple[int, ...],
     *,
     host: bool = False,
-) -> Case:
+) -> Benchmark:
     requires_grad = direction == BOTH
     size = torch.Size(shape).numel() * dtype.itemsize
 
@@ -85,7 +85,7 @@ def _case(
             for way in ways("distillation", makers, direction, device, dtype, size, scope.compiled)
         ]
 
-    return Case(
+    return Benchmark(
         op="distillation",
         variant=f"T={temperature:g}",
         direction=direction,

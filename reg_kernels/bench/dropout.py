@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import functional as fused
 from .. import nn
 from ..reference.dropout import rate
-from ._measure import BACKWARD, FORWARD, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import BACKWARD, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, WrongValues
 from ._values import check_share, compare
 from ._ways import Inputs, Makers, Way, calls, in_layout, ways
 
@@ -45,7 +45,7 @@ _GPU = (
 )
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """Small calls, elements by size, and channels by shape and layout; forward and backward."""
     result = []
     host = _HOST_GPU if scope.device.type == "cuda" else _HOST_CPU
@@ -67,7 +67,7 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
-def _of_channels(scope: Scope, op: str) -> Iterator[Case]:
+def _of_channels(scope: Scope, op: str) -> Iterator[Benchmark]:
     large, typical, small = _CHANNELS[op]
     brief = op != "dropout2d" and not scope.everything
     directions = (FORWARD,) if brief else (FORWARD, BACKWARD)
@@ -82,7 +82,7 @@ def _of_channels(scope: Scope, op: str) -> Iterator[Case]:
         yield _case(op, FORWARD, dtype, small, "contiguous", scope, host=True)
 
 
-def sized(scope: Scope, elements: int) -> list[Case]:
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: float32 in one dimension, either direction."""
     case = functools.partial(_case, "dropout", dtype=torch.float32, shape=(elements,))
     return [case(d, layout="contiguous", scope=scope) for d in (FORWARD, BACKWARD)]
@@ -119,7 +119,7 @@ def _case(
     requires_grad: bool = True,
     host: bool = False,
     goals: tuple[Goal, ...] = (),
-) -> Case:
+) -> Benchmark:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         arguments = [
             (_input(shape, dtype, layout, device).requires_grad_(requires_grad),)
@@ -135,7 +135,7 @@ def _case(
             for way in ways(op, makers, direction, device, dtype, size, scope.compiled)
         ]
 
-    return Case(
+    return Benchmark(
         op=op,
         direction=direction,
         dtype=dtype,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as fused
-from ._measure import BOTH, COMPILE, FORWARD, Case, Contender, Goal, Scope, Skipped, faster
+from ._measure import BOTH, COMPILE, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, faster
 from ._peers import TIMM, peer
 from ._values import compare
 from ._ways import Inputs, Makers, Way, calls, in_layout, ways
@@ -48,7 +48,7 @@ PASTED = Kind("cutmix", boxes=True)
 _KINDS = (MIXED, BYTES, PASTED)
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """A batch of images, each kind of batch without a gradient, and mixup with one; then smaller
     batches."""
     forward = [(kind, FORWARD) for kind in _KINDS]
@@ -65,7 +65,7 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
-def sized(scope: Scope, elements: int) -> list[Case]:
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: 64 square images of one channel; `elements` is a power of four."""
     side = math.isqrt(elements // 64)
     return [_case(scope, MIXED, FORWARD, torch.float32, (64, 1, side, side))]
@@ -90,7 +90,7 @@ def _case(
     layout: str = "contiguous",
     *,
     host: bool = False,
-) -> Case:
+) -> Benchmark:
     requires_grad = direction == BOTH
     count = math.prod(shape)
     transfers = 2 * dtype.itemsize if requires_grad else 0  # of the backward
@@ -115,7 +115,7 @@ def _case(
         ]
         return [*entries, _timm(inputs)] if for_timm else entries
 
-    return Case(
+    return Benchmark(
         op="mixup",
         variant=kind.variant,
         direction=direction,

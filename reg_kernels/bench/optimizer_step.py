@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import optim
-from ._measure import COMPILE, EAGER, STEP, Case, Contender, Goal, Scope, Skipped, WrongValues
+from ._measure import COMPILE, EAGER, STEP, Benchmark, Contender, Goal, Scope, Skipped, WrongValues
 from ._peers import OPTIMI, peer
 from ._values import compare, parts
 from ._ways import our_ways
@@ -94,7 +94,7 @@ _FEW = ((64,),) * 400
 _MANY = ((64,),) * 10_000
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """Large parameters, with and without options, then many small ones, then a typical list."""
     result = []
     for dtype in scope.brief:
@@ -119,13 +119,13 @@ def cases(scope: Scope) -> list[Case]:
     return result
 
 
-def sized(scope: Scope, elements: int) -> list[Case]:
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: AdamW of one tensor, which is then no list of them."""
     case = _case(scope.device, torch.float32, Kind("AdamW"), ((elements,),))
     return [dataclasses.replace(case, tensors=0)]
 
 
-def numbered(scope: Scope, tensors: int) -> list[Case]:
+def numbered(scope: Scope, tensors: int) -> list[Benchmark]:
     """Points of growth curves: either algorithm, tensors of 64 elements."""
     return [_case(scope.device, torch.float32, kind, ((64,),) * tensors) for kind in _KINDS]
 
@@ -169,7 +169,7 @@ def _case(
     shapes: Shapes,
     *,
     scope: Scope | None = None,
-) -> Case:
+) -> Benchmark:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         truth = Truth(kind, shapes, dtype, device)
         size = _numel(shapes) * dtype.itemsize
@@ -194,7 +194,7 @@ def _case(
             entries.append(_optimi(truth))
         return entries
 
-    return Case(
+    return Benchmark(
         op="optimizer_step",
         variant=kind.name,
         direction=STEP,

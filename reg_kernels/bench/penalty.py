@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as fused
-from ._measure import BOTH, FORWARD, Case, Contender, Scope, Skipped
+from ._measure import BOTH, FORWARD, Benchmark, Contender, Scope, Skipped
 from ._values import compare, parts
 from ._ways import Inputs, Makers, Way, calls, ways
 
@@ -23,7 +23,7 @@ _NUMEL, _NUMEL_GPU = 2**20, 6_250_000
 _TYPICAL, _SMALL = 2**16, 64
 
 
-def cases(scope: Scope) -> list[Case]:
+def cases(scope: Scope) -> list[Benchmark]:
     """Either penalty of large parameters, forward and with its gradient; then of smaller ones."""
     large = _NUMEL_GPU if scope.device.type == "cuda" else _NUMEL
     return [
@@ -47,7 +47,7 @@ def _case(
     numel: int,
     *,
     host: bool = False,
-) -> Case:
+) -> Benchmark:
     size = _TENSORS * numel * dtype.itemsize
 
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
@@ -65,7 +65,7 @@ def _case(
             for way in found
         ]
 
-    return Case(
+    return Benchmark(
         op="penalty",
         variant=f"l{power}",
         direction=direction,

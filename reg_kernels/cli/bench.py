@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import backends, bench
+from .._dtypes import named
 from ..bench import _environment, _plots, _report, _run
 from ._errors import UsageError
 from ._files import output_file, write_output
@@ -24,7 +25,7 @@ from .check import device_argument
 
 SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
+DTYPES = {named(dtype): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -84,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
     _run.warm_allocator(device, ["-m", "reg_kernels", "bench", *_arguments(args)])
 
-    plan = _run.QUICK if args.quick else _run.full_plan(device)
+    budget = _run.QUICK if args.quick else _run.full_budget(device)
     options = {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype}
     try:
-        data = _run.measure_all(cases, device, lambda case: plan, options, args.time_limit)
+        data = _run.measure_all(cases, device, lambda case: budget, options, args.time_limit)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return _run.INTERRUPTED

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import backends
+from .._dtypes import named
 from ..cases import Case, all_cases
 from ._errors import UsageError
 from ._files import output_file, write_output
@@ -124,7 +125,7 @@ def check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Re
     """Runs the cases of one op in one implementation and dtype."""
     interpreted = backend == "triton" and device.type == "cpu"
     cases = [c for c in all_cases() if c.op == op and (c.small or not interpreted)]
-    result = Result(op, backend, str(device), str(dtype).removeprefix("torch."), 0, "", 0, 0, None)
+    result = Result(op, backend, str(device), named(dtype), 0, "", 0, 0, None)
     worst = -1.0
     try:
         for case in cases:

@@ -7,9 +7,7 @@ in a table and spares the dispatcher the lists. reg_kernels/optim/ is what peopl
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,8 @@ from .._tensor_table import TensorTable, addresses, dtype_number
 from ..reference import optimizer_step as reference
 from ._checks import Entry, described, has_layout_of
 from ._modes import below_autograd
-from ._registry import define_part, register
+from ._registry import register
+from ._table import TablePart
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
 # "average" is for parameters that have no gradient: it takes their average on and leaves them.
@@ -63,64 +62,65 @@ class Hyperparameters(NamedTuple):
         return DECAYS.index(self.decay) + marks
 
 
-# What follows the lists in the op and in its parts. `numbers` and `flags` of each group; `rates`,
-# float32, the learning rates of those groups that have them on the device; `squares`, float64, adds
-# up to the square of the gradients' norm, which `max_norm` clips; grad_scale and found_inf as
-# torch.amp.GradScaler has them.
-_COMMON = (
+class StepSettings(NamedTuple):
+    """What a step is told beside its lists, in the order of the op and of its part."""
+
+    numbers: list[float]  # of each group: Hyperparameters.numbers()
+    flags: list[int]  # likewise
+    rates: list[Tensor]  # float32, the lr of those groups that have it on the device
+    rounding: int = 0
+    squares: Tensor | None = None  # float64: they add up to the square of the gradients' norm
+    max_norm: float = 0.0  # that it is clipped to, where there are squares
+    grad_scale: Tensor | None = None  # as torch.amp.GradScaler has it
+    found_inf: Tensor | None = None  # likewise
+    rng_state: Tensor | None = None
+
+
+_SETTINGS = (
     "float[] numbers, int[] flags, Tensor[] rates, int rounding, Tensor? squares, float max_norm, "
     "Tensor? grad_scale, Tensor? found_inf, Tensor? rng_state"
 )
 
-_step_table = define_part(
+_STEP = TablePart(
+    "optimizer_step",
     "optimizer_step_table",
-    "(Tensor table, int count, int seal, int algorithm, int[] dtypes, "
-    f"{_COMMON}, Tensor(a!) scratch) -> ()",
+    f"int algorithm, int[] dtypes, {_SETTINGS}, Tensor(a!) scratch",
 )
 
 
-@dataclass
-class StepLists:
+class StepLists(NamedTuple):
     """N tensors of one device and dtype, and their state: each list has N tensors or none.
 
     All tensors at one place of the lists are dense, of one shape and strides; `steps` are float32
     of one element. `first_moments` are exp_avg or momentum_buffer, and have a dtype of their own
     together with the second ones: the parameters', float32, or bfloat16 for float32 parameters.
     `emas` are of the compute type, float32 for 16-bit parameters. "average" takes params and emas,
-    and no gradients.
+    and no gradients. In the order of the op.
     """
 
-    params: list[Tensor]
-    steps: list[Tensor] = field(default_factory=list)
-    first_moments: list[Tensor] = field(default_factory=list)
-    second_moments: list[Tensor] = field(default_factory=list)
-    max_second_moments: list[Tensor] = field(default_factory=list)
-    emas: list[Tensor] = field(default_factory=list)
-    compensations: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    element_offsets: list[int] = field(default_factory=list)  # multiples of 8
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor] = ()
+    steps: Sequence[Tensor] = ()
+    first_moments: Sequence[Tensor] = ()
+    second_moments: Sequence[Tensor] = ()
+    max_second_moments: Sequence[Tensor] = ()
+    emas: Sequence[Tensor] = ()
+    compensations: Sequence[Tensor] = ()
+    groups: Sequence[int] = ()
+    element_offsets: Sequence[int] = ()  # multiples of 8
 
-    _ROWS = {  # noqa: RUF012 (a constant, no field)
-        "steps": "step",
-        "first_moments": "first_moment",
-        "second_moments": "second_moment",
-        "max_second_moments": "max_second_moment",
-        "emas": "ema",
-        "compensations": "compensation",
-    }
-
-    def table(self, grads: Sequence[Tensor]) -> TensorTable:
+    def table(self) -> TensorTable:
         """The lists in a table; the tensors have to outlive it."""
-        rows = {"param": addresses(self.params)} | ({"grad": addresses(grads)} if grads else {})
-        for name, row in self._ROWS.items():
-            if tensors := getattr(self, name):
-                rows[row] = addresses(tensors)
+        rows = {  # of the lists' names, without the s
+            name.removesuffix("s"): addresses(x) if isinstance(x[0], Tensor) else x
+            for name, x in zip(self._fields, self, strict=True)
+            if x
+        }
         sizes = [p.numel() for p in self.params]
-        rows |= {"group": self.groups, "element_offset": self.element_offsets}
         first, moments = self.params[0], (self.first_moments or self.params)[0]
         return TensorTable(sizes, first.device, (first.dtype, moments.dtype), **rows)
 
-    def check(self, algorithm: int, grads: Sequence[Tensor], common: Sequence[Any]) -> None:
+    def check(self, algorithm: int, settings: StepSettings) -> None:
         """Raises RuntimeError where a kernel would read or write past what is there."""
         first, count = self.params[0], len(self.params)
         call = Entry("optimizer_step_", first)
@@ -139,7 +139,7 @@ class StepLists:
         }
         needed = _NEEDED[ALGORITHMS[algorithm]]
         for name, dtype in dtypes.items():
-            tensors = grads if name == "grads" else getattr(self, name)
+            tensors = getattr(self, name)
             if len(tensors) != count and (tensors or name in needed):
                 call.refuse(name, f"{count} tensors, one for each parameter", len(tensors))
             for i, (x, p) in enumerate(zip(tensors, self.params, strict=False)):
@@ -150,10 +150,10 @@ class StepLists:
                     must = f"dense {named(dtype)}, of the strides of {described(p)}"
                     call.refuse(f"{name}[{i}]", must, x)
                 call.check_memory(x, f"{name}[{i}]")
-        self._check_common(call, common)
+        self._check_settings(call, settings)
 
-    def _check_common(self, call: Entry, common: Sequence[Any]) -> None:
-        numbers, flags, rates, rounding, squares, _, grad_scale, found_inf, rng_state = common
+    def _check_settings(self, call: Entry, settings: StepSettings) -> None:
+        numbers, flags, rates, rounding, squares, _, grad_scale, found_inf, rng_state = settings
         count, groups = len(self.params), len(flags)
         if groups > MOST_GROUPS or len(numbers) != groups * len(Hyperparameters._fields[:8]):
             must = f"8 for each of {groups} groups, which are at most {MOST_GROUPS}"
@@ -193,34 +193,23 @@ def _moments_of(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (dtype, torch.bfloat16 if dtype == torch.float32 else torch.float32)
 
 
-def _table_function(backend: str) -> Any:
-    if backend == "native":
-        return _step_table
-    return importlib.import_module("reg_kernels.triton.optimizer_step").optimizer_step_table
+def _of_lists(backend: str) -> Any:
+    """The op's implementation."""
+    count = len(StepLists._fields)
 
-
-def _from_lists(backend: str) -> Any:
-    """The op's implementation that goes by a table."""
-
-    def run(algorithm: int, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
-        if not params:
+    def run(algorithm: int, *arguments: Any) -> None:
+        lists, settings = StepLists(*arguments[:count]), StepSettings(*arguments[count:])
+        if not lists.params:
             return
-        lists, common = StepLists(params, *rest[:8]), rest[8:]
-        lists.check(algorithm, grads, common)
-        table = lists.table(grads)
-        _table_function(backend)(
-            *(table.data, table.count, table.seal, algorithm, lists.dtypes()),
-            *common,
-            table.scratch,
-        )
+        lists.check(algorithm, settings)
+        if backend == "reference":
+            reference.optimizer_step_(algorithm, *arguments)
+        else:
+            table = lists.table()
+            head = (*table.head, algorithm, lists.dtypes())
+            _STEP.function(backend)(*head, *settings, table.scratch)
 
     return run
-
-
-def _by_reference(algorithm: int, params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
-    if params:
-        StepLists(params, *rest[:8]).check(algorithm, grads, rest[8:])
-        reference.optimizer_step_(algorithm, params, grads, *rest)
 
 
 def _fake(*arguments: Any) -> None:
@@ -240,48 +229,35 @@ OP = register(
     "(int algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, "
     "Tensor(c!)[] first_moments, Tensor(d!)[] second_moments, Tensor(e!)[] max_second_moments, "
     "Tensor(f!)[] emas, Tensor(g!)[] compensations, int[] groups, int[] element_offsets, "
-    f"{_COMMON}) -> ()",
+    f"{_SETTINGS}) -> ()",
     fake=_fake,
-    reference=_by_reference,
-    triton=_from_lists("triton"),
     autograd=_above,
-    native=_from_lists("native"),
+    **{backend: _of_lists(backend) for backend in backends.NAMES},
 )
 
 
 class PreparedStep:
     """A step of lists that stay the same; only the gradients may lie somewhere else each time."""
 
-    def __init__(self, algorithm: str, lists: StepLists, grads: Sequence[Tensor]) -> None:
-        self.lists = lists
-        self.table = lists.table(grads)
+    def __init__(self, algorithm: str, lists: StepLists) -> None:
+        self.table = lists.table()
+        self.lists = lists._replace(grads=())  # which may be freed
         self._algorithm = ALGORITHMS.index(algorithm)
-        self._dtypes = lists.dtypes()
+        self._head = (*self.table.head, self._algorithm, lists.dtypes())
         first = lists.params[0]
-        self._kind = (first.device, first.dtype)
+        self._kind = (first.device.type, first.dtype)
 
     def backend(self, backend: str | None) -> str:
         """The implementation that runs it; raises BackendUnavailable where it cannot."""
-        device, dtype = self._kind
-        return backends.choose("optimizer_step", device.type, dtype, backend)
+        return backends.choose("optimizer_step", *self._kind, backend)
 
-    def run(self, grads: Sequence[Tensor], backend: str, common: tuple[Any, ...]) -> None:
-        """Steps; `common` is what the schema has after the lists. The grads' addresses have to be
-        in the table already."""
+    def run(self, grads: Sequence[Tensor], backend: str, settings: StepSettings) -> None:
+        """Steps; the addresses of the grads have to be in the table already."""
         if backend == "reference":
-            lists = self.lists
-            OP.overloads[backend](
-                *(self._algorithm, lists.params, list(grads), lists.steps, lists.first_moments),
-                *(lists.second_moments, lists.max_second_moments, lists.emas),
-                *(lists.compensations, lists.groups, lists.element_offsets, *common),
-            )
+            lists = self.lists._replace(grads=grads)
+            OP.overloads[backend](self._algorithm, *lists, *settings)
             return
-        table = self.table
         with below_autograd():
-            _table_function(backend)(
-                *(table.data, table.count, table.seal, self._algorithm, self._dtypes),
-                *common,
-                table.scratch,
-            )
+            _STEP.function(backend)(*self._head, *settings, self.table.scratch)
         if self._algorithm != _AVERAGE:
             torch.autograd.graph.increment_version(self.lists.params)

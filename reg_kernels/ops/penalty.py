@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,31 +9,24 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._layout import is_dense
-from .._tensor_table import TensorTable, addresses, dtype_number
-from ..backends import DTYPES
+from .._dtypes import DTYPES, named
+from .._tensor_table import TensorTable, dtype_number
 from ..reference import penalty as reference
-from ._checks import Entry
-from ._modes import below_autograd, is_batched, is_transformed
-from ._registry import define_part, register
+from ._checks import Entry, check_dtype, check_tensor, refuse
+from ._modes import FUNC, below_autograd, is_batched, watcher
+from ._registry import register
+from ._route import wants_gradient
+from ._table import TablePart, tables
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
-_sum_table = define_part(
+_SUM = TablePart(
+    "penalty",
     "penalty_table",
-    "(Tensor table, int count, int seal, int dtype, int power, Tensor(a!) sums, int slot, "
-    "Tensor(b!) scratch) -> ()",
+    "int dtype, int power, Tensor(a!) sums, int slot, Tensor(b!) scratch",
 )
-_backward_table = define_part(
-    "penalty_backward_table",
-    "(Tensor table, int count, int seal, int dtype, int power, Tensor grad_output) -> ()",
+_GRADIENT = TablePart(
+    "penalty", "penalty_backward_table", "int dtype, int power, Tensor grad_output"
 )
-
-
-def _part(backend: str, native: Any) -> Any:
-    if backend == "native":
-        return native
-    module = importlib.import_module("reg_kernels.triton.penalty")
-    return getattr(module, native._schema.name.removeprefix("reg_kernels::"))
 
 
 def sum_into(
@@ -51,21 +43,11 @@ def sum_into(
         sums[slot] = _PENALTY.overloads[backend](tensors, power)
         return
     kind = dtype_number(tensors[0].dtype)
-    part = _part(backend, _sum_table)
-    part(table.data, table.count, table.seal, kind, power, sums, slot, table.scratch)
+    _SUM.function(backend)(*table.head, kind, power, sums, slot, table.scratch)
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    double = any(x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if double else torch.float32
-
-
-def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """The places of the tensors of each device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, x in enumerate(tensors):
-        kinds.setdefault((x.device, x.dtype), []).append(i)
-    return kinds
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | None = None) -> None:
@@ -75,30 +57,25 @@ def _check(op: str, tensors: list[Tensor], power: int, grad_output: Tensor | Non
     if power not in (1, 2):
         Entry(op, tensors[0]).refuse("power", "1 or 2", power)
     for i, x in enumerate(tensors):
-        call = Entry(op, x)
-        call.check_floats(x, f"tensors[{i}]")
-        call.check_memory(x, f"tensors[{i}]")
+        call, name = Entry(op, x), f"tensors[{i}]"
+        call.check_floats(x, name)
+        call.check_memory(x, name)
     if grad_output is not None:
         if grad_output.numel() != 1:
             Entry(op, grad_output).refuse("grad_output", "one number", grad_output)
         Entry(op, grad_output).check_memory(grad_output, "grad_output")
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) and not x.is_neg() else torch.empty_like(x).copy_(x)
-
-
 def _forward(backend: str) -> Any:
     def run(tensors: list[Tensor], power: int) -> Tensor:
         _check("penalty", tensors, power)
+        if backend == "reference":
+            return reference.penalty(tensors, power)
         device = tensors[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for (of_kind, dtype), places in _kinds(tensors).items():
-            parts = [_dense(tensors[i]) for i in places]
-            sizes = [x.numel() for x in parts]
-            table = TensorTable(sizes, of_kind, (dtype,), grad=addresses(parts))
-            sums = torch.empty(1, dtype=torch.float64, device=of_kind)
-            sum_into(table, parts, power, sums, 0, backend)
+        for table, dense in tables(tensors):
+            sums = torch.empty(1, dtype=torch.float64, device=dense[0].device)
+            sum_into(table, dense, power, sums, 0, backend)
             total += sums[0].to(device)
         return total.to(_result_dtype(tensors))
 
@@ -108,32 +85,16 @@ def _forward(backend: str) -> Any:
 def _backward(backend: str) -> Any:
     def run(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
         _check("penalty_backward", tensors, power, grad_output)
+        if backend == "reference":
+            return reference.penalty_backward(tensors, grad_output, power)
         grads = [torch.empty_like(x) for x in tensors]
-        for (of_kind, dtype), places in _kinds(tensors).items():
-            parts = [_dense(tensors[i]) for i in places]
-            table = TensorTable(
-                [x.numel() for x in parts],
-                of_kind,
-                (dtype,),
-                grad=addresses(parts),
-                param=addresses([grads[i] for i in places]),
-            )
-            incoming = grad_output.to(of_kind, torch.float64).reshape(1)
-            part = _part(backend, _backward_table)
-            part(table.data, table.count, table.seal, dtype_number(dtype), power, incoming)
+        for table, dense in tables(tensors, grads):
+            incoming = grad_output.to(dense[0].device, torch.float64).reshape(1)
+            kind = dtype_number(dense[0].dtype)
+            _GRADIENT.function(backend)(*table.head, kind, power, incoming)
         return grads
 
     return run
-
-
-def _forward_by_torch(tensors: list[Tensor], power: int) -> Tensor:
-    _check("penalty", tensors, power)
-    return reference.penalty(tensors, power)
-
-
-def _backward_by_torch(tensors: list[Tensor], grad_output: Tensor, power: int) -> list[Tensor]:
-    _check("penalty_backward", tensors, power, grad_output)
-    return reference.penalty_backward(tensors, grad_output, power)
 
 
 class _Penalty(torch.autograd.Function):
@@ -158,14 +119,14 @@ class _Penalty(torch.autograd.Function):
 
 
 def _above(overload: Any, tensors: list[Tensor], power: int) -> Tensor:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if wants_gradient(*tensors):
         return _Penalty.apply(overload, power, *tensors)
     with below_autograd():
         return overload(tensors, power)
 
 
 def _above_backward(overload: Any, tensors: list[Tensor], grad: Tensor, power: int) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, grad)):
+    if wants_gradient(*tensors, grad):
         return reference.penalty_backward(tensors, grad, power)
     with below_autograd():
         return overload(tensors, grad, power)
@@ -183,39 +144,32 @@ _PENALTY = register(
     "penalty",
     "(Tensor[] tensors, int power) -> Tensor",
     fake=_fake,
-    reference=_forward_by_torch,
-    triton=_forward("triton"),
     autograd=_above,
-    native=_forward("native"),
+    **{backend: _forward(backend) for backend in backends.NAMES},
 )
 _BACKWARD = register(
     "penalty_backward",
     "(Tensor[] tensors, Tensor grad_output, int power) -> Tensor[]",
     fake=_fake_backward,
-    reference=_backward_by_torch,
-    triton=_backward("triton"),
     autograd=_above_backward,
-    native=_backward("native"),
+    **{backend: _backward(backend) for backend in backends.NAMES},
 )
 
 
 def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
-    if not isinstance(params, Tensor | Iterable):
-        raise TypeError(f"{name}: params must be tensors, got {type(params).__name__}")
+    if not isinstance(params, Iterable):
+        check_tensor(name, "params", params, "tensors")
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if not tensors:
         raise ValueError(f"{name}: params must hold at least one tensor, got none")
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: params must be tensors, got {type(x).__name__} at {i}")
+            refuse(name, "params", "tensors", f"{type(x).__name__} at {i}", TypeError)
         if x.layout != torch.strided:
-            layout = str(x.layout).removeprefix("torch.")
-            raise RuntimeError(f"{name}: params must be dense tensors, got {layout} at {i}")
+            refuse(name, "params", "dense tensors", f"{named(x.layout)} at {i}")
         if x.dtype not in DTYPES:
-            supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            got = str(x.dtype).removeprefix("torch.")
-            raise RuntimeError(f"{name}: params must be one of {supported}, got {got} at {i}")
-    if not torch.compiler.is_compiling() and is_transformed():
+            check_dtype(name, "params", x.dtype, where=f" at {i}")
+    if watcher() is FUNC:
         return reference.penalty(tensors, power)
     # One implementation for all: where they lie on several devices, one that runs on each.
     names = {backends.choose(name, x.device.type, x.dtype, backend) for x in tensors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
-from ._launch import OPTIONS, OWN_STATE, STATE, Counters, option
-from ._plan import Plan
+from ._algorithm import OPTIONS, STATE, Algorithm, option
+from ._member import Counters
+from ._plan import StepPlan
 
 DOCUMENTATION = r"""
         decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
@@ -73,10 +75,11 @@ def check_nonnegative(name: str, option: str, value: Any) -> None:
 class FusedOptimizer(torch.optim.Optimizer):
     """An optimizer whose step is one op on lists (ops/optimizer_step.py)."""
 
-    _algorithm: ClassVar[str]
-    _decay: ClassVar[str]  # by default
-    _counts: ClassVar[bool]  # whether torch's keeps a `step` in its state
-    _required: ClassVar[tuple[str, ...]]  # what torch's keeps there as soon as it keeps anything
+    _algorithm: ClassVar[Algorithm]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._algorithm = replace(cls._algorithm, optimizer=cls.__name__)
 
     def __init__(
         self,
@@ -105,21 +108,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._counters: Counters = {}
         # The parameters that averages were swapped in for, and their versions then, where known.
         self._swapped: list[tuple[Tensor, int | None]] = []
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._norm: tuple[Tensor, Tensor | None] | None = None
         self._loaded: list[tuple[Tensor, dict[str, Any]]] | None = None
-
-    # What an algorithm tells of itself
-
-    @staticmethod
-    def _moments(group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the state that goes into the moments' rows, in their order."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _rates(group: dict[str, Any]) -> tuple[float, float, float]:
-        """beta1, beta2, eps as the kernels take them."""
-        raise NotImplementedError
 
     # Groups
 
@@ -141,15 +132,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._leave_out_defaults(group)
         self._plan = None
 
-    def _decay_of(self, group: dict[str, Any]) -> str:
-        """The kind of decay: one of DECAYS, or what somebody has put there instead."""
-        return option(group, "decay") or self._decay
-
     def _leave_out_defaults(self, group: dict[str, Any]) -> None:
         """Takes out of a group what only says that an option of ours is not in use."""
         for name, default in OPTIONS.items():
             if name == "decay":
-                default = self._decay_of({k: v for k, v in group.items() if k != "decay"})
+                default = self._algorithm.decay_of({k: v for k, v in group.items() if k != "decay"})
             if name in group and group[name] == default:
                 del group[name]
 
@@ -172,7 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{name}: fused and foreach cannot both be True")
         if group["differentiable"]:
             raise RuntimeError(f"{name}: differentiable must be False: the step is one kernel")
-        decay, rounding = self._decay_of(group), option(group, "rounding")
+        decay, rounding = self._algorithm.decay_of(group), option(group, "rounding")
         for word, value, choices in (("decay", decay, DECAYS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
                 known = ", ".join(choices)
@@ -221,13 +208,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.is_current():
+        if self._plan is None or not self._plan.is_current(self.param_groups, self.state):
             self._plan = None  # a plan that cannot be made leaves none
-            self._plan = Plan(self)
+            self._plan = self._planned()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        squares = self._plan.run(self.max_grad_norm, self.backend, grad_scale, found_inf)
+        squares = self._plan.launches.run(self.max_grad_norm, self.backend, grad_scale, found_inf)
         self._norm = None if squares is None else (squares, grad_scale)
         return loss
+
+    def _planned(self) -> StepPlan:
+        name = type(self).__name__
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{name}: a step must be taken before one is captured in a CUDA graph, and again "
+                "when parameters, options or state have changed: state is made then"
+            )
+        for group in self.param_groups:
+            self._check_options(group)  # again: somebody may have changed it
+        return StepPlan(
+            self._algorithm, self.param_groups, self.state, self._counters, self.backend
+        )
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -379,11 +379,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group, own in zip(groups, self.param_groups, strict=True):
             merged = {k: own[k] for k in self.defaults if k in own} | group
             if "decoupled_weight_decay" in own:
-                if "decay" not in group and self._decay == "l2":  # torch's Adam, which may be AdamW
+                if "decay" not in group and self._algorithm.decay == "l2":
+                    # Torch's Adam, which may be AdamW.
                     decoupled = merged["decoupled_weight_decay"]
                     if (option(merged, "decay") == "l2") == decoupled:
                         merged.pop("decay", None)
-                merged["decoupled_weight_decay"] = self._decay_of(merged) != "l2"
+                merged["decoupled_weight_decay"] = self._algorithm.decay_of(merged) != "l2"
             self._check_group(merged | {"params": own["params"]})
             for key, p in zip(group["params"], own["params"], strict=True):
                 state = state_dict["state"].get(key, {})
@@ -392,15 +393,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             completed.append(merged)
         self._loaded = loaded
         return state_dict | {"param_groups": completed}
-
-    def _check_complete(self, where: str, state: dict[str, Any], *more: str) -> None:
-        """Raises KeyError where state lacks what torch's never goes without."""
-        if not state.keys() - set(OWN_STATE):
-            return
-        for key in (*self._required, *more):
-            if state.get(key) is None:
-                found = ", ".join(map(str, state))
-                raise KeyError(f"{type(self).__name__}: {key} of {where} is missing, got {found}")
 
     def _check_state(
         self, key: Any, p: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -426,7 +418,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"got {tuple(value.shape)}"
                 )
         # amsgrad can be turned on between steps, and begins then; what is saved with it has it.
-        self._check_complete(where, state, *(set(self._moments(group)) & {"max_exp_avg_sq"}))
+        self._algorithm.check_complete(
+            where, state, *(set(self._algorithm.moments(group)) & {"max_exp_avg_sq"})
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         options = {"max_grad_norm": self.max_grad_norm, "backend": self.backend}

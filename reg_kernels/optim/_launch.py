@@ -1,24 +1,31 @@
-"""One launch of an optimizer's step: its parameters and their state in the kernels' form, and what
-tells that they still lie where they did.
-
-Also what a group and a state hold beyond torch's.
+"""The launches of an optimizer's step: which parameters go together, what tells that they and their
+state still lie where they did, and their running.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._layout import is_dense
+from .. import _rng
 from .._tensor_table import addresses
-from ..ops.optimizer_step import ROUNDINGS, Hyperparameters, PreparedStep, StepLists
-
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+from ..ops.optimizer_step import (
+    MOST_GROUPS,
+    ROUNDINGS,
+    Hyperparameters,
+    PreparedStep,
+    StepLists,
+    StepSettings,
+)
+from ..ops.penalty import sum_into
+from ._algorithm import Algorithm, Group, option
+from ._checks import is_memoryless
+from ._member import Member, fits
 
 _stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
 _is_neg = Tensor.is_neg
@@ -26,72 +33,9 @@ _dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("
 gradient = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
 
 
-# State that torch's optimizers do not have: `swapped_out` is the parameter itself, while its
-# average stands in its place.
-OWN_STATE = ("ema", "compensation", "swapped_out")
-# What state there can be of a parameter's shape.
-STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", *OWN_STATE)
-
-# Options that torch's optimizers do not have, and what they are in a group that does not name them:
-# so a group has torch's keys alone until more is asked for. Of `decay`: as its optimizer has it.
-OPTIONS = {
-    "decay": None,
-    "decay_lr": None,
-    "l1": 0.0,
-    "ema_decay": None,
-    "rounding": "nearest",
-    "state_dtype": None,
-}
-
-
-def option(group: dict[str, Any], name: str) -> Any:
-    """An option of OPTIONS, as a group has it."""
-    return group.get(name, OPTIONS[name])
-
-
-def is_memoryless(value: Tensor) -> bool:
-    """Whether there is nothing where the elements of `value` should be: a storage that was freed,
-    or zeros that torch's autograd knows of without storing them."""
-    return value.data_ptr() == 0 and value.numel() > 0
-
-
-# SGD's counts of steps: of each parameter its momentum, as the plan last knew it, and the counter.
-# They are no state, which torch's SGD has but the momentum of; they tell one that has not begun.
-Counters = dict[Tensor, tuple[Tensor, Tensor]]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that elements of `dtype` are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def same(some: Any, others: Any) -> bool:
     """Whether two iterables of one length hold the same objects."""
     return all(map(is_, some, others))
-
-
-def _fits(value: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take `value` beside `like` as it is."""
-    strides = value.stride() == like.stride() or value.numel() <= 1
-    kind = value.dtype == dtype and value.device == like.device
-    return strides and kind and not value.is_neg() and not is_memoryless(value)
-
-
-def _restrided(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` as the kernels take it beside `like`, which is dense: itself if it is so already."""
-    if _fits(value, like, dtype):
-        return value
-    new = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
-    return new.copy_(value)
-
-
-def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of the moments: `wanted` where the kernels have it for such parameters."""
-    if wanted == torch.float32 and param in (torch.float16, torch.bfloat16):
-        return wanted
-    if wanted == torch.bfloat16 and param == torch.float32:
-        return wanted
-    return param
 
 
 def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
@@ -102,10 +46,10 @@ def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
 class Launch:
     """The parameters of one launch: one device and dtype, and the same kinds of state."""
 
-    def __init__(self, optimizer: FusedOptimizer, members: list[Member]) -> None:
+    def __init__(self, algorithm: Algorithm, members: list[Member]) -> None:
         self.members = members
         self.params = [m.param for m in members]
-        self.groups: list[dict[str, Any]] = []
+        self.groups: list[Group] = []
         for m in members:
             if not any(m.group is g for g in self.groups):
                 self.groups.append(m.group)
@@ -114,7 +58,7 @@ class Launch:
         self.averages = first.averages
         self.rounding = ROUNDINGS.index(first.rounding)
         self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
-        self._optimizer = optimizer
+        self._algorithm = algorithm
 
         names = first.state_names
         self._states = [m.state for m in members]
@@ -139,26 +83,24 @@ class Launch:
         self._copies: list[tuple[Tensor, Tensor]] = []  # from gradients into their buffers
         self._first_given: weakref.ref[Tensor] | None = None
 
+        if not self.averages:
+            self.grads = list(map(gradient, self.params))
+            self._note_layout(self.grads, addresses(self.grads))
+            self._take(self.grads)
         by_name = {name: [m.state[name] for m in members] for name in names}
-        moments = [by_name[name] for name in first.moment_names]
+        rows = ("first_moments", "second_moments", "max_second_moments")
         index = {id(g): i for i, g in enumerate(self.groups)}
         lists = StepLists(
-            dense,
-            [m.step for m in members if m.step is not None],
-            *moments,
-            *[[]] * (3 - len(moments)),
-            by_name.get("ema", []),
-            by_name.get("compensation", []),
-            [index[id(m.group)] for m in members],
-            [m.element_offset for m in members],
+            params=dense,
+            grads=self.grads,
+            steps=[m.step for m in members if m.step is not None],
+            emas=by_name.get("ema", ()),
+            compensations=by_name.get("compensation", ()),
+            groups=[index[id(m.group)] for m in members],
+            element_offsets=[m.element_offset for m in members],
+            **{row: by_name[name] for row, name in zip(rows, first.moment_names, strict=False)},
         )
-        if self.averages:
-            self.step = PreparedStep("average", lists, [])
-            return
-        self.grads = list(map(gradient, self.params))
-        self._note_layout(self.grads, addresses(self.grads))
-        self._take(self.grads)
-        self.step = PreparedStep(optimizer._algorithm, lists, self.grads)
+        self.step = PreparedStep("average" if self.averages else algorithm.kind, lists)
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in gradients that have come to lie elsewhere."""
@@ -217,7 +159,7 @@ class Launch:
         self._staged_grads = [
             i
             for i, (grad, m) in enumerate(zip(grads, self.members, strict=True))
-            if not _fits(grad, m.dense, self.dtype)
+            if not fits(grad, m.dense, self.dtype)
         ]
         return True
 
@@ -267,9 +209,9 @@ class Launch:
                 decay_lr or 1.0,
                 group["weight_decay"],
                 option(group, "l1"),
-                *self._optimizer._rates(group),
+                *self._algorithm.rates(group),
                 option(group, "ema_decay") or 0.0,
-                self._optimizer._decay_of(group),
+                self._algorithm.decay_of(group),
                 group["maximize"],
                 group.get("nesterov", False),
                 on_device,
@@ -279,76 +221,106 @@ class Launch:
         return numbers, flags, rates
 
 
-class Member:
-    """A parameter and what its update needs; one without a gradient is only averaged."""
+class Launches:
+    """All launches of a step, in their order, and what they share."""
 
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> None:
-        self.param, self.group = param, group
-        self.averages = param.grad is None
-        self.rounding: str = "nearest" if self.averages else option(group, "rounding")
-        self.moment_names = () if self.averages else optimizer._moments(group)
-        self._counts_in_state = optimizer._counts
-        names = ["step"] if self.moment_names and self._counts_in_state else []
-        names += self.moment_names
-        if option(group, "ema_decay") is not None:
-            names.append("ema")
-        if self.rounding == "kahan" and param.dtype.itemsize == 2:
-            names.append("compensation")
-        self.state_names = tuple(names)
-        wanted = None if self.averages else option(group, "state_dtype")
-        self.moments_dtype = _moments_dtype(param.dtype, wanted)
-        self.element_offset = 0
-        self.dense = param
-        self.state: dict[str, Tensor] = {}
-        self.step: Tensor | None = None
+    def __init__(self, algorithm: Algorithm, members: list[Member]) -> None:
+        self.all = [Launch(algorithm, of) for of in _by_launch(members)]
+        counts = Counter(launch.device for launch in self.all if not launch.averages)
+        self._rng_states = {
+            device: torch.empty(2, dtype=torch.int64, device="cpu") for device in counts
+        }
+        # A slot for each launch; those of one device add up to its gradients' square.
+        self._squares = {
+            device: torch.zeros(count, dtype=torch.float64, device=device)
+            for device, count in counts.items()
+        }
 
-    def kind(self) -> tuple[Any, ...]:
-        """What the members of a launch have in common."""
-        return (
-            self.param.device,
-            self.param.dtype,
-            self.moments_dtype,
-            self.state_names,
-            self.rounding,
-            self.averages,
-        )
+    def is_current(self) -> bool:
+        """Whether each of them still holds."""
+        try:
+            return all(launch.is_current() for launch in self.all)
+        except (TypeError, RuntimeError, KeyError):
+            # A gradient or a state that is gone or of another kind: a new plan says what is wrong.
+            return False
 
-    def prepare(self, state: dict[str, Any], counters: Counters) -> None:
-        """Makes the state that is missing, and brings what is there into the kernels' form."""
-        momentum = state.get("momentum_buffer")
-        if not is_dense(self.param) or self.param.is_neg():
-            self.dense = self.param.detach().resolve_neg().contiguous()
-        self.state = state
-        for name in self.state_names:
-            if name == "step":
-                self.step = state[name] = self._step(state)
+    @torch.no_grad()
+    def run(
+        self,
+        max_norm: float | None,
+        backend: str | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Steps; returns the parts of the gradients' squared norm where `max_norm` is given."""
+        # All that can raise comes before the first launch.
+        chosen = [launch.step.backend(backend) for launch in self.all]
+        hyperparameters = [launch.hyperparameters() for launch in self.all]
+        for launch in self.all:
+            launch.load()
+        squares = None if max_norm is None else self._norm(chosen)
+        states: dict[torch.device, Tensor] = {}
+        for launch, implementation, of_groups in zip(
+            self.all, chosen, hyperparameters, strict=True
+        ):
+            device = launch.device
+            found = _scalar(found_inf, device)
+            if launch.averages:
+                settings = StepSettings(*of_groups, found_inf=found)
+                launch.step.run((), implementation, settings)
                 continue
-            dtype = self.moments_dtype
-            if name == "ema":
-                dtype = compute_dtype(self.param.dtype)
-            elif name == "compensation":
-                dtype = self.param.dtype
-            value = state.get(name)
-            if value is None:
-                new = torch.empty_strided(
-                    self.dense.shape, self.dense.stride(), dtype=dtype, device=self.param.device
-                )
-                state[name] = new.copy_(self.param) if name == "ema" else new.zero_()
-            else:
-                state[name] = _restrided(value, self.dense, dtype)
-        if self.moment_names and not self._counts_in_state:
-            # Where there is a momentum a step was taken, unless it is one that was made here.
-            buffer, counter = counters.get(self.param, (None, None))
-            if counter is None or momentum is not buffer or counter.device != self.param.device:
-                counter = self._counter(momentum is not None)
-            self.step = counter
-            counters[self.param] = (state["momentum_buffer"], counter)
+            rng_state = None
+            if launch.stochastic:
+                if device not in states:
+                    states[device] = _rng.draw_state(device, self._rng_states[device])
+                rng_state = states[device]
+            settings = StepSettings(
+                *of_groups,
+                rounding=launch.rounding,
+                squares=None if squares is None else squares.to(device, non_blocking=True),
+                max_norm=0.0 if max_norm is None else max_norm,
+                grad_scale=_scalar(grad_scale, device),
+                found_inf=found,
+                rng_state=rng_state,
+            )
+            launch.step.run(launch.grads, implementation, settings)
+            launch.store()
+        return squares
 
-    def _step(self, state: dict[str, Any]) -> Tensor:
-        step = state.get("step")
-        if isinstance(step, Tensor):
-            return step.to(self.param.device, torch.float32)
-        return self._counter(0.0 if step is None else float(step))
+    def _norm(self, chosen: list[str]) -> Tensor:
+        """The parts of the squared norm: one a launch; of the first one's device."""
+        slots = dict.fromkeys(self._squares, 0)
+        for launch, implementation in zip(self.all, chosen, strict=True):
+            if launch.averages:
+                continue
+            sums, slot = self._squares[launch.device], slots[launch.device]
+            slots[launch.device] += 1
+            sum_into(launch.step.table, launch.grads, 2, sums, slot, implementation)
+        if len(self._squares) == 1:
+            return next(iter(self._squares.values()))
+        first = self.all[0].device if self.all else torch.device("cpu")
+        parts = [
+            sums.to(first, non_blocking=first.type != "cpu") for sums in self._squares.values()
+        ]
+        return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64, device="cpu")
 
-    def _counter(self, start: float) -> Tensor:
-        return torch.full((), start, dtype=torch.float32, device=self.param.device)
+
+def _by_launch(members: list[Member]) -> list[list[Member]]:
+    """The members of each launch, in their order."""
+    kinds: dict[tuple[Any, ...], list[Member]] = {}
+    for member in members:
+        kinds.setdefault(member.kind(), []).append(member)
+    launches = []
+    for of_kind in kinds.values():
+        groups: dict[int, int] = {}
+        parts: dict[int, list[Member]] = {}
+        for member in of_kind:
+            number = groups.setdefault(id(member.group), len(groups))
+            parts.setdefault(number // MOST_GROUPS, []).append(member)
+        launches += parts.values()
+    return launches
+
+
+def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """What GradScaler hands over, where and as the kernels read it."""
+    return None if value is None else value.to(device, torch.float32, non_blocking=True)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ._algorithm import OWN_STATE, STATE, Algorithm, Group
 from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
-from ._launch import OWN_STATE, STATE, option
+
+
+def _moments(group: Group) -> tuple[str, ...]:
+    moments = ("exp_avg", "exp_avg_sq")
+    return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+
+
+def _rates(group: Group) -> tuple[float, float, float]:
+    beta1, beta2 = group["betas"]
+    return float(beta1), float(beta2), group["eps"]
 
 
 class AdamW(FusedOptimizer):
@@ -38,10 +49,14 @@ class AdamW(FusedOptimizer):
     """
 
     __doc__ = __doc__.rstrip() + DOCUMENTATION
-    _algorithm = "adam"
-    _decay: ClassVar[str] = "decoupled"
-    _counts = True
-    _required = ("step", "exp_avg", "exp_avg_sq")
+    _algorithm = Algorithm(
+        kind="adam",
+        decay="decoupled",
+        counts=True,
+        required=("step", "exp_avg", "exp_avg_sq"),
+        moments=_moments,
+        rates=_rates,
+    )
 
     def __init__(
         self,
@@ -66,7 +81,7 @@ class AdamW(FusedOptimizer):
         max_grad_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
-        decay = decay or self._decay
+        decay = decay or self._algorithm.decay
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -95,7 +110,7 @@ class AdamW(FusedOptimizer):
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"{name}: betas must be two numbers, got {betas}")
-        decay = self._decay_of(group)
+        decay = self._algorithm.decay_of(group)
         if group["decoupled_weight_decay"] != (decay != "l2"):
             raise ValueError(
                 f"{name}: decoupled_weight_decay must go with decay, got "
@@ -107,7 +122,7 @@ class AdamW(FusedOptimizer):
 
     def _exported(self, made: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         """With a start for parameters that were only averaged: torch's take state whole."""
-        moments = {k: self._moments(g) for g in made["param_groups"] for k in g["params"]}
+        moments = {k: self._algorithm.moments(g) for g in made["param_groups"] for k in g["params"]}
 
         def whole(key: Any, state: dict[str, Any]) -> dict[str, Any]:
             if "ema" not in state or state.keys() - set(OWN_STATE):
@@ -126,21 +141,11 @@ class AdamW(FusedOptimizer):
             return state
         return {k: v for k, v in state.items() if k not in ("step", *start)}
 
-    @staticmethod
-    def _moments(group: dict[str, Any]) -> tuple[str, ...]:
-        moments = ("exp_avg", "exp_avg_sq")
-        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
-
-    @staticmethod
-    def _rates(group: dict[str, Any]) -> tuple[float, float, float]:
-        beta1, beta2 = group["betas"]
-        return float(beta1), float(beta2), group["eps"]
-
 
 class Adam(AdamW):
     """Adam: `AdamW` with decay="l2" and no decay by default, a drop-in for torch.optim.Adam."""
 
-    _decay = "l2"
+    _algorithm = replace(AdamW._algorithm, decay="l2")
 
     def __init__(
         self,
@@ -157,7 +162,3 @@ class Adam(AdamW):
         if decoupled_weight_decay and options.setdefault("decay", "decoupled") == "l2":
             raise ValueError("Adam: decoupled_weight_decay must go with another decay than 'l2'")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-
-    def _decay_of(self, group: dict[str, Any]) -> str:
-        torchs = "decoupled" if group["decoupled_weight_decay"] else "l2"
-        return option(group, "decay") or torchs

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ._algorithm import Algorithm, Group
 from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
+
+
+def _moments(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _rates(group: Group) -> tuple[float, float, float]:
+    return group["momentum"], group["dampening"], 0.0
 
 
 class SGDW(FusedOptimizer):
@@ -36,10 +46,9 @@ class SGDW(FusedOptimizer):
     """
 
     __doc__ = __doc__.rstrip() + DOCUMENTATION
-    _algorithm = "sgd"
-    _decay: ClassVar[str] = "decoupled"
-    _counts = False
-    _required = ()
+    _algorithm = Algorithm(
+        kind="sgd", decay="decoupled", counts=False, required=(), moments=_moments, rates=_rates
+    )
 
     def __init__(
         self,
@@ -73,7 +82,7 @@ class SGDW(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            "decay": decay or self._decay,
+            "decay": decay or self._algorithm.decay,
             "decay_lr": decay_lr,
             "l1": l1,
             "ema_decay": ema_decay,
@@ -109,16 +118,8 @@ class SGDW(FusedOptimizer):
         made = super().__getstate__()
         return made | {"state": defaultdict(dict, self._exported(made))}
 
-    @staticmethod
-    def _moments(group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-    @staticmethod
-    def _rates(group: dict[str, Any]) -> tuple[float, float, float]:
-        return group["momentum"], group["dampening"], 0.0
-
 
 class SGD(SGDW):
     """SGD: `SGDW` with decay="l2", a drop-in for torch.optim.SGD."""
 
-    _decay = "l2"
+    _algorithm = replace(SGDW._algorithm, decay="l2")

@@ -47,8 +47,8 @@ def test_every_contender_computes_it(
 def test_the_compiled_chain_is_measured_and_right(direction: str):
     scope = bench.Scope(CPU, (torch.float32,))
     subject = batch_norm._case(scope, batch_norm.DROPPED, torch.float32, (64, 5), direction)
-    plan = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
-    rows = {row["name"]: row for row in bench.measure(subject, CPU, plan)["contenders"]}
+    budget = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
+    rows = {row["name"]: row for row in bench.measure(subject, CPU, budget)["contenders"]}
     assert len(rows["compile"]["seconds"]) == 3, rows["compile"]
     assert ("kept_bytes" in rows["eager"]) is (direction == BOTH)
     assert all("peak_bytes" in row for row in rows.values() if "seconds" in row)
@@ -192,8 +192,8 @@ def test_a_forward_that_computes_something_else_is_an_error(
     monkeypatch.setattr(torch.nn, "BatchNorm1d", lambda channels: Spoilt(spoil))
     scope = bench.Scope(CPU, (torch.float32,), compiled=False)
     subject = batch_norm._case(scope, batch_norm.PLAIN, torch.float32, (32, 16), FORWARD)
-    plan = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
-    rows = {row["name"]: row for row in bench.measure(subject, CPU, plan)["contenders"]}
+    budget = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
+    rows = {row["name"]: row for row in bench.measure(subject, CPU, budget)["contenders"]}
     assert message in rows["eager"]["wrong"] and "seconds" not in rows["eager"]
     assert "seconds" in rows["reference"]
 

@@ -17,7 +17,7 @@ from support import bench_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCOPE = bench.Scope(CPU, (torch.float32, torch.bfloat16))
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = backends.choose("dropout", "cpu", torch.float32)
 BY_SIZE = {
@@ -36,14 +36,14 @@ def growth() -> ModuleType:
     return bench_module("growth")
 
 
-def curves(cases: list[bench.Case]) -> dict[str, list[bench.Case]]:
-    result: dict[str, list[bench.Case]] = {}
+def curves(cases: list[bench.Benchmark]) -> dict[str, list[bench.Benchmark]]:
+    result: dict[str, list[bench.Benchmark]] = {}
     for case in cases:
         result.setdefault(case.series, []).append(case)
     return result
 
 
-def rows(case: bench.Case) -> dict[str, dict[str, Any]]:
+def rows(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in bench.measure(case, CPU, TINY)["contenders"]}
 
 

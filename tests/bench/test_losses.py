@@ -22,7 +22,7 @@ from reg_kernels.bench.cross_entropy import LABELS, PAIR, PROBABILITIES, SMOOTHE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEFAULT = (torch.float32, torch.bfloat16)
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 FLAT, IMAGES = (37, 211), (3, 21, 9, 7)
 KINDS = (PAIR, SMOOTHED, LABELS, PROBABILITIES)
 
@@ -35,7 +35,7 @@ def scope(dtype: torch.dtype, compiled: bool = False) -> bench.Scope:
     return bench.Scope(CPU, (dtype,), compiled=compiled)
 
 
-def check_all(subject: bench.Case) -> None:
+def check_all(subject: bench.Benchmark) -> None:
     found = set()
     for entry in bench.contenders(subject, CPU):
         if isinstance(entry, bench.Contender):
@@ -46,7 +46,7 @@ def check_all(subject: bench.Case) -> None:
     assert {"copy", "reference", "eager"} <= found
 
 
-def rows(subject: bench.Case) -> dict[str, dict[str, Any]]:
+def rows(subject: bench.Benchmark) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in bench.measure(subject, CPU, TINY)["contenders"]}
 
 

@@ -17,7 +17,7 @@ from reg_kernels.bench._measure import BOTH, FORWARD
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEFAULT = (torch.float32, torch.bfloat16)
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 SHAPE = (5, 3, 9, 7)
 KINDS = (mixup.MIXED, mixup.BYTES, mixup.PASTED)
 POINTS = [*((kind, FORWARD) for kind in KINDS), (mixup.MIXED, BOTH)]

@@ -16,7 +16,7 @@ from reg_kernels import backends, bench
 from support import bench_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = backends.choose("batch_norm", "cpu", torch.float32)
 
@@ -26,7 +26,7 @@ def models() -> ModuleType:
     return bench_module("models")
 
 
-def small(models: ModuleType, block: str = "_Basic") -> bench.Case:
+def small(models: ModuleType, block: str = "_Basic") -> bench.Benchmark:
     """A ResNet of two stages with dropout before its head, on few images of few pixels."""
 
     def make() -> nn.Module:
@@ -38,7 +38,7 @@ def small(models: ModuleType, block: str = "_Basic") -> bench.Case:
     return models._case(CPU, net, torch.float32, "contiguous")
 
 
-def rows(case: bench.Case) -> dict[str, dict[str, Any]]:
+def rows(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in bench.measure(case, CPU, TINY)["contenders"]}
 
 

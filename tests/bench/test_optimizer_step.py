@@ -17,18 +17,18 @@ from reg_kernels.bench.optimizer_step import OPTIONS, Kind
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEFAULT = (torch.float32, torch.bfloat16)
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 SHAPES = ((3, 5), (64,), (1,))
 KINDS = [Kind(name, option) for name in ("AdamW", "SGDW") for option in ("", *OPTIONS)]
 KINDS += [Kind("Adam"), Kind("SGD")]
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 
 
-def step(kind: Kind, dtype: torch.dtype = torch.float32) -> bench.Case:
+def step(kind: Kind, dtype: torch.dtype = torch.float32) -> bench.Benchmark:
     return optimizer_step._case(CPU, dtype, kind, SHAPES)
 
 
-def rows(subject: bench.Case) -> dict[str, dict[str, Any]]:
+def rows(subject: bench.Benchmark) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in bench.measure(subject, CPU, TINY)["contenders"]}
 
 
@@ -135,7 +135,7 @@ def test_another_penalty_is_an_error(power: int, spoil: Callable[..., Any], mess
 # Which there are
 
 
-def goals(cases: list[bench.Case]) -> dict[str, list[str]]:
+def goals(cases: list[bench.Benchmark]) -> dict[str, list[str]]:
     result = {case.label: [goal.text for goal in case.goals] for case in cases}
     assert len(result) == len(cases)
     return result
@@ -216,7 +216,7 @@ def test_goals_and_reports_know_the_peers():
             bench.Contender("fused", lambda i: held.copy_(held.neg()), lambda: None),
         ]
 
-    subject = bench.Case(
+    subject = bench.Benchmark(
         op="toy",
         variant="kind",
         direction=_measure.STEP,

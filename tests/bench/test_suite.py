@@ -25,7 +25,7 @@ from support import run_program
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEFAULT = bench.Scope(CPU, (torch.float32, torch.bfloat16), compiled=False)
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 CACHES = 32 * 2**20
 
 # An op, and the variants that are ops of their own to who calls them.
@@ -43,7 +43,7 @@ LADDERS = [
 # Sizes
 
 
-def ladder(op: str, variant: str, scope: bench.Scope) -> dict[str, list[bench.Case]]:
+def ladder(op: str, variant: str, scope: bench.Scope) -> dict[str, list[bench.Benchmark]]:
     cases = [c for c in bench.all_cases(scope) if (c.op, c.variant) == (op, variant)]
     small = [c for c in cases if c.host or c.tensors == 400]
     rest = [(c, c.bytes * 4 // c.dtype.itemsize) for c in cases if c not in small]  # as in float32
@@ -97,15 +97,15 @@ def test_every_contender_drops_channels(op: str, dtype: torch.dtype):
 # Peers
 
 
-def entry_of(name: str, subject: bench.Case) -> Any:
+def entry_of(name: str, subject: bench.Benchmark) -> Any:
     return next(entry for entry in bench.contenders(subject, CPU) if entry.name == name)
 
 
-def step(algorithm: str, dtype: torch.dtype = torch.float32) -> bench.Case:
+def step(algorithm: str, dtype: torch.dtype = torch.float32) -> bench.Benchmark:
     return optimizer_step._case(CPU, dtype, Kind(algorithm), ((3, 5), (64,)))
 
 
-def mixing(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> bench.Case:
+def mixing(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> bench.Benchmark:
     scope = bench.Scope(CPU, (dtype,), compiled=False)
     return mixup._case(scope, mixup.MIXED, FORWARD, dtype, (6, 3, 5, 4), layout)
 
@@ -114,7 +114,7 @@ def mixing(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> be
     ("name", "subject"), [("optimi", step("AdamW")), ("optimi", step("SGD")), ("timm", mixing())]
 )
 def test_a_peer_that_is_missing_is_skipped_with_the_remedy(
-    name: str, subject: bench.Case, monkeypatch: pytest.MonkeyPatch
+    name: str, subject: bench.Benchmark, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, name, None)
     entry = entry_of(name, subject)
@@ -220,10 +220,10 @@ def test_a_compiled_step_is_measured_and_right():
 # Clocks
 
 
-def case(*contenders: bench.Contender, **fields: Any) -> bench.Case:
+def case(*contenders: bench.Contender, **fields: Any) -> bench.Benchmark:
     described = {"op": "toy", "direction": "forward", "dtype": torch.float32, "shape": (256,)}
     described |= {"bytes": None, "requires_grad": False}
-    return bench.Case(**(described | fields), prepare=lambda device, pool: list(contenders))
+    return bench.Benchmark(**(described | fields), prepare=lambda device, pool: list(contenders))
 
 
 @pytest.mark.parametrize(("seconds", "lead"), [(0.001, 2), (0.02, 1), (0.06, 0)])
@@ -357,13 +357,15 @@ def cases(scope):
             return bench.Contender(name, lambda i: LOG.append(name), lambda: None)
         return [way("native"), way("eager"), bench.Contender("compile", LOG.append, wrong),
                 bench.Skipped("liger", "no GPU")]
-    return [bench.Case(op="toy", direction="forward", dtype=torch.float32, shape=(4,), bytes=None,
-                       prepare=prepare, requires_grad=False)]
+    return [bench.Benchmark(op="toy", direction="forward", dtype=torch.float32, shape=(4,),
+                            bytes=None, prepare=prepare, requires_grad=False)]
 """
 
 BENCH_TOY = """
 import json
 import sys
+
+MODULES = ("toy",)
 
 def test_toy(time_it):
     time_it()

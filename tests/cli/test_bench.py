@@ -35,23 +35,23 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CPU_FACTS = {"type": "cpu", "driver": None}
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
-TINY = bench.Plan(seconds=0.0, least=3, most=3, sample=0.0)
+TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 P = dropout.P
 
 
-def case(*contenders: bench.Contender | bench.Skipped, **fields: Any) -> bench.Case:
+def case(*contenders: bench.Contender | bench.Skipped, **fields: Any) -> bench.Benchmark:
     """A benchmark of 256 floats with these contenders beside the copy."""
     described = {"op": "toy", "direction": "forward", "dtype": torch.float32, "shape": (256,)}
     described |= {"bytes": 2048, "requires_grad": False}
-    return bench.Case(**(described | fields), prepare=lambda device, pool: list(contenders))
+    return bench.Benchmark(**(described | fields), prepare=lambda device, pool: list(contenders))
 
 
 def contender(name: str, call: Callable[[int], object], **fields: Any) -> bench.Contender:
     return bench.Contender(name, call, fields.pop("check", lambda: None), **fields)
 
 
-def measured(subject: bench.Case, plan: bench.Plan = TINY) -> dict[str, dict[str, Any]]:
-    result = bench.measure(subject, CPU, plan)
+def measured(subject: bench.Benchmark, budget: bench.Budget = TINY) -> dict[str, dict[str, Any]]:
+    result = bench.measure(subject, CPU, budget)
     return {row["name"]: row for row in result["contenders"]}
 
 
@@ -88,8 +88,8 @@ def test_contenders_run_interleaved_and_nobody_always_first():
     log: list[str] = []
     names = ("a", "b", "c")
     ways = [contender(n, lambda i, n=n: log.append(n)) for n in names]
-    plan = bench.Plan(seconds=0.0, least=6, most=6, sample=0.0)
-    rows = measured(case(*ways), plan)
+    budget = bench.Budget(seconds=0.0, least=6, most=6, sample=0.0)
+    rows = measured(case(*ways), budget)
     assert all(len(rows[n]["seconds"]) == 6 for n in (*names, "copy"))
     # Two guesses each, then in each round two calls to lead in and a sample of one.
     rounds = [log[i : i + 9] for i in range(6, 6 + 54, 9)]
@@ -105,9 +105,9 @@ def test_each_call_gets_the_next_input():
 
 
 def test_short_calls_fill_a_sample():
-    plan = bench.Plan(seconds=0.0, least=3, most=3, sample=1e-3)
+    budget = bench.Budget(seconds=0.0, least=3, most=3, sample=1e-3)
     calls = []
-    rows = measured(case(contender("a", calls.append)), plan)
+    rows = measured(case(contender("a", calls.append)), budget)
     assert 1 < rows["a"]["calls_per_sample"] <= 2000
     assert len(calls) >= 3 * rows["a"]["calls_per_sample"]
 
@@ -366,7 +366,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(_run, "QUICK", TINY)
 
-    def cases(scope: bench.Scope) -> list[bench.Case]:
+    def cases(scope: bench.Scope) -> list[bench.Benchmark]:
         goal = bench.Goal("native", "at least as fast as light", "share_of_copy", 1e9, True)
         make = dropout._case
         args = ("dropout", "forward", torch.float32)
@@ -618,8 +618,8 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path):
     pytest.importorskip("pytest_benchmark")
     done = run_program(
         [
-            *(sys.executable, "-m", "pytest", "bench/bench_dropout.py", "--benchmark-only", "-q"),
-            *("-p", "no:cacheprovider", "-k", "16-elements-no-grad and eager"),
+            *(sys.executable, "-m", "pytest", "bench/bench_all.py", "--benchmark-only", "-q"),
+            *("-p", "no:cacheprovider", "-k", "dropout and 16-elements-no-grad and eager"),
             f"--benchmark-json={tmp_path / 'result.json'}",
         ],
         cwd=ROOT,

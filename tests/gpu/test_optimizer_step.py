@@ -18,6 +18,7 @@ from reg_kernels.ops.optimizer_step import (
     Hyperparameters,
     PreparedStep,
     StepLists,
+    StepSettings,
 )
 
 from support import implementations, no_waiting, rng_state
@@ -77,6 +78,7 @@ class Step:
         self.grads = values(dtype)
         self.lists = StepLists(
             values(dtype),
+            self.grads,
             [torch.full((), float(i % 3), device=CUDA) for i in range(len(sizes))],
             values(moments, scale=0.1) if adam or second else [],
             values(moments, True) if adam else [],
@@ -100,11 +102,7 @@ class Step:
     def run(self, backend, **options):
         """The state after a step, of copies."""
         of = copy.deepcopy(self.lists)
-        OP.overloads[backend](
-            *(ALGORITHMS.index(self.algorithm), of.params, self.grads, of.steps, of.first_moments),
-            *(of.second_moments, of.max_second_moments, of.emas, of.compensations),
-            *(of.groups, of.element_offsets, *self.common(**options)),
-        )
+        OP.overloads[backend](ALGORITHMS.index(self.algorithm), *of, *self.common(**options))
         return of
 
 
@@ -208,9 +206,9 @@ def test_graph_capture_follows_what_is_on_the_device(backend):
     )
     rate, found = torch.tensor(0.1, device=CUDA), torch.zeros((), device=CUDA)
     common = step.common(rates=[rate], found_inf=found)
-    warm = PreparedStep("adam", copy.deepcopy(step.lists), step.grads)
-    eager = PreparedStep("adam", copy.deepcopy(step.lists), step.grads)
-    prepared = PreparedStep("adam", step.lists, step.grads)
+    warm = PreparedStep("adam", copy.deepcopy(step.lists))
+    eager = PreparedStep("adam", copy.deepcopy(step.lists))
+    prepared = PreparedStep("adam", step.lists)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -264,7 +262,7 @@ def test_an_optimizer_in_a_graph(backend):
 @kernels
 def test_a_step_does_not_wait_for_the_device(backend):
     step = Step(SHORT, torch.bfloat16, torch.float32, rounding="stochastic")
-    prepared = PreparedStep("adam", step.lists, step.grads)
+    prepared = PreparedStep("adam", step.lists)
     common = step.common(grad_scale=torch.tensor(4.0, device=CUDA))
     prepared.run(step.grads, backend, common)
     with no_waiting():
@@ -279,7 +277,7 @@ def test_more_than_2_to_the_31_elements(backend):
     group = GROUP._replace(weight_decay=0.0, lr=0.5, beta2=0.0)
     param = torch.ones(size, dtype=torch.bfloat16, device=CUDA)
     grad = torch.full_like(param, 2.0)
-    lists = StepLists([param], groups=[0], element_offsets=[0])
-    common = ([*group.numbers()], [group.flags()], [], 0, None, 0.0, None, None, None)
-    PreparedStep("sgd", lists, [grad]).run([grad], backend, common)
+    lists = StepLists([param], [grad], groups=[0], element_offsets=[0])
+    settings = StepSettings([*group.numbers()], [group.flags()], [])
+    PreparedStep("sgd", lists).run([grad], backend, settings)
     assert not param.any()

@@ -106,6 +106,7 @@ class Lists:
         self.grads = [] if algorithm == "average" else values(dtype)
         self.lists = StepLists(
             values(dtype),
+            self.grads,
             [torch.full((), float(i % 3), device=DEVICE) for i in range(len(sizes))]
             if stateful
             else [],
@@ -348,7 +349,7 @@ def test_an_element_keeps_its_draw_wherever_its_tensor_is_cut(backend):
     parts = {name: [x for t in of for x in (t[:cut], t[cut:])] for name, of in s.items()}
     parts["steps"] = [lists.lists.steps[0].clone() for _ in range(2)]
     lists.grads = [lists.grads[0][:cut], lists.grads[0][cut:]]
-    lists.lists.groups, lists.lists.element_offsets = [0, 0], [0, cut]
+    lists.lists = lists.lists._replace(groups=[0, 0], element_offsets=[0, cut])
     OP.overloads[backend](*lists.arguments(parts))
     assert torch.equal(torch.cat(parts["params"]), whole)
 
@@ -481,7 +482,7 @@ def test_the_tables_layout():
 def test_a_prepared_step_is_the_op(backend):
     lists = Lists(SMALL, torch.float32, amsgrad=True, ema=True)
     expected = lists.run(backend)
-    prepared = PreparedStep("adam", lists.lists, lists.grads)
+    prepared = PreparedStep("adam", lists.lists)
     assert prepared.backend(backend) == backend
     versions = [p._version for p in lists.lists.params]
     prepared.run(lists.grads, backend, lists.common())
@@ -603,7 +604,7 @@ def test_bad_arguments_change_nothing(changes, message):
 @native
 def test_bad_tables():
     lists = Lists((3, 5), torch.float32)
-    table = lists.lists.table(lists.grads)
+    table = lists.lists.table()
     op = torch.ops.reg_kernels.optimizer_step_table.default
     common = [lists.lists.dtypes(), *lists.common(), table.scratch]
     good = [table.data, table.count, table.seal, 0, *common]
@@ -628,7 +629,7 @@ def test_bad_tables():
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
     lists = Lists((3, 5), torch.bfloat16, rounding="stochastic")
-    table = lists.lists.table(lists.grads)
+    table = lists.lists.table()
     *common, _ = lists.common()
     with pytest.raises(RuntimeError, match="rng_state must be given for stochastic rounding"):
         op(

@@ -141,10 +141,10 @@ def test_torchs_word_for_the_decay_comes_with_a_checkpoint():
             (group,) = ours.param_groups
             assert group["decoupled_weight_decay"] == decoupled
             kept = before if (before != "l2") == decoupled else ["l2", "decoupled"][decoupled]
-            assert ours._decay_of(group) == kept
+            assert ours._algorithm.decay_of(group) == kept
             del saved["param_groups"][0]["decoupled_weight_decay"]  # as torch saved it once
             ours.load_state_dict(saved)
-            assert ours._decay_of(ours.param_groups[0]) == kept
+            assert ours._algorithm.decay_of(ours.param_groups[0]) == kept
 
 
 def test_a_group_follows_torchs_word_for_the_decay():

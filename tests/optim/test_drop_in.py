@@ -321,7 +321,7 @@ def test_more_groups_than_a_launch_takes(backend):
     pair.step(3)
     pair.check()
     check_state(pair)
-    assert max(len(launch.groups) for launch in pair.ours._plan.launches) <= MOST_GROUPS
+    assert max(len(launch.groups) for launch in pair.ours._plan.launches.all) <= MOST_GROUPS
     # A group among the last that changes its mind.
     for optimizer in (pair.ours, pair.theirs):
         optimizer.param_groups[38]["lr"] = 5.0

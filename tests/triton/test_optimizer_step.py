@@ -291,11 +291,12 @@ def test_found_inf_changes_nothing():
 def step_table(case, state):
     """A table that is kept, and what steps it: the ticket has to be back each time."""
     lists = StepLists(
-        *(state["params"], state["steps"], state["first_moments"], state["second_moments"]),
+        *(state["params"], state["grads"], state["steps"]),
+        *(state["first_moments"], state["second_moments"]),
         *(state["max_second_moments"], state["emas"], state["compensations"]),
         *(case.tensor_groups, case.element_offsets),
     )
-    table = lists.table(state["grads"])
+    table = lists.table()
 
     def run(found_inf=None):
         kernels.optimizer_step_table(
