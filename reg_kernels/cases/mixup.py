@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.mixup import blend
-from . import Case
+from . import Case, in_place
 from .dropout import _channels_last, _contiguous, _misaligned, _strided, _transposed
 
 Layout = Callable[[Tensor], Tensor]
@@ -114,7 +114,7 @@ def _case(
 ) -> Case:
     """
     Args:
-        op: "mixup"; "mixup_", over a copy; or "mixup_backward", the gradient by the input where the
+        op: "mixup"; "mixup_", in place; or "mixup_backward", the gradient by the input where the
             case's own is the one by the output.
         source: the type of the op's input, if not the case's; values are such as it holds.
         result: the type of its output, likewise.
@@ -143,9 +143,8 @@ def _case(
         options = {"dtype": result or x.dtype, "memory_format": memory_format}
         return mixed(y, backend, **options).to(x.dtype)
 
-    def in_place(x: Tensor, backend: str | None = None) -> Tensor:
-        copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-        return mixed(copy, backend, inplace=True)
+    def over(x: Tensor, backend: str | None = None) -> Tensor:
+        return mixed(x, backend, inplace=True)
 
     def oracle(x: Tensor) -> Tensor:
         share, partners, box, mean, std = arguments(x)
@@ -171,18 +170,18 @@ def _case(
         return (layout(_values(shape, source or result).to(dtype).to(device)),)
 
     backward = op == "mixup_backward"
-    function = in_place if op == "mixup_" else fresh
     narrow = (torch.uint8, torch.float16, torch.bfloat16)  # a gradient in these is no gradient
-    return Case(
-        op=op,
+    case = Case(
+        op=op.rstrip("_"),
         name=" ".join(word for word in words if word).replace("torch.", ""),
         inputs=inputs,
-        function=gradient(function) if backward else function,
+        function=gradient(fresh) if backward else fresh,
         oracle=gradient(oracle) if backward else oracle,
         small=torch.Size(shape).numel() <= 2100,
         exact=False,
         differentiable=not (backward or source in narrow or result in narrow),
     )
+    return in_place(case, over) if op == "mixup_" else case
 
 
 _IMAGES = (6, 3, 5, 7)

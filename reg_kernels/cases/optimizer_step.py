@@ -100,6 +100,7 @@ def _case(
         small=small,
         exact=False,
         differentiable=False,
+        traced=False,  # a plan is made of addresses
     )
 
 

@@ -1,0 +1,168 @@
+"""What the tests of every op do with a case: run it, with its gradients, and look at the ops that
+it calls."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from reg_kernels import backends
+from reg_kernels.cases import Case, all_cases
+from reg_kernels.ops._registry import OPS, implementation_of
+
+from support import DEVICE, DTYPE_IDS, DTYPES, implementations
+
+CASES = all_cases()
+SMALL = [case for case in CASES if case.small]
+IMPLEMENTATIONS = implementations()
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+
+
+def of(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def one_dtype(case: Case) -> torch.dtype:
+    """One for each case, which go round."""
+    return DTYPES[[c for c in CASES if c.op == case.op].index(case) % len(DTYPES)]
+
+
+def one_an_op(cases: list[Case]) -> list[Case]:
+    """The largest of the cases of each op."""
+    size = {case: sum(x.numel() for x in inputs_of(case, torch.float32)) for case in cases}
+    return [max((c for c in cases if c.op == op), key=size.get) for op in {c.op: 0 for c in cases}]
+
+
+def is_interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs it: some milliseconds a program."""
+    return backend == "triton" and DEVICE == "cpu"
+
+
+def inputs_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return case.inputs(torch.device(DEVICE), dtype)
+
+
+def leaves_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    return [x.detach().requires_grad_(case.differentiable) for x in inputs_of(case, dtype)]
+
+
+def gradients(case: Case, y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not case.differentiable:
+        return []
+    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).to(y.dtype)
+    return list(torch.autograd.grad(y, leaves, torch.empty_like(y).copy_(g.view(y.shape))))
+
+
+def results(case: Case, leaves: list[Tensor], backend: str) -> list[Tensor]:
+    """The output and the gradients by all inputs."""
+    y = case.function(*leaves, backend=backend)
+    return [y.detach(), *gradients(case, y, leaves)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether all bits are, NaN for NaN."""
+    return all(
+        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def described(values: Any) -> list[Any]:
+    """dtype, shape and strides of each tensor; a dimension of one or nothing has none."""
+    return [
+        (x.dtype, x.shape, [t for t, n in zip(x.stride(), x.shape, strict=True) if x.numel() > n])
+        for x in tree_flatten(values)[0]
+        if isinstance(x, Tensor)
+    ]
+
+
+@dataclass
+class Call:
+    """One call of a registered op."""
+
+    overload: Any
+    args: tuple[Any, ...]
+    returned: Any
+
+    @property
+    def op(self) -> str:
+        return self.overload._opname
+
+    @property
+    def backend(self) -> str:
+        return implementation_of(self.overload)
+
+    @functools.cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Which arguments are left out, and how those are laid out that are not."""
+        return (self.overload, *(self._kind(x) for x in tree_flatten(self.args)[0]))
+
+    @staticmethod
+    def _kind(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return min(x.dim(), 3), x.is_contiguous(), x.dtype.is_floating_point
+        return x if isinstance(x, bool) else type(x)
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of our ops inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        if function.namespace == "reg_kernels" and function._opname in OPS:
+            self.calls.append(Call(function, args, returned))
+        return returned
+
+
+def recorded(case: Case, backend: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Call]]:
+    """The case's results, and what it calls. Another implementation is forced meanwhile in the
+    backward, which has to stay with the forward's."""
+    leaves = leaves_of(case, dtype)
+    with Recorder() as recorder:
+        y = case.function(*leaves, backend=backend)
+        with backends.backend("reference" if backend == "native" else "native"):
+            found = [y, *gradients(case, y, leaves)]
+    return found, recorder.calls
+
+
+@functools.cache
+def kinds_of_calls(op: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Call]:
+    """One call of each kind that the small cases make of an op. Where an interpreter runs them, of
+    one case of each three."""
+    return [call for call in _kinds_of_calls(backend, dtype) if call.op == op]
+
+
+@functools.cache
+def _kinds_of_calls(backend: str, dtype: torch.dtype) -> list[Call]:
+    kinds: dict[Any, Call] = {}
+    for case in SMALL[:: 3 if is_interpreted(backend) else 1]:
+        for call in recorded(case, backend, dtype)[1]:
+            kinds.setdefault(call.kind, call)
+    return list(kinds.values())
+
+
+def copied(call: Call) -> tuple[Any, ...]:
+    """Arguments that may be written over."""
+
+    def copy(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return y.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+    return tree_map_only(Tensor, copy, call.args)
