@@ -24,7 +24,7 @@ from ._batch_norm import (
 )
 from ._bits import unpack_bits
 from ._channels import gate_at, tile_at
-from .dropout import load_rate
+from ._elementwise import load_rate
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def gradient_sums_kernel(
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
     shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
-    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
+    drop_scale = load_rate(None, p)[1].to(COMPUTE)
     sums = range_sums(
         *(g_ptr, x_ptr, residual_ptr, gate_ptr, grad_input_ptr, grad_residual_ptr),
         *(c0, first, last, shift, scale, bias, slope, drop_scale, C, M, L),
@@ -279,7 +279,7 @@ def backward_kernel(
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
     shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
-    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
+    drop_scale = load_rate(None, p)[1].to(COMPUTE)
 
     if SINGLE:
         m0 = position_of(first, BLOCK_M, WIDE)

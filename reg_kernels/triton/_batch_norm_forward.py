@@ -24,9 +24,10 @@ from ._batch_norm import (
 )
 from ._bits import pack_bits
 from ._channels import gate_at, run_starts, tile_at
+from ._elementwise import load_rate
 from ._moments import merge_all, merged_m2, pivot_of, tile_moments
 from ._random import half_word_runs, load_state
-from .dropout import dropout_values, load_rate
+from .dropout import dropout_values
 
 
 @triton.jit
@@ -210,7 +211,6 @@ def forward_kernel(
     DROPS: tl.constexpr,
     AVERAGES: tl.constexpr,  # the batches counted weigh alike; then the host moves the counter on
     TAG: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
     SINGLE: tl.constexpr,  # whether a range is one tile, kept between the passes
     BLOCK_S: tl.constexpr,  # at least splits
     RUN: tl.constexpr,  # elements of one mask group that surely lie along the tile's second axis
@@ -231,9 +231,9 @@ def forward_kernel(
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
     key, draw_offset, threshold, drop_scale = 0, 0, 0, 0
     if DROPS:
-        key, draw_offset = load_state(state_ptr, seed, offset, ON_DEVICE)
+        key, draw_offset = load_state(state_ptr, seed, offset)
         key = key ^ TAG
-        threshold, drop_scale = load_rate(x_ptr, p, False)
+        threshold, drop_scale = load_rate(None, p)
 
     if SINGLE:
         m0 = position_of(first, BLOCK_M, WIDE)

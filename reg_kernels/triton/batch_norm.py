@@ -150,18 +150,17 @@ def _launch_forward(
     rng_state: Tensor | None,
     statistics: tl.constexpr,
 ) -> None:
-    if p > 0.0 and rng_state is not None:
-        state = state_arguments(rng_state, input)
-    else:
-        state = {"state_ptr": None, "seed": 0, "offset": 0, "ON_DEVICE": False}
+    state_ptr, seed, offset = state_arguments(rng_state if p > 0.0 else None)
     forward_kernel[(plan.programs,)](
         *(input, residual, output, gate, weight, bias, mean, invstd),
-        *(running_mean, running_var, num_batches_tracked, partials, state.pop("state_ptr")),
+        *(running_mean, running_var, num_batches_tracked, partials, state_ptr),
         *plan.sizes,
         momentum=0.0 if momentum is None else momentum,
         eps=eps,
         slope=slope,
         p=p,
+        seed=seed,
+        offset=offset,
         STATISTICS=statistics.value,
         ACTIVATION=activation,
         DROPS=p > 0.0,
@@ -171,7 +170,6 @@ def _launch_forward(
         BLOCK_S=triton.next_power_of_2(plan.splits) if partials is not None else 1,
         RUN=plan.run,
         GATE_AXIS=plan.gate_axis,
-        **state,
         **plan.constants,
     )
 

@@ -540,7 +540,7 @@ def compiled(which, dtype, channels_last, architecture, activation, short_rows=F
         signature |= {"y_ptr": values, "momentum": "fp64", "eps": "fp64"}
         signature |= {"seed": "i64", "offset": "i64"}
         signature |= {"running_mean_ptr": channels, "running_var_ptr": channels}
-        constants |= {"STATISTICS": source, "AVERAGES": False, "TAG": 1, "ON_DEVICE": True}
+        constants |= {"STATISTICS": source, "AVERAGES": False, "TAG": 1}
         constants |= {"RUN": 8}
         training = source != GIVEN
         optional |= {
