@@ -14,6 +14,8 @@ from .._layout import dense_like, is_channels_last, is_dense
 from .._rng import TAG_DROPOUT
 from ._elementwise import Draw, launch_elements, launch_rows
 
+TAG = tl.constexpr(TAG_DROPOUT)
+
 
 @triton.jit
 def dropout_values(x, half_word, threshold, scale):
