@@ -18,9 +18,15 @@ from ._dtypes import named
 
 GROUP = 8  # mask elements drawn by one Philox call
 
-# Xored into the seed, so that no two kinds of op share draws. As in philox.h.
-TAG_DROPOUT = 0x64726F706F757431
-TAG_ROUNDING = 0x726F756E64696E67
+
+def tag(letters: str) -> int:
+    """What is xored into the seed, so that no two kinds of op share draws: 8 ASCII letters, the
+    first one highest. As in philox.h."""
+    return int.from_bytes(letters.encode("ascii"), "big")
+
+
+TAG_DROPOUT = tag("dropout1")
+TAG_ROUNDING = tag("rounding")
 
 _CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,23 @@ OWN = tl.constexpr(1)
 MERGED = tl.constexpr(2)
 
 UNSPECIALISED = ["seed", "offset"]  # no recompiling by value
+
+
+class Chain(NamedTuple):
+    """What comes behind the statistics, that kernels are compiled for: one constexpr, CHAIN."""
+
+    ACTIVATION: int
+    DROPS: bool
+    GATE_AXIS: int
+    RUN: int = 1  # elements of one mask group that surely lie along the tile's second axis
+
+
+class Affine(NamedTuple):
+    """y = (x - shift) scale + offset, by channels; ChannelAffine of batch_norm_math.h."""
+
+    shift: Any
+    scale: Any
+    offset: Any
 
 
 # On values
@@ -31,20 +50,26 @@ def rounded(values, COMPUTE: tl.constexpr):
 
 @triton.jit
 def channel_affine(mean, invstd, weight, bias, COMPUTE: tl.constexpr):
-    """(shift, scale, offset) of y = (x - shift) scale + offset; ChannelAffine of batch_norm_math.h.
+    """The shift is the mean as COMPUTE rounds it, the offset makes up for the rounding.
 
-    The shift is the mean as COMPUTE rounds it, the offset makes up for the rounding: x - shift is
-    exact where the deviation is small beside the mean.
+    x - shift is exact where the deviation is small beside the mean.
     """
     scale = invstd * weight
     shift = mean.to(COMPUTE)
     # Of an infinite mean there is no rest; x - shift is what it should be already.
     rest = tl.where(mean - mean == 0.0, mean - shift.to(tl.float64), 0.0)
-    return (
+    return Affine(
         rounded(shift, COMPUTE),
         rounded(scale, COMPUTE),
         rounded(bias - rest * scale, COMPUTE),
     )
+
+
+@triton.jit
+def normalised(x, affine, M_AXIS: tl.constexpr):
+    """A tile of x by its channels' Affine."""
+    z = (x - tl.expand_dims(affine.shift, M_AXIS)) * tl.expand_dims(affine.scale, M_AXIS)
+    return z + tl.expand_dims(affine.offset, M_AXIS)
 
 
 # On memory
@@ -68,24 +93,16 @@ def store_channels(ptr, values, c, mask):
 
 
 @triton.jit
-def program_range(
-    C, M, tiles, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, REVERSED: tl.constexpr
-):
+def program_range(sizes, tiles, REVERSED: tl.constexpr, TILES: tl.constexpr):
     """(first channel, number of the range, its first tile, the one behind its last)."""
     program = tl.program_id(0)
     if REVERSED:
         program = tl.num_programs(0) - 1 - program
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(sizes.C, TILES.BLOCK_C)
     split = program // blocks
     first = split * tiles
-    return program % blocks * BLOCK_C, split, first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))
-
-
-@triton.jit
-def position_of(tile, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        tile = tile.to(tl.int64)
-    return tile * BLOCK_M
+    c0 = program % blocks * TILES.BLOCK_C
+    return c0, split, first, tl.minimum(first + tiles, tl.cdiv(sizes.M, TILES.BLOCK_M))
 
 
 @triton.jit
@@ -110,16 +127,3 @@ def load_partials(ptr, c, C, splits, BLOCK_S: tl.constexpr, M_AXIS: tl.constexpr
     inside = (c < C) & (split < splits)
     a = tl.load(ptr + at, mask=inside, other=0.0)
     return a, tl.load(ptr + C * splits + at, mask=inside, other=0.0), split
-
-
-@triton.jit
-def known_multiples(C, M, L, M_AXIS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """C, M and L in a form that tells the compiler what UNIT divides, so that it loads UNITs."""
-    if WIDE:
-        M = M.to(tl.int64)
-    if UNIT > 1:
-        if M_AXIS == 0:
-            C = C // UNIT * UNIT
-        else:
-            M, L = M // UNIT * UNIT, L // UNIT * UNIT
-    return C, M, L

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,18 +15,17 @@ from ._batch_norm import (
     GIVEN,
     MERGED,
     channel_affine,
-    known_multiples,
     load_channels,
     load_partials,
-    position_of,
+    normalised,
     program_range,
     rounded,
     store_channels,
     store_partials,
 )
 from ._bits import unpack_bits
-from ._channels import gate_at, tile_at
-from .dropout import load_rate
+from ._channels import gate_at, known_sizes, position_of, tile_at, zero_tile
+from ._elementwise import load_rate
 
 
 @triton.jit
@@ -54,53 +55,44 @@ def behind_gate(g, z, bits, scale, slope, ACTIVATION: tl.constexpr, DROPS: tl.co
     return g
 
 
+class Source(NamedTuple):
+    """What the gradient in front of the activation is made from."""
+
+    g_ptr: Any
+    x_ptr: Any  # or None where nothing depends on it
+    residual_ptr: Any
+    gate_ptr: Any
+    affine: Any
+    slope: Any
+    drop_scale: Any
+
+
 @triton.jit
 def gradient_tile(
-    g_ptr,
-    x_ptr,
-    residual_ptr,
-    gate_ptr,
-    m0,
-    c0,
-    shift,
-    scale,
-    offset,
-    slope,
-    drop_scale,
-    C,
-    M,
-    L,
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
-    NEEDS_Z: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    GATE_AXIS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    source, m0, c0, sizes, NEEDS_Z: tl.constexpr, CHAIN: tl.constexpr, TILES: tl.constexpr
 ):
     """(d = dL/dz, x - shift, offsets, inside) of one tile."""
-    at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
-    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    COMPUTE: tl.constexpr = source.slope.dtype
+    M_AXIS: tl.constexpr = TILES.M_AXIS
+    at, inside = tile_at(m0, c0, sizes, TILES)
+    g = tl.load(source.g_ptr + at, mask=inside, other=0.0).to(COMPUTE)
     x = g  # stands for what is not read
-    if x_ptr is not None:
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    if source.x_ptr is not None:
+        x = tl.load(source.x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
     z = g
     if NEEDS_Z:
-        z = (x - tl.expand_dims(shift, M_AXIS)) * tl.expand_dims(scale, M_AXIS)
-        z += tl.expand_dims(offset, M_AXIS)
-        if residual_ptr is not None:
-            z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    if gate_ptr is not None:
-        gate, whole = gate_at(m0, c0, C, M, BLOCK_C, BLOCK_M, M_AXIS, GATE_AXIS)
-        bits = unpack_bits(tl.load(gate_ptr + gate, mask=whole, other=0), GATE_AXIS)
-        d = behind_gate(g, z, bits, drop_scale, slope, ACTIVATION, DROPS)
+        z = normalised(x, source.affine, M_AXIS)
+        if source.residual_ptr is not None:
+            z += tl.load(source.residual_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+    if source.gate_ptr is not None:
+        gate, whole = gate_at(m0, c0, sizes, CHAIN.GATE_AXIS, TILES)
+        packed = tl.load(source.gate_ptr + gate, mask=whole, other=0)
+        bits = unpack_bits(packed, CHAIN.GATE_AXIS)
+        d = behind_gate(g, z, bits, source.drop_scale, source.slope, CHAIN.ACTIVATION, CHAIN.DROPS)
     else:
-        d = behind_activation(g, z, slope, ACTIVATION)
+        d = behind_activation(g, z, source.slope, CHAIN.ACTIVATION)
     d = tl.where(inside, d, 0.0)
-    return d, tl.where(inside, x - tl.expand_dims(shift, M_AXIS), 0.0), at, inside
+    return d, tl.where(inside, x - tl.expand_dims(source.affine.shift, M_AXIS), 0.0), at, inside
 
 
 @triton.jit
@@ -129,6 +121,41 @@ def store_gradients(
 
 
 @triton.jit
+def range_sums(
+    source,
+    grad_input_ptr,
+    grad_residual_ptr,
+    c0,
+    first,
+    last,
+    sizes,
+    TRAINING: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    CHAIN: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """(sum d, sum d (x - shift)) in float64 of tiles first to last - 1; stores what is wanted."""
+    # Each lane sums for itself: within the loop no thread waits for another.
+    scale = source.affine.scale
+    d_sum = zero_tile(TILES, scale.dtype)
+    dx_sum = zero_tile(TILES, scale.dtype)
+    tile = first
+    while tile < last:
+        m0 = position_of(tile, TILES)
+        d, x, at, inside = gradient_tile(source, m0, c0, sizes, NEEDS_Z, CHAIN, TILES)
+        d_sum += d
+        dx_sum += d * x
+        if not TRAINING or grad_input_ptr is None:
+            store_gradients(
+                *(d, x, at, inside, scale, scale, scale, grad_input_ptr, grad_residual_ptr),
+                *(False, TILES.M_AXIS),
+            )
+        tile += 1
+    M_AXIS: tl.constexpr = TILES.M_AXIS
+    return tl.sum(d_sum, M_AXIS).to(tl.float64), tl.sum(dx_sum, M_AXIS).to(tl.float64)
+
+
+@triton.jit
 def gradient_sums_kernel(
     g_ptr,  # [N, C, L], as x, the residual and the gradients
     x_ptr,
@@ -149,89 +176,26 @@ def gradient_sums_kernel(
     slope: tl.float64,
     p: tl.float64,
     TRAINING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
     NEEDS_Z: tl.constexpr,
-    GATE_AXIS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    CHAIN: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, False)
-    c = c0 + tl.arange(0, BLOCK_C)
+    sizes = known_sizes(C, M, L, TILES)
+    c0, split, first, last = program_range(sizes, tiles, False, TILES)
+    c = c0 + tl.arange(0, TILES.BLOCK_C)
+    C = sizes.C
     mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
-    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
+    affine = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
-    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
-    sums = range_sums(
-        *(g_ptr, x_ptr, residual_ptr, gate_ptr, grad_input_ptr, grad_residual_ptr),
-        *(c0, first, last, shift, scale, bias, slope, drop_scale, C, M, L),
-        *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT),
-        *(GATE_AXIS, WIDE, COMPUTE),
+    drop_scale = load_rate(None, p)[1].to(COMPUTE)
+    source = Source(g_ptr, x_ptr, residual_ptr, gate_ptr, affine, slope, drop_scale)
+    d_sum, dx_sum = range_sums(
+        *(source, grad_input_ptr, grad_residual_ptr, c0, first, last, sizes),
+        *(TRAINING, NEEDS_Z, CHAIN, TILES),
     )
-    store_partials(partials_ptr, sums[0], sums[1], c, split, C, splits, M_AXIS)
-
-
-@triton.jit
-def range_sums(
-    g_ptr,
-    x_ptr,
-    residual_ptr,
-    gate_ptr,
-    grad_input_ptr,
-    grad_residual_ptr,
-    c0,
-    first,
-    last,
-    shift,
-    scale,
-    bias,
-    slope,
-    drop_scale,
-    C,
-    M,
-    L,
-    TRAINING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
-    NEEDS_Z: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    GATE_AXIS: tl.constexpr,
-    WIDE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """(sum d, sum d (x - shift)) in float64 of tiles first to last - 1; stores what is wanted."""
-    # Each lane sums for itself: within the loop no thread waits for another.
-    shape: tl.constexpr = [BLOCK_M, BLOCK_C] if M_AXIS == 0 else [BLOCK_C, BLOCK_M]
-    d_sum = tl.zeros(shape, COMPUTE)
-    dx_sum = tl.zeros(shape, COMPUTE)
-    tile = first
-    while tile < last:
-        m0 = position_of(tile, BLOCK_M, WIDE)
-        d, x, at, inside = gradient_tile(
-            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
-            *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
-            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
-        )
-        d_sum += d
-        dx_sum += d * x
-        if not TRAINING or grad_input_ptr is None:
-            store_gradients(
-                *(d, x, at, inside, scale, scale, scale, grad_input_ptr, grad_residual_ptr),
-                *(False, M_AXIS),
-            )
-        tile += 1
-    return tl.sum(d_sum, M_AXIS).to(tl.float64), tl.sum(dx_sum, M_AXIS).to(tl.float64)
+    store_partials(partials_ptr, d_sum, dx_sum, c, split, C, splits, TILES.M_AXIS)
 
 
 @triton.jit
@@ -257,39 +221,31 @@ def backward_kernel(
     slope: tl.float64,
     p: tl.float64,
     SUMS: tl.constexpr,  # GIVEN: none are needed; OWN or MERGED, as forward_kernel's STATISTICS
-    TRAINING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
-    NEEDS_Z: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    GATE_AXIS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    TRAINING: tl.constexpr,
+    NEEDS_Z: tl.constexpr,
+    CHAIN: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, True)
-    c = c0 + tl.arange(0, BLOCK_C)
+    M_AXIS: tl.constexpr = TILES.M_AXIS
+    sizes = known_sizes(C, M, L, TILES)
+    c0, split, first, last = program_range(sizes, tiles, True, TILES)
+    c = c0 + tl.arange(0, TILES.BLOCK_C)
+    C = sizes.C
     mean, invstd = load_channels(mean_ptr, c, C, 0.0), load_channels(invstd_ptr, c, C, 0.0)
     weight, bias = load_channels(weight_ptr, c, C, 1.0), load_channels(bias_ptr, c, C, 0.0)
-    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
+    affine = channel_affine(mean, invstd, weight, bias, COMPUTE)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
-    drop_scale = load_rate(g_ptr, p, False)[1].to(COMPUTE)
+    drop_scale = load_rate(None, p)[1].to(COMPUTE)
+    source = Source(g_ptr, x_ptr, residual_ptr, gate_ptr, affine, slope, drop_scale)
 
     if SINGLE:
-        m0 = position_of(first, BLOCK_M, WIDE)
-        d, x, at, inside = gradient_tile(
-            *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
-            *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
-            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
-        )
+        m0 = position_of(first, TILES)
+        d, x, at, inside = gradient_tile(source, m0, c0, sizes, NEEDS_Z, CHAIN, TILES)
 
-    k1, k2, k3 = scale, scale, scale  # frozen: grad_input = d scale
+    k1, k2, k3 = affine.scale, affine.scale, affine.scale  # frozen: grad_input = d scale
     if SUMS != GIVEN:
         if SUMS == MERGED:
             d_sums, dx_sums, _ = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
@@ -299,13 +255,16 @@ def backward_kernel(
             dx_sum = tl.sum(d * x, M_AXIS).to(tl.float64)
         else:
             d_sum, dx_sum = range_sums(
-                *(g_ptr, x_ptr, residual_ptr, gate_ptr, None, None),
-                *(c0, first, last, shift, scale, bias, slope, drop_scale, C, M, L),
-                *(TRAINING, ACTIVATION, DROPS, NEEDS_Z, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS),
-                *(UNIT, GATE_AXIS, WIDE, COMPUTE),
+                *(source, None, None, c0, first, last, sizes, TRAINING, NEEDS_Z, CHAIN, TILES)
             )
         m1, m2, m3, projection = channel_gradient(
-            invstd * weight, mean, invstd, d_sum, dx_sum, 1.0 / tl.full([1], M, tl.float64), COMPUTE
+            invstd * weight,
+            mean,
+            invstd,
+            d_sum,
+            dx_sum,
+            1.0 / tl.full([1], sizes.M, tl.float64),
+            COMPUTE,
         )
         if TRAINING:
             k1, k2, k3 = m1, m2, m3
@@ -323,12 +282,8 @@ def backward_kernel(
             tile = last
             while tile > first:
                 tile -= 1
-                m0 = position_of(tile, BLOCK_M, WIDE)
-                d, x, at, inside = gradient_tile(
-                    *(g_ptr, x_ptr, residual_ptr, gate_ptr, m0, c0, shift, scale, bias),
-                    *(slope, drop_scale, C, M, L, ACTIVATION, DROPS, NEEDS_Z),
-                    *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, GATE_AXIS, COMPUTE),
-                )
+                m0 = position_of(tile, TILES)
+                d, x, at, inside = gradient_tile(source, m0, c0, sizes, NEEDS_Z, CHAIN, TILES)
                 store_gradients(
                     *(d, x, at, inside, k1, k2, k3, grad_input_ptr, grad_residual_ptr),
                     *(TRAINING, M_AXIS),

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,19 +16,19 @@ from ._batch_norm import (
     MERGED,
     UNSPECIALISED,
     channel_affine,
-    known_multiples,
     load_channels,
     load_partials,
-    position_of,
+    normalised,
     program_range,
     store_channels,
     store_partials,
 )
 from ._bits import pack_bits
-from ._channels import gate_at, run_starts, tile_at
+from ._channels import gate_at, known_sizes, position_of, run_starts, shorter, tile_at
+from ._elementwise import load_rate
 from ._moments import merge_all, merged_m2, pivot_of, tile_moments
 from ._random import half_word_runs, load_state
-from .dropout import dropout_values, load_rate
+from .dropout import TAG, dropout_values
 
 
 @triton.jit
@@ -40,58 +42,30 @@ def gate_bits(z, kept, ACTIVATION: tl.constexpr, DROPS: tl.constexpr):
 
 
 @triton.jit
-def sampled_pivot(
-    x_ptr,
-    m0,
-    c0,
-    C,
-    M,
-    L,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """The pivot of a range by its first values: of several, so that an outlier weighs less."""
-    at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    return pivot_of(x, tl.minimum(M - m0, BLOCK_M), M_AXIS)
+def load_tile(x_ptr, m0, c0, sizes, COMPUTE: tl.constexpr, TILES: tl.constexpr):
+    """(x, offsets, inside) of the tile at position m0 and channel c0; x is 0 outside."""
+    at, inside = tile_at(m0, c0, sizes, TILES)
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE), at, inside
 
 
 @triton.jit
-def range_moments(
-    x_ptr,
-    c0,
-    first,
-    last,
-    C,
-    M,
-    L,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def range_moments(x_ptr, c0, first, last, sizes, COMPUTE: tl.constexpr, TILES: tl.constexpr):
     """(mean, m2) in float64 of tiles first to last - 1."""
-    start = position_of(first, BLOCK_M, WIDE)
-    pivot = sampled_pivot(
-        x_ptr, start, c0, C, M, L, BLOCK_C, BLOCK_M // 8, M_AXIS, SHORT_ROWS, UNIT, COMPUTE
-    )
+    M_AXIS: tl.constexpr = TILES.M_AXIS
+    start = position_of(first, TILES)
+    # By the first values: of several, so that an outlier weighs less.
+    SAMPLE: tl.constexpr = shorter(TILES, 8)
+    sample = load_tile(x_ptr, start, c0, sizes, COMPUTE, SAMPLE)[0]
+    pivot = pivot_of(sample, tl.minimum(sizes.M - start, SAMPLE.BLOCK_M), M_AXIS)
     count = start * 0
-    total = tl.zeros([BLOCK_C], COMPUTE)
-    m2 = tl.zeros([BLOCK_C], COMPUTE)
+    total = tl.zeros_like(pivot)
+    m2 = tl.zeros_like(pivot)
     tile = first
     while tile < last:
-        m0 = position_of(tile, BLOCK_M, WIDE)
-        at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        m0 = position_of(tile, TILES)
+        x, _, inside = load_tile(x_ptr, m0, c0, sizes, COMPUTE, TILES)
         x = tl.where(inside, x - tl.expand_dims(pivot, M_AXIS), 0.0)
-        more = tl.minimum(M - m0, BLOCK_M)
+        more = tl.minimum(sizes.M - m0, TILES.BLOCK_M)
         tile_total, tile_m2 = tile_moments(x, inside, more, M_AXIS)
         m2 = merged_m2(count, total, m2, more, tile_total, tile_m2)
         total += tile_total
@@ -101,6 +75,15 @@ def range_moments(
     return mean, m2.to(tl.float64)
 
 
+class Draws(NamedTuple):
+    """What decides the mask of dropout: the stream's key and offset, and what it is held to."""
+
+    key: Any
+    offset: Any
+    threshold: Any
+    scale: Any
+
+
 @triton.jit
 def forward_tile(
     x,  # the values at `at`
@@ -108,46 +91,32 @@ def forward_tile(
     inside,
     m0,
     c0,
-    shift,
-    scale,
-    offset,
+    affine,
     residual_ptr,
     y_ptr,
     gate_ptr,
     slope,
-    key,
-    draw_offset,
-    threshold,
-    drop_scale,
-    C,
-    M,
-    L,
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    GATE_AXIS: tl.constexpr,
+    draws,
+    sizes,
+    CHAIN: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Everything behind the statistics, for one tile."""
-    z = (x - tl.expand_dims(shift, M_AXIS)) * tl.expand_dims(scale, M_AXIS)
-    z += tl.expand_dims(offset, M_AXIS)
+    z = normalised(x, affine, TILES.M_AXIS)
     if residual_ptr is not None:
         z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(z.dtype)
-    y = activate(z, slope, ACTIVATION)
+    y = activate(z, slope, CHAIN.ACTIVATION)
     kept = inside
-    if DROPS:
-        starts = run_starts(m0, c0, C, L, RUN, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS)
-        drawn = half_word_runs(key, draw_offset, starts, RUN)
-        y = dropout_values(y, drawn, threshold, drop_scale)
-        kept = kept & (drawn < threshold)
+    if CHAIN.DROPS:
+        starts = run_starts(m0, c0, sizes, CHAIN.RUN, TILES)
+        drawn = half_word_runs(draws.key, draws.offset, starts, CHAIN.RUN)
+        y = dropout_values(y, drawn, draws.threshold, draws.scale)
+        kept = kept & (drawn < draws.threshold)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     if gate_ptr is not None:
-        bits = gate_bits(z, kept, ACTIVATION, DROPS) & inside
-        gate, whole = gate_at(m0, c0, C, M, BLOCK_C, BLOCK_M, M_AXIS, GATE_AXIS)
-        tl.store(gate_ptr + gate, pack_bits(bits, GATE_AXIS), mask=whole)
+        bits = gate_bits(z, kept, CHAIN.ACTIVATION, CHAIN.DROPS) & inside
+        gate, whole = gate_at(m0, c0, sizes, CHAIN.GATE_AXIS, TILES)
+        tl.store(gate_ptr + gate, pack_bits(bits, CHAIN.GATE_AXIS), mask=whole)
 
 
 # Kernels
@@ -162,21 +131,14 @@ def moments_kernel(
     L,
     tiles,  # a part
     splits,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,  # divides M, and L or, channels last, C
-    WIDE: tl.constexpr,  # whether positions need 64 bits
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, False)
-    mean, m2 = range_moments(
-        x_ptr, c0, first, last, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT, WIDE, COMPUTE
-    )
-    c = c0 + tl.arange(0, BLOCK_C)
-    store_partials(partials_ptr, mean, m2, c, split, C, splits, M_AXIS)
+    sizes = known_sizes(C, M, L, TILES)
+    c0, split, first, last = program_range(sizes, tiles, False, TILES)
+    mean, m2 = range_moments(x_ptr, c0, first, last, sizes, COMPUTE, TILES)
+    c = c0 + tl.arange(0, TILES.BLOCK_C)
+    store_partials(partials_ptr, mean, m2, c, split, sizes.C, splits, TILES.M_AXIS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -206,39 +168,30 @@ def forward_kernel(
     seed: tl.int64,
     offset: tl.int64,
     STATISTICS: tl.constexpr,  # GIVEN by the running ones, OWN of a range that is all, or MERGED
-    ACTIVATION: tl.constexpr,
-    DROPS: tl.constexpr,
     AVERAGES: tl.constexpr,  # the batches counted weigh alike; then the host moves the counter on
-    TAG: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
     SINGLE: tl.constexpr,  # whether a range is one tile, kept between the passes
     BLOCK_S: tl.constexpr,  # at least splits
-    RUN: tl.constexpr,  # elements of one mask group that surely lie along the tile's second axis
-    GATE_AXIS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    CHAIN: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    c0, split, first, last = program_range(C, M, tiles, BLOCK_C, BLOCK_M, True)
-    c = c0 + tl.arange(0, BLOCK_C)
+    M_AXIS: tl.constexpr = TILES.M_AXIS
+    sizes = known_sizes(C, M, L, TILES)
+    C, M = sizes.C, sizes.M
+    c0, split, first, last = program_range(sizes, tiles, True, TILES)
+    c = c0 + tl.arange(0, TILES.BLOCK_C)
     weight = load_channels(weight_ptr, c, C, 1.0)
     bias = load_channels(bias_ptr, c, C, 0.0)
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
-    key, draw_offset, threshold, drop_scale = 0, 0, 0, 0
-    if DROPS:
-        key, draw_offset = load_state(state_ptr, seed, offset, ON_DEVICE)
-        key = key ^ TAG
-        threshold, drop_scale = load_rate(x_ptr, p, False)
+    draws = Draws(0, 0, 0, 0)
+    if CHAIN.DROPS:
+        seed, offset = load_state(state_ptr, seed, offset)
+        threshold, scale = load_rate(None, p)
+        draws = Draws(seed ^ TAG, offset, threshold, scale)
 
     if SINGLE:
-        m0 = position_of(first, BLOCK_M, WIDE)
-        at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        m0 = position_of(first, TILES)
+        x, at, inside = load_tile(x_ptr, m0, c0, sizes, COMPUTE, TILES)
 
     share = 1.0 / tl.full([1], M, tl.float64)
     if STATISTICS == GIVEN:
@@ -246,8 +199,8 @@ def forward_kernel(
         variance = load_channels(running_var_ptr, c, C, 0.0)
     elif STATISTICS == MERGED:
         means, m2s, part = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
-        start = position_of(part * tiles, BLOCK_M, WIDE)
-        counts = tl.maximum(tl.minimum(M - start, tiles * BLOCK_M), 0).to(tl.float64)
+        start = position_of(part * tiles, TILES)
+        counts = tl.maximum(tl.minimum(M - start, tiles * TILES.BLOCK_M), 0).to(tl.float64)
         counts = tl.where(part < splits, counts, 0.0)
         mean, m2 = merge_all(counts, means, m2s, share, M_AXIS)
         variance = m2 * share
@@ -258,10 +211,7 @@ def forward_kernel(
         mean = pivot.to(tl.float64) + total.to(tl.float64) * share
         variance = m2.to(tl.float64) * share
     else:
-        mean, m2 = range_moments(
-            *(x_ptr, c0, first, last, C, M, L, BLOCK_C, BLOCK_M),
-            *(M_AXIS, SHORT_ROWS, UNIT, WIDE, COMPUTE),
-        )
+        mean, m2 = range_moments(x_ptr, c0, first, last, sizes, COMPUTE, TILES)
         variance = m2 * share
     invstd = tl.rsqrt(variance + eps)
 
@@ -285,24 +235,21 @@ def forward_kernel(
             alone = tl.program_id(0) == 0
             tl.store(batches_ptr, tl.load(batches_ptr, mask=alone, other=0) + 1, mask=alone)
 
-    shift, scale, bias = channel_affine(mean, invstd, weight, bias, COMPUTE)
+    affine = channel_affine(mean, invstd, weight, bias, COMPUTE)
     if SINGLE:
         forward_tile(
-            *(x, at, inside, m0, c0, shift, scale, bias, residual_ptr, y_ptr, gate_ptr),
-            *(slope, key, draw_offset, threshold, drop_scale, C, M, L, ACTIVATION, DROPS, RUN),
-            *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, GATE_AXIS),
+            *(x, at, inside, m0, c0, affine, residual_ptr, y_ptr, gate_ptr),
+            *(slope, draws, sizes, CHAIN, TILES),
         )
     else:
         # Half tiles: a tensor more, draws and the activation want their registers.
-        HALF_M: tl.constexpr = BLOCK_M // 2
+        HALF: tl.constexpr = shorter(TILES, 2)
         tile = 2 * last
         while tile > 2 * first:
             tile -= 1
-            m0 = position_of(tile, HALF_M, WIDE)
-            at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, HALF_M, M_AXIS, SHORT_ROWS, UNIT)
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+            m0 = position_of(tile, HALF)
+            x, at, inside = load_tile(x_ptr, m0, c0, sizes, COMPUTE, HALF)
             forward_tile(
-                *(x, at, inside, m0, c0, shift, scale, bias, residual_ptr, y_ptr, gate_ptr),
-                *(slope, key, draw_offset, threshold, drop_scale, C, M, L, ACTIVATION, DROPS, RUN),
-                *(BLOCK_C, HALF_M, M_AXIS, SHORT_ROWS, GATE_AXIS),
+                *(x, at, inside, m0, c0, affine, residual_ptr, y_ptr, gate_ptr),
+                *(slope, draws, sizes, CHAIN, HALF),
             )

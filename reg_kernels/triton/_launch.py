@@ -14,17 +14,11 @@ from torch import Tensor
 ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
-def state_arguments(rng_state: Tensor, x: Tensor) -> dict[str, Any]:
-    """Arguments of `_random.load_state`: two integers from the host, or a pointer on the device."""
-    on_device = rng_state.device.type != "cpu"
-    seed, offset = (0, 0) if on_device else rng_state.tolist()
-    # Where the state is on the host its pointer is not read; any pointer will do.
-    return {
-        "state_ptr": rng_state if on_device else x,
-        "seed": seed,
-        "offset": offset,
-        "ON_DEVICE": on_device,
-    }
+def state_arguments(rng_state: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Arguments of `_random.load_state`: a pointer on the device, or two integers from the host."""
+    if rng_state is None or rng_state.device.type != "cpu":
+        return rng_state, 0, 0
+    return None, *rng_state.tolist()
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:

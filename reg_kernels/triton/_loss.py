@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from .._layout import dense_like, is_channels_last
-from ._launch import ASSERTING, processors
-from ._softmax import label_totals_kernel
+from ._channels import Tiles
+from ._launch import ASSERTING, device_of, processors
+from ._softmax import Kind, label_totals_kernel
 
 NONE, MEAN = 0, 1  # of the reductions, torch's numbers
 
@@ -30,7 +31,7 @@ LABELS = 4096  # labels at a time, where they are summed up
 LABEL_PROGRAMS = 128
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """How many programs take which tiles."""
 
     programs: int
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
     arguments: dict[str, Any]  # sizes, and what every kernel is specialised for
 
 
-def plan(x: Tensor, registers: int, loops: bool = False) -> Plan:
+def row_plan(x: Tensor, registers: int, loops: bool = False) -> RowPlan:
     """The tiles of logits (N, C, ...), contiguous or with the channels last.
 
     Args:
@@ -51,7 +52,7 @@ def plan(x: Tensor, registers: int, loops: bool = False) -> Plan:
     registers *= max(1, x.element_size() // 4)
     looped = 2 * LOOPED // max(2, registers)
     kept = looped * registers if loops else KEPT
-    return _plan(
+    return _row_plan(
         *(samples * length, classes, length, classes_last, x.element_size(), registers),
         *((kept, SMALL, looped) if classes_last else (min(kept, PLANES), PLANES, looped // 2)),
         processors(x),
@@ -59,7 +60,7 @@ def plan(x: Tensor, registers: int, loops: bool = False) -> Plan:
 
 
 @functools.lru_cache(4096)
-def _plan(
+def _row_plan(
     count: int,
     classes: int,
     length: int,
@@ -70,7 +71,7 @@ def _plan(
     small: int,
     looped: int,
     processors: int,
-) -> Plan:
+) -> RowPlan:
     most = triton.next_power_of_2(count)
     block_c = triton.next_power_of_2(classes)
     unit = math.gcd(classes if classes_last else length, 16 // itemsize)
@@ -93,66 +94,74 @@ def _plan(
         block_m = min(2 * narrowest, most) if narrowest > 1 else 1
         block_c = max(1, looped // block_m)
         warps = 8 if classes_last else 4
-    return Plan(
+    return RowPlan(
         programs=triton.cdiv(count, block_m),
         single=single,
         arguments={
             "C": classes,
             "M": count,
             "L": length,
-            "BLOCK_C": block_c,
-            "BLOCK_M": block_m,
-            "M_AXIS": 0 if classes_last else 1,
-            "SHORT_ROWS": length < block_m,
-            "UNIT": math.gcd(unit, block_c if classes_last else block_m),
-            "WIDE": count > 2**31 - 2**16,
+            "TILES": Tiles(
+                BLOCK_C=block_c,
+                BLOCK_M=block_m,
+                M_AXIS=0 if classes_last else 1,
+                SHORT_ROWS=length < block_m,
+                UNIT=math.gcd(unit, block_c if classes_last else block_m),
+                WIDE=count > 2**31 - 2**16,
+            ),
             "num_warps": max(1, min(16, warps)),
             **ASSERTING,
         },
     )
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What logits are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
+class TargetCall(NamedTuple):
+    """What the ops are told of a target, in the order of their schemas."""
+
+    target: Tensor | None
+    partner: Tensor | None
+    lam: Tensor | None
+    one_lam: float
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: int
+    traced_smoothing: Tensor | None
+
+    @property
+    def smooths(self) -> bool:
+        return self.traced_smoothing is not None or self.label_smoothing > 0.0
 
 
-def target_arguments(
-    x: Tensor,
-    target: Tensor | None,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    one_lam: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    traced_smoothing: Tensor | None,
-) -> dict[str, Any]:
+def _target_arguments(x: Tensor, call: TargetCall) -> dict[str, Any]:
     """The kernels' arguments by what the ops are told of a target."""
     classes = x.shape[1]
-    labels = None if target is None or target.is_floating_point() else target
-    smooths = traced_smoothing is not None or label_smoothing > 0.0
+    of_labels = call.target is None or not call.target.is_floating_point()
+    labels = call.target if of_labels else None
     totals = weight_sum = None
-    if labels is not None and reduction == MEAN:
-        totals = _label_totals(labels, partner, weight, ignore_index, classes)
-    if labels is not None and smooths and weight is not None:
-        weight_sum = weight.sum(dtype=torch.float64)
+    if labels is not None and call.reduction == MEAN:
+        totals = _label_totals(labels, call.partner, call.weight, call.ignore_index, classes)
+    if labels is not None and call.smooths and call.weight is not None:
+        weight_sum = call.weight.sum(dtype=torch.float64)
     return {
-        "target_ptr": target,
-        "partner_ptr": partner,
-        "lam_ptr": lam if partner is not None else None,
-        "weight_ptr": weight,
+        "target_ptr": call.target,
+        "partner_ptr": call.partner,
+        "lam_ptr": call.lam if call.partner is not None else None,
+        "weight_ptr": call.weight,
         "weight_sum_ptr": weight_sum,
         "totals_ptr": totals,
-        "ignore_index": ignore_index,
-        "one_lam": one_lam,
-        "hard": 1.0 - label_smoothing,
-        "smooth": label_smoothing / classes,
-        "traced_smoothing_ptr": traced_smoothing,
-        "share": classes / x.numel() if reduction == MEAN and labels is None else 1.0,
-        "LAM_PER_SAMPLE": lam is not None and lam.numel() > 1,
-        "SMOOTHS": smooths,
+        "ignore_index": call.ignore_index,
+        "one_lam": call.one_lam,
+        "hard": 1.0 - call.label_smoothing,
+        "smooth": call.label_smoothing / classes,
+        "traced_smoothing_ptr": call.traced_smoothing,
+        "share": classes / x.numel() if call.reduction == MEAN and labels is None else 1.0,
+        "KIND": Kind(
+            OF_LABELS=of_labels,
+            PAIR=call.partner is not None,
+            SPREADS=call.smooths or not of_labels,
+            LAM_PER_SAMPLE=call.lam is not None and call.lam.numel() > 1,
+        ),
     }
 
 
@@ -172,21 +181,62 @@ def _label_totals(
     return totals if programs == 1 else totals.sum(1)
 
 
-def empty_results(
-    x: Tensor, stats: int, reduction: int, keep_gradient: bool, programs: int
+def launch_forward(
+    kernel: Any,
+    x: Tensor,
+    call: TargetCall,
+    registers: int,
+    stats: int,
+    keep_gradient: bool,
+    **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For a kernel to write: the losses of positions or the sums of programs, `stats` numbers of
-    each position, and the gradient, or nothing."""
+    """(loss, `stats` numbers of each position, the gradient or nothing) of a kernel that has `more`
+    arguments."""
+    plan = row_plan(x, registers)
     positions = (x.shape[0], *x.shape[2:])
-    compute = compute_dtype(x)
-    if reduction == NONE:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    if call.reduction == NONE:
         loss = x.new_empty(positions, dtype=compute)
     else:
-        loss = x.new_empty(programs, dtype=torch.float64)
+        loss = x.new_empty(plan.programs, dtype=torch.float64)
     gradient = dense_like(x) if keep_gradient else x.new_empty(0)
-    return loss, x.new_empty((stats, *positions), dtype=compute), gradient
+    of_positions = x.new_empty((stats, *positions), dtype=compute)
+    with device_of(x):
+        kernel[(plan.programs,)](
+            x_ptr=x,
+            loss_ptr=loss,
+            stats_ptr=of_positions,
+            gradient_ptr=gradient if keep_gradient else None,
+            SUMS=call.reduction != NONE,
+            SINGLE=plan.single,
+            **_target_arguments(x, call) | more,
+            **plan.arguments,
+        )
+    if call.reduction != NONE:
+        loss = loss.sum().to(compute)
+    return loss, of_positions, gradient
 
 
-def finished(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """The op's loss of what a kernel has written."""
-    return loss if reduction == NONE else loss.sum().to(compute_dtype(x))
+def launch_backward(
+    kernel: Any,
+    grad_output: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    call: TargetCall,
+    registers: int,
+    **more: Any,
+) -> Tensor:
+    """The gradient by x."""
+    plan = row_plan(x, registers, loops=True)
+    gradient = dense_like(x)
+    with device_of(x):
+        kernel[(plan.programs,)](
+            grad_output_ptr=grad_output,
+            x_ptr=x,
+            stats_ptr=stats,
+            gradient_ptr=gradient,
+            GRAD_PER_POSITION=grad_output.dim() > 0,
+            **_target_arguments(x, call) | more,
+            **plan.arguments,
+        )
+    return gradient

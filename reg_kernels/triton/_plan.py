@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 
 from .._rng import GROUP
+from ._channels import Tiles
 
 KEPT = 4096  # elements of a tile that is kept between the passes: 16 a thread
 SPLITS_IN_FLIGHT = 4  # programs to a multiprocessor where the positions are split
@@ -18,7 +18,7 @@ SECTOR, LINE = 32, 128  # bytes that memory moves at least, and best
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChannelPlan:
     """Who takes what: the tiles of a channel's positions are split into ranges of `tiles`."""
 
     channels: int
@@ -30,7 +30,8 @@ class Plan:
     single: bool  # one tile holds all positions
     run: int
     gate_axis: int
-    constants: dict[str, Any]  # what every kernel is specialised for
+    warps: int
+    blocks: Tiles
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ def plan_for(
     tile_bytes: int,
     processors: int,
     merges: bool,
-) -> Plan:
+) -> ChannelPlan:
     """The tiles of an input (samples, channels, length).
 
     Args:
@@ -105,7 +106,7 @@ def plan_for(
 
     unit = math.gcd(row, count if not channels_last else 0, 16 // itemsize)
     inner = width if channels_last else block_m
-    return Plan(
+    return ChannelPlan(
         channels=channels,
         count=count,
         length=length,
@@ -116,13 +117,13 @@ def plan_for(
         # A single row of positions starts at a mask group, and so do its tiles.
         run=math.gcd(0 if channels == 1 and not channels_last else row, GROUP, inner),
         gate_axis=0 if channels_last and channels % 8 else 1,
-        constants={
-            "BLOCK_C": width,
-            "BLOCK_M": block_m,
-            "M_AXIS": 0 if channels_last else 1,
-            "SHORT_ROWS": length < block_m,
-            "UNIT": unit,
-            "WIDE": count > 2**31 - 2**16,
-            "num_warps": max(1, min(8, width * block_m // 256)),
-        },
+        warps=max(1, min(8, width * block_m // 256)),
+        blocks=Tiles(
+            BLOCK_C=width,
+            BLOCK_M=block_m,
+            M_AXIS=0 if channels_last else 1,
+            SHORT_ROWS=length < block_m,
+            UNIT=unit,
+            WIDE=count > 2**31 - 2**16,
+        ),
     )

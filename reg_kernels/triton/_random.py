@@ -65,9 +65,9 @@ def philox(key, offset, group):
 
 
 @triton.jit
-def load_state(state_ptr, seed, offset, ON_DEVICE: tl.constexpr):
+def load_state(state_ptr, seed, offset):
     """(seed, offset): from int64 [2] at state_ptr where a graph drew them, else by value."""
-    if ON_DEVICE:
+    if state_ptr is not None:
         return tl.load(state_ptr), tl.load(state_ptr + 1)
     # The interpreter takes a small integer for an int32, whatever the kernel's annotation says.
     return seed.to(tl.int64), offset.to(tl.int64)

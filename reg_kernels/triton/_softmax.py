@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ._channels import position_offsets
+from ._channels import position_offsets, tile_at
 
 UNSPECIALISED = ["ignore_index"]  # no recompiling by value
 
@@ -38,11 +38,34 @@ def number(value, COMPUTE: tl.constexpr):
     return tl.full([], value, tl.float64).to(COMPUTE)
 
 
+class Kind(NamedTuple):
+    """What a target is, that kernels are compiled for: one constexpr, KIND."""
+
+    OF_LABELS: bool
+    PAIR: bool
+    SPREADS: bool  # whether every class counts for something
+    LAM_PER_SAMPLE: bool
+
+
 class Rule(NamedTuple):
     """What smoothing leaves of a label, and what it gives to each class."""
 
     hard: Any
     smooth: Any
+
+
+class Targets(NamedTuple):
+    """The targets of a kernel's arguments."""
+
+    target_ptr: Any
+    partner_ptr: Any
+    lam_ptr: Any
+    weight_ptr: Any
+    weight_sum_ptr: Any
+    totals_ptr: Any
+    ignore_index: Any
+    one_lam: Any
+    rule: Any
 
 
 class Terms(NamedTuple):
@@ -87,26 +110,16 @@ def probability_terms(mass, share):
 
 
 @triton.jit
-def target_loss(
-    terms,
-    total,
-    above_a,
-    above_b,
-    z,
-    mass,
-    OF_LABELS: tl.constexpr,
-    PAIR: tl.constexpr,
-    SPREADS: tl.constexpr,
-):
+def target_loss(terms, total, above_a, above_b, z, mass, KIND: tl.constexpr):
     """The loss of positions, by their labels' logits less the largest, V and
     z = sum_c v_c (x_c - max)."""
     log_total = tl.log(total)
     loss = total * 0.0
-    if OF_LABELS:
+    if KIND.OF_LABELS:
         loss = tl.where(terms.a >= 0, terms.ka * (log_total - above_a), 0.0)
-    if PAIR:
+    if KIND.PAIR:
         loss += tl.where(terms.b >= 0, terms.kb * (log_total - above_b), 0.0)
-    if SPREADS:
+    if KIND.SPREADS:
         of_all = mass * log_total - z
         loss += tl.where(terms.smooth != 0.0, terms.smooth * of_all, 0.0)
         # A loss of no share is still a part: NaN of an infinite one.
@@ -119,43 +132,35 @@ def tile_gradients(
     slope,  # softmax times mass
     v,
     terms,
-    OF_LABELS: tl.constexpr,
-    PAIR: tl.constexpr,
-    SPREADS: tl.constexpr,
-    M_AXIS: tl.constexpr,
+    KIND: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """The gradient of the loss by the logits of a tile, as if no class were a label's.
 
     Comparing each class with its position's labels would take half as many registers again.
     """
-    AXIS: tl.constexpr = 1 - M_AXIS
-    if SPREADS:
+    if KIND.SPREADS:
         slope -= tl.expand_dims(terms.smooth, AXIS) * v
-    if OF_LABELS:
+    if KIND.OF_LABELS:
         counts = terms.a >= 0
-        if PAIR:
+        if KIND.PAIR:
             counts = counts | (terms.b >= 0)
         slope = tl.where(tl.expand_dims(counts, AXIS), slope, 0.0)  # whatever its logits are
     return slope
 
 
 @triton.jit
-def label_gradients(slope, label, weight, terms, PAIR: tl.constexpr, SPREADS: tl.constexpr):
+def label_gradients(slope, label, weight, terms, KIND: tl.constexpr):
     """The gradient by the logits of labels, one a position."""
-    if SPREADS:
+    if KIND.SPREADS:
         slope -= terms.smooth * weight
     slope -= tl.where(label == terms.a, terms.ka, 0.0)
-    if PAIR:
+    if KIND.PAIR:
         slope -= tl.where(label == terms.b, terms.kb, 0.0)
     return slope
 
 
 # On memory
-
-
-@triton.jit
-def zero_tile(BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, M_AXIS: tl.constexpr, T: tl.constexpr):
-    return tl.zeros([BLOCK_M, BLOCK_C] if M_AXIS == 0 else [BLOCK_C, BLOCK_M], T)
 
 
 @triton.jit
@@ -202,51 +207,47 @@ def load_total(totals_ptr, number: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_label_terms(
-    labels_ptr,
-    partner_ptr,
-    lam_ptr,
-    weight_ptr,
-    totals_ptr,
+    targets,
     factor,  # what all shares are multiplied by, [BLOCK_M] or one number
     weight_sum,
     m,
-    C,
-    M,
-    L,
-    ignore_index,
-    one_lam,
-    rule,
-    LAM_PER_SAMPLE: tl.constexpr,
+    sizes,
+    KIND: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The Terms of positions m."""
-    if labels_ptr is None:
+    weight_ptr, C, M = targets.weight_ptr, sizes.C, sizes.M
+    if targets.target_ptr is None:
         a, weight_a = m.to(tl.int32) * 0 - 1, tl.zeros([m.shape[0]], COMPUTE)
     else:
-        a, weight_a = load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
-    share_a = factor / load_total(totals_ptr, 0, COMPUTE)
+        a, weight_a = load_label(
+            targets.target_ptr, weight_ptr, m, C, M, targets.ignore_index, COMPUTE
+        )
+    share_a = factor / load_total(targets.totals_ptr, 0, COMPUTE)
     b, weight_b, share_b = a * 0 - 1, weight_a * 0.0, weight_a * 0.0
-    if partner_ptr is not None:
-        b, weight_b = load_label(partner_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE)
-        if lam_ptr is None:
-            lam = tl.full([], one_lam, tl.float64)
-        elif LAM_PER_SAMPLE:
-            lam = tl.load(lam_ptr + m // L, mask=m < M, other=0.0).to(tl.float64)
+    if KIND.PAIR:
+        b, weight_b = load_label(
+            targets.partner_ptr, weight_ptr, m, C, M, targets.ignore_index, COMPUTE
+        )
+        if targets.lam_ptr is None:
+            lam = tl.full([], targets.one_lam, tl.float64)
+        elif KIND.LAM_PER_SAMPLE:
+            lam = tl.load(targets.lam_ptr + m // sizes.L, mask=m < M, other=0.0).to(tl.float64)
         else:
-            lam = tl.load(lam_ptr).to(tl.float64)
-        share_b = factor / load_total(totals_ptr, 1, COMPUTE)
+            lam = tl.load(targets.lam_ptr).to(tl.float64)
+        share_b = factor / load_total(targets.totals_ptr, 1, COMPUTE)
         share_a *= lam.to(COMPUTE)
         share_b *= (1.0 - lam).to(COMPUTE)
-    return label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum)
+    return label_terms(a, b, weight_a, weight_b, share_a, share_b, targets.rule, weight_sum)
 
 
 @triton.jit
-def labels_at(label, m0, C, L, M_AXIS: tl.constexpr, SHORT_ROWS: tl.constexpr, UNIT: tl.constexpr):
+def labels_at(label, m0, sizes, TILES: tl.constexpr):
     """Where the logits of labels lie, one a position from m0 on."""
     at = label.to(tl.int64)
-    if M_AXIS == 1:
-        at *= L
-    return at + position_offsets(m0, C, L, 1, label.shape[0], M_AXIS, SHORT_ROWS, UNIT)
+    if TILES.M_AXIS == 1:
+        at *= sizes.L
+    return at + position_offsets(m0, sizes, 1, TILES.BLOCK_M, TILES)
 
 
 @triton.jit
@@ -258,25 +259,17 @@ def load_above(ptr, at, label, largest):
 
 @triton.jit
 def load_counts(
-    target_ptr,
-    weight_ptr,
-    at,
-    c,
-    C,
-    inside,
-    rule,
-    OF_LABELS: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    targets, at, c, C, inside, KIND: tl.constexpr, M_AXIS: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """v of Terms, 0 outside."""
-    if OF_LABELS:
+    if KIND.OF_LABELS:
         v = tl.where(inside, 1.0, 0.0).to(COMPUTE)
     else:
-        v = tl.load(target_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-        v = tl.where(inside, v * rule.hard + rule.smooth, 0.0)
-    if weight_ptr is not None:
-        v *= tl.expand_dims(tl.load(weight_ptr + c, mask=c < C, other=0.0), M_AXIS)
+        v = tl.load(targets.target_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        v = tl.where(inside, v * targets.rule.hard + targets.rule.smooth, 0.0)
+    if targets.weight_ptr is not None:
+        weight = tl.load(targets.weight_ptr + c, mask=c < C, other=0.0)
+        v *= tl.expand_dims(weight, M_AXIS)
     return v
 
 
@@ -301,18 +294,112 @@ def load_weight_sum(weight_sum_ptr, C, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def store_loss(ptr, loss, totals_ptr, m, M, PAIR: tl.constexpr, SUMS: tl.constexpr):
+def store_loss(ptr, loss, totals_ptr, m, M, KIND: tl.constexpr, SUMS: tl.constexpr):
     """The losses of positions, or their program's sum in float64."""
     if SUMS:
         loss = tl.sum(tl.where(m < M, loss, 0.0).to(tl.float64), 0)
         if totals_ptr is not None:
             # 0 / 0, although no position has a part in it.
             loss += 0.0 / load_total(totals_ptr, 0, tl.float64)
-            if PAIR:
+            if KIND.PAIR:
                 loss += 0.0 / load_total(totals_ptr, 1, tl.float64)
         tl.store(ptr + tl.program_id(0), loss)
     else:
         tl.store(ptr + m, loss, mask=m < M)
+
+
+@triton.jit
+def load_loss(
+    x_ptr, terms, largest, total, z, mass, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr
+):
+    """target_loss, of the logits of labels as they lie in memory."""
+    above_a, above_b = 0.0, 0.0
+    if KIND.OF_LABELS:
+        above_a = load_above(x_ptr, labels_at(terms.a, m0, sizes, TILES), terms.a, largest)
+    if KIND.PAIR:
+        above_b = load_above(x_ptr, labels_at(terms.b, m0, sizes, TILES), terms.b, largest)
+    return target_loss(terms, total, above_a, above_b, z, mass, KIND)
+
+
+# Gradients
+
+
+class Slopes(NamedTuple):
+    """What gradients by logits are made of: exponentials and their factors, [BLOCK_M] each."""
+
+    x_ptr: Any
+    gradient_ptr: Any
+    largest: Any
+    hard: Any  # of the student's exponentials: mass over their sum
+    teacher_ptr: Any = None  # without one, nothing else is there
+    largest_t: Any = None
+    soft: Any = None  # of the exponentials at T
+    soft_t: Any = None  # of the teacher's at T
+    inverse_t: Any = None
+
+
+@triton.jit
+def store_label_gradient(
+    slopes, label, weight, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr
+):
+    """The gradients by the logits of labels, over what lies there."""
+    at = labels_at(label, m0, sizes, TILES)
+    x = load_above(slopes.x_ptr, at, label, slopes.largest)
+    gradient = label_gradients(tl.exp(x) * slopes.hard, label, weight, terms, KIND)
+    if slopes.teacher_ptr is not None:
+        t = load_above(slopes.teacher_ptr, at, label, slopes.largest_t)
+        soft, soft_t = tl.exp(x * slopes.inverse_t), tl.exp(t * slopes.inverse_t)
+        gradient += soft * slopes.soft - soft_t * slopes.soft_t
+    ptr = slopes.gradient_ptr
+    tl.store(ptr + at, gradient.to(ptr.dtype.element_ty), mask=label >= 0)
+
+
+@triton.jit
+def store_label_gradients(slopes, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
+    """The same of both labels. Where they are the same both write the same."""
+    tl.debug_barrier()  # the tiles are stored, by whichever threads
+    store_label_gradient(slopes, terms.a, terms.weight_a, terms, m0, sizes, KIND, TILES)
+    if KIND.PAIR:
+        store_label_gradient(slopes, terms.b, terms.weight_b, terms, m0, sizes, KIND, TILES)
+
+
+@triton.jit
+def soft_gradients(soft, soft_t, slopes, AXIS: tl.constexpr):
+    """The divergence's gradient by the logits of a tile, by its exponentials at T."""
+    scale, scale_t = tl.expand_dims(slopes.soft, AXIS), tl.expand_dims(slopes.soft_t, AXIS)
+    return soft * scale - soft_t * scale_t
+
+
+@triton.jit
+def store_gradients(slopes, targets, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
+    """The gradients by all logits, tile by tile from the last."""
+    COMPUTE: tl.constexpr = slopes.largest.dtype
+    AXIS: tl.constexpr = 1 - TILES.M_AXIS
+    ptr = slopes.gradient_ptr
+    tile = tl.cdiv(sizes.C, TILES.BLOCK_C)
+    while tile > 0:
+        tile -= 1
+        c0 = tile * TILES.BLOCK_C
+        c = c0 + tl.arange(0, TILES.BLOCK_C)
+        at, inside = tile_at(m0, c0, sizes, TILES)
+        x = load_logits(slopes.x_ptr, at, inside, COMPUTE) - tl.expand_dims(slopes.largest, AXIS)
+        if slopes.teacher_ptr is not None:
+            t = load_logits(slopes.teacher_ptr, at, inside, COMPUTE)
+            t -= tl.expand_dims(slopes.largest_t, AXIS)
+        v = 0.0
+        if KIND.SPREADS:
+            v = load_counts(targets, at, c, sizes.C, inside, KIND, TILES.M_AXIS, COMPUTE)
+        slope = tl.exp(x) * tl.expand_dims(slopes.hard, AXIS)
+        gradient = tile_gradients(slope, v, terms, KIND, AXIS)
+        if slopes.teacher_ptr is not None:
+            soft, soft_t = tl.exp(x * slopes.inverse_t), tl.exp(t * slopes.inverse_t)
+            gradient += soft_gradients(soft, soft_t, slopes, AXIS)
+        tl.store(ptr + at, gradient.to(ptr.dtype.element_ty), mask=inside)
+    if KIND.OF_LABELS:
+        store_label_gradients(slopes, terms, m0, sizes, KIND, TILES)
+
+
+# Sums of labels
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -29,19 +29,18 @@ from torch import Tensor
 
 from .._activation import has_gate, needs_preactivation
 from .._layout import dense_like, is_channels_last
-from .._rng import TAG_DROPOUT
-from ._batch_norm import GIVEN, MERGED, OWN
+from ._batch_norm import GIVEN, MERGED, OWN, Chain
 from ._batch_norm_backward import backward_kernel, gradient_sums_kernel
 from ._batch_norm_forward import forward_kernel, moments_kernel
 from ._launch import device_of, processors, state_arguments
-from ._plan import Plan, plan_for
+from ._plan import ChannelPlan, plan_for
 
 FORWARD_TILE = 16384  # bytes of x in a tile: with 8 warps, 4 loads of 16 bytes a thread
 BACKWARD_TILE = 8192  # of x and of g each
 MAP_TILE = 8192
 
 
-def _plan(x: Tensor, tile_bytes: int, merges: bool) -> Plan:
+def _plan(x: Tensor, tile_bytes: int, merges: bool) -> ChannelPlan:
     samples, channels = x.shape[:2]
     return plan_for(
         samples,
@@ -55,7 +54,7 @@ def _plan(x: Tensor, tile_bytes: int, merges: bool) -> Plan:
     )
 
 
-def _workspace(x: Tensor, plan: Plan) -> Tensor:
+def _workspace(x: Tensor, plan: ChannelPlan) -> Tensor:
     return x.new_empty(2 * plan.channels * plan.splits, dtype=torch.float64)
 
 
@@ -88,7 +87,9 @@ def batch_norm(
         partials = None
         if plan.splits > 1:
             partials = _workspace(input, plan)
-            moments_kernel[(plan.programs,)](input, partials, *plan.sizes, **plan.constants)
+            moments_kernel[(plan.programs,)](
+                input, partials, *plan.sizes, plan.blocks, num_warps=plan.warps
+            )
         _launch_forward(
             plan,
             *(input, residual, output, gate if gated else None, weight, bias, mean, invstd),
@@ -129,7 +130,7 @@ def batch_norm_inference(
 
 
 def _launch_forward(
-    plan: Plan,
+    plan: ChannelPlan,
     input: Tensor,
     residual: Tensor | None,
     output: Tensor,
@@ -150,29 +151,18 @@ def _launch_forward(
     rng_state: Tensor | None,
     statistics: tl.constexpr,
 ) -> None:
-    if p > 0.0 and rng_state is not None:
-        state = state_arguments(rng_state, input)
-    else:
-        state = {"state_ptr": None, "seed": 0, "offset": 0, "ON_DEVICE": False}
+    state_ptr, seed, offset = state_arguments(rng_state if p > 0.0 else None)
     forward_kernel[(plan.programs,)](
         *(input, residual, output, gate, weight, bias, mean, invstd),
-        *(running_mean, running_var, num_batches_tracked, partials, state.pop("state_ptr")),
-        *plan.sizes,
-        momentum=0.0 if momentum is None else momentum,
-        eps=eps,
-        slope=slope,
-        p=p,
+        *(running_mean, running_var, num_batches_tracked, partials, state_ptr),
+        *(*plan.sizes, 0.0 if momentum is None else momentum, eps, slope, p, seed, offset),
         STATISTICS=statistics.value,
-        ACTIVATION=activation,
-        DROPS=p > 0.0,
         AVERAGES=momentum is None,
-        TAG=TAG_DROPOUT,
         SINGLE=plan.single,
         BLOCK_S=triton.next_power_of_2(plan.splits) if partials is not None else 1,
-        RUN=plan.run,
-        GATE_AXIS=plan.gate_axis,
-        **state,
-        **plan.constants,
+        CHAIN=Chain(activation, p > 0.0, plan.gate_axis, plan.run),
+        TILES=plan.blocks,
+        num_warps=plan.warps,
     )
 
 
@@ -228,14 +218,11 @@ def batch_norm_backward(
         invstd,
     )
     constants = {
-        "slope": slope,
-        "p": p,
         "TRAINING": training,
-        "ACTIVATION": activation,
-        "DROPS": p > 0.0,
         "NEEDS_Z": needs_z,
-        "GATE_AXIS": plan.gate_axis,
-        **plan.constants,
+        "CHAIN": Chain(activation, p > 0.0, plan.gate_axis),
+        "TILES": plan.blocks,
+        "num_warps": plan.warps,
     }
     programs, partials = plan.programs, None
     with device_of(input):
@@ -246,8 +233,7 @@ def batch_norm_backward(
             gradient_sums_kernel[(programs,)](
                 *tensors,
                 *((grad_input, grad_residual) if early else (None, None)),
-                partials,
-                *plan.sizes,
+                *(partials, *plan.sizes, slope, p),
                 **constants,
             )
             if early:
@@ -257,8 +243,7 @@ def batch_norm_backward(
         backward_kernel[(programs,)](
             *tensors,
             *(grad_input, grad_residual, *grad_parameters),
-            partials,
-            *plan.sizes,
+            *(partials, *plan.sizes, slope, p),
             SUMS=sums.value,
             SINGLE=plan.single and sums is not MERGED,
             BLOCK_S=triton.next_power_of_2(plan.splits) if sums is MERGED else 1,

@@ -15,28 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import dense_like
-from ._batch_norm import known_multiples, position_of
-from ._channels import tile_at
-from ._launch import device_of
-from ._loss import MEAN, NONE, empty_results, finished, plan, target_arguments
+from ._channels import known_sizes, position_of, tile_at, zero_tile
+from ._loss import MEAN, TargetCall, launch_backward, launch_forward
 from ._softmax import (
     UNSPECIALISED,
+    Slopes,
+    Targets,
     bounded,
-    label_gradients,
-    labels_at,
-    load_above,
     load_counts,
     load_factor,
     load_label_terms,
     load_logits,
+    load_loss,
     load_rule,
     load_weight_sum,
     number,
+    soft_gradients,
+    store_gradients,
+    store_label_gradients,
     store_loss,
-    target_loss,
     tile_gradients,
-    zero_tile,
 )
 
 REGISTERS = 4  # an element of a tile: three exponentials and what goes on
@@ -81,128 +79,6 @@ def load_softness(
     return softness
 
 
-class Scales(NamedTuple):
-    """What exponentials are multiplied by in the gradient, [BLOCK_M] each."""
-
-    hard: Any  # the student's
-    soft: Any  # at T
-    soft_t: Any  # the teacher's at T
-
-
-@triton.jit
-def store_label_gradient(
-    x_ptr,
-    teacher_ptr,
-    gradient_ptr,
-    label,
-    weight,
-    m0,
-    largest,
-    largest_t,
-    scales,
-    terms,
-    C,
-    L,
-    inverse_t,
-    PAIR: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """The gradients by the logits of labels, over what lies there."""
-    at = labels_at(label, m0, C, L, M_AXIS, SHORT_ROWS, UNIT)
-    x = load_above(x_ptr, at, label, largest)
-    t = load_above(teacher_ptr, at, label, largest_t)
-    gradient = label_gradients(tl.exp(x) * scales.hard, label, weight, terms, PAIR, SMOOTHS)
-    gradient += tl.exp(x * inverse_t) * scales.soft - tl.exp(t * inverse_t) * scales.soft_t
-    tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=label >= 0)
-
-
-@triton.jit
-def store_label_gradients(
-    x_ptr,
-    teacher_ptr,
-    gradient_ptr,
-    m0,
-    largest,
-    largest_t,
-    scales,
-    terms,
-    C,
-    L,
-    inverse_t,
-    PAIR: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """The same of both labels. Where they are the same both write the same."""
-    tl.debug_barrier()  # the tiles are stored, by whichever threads
-    store_label_gradient(
-        *(x_ptr, teacher_ptr, gradient_ptr, terms.a, terms.weight_a, m0, largest, largest_t),
-        *(scales, terms, C, L, inverse_t, PAIR, SMOOTHS, M_AXIS, SHORT_ROWS, UNIT),
-    )
-    if PAIR:
-        store_label_gradient(
-            *(x_ptr, teacher_ptr, gradient_ptr, terms.b, terms.weight_b, m0, largest, largest_t),
-            *(scales, terms, C, L, inverse_t, PAIR, SMOOTHS, M_AXIS, SHORT_ROWS, UNIT),
-        )
-
-
-@triton.jit
-def soft_gradients(soft, soft_t, scales, AXIS: tl.constexpr):
-    """The divergence's gradient by the logits of a tile, by its exponentials at T."""
-    scale, scale_t = tl.expand_dims(scales.soft, AXIS), tl.expand_dims(scales.soft_t, AXIS)
-    return soft * scale - soft_t * scale_t
-
-
-@triton.jit
-def store_gradients(
-    x_ptr,
-    teacher_ptr,
-    target_ptr,
-    weight_ptr,
-    gradient_ptr,
-    m0,
-    largest,
-    largest_t,
-    scales,
-    terms,
-    C,
-    M,
-    L,
-    rule,
-    inverse_t,
-    PAIR: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """The gradients of all classes, tile by tile from the last."""
-    COMPUTE: tl.constexpr = largest.dtype
-    AXIS: tl.constexpr = 1 - M_AXIS
-    tile = tl.cdiv(C, BLOCK_C)
-    while tile > 0:
-        tile -= 1
-        c0 = tile * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
-        x = load_logits(x_ptr, at, inside, COMPUTE) - tl.expand_dims(largest, AXIS)
-        t = load_logits(teacher_ptr, at, inside, COMPUTE) - tl.expand_dims(largest_t, AXIS)
-        v = 0.0
-        if SMOOTHS:
-            v = load_counts(target_ptr, weight_ptr, at, c, C, inside, rule, True, M_AXIS, COMPUTE)
-        slope = tl.exp(x) * tl.expand_dims(scales.hard, AXIS)
-        gradient = tile_gradients(slope, v, terms, True, PAIR, SMOOTHS, M_AXIS)
-        gradient += soft_gradients(tl.exp(x * inverse_t), tl.exp(t * inverse_t), scales, AXIS)
-        tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "mean_of"])
 def distillation_kernel(
     x_ptr,  # [N, C, L] in either layout
@@ -229,35 +105,31 @@ def distillation_kernel(
     inverse_t: tl.float64,
     traced_softness_ptr,  # float64 [2], T and alpha, or None: else they count instead of the three
     mean_of,  # positions of a mean, or 1
-    LAM_PER_SAMPLE: tl.constexpr,
-    SMOOTHS: tl.constexpr,
     SUMS: tl.constexpr,
     SINGLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    M_AXIS: tl.constexpr = TILES.M_AXIS
     AXIS: tl.constexpr = 1 - M_AXIS
-    PAIR: tl.constexpr = partner_ptr is not None
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
-    m = m0 + tl.arange(0, BLOCK_M)
-    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
+    sizes = known_sizes(C, M, L, TILES)
+    C, M = sizes.C, sizes.M
+    m0 = position_of(tl.program_id(0), TILES)
+    m = m0 + tl.arange(0, TILES.BLOCK_M)
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, sizes.C, COMPUTE)
+    targets = Targets(
+        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, weight_sum_ptr, totals_ptr),
+        *(ignore_index, one_lam, rule),
+    )
     softness = load_softness(share, soft_share, inverse_t, traced_softness_ptr, mean_of, COMPUTE)
     share, soft_share, inverse_t = softness.share, softness.soft_share, softness.inverse_t
     mass = load_weight_sum(weight_sum_ptr, C, COMPUTE)
-    terms = load_label_terms(
-        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, totals_ptr, share, mass),
-        *(m, C, M, L, ignore_index, one_lam, rule, LAM_PER_SAMPLE, COMPUTE),
-    )
+    terms = load_label_terms(targets, share, mass, m, sizes, KIND, COMPUTE)
 
     if SINGLE:
-        c = tl.arange(0, BLOCK_C)
-        at, inside = tile_at(m0, 0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+        c = tl.arange(0, TILES.BLOCK_C)
+        at, inside = tile_at(m0, 0, sizes, TILES)
         x = load_logits(x_ptr, at, inside, COMPUTE)
         t = load_logits(teacher_ptr, at, inside, COMPUTE)
         largest, largest_t = bounded(tl.max(x, AXIS)), bounded(tl.max(t, AXIS))
@@ -267,31 +139,29 @@ def distillation_kernel(
         total, softened, total_t = tl.sum(e, AXIS), tl.sum(soft, AXIS), tl.sum(soft_t, AXIS)
         z_t = tl.sum(tl.where(inside, divergence_terms(soft_t, t, x), 0.0), AXIS)
         v, z = 0.0, 0.0
-        if SMOOTHS:
-            v = load_counts(target_ptr, weight_ptr, at, c, C, inside, rule, True, M_AXIS, COMPUTE)
+        if KIND.SPREADS:
+            v = load_counts(targets, at, c, C, inside, KIND, M_AXIS, COMPUTE)
             z = tl.sum(tl.where(inside, v * x, 0.0), AXIS)
     else:
-        largest = tl.full([BLOCK_M], float("-inf"), COMPUTE)
-        largest_t = tl.full([BLOCK_M], float("-inf"), COMPUTE)
-        pivot = tl.zeros([BLOCK_M], COMPUTE)
-        totals = zero_tile(BLOCK_C, BLOCK_M, M_AXIS, COMPUTE)
-        softs = zero_tile(BLOCK_C, BLOCK_M, M_AXIS, COMPUTE)
-        totals_t = zero_tile(BLOCK_C, BLOCK_M, M_AXIS, COMPUTE)
-        zs_t = zero_tile(BLOCK_C, BLOCK_M, M_AXIS, COMPUTE)
-        zs = zero_tile(BLOCK_C, BLOCK_M, M_AXIS, COMPUTE)
+        largest = tl.full(m.shape, float("-inf"), COMPUTE)
+        largest_t = tl.full(m.shape, float("-inf"), COMPUTE)
+        pivot = tl.zeros(m.shape, COMPUTE)
+        totals = zero_tile(TILES, COMPUTE)
+        softs = zero_tile(TILES, COMPUTE)
+        totals_t = zero_tile(TILES, COMPUTE)
+        zs_t = zero_tile(TILES, COMPUTE)
+        zs = zero_tile(TILES, COMPUTE)
         c0 = 0
         while c0 < C:
-            c = c0 + tl.arange(0, BLOCK_C)
-            at, inside = tile_at(m0, c0, C, M, L, BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT)
+            c = c0 + tl.arange(0, TILES.BLOCK_C)
+            at, inside = tile_at(m0, c0, sizes, TILES)
             x = load_logits(x_ptr, at, inside, COMPUTE)
             t = load_logits(teacher_ptr, at, inside, COMPUTE)
             larger = bounded(tl.maximum(largest, tl.max(x, AXIS)))
             larger_t = bounded(tl.maximum(largest_t, tl.max(t, AXIS)))
-            if SMOOTHS:
+            if KIND.SPREADS:
                 pivot = tl.where(c0 == 0, larger, pivot)
-                v = load_counts(
-                    target_ptr, weight_ptr, at, c, C, inside, rule, True, M_AXIS, COMPUTE
-                )
+                v = load_counts(targets, at, c, C, inside, KIND, M_AXIS, COMPUTE)
                 zs += tl.where(inside, v * (x - tl.expand_dims(pivot, AXIS)), 0.0)
             x -= tl.expand_dims(larger, AXIS)
             t -= tl.expand_dims(larger_t, AXIS)
@@ -309,11 +179,11 @@ def distillation_kernel(
             zs_t = (zs_t + shift) * before + more
             totals_t = totals_t * before + soft_t
             largest, largest_t = larger, larger_t
-            c0 += BLOCK_C
+            c0 += TILES.BLOCK_C
         total, softened = tl.sum(totals, AXIS), tl.sum(softs, AXIS)
         total_t, z_t = tl.sum(totals_t, AXIS), tl.sum(zs_t, AXIS)
         z = 0.0
-        if SMOOTHS:
+        if KIND.SPREADS:
             z = tl.sum(zs, AXIS) - mass * (largest - pivot)
 
     stats_ptr += m
@@ -322,33 +192,24 @@ def distillation_kernel(
     tl.store(stats_ptr + 2 * M, softened, mask=m < M)
     tl.store(stats_ptr + 3 * M, largest_t, mask=m < M)
     tl.store(stats_ptr + 4 * M, total_t, mask=m < M)
-    at_a = labels_at(terms.a, m0, C, L, M_AXIS, SHORT_ROWS, UNIT)
-    above_a, above_b = load_above(x_ptr, at_a, terms.a, largest), 0.0
-    if PAIR:
-        at_b = labels_at(terms.b, m0, C, L, M_AXIS, SHORT_ROWS, UNIT)
-        above_b = load_above(x_ptr, at_b, terms.b, largest)
-    loss = target_loss(terms, total, above_a, above_b, z, mass, True, PAIR, SMOOTHS)
+    loss = load_loss(x_ptr, terms, largest, total, z, mass, m0, sizes, KIND, TILES)
     loss += soft_share * divergence(total_t, softened, z_t * inverse_t)
-    store_loss(loss_ptr, loss, totals_ptr, m, M, PAIR, SUMS)
+    store_loss(loss_ptr, loss, totals_ptr, m, M, KIND, SUMS)
 
     if gradient_ptr is not None:
         soft_share *= inverse_t
-        scales = Scales(terms.mass / total, soft_share / softened, soft_share / total_t)
-        if SINGLE:
-            slope = e * tl.expand_dims(scales.hard, AXIS)
-            gradient = tile_gradients(slope, v, terms, True, PAIR, SMOOTHS, M_AXIS)
-            gradient += soft_gradients(soft, soft_t, scales, AXIS)
-            tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
-        else:
-            store_gradients(
-                *(x_ptr, teacher_ptr, target_ptr, weight_ptr, gradient_ptr, m0),
-                *(largest, largest_t, scales, terms, C, M, L, rule, inverse_t, PAIR, SMOOTHS),
-                *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT),
-            )
-        store_label_gradients(
-            *(x_ptr, teacher_ptr, gradient_ptr, m0, largest, largest_t, scales, terms),
-            *(C, L, inverse_t, PAIR, SMOOTHS, M_AXIS, SHORT_ROWS, UNIT),
+        slopes = Slopes(
+            *(x_ptr, gradient_ptr, largest, terms.mass / total, teacher_ptr, largest_t),
+            *(soft_share / softened, soft_share / total_t, inverse_t),
         )
+        if SINGLE:
+            gradient = e * tl.expand_dims(slopes.hard, AXIS)
+            gradient = tile_gradients(gradient, v, terms, KIND, AXIS)
+            gradient += soft_gradients(soft, soft_t, slopes, AXIS)
+            tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+            store_label_gradients(slopes, terms, m0, sizes, KIND, TILES)
+        else:
+            store_gradients(slopes, targets, terms, m0, sizes, KIND, TILES)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "mean_of"])
@@ -378,30 +239,24 @@ def distillation_backward_kernel(
     traced_softness_ptr,
     mean_of,
     GRAD_PER_POSITION: tl.constexpr,
-    LAM_PER_SAMPLE: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PAIR: tl.constexpr = partner_ptr is not None
-    C, M, L = known_multiples(C, M, L, M_AXIS, UNIT, WIDE)
-    m0 = position_of(tl.program_id(0), BLOCK_M, WIDE)
-    m = m0 + tl.arange(0, BLOCK_M)
-    rule = load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE)
+    sizes = known_sizes(C, M, L, TILES)
+    C, M = sizes.C, sizes.M
+    m0 = position_of(tl.program_id(0), TILES)
+    m = m0 + tl.arange(0, TILES.BLOCK_M)
+    rule = load_rule(hard, smooth, traced_smoothing_ptr, sizes.C, COMPUTE)
+    targets = Targets(
+        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, weight_sum_ptr, totals_ptr),
+        *(ignore_index, one_lam, rule),
+    )
     softness = load_softness(share, soft_share, inverse_t, traced_softness_ptr, mean_of, COMPUTE)
     inverse_t = softness.inverse_t
     factor = load_factor(grad_output_ptr, m, M, GRAD_PER_POSITION, COMPUTE)
     mass = load_weight_sum(weight_sum_ptr, C, COMPUTE)
-    terms = load_label_terms(
-        *(target_ptr, partner_ptr, lam_ptr, weight_ptr, totals_ptr),
-        *(factor * softness.share, mass),
-        *(m, C, M, L, ignore_index, one_lam, rule, LAM_PER_SAMPLE, COMPUTE),
-    )
+    terms = load_label_terms(targets, factor * softness.share, mass, m, sizes, KIND, COMPUTE)
     soft_share = factor * softness.soft_share * inverse_t
     stats_ptr += m
     largest = tl.load(stats_ptr, mask=m < M, other=0.0)
@@ -409,20 +264,16 @@ def distillation_backward_kernel(
     softened = tl.load(stats_ptr + 2 * M, mask=m < M, other=1.0)
     largest_t = tl.load(stats_ptr + 3 * M, mask=m < M, other=0.0)
     total_t = tl.load(stats_ptr + 4 * M, mask=m < M, other=1.0)
-    scales = Scales(terms.mass / total, soft_share / softened, soft_share / total_t)
-    store_gradients(
-        *(x_ptr, teacher_ptr, target_ptr, weight_ptr, gradient_ptr, m0, largest, largest_t),
-        *(scales, terms, C, M, L, rule, inverse_t, PAIR, SMOOTHS),
-        *(BLOCK_C, BLOCK_M, M_AXIS, SHORT_ROWS, UNIT),
+    slopes = Slopes(
+        *(x_ptr, gradient_ptr, largest, terms.mass / total, teacher_ptr, largest_t),
+        *(soft_share / softened, soft_share / total_t, inverse_t),
     )
-    store_label_gradients(
-        *(x_ptr, teacher_ptr, gradient_ptr, m0, largest, largest_t, scales, terms),
-        *(C, L, inverse_t, PAIR, SMOOTHS, M_AXIS, SHORT_ROWS, UNIT),
-    )
+    store_gradients(slopes, targets, terms, m0, sizes, KIND, TILES)
 
 
 def _soft_arguments(
     input: Tensor,
+    teacher: Tensor,
     reduction: int,
     temperature: float,
     alpha: float,
@@ -430,6 +281,7 @@ def _soft_arguments(
 ) -> dict[str, Any]:
     mean_of = input.numel() // input.shape[1] if reduction == MEAN else 1
     return {
+        "teacher_ptr": teacher,
         "share": 1.0 - alpha,
         "soft_share": alpha * temperature**2 / mean_of,
         "inverse_t": 1.0 / temperature,
@@ -438,77 +290,20 @@ def _soft_arguments(
     }
 
 
-def distillation(
-    input: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    one_lam: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    traced_smoothing: Tensor | None,
-    temperature: float,
-    alpha: float,
-    traced_softness: Tensor | None,
-    keep_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op: (loss, stats, gradient)."""
-    of_target = (target, partner, lam, one_lam)
-    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
-    tiles = plan(input, REGISTERS)
-    loss, stats, gradient = empty_results(input, 5, reduction, keep_gradient, tiles.programs)
-    with device_of(input):
-        distillation_kernel[(tiles.programs,)](
-            x_ptr=input,
-            teacher_ptr=teacher,
-            loss_ptr=loss,
-            stats_ptr=stats,
-            gradient_ptr=gradient if keep_gradient else None,
-            SUMS=reduction != NONE,
-            SINGLE=tiles.single,
-            **target_arguments(input, *of_target, *options)
-            | _soft_arguments(input, reduction, temperature, alpha, traced_softness),
-            **tiles.arguments,
-        )
-    return finished(loss, input, reduction), stats, gradient
+def distillation(input: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, of its schema's arguments: (loss, stats, gradient)."""
+    *target, temperature, alpha, traced_softness, keep_gradient = arguments
+    call = TargetCall(*target)
+    soft = _soft_arguments(input, teacher, call.reduction, temperature, alpha, traced_softness)
+    return launch_forward(distillation_kernel, input, call, REGISTERS, 5, keep_gradient, **soft)
 
 
 def distillation_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    one_lam: float,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    traced_smoothing: Tensor | None,
-    temperature: float,
-    alpha: float,
-    traced_softness: Tensor | None,
+    grad_output: Tensor, input: Tensor, stats: Tensor, teacher: Tensor, *arguments: Any
 ) -> Tensor:
     """The op's gradient by the input."""
-    of_target = (target, partner, lam, one_lam)
-    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
-    tiles = plan(input, REGISTERS, loops=True)
-    gradient = dense_like(input)
-    with device_of(input):
-        distillation_backward_kernel[(tiles.programs,)](
-            grad_output_ptr=grad_output,
-            x_ptr=input,
-            teacher_ptr=teacher,
-            stats_ptr=stats,
-            gradient_ptr=gradient,
-            GRAD_PER_POSITION=grad_output.dim() > 0,
-            **target_arguments(input, *of_target, *options)
-            | _soft_arguments(input, reduction, temperature, alpha, traced_softness),
-            **tiles.arguments,
-        )
-    return gradient
+    *target, temperature, alpha, traced_softness = arguments
+    call = TargetCall(*target)
+    soft = _soft_arguments(input, teacher, call.reduction, temperature, alpha, traced_softness)
+    kernel = distillation_backward_kernel
+    return launch_backward(kernel, grad_output, input, stats, call, REGISTERS, **soft)

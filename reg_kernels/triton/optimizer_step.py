@@ -469,7 +469,6 @@ def step_chunk(
     S: tl.constexpr,
     ROUNDING: tl.constexpr,
     TAG: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
@@ -489,7 +488,7 @@ def step_chunk(
     arrays = load_arrays(table_ptr, count, tensor, first, T, S, COMPUTE)
     draws = Draws(0, 0, 0)
     if ROUNDING == STOCHASTIC:
-        seed, offset = load_state(state_ptr, seed, offset, ON_DEVICE)
+        seed, offset = load_state(state_ptr, seed, offset)
         drawn = row_at(table_ptr, ELEMENT_OFFSET, count, tensor) + first
         draws = Draws(seed ^ TAG, offset, drawn // 8)
 
@@ -551,7 +550,6 @@ def optimizer_step_kernel(
     MOMENTS: tl.constexpr,
     ROUNDING: tl.constexpr,
     TAG: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
     STEPS: tl.constexpr,
@@ -570,7 +568,7 @@ def optimizer_step_kernel(
             step_chunk(
                 *(table_ptr, count, the_group, groups_ptr, rates_ptr, factor),
                 *(state_ptr, seed, offset),
-                *(ALGORITHM, T, S, ROUNDING, TAG, ON_DEVICE, BLOCK, REST),
+                *(ALGORITHM, T, S, ROUNDING, TAG, BLOCK, REST),
             )
         if is_last_program(scratch_ptr):
             add_steps(table_ptr, count, STEPS)
@@ -659,10 +657,6 @@ def optimizer_step_table(
     # Only a bfloat16 is rounded by chance, and what has 16 bits compensated.
     if dtype not in (("bf16",) if rounding == STOCHASTIC.value else ("bf16", "fp16")):
         rounding = 0
-    if rng_state is None:
-        state = {"state_ptr": None, "seed": 0, "offset": 0, "ON_DEVICE": False}
-    else:
-        state = state_arguments(rng_state, table)
     rows = _group_rows(numbers, flags)
     with device_of(table):
         groups, rate = None, None
@@ -675,8 +669,7 @@ def optimizer_step_table(
         optimizer_step_kernel[(max(chunks, 1),)](
             *(table, count, chunks, *rows[0], flags[0], groups, rate),
             *(squares, 0 if squares is None else squares.numel(), max_norm),
-            *(grad_scale, found_inf),
-            scratch_ptr=scratch,
+            *(grad_scale, found_inf, *state_arguments(rng_state), scratch),
             ALGORITHM=algorithm,
             DTYPE=dtype,
             MOMENTS=moments,
@@ -686,5 +679,4 @@ def optimizer_step_table(
             REST=REST,
             STEPS=STEPS,
             num_warps=8,
-            **state,
         )

@@ -7,9 +7,12 @@ up and answers one request a line, because importing triton takes longer than co
 from __future__ import annotations
 
 import atexit
+import base64
 import functools
+import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -40,11 +43,12 @@ def compile_kernel(
 ) -> dict[str, Any]:
     """Compiles "module:kernel"; returns stack bytes, registers and the widest accesses in bits.
 
-    `divisible` names the arguments that may be taken for multiples of 16.
+    `constants` may be named tuples, and "module:function" for a function. `divisible` names the
+    arguments that may be taken for multiples of 16.
     """
     worker = _worker()
     request = [kernel, signature, constants, architecture, list(divisible)]
-    worker.stdin.write(json.dumps(request) + "\n")
+    worker.stdin.write(base64.b64encode(pickle.dumps(request)).decode() + "\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
@@ -78,14 +82,12 @@ def _compile(
     architecture: int,
     divisible: list[str],
 ) -> dict[str, Any]:
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, name = kernel.split(":")
-    function = getattr(importlib.import_module(module), name)
+    function = _named(kernel)
+    constants = {n: _named(c) if ":" in str(c) else c for n, c in constants.items()}
     types = {n: signature.get(n, "constexpr") for n in function.arg_names}
     source = ASTSource(
         fn=function,
@@ -112,6 +114,12 @@ def _compile(
     }
 
 
+def _named(name: str) -> Any:
+    """What "module:name" names."""
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _widest(ptx: str, access: str) -> int:
     found = re.findall(rf"\b{access}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
     return max((int(vector or 1) * int(bits) for vector, bits in found), default=0)
@@ -120,7 +128,7 @@ def _widest(ptx: str, access: str) -> int:
 if __name__ == "__main__":
     for line in sys.stdin:
         try:
-            reply = _compile(*json.loads(line))
+            reply = _compile(*pickle.loads(base64.b64decode(line)))
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), flush=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from reg_kernels.triton import _loss
+from reg_kernels.triton._channels import Tiles
+from reg_kernels.triton._softmax import Kind
 
 from support import DEVICE
 
@@ -101,10 +103,18 @@ def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype, size: float = 
     torch.testing.assert_close(ours.double(), truth, rtol=own, atol=absolute, equal_nan=True)
 
 
+def tiles(block_c: int, block_m: int, channels_last: bool, itemsize: int) -> Tiles:
+    """As a GPU would have them. A test's 8 warps take half of what 16 of a launch do."""
+    unit = 16 // itemsize
+    if not channels_last:
+        unit = min(_loss.POSITIONS, unit)
+    return Tiles(block_c, block_m, 0 if channels_last else 1, False, unit, False)
+
+
 def signature(
     dtype: str,
     kind: str,
-    tiles: dict[str, Any],
+    tiles: Tiles,
     spreads: bool = False,
     backward: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -126,15 +136,12 @@ def signature(
         ("grad_output_ptr" if backward else "loss_ptr"): compute if backward else "*fp64",
     }
     constants = {
-        "LAM_PER_SAMPLE": True,
-        "SMOOTHS": spreads,
+        "KIND": Kind(kind != "probabilities", kind == "pair", spreads, LAM_PER_SAMPLE=True),
+        "TILES": tiles,
         "traced_smoothing_ptr": None,
         "traced_softness_ptr": None,
         "SUMS": True,
         "GRAD_PER_POSITION": False,
-        "SHORT_ROWS": False,
-        "WIDE": False,
-        **tiles,
     }
     optional = {
         "partner_ptr": ("*i64", kind == "pair"),

@@ -15,7 +15,8 @@ import triton.language as tl  # noqa: E402
 
 from reg_kernels.reference import batch_norm as reference  # noqa: E402
 from reg_kernels.triton import batch_norm as kernels  # noqa: E402
-from reg_kernels.triton._channels import position_offsets  # noqa: E402
+from reg_kernels.triton._batch_norm import Chain  # noqa: E402
+from reg_kernels.triton._channels import Sizes, Tiles, position_offsets  # noqa: E402
 from reg_kernels.triton._plan import KEPT, PARTIALS, plan_for  # noqa: E402
 
 NONE, RELU, LEAKY_RELU, SILU, GELU = range(5)
@@ -400,17 +401,14 @@ def offsets_kernel(
     m0_ptr,
     C,
     L,
-    COUNT: tl.constexpr,
-    M_AXIS: tl.constexpr,
-    SHORT_ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """out int64 [COUNT]: offsets of the positions from *m0_ptr on."""
+    """out int64 [BLOCK_M]: offsets of the positions from *m0_ptr on."""
     m0 = tl.load(m0_ptr)
-    if not WIDE:
+    if not TILES.WIDE:
         m0 = m0.to(tl.int32)
-    at = position_offsets(m0, C, L, 1, COUNT, M_AXIS, SHORT_ROWS, 1)
-    tl.store(out_ptr + tl.arange(0, COUNT), at)
+    at = position_offsets(m0, Sizes(C, L, L), 1, TILES.BLOCK_M, TILES)
+    tl.store(out_ptr + tl.arange(0, TILES.BLOCK_M), at)
 
 
 @pytest.mark.parametrize(
@@ -434,9 +432,9 @@ def test_positions_past_two_to_the_31(m0, C, L):
     out = torch.empty(count, dtype=torch.int64, device=DEVICE)
     start = torch.tensor([m0], device=DEVICE)
     wide = m0 > 2**31 - 2**16
-    offsets_kernel[(1,)](out, start, C, L, count, 1, count > L, wide)
+    offsets_kernel[(1,)](out, start, C, L, Tiles(1, count, 1, count > L, 1, wide))
     assert out.tolist() == [m // L * C * L + m % L for m in range(m0, m0 + count)]
-    offsets_kernel[(1,)](out, start, C, L, count, 0, False, wide)
+    offsets_kernel[(1,)](out, start, C, L, Tiles(1, count, 0, False, 1, wide))
     assert out.tolist() == [m * C for m in range(m0, m0 + count)]
 
 
@@ -467,7 +465,7 @@ def test_plans_cover_the_input_and_fill_the_device(
 ):
     for tile in (kernels.FORWARD_TILE, kernels.BACKWARD_TILE):
         plan = plan_for(samples, channels, length, channels_last, itemsize, tile, GPU, merges)
-        width, height = plan.constants["BLOCK_C"], plan.constants["BLOCK_M"]
+        width, height = plan.blocks.BLOCK_C, plan.blocks.BLOCK_M
         blocks, count = -(-channels // width), samples * length
         assert plan.programs == blocks * plan.splits
         assert plan.splits * plan.tiles * height >= count  # all positions
@@ -523,15 +521,15 @@ def compiled(which, dtype, channels_last, architecture, activation, short_rows=F
     signature = {**SIZES, "slope": "fp64", "p": "fp64", "weight_ptr": channels}
     signature |= {"bias_ptr": channels, "x_ptr": values, "residual_ptr": values}
     constants = {
-        "BLOCK_C": width,
-        "BLOCK_M": tile // width,
-        "M_AXIS": 0 if channels_last else 1,
-        "SHORT_ROWS": short_rows,
-        "UNIT": 16 // itemsize,
-        "WIDE": False,
-        "ACTIVATION": activation,
-        "DROPS": source != GIVEN,
-        "GATE_AXIS": 1,
+        "TILES": Tiles(
+            BLOCK_C=width,
+            BLOCK_M=tile // width,
+            M_AXIS=0 if channels_last else 1,
+            SHORT_ROWS=short_rows,
+            UNIT=16 // itemsize,
+            WIDE=False,
+        ),
+        "CHAIN": Chain(activation, source != GIVEN, GATE_AXIS=1, RUN=8),
         "SINGLE": single,
         "BLOCK_S": 64 if source == MERGED else 1,
     }
@@ -540,8 +538,7 @@ def compiled(which, dtype, channels_last, architecture, activation, short_rows=F
         signature |= {"y_ptr": values, "momentum": "fp64", "eps": "fp64"}
         signature |= {"seed": "i64", "offset": "i64"}
         signature |= {"running_mean_ptr": channels, "running_var_ptr": channels}
-        constants |= {"STATISTICS": source, "AVERAGES": False, "TAG": 1, "ON_DEVICE": True}
-        constants |= {"RUN": 8}
+        constants |= {"STATISTICS": source, "AVERAGES": False}
         training = source != GIVEN
         optional |= {
             "gate_ptr": "*u8" if training else None,
@@ -579,8 +576,9 @@ def compiled(which, dtype, channels_last, architecture, activation, short_rows=F
 
 def assert_good(result, which, dtype):
     # ptxas would rather store a channel's double or two outside of the loops than give up a
-    # resident block for it.
-    assert result["stack"] <= (16 if dtype == "fp64" else 0)
+    # resident block for it; of this kernel, with dropout's whole tag, eight bytes on sm_100.
+    stored = 8 if which == "forward, looped" else 0
+    assert result["stack"] <= (16 if dtype == "fp64" else stored)
     assert result["widest_load"] == 128
     if which != "moments":
         assert result["widest_store"] == 128

@@ -34,6 +34,7 @@ from losses import (  # noqa: E402
     signature,
     small_tiles,
     target_of,
+    tiles,
 )
 
 # The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
@@ -363,13 +364,12 @@ def test_rescaling_by_1_touches_nothing():
     assert not torch.equal(x.view(torch.int32), bits)
 
 
-# As a GPU would have them. A test's 8 warps take half of what 16 of a launch do.
 def rows(block_c, block_m=1, **more):
-    return {"BLOCK_C": block_c, "BLOCK_M": block_m, "M_AXIS": 0, **more}
+    return (block_c, block_m, True), more
 
 
 def planes(block_c, block_m, **more):
-    return {"BLOCK_C": block_c, "BLOCK_M": block_m, "M_AXIS": 1, **more}
+    return (block_c, block_m, False), more
 
 
 FORWARD = "cross_entropy_kernel"
@@ -390,15 +390,15 @@ COMPILED = {
 
 
 def compiled(which, dtype, kind, architecture):
-    kernel, spreads, tiles, _ = COMPILED[which]
+    kernel, spreads, ((block_c, *shape), more), _ = COMPILED[which]
     itemsize = {"fp64": 8, "fp32": 4}.get(dtype, 2)
     if dtype == "fp64":
-        tiles = {**tiles, "BLOCK_C": tiles["BLOCK_C"] // 2}
-    unit = 16 // itemsize if tiles["M_AXIS"] == 0 else min(_loss.POSITIONS, 16 // itemsize)
+        block_c //= 2
     spreads = spreads or kind == "probabilities"
     types, constants = signature(
-        dtype, kind, {"UNIT": unit, **tiles}, spreads, backward=kernel == BACKWARD
+        dtype, kind, tiles(block_c, *shape, itemsize), spreads, backward=kernel == BACKWARD
     )
+    constants |= more
     names = getattr(kernels, kernel).arg_names
     return compile_kernel(
         f"reg_kernels.triton.cross_entropy:{kernel}",

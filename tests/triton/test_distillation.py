@@ -14,7 +14,6 @@ from support import DEVICE, DTYPE_IDS, DTYPES
 
 triton = pytest.importorskip("triton")
 
-from reg_kernels.triton import _loss  # noqa: E402
 from reg_kernels.triton import distillation as kernels  # noqa: E402
 
 from losses import (  # noqa: E402
@@ -29,6 +28,7 @@ from losses import (  # noqa: E402
     signature,
     small_tiles,
     target_of,
+    tiles,
 )
 
 # The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
@@ -245,15 +245,12 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(a, b)
 
 
-# As a GPU would have them. A test's 8 warps take half of what 16 of a launch do.
-
-
 def rows(block_c, block_m=1, **more):
-    return {"BLOCK_C": block_c, "BLOCK_M": block_m, "M_AXIS": 0, **more}
+    return (block_c, block_m, True), more
 
 
 def planes(block_c, block_m, **more):
-    return {"BLOCK_C": block_c, "BLOCK_M": block_m, "M_AXIS": 1, **more}
+    return (block_c, block_m, False), more
 
 
 FORWARD = "distillation_kernel"
@@ -278,12 +275,12 @@ COMPILED = {
 )
 @pytest.mark.parametrize("which", COMPILED)
 def test_compiles_without_spilling(which, dtype, kind, architecture):
-    kernel, tiles, registers = COMPILED[which]
-    unit = 16 // {"fp32": 4}.get(dtype, 2)
-    unit = unit if tiles["M_AXIS"] == 0 else min(_loss.POSITIONS, unit)
+    kernel, (shape, more), registers = COMPILED[which]
+    itemsize = {"fp32": 4}.get(dtype, 2)
     types, constants = signature(
-        dtype, kind, {"UNIT": unit, **tiles}, kind == "pair", backward=kernel == BACKWARD
+        dtype, kind, tiles(*shape, itemsize), kind == "pair", backward=kernel == BACKWARD
     )
+    constants |= more
     names = getattr(kernels, kernel).arg_names
     result = compile_kernel(
         f"reg_kernels.triton.distillation:{kernel}",

@@ -448,7 +448,7 @@ def test_compiles_without_spilling(algorithm, dtype, moments, rounding, everythi
         ALWAYS | (OPTIONAL if everything else {}),
         {
             **{"ALGORITHM": algorithm, "DTYPE": dtype, "MOMENTS": moments, "ROUNDING": rounding},
-            **{"TAG": TAG_ROUNDING, "ON_DEVICE": everything, "BLOCK": block},
+            **{"TAG": TAG_ROUNDING, "BLOCK": block},
             **{"REST": kernels.REST, "STEPS": kernels.STEPS},
             **({} if everything else dict.fromkeys(OPTIONAL)),
         },
@@ -469,7 +469,7 @@ def test_averages_compile_without_spilling(dtype):
         ALWAYS | OPTIONAL,
         {
             **{"ALGORITHM": average, "DTYPE": dtype, "MOMENTS": dtype, "ROUNDING": NEAREST},
-            **{"TAG": TAG_ROUNDING, "ON_DEVICE": False, "REST": kernels.REST},
+            **{"TAG": TAG_ROUNDING, "REST": kernels.REST},
             **{"BLOCK": kernels._block(average, dtype, dtype, NEAREST), "STEPS": kernels.STEPS},
         },
         90,

@@ -1,0 +1,189 @@
+"""The random elementwise family in Triton: y by x and a draw of 16 bits, which an element has to
+itself or shares with its row, a channel or a sample.
+
+Reads x, and the residual where there is one, and writes y: 2 or 3 sizeof(dtype) bytes an element;
+x only where it is kept, if READS_DROPPED is False. No mask is stored.
+
+An op of the family gives a tag (`_rng.tag`) and VALUES, its function of an element: a jit function
+of (x, half_word, threshold, scale), x being in the type that is computed in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._rng import GROUP
+from ._launch import device_of, state_arguments
+from ._random import half_word_at, half_words, load_state
+
+TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
+UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
+
+
+class Draw(NamedTuple):
+    """What the ops of the family are told of their draws, in the order of their schemas."""
+
+    p: float
+    rng_state: Tensor
+    element_offset: int
+    traced_p: Tensor | None  # float64 [1], which counts instead of p
+
+
+@triton.jit
+def load_rate(p_ptr, p):
+    """(threshold, scale), [1] each, of the probability at p_ptr where one is there, else of p."""
+    if p_ptr is not None:
+        p = tl.load(p_ptr)
+    keep = (1.0 - tl.full([1], p, tl.float64)) * 65536.0
+    # Adding and taking off 1.5 2^52 rounds to the nearest integer, ties to even.
+    threshold = (keep + 6755399441055744.0) - 6755399441055744.0
+    scale = tl.where(threshold > 0.0, 65536.0 / tl.maximum(threshold, 1.0), 0.0)
+    return threshold.to(tl.uint32), scale
+
+
+@triton.jit
+def map_elements(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    at,
+    inside,
+    half_word,  # broadcasts to the elements
+    threshold,
+    scale,
+    VALUES: tl.constexpr,
+    READS_DROPPED: tl.constexpr,
+):
+    """y of the elements at `at`. The residual of one that is dropped goes through as it is."""
+    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    reads = inside if READS_DROPPED else inside & (half_word < threshold)
+    x = tl.load(x_ptr + at, mask=reads).to(COMPUTE)
+    y = VALUES(x, half_word, threshold, scale)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at, mask=inside).to(COMPUTE)
+        y = tl.where(half_word < threshold, residual + y, residual)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def elements_kernel(
+    x_ptr,  # [numel] in storage order
+    residual_ptr,  # likewise, or None
+    y_ptr,  # likewise; may be x_ptr
+    numel,
+    element_offset: tl.int64,  # mask index of element 0
+    p_ptr,  # float64 [1], or None: else it counts instead of p
+    p: tl.float64,
+    state_ptr,  # int64 [2], or None: else it counts instead of the two
+    seed: tl.int64,
+    offset: tl.int64,
+    VALUES: tl.constexpr,
+    READS_DROPPED: tl.constexpr,
+    TAG: tl.constexpr,
+    LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
+    BLOCK: tl.constexpr,
+):
+    seed, offset = load_state(state_ptr, seed, offset)
+    threshold, scale = load_rate(p_ptr, p)
+    block = tl.program_id(0).to(tl.int64) * BLOCK
+    drawn = half_words(seed ^ TAG, offset, (element_offset - LEAD + block) // 8, BLOCK // 8)
+    i = block - LEAD + tl.arange(0, BLOCK)
+    inside = (i >= 0) & (i < numel)
+    map_elements(
+        x_ptr, residual_ptr, y_ptr, i, inside, drawn, threshold, scale, VALUES, READS_DROPPED
+    )
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def rows_kernel(
+    x_ptr,  # (N, R, L) of the strides below: rows are channels, or samples where N is 1
+    residual_ptr,  # likewise, or None
+    y_ptr,  # likewise; may be x_ptr
+    R,
+    L,
+    stride_r,  # L and 1, or for channels last 1 and R
+    stride_l,
+    element_offset: tl.int64,  # mask index of row 0
+    p_ptr,  # float64 [1], or None: else it counts instead of p
+    p: tl.float64,
+    state_ptr,  # int64 [2], or None: else it counts instead of the two
+    seed: tl.int64,
+    offset: tl.int64,
+    VALUES: tl.constexpr,
+    READS_DROPPED: tl.constexpr,
+    TAG: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    seed, offset = load_state(state_ptr, seed, offset)
+    threshold, scale = load_rate(p_ptr, p)
+    blocks_r, blocks_l = tl.cdiv(R, BLOCK_R), tl.cdiv(L, BLOCK_L)
+    program = tl.program_id(0).to(tl.int64)
+    n = program // (blocks_r * blocks_l)
+    r = (program // blocks_l) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    l = program % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
+    drawn = half_word_at(seed ^ TAG, offset, element_offset + n * R + r)[:, None]
+    i = n * R * L + r[:, None] * stride_r + l[None, :] * stride_l
+    inside = (r[:, None] < R) & (l[None, :] < L)
+    map_elements(
+        x_ptr, residual_ptr, y_ptr, i, inside, drawn, threshold, scale, VALUES, READS_DROPPED
+    )
+
+
+def _arguments(draw: Draw) -> tuple[Any, ...]:
+    """The kernels' from element_offset to offset: what decides the mask, by value or by pointer."""
+    p, rng_state, element_offset, traced_p = draw
+    if traced_p is not None and traced_p.device.type == "cpu":
+        p, traced_p = float(traced_p), None
+    return element_offset, traced_p, p, *state_arguments(rng_state)
+
+
+def launch_elements(values: Any, tag: int, x: Tensor, y: Tensor, draw: Draw) -> None:
+    """y of the dense x, a draw for each element in storage order."""
+    if x.numel() == 0:
+        return
+    lead = draw.element_offset % GROUP
+    with device_of(x):
+        elements_kernel[(triton.cdiv(lead + x.numel(), TILE),)](
+            *(x, None, y, x.numel(), *_arguments(draw), values, True, tag, lead, TILE),
+            num_warps=8,
+        )
+
+
+def launch_rows(
+    values: Any,
+    tag: int,
+    x: Tensor,
+    y: Tensor,
+    draw: Draw,
+    *,
+    samples: int,
+    rows: int,
+    rows_last: bool = False,
+    residual: Tensor | None = None,
+    reads_dropped: bool = True,
+) -> None:
+    """y of the dense x (samples, rows, ...), or (samples, ..., rows) in storage where `rows_last`;
+    a draw for each row of each sample."""
+    if x.numel() == 0:
+        return
+    length = x.numel() // (samples * rows)
+    if rows_last:
+        stride_r, stride_l = 1, rows
+        block_r = min(triton.next_power_of_2(rows), 256)
+        block_l = TILE // block_r
+    else:
+        stride_r, stride_l = length, 1
+        block_l = min(triton.next_power_of_2(length), TILE)
+        block_r = TILE // block_l
+    programs = samples * triton.cdiv(rows, block_r) * triton.cdiv(length, block_l)
+    with device_of(x):
+        rows_kernel[(programs,)](
+            *(x, residual, y, rows, length, stride_r, stride_l, *_arguments(draw)),
+            *(values, reads_dropped, tag, block_r, block_l),
+            num_warps=8,
+        )
