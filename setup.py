@@ -50,12 +50,6 @@ SANITIZE_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=null,alignment,object-size,vptr,returns-nonnull-attribute",
 ]
-# What is compiled for each op of the random elementwise family.
-ELEMENTWISE_PARTS = {
-    ".cpp": "cpu/elementwise.h",
-    ".simd.cpp": "cpu/elementwise.simd.h",
-    ".cu": "cuda/elementwise.h",
-}
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -136,19 +130,16 @@ def cuda_architectures(torch):
     return architectures
 
 
-def elementwise_sources(folder):
-    """Writes and returns the sources of the random elementwise family, which differ in their op
-    alone: a header that is found by its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = {"cpp": [], "cu": []}
-    for header in sorted((CSRC / "include" / "reg_kernels" / "elementwise").glob("*.h")):
-        for source, part in ELEMENTWISE_PARTS.items():
-            path = folder / f"{header.stem}{source}"
-            text = f'#include "reg_kernels/elementwise/{header.name}"\n#include "{part}"\n'
-            if not path.exists() or path.read_text() != text:
-                path.write_text(text)
-            sources[source.split(".")[-1]].append(path)
-    return sources
+def compilations(folder, pattern):
+    """(source, name, options) of what is compiled. Of a family of ops the sources <family>.* are,
+    once for each op, with its header, include/reg_kernels/<family>/<op>.h, before them."""
+    for source in sorted((CSRC / folder).glob(pattern)):
+        family, *rest = source.stem.split(".")
+        ops = sorted((CSRC / "include" / "reg_kernels" / family).glob("*.h"))
+        for op in ops:
+            yield source, ".".join([folder, op.stem, *rest]), ["-include", op]
+        if not ops:
+            yield source, f"{folder}.{source.stem}", []
 
 
 def quoted(words):
@@ -194,13 +185,12 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
             objects.append(str(target))
 
         compile_cxx(CSRC / "module.cpp", "module", *facts)
-        generated = elementwise_sources(path.parent / "elementwise")
-        for source in sorted((CSRC / "cpu").glob("*.cpp")) + generated["cpp"]:
-            compile_cxx(source, f"cpu.{source.stem}")
+        for source, name, of_op in compilations("cpu", "*.cpp"):
+            compile_cxx(source, name, *of_op)
             several = platform.machine() in ("x86_64", "AMD64") and not sanitize
             if source.name.endswith(".simd.cpp") and several:
                 for isa, options in ISA_FLAGS.items():
-                    compile_cxx(source, f"cpu.{source.stem}.{isa}", *options, f"-DRK_ISA={isa}")
+                    compile_cxx(source, f"{name}.{isa}", *of_op, *options, f"-DRK_ISA={isa}")
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *sanitize]
         ninja.build(str(extension), "link", objects, variables={"flags": quoted(libraries)})
 
@@ -212,7 +202,7 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
             ninja.rule(
                 "nvcc",
                 f"{nvcc} -MD -MF $out.d {quoted(NVCC_FLAGS + options + flags)} -DUSE_CUDA "
-                "-c $in -o $out",
+                "$of_op -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
                 description="NVCC $out",
@@ -223,9 +213,9 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
                 description="LINK $out",
             )
             cuda_objects = []
-            for source in sorted((CSRC / "cuda").glob("*.cu")) + generated["cu"]:
-                target = str(path.parent / f"cuda.{source.stem}.o")
-                ninja.build(target, "nvcc", str(source))
+            for source, name, of_op in compilations("cuda", "*.cu"):
+                target = str(path.parent / f"{name}.o")
+                ninja.build(target, "nvcc", str(source), variables={"of_op": quoted(of_op)})
                 cuda_objects.append(target)
             # The stream comes from libtorch_cuda, which libtorch brings along where there is one:
             # it stays a dependency although a CPU torch, enough to build against, lacks it.

@@ -19,7 +19,24 @@ import watchdog
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulation"
-CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def _cuda_sources():
+    """The CUDA sources by the ops that they are of; one of a family, <family>.cu, once for each of
+    its ops, with its header before it, as setup.py compiles it."""
+    for source in (CSRC / "cuda").glob("*.cu"):
+        ops = list((CSRC / "include" / "reg_kernels" / source.stem).glob("*.h"))
+        for op in ops:
+            path = BUILD / "sources" / f"{op.stem}.cu"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = op.relative_to(CSRC / "include")
+            path.write_text(f'#include "{header}"\n#include "cuda/{source.name}"\n')
+            yield path
+        if not ops:
+            yield source
+
+
+CUDA_SOURCES = sorted(_cuda_sources(), key=lambda path: path.stem)
 
 INCLUDES = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
 CUDA_ARCHITECTURES = (80, 90, 100)
@@ -98,7 +115,7 @@ def digest_of_source(source, folders=(CSRC / "include", CSRC)):
 
     read(source)
     torch = importlib.metadata.version("torch").split("+")[0]
-    files = (f"{path.relative_to(folders[-1])}\0{texts[path]}" for path in sorted(texts))
+    files = (f"{os.path.relpath(path, folders[-1])}\0{texts[path]}" for path in sorted(texts))
     return digest(*NVCC_FLAGS, torch, *files)
 
 

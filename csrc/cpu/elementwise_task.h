@@ -1,4 +1,4 @@
-// What csrc/cpu/elementwise.h hands to the loops of csrc/cpu/elementwise.simd.h.
+// What csrc/cpu/elementwise.cpp hands to the loops of csrc/cpu/elementwise.simd.cpp.
 #pragma once
 
 #include <cstdint>

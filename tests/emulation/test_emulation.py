@@ -1,6 +1,7 @@
 """Every CUDA kernel runs on the CPU, under ASan and UBSan, against a scalar reference.
 
-An op's kernels are csrc/cuda/<op>.cuh; tests/emulation/<op>.cpp runs them.
+An op's kernels are csrc/cuda/<op>.cuh, and tests/emulation/<op>.cpp runs them. Those of a family,
+<family>.cuh, are run once for each of its ops, csrc/include/reg_kernels/<family>/<op>.h.
 """
 
 import re
@@ -9,12 +10,17 @@ import pytest
 
 import toolchain
 
-OPS = sorted(path.stem for path in (toolchain.CSRC / "cuda").glob("*.cuh"))
+HEADERS = toolchain.CSRC / "include" / "reg_kernels"
+OPS = {}  # -> its program's source and flags
+for kernels in sorted((toolchain.CSRC / "cuda").glob("*.cuh")):
+    program = toolchain.HERE / f"{kernels.stem}.cpp"
+    family = sorted((HEADERS / kernels.stem).glob("*.h"))
+    OPS |= {op.stem: (program, "-include", str(op)) for op in family} or {kernels.stem: (program,)}
 PROGRAMS = {
     # The emulation itself, with both ways to switch stacks: this CPU's, and that of any other.
     "cuda_on_cpu": (toolchain.HERE / "cuda_on_cpu.cpp",),
     "cuda_on_cpu, ucontext": (toolchain.HERE / "cuda_on_cpu.cpp", "-DCUDA_ON_CPU_UCONTEXT"),
-    **{op: (toolchain.HERE / f"{op}.cpp",) for op in OPS},
+    **OPS,
 }
 
 
@@ -36,7 +42,8 @@ def test_there_are_kernels():
 
 @pytest.mark.parametrize("op", OPS)
 def test_has_a_program(op):
-    assert PROGRAMS[op][0].exists(), f"no tests/emulation/{op}.cpp runs csrc/cuda/{op}.cuh"
+    program = PROGRAMS[op][0]
+    assert program.exists(), f"no {program} runs csrc/cuda/{program.stem}.cuh"
 
 
 # An op's program launches each kernel so often that one run shows it in every order; what each of

@@ -1,5 +1,5 @@
 // An op of the random elementwise family on the CPU key: torch's thread pool over the loops of
-// elementwise.simd.h. Compiled once for each op (elementwise/<op>.h, which comes first).
+// elementwise.simd.cpp. Compiled once for each op (elementwise/<op>.h, which comes first).
 #include "elementwise_task.h"
 
 #include "../torch/elementwise.h"

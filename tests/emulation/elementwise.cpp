@@ -1,7 +1,7 @@
-// Runs csrc/cuda/dropout.cuh on the CPU and compares every output, bit for bit, with a scalar
-// reference that shares with it one element's arithmetic and the generator, and nothing of how
-// elements, groups, channels and threads correspond.
-#include "cuda/dropout.cuh"
+// Runs csrc/cuda/elementwise.cuh on the CPU, for the op whose header comes first, and compares
+// every output, bit for bit, with a scalar reference that shares with it one element's arithmetic
+// and the generator, and nothing of how elements, groups, channels and threads correspond.
+#include "cuda/elementwise.cuh"
 
 #include <algorithm>
 #include <vector>
@@ -13,7 +13,10 @@ namespace {
 using driver::Buffer;
 using reg_kernels::ChannelLayout;
 using reg_kernels::compute_t;
+using reg_kernels::DrawnFor;
 using reg_kernels::DropoutRate;
+using reg_kernels::has_form;
+using reg_kernels::Op;
 using reg_kernels::cuda::RateArgument;
 using reg_kernels::cuda::RngState;
 
@@ -39,7 +42,7 @@ class Mask {
   bool keeps(int64_t element) {
     const uint64_t group = static_cast<uint64_t>(element) / 8;
     if (!drawn_ || group != group_) {
-      const uint64_t key = kSeed ^ 0x64726f706f757431ull;
+      const uint64_t key = kSeed ^ static_cast<uint64_t>(Op::kTag);
       words_ = reg_kernels::philox4x32(key, group, kRngOffset);
       group_ = group;
       drawn_ = true;
@@ -55,15 +58,29 @@ class Mask {
   reg_kernels::PhiloxWords words_{};
 };
 
+// One element as the op's header has it, beside a residual or without one.
+template <typename T>
+T element(T x, const T* residual, bool keep, compute_t<T> scale) {
+  if constexpr (Op::kReadsDropped) {
+    return Op::element(x, keep ? scale : 0);
+  } else {
+    if (!keep) return residual ? *residual : T{};
+    return residual ? Op::element(x, *residual, scale) : Op::element(x, scale);
+  }
+}
+
 // How a launch is made, apart from its sizes.
 struct Variant {
   int64_t x_shift, y_shift;  // elements past a 16-byte boundary
   bool on_device;            // p and rng_state behind pointers
   bool in_place;
+  bool adds = false;  // where the op does
+  bool scaled = true;
 
   std::string text() const {
     return "x+" + std::to_string(x_shift) + " y+" + std::to_string(y_shift) +
-           (on_device ? " on device" : "") + (in_place ? " in place" : "");
+           (on_device ? " on device" : "") + (in_place ? " in place" : "") +
+           (adds ? " with a residual" : "") + (scaled ? "" : " not scaled");
   }
 };
 
@@ -96,16 +113,15 @@ void run(const Buffer<T>& x, const std::vector<T>& expected, uint32_t threshold,
 }
 
 template <typename T>
-void test_dropout(int64_t numel, int64_t offset, uint32_t threshold,
-                  const std::vector<Variant>& variants) {
+void test_elements(int64_t numel, int64_t offset, uint32_t threshold,
+                   const std::vector<Variant>& variants) {
   const auto scale = scale_of<T>(threshold);
   Mask mask(threshold);
   std::vector<T> expected;
   Buffer<T> values(numel, 0);
   values.fill_with_bits(numel);
   for (int64_t i = 0; i < numel; ++i) {
-    expected.push_back(
-        reg_kernels::dropout_element(values.data()[i], mask.keeps(offset + i), scale));
+    expected.push_back(element<T>(values.data()[i], nullptr, mask.keeps(offset + i), scale));
   }
   for (const Variant& variant : variants) {
     Buffer<T> x(numel, variant.x_shift);
@@ -113,10 +129,11 @@ void test_dropout(int64_t numel, int64_t offset, uint32_t threshold,
     run(
         x, expected, threshold, variant,
         [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-          reg_kernels::cuda::launch_dropout(in, out, numel, offset, rate, rng, nullptr);
+          reg_kernels::cuda::launch_elements<Op, T>(in, out, {nullptr, true}, numel, offset, rate,
+                                                    rng, nullptr);
         },
         [&] {
-          return std::string("dropout ") + driver::kName<T> + " numel " + std::to_string(numel) +
+          return std::string("elements ") + driver::kName<T> + " numel " + std::to_string(numel) +
                  " element_offset " + std::to_string(offset) + " threshold " +
                  std::to_string(threshold) + " " + variant.text();
         });
@@ -124,20 +141,27 @@ void test_dropout(int64_t numel, int64_t offset, uint32_t threshold,
 }
 
 template <typename T>
-void test_feature_dropout(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t offset,
-                          uint32_t threshold, const Variant& variant) {
-  const auto scale = scale_of<T>(threshold);
+void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t offset,
+                   uint32_t threshold, const Variant& variant) {
+  const auto scale = variant.scaled ? scale_of<T>(threshold) : compute_t<T>(1);
   const int64_t numel = N * C * L;
   Mask mask(threshold);
-  Buffer<T> x(numel, variant.x_shift);
+  Buffer<T> x(numel, variant.x_shift), residual(numel, variant.y_shift);
   x.fill_with_bits(numel);
+  residual.fill_with_bits(numel + 1);
+  for (int64_t i = 0; i < numel; ++i) {
+    // Of two NaNs a processor's sum is either one.
+    T& value = residual.data()[i];
+    if (reg_kernels::load(value) != reg_kernels::load(value)) value = reg_kernels::store<T>(1);
+  }
+  const T* const added = variant.adds ? residual.data() : nullptr;
   std::vector<T> expected(numel);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t c = 0; c < C; ++c) {
       const bool keep = mask.keeps(offset + n * C + c);
       for (int64_t l = 0; l < L; ++l) {
         const int64_t i = channels_last ? (n * L + l) * C + c : (n * C + c) * L + l;
-        expected[i] = reg_kernels::dropout_element(x.data()[i], keep, scale);
+        expected[i] = element(x.data()[i], added ? added + i : nullptr, keep, scale);
       }
     }
   }
@@ -145,56 +169,73 @@ void test_feature_dropout(int64_t N, int64_t C, int64_t L, bool channels_last, i
   run(
       x, expected, threshold, variant,
       [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-        reg_kernels::cuda::launch_feature_dropout(in, out, numel, layout, offset, rate, rng,
-                                                  nullptr);
+        // Of what is dropped nothing is read, not even an address.
+        const bool unread = !Op::kReadsDropped && threshold == 0;
+        reg_kernels::cuda::launch_channels<Op, T>(unread ? nullptr : in, out,
+                                                  {added, variant.scaled}, numel, layout, offset,
+                                                  rate, rng, nullptr);
       },
       [&] {
-        return std::string("feature_dropout ") + driver::kName<T> + " (" + std::to_string(N) +
-               ", " + std::to_string(C) + ", " + std::to_string(L) + ")" +
+        return std::string("channels ") + driver::kName<T> + " (" + std::to_string(N) + ", " +
+               std::to_string(C) + ", " + std::to_string(L) + ")" +
                (channels_last ? " channels last" : "") + " mask_offset " + std::to_string(offset) +
                " threshold " + std::to_string(threshold) + " " + variant.text();
       });
 }
 
 template <typename T>
-void test_dtype() {
+void test_dtype_of_elements() {
   for (const int64_t offset : kOffsets) {
     // So far past a boundary, data can move in vectors even though its first group is cut.
     const int64_t fit = offset % 8 % reg_kernels::cuda::kVector<T>;
     for (const int64_t numel : kSizes) {
-      test_dropout<T>(numel, offset, 32768,
-                      {{fit, fit, false, false}, {1, 2, true, false}, {fit, fit + 1, false, true}});
+      test_elements<T>(
+          numel, offset, 32768,
+          {{fit, fit, false, false}, {1, 2, true, false}, {fit, fit + 1, false, true}});
     }
   }
   for (const uint32_t threshold : kThresholds) {
-    test_dropout<T>(8200, 0, threshold, {{0, 0, true, false}, {0, 0, false, true}});
-    test_dropout<T>(129, 5, threshold, {{1, 0, true, false}, {0, 1, false, true}});
+    test_elements<T>(8200, 0, threshold, {{0, 0, true, false}, {0, 0, false, true}});
+    test_elements<T>(129, 5, threshold, {{1, 0, true, false}, {0, 1, false, true}});
   }
+}
 
+template <typename T>
+void test_dtype_of_channels(const std::vector<int64_t>& channels, bool channels_last) {
   int turn = 0;
-  for (const bool channels_last : {false, true}) {
-    for (const int64_t C : {1, 3, 8, 13}) {
-      for (const int64_t L : {1, 3, 8, 63}) {
-        for (const int64_t N : {0, 1, 5}) {
-          for (const int64_t offset : kOffsets) {
-            const bool on_device = turn & 1, in_place = turn & 2;
-            ++turn;
-            const uint32_t threshold = kThresholds[turn % 5];
-            test_feature_dropout<T>(N, C, L, channels_last, offset, threshold,
-                                    {turn % 3, turn % 4, on_device, in_place});
-            test_feature_dropout<T>(N, C, L, channels_last, offset, 32768,
-                                    {0, 0, !on_device, !in_place});
-          }
+  for (const int64_t C : channels) {
+    for (const int64_t L : {1, 3, 8, 63}) {
+      for (const int64_t N : {0, 1, 5}) {
+        for (const int64_t offset : kOffsets) {
+          const bool on_device = turn & 1, in_place = turn & 2;
+          const bool adds = Op::kAdds && turn & 1, scaled = !Op::kAdds || turn % 3;
+          ++turn;
+          const uint32_t threshold = kThresholds[turn % 5];
+          test_channels<T>(N, C, L, channels_last, offset, threshold,
+                           {turn % 3, turn % 4, on_device, in_place, adds, scaled});
+          test_channels<T>(N, C, L, channels_last, offset, 32768,
+                           {0, 0, !on_device, !in_place, adds, scaled});
         }
       }
     }
-    // Several blocks, and channels longer and more numerous than one covers.
-    for (const Variant& variant : {Variant{0, 0, false, false}, Variant{1, 3, true, false}}) {
-      test_feature_dropout<T>(3, 13, 257, channels_last, 13, 32768, variant);
-      test_feature_dropout<T>(2, 3001, 1, channels_last, 5, 32768, variant);
-      test_feature_dropout<T>(2, 1, 3001, channels_last, 8, 32768, variant);
-    }
   }
+  // Several blocks, and channels longer and more numerous than one covers.
+  for (const Variant& variant :
+       {Variant{0, 0, false, false}, Variant{1, 3, true, false, Op::kAdds}}) {
+    test_channels<T>(3, channels.back(), 257, channels_last, 13, 32768, variant);
+    if (channels.size() > 1) test_channels<T>(2, 3001, 1, channels_last, 5, 32768, variant);
+    test_channels<T>(2, 1, 3001, channels_last, 8, 32768, variant);
+  }
+}
+
+template <typename T>
+void test_dtype() {
+  if constexpr (has_form<Op>(DrawnFor::element)) test_dtype_of_elements<T>();
+  if constexpr (has_form<Op>(DrawnFor::channel)) {
+    test_dtype_of_channels<T>({1, 3, 8, 13}, false);
+    test_dtype_of_channels<T>({1, 3, 8, 13}, true);
+  }
+  if constexpr (has_form<Op>(DrawnFor::sample)) test_dtype_of_channels<T>({1}, false);
 }
 
 }  // namespace
