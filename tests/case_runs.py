@@ -17,13 +17,12 @@ from reg_kernels import backends
 from reg_kernels.cases import Case, all_cases
 from reg_kernels.ops._registry import OPS, implementation_of
 
-from support import DEVICE, DTYPE_IDS, DTYPES, implementations
+from support import DEVICE, DTYPES, implementations
 
 CASES = all_cases()
 SMALL = [case for case in CASES if case.small]
 IMPLEMENTATIONS = implementations()
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 
 
@@ -34,6 +33,20 @@ def of(cases: list[Case]) -> Any:
 def one_dtype(case: Case) -> torch.dtype:
     """One for each case, which go round."""
     return DTYPES[[c for c in CASES if c.op == case.op].index(case) % len(DTYPES)]
+
+
+def cells(cases: list[Case], *dtypes: torch.dtype) -> Any:
+    """(backend, dtype, case) of each; an interpreter runs small cases in one dtype each."""
+    chosen = [
+        pytest.param(*implementation.values, dtype, case, marks=implementation.marks, id=name)
+        for implementation in IMPLEMENTATIONS
+        for dtype in dtypes
+        for case in cases
+        if not is_interpreted(*implementation.values)
+        or (case.small and (len(dtypes) == 1 or dtype == one_dtype(case)))
+        for name in [f"{implementation.values[0]}-{str(dtype).removeprefix('torch.')}-{case}"]
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "case"), chosen)
 
 
 def one_an_op(cases: list[Case]) -> list[Case]:
@@ -76,16 +89,20 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     )
 
 
+def tensors(values: Any) -> list[Tensor]:
+    """Those in a nest of lists and tuples."""
+    return [x.detach() for x in tree_flatten(values)[0] if isinstance(x, Tensor)]
+
+
 def described(values: Any) -> list[Any]:
     """dtype, shape and strides of each tensor; a dimension of one or nothing has none."""
     return [
         (x.dtype, x.shape, [t for t, n in zip(x.stride(), x.shape, strict=True) if x.numel() > n])
-        for x in tree_flatten(values)[0]
-        if isinstance(x, Tensor)
+        for x in tensors(values)
     ]
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a registered op."""
 
@@ -103,14 +120,11 @@ class Call:
 
     @functools.cached_property
     def kind(self) -> tuple[Any, ...]:
-        """Which arguments are left out, and how those are laid out that are not."""
-        return (self.overload, *(self._kind(x) for x in tree_flatten(self.args)[0]))
-
-    @staticmethod
-    def _kind(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return min(x.dim(), 3), x.is_contiguous(), x.dtype.is_floating_point
-        return x if isinstance(x, bool) else type(x)
+        """Which arguments are left out, and how the first tensors are laid out."""
+        flat = tree_flatten(self.args)[0]
+        first = next(x for x in flat if (isinstance(x, Tensor) and x.dim() > 1) or x is flat[-1])
+        left_out = tuple(x if isinstance(x, bool) else x is None for x in self.args)
+        return self.overload, left_out, isinstance(first, Tensor) and first.is_contiguous()
 
 
 class Recorder(TorchDispatchMode):
@@ -142,8 +156,8 @@ def recorded(case: Case, backend: str, dtype: torch.dtype) -> tuple[list[Tensor]
 
 @functools.cache
 def kinds_of_calls(op: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Call]:
-    """One call of each kind that the small cases make of an op. Where an interpreter runs them, of
-    one case of each three."""
+    """One call of each kind that the small cases make of an op, on finite numbers. Where an
+    interpreter runs them, of one case of each three."""
     return [call for call in _kinds_of_calls(backend, dtype) if call.op == op]
 
 
@@ -151,18 +165,28 @@ def kinds_of_calls(op: str, backend: str, dtype: torch.dtype = torch.float32) ->
 def _kinds_of_calls(backend: str, dtype: torch.dtype) -> list[Call]:
     kinds: dict[Any, Call] = {}
     for case in SMALL[:: 3 if is_interpreted(backend) else 1]:
-        for call in recorded(case, backend, dtype)[1]:
-            kinds.setdefault(call.kind, call)
+        found, calls = recorded(case, backend, dtype)
+        if all(x.isfinite().all() for x in (*found, *inputs_of(case, dtype))):
+            for call in calls:
+                kinds.setdefault(call.kind, call)
     return list(kinds.values())
 
 
 def copied(call: Call) -> tuple[Any, ...]:
-    """Arguments that may be written over."""
+    """Arguments that may be written over; none that is would be a leaf."""
+    written = {
+        i
+        for i, argument in enumerate(call.overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
 
-    def copy(x: Tensor) -> Tensor:
+    def copy(x: Tensor, leaf: bool) -> Tensor:
         if not x.is_floating_point():
             return x
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return y.copy_(x.detach()).requires_grad_(x.requires_grad)
+        return y.copy_(x.detach()).requires_grad_(x.requires_grad and leaf)
 
-    return tree_map_only(Tensor, copy, call.args)
+    return tuple(
+        tree_map_only(Tensor, functools.partial(copy, leaf=i not in written), x)
+        for i, x in enumerate(call.args)
+    )

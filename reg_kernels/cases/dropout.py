@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def _drawn(
 ) -> Case:
     """`in_a_row`: how many draws each row of the input takes."""
 
-    def call(x: Tensor, first: int = 0, inplace: bool = False, backend: str | None = None) -> Tensor:
+    def call(
+        x: Tensor, first: int = 0, inplace: bool = False, backend: str | None = None
+    ) -> Tensor:
         offset = element_offset + first * in_a_row
         options = {"rng_state": state(), "element_offset": offset, "backend": backend}
         return dropout(x, P, inplace=inplace, **options)
@@ -108,9 +111,7 @@ def _elements(
     return _drawn("dropout", name, shape, layout, F.dropout, oracle, in_a_row, element_offset)
 
 
-def _channels(
-    shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _contiguous
-) -> Case:
+def _channels(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _contiguous) -> Case:
     function = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}[len(shape)]
     name = f"{'x'.join(map(str, shape))} {layout.__name__[1:]}"
     return _drawn("feature_dropout", name, shape, layout, function, _channel_oracle, shape[1])

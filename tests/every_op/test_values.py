@@ -4,8 +4,9 @@ import pytest
 import torch
 from case_runs import (
     CASES,
+    IMPLEMENTATIONS,
     SMALL,
-    dtypes,
+    cells,
     inputs_of,
     is_interpreted,
     leaves_of,
@@ -18,7 +19,7 @@ from case_runs import (
 
 from reg_kernels.cli.check import gradcheck, measure
 
-from support import DEVICE, isas
+from support import DEVICE, DTYPES, isas
 
 ON_CPU = torch.device("cpu")
 
@@ -32,12 +33,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@of(CASES)
-@dtypes
-@on_each
+@cells(CASES, *DTYPES)
 def test_error_against_fp64(case, backend, dtype):
-    if is_interpreted(backend) and not (case.small and dtype == one_dtype(case)):
-        pytest.skip("too large for Triton's interpreter, which runs each case in one dtype")
     error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
     assert error <= allowed
 
@@ -46,17 +43,13 @@ def test_error_against_fp64(case, backend, dtype):
 @on_each
 def test_gradcheck(case, backend):
     size = sum(x.numel() for x in inputs_of(case, torch.float64))
-    if size > (20 if is_interpreted(backend) else 200):
+    if size > (10 if is_interpreted(backend) else 200):
         pytest.skip("numerical gradients of so many elements take minutes")
     assert gradcheck(case, backend, torch.device(DEVICE))
 
 
-@of([case for case in CASES if case.draws])
-@dtypes
-@on_each
+@cells([case for case in CASES if case.draws], *DTYPES)
 def test_bits_of_what_is_drawn_are_the_references(case, backend, dtype):
-    if is_interpreted(backend) and not case.small:
-        pytest.skip("too large for Triton's interpreter")
     inputs = case.inputs(ON_CPU, dtype)
     here = [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=DEVICE) for x in inputs]
     here = [x.copy_(y) for x, y in zip(here, inputs, strict=True)]
@@ -82,31 +75,31 @@ def test_a_shard_gets_its_part_of_the_whole_mask(case, backend):
 
 
 @of(CASES)
-@dtypes
 @pytest.mark.skipif(not isas(), reason="the native library was not built")
-def test_bits_of_each_instruction_set_and_number_of_threads(case, dtype):
+def test_bits_of_each_instruction_set_and_number_of_threads(case):
     from reg_kernels import _C
 
-    def found():
-        leaves = [x.requires_grad_(case.differentiable) for x in case.inputs(ON_CPU, dtype)]
-        return results(case, leaves, "native")
+    for dtype in DTYPES:
 
-    expected = found()
-    try:
-        for isa in isas():
-            _C.set_isa(isa)
-            assert same(found(), expected), isa
-    finally:
-        _C.set_isa(isas()[-1])
-    for threads in (2, 3) if not case.small else ():
-        torch.set_num_threads(threads)
-        assert same(found(), expected), threads
+        def found(dtype=dtype):
+            leaves = [x.requires_grad_(case.differentiable) for x in case.inputs(ON_CPU, dtype)]
+            return results(case, leaves, "native")
+
+        expected = found()
+        try:
+            for isa in isas():
+                _C.set_isa(isa)
+                assert same(found(), expected), (isa, dtype)
+        finally:
+            _C.set_isa(isas()[-1])
+        for threads in (2, 3) if not case.small else ():
+            torch.set_num_threads(threads)
+            assert same(found(), expected), (threads, dtype)
+        torch.set_num_threads(1)
 
 
-@of(CASES)
-@on_each
+@of(CASES if DEVICE == "cuda" else SMALL[::3])
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[:2])
 def test_two_runs_give_the_same_bits(case, backend):
-    if DEVICE == "cpu" and (backend == "native" or not case.small):
-        pytest.skip("by instruction sets and threads; too large for an interpreter")
     leaves = leaves_of(case, one_dtype(case))
     assert same(results(case, leaves, backend), results(case, leaves, backend))

@@ -1,0 +1,247 @@
+"""What every op is to torch: registered, traced, differentiated, transformed, written over."""
+
+import pytest
+import torch
+from case_runs import (
+    CASES,
+    IMPLEMENTATIONS,
+    SMALL,
+    copied,
+    described,
+    gradients,
+    inputs_of,
+    is_interpreted,
+    kinds_of_calls,
+    leaves_of,
+    of,
+    on_each,
+    one_an_op,
+    recorded,
+    results,
+    same,
+    tensors,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from reg_kernels.ops._registry import OPS
+
+from support import DEVICE, no_waiting
+
+GRAPH = torch.autograd.graph
+SCHEMA = "test_schema"
+each_op = pytest.mark.parametrize("op", OPS)
+DIFFERENTIABLE = [c for c in SMALL if c.differentiable and not c.op.endswith("_backward")]
+IN_PLACE = [case for case in SMALL if case.over]
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="torch sees no GPU")
+
+
+# Registration
+
+
+@of(SMALL)
+@on_each
+def test_it_runs_where_it_is_told_and_fakes_are_as_what_is_real(case, backend):
+    """Backwards, too, which run where their forward did."""
+    if is_interpreted(backend) and SMALL.index(case) % 3:
+        pytest.skip("takes Triton's interpreter minutes")
+    found, calls = recorded(case, backend, torch.float32)
+    inputs = leaves_of(case, torch.float32)
+    assert {call.backend for call in calls} <= {backend}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for call in calls:
+            with torch.no_grad():  # with gradients of its own a backward is made of torch's ops
+                fake = call.overload(*tree_map_only(torch.Tensor, mode.from_tensor, call.args))
+            assert described(fake) == described(call.returned), call.overload
+        if case.traced:
+            leaves = [mode.from_tensor(x) for x in inputs]
+            y = case.function(*leaves, backend=backend)
+            assert described([y, *gradients(case, y, leaves)]) == described(found)
+
+
+@each_op
+@on_each
+def test_opcheck(op, backend):
+    """The schema of all; the rest, which implementations share, of five calls of the native one."""
+    calls = kinds_of_calls(op, backend)
+    # A chain's gates, of bytes, end in some that nobody reads or writes.
+    plain = [c for c in calls if all(x.dtype != torch.uint8 for x in tensors(c.returned))]
+    whole = plain[:: -(-len(plain) // 5) or 1] if backend == "native" else ()
+    for call in calls:
+        opcheck(call.overload, copied(call), **({} if call in whole else {"test_utils": SCHEMA}))
+
+
+# A backward's gradients are the second ones of gradgradcheck: it may be given sums of the input.
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_backward")])
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
+def test_the_registered_op_has_gradients(op, backend):
+    for call in kinds_of_calls(op, backend, torch.float64):
+        flat, spec = tree_flatten(copied(call))
+        places = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def function(*leaves, call=call, flat=flat, spec=spec, places=places):
+            values = {i: leaf * 1 for i, leaf in zip(places, leaves, strict=True)}
+            args = spec.unflatten([values.get(i, x) for i, x in enumerate(flat)])
+            returned = call.overload(*args)
+            return args[0] if returned is None else returned
+
+        if places and sum(flat[i].numel() for i in places) < 300:
+            leaves = [flat[i].detach().requires_grad_() for i in places]
+            assert torch.autograd.gradcheck(function, leaves, fast_mode=True), call.kind
+
+
+@of(one_an_op(SMALL))
+def test_a_backend_that_is_none(case):
+    with pytest.raises(ValueError, match="backend must be one of native, triton, reference"):
+        case.function(*inputs_of(case, torch.float32), backend="cuda")
+
+
+@on_a_gpu
+@each_op
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS[:2])
+def test_short_capture(op, backend):
+    """Nothing waits for the device, and a graph's replays are what an eager call gives."""
+    for call in kinds_of_calls(op, backend):
+        args, eager = copied(call), copied(call)
+        returned = call.overload(*eager)
+        with no_waiting():
+            call.overload(*copied(call))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call.overload(*args)
+        graph.replay()
+        assert same(tensors((args, captured)), tensors((eager, returned))), call.kind
+
+
+# Autograd
+
+
+@of([case for case in CASES if case.keeps is not None and case.differentiable])
+@on_each
+def test_it_keeps_no_more_than_it_says(case, backend):
+    if is_interpreted(backend) and not case.small:
+        pytest.skip("too large for Triton's interpreter")
+    kept = []
+    with GRAPH.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        case.function(*leaves_of(case, torch.float32), backend=backend)
+    assert sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= case.keeps
+
+
+@of(one_an_op(DIFFERENTIABLE))
+@on_each
+def test_no_graph_where_none_is_wanted(case, backend):
+    leaves = leaves_of(case, torch.float32)
+    y = case.function(*leaves, backend=backend)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert not case.function(*leaves, backend=backend).requires_grad
+    assert not case.function(*(x.detach() for x in leaves), backend=backend).requires_grad
+    with torch.inference_mode():
+        assert same([case.function(*leaves, backend=backend)], [y.detach()])
+
+
+@of(one_an_op(DIFFERENTIABLE))
+def test_hooks_on_what_is_saved_and_mutation_of_it(case):
+    expected = results(case, leaves_of(case, torch.float64), None)
+    hooks = (lambda t: (t.clone(), t.device), lambda packed: packed[0])
+    for context in (
+        GRAPH.saved_tensors_hooks(*hooks),
+        GRAPH.save_on_cpu(),
+        GRAPH.disable_saved_tensors_hooks("none here"),
+    ):
+        with context:
+            assert same(results(case, leaves_of(case, torch.float64), None), expected)
+    with GRAPH.allow_mutation_on_saved_tensors():
+        leaves = leaves_of(case, torch.float64)
+        copies = [x * 1 for x in leaves]
+        y = case.function(*copies)
+        for x in copies:
+            x.detach().mul_(0)
+        assert same(gradients(case, y, leaves), expected[1:])
+
+
+@of(one_an_op(DIFFERENTIABLE))
+def test_batched_gradients_and_torch_func(case):
+    leaves = leaves_of(case, torch.float64)
+    y = case.function(*leaves)
+    g = torch.randn(2, *y.shape, dtype=y.dtype, device=DEVICE)
+
+    def by(g, **options):
+        return torch.autograd.grad(y, leaves, g, retain_graph=True, **options)
+
+    one, two = by(g[0]), by(g[1])
+    stacked = tuple(torch.stack(pair) for pair in zip(one, two, strict=True))
+    torch.testing.assert_close(by(g, is_grads_batched=True), stacked)
+    inputs = tuple(x.detach() for x in leaves)
+    output, pullback = torch.func.vjp(case.function, *inputs)
+    torch.testing.assert_close(output, y.detach())
+    torch.testing.assert_close(pullback(g[0]), one)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    _, tangent = torch.func.jvp(case.function, inputs, tangents)
+    product = sum((t * d).sum() for t, d in zip(tangents, one, strict=True))
+    torch.testing.assert_close((tangent * g[0]).sum(), product)
+
+
+# In place
+
+
+@of(IN_PLACE)
+@on_each
+def test_in_place_is_as_fresh(case, backend):
+    if is_interpreted(backend) and IN_PLACE.index(case) % 3:
+        pytest.skip("takes Triton's interpreter minutes")
+    inputs = inputs_of(case, torch.float32)
+    expected, version = case.fresh(*inputs, backend=backend), inputs[0]._version
+    assert case.over(*inputs, backend=backend) is inputs[0]
+    assert inputs[0]._version > version
+    assert same([inputs[0]], [expected])
+    leaves = leaves_of(case, torch.float32)
+    products = [x * 1 for x in leaves]
+    ours, theirs = case.function(*leaves, backend=backend), case.over(*products, backend=backend)
+    assert theirs is products[0]
+    assert same(gradients(case, ours, leaves), gradients(case, theirs, leaves))
+
+
+@of(one_an_op(IN_PLACE))
+@on_each
+def test_in_place_on_a_part_and_on_what_autograd_saved(case, backend):
+    x, *others = leaves_of(case, torch.float32)
+    whole = torch.stack([x, x]) * 1
+    expected = case.fresh(x, *others, backend=backend).detach()
+    part = case.over(whole[1], *others, backend=backend)
+    assert same([whole[0].detach(), whole[1].detach()], [x.detach(), expected])
+    (ours,) = torch.autograd.grad(part, x, torch.ones_like(part), retain_graph=True)
+    y = case.fresh(x, *others, backend=backend)
+    assert same([ours], torch.autograd.grad(y, x, torch.ones_like(y)))
+    saved = x.exp()
+    y = saved * 1
+    case.over(saved, *others, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    negated = torch._neg_view(x.detach().clone())
+    expected = case.fresh(-x, *others, backend=backend).detach()
+    assert same([case.over(negated, *others, backend=backend).clone()], [expected])
+
+
+@of(one_an_op(IN_PLACE))
+def test_in_place_where_it_is_forbidden_raises_and_changes_nothing(case):
+    leaf, *others = leaves_of(case, torch.float32)
+    others = [x.detach() for x in others]
+    with torch.inference_mode():
+        inference = leaf.detach().clone()
+    random = torch.get_rng_state()
+    for x, message in (
+        (leaf, "leaf"),
+        (leaf[:], "leaf"),
+        ((torch.stack([leaf, leaf]) * 1).unbind(0)[0], "view"),
+        (inference, "inference"),
+        (leaf.detach()[:1].expand(leaf.shape), "single memory location"),
+    ):
+        before = x.detach().clone()
+        with pytest.raises(RuntimeError, match=message):
+            case.over(x, *others)
+        assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    with torch.inference_mode():
+        assert case.over(inference, *others) is inference
