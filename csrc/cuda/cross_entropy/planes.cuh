@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
   double losses = 0;
   for (int64_t position = int64_t{blockIdx.x} * threads + threadIdx.x; position < a.positions;
        position += int64_t{gridDim.x} * threads) {
-    const int64_t first = a.start(position);
+    const int64_t first = start_of(position, classes, length);
     const T* const x = a.x + first;
     const DenseTarget<T> classwise(a, first);
     ClassSums<T, kDense> all;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     losses += finish_position(a, position, target, all.softmax, dense, mass);
     if (!a.gradient) continue;
     const CrossEntropyGradient<kDense, T> gradient(
-        {target, all.softmax, a.has_probabilities(), mass}, classwise, classes);
+        {target, all.softmax, a.has_probabilities(), mass, a.factor(position)}, classwise, classes);
     RK_NO_UNROLL
     for (int64_t c = 0; c < classes; c += kPlaneLoads) {
       T values[kPlaneLoads];

@@ -6,6 +6,9 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
+constexpr int kLongLoads = 4;   // vectors of a thread before its first use of one
+constexpr int kPlaneLoads = 8;  // classes before the first use of one, where they lie apart
+
 // `stats` has 2 of a position: the largest logit, the sum of exp(logit - largest).
 template <typename T>
 struct CrossEntropy : LossArguments<T> {
@@ -23,9 +26,8 @@ struct CrossEntropy : LossArguments<T> {
   RK_HD bool is_dense() const { return has_probabilities() || this->labels.smooths(); }
 
   int64_t most_vectors() const { return most_row_vectors(this->x, this->classes); }
-  __device__ LogitRow<T> row(int64_t first) const { return {this->x + first, this->classes}; }
-  __device__ Logits<kCount> load_row(int64_t first, int64_t c) const {
-    return load_logits<kCount>(this->x + first, c, this->classes);
+  __device__ Logits<kCount> load_row(int64_t first, int64_t c, int64_t classes) const {
+    return load_logits<kCount>(this->x + first, c, classes);
   }
   __device__ Logits<1> load_class(int64_t element) const { return {{this->x[element]}}; }
 };
@@ -138,11 +140,8 @@ __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntro
                                                                 int64_t position, const T* x,
                                                                 int64_t stride) {
   using C = compute_t<T>;
-  auto result = read_labels<kDense>(a, position, x, stride);
-  if (a.has_probabilities()) {
-    result.terms.smooth = static_cast<C>(1.0 / static_cast<double>(a.mean_of()));
-  }
-  return result;
+  if (!a.has_probabilities()) return read_labels<kDense>(a, position, x, stride);
+  return {{-1, -1, 0, 0, static_cast<C>(1.0 / static_cast<double>(a.mean_of())), 0, false}, 0, 0};
 }
 
 // The loss of a position, and its statistics in their place. Without `dense` targets that and
@@ -178,13 +177,13 @@ struct Slope {
 
   // `mass` of probabilities.
   __device__ Slope(const Position<C>& target, const SoftmaxSum<C>& softmax, bool probabilities,
-                   C mass)
+                   C mass, C factor)
       : max(softmax.max),
         scale((probabilities ? target.terms.smooth * mass : target.terms.mass) / softmax.sum),
         smooth(target.terms.smooth),
         ka(target.terms.ka),
         kb(target.terms.kb),
-        factor(target.factor),
+        factor(factor),
         a(target.terms.a),
         b(target.terms.b),
         counts(probabilities || !target.terms.is_nothing()) {}
@@ -221,6 +220,8 @@ __device__ __forceinline__ Vector<T, kCount> slopes(const Slope<compute_t<T>>& s
 template <bool kDense, typename T>
 struct CrossEntropyGradient {
   using Arguments = CrossEntropy<T>;
+  using Element = T;
+  static constexpr int kRowLoads = kLongLoads, kClassLoads = kPlaneLoads;
   using C = compute_t<T>;
 
   Slope<C> slope;
@@ -230,7 +231,8 @@ struct CrossEntropyGradient {
   // Of labels, from the statistics.
   __device__ CrossEntropyGradient(const Arguments& a, int64_t position, const T* x, int64_t stride)
       : slope(read_position<kDense>(a, position, x, stride),
-              {a.stats[position], a.stats[a.positions + position]}, false, C(0)),
+              {a.stats[position], a.stats[a.positions + position]}, false, C(0),
+              a.factor(position)),
         classwise(a.weight),
         classes(a.classes) {}
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kShortThreads, kDense ? 1 : 2)
     const int64_t own = first + thread % kWarp / lanes;
     const bool valid = own < a.positions;
     const int64_t position = valid ? own : a.positions - 1;  // once more, and of no effect
-    const LogitRow<T> row = a.row(position * classes);
+    const LogitRow<T> row(a.x + position * classes, classes);
     Vector<T> x[kVectors];
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kShortThreads, kDense ? 1 : 2)
       losses += finish_position(a, position, target, softmax, dense, mass);
     }
     if (!a.gradient || !valid) continue;
-    const Slope<C> slope(target, softmax, a.has_probabilities(), mass);
+    const Slope<C> slope(target, softmax, a.has_probabilities(), mass, a.factor(position));
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       if (k * lanes >= most) continue;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
   if (thread == 0) shared->losses = 0;
   int turn = 0;
   for (int64_t position = blockIdx.x; position < a.positions; position += gridDim.x, turn ^= 1) {
-    const LogitRow<T> row = a.row(position * classes);
+    const LogitRow<T> row(a.x + position * classes, classes);
     const DenseTarget<T> classwise(a, position * classes);
     const auto vectors = static_cast<int>(row.vectors());
     if (thread == 0) shared->target[turn] = read_position<kDense>(a, position, row.data, 1);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
     }
     if (!a.gradient) continue;
     const CrossEntropyGradient<kDense, T> gradient(
-        {target, all.softmax, a.has_probabilities(), mass}, classwise, classes);
+        {target, all.softmax, a.has_probabilities(), mass, a.factor(position)}, classwise, classes);
     RK_NO_UNROLL
     for (int vector = thread; vector < vectors; vector += stride) {
       const int64_t c = row.first_class(vector);

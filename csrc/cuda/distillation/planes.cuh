@@ -9,17 +9,17 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 template <typename S, typename T>
-__global__ void __launch_bounds__(kPlaneThreads)
+__global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     distillation_planes_kernel(DistillationArguments<S, T> a) {
   using C = compute_t<S>;
   RK_SHARED(LossShared, shared);
   // At a time, as far as there are: loads that wait for nothing, where registers allow.
-  constexpr int kClasses = sizeof(C) == 8 ? 2 : 4;
+  constexpr int kClasses = kDistillationClasses<C>;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   for (int64_t p = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; p < a.positions; p += stride) {
-    const int64_t start = a.start(p);
+    const int64_t start = start_of(p, a.classes, a.length);
     const auto each = [&](const auto& f) {
       int64_t c = 0;
       RK_NO_UNROLL
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
     });
     loss += finish_position(a, p, target, sums);
     if (a.gradient == nullptr) continue;
-    const DistillationGradient<S, T> gradient(a, target, sums);
+    const DistillationGradient<S, T> gradient(a, p, target, sums);
     each([&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
       const auto slopes = gradient.of_row(c, pair_at(count, c));
       RK_UNROLL

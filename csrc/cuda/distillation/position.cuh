@@ -27,6 +27,10 @@ struct DistillationFactors {
   }
 };
 
+// Classes before the first use of one, where they lie apart.
+template <typename C>
+constexpr int kDistillationClasses = sizeof(C) == 8 ? 2 : 4;
+
 // Logits of classes side by side, the student's and the teacher's.
 template <typename S, typename T, int kWidth>
 struct DistillationPair {
@@ -55,12 +59,9 @@ struct DistillationArguments : LossArguments<S> {
   }
 
   int64_t most_vectors() const { return most_row_vectors(this->x, this->classes, kCount); }
-  __device__ LogitRow<S, kCount> row(int64_t first) const {
-    return {this->x + first, this->classes};
-  }
-  __device__ Logits<kCount> load_row(int64_t first, int64_t c) const {
-    return {load_logits<kCount>(this->x + first, c, this->classes),
-            load_logits<kCount>(teacher + first, c, this->classes)};
+  __device__ Logits<kCount> load_row(int64_t first, int64_t c, int64_t classes) const {
+    return {load_logits<kCount>(this->x + first, c, classes),
+            load_logits<kCount>(teacher + first, c, classes)};
   }
   __device__ Logits<1> load_class(int64_t element) const {
     return {{{this->x[element]}}, {{teacher[element]}}};
@@ -159,20 +160,20 @@ struct DistillationSlopes {
   int64_t a, b;
 
   __device__ DistillationSlopes(const Position<C>& target, const DistillationSums<S>& sums,
-                                const DistillationFactors<C>& factors)
+                                const DistillationFactors<C>& factors, C factor)
       : max(sums.max),
         teacher_max(sums.teacher_max),
         inverse_temperature(factors.inverse_temperature),
         a(target.terms.a),
         b(target.terms.b) {
-    const C share = factors.divergence_slope * target.factor;
+    const C share = factors.divergence_slope * factor;
     at_t = share / sums.sum_at_t;
     teacher = share / sums.teacher_sum;
-    const C factor = static_cast<C>(factors.of_labels) * target.factor;
-    at_1 = factor * target.terms.mass / sums.sum;
-    smooth = factor * target.terms.smooth;
-    ka = factor * target.terms.ka;
-    kb = factor * target.terms.kb;
+    const C of_labels = static_cast<C>(factors.of_labels) * factor;
+    at_1 = of_labels * target.terms.mass / sums.sum;
+    smooth = of_labels * target.terms.smooth;
+    ka = of_labels * target.terms.ka;
+    kb = of_labels * target.terms.kb;
   }
 
   __device__ C at(C x, C t, C weight) const {
@@ -229,21 +230,24 @@ struct DistillationLogits {
 template <typename S, typename T>
 struct DistillationGradient {
   using Arguments = DistillationArguments<S, T>;
+  using Element = S;
+  static constexpr int kRowLoads = 2, kClassLoads = kDistillationClasses<compute_t<S>>;
   using C = compute_t<S>;
 
   DistillationSlopes<S> slopes;
   const C* weight;  // of the classes that are smoothed over, or null
   int64_t classes;
 
-  __device__ DistillationGradient(const Arguments& a, const Position<C>& target,
+  __device__ DistillationGradient(const Arguments& a, int64_t position, const Position<C>& target,
                                   const DistillationSums<S>& sums)
-      : slopes(target, sums, a.factors()),
+      : slopes(target, sums, a.factors(), a.factor(position)),
         weight(a.labels.smooths() ? a.weight : nullptr),
         classes(a.classes) {}
 
   // From the statistics.
   __device__ DistillationGradient(const Arguments& a, int64_t position, const S* x, int64_t stride)
-      : DistillationGradient(a, read_labels(a, position, x, stride), read_stats(a, position)) {}
+      : DistillationGradient(a, position, read_labels(a, position, x, stride),
+                             read_stats(a, position)) {}
 
   // Of classes c, c + 1, ... side by side.
   template <int kCount>

@@ -23,7 +23,7 @@ struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
   int64_t head, tail;
 
   __device__ DistillationRow(const DistillationArguments<S, T>& a, int64_t first)
-      : LogitRow<S, kCount>(a.row(first)), teacher(a.teacher + first) {
+      : LogitRow<S, kCount>(a.x + first, a.classes), teacher(a.teacher + first) {
     const LogitRow<T, kCount> of_teacher(teacher, a.classes);
     head = this->shift ? kCount - this->shift : 0;
     if (of_teacher.shift != this->shift || head > a.classes) head = a.classes;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
     if (thread == 0) loss += finish_position(a, p, target, sums);
     if (a.gradient == nullptr) continue;
 
-    const DistillationGradient<S, T> gradient(a, target, sums);
+    const DistillationGradient<S, T> gradient(a, p, target, sums);
     logits.each(thread, threads,
                 [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
                   const auto pair =

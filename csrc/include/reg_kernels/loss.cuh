@@ -35,22 +35,26 @@ struct LossArguments {
   RK_HD bool is_mean() const { return reduction == Reduction::mean; }
   RK_HD int64_t mean_of() const { return is_mean() ? positions : 1; }
 
-  // Where a position's class 0 lies.
-  __device__ int64_t start(int64_t position) const {
-    const int64_t n = position / length;
-    return n * classes * length + (position - n * length);
+  // The gradient of the loss.
+  __device__ C factor(int64_t position) const {
+    return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
   }
   __device__ TargetSums target_sums() const {
     return sums ? *sums : TargetSums{{1.0, 1.0}, static_cast<double>(classes)};
   }
 };
 
+// Where a position's class 0 lies. A function of what a kernel holds in registers: as a member of
+// the arguments it cost the kernels of planes up to forty more.
+__device__ __forceinline__ int64_t start_of(int64_t position, int64_t classes, int64_t length) {
+  return position / length * classes * length + position % length;
+}
+
 // What the labels of a position ask of it, before its classes are.
 template <typename C>
 struct Position {
   LabelTerms<C> terms;
   C x_a, x_b;  // the labels' logits
-  C factor;    // the loss's gradient
 };
 
 // `x` is the position's class 0, and its classes are `stride` apart.
@@ -70,7 +74,6 @@ __device__ __forceinline__ Position<compute_t<T>> read_labels(const LossArgument
       LabelTerms<C>::template at<kSmooths>(a.labels, sums.labels, a.weight, sums.weights, position);
   if (result.terms.a >= 0) result.x_a = load(x[result.terms.a * stride]);
   if (result.terms.b >= 0) result.x_b = load(x[result.terms.b * stride]);
-  result.factor = static_cast<C>(a.grad_output.at(a.one_grad_output ? 0 : position, 1.0));
   return result;
 }
 
@@ -78,6 +81,7 @@ __device__ __forceinline__ Position<compute_t<T>> read_labels(const LossArgument
 
 constexpr int64_t kFewBlocks = 512;  // up to so many, blocks become smaller
 constexpr int kPlaneThreads = 128;   // at most, where a thread takes a position
+constexpr int kPlaneBlocks = 4;      // of a multiprocessor, then at least
 
 struct LossPlan {
   enum class Way { short_rows, long_rows, planes };
