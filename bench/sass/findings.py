@@ -92,7 +92,8 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|distillation_rows_kernel<",
+        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|distillation_rows_kernel<|"
+        r"rows_backward_kernel<Distillation",
         "As many elements of the shorter type as fill 16 bytes of the longer.",
     ),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),

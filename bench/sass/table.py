@@ -24,7 +24,7 @@ _TYPES = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double)\b")
 # How many inputs of its first type a kernel reads an element of in a trip, where not one; of those
 # left out elements are not counted: what an optimizer reads is a matter of its options.
 READS = {
-    r"batch_norm_backward|gradient_sums|^backward_kernel|distillation": 2,
+    r"batch_norm_backward|gradient_sums|^backward_kernel|distillation|<Distillation": 2,
     r"mixup_(kernel|pairs)": 2,
     r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
 }
@@ -103,6 +103,8 @@ def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
     threads, shared = launch.get("threads", kernel.threads), launch.get("shared", kernel.shared)
     percent, limit = occupancy(kernel.architecture, kernel.registers, threads, shared)
     base, _, arguments = name.partition("<")
+    if source.startswith("cuda/"):
+        base = name  # a kernel of several losses says in its arguments which one it is of
     # Triton takes as many elements at once as a tile leaves to a thread: any width may be theirs.
     elements_counted = source.startswith("cuda/") and _reads(base) is not None
     accesses = access_bytes(arguments) if elements_counted else None

@@ -1,8 +1,6 @@
 // Cross-entropy on the CPU key: torch's thread pool over the loops of cross_entropy.simd.cpp.
 #include "loss_task.h"
 
-#include <tuple>
-
 namespace reg_kernels {
 namespace {
 
@@ -13,19 +11,20 @@ void run(const LossTask& task, void (*leaf)(const LossTask&, int64_t, int64_t)) 
   for_units(task, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& target,
-                                                 const OptionalTensor& partner,
-                                                 const OptionalTensor& lam, double one_lam,
-                                                 const OptionalTensor& weight, int64_t ignore_index,
-                                                 double label_smoothing, int64_t reduction,
-                                                 const OptionalTensor& traced_smoothing,
-                                                 bool keep_gradient) {
+LossResult cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& partner,
+                         const OptionalTensor& lam, double one_lam, const OptionalTensor& weight,
+                         int64_t ignore_index, double label_smoothing, int64_t reduction,
+                         const OptionalTensor& traced_smoothing, bool keep_gradient) {
   const Call call("cross_entropy", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, traced_smoothing);
-  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 2, keep_gradient);
+  LossTensors results(input, in.reduction, 2, keep_gradient);
+  if (in.numel == 0) {
+    results.fill_with_nothing(in.reduction);
+    return results.result();
+  }
   LossTask task = loss_task(in, kShortRows, call.op);
-  LossOutputs outputs(task, in, input, 2, keep_gradient);
+  LossOutputs outputs(task, in, results);
   run(task, RK_LEAF(cross_entropy_units));
   return outputs.finish(task, in);
 }

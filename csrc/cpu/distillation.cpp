@@ -22,21 +22,25 @@ void run(const DistillationTask& task, void (*leaf)(const DistillationTask&, int
   for_units(task.loss, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation(
-    const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
-    const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
-    const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
-    const OptionalTensor& traced_smoothing, double temperature, double alpha,
-    const OptionalTensor& traced_softness, bool keep_gradient) {
+LossResult distillation(const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+                        const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+                        const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                        int64_t reduction, const OptionalTensor& traced_smoothing,
+                        double temperature, double alpha, const OptionalTensor& traced_softness,
+                        bool keep_gradient) {
   const Call call("distillation", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
   const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
-  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
+  LossTensors results(input, in.reduction, 5, keep_gradient);
+  if (in.numel == 0) {
+    results.fill_with_nothing(in.reduction);
+    return results.result();
+  }
   DistillationTask task =
       make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
-  LossOutputs outputs(task.loss, in, input, 5, keep_gradient);
+  LossOutputs outputs(task.loss, in, results);
   run(task, RK_LEAF(distillation_units));
   return outputs.finish(task.loss, in);
 }

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <tuple>
 
 #include "../torch/cross_entropy.h"
 #include "cache.h"
@@ -89,24 +88,20 @@ void for_units(const LossTask& task, const F& f) {
 // What a forward returns: (loss, stats, gradient).
 class LossOutputs {
  public:
-  LossOutputs(LossTask& task, const LossInput& in, const Tensor& x, int64_t stats,
-              bool keep_gradient)
-      : loss_(empty_positions(x, in.reduction == Reduction::none, 0)),
-        stats_(empty_positions(x, true, stats)),
-        gradient_(keep_gradient ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x))),
-        partials_(new double[task.units]) {
-    task.stats = stats_.mutable_data_ptr();
-    task.losses = in.reduction == Reduction::none ? loss_.mutable_data_ptr() : nullptr;
+  LossOutputs(LossTask& task, const LossInput& in, const LossTensors& tensors)
+      : tensors_(tensors), partials_(new double[task.units]) {
+    task.stats = tensors_.stats.mutable_data_ptr();
+    task.losses = in.reduction == Reduction::none ? tensors_.loss.mutable_data_ptr() : nullptr;
     task.partials = partials_.get();
-    task.gradient = keep_gradient ? gradient_.mutable_data_ptr() : nullptr;
-    task.stream = is_streamed(gradient_);
+    task.gradient = tensors_.has_gradient ? tensors_.gradient.mutable_data_ptr() : nullptr;
+    task.stream = is_streamed(tensors_.gradient);
   }
 
   static bool is_streamed(const Tensor& x) {
     return x.numel() * static_cast<int64_t>(x.element_size()) > last_level_cache_bytes();
   }
 
-  std::tuple<Tensor, Tensor, Tensor> finish(const LossTask& task, const LossInput& in) {
+  LossResult finish(const LossTask& task, const LossInput& in) {
     if (in.reduction != Reduction::none) {
       double total = 0;
       for (int64_t i = 0; i < task.units; ++i) total += partials_[i];
@@ -115,16 +110,16 @@ class LossOutputs {
           task.totals.labels == 0 || (in.labels.partner_labels && task.totals.partner_labels == 0);
       if (of_none) total = std::numeric_limits<double>::quiet_NaN();
       if (in.dtype == DType::float64) {
-        *static_cast<double*>(loss_.mutable_data_ptr()) = total;
+        *static_cast<double*>(tensors_.loss.mutable_data_ptr()) = total;
       } else {
-        *static_cast<float*>(loss_.mutable_data_ptr()) = static_cast<float>(total);
+        *static_cast<float*>(tensors_.loss.mutable_data_ptr()) = static_cast<float>(total);
       }
     }
-    return {loss_, stats_, gradient_};
+    return tensors_.result();
   }
 
  private:
-  Tensor loss_, stats_, gradient_;
+  LossTensors tensors_;
   std::unique_ptr<double[]> partials_;
 };
 

@@ -28,8 +28,6 @@ namespace cuda {
 // Of a grid that adds up losses: beyond that, blocks take several positions. A constant, so that
 // the order of the sum is the same on every GPU.
 constexpr int64_t kMostLossBlocks = 4096;
-constexpr int64_t kMostBlocks = 0x7fffffff;
-constexpr int64_t kFewBlocks = 512;  // up to so many, blocks become smaller
 
 // Calls f with true or false, for kernels of dense targets or of bare labels. Those of dense
 // targets serve for labels in float64 as well: few use it, and each kernel takes its time to
@@ -42,65 +40,30 @@ void for_density(const CrossEntropy<T>& a, const F& f) {
   f.template operator()<true>();
 }
 
-// How a loss's main launch goes about its positions.
-struct LossPlan {
-  enum class Way { short_rows, long_rows, planes };
-
-  Way way;
-  int threads;  // a block
-  int64_t blocks;
-  int64_t kept;  // vectors of a row, or classes of a position, in shared memory
-  int lanes;     // threads a short row
-  int most;      // vectors a short row
-};
-
-inline int power_of_two_from(int64_t count, int most) {
-  int result = 1;
-  while (result < count && result < most) result *= 2;
-  return result;
-}
-
-// Threads a block, where each of `positions` takes `lanes` of them.
-inline int loss_threads(int64_t positions, int lanes, int most) {
-  int threads = most;
-  while (threads > kWarp && ceil_div(positions, threads / lanes) < kFewBlocks) threads /= 2;
-  return threads;
-}
-
 template <typename T>
 LossPlan plan_loss(const CrossEntropy<T>& a, int64_t shared_bytes, int64_t most_blocks) {
-  const int64_t classes = a.layout.channels;
-  LossPlan plan{};
-  if (!a.classes_last) {
-    plan.way = LossPlan::Way::planes;
-    plan.threads = loss_threads(a.positions, 1, kPlaneThreads);
-    plan.blocks = ceil_div(a.positions, plan.threads);
+  const int64_t vectors = a.most_vectors();
+  LossPlan plan = LossPlan::of_small_blocks(LossPlan::Way::planes, a.positions, 1, kPlaneThreads);
+  if (!a.in_rows()) {
     if (a.gradient) {
       // A few blocks a multiprocessor read faster than one that reads once.
       const int64_t room = std::max<int64_t>(0, shared_bytes / kPlaneBlocks -
                                                     static_cast<int64_t>(sizeof(LossShared))) /
                            (plan.threads * static_cast<int64_t>(sizeof(T)));
-      plan.kept = room >= classes ? classes : room / kPlaneLoads * kPlaneLoads;
+      plan.kept = room >= a.classes ? a.classes : room / kPlaneLoads * kPlaneLoads;
     }
+  } else if (vectors <= kWarp * kShortVectors<T>) {
+    plan = LossPlan::of_small_blocks(LossPlan::Way::short_rows, a.positions,
+                                     power_of_two_from(vectors, kWarp), kShortThreads);
   } else {
-    const int64_t vectors = most_row_vectors(a.x, classes);
-    if (vectors <= kWarp * kShortVectors<T>) {
-      plan.way = LossPlan::Way::short_rows;
-      plan.most = static_cast<int>(vectors);
-      plan.lanes = power_of_two_from(vectors, kWarp);
-      plan.threads = loss_threads(a.positions, plan.lanes, kShortThreads);
-      plan.blocks = ceil_div(a.positions, plan.threads / plan.lanes);
-    } else {
-      plan.way = LossPlan::Way::long_rows;
-      plan.blocks = a.positions;
-      plan.threads = 4 * kWarp;
-      while (plan.threads < kLongThreads && plan.threads * kLongLoads < vectors) plan.threads *= 2;
-      if (a.gradient) {
-        plan.kept = std::min(vectors, (shared_bytes - kLongSharedBytes<T, true>) / kVectorBytes);
-      }
+    int threads = 4 * kWarp;
+    while (threads < kLongThreads && threads * kLongLoads < vectors) threads *= 2;
+    plan = {LossPlan::Way::long_rows, threads, threads};
+    if (a.gradient) {
+      plan.kept = std::min(vectors, (shared_bytes - kLongSharedBytes<T, true>) / kVectorBytes);
     }
   }
-  plan.blocks = std::min(plan.blocks, most_blocks);
+  plan.set_blocks(a.positions, most_blocks);
   return plan;
 }
 
@@ -113,7 +76,8 @@ void launch_loss_kernel(const CrossEntropy<T>& a, const LossPlan& plan, cudaStre
   };
   switch (plan.way) {
     case LossPlan::Way::short_rows:
-      launch(short_rows_kernel<kDense, T>, sizeof(LossShared), plan.lanes, plan.most);
+      launch(short_rows_kernel<kDense, T>, sizeof(LossShared), plan.lanes,
+             static_cast<int>(a.most_vectors()));
       break;
     case LossPlan::Way::long_rows:
       launch(long_rows_kernel<kDense, T>, kLongSharedBytes<T, kDense> + plan.kept * kVectorBytes,
@@ -135,39 +99,8 @@ template <typename T, typename Allocate>
 void launch_cross_entropy(CrossEntropy<T> a, Allocate&& allocate, cudaStream_t stream,
                           int64_t most_blocks = kMostLossBlocks) {
   const LossPlan plan = plan_loss(a, most_shared_bytes(), most_blocks);
-  const LossScratch scratch(
-      allocate(LossScratch::bytes(a.positions, a.layout.channels, plan.blocks)), plan.blocks);
-  a.sums = launch_target_sums(a.labels, a.weight, a.positions, a.reduction == Reduction::mean,
-                              scratch, stream);
-  a.sum.partials = scratch.partials;
-  a.sum.ticket = scratch.tickets;
+  prepare_loss(a, plan.blocks, allocate, stream);
   for_density(a, [&]<bool kDense>() { launch_loss_kernel<kDense>(a, plan, stream); });
-}
-
-template <bool kDense, typename T>
-void launch_backward_kernel(const CrossEntropy<T>& a, cudaStream_t stream, int64_t most_blocks) {
-  const int64_t classes = a.layout.channels;
-  if (a.classes_last) {
-    const int64_t vectors = most_row_vectors(a.x, classes);
-    const int lanes = power_of_two_from(ceil_div(vectors, kLongLoads), kBackwardThreads);
-    const int64_t pieces = ceil_div(vectors, kLongLoads * lanes);
-    const int64_t blocks = ceil_div(a.positions * pieces, kBackwardThreads / lanes);
-    RK_LAUNCH((rows_backward_kernel<kDense, T>),
-              dim3(static_cast<unsigned>(std::min(blocks, most_blocks))), dim3(kBackwardThreads), 0,
-              stream, a, lanes, pieces);
-  } else {
-    const int threads = loss_threads(a.positions, 1, kPlaneThreads);
-    const int64_t blocks = ceil_div(a.positions, threads);
-    // Of few positions, the classes are shared out.
-    constexpr int64_t kLeastClasses = 8 * kPlaneLoads;
-    const int64_t parts =
-        std::min(ceil_div(classes, kLeastClasses), ceil_div(2 * kFewBlocks, blocks));
-    const int64_t some = ceil_div(ceil_div(classes, parts), kPlaneLoads) * kPlaneLoads;
-    const dim3 grid(static_cast<unsigned>(std::min(blocks, most_blocks)),
-                    static_cast<unsigned>(ceil_div(classes, some)));
-    RK_LAUNCH((planes_backward_kernel<kDense, T>), grid, dim3(threads), 0, stream, a, some);
-  }
-  check_launch("cross_entropy_backward");
 }
 
 // The gradient, by grad_output. Of labels from the statistics. Of probabilities the softmax is made
@@ -180,10 +113,11 @@ void launch_cross_entropy_backward(CrossEntropy<T> a, Allocate&& allocate, cudaS
     launch_cross_entropy(a, allocate, stream, std::min(most_blocks, kMostLossBlocks));
     return;
   }
-  const LossScratch scratch(allocate(LossScratch::bytes(a.positions, a.layout.channels, 0)), 0);
-  a.sums = launch_target_sums(a.labels, a.weight, a.positions, a.reduction == Reduction::mean,
-                              scratch, stream);
-  for_density(a, [&]<bool kDense>() { launch_backward_kernel<kDense>(a, stream, most_blocks); });
+  prepare_loss(a, 0, allocate, stream);
+  for_density(a, [&]<bool kDense>() {
+    launch_gradient<CrossEntropyGradient<kDense, T>>(a, stream, most_blocks,
+                                                     "cross_entropy_backward");
+  });
 }
 
 }  // namespace cuda

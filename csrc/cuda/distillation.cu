@@ -2,10 +2,9 @@
 // distillation.cuh.
 #include "distillation.cuh"
 
-#include <tuple>
+#include <type_traits>
 
-#include "../torch/cross_entropy.h"
-#include "../torch/cuda.cuh"
+#include "../torch/loss.cuh"
 
 namespace reg_kernels {
 namespace {
@@ -33,48 +32,43 @@ void for_dtypes(const LossInput& in, const Tensor& teacher, const char* op, F&& 
   });
 }
 
-// As the kernels take them, with no place for a result yet.
+// `softness`: null, or temperature and alpha on the device.
 template <typename S, typename T>
-cuda::DistillationArguments<S, T> arguments(const LossInput& in, const void* teacher) {
-  cuda::DistillationArguments<S, T> a{};
-  a.x = static_cast<const S*>(in.x);
+cuda::DistillationArguments<S, T> arguments(const LossInput& in, const void* teacher,
+                                            double temperature, double alpha,
+                                            const double* softness) {
+  auto a = cuda::loss_arguments<cuda::DistillationArguments<S, T>>(in);
   a.teacher = static_cast<const T*>(teacher);
-  a.positions = in.positions;
-  a.labels = in.labels;
-  a.weight = static_cast<const compute_t<S>*>(in.weight);
+  a.temperature = temperature;
+  a.alpha = alpha;
+  a.traced = softness;
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation(
-    const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
-    const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
-    const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
-    const OptionalTensor& traced_smoothing, double temperature, double alpha,
-    const OptionalTensor& traced_softness, bool keep_gradient) {
+LossResult distillation(const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+                        const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+                        const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                        int64_t reduction, const OptionalTensor& traced_smoothing,
+                        double temperature, double alpha, const OptionalTensor& traced_softness,
+                        bool keep_gradient) {
   const Call call("distillation", input);
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, traced_smoothing);
   const void* teacher_values = teacher_data(call, in, input, teacher);
   const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
-  const bool none = in.reduction == Reduction::none;
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
-                                          softness};
   const cuda::Launch launch(input);
-  if (in.numel == 0) return loss_of_nothing(input, in.reduction, 5, keep_gradient);
-  Tensor loss = empty_positions(input, none, 0);
-  Tensor stats = empty_positions(input, true, 5);
-  Tensor gradient =
-      keep_gradient ? empty_like_dense(input) : empty_vector(input, 0, dtype_number(input));
+  LossTensors results(input, in.reduction, 5, keep_gradient);
+  if (in.numel == 0) {
+    results.fill_with_nothing(in.reduction);
+    return results.result();
+  }
   for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
-    using C = compute_t<S>;
-    auto a = arguments<S, T>(in, teacher_values);
-    a.stats = static_cast<C*>(stats.mutable_data_ptr());
-    (none ? a.losses : a.sum.loss) = static_cast<C*>(loss.mutable_data_ptr());
-    if (keep_gradient) a.gradient = static_cast<S*>(gradient.mutable_data_ptr());
+    auto a = arguments<S, T>(in, teacher_values, temperature, alpha, softness);
+    cuda::set_results(a, results);
     OptionalTensor memory;
-    cuda::launch_distillation(a, options, cuda::allocator(input, memory), launch.stream);
+    cuda::launch_distillation(a, cuda::allocator(input, memory), launch.stream);
   });
-  return {loss, stats, gradient};
+  return results.result();
 }
 
 Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
@@ -90,19 +84,14 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
   const void* teacher_values = teacher_data(call, in, input, teacher);
   const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
-  const cuda::DistillationOptions options{in.classes_last, in.reduction, temperature, alpha,
-                                          softness};
   const cuda::Launch launch(input);
   Tensor gradient = empty_like_dense(input);
   if (in.numel == 0) return gradient;
   for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
-    auto a = arguments<S, T>(in, teacher_values);
-    a.stats = static_cast<compute_t<S>*>(const_cast<void*>(saved.stats));
-    a.grad_output = {const_cast<void*>(saved.grad_output), dtype_of(grad_output, call.op)};
-    a.one_grad_output = in.reduction != Reduction::none;
-    a.gradient = static_cast<S*>(gradient.mutable_data_ptr());
+    auto a = arguments<S, T>(in, teacher_values, temperature, alpha, softness);
+    cuda::set_backward(a, saved, gradient);
     OptionalTensor memory;
-    cuda::launch_distillation_backward(a, options, cuda::allocator(input, memory), launch.stream);
+    cuda::launch_distillation_backward(a, cuda::allocator(input, memory), launch.stream);
   });
   return gradient;
 }

@@ -169,12 +169,12 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       result = load_vector<false>(Span<const T>{addend.residual, x.begin, x.end}, first);
       RK_UNROLL
       for (int j = 0; j < kVector<T>; ++j) {
-        if (~keep >> j & 1u) result.v[j] = Op::element(vector.v[j], result.v[j], scale);
+        if (keep >> j & 1u) result.v[j] = Op::element(vector.v[j], result.v[j], scale);
       }
     } else {
       RK_UNROLL
       for (int j = 0; j < kVector<T>; ++j) {
-        if (~keep >> j & 1u) result.v[j] = Op::element(vector.v[j], scale);
+        if (keep >> j & 1u) result.v[j] = Op::element(vector.v[j], scale);
       }
     }
     vector = result;

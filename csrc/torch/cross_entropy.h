@@ -137,16 +137,27 @@ inline Tensor empty_positions(const Tensor& x, bool of_positions, int64_t stats)
   return Tensor(handle);
 }
 
-// What a forward returns for no logits at all: a mean over nothing is NaN.
-inline std::tuple<Tensor, Tensor, Tensor> loss_of_nothing(const Tensor& x, Reduction reduction,
-                                                          int64_t stats, bool keep_gradient) {
-  Tensor loss = empty_positions(x, reduction == Reduction::none, 0);
-  const bool mean = reduction == Reduction::mean;
-  torch::stable::fill_(loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
-  Tensor of_positions = empty_positions(x, true, stats);
-  torch::stable::fill_(of_positions, 0.0);  // of no classes: nothing has been seen
-  return {loss, of_positions,
-          keep_gradient ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x))};
-}
+using LossResult = std::tuple<Tensor, Tensor, Tensor>;
+
+// What a forward returns, uninitialised: with `stats` numbers a position.
+struct LossTensors {
+  Tensor loss, stats, gradient;
+  bool has_gradient;
+
+  LossTensors(const Tensor& x, Reduction reduction, int64_t stats, bool keep_gradient)
+      : loss(empty_positions(x, reduction == Reduction::none, 0)),
+        stats(empty_positions(x, true, stats)),
+        gradient(keep_gradient ? empty_like_dense(x) : empty_vector(x, 0, dtype_number(x))),
+        has_gradient(keep_gradient) {}
+
+  // Of no logits at all: a mean over nothing is NaN, and of no classes nothing has been seen.
+  void fill_with_nothing(Reduction reduction) {
+    const bool mean = reduction == Reduction::mean;
+    torch::stable::fill_(loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
+    torch::stable::fill_(stats, 0.0);
+  }
+
+  LossResult result() const { return {loss, stats, gradient}; }
+};
 
 }  // namespace reg_kernels

@@ -135,9 +135,9 @@ struct Problem {
   reg_kernels::cuda::CrossEntropy<T> arguments() const {
     reg_kernels::cuda::CrossEntropy<T> a{};
     a.x = x.data();
-    a.layout = {of.C, of.S, of.classes_last};
-    a.classes_last = of.classes_last || of.S == 1;
     a.positions = of.positions();
+    a.classes = of.C;
+    a.length = of.classes_last ? 1 : of.S;
     a.labels.positions = of.S;
     a.labels.classes = of.C;
     a.labels.ignore_index = kIgnored;

@@ -21,7 +21,6 @@ using reg_kernels::LabelOptions;
 using reg_kernels::load;
 using reg_kernels::Reduction;
 using reg_kernels::cuda::DistillationArguments;
-using reg_kernels::cuda::DistillationOptions;
 
 using Real = long double;
 
@@ -151,6 +150,13 @@ struct Problem {
     a.x = x.data();
     a.teacher = teacher.data();
     a.positions = of.positions();
+    a.classes = of.C;
+    a.length = of.classes_last() ? 1 : of.L;
+    a.reduction = of.reduction;
+    // Where the two lie in memory, what is said here does not count.
+    a.temperature = of.traced ? 7.0 : of.temperature;
+    a.alpha = of.traced ? 2.0 : of.alpha;
+    a.traced = of.traced ? softness : nullptr;
     a.weight = weight.get();
     a.labels.labels = labels.get();
     a.labels.partner_labels = partner_labels.get();
@@ -163,11 +169,6 @@ struct Problem {
     a.labels.smoothing = of.traced ? 2.0 : of.smoothing;
     a.labels.traced_smoothing = of.traced ? &of.smoothing : nullptr;
     return a;
-  }
-
-  DistillationOptions options() const {
-    if (!of.traced) return {of.classes_last(), of.reduction, of.temperature, of.alpha, nullptr};
-    return {of.classes_last(), of.reduction, 7.0, 2.0, softness};
   }
 
  private:
@@ -351,8 +352,7 @@ void test(const Case& of) {
     (summed ? a.sum.loss : a.losses) = losses[run].data();
     a.stats = stats[run].data();
     if (run < 2) a.gradient = gradients[run].data();
-    reg_kernels::cuda::launch_distillation(a, problem.options(), allocator, nullptr,
-                                           of.most_blocks);
+    reg_kernels::cuda::launch_distillation(a, allocator, nullptr, of.most_blocks);
   }
   driver::expect_same_bits(losses[1], losses[0].data(), [&] { return describe() + " again"; });
   driver::expect_same_bits(gradients[1], gradients[0].data(),
@@ -398,8 +398,7 @@ void test(const Case& of) {
     a.gradient = gradient.data();
     a.grad_output = {grad_output.data(), sizeof(C) == 8 ? DType::float64 : DType::float32};
     a.one_grad_output = summed;
-    reg_kernels::cuda::launch_distillation_backward(a, problem.options(), allocator, nullptr,
-                                                    of.most_blocks);
+    reg_kernels::cuda::launch_distillation_backward(a, allocator, nullptr, of.most_blocks);
     if (run == 0) {
       driver::expect_same_bits(gradient, gradients[0].data(),
                                [&] { return describe() + " from the stats"; });
@@ -531,10 +530,9 @@ void test_assertions() {
               auto a = problem.arguments();
               a.sum.loss = loss.data();
               a.stats = stats.data();
-              reg_kernels::cuda::launch_distillation(a, problem.options(), allocator, nullptr);
+              reg_kernels::cuda::launch_distillation(a, allocator, nullptr);
             },
-            partner ? "!a.labels.partner_labels || "
-                      "a.labels.is_valid(a.labels.partner_labels[position])"
+            partner ? "a.labels.is_valid(a.labels.partner_labels[position])"
                     : "a.labels.is_valid(a.labels.labels[position])",
             [&] { return "label " + std::to_string(wrong) + " of " + of.text(); });
       }

@@ -7,10 +7,6 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-constexpr int kPlaneThreads = 128;  // at most
-constexpr int kPlaneBlocks = 4;     // of a multiprocessor, at least
-constexpr int kPlaneLoads = 8;      // classes before the first use of one
-
 // Classes c, c + 1, ... of a position; what is past the last one is -inf.
 template <typename T>
 __device__ __forceinline__ void load_planes(const T* x, int64_t c, int64_t classes, int64_t stride,
@@ -18,24 +14,6 @@ __device__ __forceinline__ void load_planes(const T* x, int64_t c, int64_t class
   RK_UNROLL
   for (int k = 0; k < kPlaneLoads; ++k) {
     values[k] = c + k < classes ? x[(c + k) * stride] : store<T>(kNoLogit<compute_t<T>>);
-  }
-}
-
-// The gradient of logits of classes c, c + 1, ... of the position whose class 0 is element `first`.
-template <bool kDense, typename T>
-__device__ __forceinline__ void store_slopes(const CrossEntropy<T>& a,
-                                             const Slope<compute_t<T>>& slope,
-                                             const DenseTarget<T>& classwise, int64_t first,
-                                             int64_t c, int64_t classes,
-                                             const T (&values)[kPlaneLoads]) {
-  using C = compute_t<T>;
-  const int64_t length = a.layout.length;
-  RK_UNROLL
-  for (int k = 0; k < kPlaneLoads; ++k) {
-    if (c + k >= classes) continue;
-    C e[1] = {softmax_exponential<T>(load(values[k]) - slope.max)}, q[1] = {};
-    if constexpr (kDense) q[0] = classwise.at(c + k, length);
-    a.gradient[first + (c + k) * length] = slopes<kDense, T>(slope, c + k, e, q).v[0];
   }
 }
 
@@ -49,11 +27,11 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
   RK_SHARED(LossShared, shared);
   T* const on_chip = reinterpret_cast<T*>(shared + 1) + threadIdx.x;
   const int threads = blockDim.x;
-  const int64_t classes = a.layout.channels, length = a.layout.length;
+  const int64_t classes = a.classes, length = a.length;
   double losses = 0;
   for (int64_t position = int64_t{blockIdx.x} * threads + threadIdx.x; position < a.positions;
        position += int64_t{gridDim.x} * threads) {
-    const int64_t first = position / length * classes * length + position % length;
+    const int64_t first = start_of(position, classes, length);
     const T* const x = a.x + first;
     const DenseTarget<T> classwise(a, first);
     ClassSums<T, kDense> all;
@@ -81,7 +59,8 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     if constexpr (kDense) dense = all.dense, mass = all.mass;
     losses += finish_position(a, position, target, all.softmax, dense, mass);
     if (!a.gradient) continue;
-    const Slope<C> slope(target, all.softmax, a.has_probabilities(), mass, a.factor(position));
+    const CrossEntropyGradient<kDense, T> gradient(
+        {target, all.softmax, a.has_probabilities(), mass, a.factor(position)}, classwise, classes);
     RK_NO_UNROLL
     for (int64_t c = 0; c < classes; c += kPlaneLoads) {
       T values[kPlaneLoads];
@@ -91,36 +70,14 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
       } else {
         load_planes(x, c, classes, length, values);
       }
-      store_slopes<kDense>(a, slope, classwise, first, c, classes, values);
+      RK_UNROLL
+      for (int k = 0; k < kPlaneLoads; ++k) {
+        if (c + k >= classes) continue;
+        a.gradient[first + (c + k) * length] = gradient.of_class(c + k, length, {{values[k]}});
+      }
     }
   }
-  if (a.sum.loss) sum_losses(losses, a.sum, a.more(), shared);
-}
-
-// The gradient of labels, from the statistics: blockIdx.y takes `some` classes, a whole number of
-// kPlaneLoads, of blocks' positions.
-template <bool kDense, typename T>
-__global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
-    planes_backward_kernel(CrossEntropy<T> a, int64_t some) {
-  using C = compute_t<T>;
-  const int threads = blockDim.x;
-  const int64_t classes = a.layout.channels, length = a.layout.length;
-  const int64_t begin = blockIdx.y * some, end = begin + some < classes ? begin + some : classes;
-  for (int64_t position = int64_t{blockIdx.x} * threads + threadIdx.x; position < a.positions;
-       position += int64_t{gridDim.x} * threads) {
-    const int64_t first = position / length * classes * length + position % length;
-    const T* const x = a.x + first;
-    const DenseTarget<T> classwise(a.weight);
-    const SoftmaxSum<C> softmax{a.stats[position], a.stats[a.positions + position]};
-    const Slope<C> slope(read_position<kDense>(a, position, x, length), softmax, false, C(0),
-                         a.factor(position));
-    RK_NO_UNROLL
-    for (int64_t c = begin; c < end; c += kPlaneLoads) {
-      T values[kPlaneLoads];
-      load_planes(x, c, end, length, values);
-      store_slopes<kDense>(a, slope, classwise, first, c, end, values);
-    }
-  }
+  if (a.sum.loss) sum_losses(losses, a.sum, mean_of_nothing(a.target_sums().labels), shared);
 }
 
 }  // namespace cuda

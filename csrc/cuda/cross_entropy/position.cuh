@@ -1,54 +1,35 @@
 // Cross-entropy's arguments, and what its kernels make of one position.
 #pragma once
 
-#include "reg_kernels/channel_layout.h"
-#include "reg_kernels/softmax.cuh"
+#include "reg_kernels/loss_backward.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// Of logits (N, C, S), and of a gradient and probabilities in the same storage order. Positions are
-// counted n S + s.
+constexpr int kLongLoads = 4;   // vectors of a thread before its first use of one
+constexpr int kPlaneLoads = 8;  // classes before the first use of one, where they lie apart
+
+// `stats` has 2 of a position: the largest logit, the sum of exp(logit - largest).
 template <typename T>
-struct CrossEntropy {
+struct CrossEntropy : LossArguments<T> {
   using C = compute_t<T>;
+  static constexpr int kCount = kVector<T>;
+  template <int kWidth>
+  using Logits = Vector<T, kWidth>;
 
-  const T* x;
-  T* gradient;  // or null
-  ChannelLayout layout;
-  bool classes_last;  // the classes of a position lie side by side, else S apart
-  int64_t positions;
-  LabelOptions labels;                  // where there are no probabilities
-  const T* probabilities;               // or null
-  const compute_t<T>* probabilities_c;  // the same in the type that is computed in, or null
-  const C* weight;                      // (C,), or null
-  Reduction reduction;
-  C* stats;   // (2, N S): the largest logit, the sum of exp(logit - largest); or null
-  C* losses;  // (N S,), or null where they are summed or not asked for
-  LossSum<C> sum;
-  ChannelValues grad_output;  // (N S,), or one number, or null and it is 1
-  bool one_grad_output;
+  // In x's storage order, where there are no labels.
+  const T* probabilities;    // or null
+  const C* probabilities_c;  // the same in the type that is computed in, or null
 
-  const TargetSums* sums;  // the rest is the launcher's
-
-  RK_HD bool has_probabilities() const { return labels.labels == nullptr; }
+  RK_HD bool has_probabilities() const { return this->labels.labels == nullptr; }
   // Whether each class counts for something of its own, beside those of the labels.
-  RK_HD bool is_dense() const { return has_probabilities() || labels.smooths(); }
+  RK_HD bool is_dense() const { return has_probabilities() || this->labels.smooths(); }
 
-  __device__ C factor(int64_t position) const {
-    return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
+  int64_t most_vectors() const { return most_row_vectors(this->x, this->classes); }
+  __device__ Logits<kCount> load_row(int64_t first, int64_t c, int64_t classes) const {
+    return load_logits<kCount>(this->x + first, c, classes);
   }
-
-  __device__ TargetSums target_sums() const {
-    return sums ? *sums : TargetSums{{1.0, 1.0}, static_cast<double>(layout.channels)};
-  }
-
-  // What is added to the sum of the losses.
-  __device__ double more() const {
-    return reduction == Reduction::mean && !has_probabilities()
-               ? mean_of_nothing(target_sums().labels)
-               : 0.0;
-  }
+  __device__ Logits<1> load_class(int64_t element) const { return {{this->x[element]}}; }
 };
 
 // What a position's classes have come to: the softmax's sum, and for dense targets, of q_c each,
@@ -118,7 +99,7 @@ struct DenseTarget {
         weight(a.weight),
         keep(static_cast<C>(1.0 - a.labels.smoothed_by())),
         base(a.has_probabilities()
-                 ? static_cast<C>(a.labels.smoothed_by() / static_cast<double>(a.layout.channels))
+                 ? static_cast<C>(a.labels.smoothed_by() / static_cast<double>(a.classes))
                  : C(1)) {}
 
   // Of class c, element c * stride of the position.
@@ -152,41 +133,15 @@ struct DenseTarget {
   }
 };
 
-// A position's labels, or the share of its probabilities.
-template <typename C>
-struct Position {
-  LabelTerms<C> terms;  // of probabilities: no label, and `smooth` is the factor of q_c
-  C x_a, x_b;           // the labels' logits
-  bool counts;          // or all of its labels are ignored
-};
-
-// `x` is the position's class 0, and its classes are `stride` apart. Without dense targets nothing
-// is smoothed.
+// Of probabilities there is no label, and `smooth` is the factor of q_c. Without dense targets
+// nothing is smoothed.
 template <bool kDense, typename T>
 __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntropy<T>& a,
                                                                 int64_t position, const T* x,
                                                                 int64_t stride) {
   using C = compute_t<T>;
-  Position<C> result{};
-  if (a.has_probabilities()) {
-    const double count = a.reduction == Reduction::mean ? static_cast<double>(a.positions) : 1.0;
-    result.terms = {-1, -1, 0, 0, static_cast<C>(1.0 / count), 0, false};
-    result.counts = true;
-    return result;
-  }
-  RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
-  if (a.labels.partner_labels) {
-    RK_ASSERT(a.labels.is_valid(a.labels.partner_labels[position]));
-    RK_ASSERT(a.labels.lam_of(position) >= 0 && a.labels.lam_of(position) <= 1);
-  }
-  const TargetSums sums = a.target_sums();
-  auto& terms = result.terms;
-  terms =
-      LabelTerms<C>::template at<kDense>(a.labels, sums.labels, a.weight, sums.weights, position);
-  if (terms.a >= 0) result.x_a = load(x[terms.a * stride]);
-  if (terms.b >= 0) result.x_b = load(x[terms.b * stride]);
-  result.counts = !terms.is_nothing();
-  return result;
+  if (!a.has_probabilities()) return read_labels<kDense>(a, position, x, stride);
+  return {{-1, -1, 0, 0, static_cast<C>(1.0 / static_cast<double>(a.mean_of())), 0, false}, 0, 0};
 }
 
 // The loss of a position, and its statistics in their place. Without `dense` targets that and
@@ -218,7 +173,7 @@ template <typename C>
 struct Slope {
   C max, scale, smooth, ka, kb, factor;
   int64_t a, b;
-  bool counts;
+  bool counts;  // or all of the labels are ignored
 
   // `mass` of probabilities.
   __device__ Slope(const Position<C>& target, const SoftmaxSum<C>& softmax, bool probabilities,
@@ -231,7 +186,7 @@ struct Slope {
         factor(factor),
         a(target.terms.a),
         b(target.terms.b),
-        counts(target.counts) {}
+        counts(probabilities || !target.terms.is_nothing()) {}
 
   // In the order of LabelTerms::slope_of_label.
   __device__ C own(int64_t c) const { return (c == a ? ka : C(0)) + (c == b ? kb : C(0)); }
@@ -260,6 +215,48 @@ __device__ __forceinline__ Vector<T, kCount> slopes(const Slope<compute_t<T>>& s
   }
   return result;
 }
+
+// The gradient of the classes of a position.
+template <bool kDense, typename T>
+struct CrossEntropyGradient {
+  using Arguments = CrossEntropy<T>;
+  using Element = T;
+  static constexpr int kRowLoads = kLongLoads, kClassLoads = kPlaneLoads;
+  using C = compute_t<T>;
+
+  Slope<C> slope;
+  DenseTarget<T> classwise;
+  int64_t classes;
+
+  // Of labels, from the statistics.
+  __device__ CrossEntropyGradient(const Arguments& a, int64_t position, const T* x, int64_t stride)
+      : slope(read_position<kDense>(a, position, x, stride),
+              {a.stats[position], a.stats[a.positions + position]}, false, C(0),
+              a.factor(position)),
+        classwise(a.weight),
+        classes(a.classes) {}
+
+  __device__ CrossEntropyGradient(const Slope<C>& slope, const DenseTarget<T>& classwise,
+                                  int64_t classes)
+      : slope(slope), classwise(classwise), classes(classes) {}
+
+  // Of classes c, c + 1, ... side by side.
+  template <int kCount>
+  __device__ Vector<T, kCount> of_row(int64_t c, const Vector<T, kCount>& x) const {
+    C e[kCount], q[kCount];
+    if constexpr (kDense) classwise.read(c, classes, q);
+    RK_UNROLL
+    for (int i = 0; i < kCount; ++i) e[i] = softmax_exponential<T>(load(x.v[i]) - slope.max);
+    return slopes<kDense, T>(slope, c, e, q);
+  }
+
+  // Of class c, element c * stride of the position.
+  __device__ T of_class(int64_t c, int64_t stride, const Vector<T, 1>& x) const {
+    C e[1] = {softmax_exponential<T>(load(x.v[0]) - slope.max)}, q[1] = {};
+    if constexpr (kDense) q[0] = classwise.at(c, stride);
+    return slopes<kDense, T>(slope, c, e, q).v[0];
+  }
+};
 
 }  // namespace cuda
 RK_NAMESPACE_END

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kShortThreads, kDense ? 1 : 2)
   using C = compute_t<T>;
   constexpr int kCount = kVector<T>, kVectors = kShortVectors<T>;
   RK_SHARED(LossShared, shared);
-  const int64_t classes = a.layout.channels;
+  const int64_t classes = a.classes;
   const int thread = threadIdx.x, lane = thread % lanes;
   const int rows_a_block = static_cast<int>(blockDim.x) / lanes;
   double losses = 0;
@@ -88,13 +88,12 @@ __global__ void __launch_bounds__(kShortThreads, kDense ? 1 : 2)
                     slopes<kDense, T>(slope, c, e[k], q));
     }
   }
-  if (a.sum.loss) sum_losses(losses, a.sum, a.more(), shared);
+  if (a.sum.loss) sum_losses(losses, a.sum, mean_of_nothing(a.target_sums().labels), shared);
 }
 
 // ---- Long rows: a block takes a row, and keeps it in shared memory where it writes a gradient.
 
 constexpr int kLongThreads = 512;  // at most
-constexpr int kLongLoads = 4;      // vectors of a thread before its first use of one
 
 template <typename T, bool kDense>
 struct LongShared {
@@ -148,11 +147,10 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
     long_rows_kernel(CrossEntropy<T> a, int kept) {
   using C = compute_t<T>;
   using Shared = LongShared<T, kDense>;
-  constexpr int kCount = kVector<T>;
   RK_SHARED(Shared, shared);
   auto* const on_chip = reinterpret_cast<VectorBits*>(reinterpret_cast<unsigned char*>(shared) +
                                                       kLongSharedBytes<T, kDense>);
-  const int64_t classes = a.layout.channels;
+  const int64_t classes = a.classes;
   const int thread = threadIdx.x;
   const int stride = blockDim.x;
   if (thread == 0) shared->losses = 0;
@@ -184,7 +182,8 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
       shared->losses += finish_position(a, position, target, all.softmax, dense, mass);
     }
     if (!a.gradient) continue;
-    const Slope<C> slope(target, all.softmax, a.has_probabilities(), mass, a.factor(position));
+    const CrossEntropyGradient<kDense, T> gradient(
+        {target, all.softmax, a.has_probabilities(), mass, a.factor(position)}, classwise, classes);
     RK_NO_UNROLL
     for (int vector = thread; vector < vectors; vector += stride) {
       const int64_t c = row.first_class(vector);
@@ -196,55 +195,12 @@ __global__ void __launch_bounds__(kLongThreads, kDense ? 1 : 2)
       } else {
         x = row.load(vector);
       }
-      C e[kCount], q[kCount];
-      if constexpr (kDense) classwise.read(c, classes, q);
-      RK_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        e[i] = softmax_exponential<T>(load(x.v[i]) - slope.max);
-      }
-      store_classes(a.gradient + position * classes, c, classes, slopes<kDense, T>(slope, c, e, q));
+      store_classes(a.gradient + position * classes, c, classes, gradient.of_row(c, x));
     }
   }
-  if (a.sum.loss) sum_losses(thread == 0 ? shared->losses : 0.0, a.sum, a.more(), &shared->loss);
-}
-
-// ---- The gradient of labels, from the statistics: rows in pieces of up to kLongLoads vectors a
-// thread, each of `lanes` threads.
-
-constexpr int kBackwardThreads = 256;
-
-template <bool kDense, typename T>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
-    rows_backward_kernel(CrossEntropy<T> a, int lanes, int64_t pieces) {
-  using C = compute_t<T>;
-  constexpr int kCount = kVector<T>;
-  const int64_t classes = a.layout.channels;
-  const int thread = threadIdx.x, pieces_a_block = kBackwardThreads / lanes;
-  for (int64_t piece = int64_t{blockIdx.x} * pieces_a_block + thread / lanes;
-       piece < a.positions * pieces; piece += int64_t{gridDim.x} * pieces_a_block) {
-    const int64_t position = piece / pieces;
-    const LogitRow<T> row(a.x + position * classes, classes);
-    const int64_t vector = piece % pieces * (kLongLoads * lanes) + thread % lanes;
-    Vector<T> x[kLongLoads];
-    RK_UNROLL
-    for (int k = 0; k < kLongLoads; ++k) x[k] = row.load(vector + k * lanes);
-    const SoftmaxSum<C> softmax{a.stats[position], a.stats[a.positions + position]};
-    const Slope<C> slope(read_position<kDense>(a, position, row.data, 1), softmax, false, C(0),
-                         a.factor(position));
-    const DenseTarget<T> classwise(a.weight);
-    RK_UNROLL
-    for (int k = 0; k < kLongLoads; ++k) {
-      const int64_t c = row.first_class(vector + k * lanes);
-      if (c >= classes) continue;
-      C e[kCount], q[kCount];
-      if constexpr (kDense) classwise.read(c, classes, q);
-      RK_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        e[i] = softmax_exponential<T>(load(x[k].v[i]) - slope.max);
-      }
-      store_classes(a.gradient + position * classes, c, classes, slopes<kDense, T>(slope, c, e, q));
-    }
-  }
+  if (a.sum.loss)
+    sum_losses(thread == 0 ? shared->losses : 0.0, a.sum, mean_of_nothing(a.target_sums().labels),
+               &shared->loss);
 }
 
 }  // namespace cuda

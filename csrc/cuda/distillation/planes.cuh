@@ -8,20 +8,18 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-constexpr int kDistillationPlaneThreads = 128;  // at most
-
 template <typename S, typename T>
-__global__ void __launch_bounds__(kDistillationPlaneThreads)
+__global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     distillation_planes_kernel(DistillationArguments<S, T> a) {
   using C = compute_t<S>;
   RK_SHARED(LossShared, shared);
   // At a time, as far as there are: loads that wait for nothing, where registers allow.
-  constexpr int kClasses = sizeof(C) == 8 ? 2 : 4;
+  constexpr int kClasses = kDistillationClasses<C>;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   for (int64_t p = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; p < a.positions; p += stride) {
-    const int64_t start = a.start(p);
+    const int64_t start = start_of(p, a.classes, a.length);
     const auto each = [&](const auto& f) {
       int64_t c = 0;
       RK_NO_UNROLL
@@ -31,36 +29,31 @@ __global__ void __launch_bounds__(kDistillationPlaneThreads)
       RK_NO_UNROLL
       for (; c < a.classes; ++c) f(std::integral_constant<int, 1>{}, c);
     };
-    const auto logits_at = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-      Vector<S, kCount> xs;
-      Vector<T, kCount> teachers;
+    const auto pair_at = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+      DistillationPair<S, T, kCount> pair;
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) {
-        xs.v[j] = a.x[start + (c + j) * a.length];
-        teachers.v[j] = a.teacher[start + (c + j) * a.length];
+        pair.x.v[j] = a.x[start + (c + j) * a.length];
+        pair.teacher.v[j] = a.teacher[start + (c + j) * a.length];
       }
-      return DistillationLogits<S, T, kCount>(xs, teachers);
+      return pair;
     };
 
-    const PositionTerms<C> terms = position_terms(a, p);
+    const Position<C> target = read_labels(a, p, a.x + start, a.length);
     DistillationSums<S> sums;
-    if (a.forward) {
-      each([&](auto count, int64_t c) {
-        logits_at(count, c).add_to(sums, a, inverse_temperature, c);
-      });
-      loss += finish_position(a, p, terms, sums);
-    } else {
-      sums = read_stats(a, p);
-    }
+    each([&](auto count, int64_t c) {
+      DistillationLogits(pair_at(count, c)).add_to(sums, a, inverse_temperature, c);
+    });
+    loss += finish_position(a, p, target, sums);
     if (a.gradient == nullptr) continue;
-    const DistillationSlopes<S> slopes(terms, sums, a.factors());
+    const DistillationGradient<S, T> gradient(a, p, target, sums);
     each([&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
-      const auto gradient = logits_at(count, c).gradient(slopes, a, c);
+      const auto slopes = gradient.of_row(c, pair_at(count, c));
       RK_UNROLL
-      for (int j = 0; j < kCount; ++j) a.gradient[start + (c + j) * a.length] = gradient.v[j];
+      for (int j = 0; j < kCount; ++j) a.gradient[start + (c + j) * a.length] = slopes.v[j];
     });
   }
-  if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.sums().labels), shared);
+  if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.target_sums().labels), shared);
 }
 
 }  // namespace cuda

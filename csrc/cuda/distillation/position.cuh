@@ -1,10 +1,10 @@
 // One position of a distillation: what is gathered of its classes, and what is made of that.
 #pragma once
 
-#include "reg_kernels/device_assert.cuh"
+#include <algorithm>
+
 #include "reg_kernels/distillation_math.h"
-#include "reg_kernels/softmax.cuh"
-#include "reg_kernels/vec.cuh"
+#include "reg_kernels/loss_backward.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
@@ -27,50 +27,44 @@ struct DistillationFactors {
   }
 };
 
-// S and T are the element types of student and teacher.
+// Classes before the first use of one, where they lie apart.
+template <typename C>
+constexpr int kDistillationClasses = sizeof(C) == 8 ? 2 : 4;
+
+// Logits of classes side by side, the student's and the teacher's.
+template <typename S, typename T, int kWidth>
+struct DistillationPair {
+  Vector<S, kWidth> x;
+  Vector<T, kWidth> teacher;
+};
+
+// S and T are the element types of student and teacher. `stats` has 5 of a position, in the order
+// of finish_position.
 template <typename S, typename T>
-struct DistillationArguments {
+struct DistillationArguments : LossArguments<S> {
   using C = compute_t<S>;
+  static constexpr int kCount = std::min(kVector<S>, kVector<T>);
+  template <int kWidth>
+  using Logits = DistillationPair<S, T, kWidth>;
 
-  const S* x;        // (N, C, ...), the student's logits
-  const T* teacher;  // the teacher's, in x's layout
-  int64_t positions;
-  int64_t classes;
-  int64_t length;  // positions of a sample where classes lie apart, that far; else 1
-  LabelOptions labels;
-  const C* weight;  // (C,), or null
-  DistillationFactors<C> known;
-  const double* traced;  // null, or temperature and alpha: `known` is void then
-  int64_t mean_of;
+  const T* teacher;  // in x's layout
+  double temperature, alpha;
+  const double* traced;  // null, or the two on the device, which then count instead
 
-  const TargetSums* target_sums;  // or null: no mean, and no weights to smooth over
+  DistillationFactors<C> known;  // the launcher's: where nothing is traced
 
-  bool forward;  // writes stats and losses; else it reads stats
-  C* stats;      // (5, N, ...)
-  C* losses;     // (N, ...), or null where they are summed up
-  LossSum<C> sum;
-
-  S* gradient;                // in x's layout, or null
-  ChannelValues grad_output;  // (N, ...), or one of all, or null for 1
-  bool one_grad_output;
-
-  int threads;  // that work on one position
-  int room;     // elements of x, and of teacher, that a block has shared memory for
-
-  __device__ C grad_output_of(int64_t position) const {
-    return static_cast<C>(grad_output.at(one_grad_output ? 0 : position, 1.0));
-  }
   // A compiler drops what a caller has no use for.
   __device__ DistillationFactors<C> factors() const {
-    return traced ? DistillationFactors<C>(traced[0], traced[1], mean_of) : known;
+    return traced ? DistillationFactors<C>(traced[0], traced[1], this->mean_of()) : known;
   }
-  __device__ TargetSums sums() const {
-    return target_sums ? *target_sums : TargetSums{{1, 1}, static_cast<double>(labels.classes)};
+
+  int64_t most_vectors() const { return most_row_vectors(this->x, this->classes, kCount); }
+  __device__ Logits<kCount> load_row(int64_t first, int64_t c, int64_t classes) const {
+    return {load_logits<kCount>(this->x + first, c, classes),
+            load_logits<kCount>(teacher + first, c, classes)};
   }
-  // Where a position's class 0 lies.
-  __device__ int64_t start(int64_t position) const {
-    const int64_t n = position / length;
-    return n * classes * length + (position - n * length);
+  __device__ Logits<1> load_class(int64_t element) const {
+    return {{{this->x[element]}}, {{teacher[element]}}};
   }
 };
 
@@ -132,33 +126,10 @@ struct DistillationSums {
   }
 };
 
-// What is asked of the labels of a position, before its classes are.
-template <typename C>
-struct PositionTerms {
-  LabelTerms<C> labels;
-  C x_a, x_b;
-  C grad_output;
-};
-
-template <typename S, typename T, typename C = compute_t<S>>
-__device__ __forceinline__ PositionTerms<C> position_terms(const DistillationArguments<S, T>& a,
-                                                           int64_t position) {
-  if (a.labels.labels) RK_ASSERT(a.labels.is_valid(a.labels.labels[position]));
-  RK_ASSERT(!a.labels.partner_labels || a.labels.is_valid(a.labels.partner_labels[position]));
-  PositionTerms<C> terms;
-  const TargetSums sums = a.sums();
-  terms.labels = LabelTerms<C>::at(a.labels, sums.labels, a.weight, sums.weights, position);
-  const S* const x = a.x + a.start(position);
-  terms.x_a = terms.labels.a < 0 ? C(0) : load(x[terms.labels.a * a.length]);
-  terms.x_b = terms.labels.b < 0 ? C(0) : load(x[terms.labels.b * a.length]);
-  terms.grad_output = a.grad_output_of(position);
-  return terms;
-}
-
 // The loss of a position, and its stats written.
 template <typename S, typename T, typename C = compute_t<S>>
 __device__ __forceinline__ double finish_position(const DistillationArguments<S, T>& a,
-                                                  int64_t position, const PositionTerms<C>& terms,
+                                                  int64_t position, const Position<C>& target,
                                                   const DistillationSums<S>& sums) {
   C* const stats = a.stats + position;
   stats[0] = sums.max;
@@ -166,10 +137,10 @@ __device__ __forceinline__ double finish_position(const DistillationArguments<S,
   stats[2 * a.positions] = sums.sum_at_t;
   stats[3 * a.positions] = sums.teacher_max;
   stats[4 * a.positions] = sums.teacher_sum;
-  const double weights = a.sums().weights;
+  const double weights = a.target_sums().weights;
   const DistillationFactors<C> factors = a.factors();
   const double of_labels =
-      terms.labels.loss({sums.max, sums.sum}, terms.x_a, terms.x_b,
+      target.terms.loss({sums.max, sums.sum}, target.x_a, target.x_b,
                         sums.smooth - weights * static_cast<double>(sums.max), weights);
   const double kl =
       divergence<C>({sums.teacher_max, sums.teacher_sum}, {sums.max, sums.sum_at_t},
@@ -188,21 +159,21 @@ struct DistillationSlopes {
   C inverse_temperature;
   int64_t a, b;
 
-  __device__ DistillationSlopes(const PositionTerms<C>& terms, const DistillationSums<S>& sums,
-                                const DistillationFactors<C>& factors)
+  __device__ DistillationSlopes(const Position<C>& target, const DistillationSums<S>& sums,
+                                const DistillationFactors<C>& factors, C factor)
       : max(sums.max),
         teacher_max(sums.teacher_max),
         inverse_temperature(factors.inverse_temperature),
-        a(terms.labels.a),
-        b(terms.labels.b) {
-    const C share = factors.divergence_slope * terms.grad_output;
+        a(target.terms.a),
+        b(target.terms.b) {
+    const C share = factors.divergence_slope * factor;
     at_t = share / sums.sum_at_t;
     teacher = share / sums.teacher_sum;
-    const C factor = static_cast<C>(factors.of_labels) * terms.grad_output;
-    at_1 = factor * terms.labels.mass / sums.sum;
-    smooth = factor * terms.labels.smooth;
-    ka = factor * terms.labels.ka;
-    kb = factor * terms.labels.kb;
+    const C of_labels = static_cast<C>(factors.of_labels) * factor;
+    at_1 = of_labels * target.terms.mass / sums.sum;
+    smooth = of_labels * target.terms.smooth;
+    ka = of_labels * target.terms.ka;
+    kb = of_labels * target.terms.kb;
   }
 
   __device__ C at(C x, C t, C weight) const {
@@ -235,11 +206,11 @@ template <typename S, typename T, int kCount, typename C = compute_t<S>>
 struct DistillationLogits {
   C x[kCount], teacher[kCount];
 
-  __device__ DistillationLogits(const Vector<S, kCount>& xs, const Vector<T, kCount>& teachers) {
+  explicit __device__ DistillationLogits(const DistillationPair<S, T, kCount>& pair) {
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      x[j] = load(xs.v[j]);
-      teacher[j] = static_cast<C>(load(teachers.v[j]));
+      x[j] = load(pair.x.v[j]);
+      teacher[j] = static_cast<C>(load(pair.teacher.v[j]));
     }
   }
 
@@ -253,15 +224,42 @@ struct DistillationLogits {
       sums.smooth += static_cast<double>(weight) * static_cast<double>(x[j]);
     }
   }
+};
 
-  __device__ Vector<S, kCount> gradient(const DistillationSlopes<S>& slopes,
-                                        const DistillationArguments<S, T>& a, int64_t c) const {
-    const bool weighs = a.weight && a.labels.smooths();
+// The gradient of the classes of a position.
+template <typename S, typename T>
+struct DistillationGradient {
+  using Arguments = DistillationArguments<S, T>;
+  using Element = S;
+  static constexpr int kRowLoads = 2, kClassLoads = kDistillationClasses<compute_t<S>>;
+  using C = compute_t<S>;
+
+  DistillationSlopes<S> slopes;
+  const C* weight;  // of the classes that are smoothed over, or null
+  int64_t classes;
+
+  __device__ DistillationGradient(const Arguments& a, int64_t position, const Position<C>& target,
+                                  const DistillationSums<S>& sums)
+      : slopes(target, sums, a.factors(), a.factor(position)),
+        weight(a.labels.smooths() ? a.weight : nullptr),
+        classes(a.classes) {}
+
+  // From the statistics.
+  __device__ DistillationGradient(const Arguments& a, int64_t position, const S* x, int64_t stride)
+      : DistillationGradient(a, position, read_labels(a, position, x, stride),
+                             read_stats(a, position)) {}
+
+  // Of classes c, c + 1, ... side by side.
+  template <int kCount>
+  __device__ Vector<S, kCount> of_row(int64_t c, const DistillationPair<S, T, kCount>& pair) const {
+    const DistillationLogits<S, T, kCount> logits(pair);
+    Vector<C, kCount> w;
+    RK_UNROLL
+    for (int j = 0; j < kCount; ++j) w.v[j] = C(1);
+    if (weight) w = load_classes<kCount>(weight, c, classes, C(0));
     C slope[kCount];
     RK_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      slope[j] = slopes.at(x[j], teacher[j], weighs ? a.weight[c + j] : C(1));
-    }
+    for (int j = 0; j < kCount; ++j) slope[j] = slopes.at(logits.x[j], logits.teacher[j], w.v[j]);
     if (slopes.has_label(c, kCount)) {
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) slope[j] -= slopes.of_label(c + j);
@@ -270,6 +268,10 @@ struct DistillationLogits {
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) result.v[j] = store<S>(slope[j]);
     return result;
+  }
+
+  __device__ S of_class(int64_t c, int64_t, const DistillationPair<S, T, 1>& pair) const {
+    return of_row(c, pair).v[0];
   }
 };
 

@@ -1,7 +1,6 @@
 // Distillation where the classes of a position lie side by side: a row of C elements.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "position.cuh"
@@ -13,26 +12,22 @@ template <typename C>
 constexpr int kDistillationThreads = sizeof(C) == 8 ? 512 : 768;  // at most
 constexpr int kWarpRows = 4;  // of a block, at most, where a warp takes a row
 
-// A row in vectors of as many elements of each type. From `head` to `tail` its logits, the
-// student's and the teacher's, lie on vector boundaries; elsewhere each goes by itself.
+// Both rows of a position, in vectors of as many elements of each type. What lies outside of a row
+// has no place in its sums: from `head` to `tail` both rows lie on vector boundaries; elsewhere
+// each class goes by itself.
 template <typename S, typename T>
-struct DistillationRow {
-  static constexpr int kCount = std::min(kVector<S>, kVector<T>);
+struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
+  static constexpr int kCount = DistillationArguments<S, T>::kCount;
 
-  const S* x;
   const T* teacher;
-  S* gradient;
-  int64_t classes, head, tail;
+  int64_t head, tail;
 
-  __device__ DistillationRow(const DistillationArguments<S, T>& a, int64_t position)
-      : x(a.x + position * a.classes),
-        teacher(a.teacher + position * a.classes),
-        gradient(a.gradient ? a.gradient + position * a.classes : nullptr),
-        classes(a.classes) {
-    const int lead = past_boundary(x);
-    head = lead ? kCount - lead : 0;
-    if (past_boundary(teacher) != lead || head > classes) head = classes;
-    tail = head + (classes - head) / kCount * kCount;
+  __device__ DistillationRow(const DistillationArguments<S, T>& a, int64_t first)
+      : LogitRow<S, kCount>(a.x + first, a.classes), teacher(a.teacher + first) {
+    const LogitRow<T, kCount> of_teacher(teacher, a.classes);
+    head = this->shift ? kCount - this->shift : 0;
+    if (of_teacher.shift != this->shift || head > a.classes) head = a.classes;
+    tail = head + (a.classes - head) / kCount * kCount;
   }
 
   // Calls f of a count, as a constant, and a class for what `thread` of `threads` is to do.
@@ -41,16 +36,10 @@ struct DistillationRow {
     for (int64_t c = head + thread * kCount; c < tail; c += threads * kCount) {
       f(std::integral_constant<int, kCount>{}, c);
     }
-    const int64_t ends = head + (classes - tail);
+    const int64_t ends = head + (this->classes - tail);
     for (int64_t i = thread; i < ends; i += threads) {
       f(std::integral_constant<int, 1>{}, i < head ? i : tail + (i - head));
     }
-  }
-
- private:
-  template <typename E>
-  static __device__ int past_boundary(const E* data) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(data) / sizeof(E) % kCount);
   }
 };
 
@@ -79,17 +68,13 @@ struct KeptRow {
   }
 
   template <int kWidth>
-  __device__ void put(int64_t c, const Vector<S, kWidth>& xs, const Vector<T, kWidth>& ts) const {
-    put_at(x + (c - first), xs);
-    put_at(teacher + (c - first), ts);
+  __device__ void put(int64_t c, const DistillationPair<S, T, kWidth>& pair) const {
+    put_at(x + (c - first), pair.x);
+    put_at(teacher + (c - first), pair.teacher);
   }
   template <int kWidth>
-  __device__ Vector<S, kWidth> x_at(int64_t c) const {
-    return at<kWidth>(x + (c - first));
-  }
-  template <int kWidth>
-  __device__ Vector<T, kWidth> teacher_at(int64_t c) const {
-    return at<kWidth>(teacher + (c - first));
+  __device__ DistillationPair<S, T, kWidth> get(int64_t c) const {
+    return {at<kWidth>(x + (c - first)), at<kWidth>(teacher + (c - first))};
   }
 
  private:
@@ -118,7 +103,7 @@ template <typename C>
 struct alignas(kVectorBytes) DistillationShared {  // what is kept of a row follows it
   // Of the rows that a block works on side by side, and, in turn, of those that come next: threads
   // may still read the former.
-  PositionTerms<C> terms[2][kWarpRows];
+  Position<C> targets[2][kWarpRows];
   struct Largest {
     C x, teacher;
   } largest[kDistillationThreads<C> / kWarp];
@@ -169,53 +154,50 @@ __device__ __forceinline__ void join(DistillationSums<S>& mine, int threads, C i
   add_up();
 }
 
+// Rows of `threads` threads each: a warp, or the whole block, which keeps `room` classes.
 template <typename S, typename T>
 __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
-    distillation_rows_kernel(DistillationArguments<S, T> a) {
+    distillation_rows_kernel(DistillationArguments<S, T> a, int threads, int room) {
   using C = compute_t<S>;
   RK_SHARED(DistillationShared<C>, shared);
-  const int row = static_cast<int>(threadIdx.x) / a.threads;
-  const int thread = static_cast<int>(threadIdx.x) % a.threads;
-  const int rows = static_cast<int>(blockDim.x) / a.threads;
+  const int row = static_cast<int>(threadIdx.x) / threads;
+  const int thread = static_cast<int>(threadIdx.x) % threads;
+  const int rows = static_cast<int>(blockDim.x) / threads;
   const bool smooths = a.labels.smooths();
   const int64_t stride = int64_t{gridDim.x} * rows;
   const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   int turn = 0;
   for (int64_t p = int64_t{blockIdx.x} * rows + row; p < a.positions; p += stride, turn ^= 1) {
-    const DistillationRow<S, T> logits(a, p);
-    const KeptRow<S, T> kept(reinterpret_cast<unsigned char*>(shared + 1), a.room, logits);
-    PositionTerms<C>& terms = shared->terms[turn][row];
-    if (thread == 0) terms = position_terms(a, p);
+    const DistillationRow<S, T> logits(a, p * a.classes);
+    const KeptRow<S, T> kept(reinterpret_cast<unsigned char*>(shared + 1), room, logits);
+    Position<C>& target = shared->targets[turn][row];
+    if (thread == 0) target = read_labels(a, p, logits.data, 1);
 
+    const auto load_pair = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+      return DistillationPair<S, T, kCount>{load_whole<kCount>(logits.data + c),
+                                            load_whole<kCount>(logits.teacher + c)};
+    };
     DistillationSums<S> sums;
-    if (a.forward) {
-      logits.each(
-          thread, a.threads, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-            const auto xs = load_whole<kCount>(logits.x + c);
-            const auto teachers = load_whole<kCount>(logits.teacher + c);
-            if (kept.has(c, kCount)) kept.put(c, xs, teachers);
-            DistillationLogits<S, T, kCount>(xs, teachers).add_to(sums, a, inverse_temperature, c);
-          });
-      join(sums, a.threads, inverse_temperature, smooths, shared);
-      if (thread == 0) loss += finish_position(a, p, terms, sums);
-    } else {
-      sums = read_stats(a, p);
-      a.threads > kWarp ? __syncthreads() : __syncwarp();
-    }
+    logits.each(thread, threads,
+                [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
+                  const auto pair = load_pair(count, c);
+                  if (kept.has(c, kCount)) kept.put(c, pair);
+                  DistillationLogits(pair).add_to(sums, a, inverse_temperature, c);
+                });
+    join(sums, threads, inverse_temperature, smooths, shared);
+    if (thread == 0) loss += finish_position(a, p, target, sums);
     if (a.gradient == nullptr) continue;
 
-    const DistillationSlopes<S> slopes(terms, sums, a.factors());
-    logits.each(thread, a.threads, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-      const bool has = kept.has(c, kCount);
-      const auto xs = has ? kept.template x_at<kCount>(c) : load_whole<kCount>(logits.x + c);
-      const auto teachers =
-          has ? kept.template teacher_at<kCount>(c) : load_whole<kCount>(logits.teacher + c);
-      store_classes(logits.gradient, c, a.classes,
-                    DistillationLogits<S, T, kCount>(xs, teachers).gradient(slopes, a, c));
-    });
+    const DistillationGradient<S, T> gradient(a, p, target, sums);
+    logits.each(thread, threads,
+                [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
+                  const auto pair =
+                      kept.has(c, kCount) ? kept.template get<kCount>(c) : load_pair(count, c);
+                  store_classes(a.gradient + p * a.classes, c, a.classes, gradient.of_row(c, pair));
+                });
   }
-  if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.sums().labels), &shared->loss);
+  if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.target_sums().labels), &shared->loss);
 }
 
 }  // namespace cuda

@@ -58,6 +58,12 @@ __device__ __forceinline__ Vector<T, kCount> load_classes(const T* row, int64_t 
   return result;
 }
 
+// The same of logits: no softmax counts what lies outside.
+template <int kCount, typename T>
+__device__ __forceinline__ Vector<T, kCount> load_logits(const T* row, int64_t c, int64_t classes) {
+  return load_classes<kCount>(row, c, classes, store<T>(kNoLogit<compute_t<T>>));
+}
+
 template <int kCount, typename T>
 __device__ __forceinline__ void store_classes(T* row, int64_t c, int64_t classes,
                                               const Vector<T, kCount>& value) {
@@ -72,12 +78,10 @@ __device__ __forceinline__ void store_classes(T* row, int64_t c, int64_t classes
   }
 }
 
-// A row of logits in vectors on 16-byte boundaries of memory: the first and the last one may reach
-// beyond the row. A row of any length may begin anywhere.
-template <typename T>
+// A row of logits in vectors on boundaries of memory: the first and the last one may reach beyond
+// the row. A row of any length may begin anywhere.
+template <typename T, int kCount = kVector<T>>
 struct LogitRow {
-  static constexpr int kCount = kVector<T>;
-
   const T* data;
   int64_t classes;
   int shift;  // elements of the first vector in front of the row
@@ -89,19 +93,16 @@ struct LogitRow {
 
   __device__ int64_t vectors() const { return (classes + shift + kCount - 1) / kCount; }
   __device__ int64_t first_class(int64_t vector) const { return vector * kCount - shift; }
-  __device__ int64_t vector_of(int64_t c) const { return (c + shift) / kCount; }
   __device__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 
-  __device__ Vector<T> load(int64_t vector) const {
-    return load_classes<kCount>(data, first_class(vector), classes,
-                                store<T>(kNoLogit<compute_t<T>>));
+  __device__ Vector<T, kCount> load(int64_t vector) const {
+    return load_logits<kCount>(data, first_class(vector), classes);
   }
 };
 
-// The most vectors that one of `rows` rows takes, the first of which begins at `data`.
+// The most vectors of `count` that a row takes, of rows the first of which begins at `data`.
 template <typename T>
-int64_t most_row_vectors(const T* data, int64_t classes) {
-  const int64_t count = kVector<T>;
+int64_t most_row_vectors(const T* data, int64_t classes, int64_t count = kVector<T>) {
   const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(T)) % count;
   return ceil_div(classes + (classes % count == 0 ? first : count - 1), count);
 }
