@@ -11,6 +11,12 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
+def has_samples_outermost(x: Tensor) -> bool:
+    """Whether each sample of a batch (N, ...) fills one stretch of memory, after the one before."""
+    numel = x.numel()
+    return is_dense(x) and (len(x) < 2 or numel == 0 or x.stride(0) * len(x) == numel)
+
+
 def dense_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape: of x's strides where x is dense, else contiguous."""
     if is_dense(x):

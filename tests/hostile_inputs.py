@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from random import Random
 from typing import Any
 
 import torch
+from case_runs import SMALL, Recorder
 from torch import Tensor
 
 from reg_kernels import functional as F
 from reg_kernels._tensor_table import TensorTable, addresses, dtype_number
+from reg_kernels.ops._registry import OPS
 from reg_kernels.ops.optimizer_step import StepLists
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -331,6 +334,20 @@ VALID: dict[str, Callable[[Random], Any]] = {
         )
     },
 }
+
+
+def _of_a_case(op: str, r: Random) -> list[Any]:
+    """The arguments that one of the op's cases comes to call it with."""
+    case = r.choice([case for case in SMALL if case.op == op])
+    inputs = case.inputs(torch.device("cpu"), r.choice(FLOATS))
+    with Recorder() as recorder:
+        case.function(*inputs, backend="reference")
+    (call,) = [call for call in recorder.calls if call.op == op]
+    left_out = call.overload._schema.arguments[len(call.args) :]
+    return [*call.args, *(argument.default_value for argument in left_out)]
+
+
+VALID |= {op: functools.partial(_of_a_case, op) for op in OPS if op not in VALID}
 
 # What is done to a tensor. Each returns another one; where that cannot be made, torch raises.
 

@@ -1,28 +1,8 @@
 """The ops as layers, drop-in for torch.nn's."""
 
-from .batch_norm import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchNormAct1d,
-    BatchNormAct2d,
-    BatchNormAct3d,
-)
-from .dropout import Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath
-from .losses import CrossEntropyLoss, DistillationLoss
+from . import batch_norm, dropout, losses
+from .batch_norm import *  # noqa: F403 (a file says by its __all__ which layers it has)
+from .dropout import *  # noqa: F403
+from .losses import *  # noqa: F403
 
-__all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
-    "BatchNormAct3d",
-    "CrossEntropyLoss",
-    "DistillationLoss",
-    "DropPath",
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "Dropout3d",
-]
+__all__ = [*batch_norm.__all__, *dropout.__all__, *losses.__all__]

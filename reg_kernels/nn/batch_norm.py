@@ -16,6 +16,11 @@ from ..ops._checks import probability
 from ..ops.batch_norm import SLOPE
 from ._leaf import call_in_graph
 
+__all__ = [
+    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+    *("BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"),
+]
+
 
 class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the layers share: torch's constructor and state, and a choice of implementation.

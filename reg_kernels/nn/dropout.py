@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from .. import backends
 from .. import functional as F
 from .._twins import twin_of
 from ..ops._checks import probability
 from ._leaf import call_in_graph
+
+__all__ = ["DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
 class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
@@ -70,15 +72,12 @@ class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
 
 
 class DropPath(torch.nn.Module):
-    """Stochastic depth by `reg_kernels.functional.drop_path`: drops whole samples of a batch in
-    training, and adds the residual in the same pass.
+    """Stochastic depth by `reg_kernels.functional.drop_path`: `layer(input, residual=None)`.
 
     Args:
         p: the probability of dropping a sample, in [0, 1].
-        scale_by_keep: whether kept samples are scaled up by the inverse of the one of keeping.
+        scale_by_keep: whether what is kept is scaled up by the inverse of the one of keeping.
         backend: "native", "triton" or "reference"; by default the first that can run at a call.
-
-    `layer(input, residual=None)` takes a batch (N, ...), and a residual like it.
     """
 
     def __init__(self, p: float, scale_by_keep: bool = True, *, backend: str | None = None) -> None:
@@ -88,10 +87,9 @@ class DropPath(torch.nn.Module):
         self.backend = None if backend is None else backends.check_name(backend, "backend")
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if has_torch_function_variadic(input, residual):
-            call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
-            if call is not None:
-                return call
+        given = (input,) if residual is None else (input, residual)
+        if has_torch_function(given) and (call := call_in_graph(self, *given)) is not None:
+            return call
         options = {"scale_by_keep": self.scale_by_keep, "backend": self.backend}
         return F.drop_path(input, self.p, self.training, residual=residual, **options)
 

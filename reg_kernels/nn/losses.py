@@ -14,6 +14,8 @@ from .._twins import twin_of
 from ..ops.distillation import checked_softness
 from ._leaf import call_in_graph
 
+__all__ = ["CrossEntropyLoss", "DistillationLoss"]
+
 
 @twin_of(torch.nn.CrossEntropyLoss)
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .._dtypes import DTYPES, SUPPORTED, named
-from .._layout import is_channels_last
+from .._layout import has_samples_outermost, is_channels_last
 from .._numbers import number
 
 _DTYPES = frozenset(DTYPES)
@@ -67,6 +67,12 @@ def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
     """Raises unless x is where the input is."""
     if x.device != input.device:
         refuse(op, argument, f"on the input's device, {input.device}", x.device)
+
+
+def check_batch(op: str, argument: str, x: Any) -> None:
+    check_tensor(op, argument, x)
+    if x.dim() == 0:
+        refuse(op, argument, "a batch (N, ...)", "no dimensions")
 
 
 def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
@@ -218,6 +224,13 @@ class Entry:
 
     def check_rng_state(self, rng_state: Tensor) -> None:
         self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
+
+    def check_samples(self, x: Tensor) -> None:
+        """An input (N, ...) of floats, dense with its samples outermost."""
+        if x.dim() == 0 or not has_samples_outermost(x):
+            self.refuse("input", "a batch, dense with its samples outermost", x)
+        self.check_floats(x, "input")
+        self.check_memory(x, "input")
 
     def check_like(self, x: Tensor, other: Tensor | None, name: str) -> None:
         """That another tensor has x's dtype, shape and strides."""

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from .. import _layout, _rng
 from .._dtypes import DTYPES
-from .._layout import as_torch_returns, dense_like, is_dense, keeps_channels_last, with_strides
+from .._layout import (
+    as_torch_returns,
+    dense_like,
+    has_samples_outermost,
+    is_dense,
+    keeps_channels_last,
+    with_strides,
+)
 from .._numbers import integer
 from ._checks import check_dtype, check_in_place
 from ._modes import COMPILE, TRACE, below_autograd, unrecorded, watcher
@@ -289,6 +296,28 @@ def draw(
         return apply_linear((op, overload, None, arguments), input, *addends)
     with below_autograd():
         return overload(input, *addends, *arguments)
+
+
+def draw_samples(
+    op: Linear,
+    input: Tensor,
+    how: Draw,
+    options: tuple[Any, ...] = (),
+    addends: tuple[Tensor | None, ...] = (),
+) -> Tensor:
+    """The same of an op whose draws are each for a sample of a batch (N, ...): it takes each as one
+    stretch of memory. Where p is 1 nothing is drawn."""
+    looks = watcher()
+    if asked(looks, input.numel) == 0:
+        return sum((x for x in addends if x is not None), input)
+    # What is traced for one layout has to bring any other into it.
+    fits = looks is not TRACE and has_samples_outermost(input)
+    x = input if fits else input.contiguous()
+    if how.p == 1.0 and how.rng_state is None:
+        how = how._replace(rng_state=torch.zeros(2, dtype=torch.int64, device="cpu"))
+    addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)
+    y = draw(op, x, how, False, options, addends)
+    return y if fits or looks is TRACE else as_torch_returns(y, input)
 
 
 def _watched(

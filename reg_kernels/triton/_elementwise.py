@@ -29,8 +29,8 @@ class Draw(NamedTuple):
 
     p: float
     rng_state: Tensor
-    element_offset: int
-    traced_p: Tensor | None  # float64 [1], which counts instead of p
+    element_offset: int = 0
+    traced_p: Tensor | None = None  # float64 [1], which counts instead of p
 
 
 @triton.jit
@@ -43,6 +43,13 @@ def load_rate(p_ptr, p):
     threshold = (keep + 6755399441055744.0) - 6755399441055744.0
     scale = tl.where(threshold > 0.0, 65536.0 / tl.maximum(threshold, 1.0), 0.0)
     return threshold.to(tl.uint32), scale
+
+
+@triton.jit
+def product_apart(x, factor):
+    """x factor, which no compiler joins with a sum after it in one rounding: it adds -0 to the
+    product, which nobody can know. One joins pairs of float32 even where it is told not to."""
+    return tl.fma(x, factor, -(factor - factor))
 
 
 @triton.jit

@@ -8,15 +8,12 @@ RK_NAMESPACE_BEGIN
 struct DropPath {
   static constexpr RngTag kTag = rng_tag("droppath");
   static constexpr Form kForms[] = {{"drop_path", nullptr, DrawnFor::sample}};
-  static constexpr bool kReadsDropped = false;
-  static constexpr bool kAdds = true;
+  static constexpr bool kReadsDropped = false, kAdds = true;
 
   template <typename T>
   static RK_HD T element(T x, compute_t<T> scale) {
     return store<T>(load(x) * scale);
   }
-
-  // The product and the sum are rounded apart, so that each implementation has the same bits.
   template <typename T>
   static RK_HD T element(T x, T residual, compute_t<T> scale) {
     return store<T>(add_apart(load(residual), load(x) * scale));

@@ -1,0 +1,43 @@
+"""Stochastic depth: what it alone has. All else its cases hold it to."""
+
+import math
+
+import pytest
+import torch
+
+from reg_kernels import functional as F
+from reg_kernels import nn
+
+from support import DEVICE, implementations
+
+
+@pytest.mark.parametrize("backend", implementations())
+def test_the_ends(backend):
+    x = torch.full((5, 3), math.nan, device=DEVICE, requires_grad=True)
+    r = torch.randn(5, 3, device=DEVICE, requires_grad=True)
+    before = torch.get_rng_state()
+    y = F.drop_path(x, 1.0, residual=r, backend=backend)
+    assert torch.equal(y, r)
+    assert [g.sum().item() for g in torch.autograd.grad(y.sum(), (x, r))] == [0, 15]
+    assert (F.drop_path(x, 1.0, backend=backend) == 0).all()
+    assert F.drop_path(x, 0.0) is x
+    assert torch.equal(F.drop_path(r, 0.5, False, residual=r), r + r)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_layer_keeps_samples_at_the_rate():
+    layer, x = nn.DropPath(0.3, scale_by_keep=False), torch.ones(10**5, 2)
+    y = layer(x, x)
+    assert torch.equal(y[:, 0], y[:, 1])
+    assert abs((y[:, 0] == 2).sum().item() - 7e4) < 4 * math.sqrt(1e5 * 0.3 * 0.7)
+    assert layer.eval()(x) is x
+    assert str(layer) == "DropPath(p=0.3, scale_by_keep=False)"
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(layer)).graph
+    assert any(node.op == "call_module" for node in graph.nodes)
+
+
+def test_refusals():
+    with pytest.raises(RuntimeError, match="drop_path: input must be a batch"):
+        F.drop_path(torch.ones(()), 0.5)
+    with pytest.raises(RuntimeError, match="drop_path: residual must be like the input"):
+        F.drop_path(torch.ones(2), 0.5, residual=torch.ones(3))
