@@ -1,4 +1,4 @@
-"""What torch.autograd does around BatchNorm with all that it may be given, and Hessians of every op:
+"""What torch.autograd does around BatchNorm with all it may be given, and Hessians of every op:
 batched gradients, hooks on what is saved, and mutation of it; each beside what it gives without."""
 
 import pytest
