@@ -47,7 +47,7 @@ test-sanitized: $(READY)
 	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	$(SANITIZED_PY) -P -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
 	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
-	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) tests/ops tests/nn tests/optim \
+	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) tests/every_op tests/ops tests/nn tests/optim \
 		-k "not triton and not reference and not compile and not opcheck"
 
 lint: $(READY)

@@ -43,6 +43,9 @@ OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
 NOT_AVAILABLE, SKIPPED, STOPPED = "not available", "skipped", "interrupted"
 BAD = (FAILED, TIMED_OUT, STOPPED)
 
+# What runs on the GPU; the CPU's instruction sets are no matter of it.
+CPU_TEST = "tests/every_op/test_values.py::test_bits_of_each_instruction_set_and_number_of_threads"
+TESTS = ("tests/every_op", "tests/gpu", "--deselect", CPU_TEST)
 NO_TESTS = 5  # pytest's exit code where it selected none
 
 
@@ -68,7 +71,7 @@ def stages(folder: Path) -> list[Stage]:
     """What a report consists of, in order; results go to `folder`."""
     python = sys.executable
     command_line = (python, "-m", "reg_kernels")
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu")
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
     no_tests = {NO_TESTS: "no test was selected"}
     jobs = {"MAX_JOBS": str(os.cpu_count() or 2)}
     only_this_gpu = {"REG_KERNELS_CUDA": "1", "REG_KERNELS_CUDA_ARCH": "native"}

@@ -123,7 +123,10 @@ class Call:
         """Which arguments are left out, and how the first tensors are laid out."""
         flat = tree_flatten(self.args)[0]
         first = next(x for x in flat if (isinstance(x, Tensor) and x.dim() > 1) or x is flat[-1])
-        left_out = tuple(x if isinstance(x, bool) else x is None for x in self.args)
+        left_out = tuple(
+            len(x) if isinstance(x, list) else x if isinstance(x, bool) else x is None
+            for x in self.args
+        )
         return self.overload, left_out, isinstance(first, Tensor) and first.is_contiguous()
 
 

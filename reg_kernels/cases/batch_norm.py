@@ -117,6 +117,45 @@ def _case(
     )
 
 
+def _tracked(
+    shape: tuple[int, ...],
+    layout: Callable[[Tensor], Tensor] = _contiguous,
+    momentum: float | None = 0.1,
+    **options: Any,
+) -> Case:
+    """In training with running statistics, which are returned behind the output. Without momentum
+    it is the fourth batch of an average."""
+
+    def moved(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+        return torch.cat([call(mean, var).flatten(), mean, var])
+
+    def function(x: Tensor, *affine: Tensor, backend: str | None = None) -> Tensor:
+        count = torch.tensor(3, device=x.device) if momentum is None else None
+        given = {"num_batches_tracked": count, "rng_state": state(), "backend": backend}
+        chain = {"activation": None, "negative_slope": SLOPE, **options, **given}
+        return moved(lambda *s: F.batch_norm_act(x, *s, *affine, None, True, momentum, **chain), x)
+
+    def oracle(x: Tensor, *affine: Tensor) -> Tensor:
+        share = 0.25 if momentum is None else momentum
+        activation = NUMBERS[options.get("activation")]
+        return moved(
+            lambda *s: activate(TF.batch_norm(x, *s, *affine, True, share), activation, SLOPE), x
+        )
+
+    words = ["x".join(map(str, shape)), layout.__name__[1:], f"momentum {momentum}"]
+    return Case(
+        op="batch_norm",
+        name=" ".join([*words, *map(str, options.values())]),
+        inputs=_inputs(shape, layout, True, False),
+        function=function,
+        oracle=oracle,
+        small=torch.Size(shape).numel() <= 2100,
+        exact=False,
+        differentiable=False,
+    )
+
+
 CASES = [
     _case((2, 1)),
     _case((3, 2, 1)),
@@ -168,6 +207,18 @@ CASES += [
         ("leaky_relu", True, P),
         ("gelu", True, P),
     )
+]
+CASES += [
+    _tracked(shape, layout, momentum, activation=activation)
+    for shape, layout in (
+        ((4, 3, 5, 5), _contiguous),
+        ((4, 3, 5, 5), _channels_last),
+        ((130, 2), _contiguous),
+        ((5, 2, 7001), _contiguous),
+        ((30, 19, 17, 7), _channels_last),
+        ((3, 20_011), _contiguous),
+    )
+    for momentum, activation in ((0.1, None), (None, "gelu"))
 ]
 CASES += [
     _case((4, 3, 5, 5), training=False),

@@ -77,12 +77,9 @@ def _drawn(
 ) -> Case:
     """`in_a_row`: how many draws each row of the input takes."""
 
-    def call(
-        x: Tensor, first: int = 0, inplace: bool = False, backend: str | None = None
-    ) -> Tensor:
+    def call(x: Tensor, first: int = 0, **options: Any) -> Tensor:
         offset = element_offset + first * in_a_row
-        options = {"rng_state": state(), "element_offset": offset, "backend": backend}
-        return dropout(x, P, inplace=inplace, **options)
+        return dropout(x, P, rng_state=state(), element_offset=offset, **options)
 
     return Case(
         op=op,
@@ -130,6 +127,7 @@ CASES = [
     _elements((3, 5, 7), _transposed),
     _elements((1001,), element_offset=5),
     _elements((64,), element_offset=2**33 + 8),
+    _elements((2000,), element_offset=8 * 2**32 - 1000),  # a carry between words of the counter
     _elements((1_000_003,)),
     _elements((70, 65, 33), _channels_last),
     _channels((3, 5, 7)),

@@ -100,7 +100,7 @@ def test_a_backend_that_is_none(case):
 @on_a_gpu
 @each_op
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS[:2])
-def test_short_capture(op, backend):
+def test_capture(op, backend):
     """Nothing waits for the device, and a graph's replays are what an eager call gives."""
     for call in kinds_of_calls(op, backend):
         args, eager = copied(call), copied(call)
@@ -172,7 +172,9 @@ def test_batched_gradients_and_torch_func(case):
 
     one, two = by(g[0]), by(g[1])
     stacked = tuple(torch.stack(pair) for pair in zip(one, two, strict=True))
-    torch.testing.assert_close(by(g, is_grads_batched=True), stacked)
+    for create_graph in (False, True):
+        batched = by(g, is_grads_batched=True, create_graph=create_graph)
+        torch.testing.assert_close(batched, stacked)
     inputs = tuple(x.detach() for x in leaves)
     output, pullback = torch.func.vjp(case.function, *inputs)
     torch.testing.assert_close(output, y.detach())

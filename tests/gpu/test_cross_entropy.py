@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from reg_kernels import functional as F
-from reg_kernels.cases.cross_entropy import CASES, LossCall
+from reg_kernels.cases.cross_entropy import LossCall
 from reg_kernels.cases.dropout import _channels_last, _contiguous
-from reg_kernels.cli.check import gradcheck, measure
 
 from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
 
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 CUDA = torch.device("cuda")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-on_each = pytest.mark.parametrize("backend", implementations("cuda"))
 kernels = pytest.mark.parametrize("backend", implementations("cuda")[:2])  # native and triton
 reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 kinds = pytest.mark.parametrize("kind", ["labels", "shares", "probabilities"])
@@ -42,20 +40,6 @@ def results(function, x, target, **options):
 
 
 # Values
-
-
-@on_each
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-def test_error_against_fp64(case, backend, dtype):
-    error, allowed = measure(case, backend, CUDA, dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck(case, backend):
-    assert gradcheck(case, backend, CUDA)
 
 
 def check(call, dtype, backend):

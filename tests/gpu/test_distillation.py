@@ -13,8 +13,6 @@ import torch.nn.functional as TF
 
 from reg_kernels import functional as F
 from reg_kernels._mixed_target import MixedTarget
-from reg_kernels.cases.distillation import CASES
-from reg_kernels.cli.check import gradcheck, measure
 
 from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
 
@@ -22,7 +20,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 CUDA = torch.device("cuda")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-on_each = pytest.mark.parametrize("backend", implementations("cuda"))
 kernels = pytest.mark.parametrize("backend", implementations("cuda")[:2])  # native and triton
 layouts = pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -82,20 +79,6 @@ def assert_close(ours, true, dtype):
 
 
 # Values
-
-
-@on_each
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-def test_error_against_fp64(case, backend, dtype):
-    error, allowed = measure(case, backend, CUDA, dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck(case, backend):
-    assert gradcheck(case, backend, CUDA)
 
 
 def check(shape, last, dtype, backend, **options):

@@ -9,8 +9,7 @@ import torch
 
 from reg_kernels import backends, nn
 from reg_kernels import functional as F
-from reg_kernels.cases.dropout import CASES, P
-from reg_kernels.cli.check import gradcheck, measure
+from reg_kernels.cases.dropout import P
 
 from support import DTYPE_IDS, DTYPES, implementations, no_waiting, rng_state
 
@@ -18,32 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 CUDA = torch.device("cuda")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-on_each = pytest.mark.parametrize("backend", implementations("cuda"))
 kernels = pytest.mark.parametrize("backend", implementations("cuda")[:2])  # native and triton
-case_ids = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@on_each
-@case_ids
-@dtypes
-def test_error_against_fp64(case, backend, dtype):
-    error, allowed = measure(case, backend, CUDA, dtype)
-    assert error <= allowed
-
-
-@on_each
-@case_ids
-@dtypes
-def test_bits_are_the_cpus(case, backend, dtype):
-    (x,) = case.inputs(torch.device("cpu"), dtype)
-    on_gpu = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=CUDA).copy_(x)
-    assert torch.equal(case.function(on_gpu, backend=backend).cpu(), case.function(x))
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=str)
-def test_gradcheck(case, backend):
-    assert gradcheck(case, backend, CUDA)
 
 
 @kernels

@@ -9,8 +9,6 @@ import torch
 
 from reg_kernels import functional as F
 from reg_kernels._tensor_table import TensorTable, addresses
-from reg_kernels.cases.penalty import CASES
-from reg_kernels.cli.check import gradcheck, measure
 from reg_kernels.ops.penalty import sum_into
 
 from support import DTYPE_IDS, DTYPES, implementations
@@ -19,7 +17,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 CUDA = torch.device("cuda")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-on_each = pytest.mark.parametrize("backend", implementations("cuda"))
 kernels = pytest.mark.parametrize("backend", implementations("cuda")[:2])  # native and triton
 powers = pytest.mark.parametrize("power", [1, 2])
 
@@ -36,20 +33,6 @@ def draw(sizes, dtype, shift=0):
         torch.randn(n + shift, generator=generator).to(dtype).to(CUDA)[shift:].requires_grad_()
         for n in sizes
     ]
-
-
-@on_each
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-def test_error_against_fp64(case, backend, dtype):
-    error, allowed = measure(case, backend, CUDA, dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck(case, backend):
-    assert gradcheck(case, backend, CUDA)
 
 
 @kernels

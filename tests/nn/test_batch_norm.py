@@ -176,14 +176,6 @@ def test_the_layer_forces_its_backend(backend):
         assert y.grad_fn.call[0] is getattr(torch.ops.reg_kernels.batch_norm, suffix)
 
 
-def test_no_graph_where_nothing_wants_a_gradient():
-    x = draw(*SHAPES["2d"])
-    layer = nn.BatchNorm2d(C, affine=False)
-    assert not layer(x.float()).requires_grad
-    with torch.no_grad():
-        assert not filled(nn.BatchNorm2d(C, dtype=torch.float64))(x.cpu()).requires_grad
-
-
 @on_each
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_autograd_hears_of_the_statistics_change(with_gradient, backend):

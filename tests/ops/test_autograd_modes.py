@@ -1,5 +1,5 @@
-"""What torch.autograd does around an op: batched gradients, hooks on what is saved, and mutation of
-it; each op beside what it gives without."""
+"""What torch.autograd does around BatchNorm with all it may be given, and Hessians of every op:
+batched gradients, hooks on what is saved, and mutation of it; each beside what it gives without."""
 
 import pytest
 import torch

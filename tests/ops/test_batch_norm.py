@@ -7,27 +7,16 @@ import torch
 import torch.nn.functional as TF
 from torch.library import opcheck
 
-from reg_kernels import backends
 from reg_kernels import functional as F
 from reg_kernels._activation import NUMBERS
-from reg_kernels.cases.batch_norm import CASES
-from reg_kernels.cli.check import gradcheck, measure
 
-from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas, rng_state
+from support import DEVICE, implementations, rng_state
 
 INTERPRETED = DEVICE == "cpu"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 on_each = pytest.mark.parametrize("backend", implementations())
-case_ids = pytest.mark.parametrize("case", CASES, ids=str)
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 P = 0.3
-SUBSETS = ["".join(c) for n in range(1, 5) for c in itertools.combinations("xwbr", n)]
-
-
-def skip_if_slow(case, backend):
-    if backend == "triton" and INTERPRETED and not case.small:
-        pytest.skip("too large for Triton's interpreter: 10 ms a program")
 
 
 def arguments(shape=(4, 6, 5, 3), layout=torch.contiguous_format, dtype=torch.float32):
@@ -44,26 +33,6 @@ def arguments(shape=(4, 6, 5, 3), layout=torch.contiguous_format, dtype=torch.fl
 
 
 # Values and gradients
-
-
-@case_ids
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    skip_if_slow(case, backend)
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
-
-
-@on_each
-@case_ids
-def test_gradcheck(case, backend):
-    skip_if_slow(case, backend)
-    if not case.small:
-        pytest.skip("numerical gradients of so many elements take minutes")
-    if backend == "triton" and INTERPRETED and case.inputs("cpu", torch.float64)[0].numel() > 20:
-        pytest.skip("Triton's interpreter is too slow for this many calls")
-    assert gradcheck(case, backend, torch.device(DEVICE))
 
 
 @on_each
@@ -220,15 +189,6 @@ def test_third_derivatives(backend):
 
     ours = third(lambda x: F.batch_norm(x, None, None, training=True, eps=0.1, backend=backend))
     torch.testing.assert_close(ours, third(formula))
-
-
-def test_the_backward_runs_where_the_forward_did(monkeypatch):
-    x, *rest = arguments((4, 3))
-    x.requires_grad_()
-    y = F.batch_norm(x, *rest, training=True, backend="reference")
-    monkeypatch.setattr(backends, "_forced", "native")
-    torch.autograd.grad(y.sum(), x)
-    assert y.grad_fn.call[0] is torch.ops.reg_kernels.batch_norm.reference
 
 
 # Torch's semantics
@@ -421,44 +381,6 @@ def overload_of(name, backend):
 
 
 @on_each
-@layouts
-@pytest.mark.parametrize("options", [(0, False, 0.0), (1, True, P), (3, True, P), (2, True, 0.0)])
-def test_opcheck(backend, layout, options):
-    if backend != "native" and options != (1, True, P):
-        pytest.skip("schema, fake and autograd are the same function in each implementation")
-    activation, residual, p = options
-    x, mean, var, weight, bias = arguments((2, 3, 2, 2), layout)
-    added = torch.randn_like(x) if residual else None
-    state = rng_state() if p else None
-    counter = torch.tensor(0, device=DEVICE)
-    for momentum, grad in ((0.1, True), (None, False)):
-        leaves = [t.clone().requires_grad_(grad) for t in (x, weight, bias)]
-        opcheck(
-            overload_of("batch_norm", backend),
-            (
-                *(*leaves, added, [mean, var, counter]),
-                *(momentum, 1e-5, activation, 0.1, p, state, False),
-            ),
-        )
-    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    opcheck(
-        overload_of("batch_norm_inference", backend),
-        (*leaves, added, mean, var, 1e-5, activation, 0.1),
-    )
-    gate = overload_of("batch_norm", backend)(
-        *(x, weight, bias, added, [], 0.1, 1e-5, activation, 0.1, p, state, True),
-    )
-    _, *statistics, gate = gate
-    opcheck(
-        overload_of("batch_norm_backward", backend),
-        (
-            *(torch.randn_like(x), x, weight, bias, added, *statistics),
-            *(gate if gate.numel() else None, state, True, activation, 0.1, p, True, True, True),
-        ),
-    )
-
-
-@on_each
 def test_opcheck_of_the_twins_by_numbers(backend):
     x, mean, var, weight, bias = arguments((2, 3, 2, 2), torch.contiguous_format)
     numbers = torch.tensor([0.1, 1e-5, 0.1, P], dtype=torch.float64)
@@ -570,24 +492,3 @@ def test_activation_checkpointing_moves_the_statistics_as_torchs_does():
         lambda x: TF.batch_norm(x, *theirs, training=True).exp(), x, use_reentrant=False
     ).sum().backward()
     torch.testing.assert_close([mean, var], theirs)
-
-
-@pytest.mark.parametrize("isa", isas())
-@dtypes
-def test_each_instruction_set_gives_the_same_bits(isa, dtype):
-    from reg_kernels import _C
-
-    best = _C.isa()
-    try:
-        for case in CASES:
-            # exp and erf of float64 come from the C library, which chooses for itself.
-            tensors = case.inputs(torch.device("cpu"), dtype)
-            results = []
-            for name in (best, isa):
-                _C.set_isa(name)
-                leaves = [t.clone().requires_grad_() for t in tensors]
-                y = case.function(*leaves, backend="native")
-                results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), case
-    finally:
-        _C.set_isa(best)

@@ -17,9 +17,7 @@ from loss_inputs import (
     draw,
     is_interpreted,
     labels_of,
-    overload_of,
 )
-from torch.library import opcheck
 
 from reg_kernels import backends
 from reg_kernels import functional as F
@@ -252,34 +250,6 @@ def test_gradient_by_each_way_through_the_graph(kind, reduction, backend):
     torch.testing.assert_close(x.grad, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck_of_both_orders(reduction, backend):
-    x, weight = draw(3, 4, 2).requires_grad_(), torch.rand(4, dtype=torch.float64, device=DEVICE)
-    a, b = labels_of(x, 1), labels_of(x, 1)
-    options = {"reduction": reduction, "label_smoothing": 0.1, "weight": weight, "backend": backend}
-    each = torch.tensor([0.0, 0.3, 1.0], device=DEVICE)
-
-    def indices(x):
-        return F.cross_entropy(x, a, ignore_index=1, **options)
-
-    def mixed(x):
-        return F.cross_entropy(x.sin(), MixedTarget(a, b, each), ignore_index=1, **options)
-
-    def probabilities(x, p):
-        return F.cross_entropy(x, p, **options)
-
-    p = draw(3, 4, 2).softmax(1).detach()
-    for function, inputs in (
-        (indices, (x,)),
-        (mixed, (x,)),
-        (probabilities, (x, p)),
-        (probabilities, (x, p.clone().requires_grad_())),
-    ):
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
-
-
 @on_each
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @dtypes
@@ -299,22 +269,6 @@ def test_a_freed_graph_raises():
     y.backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
-
-
-def test_no_graph_where_none_is_wanted(monkeypatch):
-    x = draw(3, 4).requires_grad_()
-    labels = labels_of(x)
-    with torch.no_grad():
-        assert not F.cross_entropy(x, labels).requires_grad
-    with torch.inference_mode():
-        torch.testing.assert_close(F.cross_entropy(x, labels), TF.cross_entropy(x, labels))
-    assert not F.cross_entropy(x.detach(), labels).requires_grad
-    y = F.cross_entropy(x, labels, backend="reference")
-    monkeypatch.setattr(backends, "_forced", "native")
-    assert torch.equal(
-        torch.autograd.grad(2 * y, x)[0],
-        torch.autograd.grad(2 * F.cross_entropy(x, labels, backend="reference"), x)[0],
-    )
 
 
 # Bad input
@@ -436,33 +390,6 @@ def test_bad_mixed_targets(change, error, message, backend):
 
 
 # Registration, compilation, transforms
-
-
-@on_each
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_opcheck(backend, reduction):
-    labels = torch.tensor([[0, 1], [2, 2]], device=DEVICE)
-    lam, weight = torch.tensor([0.3, 1.0], device=DEVICE), torch.rand(3, device=DEVICE)
-    last = reduction == 1
-    x = LAYOUTS["channels_last" if last else "contiguous"](draw(2, 3, 2, dtype=torch.float32))
-    probabilities = torch.empty_like(x).copy_(x.softmax(1))  # in x's layout, as the ops take it
-    smoothing = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
-    target = {
-        0: (labels, labels.flip(0), lam, 1.0, weight, -100, 0.1, 0, None),
-        1: (probabilities, None, None, 1.0, weight, -100, 0.1, 1, None),
-        2: (labels, None, None, 1.0, None, 2, 0.0, 2, smoothing),
-    }[reduction]
-    overload = overload_of("cross_entropy", backend)
-    for leaf, keeps in ((x, False), (x.detach().requires_grad_(), True)):
-        opcheck(overload, (leaf, *target, keeps))
-    loss, stats, gradient = overload(x, *target, True)
-    backward = overload_of("cross_entropy_backward", backend)
-    for leaf in (x, x.detach().requires_grad_()):
-        opcheck(backward, (torch.randn_like(loss), leaf, stats, *target))
-    assert (stats.shape, stats.dtype) == ((2, 2, 2), torch.float32)
-    expected = backward(torch.ones_like(loss), x, stats, *target)
-    torch.testing.assert_close(gradient, expected)
-    assert gradient.stride() == x.stride()
 
 
 @on_each

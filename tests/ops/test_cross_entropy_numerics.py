@@ -19,8 +19,6 @@ from loss_inputs import (
 
 from reg_kernels import functional as F
 from reg_kernels._mixed_target import MixedTarget
-from reg_kernels.cases.cross_entropy import CASES
-from reg_kernels.cli.check import gradcheck, measure
 
 from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
 
@@ -58,25 +56,6 @@ def truth_of(x, target, **options):
 # Errors
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    if is_interpreted(backend) and not (case.small and dtype == DTYPES[CASES.index(case) % 4]):
-        pytest.skip("too large for Triton's interpreter, which runs each case in one dtype")
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck_of_the_cases(case, backend):
-    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
-    if is_interpreted(backend) or sizes > 200:
-        pytest.skip("numerical gradients of so many elements take minutes")
-    assert gradcheck(case, backend, torch.device(DEVICE))
-
-
 SHAPES = [(3, 5), (6, 9, 4)]
 LARGE = [(70, 1000), (513, 33), (9, 19, 40, 3), (3, 4099), (2, 1025, 9)]
 
@@ -107,30 +86,6 @@ def test_error_is_at_most_twice_torchs(dtype, shape, layout, backend):
             torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-9)  # it truncates
         else:
             check_twice(ours, theirs, truth)
-
-
-@pytest.mark.parametrize("isa", isas())
-@dtypes
-def test_error_of_each_instruction_set(isa, dtype):
-    from reg_kernels import _C
-
-    best = _C.isa()
-    try:
-        _C.set_isa(isa)
-        for shape in (*SHAPES, *LARGE[:3]):
-            x = LAYOUTS["channels_last"](3 * draw(*shape)).to(dtype).cpu()
-            for y in (x, x.contiguous()):
-                labels = labels_of(y, IGNORED)
-                options = {"label_smoothing": 0.1}
-                ours = results(F.cross_entropy, y, labels, **options, backend="native")
-                theirs = results(TF.cross_entropy, y, labels, **options)
-                truth = truth_of(y, labels, **options)
-                if dtype == torch.float64:
-                    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
-                else:
-                    check_twice(ours, theirs, truth)
-    finally:
-        _C.set_isa(best)
 
 
 @pytest.mark.parametrize("shape", [(2, 262_144), (1, 131_071, 3)], ids=str)
@@ -381,33 +336,6 @@ def test_weights_of_zero(backend):
             if sum(weight):
                 torch.testing.assert_close(ours[1], truth[1])
             assert reduction != "mean" or sum(weight) or not ours[1].isfinite().any()
-
-
-# The same bits
-
-
-@native
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(700, 1000), (9, 19, 300), (2, 150_000)], ids=str)
-def test_the_same_bits_for_any_number_of_threads_and_each_time(shape, layout):
-    if DEVICE != "cpu":
-        pytest.skip("of the CPU's threads")
-    x = LAYOUTS[layout](torch.randn(shape))
-    labels, weight = labels_of(x, IGNORED), torch.rand(shape[1])
-    targets = (labels, MixedTarget(labels, labels.flip(0), torch.rand(shape[0])))
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            found.append([])
-            for target, reduction in itertools.product(targets, REDUCTIONS):
-                options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
-                found[-1] += results(F.cross_entropy, x, target, **options, backend="native")
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @on_each

@@ -15,14 +15,10 @@ from loss_inputs import (
     draw,
     is_interpreted,
     labels_of,
-    overload_of,
 )
-from torch.library import opcheck
 
 from reg_kernels import functional as F
 from reg_kernels._mixed_target import MixedTarget
-from reg_kernels.cases.distillation import CASES
-from reg_kernels.cli.check import gradcheck, measure
 
 from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
 
@@ -75,25 +71,6 @@ def check_same(ours, theirs, rtol=1e-11, atol=1e-11):
 
 
 # Values and gradients
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    if is_interpreted(backend) and not (case.small and dtype == DTYPES[CASES.index(case) % 4]):
-        pytest.skip("too large for Triton's interpreter, which runs each case in one dtype")
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck_of_the_cases(case, backend):
-    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
-    if is_interpreted(backend) or sizes > 200:
-        pytest.skip("numerical gradients of so many elements take minutes")
-    assert gradcheck(case, backend, torch.device(DEVICE))
 
 
 SHAPES = [(5,), (4, 7), (3, 1), (3, 5, 6), (2, 3, 4, 5), (2, 3, 2, 2, 3)]
@@ -288,68 +265,6 @@ def test_gradient_by_each_way_through_the_graph(reduction, backend):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck_of_both_orders(reduction, backend):
-    x, teacher = draw(3, 4, 2).requires_grad_(), draw(3, 4, 2)
-    a, b, weight = labels_of(x, 1), labels_of(x, 1), torch.rand(4, device=DEVICE).double()
-    each = torch.tensor([0.0, 0.3, 1.0], device=DEVICE)
-
-    def function(x, target):
-        options = {"ignore_index": 1, "label_smoothing": 0.1, "reduction": reduction}
-        options |= {"temperature": 1.5, "alpha": 0.3, "backend": backend}
-        return F.distillation_loss(x.sin(), teacher, target, weight, **options)
-
-    for target in (a, MixedTarget(a, b, each)):
-        assert torch.autograd.gradcheck(lambda x, t=target: function(x, t), x)
-        assert torch.autograd.gradgradcheck(lambda x, t=target: function(x, t), x)
-
-
-@native
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(300, 1000), (9, 19, 300), (2, 150_000)], ids=str)
-def test_the_same_bits_for_any_number_of_threads_and_each_time(shape, layout):
-    if DEVICE != "cpu":
-        pytest.skip("of the CPU's threads")
-    x, teacher = (LAYOUTS[layout](torch.randn(shape)) for _ in range(2))
-    labels = labels_of(x, IGNORED)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            found.append([])
-            for reduction in REDUCTIONS:
-                options = {"label_smoothing": 0.1, "reduction": reduction}
-                found[-1] += results(
-                    F.distillation_loss, x, teacher, labels, **options, backend="native"
-                )
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-@pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=DTYPE_IDS[1:])
-def test_error_of_each_instruction_set(isa, dtype):
-    from reg_kernels import _C
-
-    best = _C.isa()
-    try:
-        _C.set_isa(isa)
-        for shape, layout in itertools.product(
-            ((6, 9, 4), (40, 333)), ("contiguous", "channels_last")
-        ):
-            x, teacher = (LAYOUTS[layout](3 * draw(*shape)).to(dtype).cpu() for _ in range(2))
-            labels = labels_of(x)
-            ours = results(F.distillation_loss, x, teacher, labels, backend="native")
-            theirs = results(by_torch, x, teacher, labels)
-            check_twice(ours, theirs, results(by_torch, x.double(), teacher.double(), labels))
-    finally:
-        _C.set_isa(best)
-
-
 # Bad input
 
 LABELS = torch.tensor([0, 1, 3])
@@ -388,30 +303,6 @@ def test_bad_input(change, error, message, backend):
 
 
 # Registration, compilation, transforms
-
-
-@on_each
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_opcheck(backend, reduction):
-    layout = LAYOUTS["channels_last" if reduction == 1 else "contiguous"]
-    x, teacher = (layout(draw(2, 3, 2, dtype=torch.float32)) for _ in range(2))
-    labels = torch.tensor([[0, 1], [2, 2]], device=DEVICE)
-    lam, weight = torch.tensor([0.3, 1.0], device=DEVICE), torch.rand(3, device=DEVICE)
-    mixed = (labels.flip(0), lam, 1.0, weight) if reduction else (None, None, 1.0, None)
-    softness = torch.tensor([1.5, 0.3], dtype=torch.float64, device=DEVICE)
-    soft = (1.0, 0.0, softness) if reduction == 2 else (1.5, 0.3, None)
-    args = (teacher, labels, *mixed, 2, 0.1 * reduction, reduction, None, *soft)
-    overload = overload_of("distillation", backend)
-    for leaf, keeps in ((x, False), (x.detach().requires_grad_(), True)):
-        opcheck(overload, (leaf, *args, keeps))
-    loss, stats, gradient = overload(x, *args, True)
-    backward = overload_of("distillation_backward", backend)
-    for leaf in (x, x.detach().requires_grad_()):
-        opcheck(backward, (torch.randn_like(loss), leaf, stats, *args))
-    assert (stats.shape, stats.dtype) == ((5, 2, 2), torch.float32)
-    expected = backward(torch.ones_like(loss), x, stats, *args)
-    torch.testing.assert_close(gradient, expected)
-    assert gradient.stride() == x.stride()
 
 
 @on_each

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from loss_inputs import compiling, draw
+from torch.library import opcheck
 
 from reg_kernels import functional as F
 from reg_kernels import nn
@@ -90,6 +91,18 @@ def test_numbers_that_vary_by_inductor():
         for value in (0.4, 0.1, 0.7):
             torch.testing.assert_close(traced(X, value), function(X, value))
         assert counter.frame_count <= 2
+
+
+def test_opcheck_of_a_traced_smoothing():
+    x, labels = torch.randn(2, 3, 2, device=DEVICE), torch.tensor([[0, 1], [2, 2]], device=DEVICE)
+    smoothing = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
+    target = (labels, None, None, 1.0, None, 2, 0.0, 2, smoothing)
+    ops = torch.ops.reg_kernels
+    opcheck(ops.cross_entropy.default, (x.requires_grad_(), *target, True))
+    loss, stats, _ = ops.cross_entropy(x.detach(), *target, False)
+    opcheck(ops.cross_entropy_backward.default, (torch.randn_like(loss), x, stats, *target))
+    target = (x.detach().cos(), *target, 2.0, 0.5, None)
+    opcheck(ops.distillation.default, (x, *target, True))
 
 
 def test_a_number_that_varies_is_checked():

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from loss_inputs import overload_of
 from mixup_inputs import (
     BYTES,
     FORMATS,
@@ -21,11 +20,7 @@ from mixup_inputs import (
     lambdas,
 )
 
-from reg_kernels import backends
 from reg_kernels import functional as F
-from reg_kernels.cases.mixup import CASES
-from reg_kernels.cli.check import gradcheck as case_gradcheck
-from reg_kernels.cli.check import measure
 
 from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
 
@@ -46,25 +41,6 @@ def _one_thread():
 
 
 # Values
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    if is_interpreted(backend) and not (case.small and dtype == DTYPES[CASES.index(case) % 4]):
-        pytest.skip("too large for Triton's interpreter, which runs each case in one dtype")
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck_of_the_cases(case, backend):
-    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
-    if is_interpreted(backend) or sizes > 200:
-        pytest.skip("numerical gradients of so many elements take minutes")
-    assert case_gradcheck(case, backend, torch.device(DEVICE))
 
 
 SHAPES = [(1,), (7,), (5, 4), (3, 4, 9), (5, 3, 6, 7), (1, 2, 3, 3), (2, 3, 2, 3, 5)]
@@ -216,46 +192,6 @@ def test_bits_of_the_formula_in_eager(dtype, backend):
         assert torch.equal(F.mixup(x, one, backend=backend), one * x + (1 - one) * x.flip(0))
 
 
-@pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("dtype", [*DTYPES, BYTES], ids=[*DTYPE_IDS, "uint8"])
-def test_each_instruction_set_gives_the_same_bits(isa, dtype):
-    from reg_kernels import _C
-
-    best = _C.isa()
-
-    def results():
-        torch.manual_seed(1)
-        for shape in ((5, 3, 19, 23), (3, 4, 2, 5, 17), (7, 1000), (9,)):
-            x = draw(*shape, dtype=dtype).cpu()
-            index, lam = indices(len(x))["repeated"].cpu(), torch.rand(len(x))
-            permutation = indices(len(x))["permuted"].cpu()
-            for out in DTYPES if dtype == BYTES else (None, torch.bfloat16):
-                yield F.mixup(x, lam, index, dtype=out, backend="native")
-                if x.dim() > 2:
-                    boxes = boxes_of(len(x), *shape[-2:]).cpu()
-                    mean, std = MEAN[: shape[1]], STD[: shape[1]]
-                    for y in (x, LAYOUTS["channels_last"](x)):
-                        for last in FORMATS[x.dim()][1:]:
-                            yield F.cutmix(
-                                *(y, boxes, index), mean=mean, std=std, dtype=out,
-                                memory_format=last, backend="native",
-                            )  # fmt: skip
-            if dtype != BYTES:
-                yield F.mixup(x.clone(), lam, permutation, inplace=True, backend="native")
-                leaf = x.requires_grad_()
-                y = F.mixup(leaf, lam, index, backend="native")
-                yield from torch.autograd.grad(y, leaf, x.detach().flip(0))
-
-    try:
-        _C.set_isa(best)
-        expected = list(results())
-        _C.set_isa(isa)
-        for i, (ours, best_ones) in enumerate(zip(results(), expected, strict=True)):
-            assert torch.equal(ours, best_ones), i
-    finally:
-        _C.set_isa(best)
-
-
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
@@ -283,26 +219,6 @@ def test_outputs_larger_than_the_caches(dtype, layout):
         assert torch.equal(cut[i], one[0])
     x.mul_(1)  # no streamed store may have gone past an output
     assert torch.equal(x[:, 0, 0, 0], torch.arange(n).to(dtype))
-
-
-@native
-def test_the_same_bits_for_any_number_of_threads():
-    if DEVICE != "cpu":
-        pytest.skip("of the CPU's threads")
-    x = draw(9, 3, 65, 67, dtype=torch.float32).requires_grad_()
-    index, lam = indices(9)["repeated"], torch.rand(9)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            y = F.mixup(x, lam, index, mean=0.5, std=0.2)
-            own = F.mixup(x.detach().clone(), lam, indices(9)["permuted"], inplace=True)
-            results.append([y.detach(), own, *torch.autograd.grad(y, x, x.detach())])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 # Gradients
@@ -350,37 +266,3 @@ def test_gradient_of_a_cast_and_of_another_layout(dtype, backend):
         z = by_torch(wide, 0.3, integers(1, 1, 0, 3), std=0.25)
         (expected,) = torch.autograd.grad(z, wide, g.double())
         check(gradient, expected, 4 * expected.abs() + 4 * g.double().abs().amax(), backend)
-
-
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
-def test_gradcheck_of_both_orders(backend):
-    x = draw(3, 2, 2, 3).requires_grad_()
-    index, boxes = integers(1, 1, 0), integers([0, 0, 2, 1], [1, 0, 3, 2], [0, 0, 0, 0])
-    lam = lambdas(3)["each"]
-
-    def mixed(x):
-        return F.mixup(x, lam, index, mean=0.5, std=0.3, backend=backend)
-
-    def cut(x):
-        return F.cutmix(x.sin(), boxes, index, memory_format=torch.channels_last, backend=backend)
-
-    for function in (mixed, cut, lambda x: F.mixup(x * 1, 0.3, inplace=True, backend=backend)):
-        assert torch.autograd.gradcheck(function, x)
-        assert torch.autograd.gradgradcheck(function, x)
-
-
-def test_no_graph_where_none_is_wanted():
-    x = draw(3, 4).requires_grad_()
-    with torch.no_grad():
-        assert not F.mixup(x, 0.3).requires_grad
-    with torch.inference_mode():
-        assert torch.equal(F.mixup(x, 0.3), by_torch(x, 0.3, None))
-    assert not F.mixup(x.detach(), 0.3).requires_grad
-    assert not F.mixup(draw(3, 4, dtype=BYTES), 0.3).requires_grad
-
-
-@on_each
-def test_the_backward_runs_where_the_forward_did(backend, monkeypatch):
-    y = F.mixup(draw(3, 4).requires_grad_(), 0.3, backend=backend)
-    monkeypatch.setattr(backends, "_forced", "native" if backend == "reference" else "reference")
-    assert y.grad_fn.call[0] is overload_of("mixup", backend)

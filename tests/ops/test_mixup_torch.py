@@ -6,9 +6,7 @@ import math
 import numpy
 import pytest
 import torch
-from loss_inputs import overload_of
 from mixup_inputs import BYTES, LAYOUTS, boxes_of, by_torch, draw, integers, is_interpreted, lambdas
-from torch.library import opcheck
 
 from reg_kernels import functional as F
 
@@ -107,81 +105,6 @@ def test_in_place_in_any_layout(layout, backend):
     assert torch.equal(gray, expected)
 
 
-@on_each
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-def test_in_place_gradient(layout, backend):
-    leaf = LAYOUTS[layout](draw(5, 2, 3, 4)).detach().requires_grad_()
-    permutation, boxes = integers(1, 2, 0, 4, 3), boxes_of(5, 3, 4)
-
-    def gradient(inplace):
-        options = {"std": 0.5, "inplace": inplace, "backend": backend}
-        h = leaf * 1
-        y = F.mixup(h, 0.3, permutation, **options)
-        y = F.cutmix(y, boxes, permutation, **options)
-        assert (y is h) == inplace
-        return torch.autograd.grad(y.square().sum(), leaf)[0]
-
-    torch.testing.assert_close(gradient(True), gradient(False))
-
-
-@on_each
-def test_in_place_gradient_of_a_part_and_of_gray_images(backend):
-    leaf = draw(5, 2, 3, 4).requires_grad_()
-    h = leaf * 3
-    F.mixup(h[1:4], 0.0, inplace=True, backend=backend)
-    assert torch.equal(h[1:4], 3 * leaf[1:4].flip(0))
-    factors = draw(5, 2, 3, 4)
-    (gradient,) = torch.autograd.grad((h * factors).sum(), leaf)
-    assert torch.equal(gradient, 3 * factors[integers(0, 3, 2, 1, 4)])
-    images = (leaf * 1)[:, 0]
-    F.cutmix(images, integers(0, 0, 4, 3), inplace=True, backend=backend)
-    (gradient,) = torch.autograd.grad((images[0] * 2).sum(), leaf)
-    expected = torch.zeros_like(leaf)
-    expected[4, 0] = 2
-    assert torch.equal(gradient, expected)
-
-
-def test_in_place_where_autograd_forbids_it_raises_and_changes_nothing():
-    leaf = draw(3, 4).requires_grad_()
-    part = (draw(3, 4).requires_grad_() * 1).unbind(0)[0]
-    with torch.inference_mode():
-        inference = draw(3, 4)
-    for x, message in (
-        (leaf, "leaf"),
-        (leaf[:2], "leaf"),
-        (part, "view"),
-        (inference, "inference"),
-    ):
-        before = x.clone()
-        with pytest.raises(RuntimeError, match=f"mixup: .*{message}"):
-            F.mixup(x, 0.3, inplace=True)
-        assert torch.equal(x, before)
-    with torch.no_grad():
-        F.mixup(leaf, 0.0, inplace=True)
-    with torch.inference_mode():
-        assert F.mixup(inference, 0.3, inplace=True) is inference
-
-
-def test_in_place_spoils_what_autograd_saved():
-    x = draw(3, 4).requires_grad_()
-    h = x.exp()
-    y = h * 1
-    F.mixup(h, 0.3, inplace=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@on_each
-def test_in_place_on_overlapping_memory_raises_as_torch_does(backend):
-    x = draw(1, 4).expand(3, 4)
-    before = x.clone()
-    with pytest.raises(RuntimeError, match="single memory location"):
-        x.copy_(draw(3, 4))
-    with pytest.raises(RuntimeError, match="single memory location"):
-        F.mixup(x, 0.3, inplace=True, backend=backend)
-    assert torch.equal(x, before)
-
-
 # Bad input
 
 WHOLE = torch.tensor([0, 0, 5, 4])
@@ -276,44 +199,6 @@ def test_bad_batches(function):
 
 
 # Registration, compilation, transforms
-
-
-@on_each
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(backend, layout):
-    x = LAYOUTS[layout](draw(3, 2, 2, 3, dtype=torch.float32))
-    last = layout == "channels_last"
-    values = (None, 0.3, None, integers([0, 0, 2, 1]), None, None)
-    partners = (None, None)
-    if last:
-        lam, scale, shift = (torch.rand(n, device=DEVICE) for n in (3, 2, 2))
-        values = (lam, 1.0, integers(1, 1, 0), None, scale, shift)
-        partners = (integers(2, 0, 1), integers(0, 1, 3, 3))
-    for leaf, to in ((x.clone().requires_grad_(), not last), (x, last)):
-        opcheck(overload_of("mixup", backend), (leaf, *values, torch.float32, to))
-    opcheck(overload_of("mixup_", backend), (x.clone(), *values[:2], None, *values[3:]))
-    backward = (*values[:2], *partners, *values[3:5], torch.float16, last)
-    for g in (x, x.clone().requires_grad_()):
-        opcheck(overload_of("mixup_backward", backend), (g, *backward))
-    if not is_interpreted(backend):
-        images = draw(3, 2, 2, 3, dtype=BYTES)
-        opcheck(overload_of("mixup", backend), (images, *values, x.dtype, last))
-
-
-@on_each
-def test_the_registered_ops_have_gradients(backend):
-    x = draw(3, 4).requires_grad_()
-    arguments = (None, 0.3, None, None, None, None)
-    y = overload_of("mixup", backend)(x, *arguments, torch.float64, False)
-    h = x * 1
-    overload_of("mixup_", backend)(h, *arguments)
-    assert torch.equal(y, h)
-    expected = by_torch(x, 0.3, None)
-    for output in (y, h):
-        g = draw(3, 4)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(t, x, g, retain_graph=True) for t in (output, expected))
-        )
 
 
 @pytest.fixture

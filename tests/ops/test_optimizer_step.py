@@ -8,8 +8,6 @@ import torch
 from torch.library import opcheck
 
 from reg_kernels._tensor_table import CHUNK, ROWS, TensorTable, work_units
-from reg_kernels.cases.optimizer_step import CASES
-from reg_kernels.cli.check import measure
 from reg_kernels.ops.optimizer_step import (
     ALGORITHMS,
     DECAYS,
@@ -221,16 +219,6 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 # Values
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    if backend == "triton" and INTERPRETED and not (case.small and dtype == torch.float32):
-        pytest.skip("too much for Triton's interpreter: a second each")
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
 
 
 @pairs

@@ -6,13 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
-from torch.library import opcheck
 
 from reg_kernels import backends
 from reg_kernels import functional as F
-from reg_kernels.cases.penalty import CASES
-from reg_kernels.cli.check import gradcheck as case_gradcheck
-from reg_kernels.cli.check import measure
 from reg_kernels.reference import penalty as reference
 
 from support import DEVICE, DTYPE_IDS, DTYPES, implementations, isas
@@ -58,27 +54,6 @@ def slope(x, power, g=1.0):
 
 
 # Values
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@dtypes
-@on_each
-def test_error_against_fp64(case, backend, dtype):
-    if backend == "triton" and INTERPRETED and not case.small:
-        pytest.skip("too large for Triton's interpreter: 10 ms a program")
-    error, allowed = measure(case, backend, torch.device(DEVICE), dtype)
-    assert error <= allowed
-
-
-@on_each
-@pytest.mark.parametrize("case", [c for c in CASES if c.small and c.differentiable], ids=str)
-def test_gradcheck_of_the_cases(case, backend):
-    if backend == "triton" and INTERPRETED:
-        pytest.skip("Triton's interpreter is too slow for this many calls")
-    sizes = sum(x.numel() for x in case.inputs(torch.device(DEVICE), torch.float64))
-    if sizes > 100:
-        pytest.skip("numerical gradients of so many elements take minutes")
-    assert case_gradcheck(case, backend, torch.device(DEVICE))
 
 
 @dtypes
@@ -189,47 +164,6 @@ def test_special_values(power, backend):
     assert float(F.l2_penalty(large, backend=backend)) == math.inf  # float32, as the result is
 
 
-@native
-@dtypes
-@powers
-def test_the_same_bits_for_any_number_of_threads(power, dtype):
-    if DEVICE != "cpu":
-        pytest.skip("of the CPU's threads")
-    tensors = [randn(n, dtype=dtype) for n in (100_003, 3, 8193, 70_001, 0, 8192)]
-    leaves = [x.requires_grad_() for x in tensors]
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            value = PENALTIES[power](leaves)
-            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("isa", isas())
-@dtypes
-@powers
-def test_each_instruction_set(isa, power, dtype):
-    from reg_kernels import _C
-
-    best = _C.isa()
-    tensors = [x.cpu().requires_grad_() for x in (randn(n, dtype=dtype) for n in SIZES)]
-    expected = PENALTIES[power](tensors, backend="native")
-    gradients = torch.autograd.grad(expected, tensors)
-    try:
-        _C.set_isa(isa)
-        value = PENALTIES[power](tensors, backend="native")
-        assert torch.equal(value, expected)
-        for a, b in zip(torch.autograd.grad(value, tensors), gradients, strict=True):
-            assert torch.equal(a, b)
-    finally:
-        _C.set_isa(best)
-
-
 @powers
 @on_each
 def test_what_may_be_given(power, backend):
@@ -298,22 +232,6 @@ def test_gradient_of_a_tensor_given_twice(power, backend):
 
 
 @powers
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
-def test_gradcheck_of_both_orders(power, backend):
-    x = randn(3, 4)
-    x = (x + x.sign()).requires_grad_()  # away from the kink
-    y = (randn(5) + 3).t().requires_grad_()
-
-    def function(*tensors):
-        return PENALTIES[power](tensors, backend=backend) * 0.7
-
-    assert torch.autograd.gradcheck(function, (x, y))
-    # Of |x| it is zero, and by the incoming gradient it is not.
-    assert torch.autograd.gradgradcheck(function, (x, y))
-    assert torch.autograd.gradgradcheck(lambda x: function(x.square()).sin(), (x,))
-
-
-@powers
 @on_each
 def test_second_derivative(power, backend):
     x = randn(5).requires_grad_()
@@ -337,25 +255,6 @@ def test_what_is_changed_before_the_backward_raises(power, backend):
         value.backward()
 
 
-@powers
-def test_no_graph_where_none_is_wanted(power):
-    x = randn(5).requires_grad_()
-    with torch.no_grad():
-        assert not PENALTIES[power](x).requires_grad
-    with torch.inference_mode():
-        torch.testing.assert_close(PENALTIES[power](x), reference.penalty([x], power))
-    assert not PENALTIES[power](x.detach()).requires_grad
-
-
-def test_the_backward_runs_where_the_forward_did(monkeypatch):
-    x = randn(5).requires_grad_()
-    value = F.l1_penalty(x, backend="reference")
-    monkeypatch.setattr(backends, "_forced", "native")
-    assert value.grad_fn.call[0] is torch.ops.reg_kernels.penalty_backward.reference
-    value.backward()
-    assert torch.equal(x.grad, x.detach().sign())
-
-
 def test_lasso_by_gradient_is_what_it_says():
     x = randn(9).requires_grad_()
     (0.1 * F.l1_penalty([x]) + 0.5 * 0.2 * F.l2_penalty([x])).backward()
@@ -370,38 +269,6 @@ def test_autocast_leaves_dtypes_alone():
 
 
 # Registration, compilation, transforms
-
-
-@on_each
-@powers
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(backend, power, requires_grad):
-    suffix = "default" if backend == "native" else backend
-    for layout in ("contiguous", "transposed"):
-        tensors = [randn(3, 4, dtype=d) for d in (torch.float32, torch.float64, torch.float32)]
-        if layout == "transposed":
-            tensors = [x.t() for x in tensors]
-        tensors = [x.detach().requires_grad_(requires_grad) for x in tensors]
-        opcheck(getattr(torch.ops.reg_kernels.penalty, suffix), (tensors, power))
-        incoming = torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
-        incoming.requires_grad_(requires_grad)
-        overload = getattr(torch.ops.reg_kernels.penalty_backward, suffix)
-        opcheck(overload, (tensors, incoming, power))
-
-
-@on_each
-@powers
-def test_the_registered_ops_have_gradients(backend, power):
-    suffix = "default" if backend == "native" else backend
-    x = randn(5).requires_grad_()
-    value = getattr(torch.ops.reg_kernels.penalty, suffix)([x], power)
-    (g,) = torch.autograd.grad(value, x)
-    torch.testing.assert_close(g, slope(x.detach(), power))
-    incoming = torch.tensor(2.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    (g,) = getattr(torch.ops.reg_kernels.penalty_backward, suffix)([x], incoming, power)
-    torch.testing.assert_close(g, 2 * slope(x.detach(), power))
-    (of_incoming,) = torch.autograd.grad(g.sum(), incoming)
-    torch.testing.assert_close(of_incoming, slope(x.detach(), power).sum())
 
 
 @pytest.fixture
