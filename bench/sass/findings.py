@@ -34,12 +34,12 @@ class Finding:
 EXPLAINED: list[tuple[str, str, str]] = [
     (
         INSTRUCTIONS,
-        r"^cuda/dropout dropout_kernel<(b?float16)>|^triton/dropout dropout_kernel",
+        r"^cuda/dropout elements_kernel<.*(b?float16)>|^triton/dropout elements_kernel",
         "Ten Philox rounds for eight elements are the contract; 16 bits an element is their least.",
     ),
     (
         INSTRUCTIONS,
-        r"dropout feature_dropout_kernel",
+        r"dropout (channels|rows)_kernel",
         "Open: every vector of 16 bytes finds its channel and draws for itself, some 290 "
         "instructions in CUDA. Vectors of one channel could share both.",
     ),

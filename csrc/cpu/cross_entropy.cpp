@@ -19,10 +19,7 @@ LossResult cross_entropy(const Tensor& input, const Tensor& target, const Option
   const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
                                   label_smoothing, reduction, traced_smoothing);
   LossTensors results(input, in.reduction, 2, keep_gradient);
-  if (in.numel == 0) {
-    results.fill_with_nothing(in.reduction);
-    return results.result();
-  }
+  if (in.numel == 0) return results.of_nothing(in.reduction);
   LossTask task = loss_task(in, kShortRows, call.op);
   LossOutputs outputs(task, in, results);
   run(task, RK_LEAF(cross_entropy_units));

@@ -34,10 +34,7 @@ LossResult distillation(const Tensor& input, const Tensor& teacher, const Option
   const void* teacher_values = teacher_data(call, in, input, teacher);
   const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   LossTensors results(input, in.reduction, 5, keep_gradient);
-  if (in.numel == 0) {
-    results.fill_with_nothing(in.reduction);
-    return results.result();
-  }
+  if (in.numel == 0) return results.of_nothing(in.reduction);
   DistillationTask task =
       make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
   LossOutputs outputs(task.loss, in, results);

@@ -26,10 +26,7 @@ LossResult cross_entropy(const Tensor& input, const Tensor& target, const Option
                                   label_smoothing, reduction, traced_smoothing);
   const cuda::Launch launch(input);
   LossTensors results(input, in.reduction, 2, keep_gradient);
-  if (in.numel == 0) {
-    results.fill_with_nothing(in.reduction);
-    return results.result();
-  }
+  if (in.numel == 0) return results.of_nothing(in.reduction);
   for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = arguments<T>(in);
     cuda::set_results(a, results);

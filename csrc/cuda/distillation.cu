@@ -58,10 +58,7 @@ LossResult distillation(const Tensor& input, const Tensor& teacher, const Option
   const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
   const cuda::Launch launch(input);
   LossTensors results(input, in.reduction, 5, keep_gradient);
-  if (in.numel == 0) {
-    results.fill_with_nothing(in.reduction);
-    return results.result();
-  }
+  if (in.numel == 0) return results.of_nothing(in.reduction);
   for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
     auto a = arguments<S, T>(in, teacher_values, temperature, alpha, softness);
     cuda::set_results(a, results);

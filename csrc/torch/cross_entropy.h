@@ -151,10 +151,11 @@ struct LossTensors {
         has_gradient(keep_gradient) {}
 
   // Of no logits at all: a mean over nothing is NaN, and of no classes nothing has been seen.
-  void fill_with_nothing(Reduction reduction) {
+  LossResult of_nothing(Reduction reduction) {
     const bool mean = reduction == Reduction::mean;
     torch::stable::fill_(loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
     torch::stable::fill_(stats, 0.0);
+    return result();
   }
 
   LossResult result() const { return {loss, stats, gradient}; }

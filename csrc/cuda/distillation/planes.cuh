@@ -9,7 +9,7 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 template <typename S, typename T>
-__global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
+__global__ void __launch_bounds__(kPlaneThreads)
     distillation_planes_kernel(DistillationArguments<S, T> a) {
   using C = compute_t<S>;
   RK_SHARED(LossShared, shared);
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
   const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   for (int64_t p = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; p < a.positions; p += stride) {
-    const int64_t start = start_of(p, a.classes, a.length);
+    // In this form it leaves kernels more registers; those of cross-entropy, in start_of's.
+    const int64_t n = p / a.length, start = n * a.classes * a.length + (p - n * a.length);
     const auto each = [&](const auto& f) {
       int64_t c = 0;
       RK_NO_UNROLL
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     if (a.gradient == nullptr) continue;
     const DistillationGradient<S, T> gradient(a, p, target, sums);
     each([&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
-      const auto slopes = gradient.of_row(c, pair_at(count, c));
+      const auto slopes = gradient.of_whole(c, pair_at(count, c));
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) a.gradient[start + (c + j) * a.length] = slopes.v[j];
     });

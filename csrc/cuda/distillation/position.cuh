@@ -249,17 +249,32 @@ struct DistillationGradient {
       : DistillationGradient(a, position, read_labels(a, position, x, stride),
                              read_stats(a, position)) {}
 
-  // Of classes c, c + 1, ... side by side.
+  // Of classes c, c + 1, ... side by side, which a position need not all have.
   template <int kCount>
   __device__ Vector<S, kCount> of_row(int64_t c, const DistillationPair<S, T, kCount>& pair) const {
-    const DistillationLogits<S, T, kCount> logits(pair);
-    Vector<C, kCount> w;
-    RK_UNROLL
-    for (int j = 0; j < kCount; ++j) w.v[j] = C(1);
+    Vector<C, kCount> w{};
     if (weight) w = load_classes<kCount>(weight, c, classes, C(0));
+    return of(c, pair, [&](int j) { return weight ? w.v[j] : C(1); });
+  }
+
+  // Of classes that it has.
+  template <int kCount>
+  __device__ Vector<S, kCount> of_whole(int64_t c,
+                                        const DistillationPair<S, T, kCount>& pair) const {
+    return of(c, pair, [&](int j) { return weight ? weight[c + j] : C(1); });
+  }
+  __device__ S of_class(int64_t c, int64_t, const DistillationPair<S, T, 1>& pair) const {
+    return of_whole(c, pair).v[0];
+  }
+
+ private:
+  template <int kCount, typename W>
+  __device__ Vector<S, kCount> of(int64_t c, const DistillationPair<S, T, kCount>& pair,
+                                  const W& w) const {
+    const DistillationLogits<S, T, kCount> logits(pair);
     C slope[kCount];
     RK_UNROLL
-    for (int j = 0; j < kCount; ++j) slope[j] = slopes.at(logits.x[j], logits.teacher[j], w.v[j]);
+    for (int j = 0; j < kCount; ++j) slope[j] = slopes.at(logits.x[j], logits.teacher[j], w(j));
     if (slopes.has_label(c, kCount)) {
       RK_UNROLL
       for (int j = 0; j < kCount; ++j) slope[j] -= slopes.of_label(c + j);
@@ -268,10 +283,6 @@ struct DistillationGradient {
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) result.v[j] = store<S>(slope[j]);
     return result;
-  }
-
-  __device__ S of_class(int64_t c, int64_t, const DistillationPair<S, T, 1>& pair) const {
-    return of_row(c, pair).v[0];
   }
 };
 

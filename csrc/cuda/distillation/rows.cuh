@@ -190,12 +190,12 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
     if (a.gradient == nullptr) continue;
 
     const DistillationGradient<S, T> gradient(a, p, target, sums);
-    logits.each(thread, threads,
-                [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
-                  const auto pair =
-                      kept.has(c, kCount) ? kept.template get<kCount>(c) : load_pair(count, c);
-                  store_classes(a.gradient + p * a.classes, c, a.classes, gradient.of_row(c, pair));
-                });
+    logits.each(
+        thread, threads, [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
+          const auto pair =
+              kept.has(c, kCount) ? kept.template get<kCount>(c) : load_pair(count, c);
+          store_classes(a.gradient + p * a.classes, c, a.classes, gradient.of_whole(c, pair));
+        });
   }
   if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.target_sums().labels), &shared->loss);
 }
