@@ -49,8 +49,8 @@ void run(const ElementwiseCall& a) {
                                 [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
     return;
   }
-  const auto leaf =
-      a.drawn_for == DrawnFor::element ? RK_LEAF(elements_range<kTag>) : RK_LEAF(channels_range<kTag>);
+  const auto leaf = a.drawn_for == DrawnFor::element ? RK_LEAF(elements_range<kTag>)
+                                                     : RK_LEAF(channels_range<kTag>);
   const int64_t units = ceil_div(task.numel, kUnit);
   torch::stable::parallel_for(0, units, kGrain / kUnit, [&](int64_t begin, int64_t end) {
     leaf(task, begin * kUnit, min(end * kUnit, task.numel));

@@ -2,8 +2,8 @@
 // make each element of the result of the one in its place.
 //
 // An op of the family is one header, elementwise/<op>.h, that is found by its place: setup.py
-// compiles csrc/cpu/elementwise.cpp, elementwise.simd.cpp and csrc/cuda/elementwise.cu with it before
-// them. It defines a struct, `using Op = ` that struct, and in it:
+// compiles csrc/cpu/elementwise.cpp, elementwise.simd.cpp and csrc/cuda/elementwise.cu with it
+// before them. It defines a struct, `using Op = ` that struct, and in it:
 //   kTag           what its draws are told from others' by
 //   kForms         the registered ops: names, and what one draw is for
 //   kReadsDropped  whether an element that is dropped is read, and multiplied by 0
