@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,43 +20,38 @@ def _kept(x: Tensor, element_offset: int) -> Tensor:
 
 
 def _case(
-    shape: tuple[int, ...],
-    layout: Callable[[Tensor], Tensor] = _contiguous,
-    *,
-    residual: bool = False,
-    poisoned: bool = False,  # NaN in what is dropped
-    scale_by_keep: bool = True,
-    element_offset: int = 0,
+    shape: tuple[int, ...], *what: str, layout: Any = _contiguous, element_offset: int = 0
 ) -> Case:
+    """`what`: with a "residual", "poisoned" by NaN in what is dropped, "unscaled"."""
+
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         x = layout(_values(shape, device, dtype))
-        x = torch.where(_kept(x, element_offset), x, torch.nan) if poisoned else x
-        return (x, layout(_values(shape, device, dtype) + 1)) if residual else (x,)
+        x = torch.where(_kept(x, element_offset), x, torch.nan) if "poisoned" in what else x
+        return (x, layout(_values(shape, device, dtype) + 1)) if "residual" in what else (x,)
 
     def function(x: Tensor, r: Tensor | None = None, first: int = 0, **backend: Any) -> Tensor:
-        options = {"residual": r, "element_offset": element_offset + first, **backend}
-        return F.drop_path(x, P, scale_by_keep=scale_by_keep, rng_state=state(), **options)
+        options = {"scale_by_keep": "unscaled" not in what, "rng_state": state(), **backend}
+        return F.drop_path(x, P, residual=r, element_offset=element_offset + first, **options)
 
     def oracle(x: Tensor, r: Tensor | None = None) -> Tensor:
-        scale = rate(P)[1] if scale_by_keep else 1.0
+        scale = 1.0 if "unscaled" in what else rate(P)[1]
         branch = torch.where(_kept(x, element_offset), x * scale, 0)
         return branch if r is None else r + branch
 
-    words = ["x".join(map(str, shape)), layout.__name__[1:]]
-    words += ["residual"] * residual + ["poisoned"] * poisoned
-    words += ["unscaled"] * (not scale_by_keep) + [f"from {element_offset}"] * (element_offset > 0)
-    shard = None if residual else lambda x, first, **backend: function(x, None, first, **backend)
-    facts = {"small": torch.Size(shape).numel() <= 2100, "differentiable": not poisoned}
-    facts |= {"draws": True, "shard": shard}
-    return Case("drop_path", " ".join(words), inputs, function, oracle, **facts)
+    name = " ".join(["x".join(map(str, shape)), layout.__name__[1:], *what])
+    facts = {"small": torch.Size(shape).numel() <= 2100, "draws": True}
+    facts["differentiable"] = "poisoned" not in what
+    if "residual" not in what:
+        facts["shard"] = lambda x, first, **backend: function(x, None, first, **backend)
+    return Case("drop_path", name, inputs, function, oracle, **facts)
 
 
-_with_residual = functools.partial(_case, residual=True)
 CASES = [
-    *(_case((1,)), _case((17, 3, 5)), _case((17, 3, 5), scale_by_keep=False)),
-    *(_case((11, 33), element_offset=2**33 + 5), _case((17, 65), poisoned=True)),
-    *(_with_residual((9,)), _with_residual((17, 3, 5)), _with_residual((17, 65), poisoned=True)),
-    *(_with_residual((9, 3, 4, 4), layout) for layout in (_channels_last, _transposed, _strided)),
-    _with_residual((17, 3, 5), scale_by_keep=False),
-    *(_with_residual((33, 7, 65, 33)), _case((3, 64, 55, 57), _channels_last)),
+    *(_case((1,)), _case((17, 3, 5)), _case((17, 3, 5), "unscaled")),
+    *(_case((11, 33), element_offset=2**33 + 5), _case((17, 65), "poisoned")),
+    *(_case((9,), "residual"), _case((17, 3, 5), "residual", "unscaled")),
+    *(_case((17, 65), "residual", "poisoned"), _case((17, 3, 5), "residual")),
+    _case((9, 3, 4, 4), "residual", layout=_channels_last),
+    *(_case((7, 3, 5), "residual", layout=layout) for layout in (_transposed, _strided)),
+    *(_case((33, 7, 65, 33), "residual"), _case((3, 64, 55, 57), layout=_channels_last)),
 ]
