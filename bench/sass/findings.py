@@ -39,7 +39,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
-        r"dropout (channels|rows)_kernel",
+        r"drop(out|_path) (channels|rows)_kernel",
         "Open: every vector of 16 bytes finds its channel and draws for itself, some 290 "
         "instructions in CUDA. Vectors of one channel could share both.",
     ),
