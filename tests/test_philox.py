@@ -84,5 +84,6 @@ def test_half_words_of_a_part_are_part_of_the_whole():
 
 def test_the_tag_is_one_number_everywhere():
     assert _TAG == TAG_DROPOUT
+    assert TAG_DROPOUT == 0x64726F706F757431  # "dropout1"
     header = Path(__file__).parents[1] / "csrc/include/reg_kernels/philox.h"
-    assert f"dropout = {TAG_DROPOUT:#x}ull" in header.read_text()
+    assert 'kDropoutTag = rng_tag("dropout1")' in header.read_text()

@@ -231,9 +231,10 @@ def test_inputs_outgrow_the_l2_cache(size: int, pool: int, monkeypatch: pytest.M
 
 
 def test_every_op_has_benchmarks():
-    assert bench.modules() == sorted(
-        m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")
-    )
+    names = {m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")}
+    headers = Path(__file__).parents[2] / "csrc" / "include" / "reg_kernels"
+    of_a_family = {header.stem for header in headers.glob("*/*.h")}
+    assert names - of_a_family <= set(bench.modules()) <= names
 
 
 def test_ops_take_turns_and_every_case_has_its_own_label():
