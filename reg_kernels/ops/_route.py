@@ -246,13 +246,16 @@ DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 def draw(
     op: Linear,
     input: Tensor,
-    how: Draw,
+    p: float,
+    state: Tensor | None,
+    element_offset: int,
+    backend: str | None,
     inplace: bool = False,
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
     """A call of an op of the schema (input, {addends}, p, {options}, {DRAWN}), with a state of its
-    own where none is given. An input of no elements is returned itself.
+    own where none is given; from `p` on a Draw. An input of no elements is returned itself.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
@@ -260,7 +263,6 @@ def draw(
     if not (input.numel() if looks is None else asked(looks, input.numel)):
         return input
     name, device, dtype = op.fresh.name, input.device, input.dtype
-    p, state, element_offset, backend = how
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
     if not 0 <= element_offset < 2**62:
@@ -316,7 +318,7 @@ def draw_samples(
     if how.p == 1.0 and how.rng_state is None:
         how = how._replace(rng_state=torch.zeros(2, dtype=torch.int64, device="cpu"))
     addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)
-    y = draw(op, x, how, False, options, addends)
+    y = draw(op, x, *how, False, options, addends)
     return y if fits or looks is TRACE else as_torch_returns(y, input)
 
 

@@ -109,7 +109,7 @@ def dropout(
         return input
     if p == 1.0:
         return input.mul_(0) if inplace else input * 0
-    return draw(_DROPOUT, input, Draw(p, rng_state, element_offset, backend), inplace)
+    return draw(_DROPOUT, input, p, rng_state, element_offset, backend, inplace)
 
 
 def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tensor:
@@ -123,13 +123,13 @@ def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tens
     if watcher() is TRACE:
         # Whatever the order is of what a later run brings.
         output = ordered(input, asked(TRACE, is_channels_last, input))
-        output = draw(_FEATURE_DROPOUT, output, how)
+        output = draw(_FEATURE_DROPOUT, output, *how)
         return input.copy_(output) if inplace else output
     if input.is_contiguous() or is_channels_last(input):
-        return draw(_FEATURE_DROPOUT, input, how, inplace)
+        return draw(_FEATURE_DROPOUT, input, *how, inplace)
     if inplace:
         check_in_place(name, input)
-    output = draw(_FEATURE_DROPOUT, input.contiguous(), how)
+    output = draw(_FEATURE_DROPOUT, input.contiguous(), *how)
     return input.copy_(output) if inplace else as_torch_returns(output, input)
 
 
