@@ -9,7 +9,7 @@ tests/ops/test_hostile_calls.py holds the two to refuse the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -117,12 +117,6 @@ def checked_shares(op: str, lam: Tensor, input: Tensor) -> Tensor:
     check_device(op, "lam", lam, input)
     lam = lam if lam.dtype in _DTYPES else lam.double()
     return lam.detach().reshape(-1).contiguous()
-
-
-def choice(op: str, argument: str, value: Any, known: Sequence[Any]) -> None:
-    """Raises unless the value is one of those that are known."""
-    if value not in known:
-        refuse(op, argument, f"one of {', '.join(map(repr, known))}", repr(value), ValueError)
 
 
 def check_in_place(op: str, input: Tensor) -> None:

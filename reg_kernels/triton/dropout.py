@@ -5,6 +5,8 @@ Reads x, writes y: 2 * sizeof(dtype) bytes an element, forward and backward alik
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,64 +25,40 @@ def dropout_values(x, half_word, threshold, scale):
     return x * tl.where(half_word < threshold, scale.to(x.dtype), 0.0)
 
 
-def _launch(x: Tensor, y: Tensor, *draw: object) -> None:
-    launch_elements(dropout_values, TAG_DROPOUT, x, y, Draw(*draw))
+def _launch(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
+    launch_elements(dropout_values, TAG_DROPOUT, x, y, Draw(*drawn))
 
 
-def _launch_features(x: Tensor, y: Tensor, *draw: object) -> None:
+def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
     samples, channels = x.shape[:2]
     launch_rows(
-        *(dropout_values, TAG_DROPOUT, x, y, Draw(*draw)),
+        *(dropout_values, TAG_DROPOUT, x, y, Draw(*drawn)),
         samples=samples,
         rows=channels,
         rows_last=is_channels_last(x),
     )
 
 
-def dropout(
-    input: Tensor,
-    p: float,
-    rng_state: Tensor,
-    element_offset: int = 0,
-    traced_p: Tensor | None = None,
-) -> Tensor:
-    """The op's result as a fresh tensor; any shape, any layout."""
+def dropout(input: Tensor, *drawn: Any) -> Tensor:
+    """The op's result as a fresh tensor; any shape, any layout. `drawn`: what a Draw has."""
     x = input if is_dense(input) else input.contiguous()
     y = dense_like(x)
-    _launch(x, y, p, rng_state, element_offset, traced_p)
+    _launch(x, y, drawn)
     return y
 
 
-def dropout_(
-    input: Tensor,
-    p: float,
-    rng_state: Tensor,
-    element_offset: int = 0,
-    traced_p: Tensor | None = None,
-) -> None:
+def dropout_(input: Tensor, *drawn: Any) -> None:
     """The same over a dense input."""
-    _launch(input, input, p, rng_state, element_offset, traced_p)
+    _launch(input, input, drawn)
 
 
-def feature_dropout(
-    input: Tensor,
-    p: float,
-    rng_state: Tensor,
-    element_offset: int = 0,
-    traced_p: Tensor | None = None,
-) -> Tensor:
+def feature_dropout(input: Tensor, *drawn: Any) -> Tensor:
     """The op's result as a fresh tensor; input (N, C, ...) contiguous or channels last."""
     y = torch.empty_like(input)
-    _launch_features(input, y, p, rng_state, element_offset, traced_p)
+    _launch_features(input, y, drawn)
     return y
 
 
-def feature_dropout_(
-    input: Tensor,
-    p: float,
-    rng_state: Tensor,
-    element_offset: int = 0,
-    traced_p: Tensor | None = None,
-) -> None:
+def feature_dropout_(input: Tensor, *drawn: Any) -> None:
     """The same over such an input."""
-    _launch_features(input, input, p, rng_state, element_offset, traced_p)
+    _launch_features(input, input, drawn)
