@@ -143,8 +143,8 @@ def _called(overload: Any, arguments: tuple[Any, ...], numbers: Tensor | None) -
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Either forward, of which `how` tells; its backward is `batch_norm_backward` in the same
-    implementation."""
+    """Either forward, of which `how` tells, a training one with `keep_gate`; its backward is
+    `batch_norm_backward` in the same implementation."""
 
     @staticmethod
     def forward(
@@ -159,8 +159,6 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         training = isinstance(how, Training)
-        if training:
-            how = how._replace(keep_gate=True)
         outputs = _called(overload, (input, weight, bias, residual, *how), numbers)
         if training:
             count_changes(*how.tracked)
@@ -205,7 +203,7 @@ class _BatchNorm(torch.autograd.Function):
             wants_residual,
         )
         slope_and_p = None if numbers is None else numbers[-2:]  # of either forward
-        results = _backward(op.like(overload), *a, numbers=slope_and_p)
+        results = _backward(op.like(overload), a, slope_and_p)
         wanted = (wants_input, wants_weight, wants_bias, wants_residual)
         return *(r if w else None for r, w in zip(results, wanted, strict=True)), *nothing
 
@@ -226,6 +224,8 @@ def forward(
     """Either forward, `rest` being what its `kind` holds, above its implementation."""
     values, how = (input, weight, bias, residual), kind(*rest)
     if wants_gradient(*values):
+        if isinstance(how, Training):
+            how = how._replace(keep_gate=True)
         return _BatchNorm.apply(*values, overload, how, numbers)
     return run(overload, values, how, numbers)
 
@@ -243,9 +243,12 @@ def run(
     return outputs
 
 
-def _backward(overload: Any, *arguments: Any, numbers: Tensor | None = None) -> Any:
+def _above_backward(overload: Any, *arguments: Any, numbers: Tensor | None = None) -> Any:
     """The backward above its implementation."""
-    a = Backward(*arguments)
+    return _backward(overload, Backward(*arguments), numbers)
+
+
+def _backward(overload: Any, a: Backward, numbers: Tensor | None) -> Any:
     if wants_gradient(a.grad_output, a.input, a.weight, a.bias, a.residual):
         return _backward_by_torch(overload, a, numbers)
     return _called(overload, a, numbers)
@@ -332,7 +335,7 @@ _BACKWARD = register(
     fake=_fake_backward,
     reference=reference.batch_norm_backward,
     triton="batch_norm:batch_norm_backward",
-    autograd=_backward,
+    autograd=_above_backward,
     check=check_backward,
 )
 TRAINING_BY_NUMBERS = register_by_numbers(

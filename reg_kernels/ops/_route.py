@@ -8,7 +8,7 @@ its kernels walk, that autograd hears of what was written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -72,6 +72,15 @@ def in_order(x: Tensor) -> Tensor:
 # Ops that are linear in their input
 
 
+def _getter(
+    names: Sequence[str], wanted: Sequence[str]
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What picks those that are wanted, in their order, from values of these names."""
+    places = [names.index(name) for name in wanted]
+    # An itemgetter of one place does not return a sequence.
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
 class Linear:
     """An op that is linear in its input, registered with its in-place twin `<name>_`.
 
@@ -133,8 +142,12 @@ class Linear:
             check=check,
         )
         names = self.fresh.argument_names[1 + self._addends :]
-        self._kept = [names.index(name) for name in keeps]  # places among the arguments
-        self._kept_of = itemgetter(*self._kept)
+        # What a gradient keeps of the arguments: tensors, and all that is left. One more getter
+        # brings both, one behind the other, back into the arguments' order.
+        others = [name for name in names if name not in keeps]
+        self._kept_of = _getter(names, keeps)
+        self._others_of = _getter(names, others)
+        self._in_order = _getter((*keeps, *others), names)
         schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
         self._count = len(schema)
         self._defaults = [x.default_value for x in schema if x.has_default_value()]
@@ -203,11 +216,8 @@ class _Linear(torch.autograd.Function):
                 ctx.mark_dirty(input)
                 in_place(input, *arguments)
                 output = input
-        others = list(arguments)
-        for place in op._kept:
-            others[place] = None
         ctx.save_for_backward(*op._kept_of(arguments))
-        ctx.call = (overload, op, others, op._like(input), output.stride())
+        ctx.call = (overload, op, op._others_of(arguments), op._like(input), output.stride())
         return output
 
     @staticmethod
@@ -216,9 +226,7 @@ class _Linear(torch.autograd.Function):
         _, wants_input, *wants_addends = ctx.needs_input_grad
         gradient = None
         if wants_input:
-            arguments = list(others)
-            for place, x in zip(op._kept, ctx.saved_tensors, strict=True):
-                arguments[place] = x
+            arguments = op._in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
         return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
 

@@ -115,16 +115,18 @@ def _run(call: Call) -> Tensor:
     moved = (call.running_mean, call.running_var, call.num_batches_tracked)
     given = [v for v in moved if v is not None]
     tracked = [v.contiguous() for v in given]
+    # A program that looks decides about the gradient, and with it the gate, when it runs.
+    wanted = looks is None and wants_gradient(*values)
     how: ops.Training | ops.Inference
     if training:
         if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
             tracked[-1] = tracked[-1].to(torch.int64)
-        how = ops.Training(tracked, momentum, eps, call.activation, slope, p, rng_state)
+        how = ops.Training(tracked, momentum, eps, call.activation, slope, p, rng_state, wanted)
     else:
         how = ops.Inference(tracked[0], tracked[1], eps, call.activation, slope)
     if looks is not None:
         output = overload(*values, *how, *(() if numbers is None else (numbers,)))
-    elif wants_gradient(*values):
+    elif wanted:
         output = ops.apply(*values, overload, how, numbers)
     else:
         output = ops.run(overload, values, how, numbers)
