@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._layout import with_strides
 from ._loss_checks import NONE, Call, check_values
-from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake, watcher
+from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake
 from ._registry import Op, define_part, implementation_of, register
 from ._route import wants_gradient, without_functorch
 
@@ -192,7 +192,7 @@ def run(
     forward, backward = ops
     input, options = call.input, call.options
     args = (*first, *call.arguments, *last)
-    looks = watcher()
+    looks = call.looks
     overload = forward.overload(input.device, input.dtype, backend, looks)
     on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
     # Neither weights nor probabilities have a gradient by the kernels.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from .._dtypes import DTYPES, named
 from .._layout import with_strides
@@ -26,9 +25,11 @@ from ._checks import (
     probability,
     refuse,
 )
+from ._modes import watcher
 from ._route import in_order
 
-NONE = 0  # of the reductions, torch's numbers
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # torch's numbers
+NONE = _REDUCTIONS["none"]
 
 
 class Target(NamedTuple):
@@ -58,6 +59,7 @@ class Call(NamedTuple):
     options: Options
     result: torch.dtype
     batched: bool
+    looks: str | None  # a watcher
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -81,10 +83,12 @@ def checked_call(
     What the values of labels and shares are is looked at when the op runs: `run`.
     """
     check_logits(name, "input", input)
-    if reduction not in ("none", "mean", "sum"):
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    ignore_index = integer(name, "ignore_index", ignore_index)
-    label_smoothing = number(name, "label_smoothing", label_smoothing)
+    if type(ignore_index) is not int:
+        ignore_index = integer(name, "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = number(name, "label_smoothing", label_smoothing)
     mixed = isinstance(target, MixedTarget)
     if mixed:
         of_target = number(name, "label_smoothing", target.label_smoothing)
@@ -131,13 +135,13 @@ def checked_call(
     traced = None
     if varies(label_smoothing):
         traced, label_smoothing = traced_numbers(input.device, label_smoothing), 0.0
-    number_of = _reduction.get_enum(reduction)
-    options = Options(weight, ignore_index, label_smoothing, number_of, traced)
-    input = in_order(input)
+    options = Options(weight, ignore_index, label_smoothing, _REDUCTIONS[reduction], traced)
+    looks = watcher()
+    input = in_order(input, looks)
     if checked.labels is not None and checked.labels.is_floating_point():
         # The kernels walk both in one order.
         checked = checked._replace(labels=with_strides(checked.labels, input.stride()))
-    return Call(input, checked, options, result, batched)
+    return Call(input, checked, options, result, batched, looks)
 
 
 def check_logits(name: str, argument: str, x: Any) -> None:

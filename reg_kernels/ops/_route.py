@@ -60,9 +60,9 @@ def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> A
         return question(*arguments)
 
 
-def in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor, looks: str | None) -> Tensor:
     """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
-    if watcher() is TRACE:  # what is traced for one order has to bring any other into it
+    if looks is TRACE:  # what is traced for one order has to bring any other into it
         return _layout.ordered(x, asked(TRACE, keeps_channels_last, x)).resolve_neg()
     if not x.is_contiguous():
         x = _layout.ordered(x, keeps_channels_last(x))
@@ -175,6 +175,23 @@ class Linear:
         with below_autograd():
             return overload(input, *rest)
 
+    def run_eagerly(
+        self,
+        overload: Any,
+        input: Tensor,
+        arguments: tuple[Any, ...],
+        addends: tuple[Tensor | None, ...] = (),
+    ) -> Tensor:
+        """The same of all arguments where nobody but autograd looks at the call."""
+        if addends:
+            wanted = wants_gradient(input, *addends)
+        else:
+            wanted = input.requires_grad and torch.is_grad_enabled()
+        if wanted:
+            return _apply_linear((self, overload, None, arguments), input, *addends)
+        with below_autograd():
+            return overload(input, *addends, *arguments)
+
     def write_over(self, in_place: Any, input: Tensor, *arguments: Any) -> None:
         """The same of the in-place form."""
         if input.requires_grad and torch.is_grad_enabled():
@@ -215,7 +232,7 @@ class _Linear(torch.autograd.Function):
             else:
                 ctx.mark_dirty(input)
                 in_place(input, *arguments)
-                output = input
+                output, arguments = input, (*arguments, *op._like(input))  # the fresh form's
         ctx.save_for_backward(*op._kept_of(arguments))
         ctx.call = (overload, op, op._others_of(arguments), op._like(input), output.stride())
         return output
@@ -231,7 +248,7 @@ class _Linear(torch.autograd.Function):
         return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
 
 
-apply_linear = without_functorch(_Linear)
+_apply_linear = without_functorch(_Linear)
 
 
 # The random elementwise family
@@ -298,14 +315,7 @@ def draw(
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
         op.write_over(op.in_place.overload(device, dtype, backend), input, *arguments)
         return input
-    if addends:
-        wanted = wants_gradient(input, *addends)
-    else:
-        wanted = input.requires_grad and torch.is_grad_enabled()
-    if wanted:
-        return apply_linear((op, overload, None, arguments), input, *addends)
-    with below_autograd():
-        return overload(input, *addends, *arguments)
+    return op.run_eagerly(overload, input, arguments, addends)
 
 
 def draw_samples(

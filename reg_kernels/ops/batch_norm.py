@@ -102,7 +102,9 @@ def _run(call: Call) -> Tensor:
             input = ordered(input, keeps_channels_last(input))
         if residual is not None:
             residual = with_strides(residual, input.stride())
-    weight, bias = (v if v is None else v.contiguous() for v in (call.weight, call.bias))
+    weight, bias = call.weight, call.bias
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     values = (input, weight, bias, residual)
     momentum, eps, slope, numbers = call.momentum, call.eps, call.slope, None
     if by_numbers:

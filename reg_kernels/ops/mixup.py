@@ -126,7 +126,8 @@ def _adjoint(
 ) -> Tensor:
     """The share of each sample."""
     weights = (lam, one_lam, *_receivers(index), boxes, scale)
-    return _BACKWARD.like(overload)(in_order(grad_output), *weights, *like)
+    grad_output = in_order(grad_output, watcher())
+    return _above_backward(_BACKWARD.like(overload), grad_output, *weights, *like)
 
 
 def _above_backward(overload: Any, grad_output: Tensor, *rest: Any) -> Tensor:
@@ -371,7 +372,7 @@ def blend(
         _MIXUP.fresh.overload(*choice)  # raises where it is forced and cannot run
         output = reference.mixup(input, *weights, dtype, channels_last)
         return input.copy_(output) if inplace else output
-    x = in_order(input)
+    x = in_order(input, looks)
     if inplace and x is input and looks is not COMPILE:
         in_place = _MIXUP.in_place.overload(*choice)
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
@@ -380,7 +381,11 @@ def blend(
         else:
             _MIXUP.write_over(in_place, input, *weights)
         return input
-    output = _MIXUP.fresh.overload(*choice)(x, *weights, dtype, channels_last)
+    overload, arguments = _MIXUP.fresh.overload(*choice), (*weights, dtype, channels_last)
+    if looks is None:
+        output = _MIXUP.run_eagerly(overload, x, arguments)
+    else:
+        output = overload(x, *arguments)
     return input.copy_(output) if inplace else output
 
 
