@@ -23,8 +23,9 @@ suppress_warnings = [
     "toc.not_included",  # reports are reached by links
 ]
 default_role = "py:obj"  # `name` links to what the reference has, and else is code
-autodoc_typehints = "none"  # the signature has them, as strings; docstrings say what they mean
 add_module_names = False
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 88
 
 CONTENTS = """
 

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib
 import re
 import shlex
 import sys
@@ -53,7 +54,8 @@ def messages(path):
 
 
 def test_quoted_messages_are_in_the_sources():
-    paths = [ROOT / "setup.py", ROOT / "reg_kernels/backends.py", *ROOT.glob("reg_kernels/cli/*.py")]
+    paths = [ROOT / "setup.py", *(ROOT / "reg_kernels").glob("cli/*.py")]
+    paths.append(ROOT / "reg_kernels" / "backends.py")
     patterns = [re.compile(pattern) for path in paths for pattern in messages(path)]
     blocks = re.findall(r"```text\n(.*?)```", (ROOT / "docs/errors.md").read_text(), re.S)
     quoted = [line for block in blocks for line in block.splitlines()]
@@ -67,9 +69,14 @@ def test_readme_is_short_and_says_first_what_has_not_run():
     assert "not run on a GPU" in " ".join(lines[:10])
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path):
     for module in ("sphinx", "furo", "myst_parser", "sphinx_argparse_cli"):
         pytest.importorskip(module)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]
     done = run_program([*command, "-c", "docs", ".", str(tmp_path)], cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    reference = "".join(page.read_text() for page in tmp_path.glob("docs/reference/*.html"))
+    for part in ("", ".augment", ".functional", ".nn", ".optim"):
+        module = importlib.import_module(f"reg_kernels{part}")
+        for name in module.__all__:
+            assert re.search(rf'id="(module-)?{module.__name__}\.{name}"', reference), name

@@ -116,7 +116,7 @@ def fold_batch_norm(
             and why. `report=print` shows it.
 
     Returns:
-        `model`, or its folded copy. In evaluation it computes the same, to rounding: the new
+        `model`, or its folded copy. In evaluation it computes the same, to rounding. The new
         weights are computed in float64 and rounded once.
 
     Raises:

@@ -189,7 +189,7 @@ def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor of no dimensions on the first tensor's device: float64 if one of them is, else
+        A tensor of no dimensions on the first tensor's device, float64 if one of them is and else
         float32. Its gradient is sign(p), and 0 at 0.
 
     Raises:
@@ -217,7 +217,7 @@ def l2_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor of no dimensions on the first tensor's device: float64 if one of them is, else
+        A tensor of no dimensions on the first tensor's device, float64 if one of them is and else
         float32. Its gradient is 2 p.
 
     Raises:

@@ -41,8 +41,9 @@ DOCUMENTATION = r"""
             for 16-bit ones, torch.bfloat16 for float32 ones. None takes the parameters' own, as
             torch does.
         max_grad_norm: clips the gradients by their global norm, as
-            `torch.nn.utils.clip_grad_norm_` does, in one launch more and with no synchronisation. `grad_norm` is the norm that was
-            found. The gradients themselves stay as they are. None does not clip.
+            `torch.nn.utils.clip_grad_norm_` does, in one launch more and with no synchronisation.
+            `grad_norm` is the norm that was found. The gradients themselves stay as they are. None
+            does not clip.
         backend: "native", "triton" or "reference"; None takes the first that can run.
 
     Raises:
