@@ -198,7 +198,7 @@ class MixedTarget(Mapping[str, Any]):
 
 
 def _one_smoothing(smoothing: Any) -> Any:
-    """That of a batch, of what each sample has; of what is no tensor, as it is."""
+    """The one smoothing of a batch, from those of its samples. What is no tensor is returned."""
     if not isinstance(smoothing, Tensor):
         return smoothing
     different = smoothing.unique().tolist() or [0.0]

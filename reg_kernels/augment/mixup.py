@@ -277,7 +277,7 @@ class Mixup:
         return begin, begin + length
 
     def _of_samples(self, drawn: Tensor, samples: int) -> Tensor:
-        """What was drawn, for the N samples: one for all, or (N, ...)."""
+        """Spreads what was drawn over the N samples: one for all, or (N, ...)."""
         if self.mode == "batch":
             return drawn[0]
         if self.mode == "elem":
@@ -305,7 +305,7 @@ def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:
 
 
 def _draw_beta(alpha: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Of Beta(alpha, alpha) a number for each alpha, (n,) float64.
+    """Draws a number of Beta(alpha, alpha) for each alpha, (n,) float64.
 
     It is X / (X + Y), X and Y of Gamma(alpha), each the product of one of Gamma(alpha + 1) and of
     U^(1 / alpha), U uniform. By logarithms, since for an alpha of 0.01 or less X and Y themselves

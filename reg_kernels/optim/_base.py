@@ -111,7 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
 
     def _forget(self) -> None:
-        """What is known of parameters and state, and need not be known."""
+        """Forgets what was found out about parameters and state: the next step looks again."""
         self._counters: Counters = {}
         # The parameters that averages were swapped in for, and their versions then, where known.
         self._swapped: list[tuple[Tensor, int | None]] = []
