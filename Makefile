@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test test-sanitized lint build bench bench-peers bench-compare sass-report gpu-report clean
+.PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare sass-report gpu-report clean
 
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
@@ -57,6 +57,11 @@ lint: $(READY)
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
+
+# The site of README, docs/ and the docstrings; tests/test_docs.py builds it, too.
+docs: $(READY)
+	$(PY) -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo "wrote build/docs/README.html"
 
 # The dependencies first and without a build of their own; `build` then compiles against them, and
 # only what has changed.

@@ -119,7 +119,7 @@ class _Reached:
 
 
 def _prefixes(name: str) -> set[str]:
-    """Of layers.0.weight: "", layers, layers.0."""
+    """The paths of the modules around a name: of layers.0.weight "", layers and layers.0."""
     parts = name.split(".")
     return {".".join(parts[:i]) for i in range(len(parts))}
 

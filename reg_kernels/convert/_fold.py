@@ -36,7 +36,12 @@ _WITH_ACTIVATION = (
 
 @dataclass
 class Folding:
-    """What `fold_batch_norm` did; prints as a list of layers."""
+    """What `fold_batch_norm` did. It prints as a list of layers.
+
+    Attributes:
+        folded: (name of the BatchNorm, name of the layer that it went into) of each pair.
+        left: (name, class, reason) of each BatchNorm that stayed.
+    """
 
     folded: list[tuple[str, str]] = field(default_factory=list)  # BatchNorm, the layer it is now in
     left: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, reason
@@ -95,29 +100,32 @@ def fold_batch_norm(
 ) -> nn.Module:
     """Folds each BatchNorm of a model for evaluation into the layer before it.
 
-    That is a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose result nothing else uses, found in
-    the forward of one module by `torch.fx`, or next to it in an nn.Sequential. An nn.Identity takes
-    the BatchNorm's place; of a `BatchNormAct`, residual, activation and dropout remain. What else
-    `convert(fuse=True)` fused stays so. The result is for evaluation: its `state_dict` lacks the
-    BatchNorm layers, and nothing undoes it but a copy.
+    The layer before it is a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose result nothing else
+    uses. `torch.fx` finds it in the forward of one module, or it stands before the BatchNorm in an
+    nn.Sequential. An nn.Identity takes the BatchNorm's place; of a `BatchNormAct` its residual,
+    activation and dropout remain, and what else `convert(fuse=True)` fused stays fused. The result
+    is for evaluation: its `state_dict` lacks the BatchNorm layers, and nothing undoes it but a
+    copy.
 
     Args:
-        model: torch's BatchNorm layers and ours are folded where they are in evaluation mode.
-            Layers with hooks, called twice or without running statistics stay.
-        inplace: change `model` itself; by default a deep copy is changed.
-        report: called with a `Folding`: what was folded into what, what was left and why.
-            `report=print` shows it.
+        model: a module. Torch's BatchNorm layers and ours are folded where they are in evaluation
+            mode. Layers that have hooks, that are called twice or that have no running statistics
+            stay.
+        inplace: True changes `model` itself. False changes a deep copy.
+        report: a function that is called with a `Folding`: what was folded into what, what was left
+            and why. `report=print` shows it.
 
     Returns:
-        `model`, or its folded copy: the same function in evaluation, to rounding. The new weights
-        are computed in float64 and rounded once.
+        `model`, or its folded copy. In evaluation it computes the same, to rounding. The new
+        weights are computed in float64 and rounded once.
 
     Raises:
         TypeError: `model` is not an nn.Module.
         RuntimeError: a BatchNorm that could be folded is in training mode, or `model` cannot be
-            copied (`inplace=True` does without). Nothing is changed then.
+            copied (`inplace=True` needs no copy). Nothing is changed then.
 
-    Example:
+    Example::
+
         model = reg_kernels.fold_batch_norm(model.eval(), report=print)
     """
     check_model("fold_batch_norm", model)

@@ -59,13 +59,13 @@ class Chain:
     links: list[Link]
 
     def shorten(self, count: int) -> None:
-        """To so many links, and no nn.Identity at the end."""
+        """Cuts the chain to `count` links, and takes each nn.Identity off its end."""
         del self.links[count:]
         while self.links and self.links[-1].place == 0:
             self.links.pop()
 
     def parts(self) -> list[tuple[str, nn.Module | None]]:
-        """What a reader is told of: each part's name in the forward, and its layer."""
+        """The name of each part in the forward, and its layer, as a report shows them."""
         links = [k for k in self.links if k.place]
         texts = ["+ residual" if k.place == RESIDUAL else k.text for k in links]
         named = zip(texts, (k.layer for k in links), strict=True)

@@ -66,32 +66,41 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""A student's loss by its teacher and its labels, one read of both logits and one write of the
-    gradient: :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, where
-    :math:`p = \mathrm{softmax}(\mathrm{teacher} / T)` and
-    :math:`q = \mathrm{softmax}(\mathrm{input} / T)`.
+    r"""Computes a student's loss by its teacher and its labels, with one read of both logits and
+    one write of the gradient.
+
+    The loss is :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, with
+    :math:`p = \mathrm{softmax}(\mathrm{teacher} / T)` and :math:`q =
+    \mathrm{softmax}(\mathrm{input} / T)`.
 
     Args:
         input: the student's logits, (N, C, ...) or (C,); float64, float32, float16 or bfloat16.
-        teacher: the teacher's, of the same shape and any of these types; no gradient goes there.
-        target: class indices (N, ...), or a `reg_kernels.augment.MixedTarget`, as of
-            `cross_entropy`; or None, where `alpha` is 1: then the divergence is all there is.
-        weight, ignore_index, label_smoothing: of the cross-entropy, as there. A label that is
-            ignored leaves its position's divergence as it is.
+        teacher: the teacher's logits, of the same shape and any of these dtypes. It gets no
+            gradient.
+        target: class indices (N, ...) or a `reg_kernels.augment.MixedTarget`, as in
+            `cross_entropy`. With an `alpha` of 1 it may be None: the divergence is then the whole
+            loss.
+        weight: the weight of each class in the cross-entropy, (C,).
         temperature: T, positive.
         alpha: the share of the divergence, in [0, 1].
-        reduction: "none", "mean" or "sum"; the divergence's mean is over all positions, KLDivLoss's
-            "batchmean" for (N, C).
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        ignore_index: a label that has no cross-entropy. The divergence of its position still
+            counts.
+        reduction: "none", "mean" or "sum". The divergence's mean is over all positions, as
+            KLDivLoss's "batchmean" is for (N, C).
+        label_smoothing: the smoothing of the cross-entropy, in [0, 1]. A MixedTarget may bring its
+            own.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        The loss, of no dimensions or (N, ...), in the input's dtype, under autocast in float32.
+        The loss, of no dimensions or (N, ...), in the input's dtype, and in float32 under autocast.
 
     Raises:
-        ValueError: `temperature` or `alpha` out of range, and as `cross_entropy`.
-        RuntimeError: a teacher of another shape or device, and as `cross_entropy`.
-        TypeError: no target where `alpha` is less than 1, and as `cross_entropy`.
-        IndexError: as `cross_entropy`.
+        ValueError: `temperature` or `alpha` is out of range, and what else `cross_entropy` raises
+            it for.
+        RuntimeError: the teacher has another shape or device, and what else `cross_entropy` raises
+            it for.
+        TypeError: there is no target and `alpha` is less than 1, or an argument is no tensor.
+        IndexError: as in `cross_entropy`.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
     """

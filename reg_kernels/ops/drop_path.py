@@ -42,22 +42,29 @@ def drop_path(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Drops whole samples of a branch, stochastic depth, and adds the residual in the same pass:
-    :math:`y_n = r_n + m_n x_n`, :math:`m_n \in \{0, 65536 / T\}` as `dropout` has it.
+    """Drops whole samples of a branch (stochastic depth) and adds the residual in the same pass.
 
-    A sample that is dropped is not read: its place has the residual, or 0, and its gradient is 0.
+    The result is :math:`y_n = r_n + m_n x_n`, with :math:`m_n` drawn as in `dropout`. A dropped
+    sample is not read: its place holds the residual, or 0, and its gradient is 0.
 
     Args:
         input: the branch, a batch (N, ...); float64, float32, float16 or bfloat16.
         p: the probability of dropping a sample, in [0, 1].
         training: False drops nothing and scales nothing.
-        scale_by_keep: False leaves a sample that is kept as it is.
-        residual: what is added, of the input's shape, dtype and device; or None.
-        rng_state, element_offset, backend: as of `dropout`; `element_offset` counts samples.
+        scale_by_keep: False leaves the kept samples unscaled.
+        residual: a tensor of the input's shape, dtype and device that is added, or None.
+        rng_state: the state of the draws, as in `dropout`.
+        element_offset: the place of the input's first sample in the mask; it counts samples.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor like `input`; `input` itself where nothing is dropped and nothing added. Raises
-        what `dropout` raises, and a RuntimeError for a residual unlike the input.
+        A tensor of the input's shape and dtype; `input` itself where nothing is dropped and nothing
+        is added.
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `backend` is unknown.
+        TypeError: `input` or `residual` is no tensor.
+        RuntimeError: `residual` is unlike the input, and what else `dropout` raises it for.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """

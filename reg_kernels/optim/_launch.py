@@ -39,7 +39,8 @@ def same(some: Any, others: Any) -> bool:
 
 
 def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """What of parameters can change in place, other than what `Launch._where` tells."""
+    """The shapes and dtypes of parameters, which can change in place, as what `Launch._where`
+    returns can."""
     return list(map(_shape, params)), list(map(_dtype, params))
 
 
@@ -123,7 +124,7 @@ class Launch:
         return self._where_the_state_is() == self._state_addresses
 
     def _where(self, tensors: list[Tensor]) -> tuple[Any, ...]:
-        """Where tensors lie, how much of it is theirs, and in which order.
+        """The addresses, numbers of elements and strides of tensors.
 
         Strides are tuples, of which a step would make so many that the garbage collector runs.
         """
@@ -133,7 +134,7 @@ class Launch:
         return addresses(tensors), list(map(_numel, tensors)), order
 
     def _where_the_state_is(self) -> list[list[int]]:
-        """Of state that was replaced, and of a tensor that was given other data."""
+        """The addresses of all state, new ones where a tensor was replaced or given other data."""
         return [addresses(map(getter, self._states)) for getter in self._getters]
 
     def _note_layout(self, grads: list[Tensor], where: list[int]) -> bool:
@@ -322,5 +323,5 @@ def _by_launch(members: list[Member]) -> list[list[Member]]:
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """What GradScaler hands over, where and as the kernels read it."""
+    """A number that GradScaler hands over, on the device and in the dtype that kernels read."""
     return None if value is None else value.to(device, torch.float32, non_blocking=True)
