@@ -14,6 +14,7 @@ from .. import backends
 from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number
+from ..ops._checks import check_tensor
 from ..ops._modes import is_fake
 from ..ops.mixup import blend
 
@@ -190,8 +191,7 @@ class Mixup:
 
     def _check(self, input: Any, target: Any) -> None:
         for name, value in (("input", input), ("target", target)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"Mixup: {name} must be a Tensor, got {type(value).__name__}")
+            check_tensor("Mixup", name, value)
         if input.dim() < (3 if self._cuts else 1):
             expected = "images (N, C, H, W) or (N, H, W)" if self._cuts else "a batch (N, ...)"
             raise ValueError(f"Mixup: input must be {expected}, got {input.dim()} dimensions")

@@ -9,8 +9,9 @@ from torch.overrides import has_torch_function_variadic
 from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
-from .._numbers import integer, number
+from .._numbers import integer
 from .._twins import twin_of
+from ..ops._checks import check_reduction, probability
 from ..ops.distillation import checked_softness
 from ._leaf import call_in_graph
 
@@ -106,15 +107,8 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
     ) -> None:
         name = "DistillationLoss"
         temperature, alpha = checked_softness(name, temperature, alpha)
-        label_smoothing = number(name, "label_smoothing", label_smoothing)
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(
-                f"DistillationLoss: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
-            )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(
-                f"DistillationLoss: label_smoothing must be in [0, 1], got {label_smoothing}"
-            )
+        check_reduction(name, reduction)
+        label_smoothing = probability(name, "label_smoothing", label_smoothing)
         super().__init__(weight, reduction=reduction)
         self.temperature = temperature
         self.alpha = alpha

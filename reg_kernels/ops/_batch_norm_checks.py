@@ -20,7 +20,7 @@ from ._checks import (
 )
 
 
-class Call(NamedTuple):
+class BatchNormCall(NamedTuple):
     """What `batch_norm` or `batch_norm_act`, the `name`, was called with."""
 
     name: str
@@ -49,9 +49,9 @@ def values_a_channel(x: Tensor) -> int:
 def check_eps(name: str, eps: float, training: bool) -> None:
     """Raises where torch does: on an eps that could divide by zero."""
     if training and eps <= 0.0:
-        raise ValueError(f"{name}: eps must be positive in training, got {eps}")
+        refuse(name, "eps", "positive in training", eps, ValueError)
     if eps < 0.0:
-        raise ValueError(f"{name}: eps must not be negative, got {eps}")
+        refuse(name, "eps", "0 or above", eps, ValueError)
 
 
 def activation_number(name: str, activation: str | None) -> int:
@@ -77,7 +77,7 @@ def _check_channel_values(name: str, what: str, values: Tensor, input: Tensor) -
         refuse(name, what, f"{allowed} for an input of {named(dtype)}", named(values.dtype))
 
 
-def check_call(call: Call) -> None:
+def check_call(call: BatchNormCall) -> None:
     """What every call has to be given. Nothing is written before all of it holds."""
     name, input, training = call.name, call.input, call.training
     check_tensor(name, "input", input)
@@ -123,8 +123,6 @@ def check_call(call: Call) -> None:
 
 # Entries
 
-_ACTIVATIONS = range(5)
-
 
 def _check_channels(entry: Entry, values: Tensor | None, channels: int, name: str) -> None:
     if values is None:
@@ -145,8 +143,8 @@ def _check_values(entry: Entry, a: Any, p: float) -> int:
     channels = x.shape[1]
     _check_channels(entry, a.weight, channels, "weight")
     _check_channels(entry, a.bias, channels, "bias")
-    if a.activation not in _ACTIVATIONS:
-        entry.refuse("activation", "in [0, 4]", a.activation)
+    if not 0 <= a.activation < len(NUMBERS):
+        entry.refuse("activation", f"in [0, {len(NUMBERS) - 1}]", a.activation)
     entry.check_probability(p)
     return x.numel() // channels if channels else 0
 

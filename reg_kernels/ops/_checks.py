@@ -32,16 +32,20 @@ def refuse(
     raise kind(f"{op}: {argument} must be {must}, got {got}")
 
 
-def hand_over(function: Callable[..., Any], arguments: dict[str, Any], *tensors: str) -> Any:
+def hand_over(
+    function: Callable[..., Any], arguments: dict[str, Any], *tensors: str, by_place: int = 1
+) -> Any:
     """Gives a call to what overrides it: a subclass's __torch_function__, a tracer's proxy.
 
     `arguments` are the function's own locals() before it has made others. Those that `tensors`
-    names may override it; the first argument goes by its place, the others by their names.
+    names may override it. As many arguments as `by_place` says go by their places, the others by
+    their names.
     """
-    first, *rest = arguments
-    named_ones = {name: arguments[name] for name in rest}
+    names = list(arguments)
+    first = [arguments[name] for name in names[:by_place]]
+    others = {name: arguments[name] for name in names[by_place:]}
     relevant = tuple(arguments[name] for name in tensors)
-    return handle_torch_function(function, relevant, arguments[first], **named_ones)
+    return handle_torch_function(function, relevant, *first, **others)
 
 
 def check_tensor(op: str, argument: str, x: Any, expected: str = "a Tensor") -> None:
@@ -89,6 +93,16 @@ def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
 def check_has_no_gradient(op: str, argument: str, x: Tensor) -> None:
     if x.requires_grad:
         raise RuntimeError(f"{op}: {argument} must not require grad: detach it")
+
+
+def check_flag(op: str, argument: str, x: Any) -> None:
+    if type(x) is not bool:
+        refuse(op, argument, "True or False", type(x).__name__, TypeError)
+
+
+def check_reduction(op: str, reduction: Any) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        refuse(op, "reduction", "'none', 'mean' or 'sum'", repr(reduction), ValueError)
 
 
 def probability(op: str, argument: str, value: Any, kind: type[Exception] = ValueError) -> float:

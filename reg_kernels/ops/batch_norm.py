@@ -18,7 +18,7 @@ from .._numbers import number, traced_numbers, varies
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
-from ._batch_norm_checks import Call, activation_number, check_call
+from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._modes import FUNC, TRACE, watcher
 from ._route import asked, wants_gradient
@@ -30,7 +30,7 @@ _TENSORS = ("input", "running_mean", "running_var", "weight", "bias")  # that ma
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
 
-def _empty_batch(call: Call) -> Tensor:
+def _empty_batch(call: BatchNormCall) -> Tensor:
     """As torch: a batch of no values moves the counter on, not the running statistics, and every
     parameter has a gradient, of zeros."""
     if call.training and call.num_batches_tracked is not None:
@@ -43,7 +43,7 @@ def _empty_batch(call: Call) -> Tensor:
     return reference.activate(output, call.activation, call.slope)
 
 
-def _by_torch(call: Call) -> Tensor:
+def _by_torch(call: BatchNormCall) -> Tensor:
     """The same by operations that torch.func and forward mode can transform, unfused."""
     momentum, counter = call.momentum, call.num_batches_tracked
     if momentum is None:
@@ -62,7 +62,7 @@ def _by_torch(call: Call) -> Tensor:
     return y
 
 
-def _rng_state(call: Call, looks: str | None) -> Tensor | None:
+def _rng_state(call: BatchNormCall, looks: str | None) -> Tensor | None:
     """The state that a call which drops something draws by."""
     device = call.input.device
     if call.rng_state is not None:
@@ -72,13 +72,14 @@ def _rng_state(call: Call, looks: str | None) -> Tensor | None:
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
 
-def _run(call: Call) -> Tensor:
+def _run(call: BatchNormCall) -> Tensor:
     looks = watcher()
     asked(looks, check_call, call)
     input, training, device = call.input, call.training, call.input.device
     if call.rng_state is not None:
         call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, call.name))
-    by_numbers = varies(call.momentum, call.eps, call.slope, call.p)
+    drops = training and call.p != 0.0
+    by_numbers = varies(call.momentum, call.eps, call.slope, call.p if drops else 0.0)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
@@ -87,7 +88,7 @@ def _run(call: Call) -> Tensor:
     if asked(looks, input.numel) == 0:
         return _empty_batch(call)
     p, rng_state = 0.0, None
-    if training and call.p != 0.0:
+    if drops:
         p, rng_state = call.p, _rng_state(call, looks)
     if looks is FUNC:
         return _by_torch(call._replace(p=p, rng_state=rng_state))
@@ -147,13 +148,13 @@ def _checked(
     momentum: Any,
     eps: Any,
     *rest: Any,
-) -> Call:
+) -> BatchNormCall:
     """A call of numbers that are floats, and of whatever else one has to be given."""
     if type(momentum) is not float and momentum is not None:
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    return Call(name, *tensors, training, momentum, eps, *rest)
+    return BatchNormCall(name, *tensors, training, momentum, eps, *rest)
 
 
 def batch_norm(
@@ -211,7 +212,7 @@ def batch_norm(
     Source: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015, algorithm 1.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return hand_over(batch_norm, locals(), *_TENSORS)
+        return hand_over(batch_norm, locals(), *_TENSORS, by_place=3)
     tensors = (input, running_mean, running_var, weight, bias, None)
     chain = (NONE, SLOPE, 0.0, num_batches_tracked, None, backend)
     return _run(_checked("batch_norm", tensors, training, momentum, eps, *chain))
@@ -278,7 +279,7 @@ def batch_norm_act(
     residual learning", CVPR 2016, with dropout behind it.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
-        return hand_over(batch_norm_act, locals(), *_TENSORS, "residual")
+        return hand_over(batch_norm_act, locals(), *_TENSORS, "residual", by_place=6)
     name = "batch_norm_act"
     if type(drop) is not float or not 0.0 <= drop <= 1.0:
         drop = probability(name, "drop", drop)

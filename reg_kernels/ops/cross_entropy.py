@@ -15,8 +15,8 @@ from ._loss import TARGET, register_loss, run
 from ._loss_checks import check_entry, checked_call
 
 
-def _check(op: str, arguments: Any) -> None:
-    check_entry(op, arguments, stats=2)
+def _check(op: str, arguments: Any, of_backward: bool) -> None:
+    check_entry(op, arguments, 2, of_backward)
 
 
 _OPS = register_loss(
@@ -82,7 +82,7 @@ def cross_entropy(
     2018.
     """
     if has_torch_function((input, weight)):
-        return hand_over(cross_entropy, locals(), "input", "weight")
+        return hand_over(cross_entropy, locals(), "input", "weight", by_place=2)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     name = "cross_entropy"

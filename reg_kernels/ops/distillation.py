@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from .._dtypes import named
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import number, traced_numbers, varies
@@ -18,8 +19,8 @@ from ._loss import TARGET, register_loss, run
 from ._loss_checks import check_entry, check_logits, checked_call
 
 
-def _check(op: str, a: Any) -> None:
-    entry = check_entry(op, a, stats=5)
+def _check(op: str, a: Any, of_backward: bool) -> None:
+    entry = check_entry(op, a, 5, of_backward)
     if a.traced_softness is not None:
         entry.check_vector(a.traced_softness, torch.float64, 2, "traced_softness")
     if a.target is not None and a.target.dtype != torch.int64:
@@ -105,15 +106,13 @@ def distillation_loss(
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
     """
     if has_torch_function((input, teacher, weight)):
-        return hand_over(distillation_loss, locals(), "input", "teacher", "weight")
+        return hand_over(distillation_loss, locals(), "input", "teacher", "weight", by_place=3)
     name = "distillation_loss"
     temperature, alpha = checked_softness(name, temperature, alpha)
     if target is None and alpha != 1.0:
         raise TypeError(f"{name}: target must be given unless alpha is 1, got alpha {alpha}")
     if isinstance(target, Tensor) and target.is_floating_point():
-        raise RuntimeError(
-            f"{name}: target must be int64 class indices or a MixedTarget, got {target.dtype}"
-        )
+        refuse(name, "target", "int64 class indices or a MixedTarget", named(target.dtype))
     call = checked_call(
         *(name, input, target, weight, ignore_index, reduction, label_smoothing),
         needs_target=False,

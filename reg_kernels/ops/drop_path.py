@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from ..reference import drop_path as reference
-from ._checks import Entry, check_batch, check_like, hand_over, probability
+from ._checks import Entry, check_batch, check_flag, check_like, hand_over, probability
 from ._route import DRAWN, Draw, Linear, draw_samples
 
 
-def _check(op: str, a: Any) -> None:
+def _check(op: str, a: Any, in_place: bool) -> None:
     entry = Entry(op, a.input)
     entry.check_samples(a.input)
     entry.check_drawn(a)
@@ -63,14 +63,16 @@ def drop_path(
 
     Raises:
         ValueError: `p` is outside [0, 1], or `backend` is unknown.
-        TypeError: `input` or `residual` is no tensor.
-        RuntimeError: `residual` is unlike the input, and what else `dropout` raises it for.
+        TypeError: `input` or `residual` is no tensor, or `scale_by_keep` no bool.
+        RuntimeError: `input` has no dimensions, `residual` is unlike the input, and what else
+            `dropout` raises it for.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """
     if has_torch_function_variadic(input, residual):
         return hand_over(drop_path, locals(), "input", "residual")
     p = probability("drop_path", "p", p)
+    check_flag("drop_path", "scale_by_keep", scale_by_keep)
     check_batch("drop_path", "input", input)
     if residual is not None:
         check_like("drop_path", "residual", residual, input)

@@ -7,6 +7,7 @@ with the forward's rng_state: 16 bytes are saved, and it can be differentiated a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,30 +21,38 @@ from ._modes import TRACE, watcher
 from ._route import DRAWN, Draw, Linear, asked, draw
 
 
-def _check(op: str, a: Any) -> None:
+def _check(op: str, a: Any, in_place: bool) -> None:
     entry = Entry(op, a.input)
-    if op.startswith("feature_"):
-        entry.check_channels(a.input)
-    elif op.endswith("_") and not is_dense(a.input):
+    if in_place and not is_dense(a.input):
         entry.refuse("input", "dense, since it is written into", a.input)
+    _check_drawn(entry, a)
+
+
+def _check_channels(op: str, a: Any, in_place: bool) -> None:
+    entry = Entry(op, a.input)
+    entry.check_channels(a.input)
+    _check_drawn(entry, a)
+
+
+def _check_drawn(entry: Entry, a: Any) -> None:
     entry.check_drawn(a)
     entry.check_floats(a.input, "input")
     entry.check_memory(a.input, "input")
 
 
-def _register(name: str) -> Linear:
+def _register(name: str, check: Callable[[str, Any, bool], None]) -> Linear:
     return Linear(
         name,
         f"float p, {DRAWN}",
         reference=getattr(reference, name),
         triton="dropout",
-        check=_check,
+        check=check,
         keeps=("rng_state", "traced_p"),
     )
 
 
-_DROPOUT = _register("dropout")
-_FEATURE_DROPOUT = _register("feature_dropout")
+_DROPOUT = _register("dropout", _check)
+_FEATURE_DROPOUT = _register("feature_dropout", _check_channels)
 
 
 def _checked(name: str, input: Tensor, p: Any) -> float:
@@ -107,8 +116,6 @@ def dropout(
     p = _checked("dropout", input, p)
     if not training or p == 0.0:
         return input
-    if p == 1.0:
-        return input.mul_(0) if inplace else input * 0
     return draw(_DROPOUT, input, p, rng_state, element_offset, backend, inplace)
 
 
@@ -116,16 +123,14 @@ def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tens
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
     if how.p == 0.0:
         return input
-    if how.p == 1.0:
-        return input.mul_(0) if inplace else input * 0
-    if input.dim() < 2:
+    if input.dim() < 2 and how.p < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
-    if watcher() is TRACE:
+    if watcher() is TRACE and input.dim() >= 2:
         # Whatever the order is of what a later run brings.
         output = ordered(input, asked(TRACE, is_channels_last, input))
         output = draw(_FEATURE_DROPOUT, output, *how)
         return input.copy_(output) if inplace else output
-    if input.is_contiguous() or is_channels_last(input):
+    if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
         return draw(_FEATURE_DROPOUT, input, *how, inplace)
     if inplace:
         check_in_place(name, input)

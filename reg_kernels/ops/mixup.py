@@ -66,13 +66,13 @@ def _check_blend(entry: Entry, x: Tensor, a: Any, dtype: torch.dtype, *constants
 
 def _check_result(entry: Entry, x: Tensor, a: Any) -> None:
     if a.dtype not in DTYPES:
-        entry.refuse("dtype", f"one of {SUPPORTED}", a.dtype)
+        entry.refuse("dtype", f"one of {SUPPORTED}", named(a.dtype))
     if a.channels_last and x.dim() < 2:
         entry.refuse("channels_last", "false without channels", x)
 
 
-def _check(op: str, a: Any) -> None:
-    entry, x, in_place = Entry(op, a.input), a.input, op.endswith("_")
+def _check(op: str, a: Any, in_place: bool) -> None:
+    entry, x = Entry(op, a.input), a.input
     _check_batch(entry, x, "input")
     if in_place or x.dtype != torch.uint8:
         entry.check_floats(x, "input")
@@ -368,20 +368,20 @@ def blend(
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
     choice = (input.device, dtype, backend, looks)
     weights = (lam, one_lam, index, boxes, scale, shift)
+    overload = _MIXUP.fresh.overload(*choice)
     if looks is FUNC:
-        _MIXUP.fresh.overload(*choice)  # raises where it is forced and cannot run
         output = reference.mixup(input, *weights, dtype, channels_last)
         return input.copy_(output) if inplace else output
     x = in_order(input, looks)
     if inplace and x is input and looks is not COMPILE:
-        in_place = _MIXUP.in_place.overload(*choice)
+        in_place = _MIXUP.in_place.like(overload)
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
         if looks is TRACE:
             in_place(input, *weights)
         else:
             _MIXUP.write_over(in_place, input, *weights)
         return input
-    overload, arguments = _MIXUP.fresh.overload(*choice), (*weights, dtype, channels_last)
+    arguments = (*weights, dtype, channels_last)
     if looks is None:
         output = _MIXUP.run_eagerly(overload, x, arguments)
     else:
@@ -455,7 +455,7 @@ def mixup(
     Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
     """
     if has_torch_function_unary(input):
-        return hand_over(mixup, locals(), "input")
+        return hand_over(mixup, locals(), "input", by_place=3)
     normalisation = (mean, std, dtype, memory_format, inplace, backend)
     return blend("mixup", input, lam, None, index, *normalisation)
 
@@ -499,8 +499,7 @@ def cutmix(
     localizable features", ICCV 2019.
     """
     if has_torch_function_unary(input):
-        return hand_over(cutmix, locals(), "input")
-    if boxes is None:
-        raise TypeError("cutmix: boxes must be a Tensor, got None")
+        return hand_over(cutmix, locals(), "input", by_place=3)
+    check_tensor("cutmix", "boxes", boxes)
     normalisation = (mean, std, dtype, memory_format, inplace, backend)
     return blend("cutmix", input, 1.0, boxes, index, *normalisation)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._layout import dense_like
 from .._rng import tag
-from ._elementwise import Draw, launch_rows, product_apart
+from ._elementwise import DrawnBy, launch_rows, product_apart
 
 
 @triton.jit
@@ -32,5 +32,5 @@ def drop_path(
     """The op; `drawn`: rng_state, element_offset, traced_p."""
     values, y = scaled_values if scale_by_keep else kept_values, dense_like(input)
     options = {"samples": 1, "rows": len(input), "residual": residual, "reads_dropped": False}
-    launch_rows(values, tag("droppath"), input, y, Draw(p, *drawn), **options)
+    launch_rows(values, tag("droppath"), input, y, DrawnBy(p, *drawn), **options)
     return y
