@@ -299,7 +299,7 @@ ONES = torch.ones(6)
 BAD = [
     ({"input": torch.ones(1, 6)}, "expected more than 1 value per channel"),
     ({"eps": 0.0}, "eps must be positive in training, got 0.0"),
-    ({"eps": -1.0, "training": False}, "eps must not be negative, got -1.0"),
+    ({"eps": -1.0, "training": False}, "eps must be 0 or above, got -1.0"),
     ({"weight": torch.ones(4)}, r"weight must have shape \(6,\), one value a channel, got \(4,\)"),
     ({"bias": torch.ones(7)}, r"bias must have shape"),
     ({"running_mean": torch.ones(2)}, "running_mean must have shape"),
