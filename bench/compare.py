@@ -1,7 +1,7 @@
 """Compares two reports' ratios and names what got worse.
 
-`python bench/compare.py OLD [NEW]`: each a report.json, or OLD a git revision whose report of
-NEW's device is meant, as in `python bench/compare.py HEAD`. NEW is the one report below
+`python -m bench.compare OLD [NEW]`: each a report.json, or OLD a git revision whose report of
+NEW's device is meant, as in `python -m bench.compare HEAD`. NEW is the one report below
 bench/results unless it is given.
 
 Compared is what a slow minute of the machine leaves alone: each implementation's speed over the
@@ -23,12 +23,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reg_kernels.bench import _report
+
+from . import report
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from reg_kernels.bench import _report  # noqa: E402
-
-import report  # noqa: E402  (a script: the paths come first)
 
 TOLERANCE = 0.1
 COLUMNS = ("benchmark", "implementation", "speed over", "was", "is", "change")
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         new = report.read(path)
         found = compare(read_old(args.old, path), new, args.tolerance)
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench/compare.py: {error}", file=sys.stderr)
+        print(f"bench.compare: {error}", file=sys.stderr)
         return 2
 
     from rich.console import Console

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,6 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import _environment
-
-sys.path.insert(0, str(Path(__file__).parent))  # for models and growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))

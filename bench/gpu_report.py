@@ -26,12 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reg_kernels.bench import _environment
+
+from . import report as reports
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from reg_kernels.bench import _environment  # noqa: E402
-
-import report as reports  # noqa: E402  (a script: the paths come first)
 
 BUDGET = 8 * 60.0
 RESERVE = 30.0  # of the budget: for starting, killing and writing
@@ -121,7 +120,7 @@ def stages(folder: Path) -> list[Stage]:
             "bench",
             "benchmarks",
             (
-                *(python, "bench/report.py", "--device", "cuda", "--time-limit", "{seconds}"),
+                *(python, "-m", "bench.report", "--device", "cuda", "--time-limit", "{seconds}"),
                 *("--figures", str(folder / "bench.json")),
             ),
             330,  # what the other stages leave

@@ -1,6 +1,6 @@
 """Puts the results of bench/results/*/report.json into README.md, between its two markers.
 
-`python bench/readme_table.py` rewrites the README, `--check` exits 1 where that would change it.
+`python -m bench.readme_table` rewrites the README, `--check` exits 1 where that would change it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from reg_kernels.bench import _report
+from reg_kernels.cli._files import write_whole
+
+from . import report
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from reg_kernels.bench import _report  # noqa: E402
-from reg_kernels.cli._files import write_whole  # noqa: E402
-
-import report  # noqa: E402  (a script: the paths come first)
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SHOWN = ("native", "triton")  # the other implementations' rows are in the reports
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if old == new:
         return 0
     if args.check:
-        print(f"{args.readme} is stale: run `python bench/readme_table.py`", file=sys.stderr)
+        print(f"{args.readme} is stale: run `python -m bench.readme_table`", file=sys.stderr)
         return 1
     write_whole(args.readme, lambda path: path.write_text(new))
     print(f"wrote {args.readme}")

@@ -1,7 +1,7 @@
 """Measures every op, whole networks and growth curves, and writes a report of it.
 
 `report.json`, `report.md` and the charts `shares.svg`, `speedups.svg` and `growth.svg` go to
-bench/results/<device>/; `python bench/readme_table.py` then renews the README's results from them.
+bench/results/<device>/; `python -m bench.readme_table` then renews the README's results from them.
 It takes less than 15 minutes on two cores. Nothing is written before the end, nor when it is
 interrupted.
 
@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from reg_kernels.bench import _environment, _plots, _report, _run
+from reg_kernels.cli._files import write_whole
 
-from reg_kernels.bench import _environment, _plots, _report, _run  # noqa: E402  (a script: paths first)
-from reg_kernels.cli._files import write_whole  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SCHEMA = 2
 RESULTS = ROOT / "bench" / "results"
@@ -143,8 +142,7 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
 
     from reg_kernels import bench
 
-    import growth
-    import models
+    from . import growth, models
 
     device = torch.device(device_type)
     if device.type == "cuda":
@@ -193,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"bench/report.py: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        print(f"bench.report: torch {torch.__version__} sees no GPU here", file=sys.stderr)
         return 2
     words = sys.argv[1:] if argv is None else argv
-    _run.warm_allocator(torch.device(args.device), [str(Path(__file__).resolve()), *words])
+    _run.warm_allocator(torch.device(args.device), ["-m", "bench.report", *words])
     try:
         figures = measure(args.device, args.time_limit, args.quick)
         if args.figures is not None:
@@ -208,13 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_report.headline(figures, ("native", "triton")))
             print(f"wrote a report to {folder}")
     except OSError as error:
-        print(f"bench/report.py: {error}", file=sys.stderr)
+        print(f"bench.report: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return _run.INTERRUPTED
     for error in (errors := _report.wrong(figures)):
-        print(f"bench/report.py: wrong values: {error}", file=sys.stderr)
+        print(f"bench.report: wrong values: {error}", file=sys.stderr)
     return 1 if errors else 0
 
 

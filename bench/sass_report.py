@@ -15,19 +15,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rich.console import Console  # noqa: E402  (a script: the path comes first)
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from sass import binary, compiling, table  # noqa: E402
-from sass.compiling import Missing  # noqa: E402
-from sass.findings import findings  # noqa: E402
-from sass.render import render  # noqa: E402
+from reg_kernels.cli._files import write_whole
 
-from reg_kernels.cli._files import write_whole  # noqa: E402
+from .sass import binary, compiling, table
+from .sass.compiling import Missing
+from .sass.findings import findings
+from .sass.render import render
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 SCHEMA = 1
 
 

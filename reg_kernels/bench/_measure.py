@@ -317,11 +317,13 @@ def figures(
 ) -> dict[str, Any]:
     """What is derived from the times of one contender and of those it ran beside, by name.
 
-    It is set against the copy, eager, torch.compile and `peers`, those of them that ran.
+    It is set against the copy, eager, torch.compile and `peers`, those of them that ran:
+    "speed_over" holds the quartiles of the ratios within a round, and what goals name, such as
+    "share_of_copy" and "time_over_eager", comes of their medians.
     """
     median = statistics.median(seconds)
     lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    row = {
+    row: dict[str, Any] = {
         "seconds": seconds,
         "median": median,
         "quartiles": [lower, upper],
@@ -329,15 +331,15 @@ def figures(
     }
     if bytes_moved is not None:
         row["bytes_per_second"] = bytes_moved / median
+    row["speed_over"] = {}
     for name in (COPY, EAGER, COMPILE, *peers):
-        if name in samples:
-            pairs = zip(seconds, samples[name], strict=True)
-            row[f"time_over_{name}"] = statistics.median(own / other for own, other in pairs)
-    if COPY in samples:
-        row["share_of_copy"] = 1 / row["time_over_copy"]
-    for name in (EAGER, COMPILE, *peers):
-        if name in samples:
-            row[f"speedup_over_{name}"] = 1 / row[f"time_over_{name}"]
+        if name not in samples:
+            continue
+        ratios = [theirs / own for own, theirs in zip(seconds, samples[name], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        row["speed_over"][name] = quartiles
+        row[f"time_over_{name}"] = 1 / quartiles[1]
+        row["share_of_copy" if name == COPY else f"speedup_over_{name}"] = quartiles[1]
     return row
 
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -219,6 +218,8 @@ def _timm(inputs: Inputs) -> Contender | Skipped:
     module = peer(TIMM, "timm", "data/mixup.py")
     if isinstance(module, Skipped):
         return module
+    import numpy as np  # which timm's draws by
+
     mix = module.Mixup(label_smoothing=0.0, num_classes=_CLASSES)
     own = [x.clone() for x, *_ in inputs.arguments]
     count, device = len(own[0]), own[0].device

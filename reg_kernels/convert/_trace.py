@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -277,15 +276,20 @@ def _all_training(module: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_draws(watch: _Watch) -> Iterator[None]:
     """Notices what draws from the generators outside torch, and turns them back."""
-    before, numpy_before = random.getstate(), np.random.get_state()
+    numpy = sys.modules.get("numpy")  # which torch has loaded where it is installed
+    before, numpy_before = random.getstate(), numpy and numpy.random.get_state()
     yield
-    key, *rest = np.random.get_state()[1:]
-    if random.getstate() != before or not (
-        np.array_equal(key, numpy_before[1]) and rest == list(numpy_before[2:])
-    ):
+    if random.getstate() != before or (numpy and _differ(numpy.random.get_state(), numpy_before)):
         random.setstate(before)
-        np.random.set_state(numpy_before)
+        if numpy:
+            numpy.random.set_state(numpy_before)
         watch.refuse("draws random numbers")
+
+
+def _differ(state: Any, before: Any) -> bool:
+    """Whether two states of numpy's generator do."""
+    (_, key, *rest), (_, key_before, *rest_before) = state, before
+    return key.tobytes() != key_before.tobytes() or rest != rest_before
 
 
 def _run(module: nn.Module, training: bool) -> tuple[_Tracer, _Watch]:

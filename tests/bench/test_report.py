@@ -10,19 +10,10 @@ from typing import Any
 
 import pytest
 
-from support import bench_module
+from bench import compare as comparing
+from bench import readme_table, report
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def report() -> Any:
-    return bench_module("report")
-
-
-@pytest.fixture(scope="module")
-def comparing() -> Any:
-    return bench_module("compare")
 
 
 def case(label: str, seconds: dict[str, list[float]], **fields: Any) -> dict[str, Any]:
@@ -80,7 +71,7 @@ def figures() -> dict[str, Any]:
     }
 
 
-def test_a_report_has_figures_tables_and_charts(report: Any, figures: Any, tmp_path: Path):
+def test_a_report_has_figures_tables_and_charts(figures: Any, tmp_path: Path):
     report.write(tmp_path, report.report_of(figures))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["report.json", "report.md", *report.CHARTS]
@@ -97,7 +88,7 @@ def test_a_report_has_figures_tables_and_charts(report: Any, figures: Any, tmp_p
     assert page.count("| model resnet18 ") == 1 and page.count("| dropout 4096 ") == 0
 
 
-def test_what_computed_something_else_is_no_end(report: Any, figures: Any, tmp_path: Path):
+def test_what_computed_something_else_is_no_end(figures: Any, tmp_path: Path):
     """A wrong copy leaves no share, and a wrong network no rate: the report says so."""
     kernel, network = figures["benchmarks"][:2]
     kernel["contenders"][0] = {"name": "copy", "wrong": "out of memory"}
@@ -110,7 +101,7 @@ def test_what_computed_something_else_is_no_end(report: Any, figures: Any, tmp_p
     assert "- WRONG VALUES: another loss (1 benchmarks)" in page
 
 
-def test_small_calls_on_a_gpu_have_their_parts(report: Any, figures: Any, tmp_path: Path):
+def test_small_calls_on_a_gpu_have_their_parts(figures: Any, tmp_path: Path):
     small = figures["benchmarks"][0]
     small["contenders"][1] |= {"host_median": 2e-6, "graph_median": 3e-6}
     small["contenders"][2] |= {"host_median": 4e-6, "graph_note": "it waits"}
@@ -123,9 +114,7 @@ def test_small_calls_on_a_gpu_have_their_parts(report: Any, figures: Any, tmp_pa
     assert "| dropout forward | native | 2 µs |  | 3 µs |" in (tmp_path / "report.md").read_text()
 
 
-def test_charts_name_what_they_are_of_and_repeat_themselves(
-    report: Any, figures: Any, tmp_path: Path
-):
+def test_charts_name_what_they_are_of_and_repeat_themselves(figures: Any, tmp_path: Path):
     for folder in ("one", "two"):
         report.write(tmp_path / folder, report.report_of(figures))
     for name in report.CHARTS:
@@ -138,7 +127,7 @@ def test_charts_name_what_they_are_of_and_repeat_themselves(
 
 
 def test_without_matplotlib_there_are_no_charts(
-    report: Any, figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     report.write(tmp_path, report.report_of(figures))
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
@@ -147,12 +136,12 @@ def test_without_matplotlib_there_are_no_charts(
     assert ".svg" not in (tmp_path / "report.md").read_text()
 
 
-def test_charts_of_nothing(report: Any, figures: Any, tmp_path: Path):
+def test_charts_of_nothing(figures: Any, tmp_path: Path):
     report.write(tmp_path, report.report_of({**figures, "benchmarks": []}))
     assert (tmp_path / "growth.svg").exists()
 
 
-def test_a_report_can_be_made_again_from_its_file(report: Any, figures: Any, tmp_path: Path):
+def test_a_report_can_be_made_again_from_its_file(figures: Any, tmp_path: Path):
     figures["benchmarks"][0]["contenders"][0]["median"] = 1 / 3
     report.write(tmp_path / "one", report.report_of(figures))
     report.write(tmp_path / "two", report.read(tmp_path / "one" / "report.json"))
@@ -164,14 +153,14 @@ def test_a_report_can_be_made_again_from_its_file(report: Any, figures: Any, tmp
     ("text", "message"),
     [("{", "no JSON"), ("[]", "got schema None"), ('{"schema": 1}', "schema 2, got schema 1")],
 )
-def test_what_is_no_report_is_refused(report: Any, text: str, message: str, tmp_path: Path):
+def test_what_is_no_report_is_refused(text: str, message: str, tmp_path: Path):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         report.read(tmp_path / "report.json")
     assert str(tmp_path / "report.json") in str(error.value)
 
 
-def test_the_committed_reports_are_what_their_figures_give(report: Any, tmp_path: Path):
+def test_the_committed_reports_are_what_their_figures_give(tmp_path: Path):
     for path in report.RESULTS.glob("*/report.json"):
         data = report.read(path)
         assert (path.parent / "report.md").read_text() == report.render(data), path
@@ -179,14 +168,14 @@ def test_the_committed_reports_are_what_their_figures_give(report: Any, tmp_path
 
 
 def test_the_readme_holds_the_committed_results():
-    assert bench_module("readme_table").main(["--check"]) == 0, "run `python bench/readme_table.py`"
+    assert readme_table.main(["--check"]) == 0, "run `python -m bench.readme_table`"
 
 
 # Comparing two reports
 
 
 @pytest.fixture
-def compare_files(comparing: Any, report: Any, tmp_path: Path) -> Any:
+def compare_files(tmp_path: Path) -> Any:
     def run(old: dict[str, Any], new: dict[str, Any], *words: str) -> int:
         paths = [tmp_path / "old.json", tmp_path / "new.json"]
         for path, data in zip(paths, (old, new), strict=True):
@@ -273,7 +262,7 @@ def test_another_way_of_measuring_is_refused(
 
 
 def test_a_report_at_a_git_revision(
-    comparing: Any, report: Any, figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def git(*words: str) -> None:
         identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench import readme_table as table
+from bench import report
 from reg_kernels import backends, bench, ops
 from reg_kernels.bench import (
     _clock,
@@ -29,7 +31,7 @@ from reg_kernels.bench import (
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
-from support import bench_module, run_program
+from support import run_program
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -581,7 +583,6 @@ def test_results_do_not_make_their_commit_look_changed(
 
 
 def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
-    table, report = bench_module("readme_table"), bench_module("report")
     results = tmp_path / "results"
     assert run("--json", tmp_path / "figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -608,7 +609,6 @@ def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
 
 @pytest.mark.parametrize("text", ["", "{end}{begin}", "{begin}", "{begin}{end}{begin}{end}"])
 def test_readme_without_its_markers(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    table = bench_module("readme_table")
     readme = tmp_path / "README.md"
     readme.write_text(text.format(begin=table.BEGIN, end=table.END))
     assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
