@@ -48,7 +48,7 @@ CLOCK = RecordedClock()
 
 def pytest_report_header() -> str:
     if DEVICE.type == "cuda":
-        return f"benchmarks on {_environment.device_name(DEVICE)}"
+        return f"benchmarks on {_environment.facts_of(DEVICE)['name']}"
     settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
     warm = "keeps freed memory" if _environment.allocator() else f"is cold: set {settings}"
     return f"benchmarks on {torch.get_num_threads()} threads, malloc {warm}"

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reg_kernels.bench import _environment
+from reg_kernels.bench import _environment, _results
 
 from . import report as reports
 
@@ -232,7 +232,12 @@ class Report:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self._folder = folder
-        self.data: dict[str, Any] = {"schema": reports.SCHEMA, **facts, "stages": [], "results": {}}
+        self.data: dict[str, Any] = {
+            "schema": _results.SCHEMA,
+            **facts,
+            "stages": [],
+            "results": {},
+        }
 
     def adopt(self) -> None:
         """Takes over the stages of the report that is there, if that is of the same commit."""
@@ -334,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = _environment.environment(torch.device("cuda", torch.cuda.current_device()))
-    folder = reports.folder_of(facts["device"]["name"], args.out.resolve())
+    folder = reports.folder_of(facts["device"], args.out.resolve())
     try:
         return make_report(folder, facts, stages(folder), args.only)
     except (OSError, ValueError) as error:

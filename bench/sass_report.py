@@ -15,9 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from reg_kernels import _console
 from reg_kernels.cli._files import write_whole
 
 from .sass import binary, compiling, table
@@ -37,13 +35,11 @@ def to_json(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         versions = table.versions()
         for name in ("cuobjdump", "nvdisasm"):
             binary.tool(name)
-        with Progress(*columns, console=console) as progress:
+        with _console.progress() as progress:
             task = progress.add_task("compiling", total=len(table.tasks()))
 
             def done(part: str) -> None:
@@ -51,7 +47,7 @@ def main() -> int:
 
             rows = table.build(done)
     except (Missing, ImportError, RuntimeError, TimeoutError) as error:
-        console.print(f"sass-report: {error}", style="red", markup=False)
+        print(f"sass-report: {error}", file=sys.stderr)
         return 2
     sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
     report = {"schema": SCHEMA, "versions": versions, "sources": sources, "kernels": rows}
@@ -62,8 +58,8 @@ def main() -> int:
     unexplained = [finding for finding in found if finding.reason is None]
     for finding in unexplained:
         where = f"{finding.kernel} on sm_{finding.architecture}"
-        console.print(f"not explained: {where}: {finding.what}, {finding.detail}", markup=False)
-    console.print(
+        print(f"not explained: {where}: {finding.what}, {finding.detail}")
+    print(
         f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
         f"{RESULTS / 'sass.md'}"
     )

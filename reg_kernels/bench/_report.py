@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ._measure import COMPILE, COPY, EAGER, format_bytes
-from ._results import counts_bytes, has_goals, is_kernel, is_ours, speed_over
+from ._results import Ratio, counts_bytes, has_goals, is_kernel, is_ours, speed_over
 
 SHOWN = ("native", "triton")  # what pages show: the other implementations are in the JSON
 
@@ -113,7 +113,7 @@ def rate_table(data: dict[str, Any], shown: Container[str] | None = None) -> Tab
             for of in (row, eager)
         ]
         if over := speed_over(row, EAGER):
-            rates[1] += f" ({_times(over)})"
+            rates[1] += f", {_times(over)}"
         rows.append((case["label"], row["name"], _time(row), *rates, _peak(row, found)))
     return Table(
         "training steps",
@@ -233,7 +233,7 @@ def overview_table(data: dict[str, Any]) -> Table:
             (
                 case["label"].replace(" float32", ""),
                 *(_time(of) if "median" in of else "" for of in (row, eager, compiled)),
-                f"{_times(over)}" if over else "",
+                _times(over) if over else "",
             )
         )
     return Table("overview", ("benchmark", "ours", EAGER, COMPILE, "ratio"), rows, words=1)
@@ -363,13 +363,13 @@ def _time(row: Case) -> str:
 def _beside(row: Case, found: dict[str, Case], other: str) -> str:
     """The other's time, and how many times faster ours is."""
     over = speed_over(row, other)
-    return f"{_time(found[other])} ({_times(over)})" if over else ""
+    return f"{_time(found[other])}, {_times(over)}" if over else ""
 
 
-def _times(ratio: tuple[float, float, float]) -> str:
+def _times(ratio: Ratio) -> str:
+    """The median, and the quartiles where they show as something else."""
     lower, median, upper = (f"{of:.0f}" if of >= 9.95 else f"{of:.2g}" for of in ratio)
-    spread = "" if lower == median == upper else f", {lower}–{upper}"
-    return f"{median}×{spread}"
+    return f"{median}×" if lower == median == upper else f"{median}× ({lower}–{upper})"
 
 
 def _peak(row: Case, found: dict[str, Case]) -> str:

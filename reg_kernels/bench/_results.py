@@ -46,6 +46,14 @@ class Ratio(NamedTuple):
     upper: float
 
 
+class Key(NamedTuple):
+    """What a ratio is of."""
+
+    benchmark: str
+    implementation: str
+    other: str
+
+
 def is_kernel(case: dict[str, Any]) -> bool:
     """Whether a benchmark is of one op at one size, and neither of a network nor of a curve."""
     return not case.get("items") and not case.get("series")
@@ -77,8 +85,8 @@ def speed_over(row: dict[str, Any], other: str) -> Ratio | None:
     return None if found is None else Ratio(*found)
 
 
-def ratios(data: dict[str, Any]) -> Iterator[tuple[str, str, str, Ratio]]:
-    """Benchmark, implementation of ours, contender that is none, and our speed over its."""
+def ratios(data: dict[str, Any]) -> Iterator[tuple[Key, Ratio]]:
+    """The ratios of every implementation of ours."""
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             if not is_ours(case, row["name"]):
@@ -86,7 +94,7 @@ def ratios(data: dict[str, Any]) -> Iterator[tuple[str, str, str, Ratio]]:
             for other, found in row.get("speed_over", {}).items():
                 # What calls cost the host has nothing to do with bytes.
                 if other != COPY or counts_bytes(case):
-                    yield key_of(case), row["name"], other, Ratio(*found)
+                    yield Key(key_of(case), row["name"], other), Ratio(*found)
 
 
 def condensed(figures: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +139,7 @@ def _lines(value: Any, indent: str) -> str:
 
 
 def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _is_flat(value: Any) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import _environment, _report
+from .. import _console
+from . import _environment, _results
 from ._measure import Benchmark, Budget, measure
 
 FULL = Budget(seconds=4.0, least=7, most=40, sample=5e-3)
@@ -64,24 +65,16 @@ def measure_all(
         options: what the results say of how they were asked for.
         time_limit: seconds after which no further case is started; those are named.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     data = {
-        "schema": _report.SCHEMA,
+        "schema": _results.SCHEMA,
         **_environment.environment(device),
         "options": options,
         "benchmarks": [],
         "left_out": [],
     }
     begin = time.monotonic()
-    console = Console(stderr=True)
     torch.manual_seed(0)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    described = TextColumn("{task.description}")
-    with Progress(
-        *columns, described, console=console, disable=not console.is_terminal
-    ) as progress:
+    with _console.progress() as progress:
         bar = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, start=1):
             progress.update(bar, description=case.label)
@@ -97,7 +90,7 @@ def measure_all(
             except torch.OutOfMemoryError:
                 data["left_out"].append({"label": _name(case), "reason": "out of GPU memory"})
             progress.advance(bar)
-            if not console.is_terminal:
+            if progress.disable:
                 print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
     data["benchmarks"].sort(key=lambda benchmark: benchmark["op"])  # they took turns
     return data

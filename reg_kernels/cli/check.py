@@ -14,19 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
-from .. import backends
+from .. import _console, backends
 from .._dtypes import named
 from ..cases import Case, all_cases
 from ._errors import UsageError
 from ._files import output_file, write_output
-
-SUMMARY = "errors of every op against the fp64 reference, and gradcheck; exit 1 if one is over"
 
 
 @dataclass
@@ -79,11 +73,14 @@ def run(args: argparse.Namespace) -> int:
         output_file("--json", args.json)
     chosen = list(_implementations(args.backend, device))
     work = [(n, b, d) for n in names for b in chosen for d in backends.DTYPES]
-    results = [
-        check(name, backend, device, dtype)
-        for name, backend, dtype in track(work, "checking", transient=True)
-    ]
-    Console().print(_table(results))
+    results = []
+    with _console.progress() as progress:
+        bar = progress.add_task("", total=len(work))
+        for name, backend, dtype in work:
+            progress.update(bar, description=f"{name} {backend} {named(dtype)}")
+            results.append(check(name, backend, device, dtype))
+            progress.advance(bar)
+    _print(results)
     if args.json is not None:
         text = json.dumps([asdict(r) | {"ok": r.ok} for r in results], indent=1) + "\n"
         write_output("--json", args.json, lambda path: path.write_text(text))
@@ -213,20 +210,13 @@ def gradcheck(case: Case, backend: str, device: torch.device) -> bool:
     )
 
 
-def _table(results: list[Result]) -> Table:
+def _print(results: list[Result]) -> None:
     # Narrow enough for 80 columns; how many cases and which was the worst is in the JSON.
-    table = Table(title="errors against the fp64 reference", box=box.SIMPLE_HEAD)
-    for column in ("op", "backend", "dtype", "error", "allowed", "grad"):
-        table.add_column(column, no_wrap=True)
-    for r in results:
-        verdict = {None: "", True: "passed", False: "FAILED"}[r.gradcheck]
-        table.add_row(
-            r.op,
-            r.backend,
-            r.dtype,
-            f"{r.error:.2e}",
-            f"{r.allowed:.2e}",
-            verdict,
-            style=None if r.ok else "bold red",
-        )
-    return table
+    verdicts = {None: "", True: "passed", False: "FAILED"}
+    columns = ("op", "backend", "dtype", "error", "allowed", "grad")
+    rows = [
+        (r.op, r.backend, r.dtype, f"{r.error:.2e}", f"{r.allowed:.2e}", verdicts[r.gradcheck])
+        for r in results
+    ]
+    title = "errors against the fp64 reference"
+    _console.print_table(title, columns, rows, words=3, narrow=True)
