@@ -54,6 +54,7 @@ test-sanitized: $(READY)
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)
 	@$(call lint_with,ruff,format --quiet --check .)
+	@$(call lint_with,mypy,--no-error-summary)
 	@$(call lint_with,clang-format,--dry-run -Werror $(CXX_SOURCES))
 
 build: $(READY)
@@ -89,6 +90,6 @@ gpu-report: $(READY)
 		$(PY) -m bench.readme_table && exit $$code
 
 clean:
-	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
 	rm -f reg_kernels/*.so reg_kernels/_build.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

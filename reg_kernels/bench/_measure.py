@@ -253,8 +253,7 @@ def measure(
             if row["name"] in peaks and peer in peaks:
                 row[f"peak_above_{peer}_bytes"] = peaks[row["name"]] - peaks[peer]
     for goal in case.goals:
-        row = next((r for r in rows if r["name"] == goal.contender), None)
-        if row is not None:
+        for row in (row for row in rows if row["name"] == goal.contender):
             row.setdefault("goals", []).append(goal.result(row.get(goal.figure)))
     return {
         "label": case.label,

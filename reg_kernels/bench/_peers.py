@@ -37,6 +37,7 @@ def _alone(package: str, file: str) -> ModuleType:
     if not path.exists():
         raise ImportError(f"{package} has no {file}")
     spec = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

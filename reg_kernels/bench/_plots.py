@@ -35,8 +35,8 @@ def draw_overview(path: Path, data: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     cases = [case for case in overview_cases(data) if _ours(case, EAGER)]
-    figure = Figure(figsize=(9, 1.7 + 0.34 * max(4, len(cases))), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))
+    figure = Figure(figsize=(9, 1.7 + 0.34 * max(4, len(cases))))
+    figure.set_layout_engine("constrained", rect=(0, 0, 0.97, 1))
     axes = figure.subplots()
     _label_rows(axes, (case["label"].replace(" float32", "") for case in cases), size=9)
     figures = {EAGER: 1.03, COMPILE: 1.18}  # where they stand beside the chart, in widths of it

@@ -50,7 +50,7 @@ def result_table(
     data: dict[str, Any], shown: Container[str] | None = None, wanted: Wanted = is_kernel
 ) -> Table:
     """Each wanted benchmark by each implementation of ours, all or those that are `shown`."""
-    rows = []
+    rows: list[Row] = []
     for case, found, row in _measured(data, wanted, shown):
         time, copy = _time(row), speed_over(row, COPY)
         if case["tensors"] and row["median"] / case["tensors"] < _SMALL_TENSOR:
@@ -82,7 +82,7 @@ def result_table(
 def peer_table(data: dict[str, Any], shown: Container[str] | None = None) -> Table:
     """Ours beside the peers of each benchmark that has some."""
     names = list(dict.fromkeys(n for c in data["benchmarks"] if is_kernel(c) for n in c["peers"]))
-    rows = []
+    rows: list[Row] = []
     for case, found, row in _measured(data, lambda c: is_kernel(c) and bool(c["peers"]), shown):
         cells = []
         for name in names:
@@ -105,7 +105,7 @@ def rate_table(data: dict[str, Any], shown: Container[str] | None = None) -> Tab
     def wanted(case: Case) -> bool:
         return bool(case["items"]) and not case["series"]
 
-    rows = []
+    rows: list[Row] = []
     for case, found, row in _measured(data, wanted, shown):
         eager = found.get(EAGER, {})
         rates = [
@@ -127,7 +127,7 @@ def rate_table(data: dict[str, Any], shown: Container[str] | None = None) -> Tab
 
 def growth_table(data: dict[str, Any]) -> Table:
     """Each point of a curve, by the implementation that is chosen automatically."""
-    rows = []
+    rows: list[Row] = []
     for case, found, row in _measured(data, lambda case: bool(case["series"])):
         size = f"{case['tensors']} tensors" if case["tensors"] else _shape(case)
         copy = speed_over(row, COPY)
@@ -145,7 +145,7 @@ def growth_table(data: dict[str, Any]) -> Table:
 def small_table(data: dict[str, Any]) -> Table:
     """The parts of a small call's time on a GPU."""
     figures = ("host_median", "device_median", "graph_median", "graph_note")
-    rows = []
+    rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             if not row.keys() & set(figures):
@@ -175,12 +175,12 @@ def isa_table(data: dict[str, Any]) -> Table:
     for row in (row for case in cases for row in case["contenders"] if "median" in row):
         if row["name"].startswith("native") and row["name"] not in names:
             names.append(row["name"])
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         found = {row["name"]: _time(row) for row in case["contenders"] if "median" in row}
         rows.append((case["label"], *(found.get(name, "") for name in names)))
     if len(names) < 2:
-        rows = []
+        rows.clear()
     return Table(
         "instruction sets",
         ("benchmark", *names),
@@ -192,7 +192,7 @@ def isa_table(data: dict[str, Any]) -> Table:
 
 def goal_table(data: dict[str, Any], missed: bool = False) -> Table:
     """Where each figure that has a goal stands; of those that are `missed` alone, if so asked."""
-    rows = []
+    rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             for goal in row.get("goals", []):
@@ -200,9 +200,9 @@ def goal_table(data: dict[str, Any], missed: bool = False) -> Table:
                 text = f"{row['name']}: {goal['text']}"
                 if not missed or verdict == "MISSED":
                     rows.append((case["label"], text, _value(goal), verdict))
-    if missed:
-        rows = [row[:-1] for row in rows]
-    return Table("goals", ("benchmark", "goal", "measured", "")[: 3 if missed else 4], rows)
+    columns = 3 if missed else 4
+    names = ("benchmark", "goal", "measured", "")
+    return Table("goals", names[:columns], [row[:columns] for row in rows])
 
 
 def overview_cases(data: dict[str, Any]) -> list[Case]:
@@ -225,7 +225,7 @@ def _importance(case: Case) -> tuple[bool, int]:
 def overview_table(data: dict[str, Any]) -> Table:
     """A row an op: what somebody wants to know first."""
     cases = overview_cases(data)
-    rows = []
+    rows: list[Row] = []
     for case, found, row in _measured({"benchmarks": cases}, lambda case: True, SHOWN):
         eager, compiled = (found.get(name, {}) for name in (EAGER, COMPILE))
         over = speed_over(row, EAGER)

@@ -86,7 +86,16 @@ for _name, _function in in_place_functions.items():
     setattr(_InPlace, f"__{_name}__", _record)
 
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, type, types.FunctionType)
+_PLAIN: tuple[type, ...] = (
+    type(None),
+    bool,
+    int,
+    float,
+    str,
+    torch.dtype,
+    type,
+    types.FunctionType,
+)
 _PLAIN += (types.BuiltinFunctionType,)
 
 
@@ -251,13 +260,14 @@ def _attributes(watch: _Watch) -> Iterator[None]:
         (set_ if value else delete)(module, name, *value)
 
     # The class's own, not an instance's: a layer's attributes may be read as well.
-    nn.Module.__getattribute__ = read
-    nn.Module.__setattr__ = nn.Module.__delattr__ = write
+    cls: Any = nn.Module
+    cls.__getattribute__ = read
+    cls.__setattr__ = cls.__delattr__ = write
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
-        nn.Module.__setattr__, nn.Module.__delattr__ = set_, delete
+        del cls.__getattribute__
+        cls.__setattr__, cls.__delattr__ = set_, delete
 
 
 @contextlib.contextmanager

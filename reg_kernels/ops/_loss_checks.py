@@ -68,7 +68,7 @@ class Call(NamedTuple):
 def checked_call(
     name: str,
     input: Tensor,
-    target: Tensor | MixedTarget | None,
+    target: Any,  # a Tensor, a MixedTarget or None
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,

@@ -49,7 +49,7 @@ def count_changes(*tensors: Tensor) -> None:
 def without_functorch(function: type[torch.autograd.Function]) -> Any:
     """`apply` without the two microseconds that it spends on preparing for torch.func, for where
     that is known to be away."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -92,7 +92,7 @@ class Linear:
     """
 
     fresh: Op
-    in_place: Op | None = None
+    in_place: Any = None  # an Op
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ def _by_torch(call: Call) -> Tensor:
         y = y + call.residual
     y = reference.activate(y, call.activation, call.slope)
     if call.p > 0.0:
+        assert call.rng_state is not None
         y = y * reference_dropout(torch.ones_like(y), call.p, call.rng_state)
     return y
 
@@ -140,7 +141,7 @@ def _run(call: Call) -> Tensor:
 
 def _checked(
     name: str,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     training: bool,
     momentum: Any,
     eps: Any,
@@ -151,7 +152,7 @@ def _checked(
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    return Call(name, *tensors, training, momentum, eps, *rest)
+    return Call(*(name, *tensors, training, momentum, eps, *rest))
 
 
 def batch_norm(
