@@ -4,11 +4,11 @@
 NEW's device is meant, as in `python -m bench.compare HEAD`. NEW is the report of this machine, or
 the only one below bench/results, unless it is given.
 
-Compared is what a slow minute of the machine leaves alone: each implementation's speed over the
-copy's, eager's, torch.compile's and the peers', taken within a round. A ratio counts as worse (or
-better) where its median fell (or rose) by more than the tolerance and the middle halves of the two
-sets of rounds do not overlap. Benchmarks that are gone and contenders that no longer run are named
-as well.
+It compares ratios, which a slow minute of the machine does not change: each implementation's speed
+over that of the copy, eager, torch.compile and the peers, taken within a round. A ratio counts as
+worse (or better) where its median fell (or rose) by more than the tolerance and the middle halves
+of the two sets of rounds do not overlap. It also names benchmarks that are gone and contenders that
+no longer run.
 
 Exit code: 0 nothing got worse, 1 something did, 2 the reports cannot be compared.
 """
@@ -44,7 +44,7 @@ class Comparison(NamedTuple):
 
 def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Comparison:
     """What changed from one report to another; ValueError where they are of different devices."""
-    # What one of them does not state, being older or elsewhere, is not held against the other.
+    # A fact that one of them does not state cannot tell them apart.
     for what in ("type", "name", "family", "model", "isa"):
         was, now = (data["device"].get(what) for data in (old, new))
         if was is not None and now is not None and was != now:

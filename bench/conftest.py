@@ -1,9 +1,9 @@
 """pytest-benchmark over the definitions in reg_kernels/bench and in the modules beside this file.
 
-A test's `time_it` runs over every case of its file's `MODULES`, and over every contender. What
-runs one after the other cannot be compared on a machine that changes its speed: the contenders of a
-case are measured together, by `reg_kernels.bench.measure`, when the first of them is asked for, and
-pytest-benchmark is handed the seconds that were recorded, by way of a clock that shows them.
+A test's `time_it` is run for every benchmark of its file's `MODULES` and for every contender. On a
+machine that changes its speed, contenders that run one after the other cannot be compared. So
+`reg_kernels.bench.measure` measures the contenders of a benchmark together, when the first of them
+is asked for, and pytest-benchmark reads the recorded seconds from a clock that shows them.
 """
 
 from __future__ import annotations

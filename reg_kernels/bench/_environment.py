@@ -1,4 +1,4 @@
-"""What a measurement has to state of the machine and the software it was taken with."""
+"""What a measurement states of its machine and its software."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from .. import __version__, backends
 
-# glibc hands large blocks back to the kernel when they are freed, and every new one then costs page
-# faults, up to ten times what writing it does. With these it keeps them, for every contender.
+# glibc hands freed large blocks back to the kernel. Each new one then costs page faults, which take
+# up to ten times as long as writing to it. With these settings glibc keeps freed blocks.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
-PEERS = ("timm", "torch-optimi", "liger-kernel")  # that may be among the contenders
+PEERS = ("timm", "torch-optimi", "liger-kernel")  # packages of possible contenders
 COMMIT = "REG_KERNELS_COMMIT"  # names the commit where the sources are no git checkout
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def commit() -> dict[str, Any] | None:
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:
-    """What tells a device from others, as the system tells it; None is what it does not tell."""
+    """What identifies a device, as the system states it; None where the system does not."""
     if device.type == "cuda":
         return {
             "type": "cuda",

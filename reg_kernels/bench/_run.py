@@ -36,9 +36,10 @@ def add_time_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def warm_allocator(device: torch.device, command: Sequence[str]) -> None:
-    """Becomes `command` in an environment where malloc keeps freed memory, unless it does here.
+    """Replaces this process by `command` with settings by which malloc keeps freed memory, unless
+    this one has them.
 
-    glibc reads those settings when a process starts, so they cannot be made later.
+    glibc reads the settings when a process starts, so this process cannot make them.
     """
     if device.type != "cpu" or _environment.allocator() or not _environment.has_glibc():
         return
@@ -59,11 +60,11 @@ def measure_all(
     """Measures `cases` in order and returns conditions and results, as JSON holds them.
 
     Args:
-        cases: what to measure.
-        device: where to.
-        budget: how long to measure a case.
-        options: what the results say of how they were asked for.
-        time_limit: seconds after which no further case is started; those are named.
+        cases: the benchmarks to measure.
+        device: where to measure them.
+        budget: how long to measure a benchmark.
+        options: how the measurement was asked for; the results repeat it.
+        time_limit: seconds after which no further benchmark is started; the results name those.
     """
     data = {
         "schema": _results.SCHEMA,

@@ -110,7 +110,15 @@ def _case(
         makers, size = _makers(kind, dtype, device), count * dtype.itemsize
         entries = [
             way if isinstance(way, Skipped) else _contender(way, kind, direction, dtype, inputs)
-            for way in ways("mixup", makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                "mixup",
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
         return [*entries, _timm(inputs)] if for_timm else entries
 

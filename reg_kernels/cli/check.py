@@ -1,7 +1,7 @@
 """Checks every op, implementation and dtype on this machine against the fp64 reference.
 
-The error of an output and of a gradient may be twice what PyTorch's own arithmetic makes of the
-same formula in the same dtype, plus a rounding of the dtype. float64 has to pass gradcheck as well.
+The error of an output or a gradient may be twice the error of PyTorch's own arithmetic for the same
+formula in the same dtype, plus one rounding of that dtype. float64 must pass gradcheck as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._files import output_file, write_output
 class Result:
     """The worst figures of an op's cases in one implementation and dtype.
 
-    `error` and `allowed` are absolute, of the case that uses most of its allowance.
+    `error` and `allowed` are absolute, and come from the case that uses most of its allowance.
     """
 
     op: str
@@ -128,7 +128,7 @@ def check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Re
         for case in cases:
             error, allowed = measure(case, backend, device, dtype)
             result.cases += 1
-            # A NaN, of the error or of what is allowed, counts as the worst there is.
+            # A NaN in the error or in what is allowed counts as the worst.
             share = error / allowed if allowed else (0.0 if error == 0 else float("inf"))
             if not share <= worst and worst == worst:
                 worst, result.worst_case = share, case.name
@@ -146,10 +146,10 @@ def measure(
 ) -> tuple[float, float]:
     """The largest error of output and gradients, and what is allowed for it.
 
-    Allowed is twice PyTorch's error in this dtype plus a rounding of the largest value: half an
-    ulp; a whole one where the op adds in another order than its oracle, and for bfloat16 in
-    Triton's interpreter, which truncates. In float64, where PyTorch's result is the truth itself,
-    sums in another order may differ by 256.
+    Twice PyTorch's error in this dtype is allowed, plus a rounding of the largest value. A rounding
+    is half an ulp. It is a whole one where the op adds in another order than its oracle does, and
+    for bfloat16 in Triton's interpreter, which truncates. In float64 PyTorch's result is the truth
+    itself; sums in another order may differ from it by 256 roundings.
     """
     inputs = case.inputs(device, dtype)
     exact_inputs = [x.double().requires_grad_() for x in inputs]
@@ -171,7 +171,7 @@ def measure(
     theirs = outputs(case.oracle, *detached())
     ours = outputs(lambda *t: case.function(*t, backend=backend), *detached())
     error, baseline = _distance(ours, truth), _distance(theirs, truth)
-    # What is not finite has to be the same, and is no measure of the rest.
+    # Values that are not finite must be the same, and do not count as the largest.
     finite = [t.detach().nan_to_num(0.0, 0.0, 0.0) for t in truth]
     largest = max((float(t.abs().max()) for t in finite if t.numel()), default=0.0)
     truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
@@ -197,7 +197,7 @@ def gradcheck(case: Case, backend: str, device: torch.device) -> bool:
     """torch.autograd.gradcheck and gradgradcheck of the case in float64."""
     inputs = [x.detach().requires_grad_() for x in case.inputs(device, torch.float64)]
     if inputs[0].numel() > 64:
-        # Numerical gradients call the op twice an element; past this size one direction has to do.
+        # Numerical gradients call the op twice an element. Past this size one direction is enough.
         return torch.autograd.gradcheck(
             lambda *t: case.function(*t, backend=backend), inputs, fast_mode=True
         )

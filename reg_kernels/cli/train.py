@@ -245,7 +245,7 @@ def _unwritable(out: Path, error: OSError) -> UsageError:
 def _result_options(
     args: argparse.Namespace, device: torch.device, implementation: str, images: Images
 ) -> dict[str, str | int]:
-    """All that determines the result; a checkpoint continues only a run that agrees on it."""
+    """All that determines the result; a checkpoint continues only a run with the same values."""
     return {
         "data sha256": images.sha256[:16],  # not the name: a file may be moved
         "kernels": args.kernels,
@@ -292,7 +292,7 @@ class _Checkpoint:
 
 
 def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
-    """Brings `training` to the state of the checkpoint at `path`, if that is one of this run."""
+    """Brings `training` to the state of the checkpoint at `path`, which must be of this run."""
     try:
         saved, state = load_checkpoint(path)
     except OSError as error:
@@ -460,7 +460,7 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    # The first epochs' climb would squeeze the gap, which is what there is to see.
+    # The climb of the first epochs would squeeze the gap, which the chart is about.
     panels[0].set_ylim(max(0.0, min(settled) - 0.02), 1.005)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[1].set_yscale("log")
