@@ -38,7 +38,7 @@ def draw_overview(path: Path, data: dict[str, Any]) -> None:
     figure = Figure(figsize=(9, 1.7 + 0.34 * max(4, len(cases))))
     figure.set_layout_engine("constrained", rect=(0, 0, 0.97, 1))
     axes = figure.subplots()
-    _label_rows(axes, (case["label"].replace(" float32", "") for case in cases), size=9)
+    _label_rows(axes, (case["label"].replace(" float32", ",") for case in cases), size=9)
     figures = {EAGER: 1.03, COMPILE: 1.18}  # where they stand beside the chart, in widths of it
     beside = axes.get_yaxis_transform()
     for name, x in figures.items():

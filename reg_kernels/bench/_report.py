@@ -231,7 +231,7 @@ def overview_table(data: dict[str, Any]) -> Table:
         over = speed_over(row, EAGER)
         rows.append(
             (
-                case["label"].replace(" float32", ""),
+                case["label"].replace(" float32", ","),
                 *(_time(of) if "median" in of else "" for of in (row, eager, compiled)),
                 _times(over) if over else "",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
 from .. import _extras, backends
@@ -36,9 +36,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the command that was chosen: the others need not even be
-    importable."""
+def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser, which knows the arguments of the chosen commands. The other commands need not
+    even be importable."""
     parser = _Parser(
         prog="reg-kernels",
         description="Fused regularisation kernels for PyTorch: what runs here and how well.",
@@ -48,7 +48,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == chosen:
+        if name in chosen:
             if extra is not None:
                 _extras.require("it", extra)
             module = importlib.import_module(f".{name}", __name__)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     command = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = build_parser(command).parse_args(words)
+        args = build_parser([command] if command else []).parse_args(words)
         check_forced()
         code: int = args.run(args)
         return code

@@ -643,7 +643,7 @@ def test_the_pages_get_the_results(
         assert text.startswith("# Title\n") and text.endswith(f"{table.END}\nafter\n")
         assert "do not edit" in text and "old" not in text
     # The README has what was measured last, a row an op; the other page has all.
-    assert "\none, " in readme and "two" not in readme and "| dropout forward 8 KiB |" in readme
+    assert "\none, " in readme and "two" not in readme and "| dropout forward, 8 KiB |" in readme
     assert "## one" in figures and "## two" in figures
     assert "(../bench/results/one/report.md)" in figures
     if NATIVE:
