@@ -47,12 +47,14 @@ test-sanitized: $(READY)
 	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	$(SANITIZED_PY) -P -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
 	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
-	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) tests/every_op tests/ops tests/nn tests/optim \
+	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) \
+		-o "pythonpath=$(SANITIZED) . tests tests/emulation tests/triton" tests/every_op tests/ops tests/nn tests/optim \
 		-k "not triton and not reference and not compile and not opcheck"
 
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)
 	@$(call lint_with,ruff,format --quiet --check .)
+	@$(call lint_with,mypy,--no-error-summary)
 	@$(call lint_with,clang-format,--dry-run -Werror $(CXX_SOURCES))
 
 build: $(READY)
@@ -72,7 +74,7 @@ $(VENV)/.ready: pyproject.toml
 
 # What was written is in the README even where something failed.
 bench: build
-	$(PY) bench/report.py --time-limit 840; code=$$?; $(PY) bench/readme_table.py && exit $$code
+	$(PY) -m bench.report --time-limit 840; code=$$?; $(PY) -m bench.readme_table && exit $$code
 
 # Without what they depend on: timm's torchvision does not load beside a CPU build of torch.
 bench-peers: $(READY)
@@ -81,18 +83,18 @@ bench-peers: $(READY)
 # What got worse since OLD, a git revision or a report.json, in NEW, by default the one report.
 OLD ?= HEAD
 bench-compare: $(READY)
-	$(PY) bench/compare.py $(OLD) $(NEW)
+	$(PY) -m bench.compare $(OLD) $(NEW)
 
 # Needs nvcc and triton, no GPU: what the machine code of every GPU kernel says.
 sass-report: $(READY)
-	$(PY) bench/sass_report.py
+	$(PY) -m bench.sass_report
 
 # ONLY=tests,bench reruns those parts of the report.
 gpu-report: $(READY)
-	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY)); code=$$?; \
-		$(PY) bench/readme_table.py && exit $$code
+	$(PY) -m bench.gpu_report $(if $(ONLY),--only $(ONLY)); code=$$?; \
+		$(PY) -m bench.readme_table && exit $$code
 
 clean:
-	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
 	rm -f reg_kernels/*.so reg_kernels/_build.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -37,6 +37,11 @@ class MixedTarget(Mapping[str, Any]):
         label_smoothing: the smoothing of both losses, in [0, 1].
     """
 
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor | float
+    label_smoothing: float
+
     def __init__(
         self,
         labels: Tensor | Mapping[str, Any],
@@ -44,15 +49,13 @@ class MixedTarget(Mapping[str, Any]):
         lam: Tensor | float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
+        fields: tuple[Any, ...] = (labels, partner_labels, lam, label_smoothing)
         if isinstance(labels, Mapping):
-            labels, partner_labels, lam, label_smoothing = (labels[name] for name in _FIELDS)
-            label_smoothing = _one_smoothing(label_smoothing)
+            fields = tuple(labels[name] for name in _FIELDS)
+            fields = (*fields[:3], _one_smoothing(fields[3]))
         elif partner_labels is None:
             raise TypeError("MixedTarget: partner_labels must be given")
-        self.labels = labels
-        self.partner_labels = partner_labels
-        self.lam = lam
-        self.label_smoothing = label_smoothing
+        self.labels, self.partner_labels, self.lam, self.label_smoothing = fields
 
     def _replace(self, **changes: Any) -> MixedTarget:
         """The same with other values of some fields."""
@@ -108,12 +111,11 @@ class MixedTarget(Mapping[str, Any]):
         floating-point dtype becomes that of `lam`; any other dtype is ignored.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and not dtype.is_floating_point:  # of a batch of bytes, say
-            dtype = None
-        options = {"device": device, "non_blocking": non_blocking}
+        options: Any = {"device": device, "non_blocking": non_blocking}
         lam = self.lam
         if isinstance(lam, Tensor):
-            lam = lam.to(dtype=dtype or lam.dtype, **options)
+            is_of_lam = dtype is not None and dtype.is_floating_point  # not a batch of bytes' dtype
+            lam = lam.to(dtype=dtype if is_of_lam else lam.dtype, **options)
         return self._replace(
             labels=self.labels.to(**options),
             partner_labels=self.partner_labels.to(**options),
@@ -176,6 +178,7 @@ class MixedTarget(Mapping[str, Any]):
                         f"MixedTarget.to_dense: labels must be in [0, {num_classes}), "
                         f"got {int(wrong[0])}"
                     )
+            got: object
             if isinstance(lam, Tensor):
                 within, got = bool(((lam >= 0) & (lam <= 1)).all()), lam.tolist()
             else:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ._dtypes import DTYPES, SUPPORTED, named
+from ._dtypes import DTYPES as DTYPES
+from ._dtypes import SUPPORTED, named
 
 NAMES = ("native", "triton", "reference")
 

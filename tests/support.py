@@ -1,21 +1,19 @@
 """What several test files need: the implementations of this machine, the house's rng_state, two
-optimizers side by side, the modules of bench/, and what is asked of a GPU."""
+optimizers side by side, and what is asked of a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from bench import watchdog
 from reg_kernels import backends
 from reg_kernels.cases.dropout import state as rng_state
 
@@ -24,19 +22,9 @@ DTYPES = backends.DTYPES
 DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
-def bench_module(name: str) -> ModuleType:
-    """A module of bench/, which is no package: the very one that its other modules import."""
-    folder = str(Path(__file__).parents[1] / "bench")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
 def run_program(command: Sequence[object], **options: Any) -> Any:
     """A program's exit code and output, as subprocess.run's; one that never ends is an error."""
-    return bench_module("watchdog").run(command, **options)
+    return watchdog.run(command, **options)
 
 
 def implementations(device: str = DEVICE) -> list[object]:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sass.findings import Finding, findings
-from sass.gpus import GPUS
-from sass.table import key_of
+from .findings import Finding, findings
+from .gpus import GPUS
+from .table import key_of
 
 # Rows that stand for a kernel: its types alike, float32 or bfloat16, and indices of 32 bits.
 _MATTERS = ("float", "bfloat16", "float32")

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sass import binary, compiling, triton_launches
-from sass.disassembly import Hot, elements_alone, hot_paths, widths
-from sass.gpus import GPUS, occupancy, share_of_bandwidth
+from . import binary, compiling, triton_launches
+from .disassembly import Hot, elements_alone, hot_paths, widths
+from .gpus import GPUS, occupancy, share_of_bandwidth
 
 FOLDER = compiling.ROOT / "build" / "sass"
 Row = dict[str, Any]

@@ -187,7 +187,10 @@ class Mixup:
         if gray:
             mixed = input if self.inplace else mixed.squeeze(1)
         mixed_target = MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
-        return mixed, mixed_target.to_dense(self.num_classes) if self.dense else mixed_target
+        if not self.dense:
+            return mixed, mixed_target
+        assert self.num_classes is not None  # without it nobody gets a dense target
+        return mixed, mixed_target.to_dense(self.num_classes)
 
     def _check(self, input: Any, target: Any) -> None:
         for name, value in (("input", input), ("target", target)):

@@ -249,7 +249,15 @@ def _case(
         size = _size(shape, dtype)
         return [
             way if isinstance(way, Skipped) else _contender(way, truth, direction, inputs)
-            for way in ways(kind.op, makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                kind.op,
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
 
     return Benchmark(

@@ -139,7 +139,15 @@ def _case(
         truth = _truth(kind, *arguments[0])
         entries: list[Contender | Skipped] = []
         makers = _functions(kind)
-        for way in ways("cross_entropy", makers, direction, device, dtype, size, scope.compiled):
+        for way in ways(
+            "cross_entropy",
+            makers,
+            direction=direction,
+            device=device,
+            dtype=dtype,
+            size=size,
+            compiled=scope.compiled,
+        ):
             if isinstance(way, Skipped):
                 entries.append(way)
             elif not way.ours and (reason := _overflow(kind, dtype, shape)) is not None:

@@ -82,7 +82,15 @@ def _case(
             way
             if isinstance(way, Skipped)
             else contender("distillation", way, truth, direction, inputs)
-            for way in ways("distillation", makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                "distillation",
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
 
     return Benchmark(

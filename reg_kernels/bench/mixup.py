@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +110,15 @@ def _case(
         makers, size = _makers(kind, dtype, device), count * dtype.itemsize
         entries = [
             way if isinstance(way, Skipped) else _contender(way, kind, direction, dtype, inputs)
-            for way in ways("mixup", makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                "mixup",
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
         return [*entries, _timm(inputs)] if for_timm else entries
 
@@ -219,6 +226,8 @@ def _timm(inputs: Inputs) -> Contender | Skipped:
     module = peer(TIMM, "timm", "data/mixup.py")
     if isinstance(module, Skipped):
         return module
+    import numpy as np  # which timm's draws by
+
     mix = module.Mixup(label_smoothing=0.0, num_classes=_CLASSES)
     own = [x.clone() for x, *_ in inputs.arguments]
     count, device = len(own[0]), own[0].device

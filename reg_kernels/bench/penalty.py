@@ -59,7 +59,15 @@ def _case(
         result = torch.promote_types(dtype, torch.float32)
         grads = [torch.full((), 0.5, dtype=result, device=device) for _ in range(pool)]
         inputs = Inputs(arguments, arguments, grads)
-        found = ways("penalty", _functions(power), direction, device, dtype, size, scope.compiled)
+        found = ways(
+            "penalty",
+            _functions(power),
+            direction=direction,
+            device=device,
+            dtype=dtype,
+            size=size,
+            compiled=scope.compiled,
+        )
         return [
             way if isinstance(way, Skipped) else _contender(way, power, direction, inputs)
             for way in found

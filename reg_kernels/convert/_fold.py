@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -86,9 +87,9 @@ class FoldedBatchNorm(nn.Module):
 
 @dataclass
 class _Pair:
-    norm: nn.Module
+    norm: Any
     norm_name: str
-    layer: nn.Module
+    layer: Any
     layer_name: str
 
 
@@ -130,7 +131,9 @@ def fold_batch_norm(
     """
     check_model("fold_batch_norm", model)
     model = model if inplace else copied("fold_batch_norm", model)
-    fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    fused: list[Any] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, Fused)
+    ]
     folding = Folding()
     set_classes([(module, module._original) for module, _ in fused])  # whose forwards are read
     try:
@@ -189,7 +192,7 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
     forwards, failed = read_forwards(readable, _is_foldable, evaluation_only=True)
     uses = _Uses(model, forwards)
     names = {id(module): name for name, module in model.named_modules()}
-    reasons = {
+    reasons: dict[int, str | None] = {
         id(layer): f"the forward of {name or 'the model'} cannot be traced: it {reason}"
         for name, module, reason in failed
         for layer in module.modules()
@@ -200,10 +203,10 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
         for node, norm in forward.calls():
             if not _is_foldable(norm):
                 continue
-            source = node.args[0] if node.args else node.kwargs.get("input")
+            source: Any = node.args[0] if node.args else node.kwargs.get("input")
             reason = _why_not(forward, norm, source, uses)
             if reason is None:
-                layer = forward.layers[source.target]
+                layer = forward.layers[str(source.target)]
                 pairs.append(_Pair(norm, names[id(norm)], layer, names[id(layer)]))
             reasons[id(norm)] = reason
     for name, module in model.named_modules():
@@ -219,16 +222,16 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
     return pairs
 
 
-def _why_not(forward: Forward, norm: nn.Module, source: object, uses: _Uses) -> str | None:
+def _why_not(forward: Forward, norm: Any, source: Any, uses: _Uses) -> str | None:
     """Why a BatchNorm cannot go into what computes its input, or None where it can."""
     reason = why_not_touched(norm) or uses.why_not_once(norm, forward)
     if reason is not None:
         return f"it {reason}"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    layer = None
+    layer: Any = None
     if isinstance(source, fx.Node) and source.op == "call_module":
-        layer = forward.layers[source.target]
+        layer = forward.layers[str(source.target)]
     if type(layer) not in (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear):
         return "no convolution or linear layer comes before it in the same forward"
     if len(source.users) > 1:
@@ -266,7 +269,7 @@ def _fold(model: nn.Module, pair: _Pair, weight: nn.Parameter, bias: nn.Paramete
     model.get_submodule(owner)._modules[name] = rest.train(norm.training)
 
 
-def _weights(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _weights(norm: Any, layer: Any) -> tuple[Tensor, Tensor]:
     """What they are in float64."""
     channels = norm.running_mean.double()
     statistics = (channels, norm.running_var.double(), norm.eps)

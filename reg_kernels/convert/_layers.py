@@ -92,7 +92,7 @@ def convert(
     set_classes(classes)
     if backend is not None:
         for module in forced:
-            module.backend = backend
+            module.backend = backend  # type: ignore[assignment]  # an attribute of all twins
     if report is not None:
         report(conversion)
     return model

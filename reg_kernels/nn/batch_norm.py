@@ -17,8 +17,12 @@ from ..ops.batch_norm import SLOPE
 from ._leaf import call_in_graph
 
 __all__ = [
-    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
-    *("BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"),
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
 ]
 
 

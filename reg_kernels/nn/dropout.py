@@ -103,8 +103,12 @@ class DropPath(torch.nn.Module):
         given = (input,) if residual is None else (input, residual)
         if has_torch_function(given) and (call := call_in_graph(self, *given)) is not None:
             return call
-        options = {"scale_by_keep": self.scale_by_keep, "backend": self.backend}
-        return F.drop_path(input, self.p, self.training, residual=residual, **options)
+        return F.drop_path(
+            *(input, self.p, self.training),
+            residual=residual,
+            scale_by_keep=self.scale_by_keep,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"

@@ -104,7 +104,7 @@ def register_loss(
     stats: int,
     reference: Callable[..., Any],
     by_torch: Callable[..., Any],
-    check: Callable[[str, Any, bool], None],
+    check: Callable[..., None],
 ) -> tuple[Op, Op]:
     """A loss op and its backward.
 
@@ -114,7 +114,8 @@ def register_loss(
         stats: the numbers it keeps for each position.
         reference: the forward in plain PyTorch.
         by_torch: the backward, differentiable.
-        check: of either's arguments, as `register` takes it, and whether they are the backward's.
+        check: of either: called as check(name, arguments, of_backward=...), else as `register`
+            has it.
     """
 
     def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

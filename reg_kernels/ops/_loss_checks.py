@@ -71,7 +71,7 @@ class CheckedLoss(NamedTuple):
 def checked_call(
     name: str,
     input: Tensor,
-    target: Tensor | MixedTarget | None,
+    target: Any,  # a Tensor, a MixedTarget or None
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,

@@ -48,7 +48,7 @@ def count_changes(*tensors: Tensor) -> None:
 def without_functorch(function: type[torch.autograd.Function]) -> Any:
     """`apply` without the two microseconds that it spends on preparing for torch.func, for where
     that is known to be away."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -91,7 +91,7 @@ class Linear:
     """
 
     fresh: Op
-    in_place: Op | None = None
+    in_place: Any = None  # an Op
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Linear:
         *,
         reference: Callable[..., Tensor],
         triton: str,
-        check: Callable[[str, Any, bool], None],
+        check: Callable[..., None],
         keeps: tuple[str, ...],
         reads_dropped: bool = True,
         addends: tuple[str, ...] = (),
@@ -115,7 +115,7 @@ class Linear:
             arguments: of both forms' schemas, behind the tensors that have a gradient.
             reference: the fresh form in plain PyTorch.
             triton: the module below reg_kernels.triton that has functions of both forms' names.
-            check: what `register` takes, and whether the call is of the in-place form.
+            check: called as check(name, arguments, in_place=...), else as `register` has it.
             keeps: the tensors among the arguments that a gradient is made with.
             reads_dropped: whether what is multiplied by 0 counts all the same: a NaN stays one.
             addends: tensors, or None, that the result is the sum of, beside the linear part.

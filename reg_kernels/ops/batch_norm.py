@@ -58,6 +58,7 @@ def _by_torch(call: BatchNormCall) -> Tensor:
         y = y + call.residual
     y = reference.activate(y, call.activation, call.slope)
     if call.p > 0.0:
+        assert call.rng_state is not None
         y = y * reference_dropout(torch.ones_like(y), call.p, call.rng_state)
     return y
 
@@ -143,7 +144,7 @@ def _run(call: BatchNormCall) -> Tensor:
 
 def _checked(
     name: str,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     training: bool,
     momentum: Any,
     eps: Any,
@@ -154,7 +155,7 @@ def _checked(
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    return BatchNormCall(name, *tensors, training, momentum, eps, *rest)
+    return BatchNormCall(*(name, *tensors, training, momentum, eps, *rest))
 
 
 def batch_norm(

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from .._dtypes import DTYPES
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
 from ._algorithm import OPTIONS, STATE, Algorithm, option
 from ._member import Counters
@@ -193,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}: parameters must be plain tensors, got {type(p).__name__} for number "
                     f"{i} of its group"
                 )
-            if p.dtype not in backends.DTYPES or p.layout != torch.strided:
+            if p.dtype not in DTYPES or p.layout != torch.strided:
                 what = p.dtype if p.layout == torch.strided else p.layout
                 raise RuntimeError(
                     f"{name}: parameters must be dense float64, float32, float16 or bfloat16, "

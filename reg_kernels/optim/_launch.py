@@ -30,7 +30,9 @@ from ._member import Member, fits
 _stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
-gradient = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
+gradient: Any = vars(torch._C.TensorBase)[
+    "grad"
+].__get__  # `p.grad`, without looking the name up for each
 
 
 def same(some: Any, others: Any) -> bool:
@@ -311,7 +313,7 @@ def _by_launch(members: list[Member]) -> list[list[Member]]:
     kinds: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         kinds.setdefault(member.kind(), []).append(member)
-    launches = []
+    launches: list[list[Member]] = []
     for of_kind in kinds.values():
         groups: dict[int, int] = {}
         parts: dict[int, list[Member]] = {}

@@ -54,7 +54,7 @@ def param_groups(
         if value is not None and not value >= 0:
             raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
     say = report or (lambda line: None)
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "weight_decay": weight_decay} | ({} if l1 is None else {"l1": l1}),
         "no decay": {"params": [], "weight_decay": 0.0, "l1": 0.0},
     }

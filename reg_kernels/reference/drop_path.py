@@ -29,7 +29,7 @@ def drop_path(
     compute, device = torch.promote_types(input.dtype, torch.float32), input.device
     drawn = half_words(rng_state.to(device), tag("droppath"), element_offset, len(input))
     kept = (drawn < threshold).view(-1, *[1] * (input.dim() - 1))
-    scale = torch.tensor(scale if scale_by_keep else 1.0, dtype=compute, device=device)
-    branch = torch.where(kept, input.to(compute) * scale, 0)  # a product with 0 would keep a NaN
+    factor = torch.tensor(scale if scale_by_keep else 1.0, dtype=compute, device=device)
+    branch = torch.where(kept, input.to(compute) * factor, 0)  # a product with 0 would keep a NaN
     y = branch if residual is None else residual.to(compute) + branch
     return torch.empty_like(input).copy_(y)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.sass import binary, compiling, render, table
+from bench.sass.disassembly import Hot, elements_alone, functions, hot_paths
+from bench.sass.findings import EXPLAINED, findings
+from bench.sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth
+
+import toolchain
+
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "bench"))
-
-from sass import binary, compiling, render, table  # noqa: E402  (the path comes first)
-from sass.disassembly import Hot, elements_alone, functions, hot_paths  # noqa: E402
-from sass.findings import EXPLAINED, findings  # noqa: E402
-from sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth  # noqa: E402
-
-import toolchain  # noqa: E402
-
 RESULTS = ROOT / "bench" / "results"
 
 

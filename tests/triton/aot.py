@@ -21,9 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-
-from sass.binary import resources
+from bench.sass.binary import resources
 
 ARCHITECTURES = [80, 90, 100]
 
