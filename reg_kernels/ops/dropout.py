@@ -40,7 +40,7 @@ def _check_drawn(entry: Entry, a: Any) -> None:
     entry.check_memory(a.input, "input")
 
 
-def _register(name: str, check: Callable[[str, Any, bool], None]) -> Linear:
+def _register(name: str, check: Callable[..., None]) -> Linear:
     return Linear(
         name,
         f"float p, {DRAWN}",
