@@ -21,6 +21,8 @@ from support import DEVICE, DTYPES, implementations
 
 CASES = all_cases()
 SMALL = [case for case in CASES if case.small]
+DIFFERENTIABLE = [c for c in SMALL if c.differentiable and not c.op.endswith("_backward")]
+IN_PLACE = [case for case in SMALL if case.over]
 IMPLEMENTATIONS = implementations()
 
 on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
@@ -51,8 +53,26 @@ def cells(cases: list[Case], *dtypes: torch.dtype) -> Any:
 
 def one_an_op(cases: list[Case]) -> list[Case]:
     """The largest of the cases of each op."""
-    size = {case: sum(x.numel() for x in inputs_of(case, torch.float32)) for case in cases}
-    return [max((c for c in cases if c.op == op), key=size.get) for op in {c.op: 0 for c in cases}]
+    return _largest({case: case.op for case in cases})
+
+
+def kinds_of(cases: list[Case]) -> list[Case]:
+    """The largest of those of each op that take as many inputs, in or out of their order."""
+    return _largest({c: (c.op, len(x), x[0].is_contiguous()) for c in cases for x in [_inputs(c)]})
+
+
+def _largest(kinds: dict[Case, Any]) -> list[Case]:
+    size = {case: sum(x.numel() for x in _inputs(case)) for case in kinds}
+    chosen: dict[Any, Case] = {}
+    for case, kind in kinds.items():
+        if kind not in chosen or size[case] > size[chosen[kind]]:
+            chosen[kind] = case
+    return list(chosen.values())
+
+
+@functools.cache
+def _inputs(case: Case) -> tuple[Tensor, ...]:
+    return case.inputs(torch.device("cpu"), torch.float32)
 
 
 def is_interpreted(backend: str) -> bool:
@@ -68,11 +88,12 @@ def leaves_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [x.detach().requires_grad_(case.differentiable) for x in inputs_of(case, dtype)]
 
 
-def gradients(case: Case, y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def gradients(case: Case, y: Tensor, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     if not case.differentiable:
         return []
     g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).to(y.dtype)
-    return list(torch.autograd.grad(y, leaves, torch.empty_like(y).copy_(g.view(y.shape))))
+    g = torch.empty_like(y).copy_(g.view(y.shape))
+    return list(torch.autograd.grad(y, leaves, g, **options))
 
 
 def results(case: Case, leaves: list[Tensor], backend: str) -> list[Tensor]:

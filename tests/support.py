@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 import textwrap
@@ -49,8 +50,10 @@ def implementations(device: str = DEVICE) -> list[object]:
     return parameters
 
 
+@functools.cache
 def isas() -> list[str]:
-    """The instruction sets that the native CPU kernels can run on this machine."""
+    """The instruction sets that the native CPU kernels can run on this machine, whichever of them
+    a test has set since."""
     if backends.why_not("native", "cpu", torch.float32) is not None:
         return []
     from reg_kernels import _C

@@ -91,6 +91,7 @@ class LossCall:
         lam = shares[torch.arange(len(x)) % 5] if self.kind == "shares" else 0.3
         return MixedTarget(labels, self._labels(1).to(x.device), lam)
 
+    @torch.compiler.assume_constant_result  # a generator is nothing to compile
     def probabilities(self) -> Tensor:
         """Multiples of 1/64 whose sum is 1; of many classes most have none. In float64."""
         generator = torch.Generator().manual_seed(3)
@@ -135,6 +136,7 @@ class LossCall:
         ignored = torch.stack([self._labels(side) == self.ignore_index for side in range(sides)])
         return ignored.all(0)
 
+    @torch.compiler.assume_constant_result
     def _labels(self, side: int) -> Tensor:
         generator = torch.Generator().manual_seed(side)
         labels = torch.randint(self.classes, self.positions, generator=generator)

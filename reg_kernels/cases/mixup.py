@@ -249,7 +249,7 @@ CASES = [
         )
     ),
     _case((2, 3, 2, 3, 4), memory_format=torch.channels_last_3d, lam=_shares),
-    _case((3, 70, 2, 5), memory_format=_LAST),
+    _case((3, 70, 2, 5), memory_format=_LAST, lam=_shares),
     _case((3, 70, 2, 5), _channels_last, memory_format=_PLAIN, lam=_shares),
 ]
 # Several units of work, and edges of theirs.
@@ -271,7 +271,7 @@ CASES += [
 CASES += [
     _case((1,), op="mixup_"),
     _case((5,), op="mixup_", lam=_shares, index=_permuted),
-    _case((4, 513), _misaligned, op="mixup_"),
+    _case((4, 513), _misaligned, op="mixup_", lam=_shares),
     _case(_IMAGES, _strided, op="mixup_", lam=_shares),
     *(
         _case(_IMAGES, layout, op="mixup_", lam=lam, index=index, boxes=boxes, normalise=normalise)

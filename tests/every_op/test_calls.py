@@ -1,10 +1,11 @@
-"""What every op is to torch: registered, traced, differentiated, transformed, written over."""
+"""What every op is to torch: registered, faked, captured, recorded by autograd, written over."""
 
 import pytest
 import torch
 from case_runs import (
     CASES,
     IMPLEMENTATIONS,
+    IN_PLACE,
     SMALL,
     copied,
     described,
@@ -17,7 +18,6 @@ from case_runs import (
     on_each,
     one_an_op,
     recorded,
-    results,
     same,
     tensors,
 )
@@ -32,8 +32,6 @@ from support import DEVICE, no_waiting
 GRAPH = torch.autograd.graph
 SCHEMA = "test_schema"
 each_op = pytest.mark.parametrize("op", OPS)
-DIFFERENTIABLE = [c for c in SMALL if c.differentiable and not c.op.endswith("_backward")]
-IN_PLACE = [case for case in SMALL if case.over]
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="torch sees no GPU")
 
 
@@ -126,63 +124,6 @@ def test_it_keeps_no_more_than_it_says(case, backend):
     with GRAPH.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         case.function(*leaves_of(case, torch.float32), backend=backend)
     assert sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= case.keeps
-
-
-@of(one_an_op(DIFFERENTIABLE))
-@on_each
-def test_no_graph_where_none_is_wanted(case, backend):
-    leaves = leaves_of(case, torch.float32)
-    y = case.function(*leaves, backend=backend)
-    assert y.requires_grad
-    with torch.no_grad():
-        assert not case.function(*leaves, backend=backend).requires_grad
-    assert not case.function(*(x.detach() for x in leaves), backend=backend).requires_grad
-    with torch.inference_mode():
-        assert same([case.function(*leaves, backend=backend)], [y.detach()])
-
-
-@of(one_an_op(DIFFERENTIABLE))
-def test_hooks_on_what_is_saved_and_mutation_of_it(case):
-    expected = results(case, leaves_of(case, torch.float64), None)
-    hooks = (lambda t: (t.clone(), t.device), lambda packed: packed[0])
-    for context in (
-        GRAPH.saved_tensors_hooks(*hooks),
-        GRAPH.save_on_cpu(),
-        GRAPH.disable_saved_tensors_hooks("none here"),
-    ):
-        with context:
-            assert same(results(case, leaves_of(case, torch.float64), None), expected)
-    with GRAPH.allow_mutation_on_saved_tensors():
-        leaves = leaves_of(case, torch.float64)
-        copies = [x * 1 for x in leaves]
-        y = case.function(*copies)
-        for x in copies:
-            x.detach().mul_(0)
-        assert same(gradients(case, y, leaves), expected[1:])
-
-
-@of(one_an_op(DIFFERENTIABLE))
-def test_batched_gradients_and_torch_func(case):
-    leaves = leaves_of(case, torch.float64)
-    y = case.function(*leaves)
-    g = torch.randn(2, *y.shape, dtype=y.dtype, device=DEVICE)
-
-    def by(g, **options):
-        return torch.autograd.grad(y, leaves, g, retain_graph=True, **options)
-
-    one, two = by(g[0]), by(g[1])
-    stacked = tuple(torch.stack(pair) for pair in zip(one, two, strict=True))
-    for create_graph in (False, True):
-        batched = by(g, is_grads_batched=True, create_graph=create_graph)
-        torch.testing.assert_close(batched, stacked)
-    inputs = tuple(x.detach() for x in leaves)
-    output, pullback = torch.func.vjp(case.function, *inputs)
-    torch.testing.assert_close(output, y.detach())
-    torch.testing.assert_close(pullback(g[0]), one)
-    tangents = tuple(torch.randn_like(x) for x in inputs)
-    _, tangent = torch.func.jvp(case.function, inputs, tangents)
-    product = sum((t * d).sum() for t, d in zip(tangents, one, strict=True))
-    torch.testing.assert_close((tangent * g[0]).sum(), product)
 
 
 # In place
