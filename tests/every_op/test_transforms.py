@@ -1,5 +1,7 @@
 """What torch makes of every op: programs, batches, other ways to differentiate, shapes alone."""
 
+import contextlib
+
 import pytest
 import torch
 from case_runs import (
@@ -105,10 +107,15 @@ def test_no_graph_where_none_is_wanted(case, backend):
         assert same([case.function(*leaves, backend=backend)], [y.detach()])
 
 
+def both_gradients(case, y, leaves):
+    """Those of a backward, which may have been made before, and those of the one after it."""
+    return [*gradients(case, y, leaves, retain_graph=True), *gradients(case, y, leaves)]
+
+
 @of(KINDS)
 def test_hooks_on_what_is_saved(case):
     leaves = leaves_of(case, torch.float64)
-    expected = results(case, leaves, None)
+    expected = both_gradients(case, case.function(*leaves), leaves)
     moved = (lambda t: t.contiguous().clone(), lambda t: t)
     for context in (
         GRAPH.saved_tensors_hooks(*moved),
@@ -116,35 +123,29 @@ def test_hooks_on_what_is_saved(case):
         GRAPH.disable_saved_tensors_hooks("none here"),
     ):
         with context:
-            assert same(results(case, leaves, None), expected)
+            assert same(both_gradients(case, case.function(*leaves), leaves), expected)
     # All that counts comes from them: nothing is kept beside, which they would not move.
     with GRAPH.saved_tensors_hooks(lambda t: t, torch.zeros_like):
-        y = case.function(*leaves)
-        lost = gradients(case, y, leaves, create_graph=True)
-    assert not same(lost, expected[1:])
+        lost = both_gradients(case, case.function(*leaves), leaves)
+    assert not same(lost[len(leaves) :], expected[len(leaves) :])
 
 
 @of(KINDS)
 def test_mutation_of_what_is_saved(case):
+    """Is made up for where autograd is told to, and else an error, if it could be seen."""
     leaves = leaves_of(case, torch.float64)
-    expected = results(case, leaves, None)
-    with GRAPH.allow_mutation_on_saved_tensors():
-        copies = [x * 1 for x in leaves]
-        y = case.function(*copies)
-        for x in copies:
-            x.detach().mul_(0)
-        assert same(gradients(case, y, leaves), expected[1:])
-    # What may not change is what the gradient depends on.
-    copies = [x * 1 for x in leaves]
-    y = case.function(*copies)
-    for x in copies:
-        x.detach().mul_(0)
-    try:
-        found = gradients(case, y, leaves)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-    else:
-        assert same(found, expected[1:])
+    expected = both_gradients(case, case.function(*leaves), leaves)[: len(leaves)]
+    for context in (GRAPH.allow_mutation_on_saved_tensors(), contextlib.nullcontext()):
+        with context as allowed:
+            copies = [x * 1 for x in leaves]
+            y = case.function(*copies)
+            gradients(case, y, leaves, retain_graph=True)
+            for x in copies:
+                x.detach().mul_(0)
+            try:
+                assert same(gradients(case, y, leaves), expected)
+            except RuntimeError as error:
+                assert allowed is None and "modified by an inplace operation" in str(error)
 
 
 @of(KINDS)
