@@ -57,15 +57,21 @@ def one_an_op(cases: list[Case]) -> list[Case]:
 
 
 def kinds_of(cases: list[Case]) -> list[Case]:
-    """The largest of those of each op that take as many inputs, in or out of their order."""
-    return _largest({c: (c.op, len(x), x[0].is_contiguous()) for c in cases for x in [_inputs(c)]})
+    """The largest of those of each op that take as many inputs, in or out of their order, and give
+    results of as many dimensions; of some as large the last one, which has most to it."""
+
+    def kind(case: Case) -> tuple[Any, ...]:
+        inputs = _inputs(case)
+        return case.op, len(inputs), inputs[0].is_contiguous(), case.oracle(*inputs).dim()
+
+    return _largest({case: kind(case) for case in cases if _inputs(case)[0].numel() > 1})
 
 
 def _largest(kinds: dict[Case, Any]) -> list[Case]:
     size = {case: sum(x.numel() for x in _inputs(case)) for case in kinds}
     chosen: dict[Any, Case] = {}
     for case, kind in kinds.items():
-        if kind not in chosen or size[case] > size[chosen[kind]]:
+        if kind not in chosen or size[case] >= size[chosen[kind]]:
             chosen[kind] = case
     return list(chosen.values())
 

@@ -136,10 +136,10 @@ class LossCall:
         ignored = torch.stack([self._labels(side) == self.ignore_index for side in range(sides)])
         return ignored.all(0)
 
-    @torch.compiler.assume_constant_result
     def _labels(self, side: int) -> Tensor:
-        generator = torch.Generator().manual_seed(side)
-        labels = torch.randint(self.classes, self.positions, generator=generator)
+        # Scattered by arithmetic: torch.compile takes no generator.
+        places = torch.arange(torch.Size(self.positions).numel()).view(self.positions)
+        labels = (7919 * places + places // 3 + 3 * side + 1) % self.classes
         if self.ignore_index is not None:
             labels.view(-1)[1 + side :: 3] = self.ignore_index
             if self.infinite:  # one has no label that counts

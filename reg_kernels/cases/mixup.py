@@ -31,6 +31,7 @@ def _one_share(samples: int) -> Tensor:
     return torch.tensor(0.3, dtype=torch.float64)
 
 
+@torch.compiler.assume_constant_result
 def _permuted(samples: int) -> Tensor:
     """Cycles of several lengths."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(20))
@@ -197,7 +198,7 @@ CASES = [
     _case((3, 2), lam=_shares, index=_rolled),
     _case((2, 3, 7)),
     _case((7, 5, 9), lam=_shares),
-    _case((7, 5, 9), _transposed),
+    _case((7, 5, 9), _transposed, lam=_shares),
     _case((3, 513), _misaligned, lam=_shares),
     _case((5, 2, 129), _misaligned, index=_repeated),
     # How shares and partners are given.

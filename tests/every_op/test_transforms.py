@@ -175,13 +175,17 @@ def test_batched_gradients_and_torch_func(case):
         dual = map(torch.autograd.forward_ad.make_dual, inputs, tangents)
         unpacked = torch.autograd.forward_ad.unpack_dual(case.function(*dual))
     assert_close(unpacked.tangent, tangent)
+    # A batch of calls, and of gradients: contiguous, as a stack is. What is no batch cannot be
+    # written over by one.
+    inputs = tuple(x.contiguous() for x in inputs)
     others = tuple(1.5 * x for x in inputs)
-    batch = map(torch.stack, zip(inputs, others, strict=True))
-    function = case.fresh or case.function  # what is no batch cannot be written over by one
-    assert_close(
-        torch.func.vmap(function, randomness="same")(*batch),
-        torch.stack([y.detach(), function(*others)]),
-    )
+    batch = tuple(torch.stack(pair) for pair in zip(inputs, others, strict=True))
+    function = case.fresh or case.function
+    gradient = torch.func.grad(lambda *x: function(*x).sin().sum(), tuple(range(len(inputs))))
+    for each in (lambda *x: (function(*x),), gradient):
+        mapped = torch.func.vmap(each, randomness="same")(*batch)
+        expected = zip(each(*inputs), each(*others), strict=True)
+        assert_close(mapped, tuple(map(torch.stack, expected)))
 
 
 @of(KINDS)
