@@ -202,8 +202,8 @@ def _kinds_of_calls(backend: str, dtype: torch.dtype) -> list[Call]:
     return list(kinds.values())
 
 
-def copied(call: Call) -> tuple[Any, ...]:
-    """Arguments that may be written over; none that is would be a leaf."""
+def copied(call: Call, args: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+    """Its arguments, or these, that may be written over; none that is would be a leaf."""
     written = {
         i
         for i, argument in enumerate(call.overload._schema.arguments)
@@ -211,12 +211,10 @@ def copied(call: Call) -> tuple[Any, ...]:
     }
 
     def copy(x: Tensor, leaf: bool) -> Tensor:
-        if not x.is_floating_point():
-            return x
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         return y.copy_(x.detach()).requires_grad_(x.requires_grad and leaf)
 
     return tuple(
         tree_map_only(Tensor, functools.partial(copy, leaf=i not in written), x)
-        for i, x in enumerate(call.args)
+        for i, x in enumerate(call.args if args is None else args)
     )

@@ -27,12 +27,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from reg_kernels.ops._registry import OPS
 
-from support import DEVICE, no_waiting
+from support import DEVICE, captured, no_waiting
 
 GRAPH = torch.autograd.graph
 SCHEMA = "test_schema"
 each_op = pytest.mark.parametrize("op", OPS)
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="torch sees no GPU")
 
 
 # Registration
@@ -95,21 +94,52 @@ def test_a_backend_that_is_none(case):
         case.function(*inputs_of(case, torch.float32), backend="cuda")
 
 
-@on_a_gpu
-@each_op
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[:2])
-def test_capture(op, backend):
-    """Nothing waits for the device, and a graph's replays are what an eager call gives."""
-    for call in kinds_of_calls(op, backend):
-        args, eager = copied(call), copied(call)
-        returned = call.overload(*eager)
-        with no_waiting():
+# On a GPU. Without one they go through the same steps on the CPU: a graph's replay is the call
+# itself, and what is large is not.
+
+KERNELS = pytest.mark.parametrize("backend", IMPLEMENTATIONS[:2])
+LARGE = 2**31 if DEVICE == "cuda" else 2**11
+# A table of addresses is made at each call, and not while a graph is captured.
+BY_TABLES = ("optimizer_step_", "penalty", "penalty_backward")
+
+
+@of([c for c in (CASES if DEVICE == "cuda" else SMALL[::10]) if c.op not in BY_TABLES])
+@KERNELS
+def test_capture(case, backend):
+    """Nothing waits for the device, and a graph's replays are what eager calls give of what lies
+    there by then."""
+    for call in recorded(case, backend, torch.float32)[1]:
+        with torch.no_grad(), no_waiting():
             call.overload(*copied(call))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call.overload(*args)
-        graph.replay()
-        assert same(tensors((args, captured)), tensors((eager, returned))), call.kind
+        args = copied(call)
+        with torch.no_grad():
+            replay, found = captured(lambda call=call, args=args: call.overload(*args))
+        for _ in range(2):
+            for argument, value in zip(call.overload._schema.arguments, args, strict=False):
+                for x in tensors(value):
+                    # Each number stays such as its argument takes.
+                    if x.device.type == DEVICE and x.dim() and argument.name != "starts":
+                        x.copy_(x.roll(1, 0))
+            eager = copied(call, args)
+            with torch.no_grad():
+                returned = call.overload(*eager)
+            replay()
+            assert same(tensors((args, found)), tensors((eager, returned))), call.kind
+
+
+@of(one_an_op([case for case in SMALL if case.shard]))
+@KERNELS
+def test_more_than_2_to_the_31_elements(case, backend):
+    x = inputs_of(case, torch.float32 if DEVICE == "cpu" else torch.bfloat16)[0]
+    rows = LARGE // x[0].numel() + 3
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 7 * LARGE:
+        pytest.skip("not enough free GPU memory")
+    x = x.repeat(-(-rows // len(x)), *[1] * (x.dim() - 1))[:rows]
+    y = case.function(x, backend=backend)
+    for first in (0, rows // 2, rows - 3):
+        part = slice(first, first + 3)
+        expected = case.shard(x[part].cpu(), first=first, backend="reference")
+        assert torch.equal(y[part].cpu(), expected)
 
 
 # Autograd
