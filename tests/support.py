@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from bench import watchdog
 from reg_kernels import backends
@@ -37,8 +42,10 @@ def implementations(device: str = DEVICE) -> list[object]:
     return parameters
 
 
+@functools.cache
 def isas() -> list[str]:
-    """The instruction sets that the native CPU kernels can run on this machine."""
+    """The instruction sets that the native CPU kernels can run on this machine, whichever of them
+    a test has set since."""
     if backends.why_not("native", "cpu", torch.float32) is not None:
         return []
     from reg_kernels import _C
@@ -51,12 +58,41 @@ def isas() -> list[str]:
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever waits for the GPU raises."""
+    if DEVICE == "cpu":
+        yield
+        return
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(previous)
+
+
+def captured(function: Callable[[], Any], warm_up: Callable[[], Any] | None = None) -> Any:
+    """(what does it once more, in the same memory; the results of function()): the replay of a CUDA
+    graph, after a few runs of what warms it up, by default itself. On the CPU, which has no graphs,
+    a call, whose results go where the first one's are."""
+    if DEVICE == "cpu":
+        results = function()
+
+        def replay() -> None:
+            both = zip(tree_leaves(results), tree_leaves(function()), strict=True)
+            for x, y in both:
+                if x is not None:
+                    x.copy_(y)
+
+        return replay, results
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            (warm_up or function)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph.replay, results
 
 
 def check_device_assertion(program: str) -> None:
@@ -104,6 +140,7 @@ __all__ = [
     "DTYPES",
     "DTYPE_IDS",
     "Twins",
+    "captured",
     "check_device_assertion",
     "implementations",
     "isas",

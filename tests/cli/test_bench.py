@@ -20,6 +20,7 @@ from bench import report
 from reg_kernels import backends, bench, ops
 from reg_kernels.bench import (
     _clock,
+    _elementwise,
     _environment,
     _measure,
     _memory,
@@ -234,9 +235,7 @@ def test_inputs_outgrow_the_l2_cache(size: int, pool: int, monkeypatch: pytest.M
 
 def test_every_op_has_benchmarks():
     names = {m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")}
-    headers = Path(__file__).parents[2] / "csrc" / "include" / "reg_kernels"
-    of_a_family = {header.stem for header in headers.glob("*/*.h")}
-    assert names - of_a_family <= set(bench.modules()) <= names
+    assert set(bench.modules()) == names
 
 
 def test_ops_take_turns_and_every_case_has_its_own_label():
@@ -314,7 +313,7 @@ def dropped() -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
 
 def test_check_accepts_the_right_values(dropped: Any):
     x, y, scale = dropped
-    dropout.check_forward("eager", "dropout", x, y, scale)
+    _elementwise.check_forward("eager", None, (x,), y, scale)
 
 
 @pytest.mark.parametrize(
@@ -330,22 +329,36 @@ def test_check_accepts_the_right_values(dropped: Any):
 def test_check_finds_wrong_values(dropped: Any, spoil: Any, message: str):
     x, y, scale = dropped
     with pytest.raises(bench.WrongValues, match=message):
-        dropout.check_forward("spoilt", "dropout", x, spoil(x, y), scale)
+        _elementwise.check_forward("spoilt", None, (x,), spoil(x, y), scale)
 
 
-def test_check_finds_a_channel_that_is_dropped_in_part(dropped: Any):
+@pytest.mark.parametrize("as_one", [1, 2])
+def test_check_finds_what_is_dropped_in_part(dropped: Any, as_one: int):
     x, y, scale = dropped
     with pytest.raises(bench.WrongValues, match="dropped in part"):
-        dropout.check_forward("spoilt", "dropout2d", x, y, scale)
+        _elementwise.check_forward("spoilt", as_one, (x,), y, scale)
 
 
 def test_check_finds_another_mask_in_the_gradient(dropped: Any):
     x, y, scale = dropped
     g = torch.rand_like(x) + 1
     gradient = g * (y != 0) * scale
-    dropout.check_backward("eager", y, g, gradient, scale)
+    _elementwise.check_backward("eager", (x,), y, g, (gradient,), scale)
     with pytest.raises(bench.WrongValues, match="gradient is off by"):
-        dropout.check_backward("spoilt", y, g, gradient.roll(1), scale)
+        _elementwise.check_backward("spoilt", (x,), y, g, (gradient.roll(1),), scale)
+
+
+def test_check_finds_a_residual_that_is_lost_or_scaled(dropped: Any):
+    x, y, scale = dropped
+    r, g = torch.rand_like(x) + 1, torch.rand_like(x) + 1
+    gradient = g * (y != 0) * scale
+    _elementwise.check_forward("eager", None, (x, r), r + y, scale)
+    _elementwise.check_backward("eager", (x, r), r + y, g, (gradient, g), scale)
+    for spoilt in (y, scale * r + y):
+        with pytest.raises(bench.WrongValues):
+            _elementwise.check_forward("spoilt", None, (x, r), spoilt, scale)
+    with pytest.raises(bench.WrongValues, match="the residual's gradient"):
+        _elementwise.check_backward("spoilt", (x, r), r + y, g, (gradient, gradient), scale)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native code is not built")
