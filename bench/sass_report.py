@@ -56,7 +56,13 @@ def main() -> int:
         console.print(f"sass-report: {error}", style="red", markup=False)
         return 2
     sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
-    report = {"schema": SCHEMA, "versions": versions, "sources": sources, "kernels": rows}
+    launches = {op: {"digest": table.digest_of_triton(op)} for op in table.TRITON_OPS}
+    for op, launch in launches.items():
+        launch["spills"] = table.spills(op)
+    report = {
+        **{"schema": SCHEMA, "versions": versions, "sources": sources, "launches": launches},
+        "kernels": rows,
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
     write_whole(RESULTS / "sass.md", lambda path: path.write_text(render(report)))

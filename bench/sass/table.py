@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -137,22 +138,58 @@ def cuda_rows(source: Path) -> list[Row]:
     return [row_of(k, f"cuda/{source.stem}", n) for k, n in zip(found, names, strict=True)]
 
 
-def triton_rows(architecture: int, ops: tuple[str, ...] = triton_launches.OPS) -> list[Row]:
-    """Of every kernel that the calls of triton_launches.py launch, on one architecture."""
+def launched(architecture: int, *what: str) -> Iterator[Row]:
+    """What triton_launches.py says of each kernel that it compiles."""
     folder = FOLDER / f"sm_{architecture}"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(compiling.ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *ops],
+        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *what],
         capture_output=True,
         text=True,
         env=environment,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the Triton kernels do not compile: {done.stderr}")
+    yield from map(json.loads, done.stdout.splitlines())
+
+
+TRITON = compiling.ROOT / "reg_kernels" / "triton"
+TRITON_OPS = sorted(path.stem for path in TRITON.glob("[!_]*.py"))
+
+
+def digest_of_triton(op: str) -> str:
+    """Of an op's Triton source, of all that it imports beside it, and of its cases."""
+    found: dict[str, str] = {}
+
+    def read(module: str) -> None:
+        path = TRITON / f"{module}.py"
+        if module not in found and path.exists():
+            found[module] = path.read_text()
+            for names in re.findall(r"from \. import ([\w, ]+)|from \.(\w+) import", found[module]):
+                for name in re.findall(r"\w+", " ".join(names)):
+                    read(name)
+
+    read(op)
+    cases = (compiling.ROOT / "reg_kernels" / "cases" / f"{op}.py").read_text()
+    return hashlib.sha256(repr((sorted(found.items()), cases)).encode()).hexdigest()
+
+
+def spills(op: str, architecture: int = 90) -> list[list[Any]]:
+    """[kernel, dtype, case, bytes] of what an op's large cases launch and keeps no register for."""
+    result = []
+    for facts in launched(architecture, "cases", op):
+        ((_, stack, _),) = binary.resources(Path(facts["cubin"])).values()
+        if stack:
+            result.append([facts["kernel"], facts["dtype"], facts["variant"], stack])
+    return sorted(result)
+
+
+def triton_rows(architecture: int, ops: tuple[str, ...] = triton_launches.OPS) -> list[Row]:
+    """Of every kernel that the calls of triton_launches.py launch, on one architecture."""
     rows = []
-    for facts in map(json.loads, done.stdout.splitlines()):
+    for facts in launched(architecture, *ops):
         (kernel,) = binary.kernels(Path(facts["cubin"]))
         name = f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"
         launch = {"threads": facts["threads"], "shared": facts["shared"]}

@@ -8,7 +8,9 @@ TRITON_INTERPRET set:
 
     python triton_launches.py ARCHITECTURE DIRECTORY [OP ...]
 
-writes a cubin for each kernel into the directory and prints a JSON line that describes it.
+writes a cubin for each kernel into the directory and prints a JSON line that describes it. With
+"cases" before the ops the calls are the cases of reg_kernels/cases that are too large for an
+interpreter.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +158,28 @@ def calls(op: str, dtype: Any) -> Iterator[Call]:
         )
 
 
+def calls_of_cases(op: str, dtype: Any) -> Iterator[Call]:
+    """Those of the large cases of an op's file, with their gradients; each in every other dtype."""
+    import torch
+
+    from reg_kernels import backends
+    from reg_kernels.cases import all_cases
+
+    def run(case: Any) -> None:
+        inputs = case.inputs(torch.device("cpu"), dtype)
+        leaves = [x.requires_grad_(case.differentiable) for x in inputs]
+        y = case.function(*leaves, backend=BACKEND)
+        if y.requires_grad:
+            y.backward(torch.full_like(y, 0.5))
+
+    cases = [c for c in all_cases() if not c.small and re.fullmatch(_FAMILY.format(op), c.op)]
+    for case in cases[backends.DTYPES.index(dtype) % 2 :: 2]:
+        yield f"{case.op}[{case.name}]", lambda case=case: run(case)
+
+
+_FAMILY = "(feature_)?{}(_|_inference|_backward)?"
+
+
 class _Gpu:
     """The driver of a GPU that compiles and does nothing else."""
 
@@ -194,8 +219,11 @@ def main(architecture: int, directory: Path, ops: list[str]) -> None:
 
     JITFunction.run = compile_only
     seen = set()
-    for op, dtype in itertools.product(ops or OPS, (torch.float32, torch.bfloat16)):
-        for name, call in calls(op, dtype):
+    of_cases, dtypes = ops[:1] == ["cases"], (torch.float32, torch.bfloat16)
+    if of_cases:
+        ops, dtypes = ops[1:], backends.DTYPES
+    for op, dtype in itertools.product(ops or OPS, dtypes):
+        for name, call in (calls_of_cases if of_cases else calls)(op, dtype):
             launched.clear()
             call()
             for kernel in launched:
@@ -204,6 +232,7 @@ def main(architecture: int, directory: Path, ops: list[str]) -> None:
                 seen.add(kernel.hash)
                 path = directory / f"{kernel.hash}.cubin"
                 path.write_bytes(kernel.asm["cubin"])
+                path.with_suffix(".ptx").write_text(kernel.asm["ptx"])
                 facts = {
                     "kernel": kernel.metadata.name,
                     "variant": name,

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from sass.binary import resources
 
 ARCHITECTURES = [80, 90, 100]
-
-
-def targets(kinds: Sequence[Any], everywhere: Sequence[Any]) -> list[Any]:
-    """(kind, architecture) of every kind on sm_90, and of those that tell the others apart, where
-    registers are scarcest and accesses widest, on every architecture."""
-    return [(k, a) for k in kinds for a in ARCHITECTURES if a == 90 or k in everywhere]
 
 
 def compile_kernel(
