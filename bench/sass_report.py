@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from rich.console import Console  # noqa: E402  (a script: the path comes first)
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from sass import binary, compiling, table  # noqa: E402
+from sass import binary, compiling, table, triton_launches  # noqa: E402
 from sass.compiling import Missing  # noqa: E402
 from sass.findings import findings  # noqa: E402
 from sass.render import render  # noqa: E402
@@ -33,9 +33,13 @@ SCHEMA = 1
 
 def to_json(report: dict[str, Any]) -> str:
     """One kernel a line: a change shows as the lines of what it changed."""
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report["kernels"])
-    head = json.dumps({k: v for k, v in report.items() if k != "kernels"})
-    return f'{head[:-1]}, "kernels": [\n{rows}\n]}}\n'
+
+    def lines(key: str) -> str:
+        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report[key])
+        return f'"{key}": [\n{rows}\n]'
+
+    head = json.dumps({k: v for k, v in report.items() if k not in ("launches", "kernels")})
+    return f"{head[:-1]}, {lines('launches')}, {lines('kernels')}}}\n"
 
 
 def main() -> int:
@@ -55,13 +59,13 @@ def main() -> int:
     except (Missing, ImportError, RuntimeError, TimeoutError) as error:
         console.print(f"sass-report: {error}", style="red", markup=False)
         return 2
-    sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
-    launches = {op: {"digest": table.digest_of_triton(op)} for op in table.TRITON_OPS}
-    for op, launch in launches.items():
-        launch["spills"] = table.spills(op)
     report = {
-        **{"schema": SCHEMA, "versions": versions, "sources": sources, "launches": launches},
-        "kernels": rows,
+        "schema": SCHEMA,
+        "versions": versions,
+        "sources": {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES},
+        "triton_sources": {op: table.digest_of_triton(op) for op in triton_launches.OPS},
+        "launches": [row for row in rows if "widest" in row],
+        "kernels": [row for row in rows if "widest" not in row],
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
@@ -72,8 +76,8 @@ def main() -> int:
         where = f"{finding.kernel} on sm_{finding.architecture}"
         console.print(f"not explained: {where}: {finding.what}, {finding.detail}", markup=False)
     console.print(
-        f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
-        f"{RESULTS / 'sass.md'}"
+        f"{len(report['kernels'])} kernels, {len(found)} predicted findings, {len(unexplained)} "
+        f"not explained: {RESULTS / 'sass.md'}"
     )
     return 1 if unexplained else 0
 

@@ -11,6 +11,7 @@ VECTOR = 16  # bytes: the widest access of a thread that every architecture has
 LEAST_OCCUPANCY = 25  # percent
 
 SPILLS, OCCUPANCY, NARROW, INSTRUCTIONS = "stack", "occupancy", "narrow", "instructions"
+WIDEST = "widest"
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,9 @@ def findings(row: dict[str, Any]) -> Iterator[Finding]:
         yield found(SPILLS, f"{row['stack']} B of stack a thread")
     if row["limit"] == "registers" and row["occupancy"] < LEAST_OCCUPANCY:
         yield found(OCCUPANCY, f"{row['occupancy']} % by {row['registers']} registers")
+    for access, width in row.get("widest", {}).items():
+        if width < VECTOR:
+            yield found(WIDEST, f"{access}s of {width} B at most")
     for hot in row["hot"]:
         for kind in ("loads", "stores"):
             widths = [int(width) for width in hot[kind]]

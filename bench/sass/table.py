@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sass import binary, compiling, triton_launches
 from sass.disassembly import Hot, elements_alone, hot_paths, widths
+from sass.findings import findings
 from sass.gpus import GPUS, occupancy, share_of_bandwidth
 
 FOLDER = compiling.ROOT / "build" / "sass"
@@ -152,48 +152,69 @@ def launched(architecture: int, *what: str) -> Iterator[Row]:
     )
     if done.returncode != 0:
         raise RuntimeError(f"the Triton kernels do not compile: {done.stderr}")
-    yield from map(json.loads, done.stdout.splitlines())
-
-
-TRITON = compiling.ROOT / "reg_kernels" / "triton"
-TRITON_OPS = sorted(path.stem for path in TRITON.glob("[!_]*.py"))
+    for facts in map(json.loads, done.stdout.splitlines()):
+        yield facts | {"name": f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"}
 
 
 def digest_of_triton(op: str) -> str:
-    """Of an op's Triton source, of all that it imports beside it, and of its cases."""
-    found: dict[str, str] = {}
+    """Of what decides on an op's launches and their kernels, but for Triton's version: its Triton
+    source with all that this imports of our package, its cases and the calls."""
+    package = compiling.ROOT / "reg_kernels"
+    calls = Path(triton_launches.__file__).with_name("triton_calls.py")
+    texts = {path: path.read_text() for path in (package / "cases" / f"{op}.py", calls)}
 
-    def read(module: str) -> None:
-        path = TRITON / f"{module}.py"
-        if module not in found and path.exists():
-            found[module] = path.read_text()
-            for names in re.findall(r"from \. import ([\w, ]+)|from \.(\w+) import", found[module]):
-                for name in re.findall(r"\w+", " ".join(names)):
-                    read(name)
+    def read(path: Path) -> None:
+        if path in texts or not path.is_file():
+            return
+        texts[path] = path.read_text()
+        for dots, module, names in _IMPORTS.findall(texts[path]):
+            folder = path.parents[len(dots) - 1] / module
+            for each in [
+                folder.with_suffix(".py"),
+                *(folder / f"{n}.py" for n in names.split(", ")),
+            ]:
+                read(each)
 
-    read(op)
-    cases = (compiling.ROOT / "reg_kernels" / "cases" / f"{op}.py").read_text()
-    return hashlib.sha256(repr((sorted(found.items()), cases)).encode()).hexdigest()
-
-
-def spills(op: str, architecture: int = 90) -> list[list[Any]]:
-    """[kernel, dtype, case, bytes] of what an op's large cases launch and keeps no register for."""
-    result = []
-    for facts in launched(architecture, "cases", op):
-        ((_, stack, _),) = binary.resources(Path(facts["cubin"])).values()
-        if stack:
-            result.append([facts["kernel"], facts["dtype"], facts["variant"], stack])
-    return sorted(result)
+    read(package / "triton" / f"{op}.py")
+    files = sorted(texts, key=lambda path: path.relative_to(compiling.ROOT))
+    return compiling.digest(
+        *(f"{path.relative_to(compiling.ROOT)}\0{texts[path]}" for path in files)
+    )
 
 
-def triton_rows(architecture: int, ops: tuple[str, ...] = triton_launches.OPS) -> list[Row]:
-    """Of every kernel that the calls of triton_launches.py launch, on one architecture."""
+_IMPORTS = re.compile(r"^from (\.+)(\w*) import ([\w, ]*)", re.MULTILINE)
+
+
+def faulty_launches(op: str) -> list[Row]:
+    """Those that there are findings of, on any architecture, among the launches of all of an op's
+    calls and large cases."""
+    rows = []
+    for architecture in compiling.CUDA_ARCHITECTURES:
+        for facts in launched(architecture, "--cases", op):
+            ((registers, stack, _),) = binary.resources(Path(facts["cubin"])).values()
+            used = occupancy(architecture, registers, facts["threads"], facts["shared"])
+            row = {
+                "source": f"triton/{op}",
+                "kernel": facts["name"],
+                "architecture": architecture,
+                "stack": stack,
+                "registers": registers,
+                "occupancy": used[0],
+                "limit": used[1],
+                "widest": facts["widest"],
+                "hot": [],
+            }
+            rows += [row] if any(findings(row)) else []
+    return sorted(rows, key=key_of)
+
+
+def triton_rows(architecture: int, ops: Sequence[str] = triton_launches.OPS) -> list[Row]:
+    """Of every kernel that the calls of triton_calls.py launch, on one architecture."""
     rows = []
     for facts in launched(architecture, *ops):
         (kernel,) = binary.kernels(Path(facts["cubin"]))
-        name = f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"
         launch = {"threads": facts["threads"], "shared": facts["shared"]}
-        rows.append(row_of(kernel, f"triton/{facts['op']}", name, **launch))
+        rows.append(row_of(kernel, f"triton/{facts['op']}", facts["name"], **launch))
     return rows
 
 
@@ -205,6 +226,8 @@ def tasks() -> dict[str, Callable[[], list[Row]]]:
     }
     for architecture in compiling.CUDA_ARCHITECTURES:
         result[f"Triton sm_{architecture}"] = lambda a=architecture: triton_rows(a)
+    for op in triton_launches.OPS:
+        result[f"launches of {op}"] = lambda op=op: faulty_launches(op)
     return result
 
 

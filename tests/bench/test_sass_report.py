@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "bench"))
 
-from sass import binary, compiling, render, table  # noqa: E402  (the path comes first)
+from sass import binary, compiling, render, table, triton_launches  # noqa: E402  (the path comes first)
 from sass.disassembly import Hot, elements_alone, functions, hot_paths  # noqa: E402
 from sass.findings import EXPLAINED, findings  # noqa: E402
 from sass.gpus import GPUS, cycles, occupancy, share_of_bandwidth  # noqa: E402
@@ -165,10 +165,12 @@ def test_every_kernel_is_in_the_table():
     assert sources == {source.stem for source in compiling.CUDA_SOURCES}
     assert {row["architecture"] for row in rows} == set(compiling.CUDA_ARCHITECTURES)
     assert committed()["sources"].keys() == sources
+    assert sorted(committed()["triton_sources"]) == triton_launches.OPS
 
 
 def test_every_finding_is_explained_and_every_reason_needed():
-    found = [finding for row in committed()["kernels"] for finding in findings(row)]
+    report = committed()
+    found = [f for row in report["kernels"] + report["launches"] for f in findings(row)]
     assert [f for f in found if f.reason is None] == []
     assert {reason for _, _, reason in EXPLAINED} == {f.reason for f in found}
 
