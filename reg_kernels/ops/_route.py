@@ -141,31 +141,31 @@ class Linear:
             autograd=self.run,
             check=check,
         )
-        names = self.fresh.argument_names[1 + self._addends :]
+        schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
+        self._count = len(schema)
+        self._defaults = [x.default_value for x in schema if x.has_default_value()]
+        if not addends:
+
+            def by_reference(input: Tensor, *arguments: Any) -> None:
+                input.copy_(reference(input, *arguments, *like(input)))
+
+            self.in_place = register(
+                f"{name}_",
+                f"(Tensor(a!) input, {arguments}) -> ()",
+                fake=lambda input, *arguments: None,
+                reference=by_reference,
+                triton=f"{triton}:{name}_",
+                autograd=self.write_over,
+                check=check,
+            )
+        # Those that both forms have.
+        names = (self.in_place or self.fresh).argument_names[1 + self._addends :]
         # What a gradient keeps of the arguments: tensors, and all that is left. One more getter
         # brings both, one behind the other, back into the arguments' order.
         others = [name for name in names if name not in keeps]
         self._kept_of = _getter(names, keeps)
         self._others_of = _getter(names, others)
         self._in_order = _getter((*keeps, *others), names)
-        schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
-        self._count = len(schema)
-        self._defaults = [x.default_value for x in schema if x.has_default_value()]
-        if addends:
-            return
-
-        def by_reference(input: Tensor, *arguments: Any) -> None:
-            input.copy_(reference(input, *arguments, *like(input)))
-
-        self.in_place = register(
-            f"{name}_",
-            f"(Tensor(a!) input, {arguments}) -> ()",
-            fake=lambda input, *arguments: None,
-            reference=by_reference,
-            triton=f"{triton}:{name}_",
-            autograd=self.write_over,
-            check=check,
-        )
 
     def run(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
         """The fresh form by an overload of it, with its gradient where one is wanted."""

@@ -122,7 +122,7 @@ def _adjoint(
     index: Tensor | None,
     boxes: Tensor | None,
     scale: Tensor | None,
-    *shift_and_result: Any,
+    shift: Tensor | None,
 ) -> Tensor:
     """The share of each sample."""
     weights = (lam, one_lam, *_receivers(index), boxes, scale)
