@@ -115,7 +115,8 @@ def _batch_norm(dtype: torch.dtype) -> Iterator[Call]:
     small, large = (32, 64, 16, 16), (64, 64, 56, 56)
 
     def norm(shape: tuple[int, ...], last: bool, training: bool) -> None:
-        zero, one = torch.zeros(64), torch.ones(64)
+        parameters = dtype if dtype == torch.float64 else torch.float32
+        zero, one = torch.zeros(64, dtype=parameters), torch.ones(64, dtype=parameters)
         weight = one.clone().requires_grad_()
         x = _values(dtype, *shape, last=last)
         _both(F.batch_norm(x, zero, one, weight, zero, training, backend=BACKEND))
@@ -171,9 +172,12 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
             yield f"{case.op}[{case.name}]", lambda case=case: run(case)
 
 
-def calls(op: str, dtype: torch.dtype, cases: bool) -> Iterator[Call]:
-    """Those that stand for an op in the table, the ones above or else its cases; or all of them."""
-    if op in CALLS:
-        yield from CALLS[op](dtype)
-    if cases or op not in CALLS:
-        yield from of_cases(op, dtype)
+def calls(
+    op: str, dtype: torch.dtype, cases: bool
+) -> Iterator[tuple[str, Callable[[], Any], bool]]:
+    """(name, call, whether it is one of the above) of those that stand for an op in the table: the
+    ones above or, where there are none, its cases; or of all of them."""
+    for name, call in CALLS[op](dtype) if op in CALLS else ():
+        yield name, call, True
+    for name, call in of_cases(op, dtype) if cases or op not in CALLS else ():
+        yield name, call, False

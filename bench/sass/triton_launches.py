@@ -9,7 +9,8 @@ TRITON_INTERPRET set:
     python triton_launches.py ARCHITECTURE DIRECTORY [--cases] [OP ...]
 
 writes a cubin for each kernel into the directory and prints a JSON line that describes it. With
---cases an op's large cases (reg_kernels/cases) are called as well, and each call in every dtype.
+--cases an op's large cases (reg_kernels/cases) are called as well, and each call in every dtype, or
+on other architectures than sm_90 in one.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ class _Gpu:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def _widest(ptx: str, access: str) -> int:
-    """Bytes of a thread's widest load or store of global memory."""
-    access = {"load": "ld", "store": "st"}[access]
-    found = re.findall(rf"\b{access}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return max((int(vector or 1) * int(bits) // 8 for vector, bits in found), default=0)
+def _widest(ptx: str) -> dict[str, int]:
+    """Bytes of a thread's widest load and store of global memory."""
+    result = {}
+    for kind, access in (("load", "ld"), ("store", "st")):
+        found = re.findall(rf"\b{access}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+        if found:
+            result[kind] = max(int(n or 1) * int(bits) // 8 for n, bits in found)
+    return result
 
 
 def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
@@ -75,7 +79,9 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
     seen = set()
     dtypes = backends.DTYPES if cases else (torch.float32, torch.bfloat16)
     for op, dtype in itertools.product(ops or OPS, dtypes):
-        for name, call in triton_calls.calls(op, dtype, cases):
+        for number, (name, call, aligned) in enumerate(triton_calls.calls(op, dtype, cases)):
+            if cases and architecture != 90 and dtypes[number % len(dtypes)] != dtype:
+                continue
             launched.clear()
             call()
             for kernel in launched:
@@ -93,7 +99,7 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
                     "op": op,
                     "threads": 32 * kernel.metadata.num_warps,
                     "shared": kernel.metadata.shared,
-                    "widest": {k: _widest(kernel.asm["ptx"], k) for k in ("load", "store")},
+                    "widest": _widest(kernel.asm["ptx"]) if aligned else {},
                     "cubin": str(path),
                 }
                 print(json.dumps(facts), flush=True)
