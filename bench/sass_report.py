@@ -64,8 +64,8 @@ def main() -> int:
         "versions": versions,
         "sources": {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES},
         "triton_sources": {op: table.digest_of_triton(op) for op in triton_launches.OPS},
-        "launches": [row for row in rows if "widest" in row],
-        "kernels": [row for row in rows if "widest" not in row],
+        "launches": [row for row in rows if "widths" not in row],
+        "kernels": [row for row in rows if "widths" in row],
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))

@@ -52,7 +52,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
-        r"^triton/losses cross_entropy_kernel",
+        r"^triton/cross_entropy cross_entropy_kernel",
         "An exponential an element, its sum and the target's share: for 2-byte logits more than "
         "the memory of the fastest leaves time for.",
     ),
@@ -118,13 +118,13 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"^triton/losses (cross_entropy|distillation)\w*_kernel<\w+> \w+ planes",
+        r"^triton/(cross_entropy|distillation) \w+_kernel<\w+> planes",
         "A tile's positions are few beside its classes, so that a thread holds four of a plane; "
         "labels, int64, besides.",
     ),
     (
         NARROW,
-        r"^triton/losses (cross_entropy|distillation)\w*_kernel",
+        r"^triton/(cross_entropy|distillation) (cross_entropy|distillation)\w*_kernel",
         "Labels, int64, one a row; and of a tile of 1,024 classes a thread of 256 holds four, "
         "which are 8 bytes of 2-byte logits.",
     ),
@@ -141,8 +141,18 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         OCCUPANCY,
-        r"^triton/losses label_totals_kernel",
+        r"^triton/\w+ label_totals_kernel",
         "Open: it reads labels and their weights alone, a small part of a loss's bytes.",
+    ),
+    (
+        WIDEST,
+        r"^triton/batch_norm backward_kernel<\w+> inference",
+        "It merges sums of channels; the elements have been moved by another kernel.",
+    ),
+    (
+        WIDEST,
+        r"^triton/distillation distillation\w*_kernel<b?float16>",
+        "Of a tile of 1,024 classes a thread of 256 holds four, 8 bytes of 2-byte logits.",
     ),
     (
         SPILLS,
@@ -163,9 +173,9 @@ def findings(row: dict[str, Any]) -> Iterator[Finding]:
         yield found(SPILLS, f"{row['stack']} B of stack a thread")
     if row["limit"] == "registers" and row["occupancy"] < LEAST_OCCUPANCY:
         yield found(OCCUPANCY, f"{row['occupancy']} % by {row['registers']} registers")
-    for access, width in row.get("widest", {}).items():
-        if width < VECTOR:
-            yield found(WIDEST, f"{access}s of {width} B at most")
+    loads = row.get("widths", {}).get("load", {})
+    if row["source"].startswith("triton/") and loads and max(map(int, loads)) < VECTOR:
+        yield found(WIDEST, f"loads of {max(map(int, loads))} B at most")
     for hot in row["hot"]:
         for kind in ("loads", "stores"):
             widths = [int(width) for width in hot[kind]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -37,8 +38,6 @@ def jobs() -> int:
 
 def versions() -> dict[str, str]:
     """Of what decides on the machine code."""
-    import importlib.metadata
-
     release = re.search(r"V([\d.]+)", compiling.compiler("NVCC", "nvcc")[1])
     return {"nvcc": release[1], "triton": importlib.metadata.version("triton")}
 
@@ -182,6 +181,12 @@ def digest_of_triton(op: str) -> str:
     )
 
 
+def is_current_triton(report: Row, op: str) -> bool:
+    """Whether a report's rows of an op's Triton kernels are those that compiling would give."""
+    same = report["versions"]["triton"] == importlib.metadata.version("triton")
+    return same and report["triton_sources"][op] == digest_of_triton(op)
+
+
 _IMPORTS = re.compile(r"^from (\.+)(\w*) import ([\w, ]*)", re.MULTILINE)
 
 
@@ -201,7 +206,6 @@ def faulty_launches(op: str) -> list[Row]:
                 "registers": registers,
                 "occupancy": used[0],
                 "limit": used[1],
-                "widest": facts["widest"],
                 "hot": [],
             }
             rows += [row] if any(findings(row)) else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import reg_kernels.functional as F
-from reg_kernels import optim
+from reg_kernels import backends, optim
 from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
 
@@ -172,12 +172,15 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
             yield f"{case.op}[{case.name}]", lambda case=case: run(case)
 
 
-def calls(
-    op: str, dtype: torch.dtype, cases: bool
-) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """(name, call, whether it is one of the above) of those that stand for an op in the table: the
-    ones above or, where there are none, its cases; or of all of them."""
-    for name, call in CALLS[op](dtype) if op in CALLS else ():
-        yield name, call, True
-    for name, call in of_cases(op, dtype) if cases or op not in CALLS else ():
-        yield name, call, False
+def calls(op: str, dtype: torch.dtype) -> Iterator[Call]:
+    """Those that stand for an op in the table: the ones above or, where there are none, its cases."""
+    yield from CALLS[op](dtype) if op in CALLS else of_cases(op, dtype)
+
+
+def some_calls(op: str, dtype: torch.dtype, architecture: int) -> list[Call]:
+    """Of those and of its cases enough to see what spills: those in every dtype and a case in every
+    other one; on other architectures than sm_90 each in one of them."""
+    stand_for_it, turn = list(calls(op, dtype)), backends.DTYPES.index(dtype)
+    if architecture == 90:
+        return stand_for_it + list(of_cases(op, dtype))[turn % 2 :: 2]
+    return (stand_for_it + list(of_cases(op, dtype)))[turn::4]

@@ -9,8 +9,7 @@ TRITON_INTERPRET set:
     python triton_launches.py ARCHITECTURE DIRECTORY [--cases] [OP ...]
 
 writes a cubin for each kernel into the directory and prints a JSON line that describes it. With
---cases an op's large cases (reg_kernels/cases) are called as well, and each call in every dtype, or
-on other architectures than sm_90 in one.
+--cases an op's large cases (reg_kernels/cases) are called as well.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,16 +43,6 @@ class _Gpu:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def _widest(ptx: str) -> dict[str, int]:
-    """Bytes of a thread's widest load and store of global memory."""
-    result = {}
-    for kind, access in (("load", "ld"), ("store", "st")):
-        found = re.findall(rf"\b{access}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-        if found:
-            result[kind] = max(int(n or 1) * int(bits) // 8 for n, bits in found)
-    return result
-
-
 def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
     """Compiles what the calls launch; each kernel that comes out the same is written once."""
     import torch
@@ -77,11 +65,14 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
 
     JITFunction.run = compile_only
     seen = set()
-    dtypes = backends.DTYPES if cases else (torch.float32, torch.bfloat16)
-    for op, dtype in itertools.product(ops or OPS, dtypes):
-        for number, (name, call, aligned) in enumerate(triton_calls.calls(op, dtype, cases)):
-            if cases and architecture != 90 and dtypes[number % len(dtypes)] != dtype:
-                continue
+    for op, dtype in itertools.product(ops or OPS, backends.DTYPES):
+        if cases:
+            calls = triton_calls.some_calls(op, dtype, architecture)
+        elif dtype in (torch.float32, torch.bfloat16):
+            calls = triton_calls.calls(op, dtype)
+        else:
+            continue
+        for name, call in calls:
             launched.clear()
             call()
             for kernel in launched:
@@ -99,7 +90,6 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
                     "op": op,
                     "threads": 32 * kernel.metadata.num_warps,
                     "shared": kernel.metadata.shared,
-                    "widest": _widest(kernel.asm["ptx"]) if aligned else {},
                     "cubin": str(path),
                 }
                 print(json.dumps(facts), flush=True)
