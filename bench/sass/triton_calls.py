@@ -173,7 +173,7 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def calls(op: str, dtype: torch.dtype) -> Iterator[Call]:
-    """Those that stand for an op in the table: the ones above or, where there are none, its cases."""
+    """Those that stand for an op in the table: the ones above, or its cases if there are none."""
     yield from CALLS[op](dtype) if op in CALLS else of_cases(op, dtype)
 
 
