@@ -30,6 +30,8 @@ class Finding:
         return None
 
 
+OF_21_CLASSES = "Open: in planes of 21 classes a tile holds all classes of its positions."
+
 # (what, pattern of "source kernel<...>", why). The first that fits counts. "Open:" begins what is a
 # true finding that nobody has mended or measured yet.
 EXPLAINED: list[tuple[str, str, str]] = [
@@ -55,6 +57,12 @@ EXPLAINED: list[tuple[str, str, str]] = [
         r"^triton/cross_entropy cross_entropy_kernel",
         "An exponential an element, its sum and the target's share: for 2-byte logits more than "
         "the memory of the fastest leaves time for.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^triton/optimizer_step \w+<bfloat16> (adamw kahan|sgdw stochastic)",
+        "Open: such rounding takes more than the bytes of 2-byte moments leave time for; in CUDA "
+        "the same step has instructions to spare.",
     ),
     (
         INSTRUCTIONS,
@@ -155,10 +163,24 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "Of a tile of 1,024 classes a thread of 256 holds four, 8 bytes of 2-byte logits.",
     ),
     (
-        SPILLS,
-        r"^triton/batch_norm backward_kernel<bfloat16> training small",
-        "Open: 8 bytes, on sm_100 alone.",
+        OCCUPANCY,
+        r"^triton/(cross_entropy|distillation) \w+<\w+> \w+\[4x21x65x67 ",
+        OF_21_CLASSES,
     ),
+    (
+        OCCUPANCY,
+        r"^triton/batch_norm \w+<\w+> batch_norm\[",
+        "Open: a program keeps a tile of the whole chain in registers, with an activation's slope "
+        "and dropout's draws; not measured against smaller tiles.",
+    ),
+    (SPILLS, r"^triton/cross_entropy \w+<\w+> \w+\[4x21x65x67 ", OF_21_CLASSES),
+    (
+        SPILLS,
+        r"^triton/cross_entropy cross_entropy_kernel<float(64|32)> \w+\[(\dx50257|5x8193) ",
+        "Open: up to 16 bytes of rows that are kept whole in float64, and of probabilities.",
+    ),
+    (SPILLS, r"^triton/distillation distillation_kernel<float16> \w+\[3x50257 ", "Open: 8 bytes."),
+    (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
 ]
 
 
