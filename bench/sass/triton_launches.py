@@ -44,7 +44,7 @@ class _Gpu:
 
 
 def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
-    """Compiles what the calls launch; each kernel that comes out the same is written once."""
+    """Compiles what the calls launch; of an op each kernel that comes out the same is told once."""
     import torch
     from sass import triton_calls
     from triton.runtime import driver
@@ -76,9 +76,9 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
             launched.clear()
             call()
             for kernel in launched:
-                if kernel.hash in seen:
+                if (op, kernel.hash) in seen:
                     continue
-                seen.add(kernel.hash)
+                seen.add((op, kernel.hash))
                 path = directory / f"{kernel.hash}.cubin"
                 fresh = path.with_suffix(f".{os.getpid()}")  # another process may read it
                 fresh.write_bytes(kernel.asm["cubin"])
