@@ -18,7 +18,7 @@ from typing import Any
 from reg_kernels import _console
 from reg_kernels.cli._files import write_whole
 
-from .sass import binary, compiling, table
+from .sass import binary, compiling, table, triton_launches
 from .sass.compiling import Missing
 from .sass.findings import findings
 from .sass.render import render
@@ -29,9 +29,13 @@ SCHEMA = 1
 
 def to_json(report: dict[str, Any]) -> str:
     """One kernel a line: a change shows as the lines of what it changed."""
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report["kernels"])
-    head = json.dumps({k: v for k, v in report.items() if k != "kernels"})
-    return f'{head[:-1]}, "kernels": [\n{rows}\n]}}\n'
+
+    def lines(key: str) -> str:
+        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report[key])
+        return f'"{key}": [\n{rows}\n]'
+
+    head = json.dumps({k: v for k, v in report.items() if k not in ("launches", "kernels")})
+    return f"{head[:-1]}, {lines('launches')}, {lines('kernels')}}}\n"
 
 
 def main() -> int:
@@ -49,8 +53,14 @@ def main() -> int:
     except (Missing, ImportError, RuntimeError, TimeoutError) as error:
         print(f"sass-report: {error}", file=sys.stderr)
         return 2
-    sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
-    report = {"schema": SCHEMA, "versions": versions, "sources": sources, "kernels": rows}
+    report = {
+        "schema": SCHEMA,
+        "versions": versions,
+        "sources": {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES},
+        "triton_sources": {op: table.digest_of_triton(op) for op in triton_launches.OPS},
+        "launches": [row for row in rows if "widths" not in row],
+        "kernels": [row for row in rows if "widths" in row],
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
     write_whole(RESULTS / "sass.md", lambda path: path.write_text(render(report)))
@@ -60,7 +70,7 @@ def main() -> int:
         where = f"{finding.kernel} on sm_{finding.architecture}"
         print(f"not explained: {where}: {finding.what}, {finding.detail}")
     print(
-        f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
+        f"{len(report['kernels'])} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
         f"{RESULTS / 'sass.md'}"
     )
     return 1 if unexplained else 0

@@ -6,12 +6,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest

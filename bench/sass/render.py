@@ -89,7 +89,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append("")
     lines += ["## Findings", "", "| what | kernel | where, and how much | why it is left |"]
     lines.append("|---|---|---|---|")
-    for (what, kernel), members in _grouped(f for row in rows for f in findings(row)):
+    found = (f for row in [*rows, *report["launches"]] for f in findings(row))
+    for (what, kernel), members in _grouped(found):
         reasons = sorted({f.reason or "**not explained**" for f in members})
         details = sorted({f"sm_{f.architecture}: {f.detail}" for f in members})
         more = f" and {len(details) - 3} more" if len(details) > 3 else ""
