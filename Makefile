@@ -80,7 +80,7 @@ bench: build
 bench-peers: $(READY)
 	$(PY) -m pip install --quiet --no-deps $(shell sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 
-# What got worse since OLD, a git revision or a report.json, in NEW, by default the one report.
+# What got worse since OLD, a git revision or a report.json, in NEW, by default this machine's report.
 OLD ?= HEAD
 bench-compare: $(READY)
 	$(PY) -m bench.compare $(OLD) $(NEW)

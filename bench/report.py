@@ -73,7 +73,7 @@ def write(folder: Path, data: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", lambda path: path.write_text(text))
     write_whole(folder / "report.md", lambda path: path.write_text(render(data)))
-    for name in {*CHARTS, *(path.name for path in folder.glob("*.svg"))} - {*data["charts"]}:
+    for name in CHARTS.keys() - data["charts"]:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
     for name in data["charts"]:
         draw, figures = CHARTS[name], data["results"]["bench"]

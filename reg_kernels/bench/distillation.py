@@ -108,7 +108,7 @@ def _case(
 
 
 def _functions(temperature: float) -> Makers:
-    """Of student, teacher and labels; eager's as one writes it."""
+    """Functions of student, teacher and labels. Eager's is as one writes it."""
     T = temperature
 
     def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
