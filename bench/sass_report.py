@@ -70,8 +70,8 @@ def main() -> int:
         where = f"{finding.kernel} on sm_{finding.architecture}"
         print(f"not explained: {where}: {finding.what}, {finding.detail}")
     print(
-        f"{len(report['kernels'])} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
-        f"{RESULTS / 'sass.md'}"
+        f"{len(report['kernels'])} kernels, {len(found)} predicted findings, {len(unexplained)} "
+        f"not explained: {RESULTS / 'sass.md'}"
     )
     return 1 if unexplained else 0
 
