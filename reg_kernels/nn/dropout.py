@@ -83,14 +83,12 @@ class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
 
 
 class DropPath(torch.nn.Module):
-    """Drops whole samples of a branch (stochastic depth), by `functional.drop_path`.
+    """Drops whole samples of a branch by `functional.drop_path`: `layer(input, residual=None)`.
 
     Args:
         p: the probability of dropping a sample, in [0, 1].
         scale_by_keep: True divides the kept samples by the probability of keeping one.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
-
-    Call it as `layer(input, residual=None)`.
     """
 
     def __init__(self, p: float, scale_by_keep: bool = True, *, backend: str | None = None) -> None:

@@ -53,9 +53,8 @@ def drop_path(
         training: False drops nothing and scales nothing.
         scale_by_keep: False leaves the kept samples unscaled.
         residual: a tensor of the input's shape, dtype and device that is added, or None.
-        rng_state: the state of the draws, as in `dropout`.
         element_offset: the place of the input's first sample in the mask; it counts samples.
-        backend: "native", "triton" or "reference"; None takes the first that can run here.
+        rng_state, backend: as in `dropout`.
 
     Returns:
         A tensor of the input's shape and dtype; `input` itself where nothing is dropped and nothing
@@ -64,8 +63,7 @@ def drop_path(
     Raises:
         ValueError: `p` is outside [0, 1], or `backend` is unknown.
         TypeError: `input` or `residual` is no tensor, or `scale_by_keep` no bool.
-        RuntimeError: `input` has no dimensions, `residual` is unlike the input, and what else
-            `dropout` raises it for.
+        RuntimeError: `input` is no batch, `residual` unlike it, and as `dropout` raises it.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """

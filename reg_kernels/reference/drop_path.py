@@ -1,7 +1,4 @@
-"""Stochastic depth in plain PyTorch: whole samples of a residual branch are dropped.
-
-G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
-"""
+"""Stochastic depth in plain PyTorch (G. Huang et al., ECCV 2016): whole samples are dropped."""
 
 from __future__ import annotations
 
@@ -21,10 +18,8 @@ def drop_path(
     element_offset: int = 0,
     traced_p: Tensor | None = None,
 ) -> Tensor:
-    """y[n] = residual[n] + m[n] x[n], m = 0 or the scale, or 1: one draw a sample of x [N, ...].
-
-    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
-    """
+    """y[n] = residual[n] + m[n] x[n], m = 0, 1 or the scale: one draw a sample of x [N, ...].
+    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program."""
     threshold, scale = rate(p if traced_p is None else float(traced_p))
     compute, device = torch.promote_types(input.dtype, torch.float32), input.device
     drawn = half_words(rng_state.to(device), tag("droppath"), element_offset, len(input))
