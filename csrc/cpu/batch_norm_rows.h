@@ -46,13 +46,20 @@ int64_t channel_of(const BatchNormTask& task, int64_t column) {
   return task.channels_last ? column % task.channels : column / task.length;
 }
 
-// The channel constants of a strip's columns, in the compute type.
+// The rows of a unit that make up a tile: those that lie side by side, with no other strip between
+// them. One alone where a gate or a residual takes room in the first-level cache as well.
+RK_HD int64_t rows_of_tile(const BatchNormTask& task, const RowUnit& part, bool forward) {
+  const bool roomy = forward || (!task.residual && !task.gate);
+  return roomy && part.columns == task.plan.columns ? max(1, kTile / part.columns) : 1;
+}
+
+// The channel constants of a strip's columns, in the compute type, for so many rows side by side.
 template <typename C>
 struct StripConstants {
   alignas(64) C values[6][kColumns];
 
   // `kinds`: 3 for the affine ones, 6 with the gradient's.
-  StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds) {
+  StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds, int64_t rows) {
     const int64_t first = channel_of(task, part.first_column);
     for (int kind = 0; kind < kinds; ++kind) {
       const double* from = (kind < 3 ? task.affine : task.gradient) + kind % 3 * task.channels;
@@ -70,6 +77,7 @@ struct StripConstants {
           for (int64_t i = 0; i < task.length; ++i) to[j + i] = value;
         }
       }
+      for (int64_t j = part.columns; j < rows * part.columns; ++j) to[j] = to[j - part.columns];
     }
   }
 
@@ -178,7 +186,8 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   const Typed<T> typed(task);
-  const StripConstants<C> constants(task, part, 3);
+  const int64_t side = rows_of_tile(task, part, false) >= kRowsAtOnce ? kRowsAtOnce : 1;
+  const StripConstants<C> constants(task, part, 3, side);
   alignas(64) C buffer[kRowsAtOnce][kTile];
   alignas(64) uint8_t space[kBlock + 8];
   const int64_t stride = plan.columns;
@@ -192,9 +201,11 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
       const ChannelColumns<C> p = constants.from(j);
       const int64_t first = row * stride + part.first_column + j;
       const C* d[kRowsAtOnce];
-      for (int64_t r = 0; r < rows; ++r) {
+      const int64_t step = rows == kRowsAtOnce ? side : 1;
+      for (int64_t r = 0; r < rows; r += step) {
         const uint8_t* tile = flags ? flags + r * part.columns + j : nullptr;
-        d[r] = typed.gradient_tile(p, first + r * stride, n, lead, tile, buffer[r]);
+        d[r] = typed.gradient_tile(p, first + r * stride, step * n, lead, tile, buffer[r]);
+        for (int64_t k = 1; k < step; ++k) d[r + k] = d[r] + k * n;
       }
       const T *x = typed.x + first, *g = typed.grad_output + first;
       double *s = d_sum + j, *q = dx_sum + j;
@@ -258,7 +269,8 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   Typed<T> typed(task);
-  const StripConstants<C> constants(task, part, kForward ? 3 : 6);
+  const int64_t tile = typed.tile(kForward), side = rows_of_tile(task, part, kForward);
+  const StripConstants<C> constants(task, part, kForward ? 3 : 6, side);
   alignas(64) uint8_t space[kBlock + 8];
 
   const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
@@ -266,9 +278,10 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
     const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
     if (!kForward && bits) unpack_bits(bits, count, space);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += kTile) {
-        const int64_t n = min(kTile, columns - j);
+    for (int64_t r = 0; r < rows; r += side) {
+      const int64_t beside = (min(side, rows - r) - 1) * part.columns + columns;
+      for (int64_t j = 0; j < beside; j += tile) {
+        const int64_t n = min(tile, beside - j);
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
         uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
         if constexpr (kForward) {

@@ -47,25 +47,63 @@ struct Prefetch {
   }
 };
 
+// Calls `plain` for no activation and for relu, whose loops are short beside a call, and `other`
+// for those that compute longer.
+template <typename Plain, typename Other>
+RK_HD void for_plain(Activation activation, const Plain& plain, const Other& other) {
+  if (activation == Activation::none) {
+    plain.template operator()<Activation::none>();
+  } else if (activation == Activation::relu) {
+    plain.template operator()<Activation::relu>();
+  } else {
+    other();
+  }
+}
+
+template <typename F>
+RK_HD void for_other(Activation activation, const F& f) {
+  if (activation == Activation::leaky_relu) {
+    f.template operator()<Activation::leaky_relu>();
+  } else if (activation == Activation::silu) {
+    f.template operator()<Activation::silu>();
+  } else {
+    f.template operator()<Activation::gelu>();
+  }
+}
+
 // y = activation(x scale + offset) in one go.
+template <Activation kActivation, typename L, typename P>
+RK_HD void map_as(const P& p, compute_t<L> below, const L* x, int64_t count, L* y, bool stream,
+                  int64_t lead) {
+  write_each(
+      y, count, stream,
+      [=](int64_t i)
+          RK_INLINE { return store<L>(activate<kActivation>(p.apply(load(x[i]), i), below)); },
+      Prefetch<L>{x, nullptr, lead});
+}
+
 template <typename L, typename P>
-RK_STAGE void map_activated(const P& constants, Activation activation, compute_t<L> below,
-                            const L* x, int64_t count, L* y, bool stream, int64_t lead) {
-  const P p = constants;
-  for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
-    write_each(
-        y, count, stream,
-        [=](int64_t i)
-            RK_INLINE { return store<L>(activate<kActivation>(p.apply(load(x[i]), i), below)); },
-        Prefetch<L>{x, nullptr, lead});
+RK_STAGE void map_other(const P& p, Activation activation, compute_t<L> below, const L* x,
+                        int64_t count, L* y, bool stream, int64_t lead) {
+  for_other(activation, [&]<Activation kActivation>() RK_INLINE {
+    map_as<kActivation>(p, below, x, count, y, stream, lead);
   });
+}
+
+template <typename L, typename P>
+RK_HD void map_activated(const P& p, Activation activation, compute_t<L> below, const L* x,
+                         int64_t count, L* y, bool stream, int64_t lead) {
+  for_plain(
+      activation,
+      [&]<Activation kActivation>()
+          RK_INLINE { map_as<kActivation>(p, below, x, count, y, stream, lead); },
+      [&]() RK_INLINE { map_other(p, activation, below, x, count, y, stream, lead); });
 }
 
 // z, what the activation is applied to; `residual` may be null.
 template <typename L, typename P>
-RK_STAGE void preactivate(const P& constants, const L* x, const L* residual, int64_t count,
-                          compute_t<L>* z, int64_t lead) {
-  const P p = constants;
+RK_HD void preactivate(const P& p, const L* x, const L* residual, int64_t count, compute_t<L>* z,
+                       int64_t lead) {
   const Prefetch<L> ahead{x, residual, lead};
   if (residual) {
     write_each(
@@ -107,31 +145,46 @@ RK_STAGE void drop_tile(const uint16_t* drawn, uint16_t last_kept, bool any_kept
 }
 
 // The gradient behind the activation, which nothing else follows.
-template <typename L, typename P>
-RK_STAGE void differentiate(const P& constants, Activation activation, compute_t<L> below,
-                            const L* grad, const L* x, int64_t count, compute_t<L>* d,
-                            int64_t lead) {
+template <Activation kActivation, typename L, typename P>
+RK_HD void differentiate_as(const P& p, compute_t<L> below, const L* grad, const L* x,
+                            int64_t count, compute_t<L>* d, int64_t lead) {
   using C = compute_t<L>;
-  const P p = constants;
-  for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
-    write_each(
-        d, count, false,
-        [=](int64_t i) RK_INLINE {
-          const C g = load(grad[i]);
-          if constexpr (kActivation == Activation::none) return g;
-          const C z = p.apply(load(x[i]), i);
-          if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
-          return g * activation_derivative<kActivation>(z, below);
-        },
-        Prefetch<L>{grad, x, lead});
+  write_each(
+      d, count, false,
+      [=](int64_t i) RK_INLINE {
+        const C g = load(grad[i]);
+        if constexpr (kActivation == Activation::none) return g;
+        const C z = p.apply(load(x[i]), i);
+        if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
+        return g * activation_derivative<kActivation>(z, below);
+      },
+      Prefetch<L>{grad, x, lead});
+}
+
+template <typename L, typename P>
+RK_STAGE void differentiate_other(const P& p, Activation activation, compute_t<L> below,
+                                  const L* grad, const L* x, int64_t count, compute_t<L>* d,
+                                  int64_t lead) {
+  for_other(activation, [&]<Activation kActivation>() RK_INLINE {
+    differentiate_as<kActivation>(p, below, grad, x, count, d, lead);
   });
+}
+
+template <typename L, typename P>
+RK_HD void differentiate(const P& p, Activation activation, compute_t<L> below, const L* grad,
+                         const L* x, int64_t count, compute_t<L>* d, int64_t lead) {
+  for_plain(
+      activation,
+      [&]<Activation kActivation>()
+          RK_INLINE { differentiate_as<kActivation>(p, below, grad, x, count, d, lead); },
+      [&]() RK_INLINE { differentiate_other(p, activation, below, grad, x, count, d, lead); });
 }
 
 // What the gate lets through of a gradient: `passed` times it, or `stopped` times it; of relu
 // nothing at all, whatever the gradient is.
 template <typename L>
-RK_STAGE void pass_gate(const uint8_t* flags, bool relu, compute_t<L> passed, compute_t<L> stopped,
-                        const L* grad, int64_t count, compute_t<L>* d, const Prefetch<L>& ahead) {
+RK_HD void pass_gate(const uint8_t* flags, bool relu, compute_t<L> passed, compute_t<L> stopped,
+                     const L* grad, int64_t count, compute_t<L>* d, const Prefetch<L>& ahead) {
   using C = compute_t<L>;
   if (relu) {
     write_each(
@@ -160,9 +213,8 @@ RK_STAGE void chain_derivative(Activation activation, C below, const C* z, int64
 
 // The input's gradient from the one behind the activation; x is read in training alone.
 template <typename L, typename P>
-RK_STAGE void input_gradient(const P& constants, bool training, const compute_t<L>* d, const L* x,
-                             int64_t count, L* y, bool stream, const Prefetch<L>& ahead) {
-  const P p = constants;
+RK_HD void input_gradient(const P& p, bool training, const compute_t<L>* d, const L* x,
+                          int64_t count, L* y, bool stream, const Prefetch<L>& ahead) {
   if (training) {
     write_each(
         y, count, stream,

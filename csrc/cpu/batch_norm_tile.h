@@ -1,4 +1,4 @@
-// What BatchNorm does to a tile: up to kTile elements that lie side by side.
+// What BatchNorm does to a tile: elements that lie side by side.
 //
 // Everything but the plain cases goes through the first-level cache, one stage after the other, so
 // that the stages (batch_norm_stages.h) need not be compiled in every combination.
@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 16384;  // elements of a block: its gate is packed, i
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
-// A task with its types, and what is done to a tile of up to kTile elements in storage order.
+// A task with its types, and what is done to a tile in storage order.
 template <typename T>
 struct Typed {
   using C = compute_t<T>;
@@ -55,6 +55,15 @@ struct Typed {
     if (task.stream) stream_fence();
   }
 
+  // Elements of a tile at the most: few enough to stay in the first-level cache from one stage to
+  // the next, or more where there is one loop alone.
+  int64_t tile(bool forward) const {
+    const bool alone = forward
+                           ? !kWidens && !residual && !drops
+                           : sizeof(T) == sizeof(C) && activation == Activation::none && !task.gate;
+    return alone ? kColumns : kTile;
+  }
+
   // Elements as loops read them: where they lie, or widened into a buffer, which asks for those
   // ahead.
   static const L* as_loops_read(const T* from, int64_t count, [[maybe_unused]] C* buffer,
@@ -65,6 +74,11 @@ struct Typed {
     } else {
       return from;
     }
+  }
+
+  // to[i] = from[i], rounded.
+  RK_HD void write_rounded(const C* from, int64_t count, T* to, const Prefetch<T>& ahead) const {
+    write_each(to, count, task.stream, Narrowed<T>{from}, ahead);
   }
 
   // What is left to ask for once they are read.
@@ -79,7 +93,7 @@ struct Typed {
   // What the activation is applied to. Here and below, `lead` is how many elements on from these to
   // prefetch the same tensors, 0 for not at all.
   template <typename P>
-  void preactivation(const P& p, int64_t first, int64_t count, int64_t lead, C* z) const {
+  RK_HD void preactivation(const P& p, int64_t first, int64_t count, int64_t lead, C* z) const {
     const T *from = x + first, *added = residual ? residual + first : nullptr;
     alignas(64) C wide[kWide];
     const L* values = as_loops_read(from, count, z, {from, added, lead});
@@ -109,13 +123,13 @@ struct Typed {
       const uint16_t* drawn = draws.fill(rng, first, count);
       drop_tile(drawn, last_kept, task.threshold != 0, scale, count, z, flags);
     }
-    narrow(z, count, y + first, task.stream, Prefetch<T>{});
+    write_rounded(z, count, y + first, Prefetch<T>{});
   }
 
   // The gradient behind the activation, in `buffer` or where it lies already.
   template <typename P>
-  const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
-                         const uint8_t* flags, C* buffer) const {
+  RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
+                               const uint8_t* flags, C* buffer) const {
     const T* given = grad_output + first;
     const bool plain = activation == Activation::none && !flags;
     if constexpr (sizeof(T) == sizeof(C)) {
@@ -153,7 +167,7 @@ struct Typed {
     // A tile of its own has prefetched already.
     Prefetch<T> ahead{grad_output + first, from, d == buffer ? 0 : lead};
     if (grad_residual) {
-      narrow(d, count, grad_residual + first, task.stream, ahead);
+      write_rounded(d, count, grad_residual + first, ahead);
       ahead.lead = 0;
     }
     if (!grad_input) return;

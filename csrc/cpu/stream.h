@@ -89,29 +89,35 @@ RK_HD void fill_lines(T* y, int64_t i, int64_t count, const F& f) {
 // while the next one is computed (measured: 1.2 of the fused loop's time), and so does prefetching
 // for one at once. `ahead(i, n)` is called before elements [i, i + n), to prefetch what it will.
 //
-// f stands here twice, in whole lines and in what lies before and after them: each copy is a loop
-// that the compiler takes its time over, for every f there is.
+// Each copy of f is a loop that the compiler takes its time over, for every f that there is: of the
+// elements before the first line there are few, and their copy is a scalar one.
 template <typename T, typename F, typename Ahead>
 RK_HD void write_each(T* y, int64_t count, bool stream, const F& f, const Ahead& ahead) {
   constexpr int64_t kChunk = 4 * kLine / static_cast<int64_t>(sizeof(T));
-  const int64_t past_line = stream ? reinterpret_cast<uintptr_t>(y) % kLine : 0;
   int64_t i = 0;
-  int64_t stop = past_line ? min((kLine - past_line) / static_cast<int64_t>(sizeof(T)), count) : 0;
-  for (bool last = false;; last = true, stop = count) {
-    if (last) ahead(i, count - i);
-    fill(y, i, stop, f);
-    if (last) return;
-    for (i = stop; i + kChunk <= count; i += kChunk) {
+  if (stream) {
+    for (; i < count && reinterpret_cast<uintptr_t>(y + i) % kLine; ++i) {
+      y[i] = f(i);
+      asm volatile("");  // which keeps it scalar
+    }
+  }
+  if (stream) {
+    for (; i + kChunk <= count; i += kChunk) {
       ahead(i, kChunk);
       alignas(kLine) T lines[kChunk];
-      fill_lines(stream ? lines : y + i, i, kChunk, f);
-      if (!stream) continue;
+      fill_lines(lines, i, kChunk, f);
       for (int64_t j = 0; j < 4; ++j) {
         stream_line(reinterpret_cast<char*>(y + i) + j * kLine,
                     reinterpret_cast<char*>(lines) + j * kLine);
       }
     }
   }
+  for (; i + kChunk <= count; i += kChunk) {
+    ahead(i, kChunk);
+    fill_lines(y + i, i, kChunk, f);
+  }
+  ahead(i, count - i);
+  fill(y, i, count, f);
 }
 
 struct NothingAhead {
