@@ -100,8 +100,6 @@ RK_HD void write_each(T* y, int64_t count, bool stream, const F& f, const Ahead&
       y[i] = f(i);
       asm volatile("");  // which keeps it scalar
     }
-  }
-  if (stream) {
     for (; i + kChunk <= count; i += kChunk) {
       ahead(i, kChunk);
       alignas(kLine) T lines[kChunk];
