@@ -6,7 +6,7 @@
 // written, past the caches where y is larger than they are.
 #include "mixup.h"
 
-#include "narrow.h"
+#include "stream.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -47,65 +47,27 @@ void for_parts(const MixupTask& task, const MixupBox& box, int64_t begin, int64_
   if (outside < end) f(outside, end - outside, false);
 }
 
-// The loops over a part, of the elements as loops read them (loop_t).
-template <typename L, typename C>
-RK_HD void blend_part(const MixupWeights<C>& weights, bool replaces, const L* own, const L* partner,
-                      int64_t n, C* to) {
-  if (replaces) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = load(partner[i]);
-  } else if (weights.keeps()) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = load(own[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = weights.blend(static_cast<C>(load(own[i])), static_cast<C>(load(partner[i])));
-    }
-  }
-}
-
-template <typename L, typename C>
-RK_HD void scale_part(C share, const L* grad, int64_t n, C* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = share * static_cast<C>(load(grad[i]));
-}
-
-template <typename L, typename C>
-RK_HD void add_part(C share, const L* grad, int64_t n, C* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += share * static_cast<C>(load(grad[i]));
-}
-
-// Calls f(values, first, n) for elements [0, count) as loops read them: all of them at once, or
-// widened by the chunk.
-template <typename T, typename F>
-RK_HD void for_widened(const T* from, int64_t count, const F& f) {
-  if constexpr (sizeof(loop_t<T>) == sizeof(T)) {
-    f(from, int64_t{0}, count);
-  } else {
-    alignas(kLine) loop_t<T> wide[kMixupChunk];
-    for (int64_t first = 0; first < count; first += kMixupChunk) {
-      const int64_t n = min(kMixupChunk, count - first);
-      widen(from + first, n, wide, NothingAhead{});
-      f(wide, first, n);
-    }
-  }
-}
-
 // Elements [begin, begin + count) of a mixed sample into `values`.
 template <typename T, typename C>
 void blend(const MixupTask& task, const Source<T>& source, int64_t begin, int64_t count,
            C* values) {
   const auto weights = MixupWeights<C>::of(source.lam);
   for_parts(task, source.box, begin, count, [&](int64_t first, int64_t n, bool inside) {
-    const bool replaces = inside || weights.replaces();
+    const T* own = source.own + first;
+    const T* partner = source.partner + first;
     C* to = values + (first - begin);
-    for_widened(source.own + first, n, [&](const auto* own, int64_t at, int64_t part) {
-      for_widened(source.partner + first + at, part, [&](const auto* partner, int64_t, int64_t) {
-        blend_part(weights, replaces, own, partner, part, to + at);
-      });
-    });
+    if (inside || weights.replaces()) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) to[i] = load(partner[i]);
+    } else if (weights.keeps()) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) to[i] = load(own[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        to[i] = weights.blend(static_cast<C>(load(own[i])), static_cast<C>(load(partner[i])));
+      }
+    }
   });
 }
 
@@ -115,14 +77,14 @@ void keep_share(const MixupTask& task, const Source<T>& source, int64_t begin, i
                 C* values) {
   const C own = MixupWeights<C>::of(source.lam).own;
   for_parts(task, source.box, begin, count, [&](int64_t first, int64_t n, bool inside) {
+    const T* grad = source.own + first;
     C* to = values + (first - begin);
     if (inside || own == 0) {
       for (int64_t i = 0; i < n; ++i) to[i] = 0;
-      return;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) to[i] = own * static_cast<C>(load(grad[i]));
     }
-    for_widened(source.own + first, n, [&](const auto* grad, int64_t at, int64_t part) {
-      scale_part(own, grad, part, to + at);
-    });
   });
 }
 
@@ -132,49 +94,41 @@ void add_share(const MixupTask& task, const Source<T>& source, int64_t begin, in
                C* values) {
   const C rest = MixupWeights<C>::of(source.lam).partner;
   for_parts(task, source.box, begin, count, [&](int64_t first, int64_t n, bool inside) {
+    const T* grad = source.own + first;
     C* to = values + (first - begin);
     const C share = inside ? C(1) : rest;
     if (share == 0) return;
-    for_widened(source.own + first, n, [&](const auto* grad, int64_t at, int64_t part) {
-      add_part(share, grad, part, to + at);
-    });
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] += share * static_cast<C>(load(grad[i]));
   });
 }
 
 // `values` of the elements from `first` on, of one channel, to y.
 template <typename T, typename C>
-RK_STAGE void write(const MixupTask& task, const C* values, int64_t first, int64_t channel,
-                    int64_t count, T* y, bool stream) {
-  if constexpr (sizeof(loop_t<T>) != sizeof(T)) {
-    alignas(kLine) loop_t<T> wide[kMixupChunk];
-    // Pieces end where a line of y does: what is streamed are whole lines.
-    int64_t n =
-        kMixupChunk - static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) % kLine / sizeof(T));
-    for (int64_t i = 0; i < count; i += n, n = kMixupChunk) {
-      n = min(n, count - i);
-      write(task, values + i, first + i, channel, n, wide, false);
-      narrow(wide, n, y + i, stream, NothingAhead{});
-    }
-    return;
+void write(const MixupTask& task, const C* values, int64_t first, int64_t channel, int64_t count,
+           T* y) {
+  const C* scale = static_cast<const C*>(task.scale);
+  const C* shift = static_cast<const C*>(task.shift);
+  if (scale == nullptr) {
+    write_each(y, count, task.stream,
+               [=](int64_t i) __attribute__((always_inline)) { return store<T>(values[i]); });
+  } else if (task.constant) {
+    const C k = scale[channel], d = shift ? shift[channel] : C(0);
+    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
+      return store<T>(values[i] * k + d);
+    });
   } else {
-    const C* scale = static_cast<const C*>(task.scale);
-    const C* shift = static_cast<const C*>(task.shift);
-    if (scale == nullptr) {
-      write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(values[i]); });
-    } else if (task.constant) {
-      const C k = scale[channel], d = shift ? shift[channel] : C(0);
-      write_each(y, count, stream,
-                 [=](int64_t i) RK_INLINE { return store<T>(values[i] * k + d); });
-    } else if (shift == nullptr) {
-      scale += first;
-      write_each(y, count, stream,
-                 [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i]); });
-    } else {
-      scale += first;
-      shift += first;
-      write_each(y, count, stream,
-                 [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i] + shift[i]); });
+    scale += first;
+    if (shift == nullptr) {
+      write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
+        return store<T>(values[i] * scale[i]);
+      });
+      return;
     }
+    shift += first;
+    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
+      return store<T>(values[i] * scale[i] + shift[i]);
+    });
   }
 }
 
@@ -183,12 +137,12 @@ template <typename T, typename C>
 void write_sample(const MixupTask& task, const C* values, int64_t first, int64_t count, T* y) {
   if (!task.constant) {
     const int64_t period = task.to_channels_last ? task.layout.channels : task.numel;
-    return write(task, values, first % period, 0, count, y + first, task.stream);
+    return write(task, values, first % period, 0, count, y + first);
   }
   while (count > 0) {  // channel by channel
     const int64_t channel = first / task.layout.length;
     const int64_t n = min(count, (channel + 1) * task.layout.length - first);
-    write(task, values, 0, channel, n, y + first, task.stream);
+    write(task, values, 0, channel, n, y + first);
     values += n;
     first += n;
     count -= n;
