@@ -62,10 +62,11 @@ build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
 
 # The dependencies first and without a build of their own; `build` then compiles against them, and
-# only what has changed.
+# only what has changed. Python compiles what is imported as it is: pip would take half a minute for
+# all that there is.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable '.[dev]'
+	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # What was written is in the README even where something failed.
