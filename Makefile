@@ -27,7 +27,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 .PHONY: demo test test-sanitized lint build bench bench-peers bench-compare sass-report gpu-report clean
 
 # Of the CPU kernels those that this machine runs, unless told otherwise: the other instruction
-# sets' would take two thirds of the time. Whatever needs them (test, bench, build) adds them.
+# sets' would double the time. Whatever needs them (test, bench, build) adds them.
 demo: export REG_KERNELS_ISA ?= native
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
