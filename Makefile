@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test test-sanitized lint build bench bench-peers bench-compare sass-report gpu-report clean
+.PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare sass-report gpu-report clean
 
 # Of the CPU kernels those that this machine runs, unless told otherwise: the other instruction
 # sets' would double the time. Whatever needs them (test, bench, build) adds them.
@@ -50,16 +50,23 @@ test-sanitized: $(READY)
 	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	$(SANITIZED_PY) -P -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
 	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
-	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) tests/every_op tests/ops tests/nn tests/optim \
+	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) \
+		-o "pythonpath=$(SANITIZED) . tests tests/emulation tests/triton" tests/every_op tests/ops tests/nn tests/optim \
 		-k "not triton and not reference and not compile and not opcheck"
 
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)
 	@$(call lint_with,ruff,format --quiet --check .)
+	@$(call lint_with,mypy,--no-error-summary)
 	@$(call lint_with,clang-format,--dry-run -Werror $(CXX_SOURCES))
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
+
+# The site of README, docs/ and the docstrings; tests/test_docs.py builds it, too.
+docs: $(READY)
+	$(PY) -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo "wrote build/docs/README.html"
 
 # The dependencies first and without a build of their own; `build` then compiles against them, and
 # only what has changed. Python compiles what is imported as it is: pip would take half a minute for
@@ -71,27 +78,27 @@ $(VENV)/.ready: pyproject.toml
 
 # What was written is in the README even where something failed.
 bench: build
-	$(PY) bench/report.py --time-limit 840; code=$$?; $(PY) bench/readme_table.py && exit $$code
+	$(PY) -m bench.report --time-limit 840; code=$$?; $(PY) -m bench.readme_table && exit $$code
 
 # Without what they depend on: timm's torchvision does not load beside a CPU build of torch.
 bench-peers: $(READY)
 	$(PY) -m pip install --quiet --no-deps $(shell sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 
-# What got worse since OLD, a git revision or a report.json, in NEW, by default the one report.
+# What got worse since OLD, a git revision or a report.json, in NEW, by default this machine's report.
 OLD ?= HEAD
 bench-compare: $(READY)
-	$(PY) bench/compare.py $(OLD) $(NEW)
+	$(PY) -m bench.compare $(OLD) $(NEW)
 
 # Needs nvcc and triton, no GPU: what the machine code of every GPU kernel says.
 sass-report: $(READY)
-	$(PY) bench/sass_report.py
+	$(PY) -m bench.sass_report
 
 # ONLY=tests,bench reruns those parts of the report.
 gpu-report: $(READY)
-	$(PY) bench/gpu_report.py $(if $(ONLY),--only $(ONLY)); code=$$?; \
-		$(PY) bench/readme_table.py && exit $$code
+	$(PY) -m bench.gpu_report $(if $(ONLY),--only $(ONLY)); code=$$?; \
+		$(PY) -m bench.readme_table && exit $$code
 
 clean:
-	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
 	rm -f reg_kernels/*.so reg_kernels/_build.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

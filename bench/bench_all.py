@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from reg_kernels import bench
 
-MODULES = (*(f"reg_kernels.bench.{name}" for name in bench.modules()), "growth", "models")
+MODULES = (*(f"reg_kernels.bench.{n}" for n in bench.modules()), "bench.growth", "bench.models")
 
 
 def test_benchmark(time_it: Callable[[], None]) -> None:

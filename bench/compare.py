@@ -1,14 +1,14 @@
 """Compares two reports' ratios and names what got worse.
 
-`python bench/compare.py OLD [NEW]`: each a report.json, or OLD a git revision whose report of
-NEW's device is meant, as in `python bench/compare.py HEAD`. NEW is the one report below
-bench/results unless it is given.
+`python -m bench.compare OLD [NEW]`: each a report.json, or OLD a git revision whose report of
+NEW's device is meant, as in `python -m bench.compare HEAD`. NEW is the report of this machine, or
+the only one below bench/results, unless it is given.
 
-Compared is what a slow minute of the machine leaves alone: each implementation's speed over the
-copy's, eager's, torch.compile's and the peers', taken within a round. A ratio counts as worse (or
-better) where its median fell (or rose) by more than the tolerance and the middle halves of the two
-sets of rounds do not overlap. Benchmarks that are gone and contenders that no longer run are named
-as well.
+It compares ratios, which a slow minute of the machine does not change: each implementation's speed
+over that of the copy, eager, torch.compile and the peers, taken within a round. A ratio counts as
+worse (or better) where its median fell (or rose) by more than the tolerance and the middle halves
+of the two sets of rounds do not overlap. It also names benchmarks that are gone and contenders that
+no longer run.
 
 Exit code: 0 nothing got worse, 1 something did, 2 the reports cannot be compared.
 """
@@ -16,60 +16,24 @@ Exit code: 0 nothing got worse, 1 something did, 2 the reports cannot be compare
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from reg_kernels import _console
+from reg_kernels.bench import _environment, _results
+from reg_kernels.bench._results import Key, Ratio
+
+from . import report
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from reg_kernels.bench import _report  # noqa: E402
-
-import report  # noqa: E402  (a script: the paths come first)
 
 TOLERANCE = 0.1
 COLUMNS = ("benchmark", "implementation", "speed over", "was", "is", "change")
-
-
-class Ratio(NamedTuple):
-    """How many times faster than another contender, over the rounds."""
-
-    lower: float  # quartile
-    median: float
-    upper: float
-
-    @classmethod
-    def of(cls, own: Sequence[float], other: Sequence[float]) -> Ratio:
-        ratios = [theirs / ours for ours, theirs in zip(own, other, strict=True)]
-        return cls(*statistics.quantiles(ratios, n=4, method="inclusive"))
-
-    def below(self, other: Ratio, tolerance: float) -> bool:
-        return self.median < other.median * (1 - tolerance) and self.upper < other.lower
-
-
-class Key(NamedTuple):
-    benchmark: str
-    implementation: str
-    other: str
-
-
-def ratios(data: dict[str, Any]) -> Iterator[tuple[Key, Ratio]]:
-    """The ratios of every implementation of ours."""
-    for case in data["results"]["bench"]["benchmarks"]:
-        timed = {row["name"]: row["seconds"] for row in case["contenders"] if "seconds" in row}
-        others = [name for name in timed if not _report.is_ours(case, name)]
-        for name in timed.keys() - others:
-            for other in others:
-                # What calls cost the host has nothing to do with bytes.
-                if other == "copy" and not _report.counts_bytes(case):
-                    continue
-                yield (
-                    Key(_report.key_of(case), name, other),
-                    Ratio.of(timed[name], timed[other]),
-                )
 
 
 class Comparison(NamedTuple):
@@ -80,23 +44,23 @@ class Comparison(NamedTuple):
 
 def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Comparison:
     """What changed from one report to another; ValueError where they are of different devices."""
-    if old["device"]["name"] != new["device"]["name"]:
-        raise ValueError(
-            "expected two reports of one device, got "
-            f"{old['device']['name']!r} and {new['device']['name']!r}"
-        )
+    # A fact that one of them does not state cannot tell them apart.
+    for what in ("type", "name", "family", "model", "isa"):
+        was, now = (data["device"].get(what) for data in (old, new))
+        if was is not None and now is not None and was != now:
+            raise ValueError(f"expected two reports of one device, got {what} {was!r} and {now!r}")
     for what in ("threads", "allocator", "options"):
         was, now = (data["results"]["bench"][what] for data in (old, new))
         if was != now:
             raise ValueError(f"expected two reports of the same {what}, got {was} and {now}")
-    before, after = dict(ratios(old)), dict(ratios(new))
+    before, after = (dict(_results.ratios(data["results"]["bench"])) for data in (old, new))
     worse, better = [], []
     for key in before.keys() & after.keys():
         was, now = before[key], after[key]
         row = (now.median / was.median, key, was, now)
-        if now.below(was, tolerance):
+        if _below(now, was, tolerance):
             worse.append(row)
-        elif was.below(now, tolerance):
+        elif _below(was, now, tolerance):
             better.append(row)
     gone = sorted(
         f"{k.benchmark}: {k.implementation} over {k.other}" for k in before.keys() - after.keys()
@@ -106,6 +70,10 @@ def compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Compa
     )
 
 
+def _below(ratio: Ratio, other: Ratio, tolerance: float) -> bool:
+    return ratio.median < other.median * (1 - tolerance) and ratio.upper < other.lower
+
+
 def _row(change: float, key: Key, was: Ratio, now: Ratio) -> tuple[str, ...]:
     return (*key, f"{was.median:.3g}", f"{now.median:.3g}", f"{change - 1:+.0%}")
 
@@ -113,6 +81,9 @@ def _row(change: float, key: Key, was: Ratio, now: Ratio) -> tuple[str, ...]:
 def find_new(path: Path | None) -> Path:
     if path is not None:
         return path
+    here = report.folder_of(_environment.facts_of(torch.device("cpu"))) / "report.json"
+    if here.is_file():
+        return here
     found = sorted(report.RESULTS.glob("*/report.json"))
     if len(found) != 1:
         names = ", ".join(str(p.relative_to(ROOT)) for p in found) or "none"
@@ -154,18 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         new = report.read(path)
         found = compare(read_old(args.old, path), new, args.tolerance)
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench/compare.py: {error}", file=sys.stderr)
+        print(f"bench.compare: {error}", file=sys.stderr)
         return 2
 
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=200)
     for title, rows in (("worse", found.worse), ("better", found.better)):
         if rows:
-            console.print(_report.rich_table(title, COLUMNS, rows))
+            _console.print_table(title, COLUMNS, rows)
     for line in found.gone:
-        console.print(f"no longer measured: {line}", highlight=False, markup=False)
-    console.print(f"{len(found.worse)} worse, {len(found.better)} better", highlight=False)
+        print(f"no longer measured: {line}")
+    print(f"{len(found.worse)} worse, {len(found.better)} better")
     return 1 if found.worse or found.gone else 0
 
 

@@ -1,18 +1,16 @@
 """pytest-benchmark over the definitions in reg_kernels/bench and in the modules beside this file.
 
-A test's `time_it` runs over every case of its file's `MODULES`, and over every contender. What
-runs one after the other cannot be compared on a machine that changes its speed: the contenders of a
-case are measured together, by `reg_kernels.bench.measure`, when the first of them is asked for, and
-pytest-benchmark is handed the seconds that were recorded, by way of a clock that shows them.
+A test's `time_it` is run for every benchmark of its file's `MODULES` and for every contender. On a
+machine that changes its speed, contenders that run one after the other cannot be compared. So
+`reg_kernels.bench.measure` measures the contenders of a benchmark together, when the first of them
+is asked for, and pytest-benchmark reads the recorded seconds from a clock that shows them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,6 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import _environment
-
-sys.path.insert(0, str(Path(__file__).parent))  # for models and growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
@@ -52,7 +48,7 @@ CLOCK = RecordedClock()
 
 def pytest_report_header() -> str:
     if DEVICE.type == "cuda":
-        return f"benchmarks on {_environment.device_name(DEVICE)}"
+        return f"benchmarks on {_environment.facts_of(DEVICE)['name']}"
     settings = " ".join(f"{name}={value}" for name, value in _environment.ALLOCATOR.items())
     warm = "keeps freed memory" if _environment.allocator() else f"is cold: set {settings}"
     return f"benchmarks on {torch.get_num_threads()} threads, malloc {warm}"

@@ -1,10 +1,10 @@
 """Builds for this machine's GPU, tests, sanitizes and measures on it, and writes a report.
 
-Everything runs in stages, each a process with a time limit, in at most 8 minutes and without a
-network. A stage that fails is reported and the rest still runs. The report in bench/results/<gpu>/,
-`report.json`, `report.md` and its charts, is written after every stage, so an interruption loses
-nothing; `--only` runs a part and leaves the other stages of a report of the same commit as they
-are. Where the sources are no git checkout, REG_KERNELS_COMMIT names their commit.
+Everything runs in stages, in at most 8 minutes and without a network. Each stage is a process with
+a time limit; if it fails, the report says so and the rest still runs. The report, `report.json`,
+`report.md` and its charts in bench/results/<gpu>/, is written after every stage, so an interruption
+loses nothing. `--only` runs some stages and keeps the others of a report of the same commit. Where
+the sources are no git checkout, REG_KERNELS_COMMIT names their commit.
 
 Exit code: 0 all stages passed or were not available, 1 one failed, 2 no GPU or bad arguments.
 """
@@ -26,12 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reg_kernels.bench import _environment, _results
+
+from . import report as reports
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from reg_kernels.bench import _environment  # noqa: E402
-
-import report as reports  # noqa: E402  (a script: the paths come first)
 
 BUDGET = 8 * 60.0
 RESERVE = 30.0  # of the budget: for starting, killing and writing
@@ -53,8 +52,8 @@ NO_TESTS = 5  # pytest's exit code where it selected none
 class Stage:
     """A process of its own.
 
-    `command[0]` is looked for on PATH and in the CUDA toolkit; {seconds} in a word becomes what the
-    stage may take.
+    `command[0]` is looked for on PATH and in the CUDA toolkit. {seconds} in a word is replaced by
+    the seconds that the stage may take.
     """
 
     name: str
@@ -121,7 +120,7 @@ def stages(folder: Path) -> list[Stage]:
             "bench",
             "benchmarks",
             (
-                *(python, "bench/report.py", "--device", "cuda", "--time-limit", "{seconds}"),
+                *(python, "-m", "bench.report", "--device", "cuda", "--time-limit", "{seconds}"),
                 *("--figures", str(folder / "bench.json")),
             ),
             330,  # what the other stages leave
@@ -201,8 +200,8 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _held_interrupts() -> Iterator[Callable[[], None]]:
-    """Holds interrupts back until what it yields is called, which raises KeyboardInterrupt where
-    one has come: a process that is being started could not be stopped yet."""
+    """Holds interrupts back until the function that it yields is called; that raises
+    KeyboardInterrupt where one has come. A process that is just being started cannot be stopped."""
     came: list[int] = []
     held = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in held}
@@ -221,7 +220,7 @@ def _held_interrupts() -> Iterator[Callable[[], None]]:
 
 
 def _portable(text: str) -> str:
-    """`text` without where this checkout and this Python happen to lie."""
+    """`text` without the paths of this checkout and this Python."""
     text = text.replace(sys.executable, "python").replace(f"{ROOT}/", "")
     text = text.replace(str(ROOT), ".")
     in_venv = sys.prefix != sys.base_prefix
@@ -233,7 +232,12 @@ class Report:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self._folder = folder
-        self.data: dict[str, Any] = {"schema": reports.SCHEMA, **facts, "stages": [], "results": {}}
+        self.data: dict[str, Any] = {
+            "schema": _results.SCHEMA,
+            **facts,
+            "stages": [],
+            "results": {},
+        }
 
     def adopt(self) -> None:
         """Takes over the stages of the report that is there, if that is of the same commit."""
@@ -335,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = _environment.environment(torch.device("cuda", torch.cuda.current_device()))
-    folder = reports.folder_of(facts["device"]["name"], args.out.resolve())
+    folder = reports.folder_of(facts["device"], args.out.resolve())
     try:
         return make_report(folder, facts, stages(folder), args.only)
     except (OSError, ValueError) as error:

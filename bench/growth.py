@@ -1,9 +1,9 @@
 """Growth: the time of one op against its size, and of an optimizer's step against its tensors.
 
-A curve is what the cases of one `series` make, from small to large, in float32. Each has ours by
-the backend that is chosen automatically, PyTorch as "eager" (its optimizers with `fused=True`) and
-the copy of as many bytes. An op's module says in `sized(scope, elements)` which of its cases grow,
-and in what shape.
+A curve consists of the benchmarks of one `series`, from small to large, in float32. Each compares
+ours, by the backend that is chosen automatically, with PyTorch as "eager" (its optimizers with
+`fused=True`) and with the copy of as many bytes. An op's module makes the points in
+`sized(scope, elements)`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ BUDGET = bench.Budget(seconds=0.3, least=3, most=10, sample=1e-3)
 SIZES = tuple(4**power for power in range(5, 15))  # elements: 2^10 to 2^28
 TENSORS = (1, 10, 100, 1000, 10_000)
 
-# Bytes an element that are alive at once: every contender's tensors, the copy's and the truth's, as
-# a process grew at 2^24 elements.
+# Bytes an element that are alive at once: the tensors of every contender, of the copy and of the
+# check. Measured by how much a process grew at 2^24 elements.
 _ALIVE = {dropout: 34, mixup: 36, cross_entropy: 34, batch_norm: 80, optimizer_step: 124}
-_SHARE = 0.4  # of the memory that there is, which a case may take
+_SHARE = 0.4  # of the machine's memory, which one benchmark may take
 _EAGER_DROPOUT_UP_TO = 2**26  # elements
 
 
 def cases(scope: bench.Scope) -> list[bench.Benchmark]:
-    """Curve by curve; of a size that does not fit into memory there is the reason alone."""
+    """Curve by curve. A size that does not fit into memory has a reason in place of contenders."""
     scope = dataclasses.replace(scope, compiled=False)
     result = []
     for module in _ALIVE:
@@ -69,7 +69,7 @@ def _memory(device: torch.device) -> int:
 def _point(
     case: bench.Benchmark, device: torch.device, series: str, skipped: Mapping[str, str]
 ) -> bench.Benchmark:
-    """`case` as one point of a curve: with the contenders of a curve, and without goals."""
+    """`case` as a point of a curve: it has a curve's contenders and no goals."""
     with backends.backend(None):
         ours = backends.choose(case.op, device.type, case.dtype)
     names = {ours: ours, (FUSED if case.direction == STEP else EAGER): EAGER}

@@ -5,7 +5,7 @@ the same batch. "eager" is PyTorch's layers and `torch.optim.AdamW` as people wr
 `fused=True` on a GPU and by its defaults, a loop over the parameters, on the CPU. Ours is
 `reg_kernels.convert(model, fuse=True)` of the same weights with `reg_kernels.optim.AdamW`, by the
 backend that is chosen automatically. Both have PyTorch's convolutions, matrix products and loss,
-which is most of the time: what is asked is whether the rest gets faster and stays so in company.
+which take most of the time. The question is whether the rest gets faster in their company, too.
 
 Shapes: images (N, C, H, W), labels (N,).
 """
@@ -28,21 +28,21 @@ from reg_kernels.bench._measure import EAGER, STEP
 from reg_kernels.bench._ways import in_layout
 from reg_kernels.cli._trainer import BATCH, REGULARISED, build_net
 
-# What is compared are the losses of steps that move them; what is timed are steps that do not, or
-# hundreds of them on one batch would lead to gradients of 0 and their denormal squares.
+# The check compares losses after steps that move the weights. The timed steps hardly move them:
+# hundreds of real steps on one batch would lead to gradients of 0, whose squares are denormal.
 STEPS_CHECKED = 3
 LR_CHECKED, LR_TIMED = 2e-5, 1e-6
 _IMAGES_CHECKED = 16  # the truth is in float64, which a GPU takes its time for
 
 
 class _Allowed(NamedTuple):
-    """How far roundings may take a loss: a share of it and, of all but the first, a share of what
-    it fell by.
+    """How far roundings may move a loss: by a share of it and, after the first step, by a share of
+    its fall since then.
 
-    AdamW's first steps go by a gradient's sign, and the roundings of a ResNet's few values a
-    channel turn signs and close relus: measured of a ResNet-50's fall 1 % in float32 and 40 % in
-    bfloat16 by autocast, with PyTorch's layers as with ours, and 2e-6 and 0.9 % of the loss itself.
-    Where no step is taken it is 100 %.
+    AdamW's first steps follow the sign of a gradient, and the roundings of a ResNet's few values a
+    channel turn signs and close relus. Measured with a ResNet-50, with PyTorch's layers as with
+    ours: 1 % of the fall in float32 and 40 % in bfloat16 by autocast, and 2e-6 and 0.9 % of the
+    loss itself. A step that is not taken at all makes 100 % of the fall.
     """
 
     of_loss: float

@@ -1,9 +1,8 @@
 """Measures every op, whole networks and growth curves, and writes a report of it.
 
-`report.json`, `report.md` and the charts `shares.svg`, `speedups.svg` and `growth.svg` go to
-bench/results/<device>/; `python bench/readme_table.py` then renews the README's results from them.
-It takes less than 15 minutes on two cores. Nothing is written before the end, nor when it is
-interrupted.
+`report.json`, `report.md` and the charts go to a folder of bench/results/ that is named after the
+device; `python -m bench.readme_table` then renews the pages' results from them. It takes less than
+15 minutes on two cores. Nothing is written before the end, nor when it is interrupted.
 
 Exit code: 0 written, 1 written, but a contender computed something else, 2 bad arguments.
 """
@@ -18,25 +17,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from reg_kernels.bench import _environment, _plots, _report, _results, _run
+from reg_kernels.cli._files import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from reg_kernels.bench import _environment, _plots, _report, _run  # noqa: E402  (a script: paths first)
-from reg_kernels.cli._files import write_whole  # noqa: E402
-
-SCHEMA = 2
 RESULTS = ROOT / "bench" / "results"
+GENERATED = "written by `make bench` or `make gpu-report`: do not edit"
 TAIL_OF_FAILURE, TAIL = 60, 30  # lines of a stage's output
 
 CHARTS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
-    "shares.svg": _plots.draw_shares,
-    "speedups.svg": _plots.draw_speedups,
-    "growth.svg": _plots.draw_growth,
+    "overview.png": _plots.draw_overview,
+    "shares.png": _plots.draw_shares,
+    "speedups.png": _plots.draw_speedups,
+    "growth.png": _plots.draw_growth,
 }
 
 
-def folder_of(device_name: str, results: Path = RESULTS) -> Path:
-    return results / _environment.slug(device_name)
+def folder_of(device: dict[str, Any], results: Path = RESULTS) -> Path:
+    return results / _environment.folder_name(device)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -51,8 +50,10 @@ def parse(text: str, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{name}: no JSON: {error}") from error
     found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{name}: expected a report of schema {SCHEMA}, got schema {found}")
+    if found != _results.SCHEMA:
+        raise ValueError(f"{name}: expected a report of schema {_results.SCHEMA}, got {found}")
+    if bench := data["results"].get("bench"):
+        data["results"]["bench"] = _results.expanded(bench, data)
     return data
 
 
@@ -62,11 +63,13 @@ def write(folder: Path, data: dict[str, Any]) -> None:
     Without matplotlib, which a machine without a network may lack, there are none.
     """
     bench = data["results"].get("bench")
-    data["copy_bandwidth"] = copy_bandwidth(bench)
     data["charts"] = list(CHARTS) if bench and importlib.util.find_spec("matplotlib") else []
-    text = _report.to_json(data)
+    kept = {"generated": GENERATED, **data}
+    if bench:
+        kept["results"] = data["results"] | {"bench": _results.condensed(bench, data)}
+    text = _results.to_json(kept)
     # What is drawn and printed comes of the file's own digits, so that it can be had from it again.
-    data = json.loads(text)
+    data = parse(text, "the report")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", lambda path: path.write_text(text))
     write_whole(folder / "report.md", lambda path: path.write_text(render(data)))
@@ -79,7 +82,7 @@ def write(folder: Path, data: dict[str, Any]) -> None:
 
 def charts_in_markdown(data: dict[str, Any], folder: str) -> list[str]:
     """A line for each chart of a report that lies in `folder`."""
-    return [f"![{name.removesuffix('.svg')}]({folder}/{name})" for name in data["charts"]]
+    return [f"![{Path(name).stem}]({folder}/{name})" for name in data["charts"]]
 
 
 def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
@@ -87,8 +90,8 @@ def copy_bandwidth(bench: dict[str, Any] | None) -> dict[str, float]:
     largest: dict[str, tuple[int, float]] = {}
     for case in (bench or {}).get("benchmarks", []):
         for row in case["contenders"]:
-            if row["name"] == "copy" and "median" in row and _report.counts_bytes(case):
-                found = (case["bytes"], row["bytes_per_second"])
+            if row["name"] == "copy" and "median" in row and _results.counts_bytes(case):
+                found = (case["bytes"], case["bytes"] / row["median"])
                 largest[case["dtype"]] = max(found, largest.get(case["dtype"], found))
     return {
         f"{dtype} {_report.format_bytes(count / 2)}": speed
@@ -100,6 +103,7 @@ def render(data: dict[str, Any]) -> str:
     """The report in Markdown."""
     device, versions = data["device"], data["versions"]
     lines = [
+        f"<!-- {GENERATED} -->",
         f"# {device['name']}",
         "",
         f"- commit: {_report.format_commit(data['commit'])}",
@@ -107,7 +111,7 @@ def render(data: dict[str, Any]) -> str:
         *([f"- driver: {device['driver'] or 'unknown'}"] if device["type"] == "cuda" else []),
         "- versions: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value),
     ]
-    for what, speed in data["copy_bandwidth"].items():
+    for what, speed in copy_bandwidth(data["results"].get("bench")).items():
         lines.append(f"- copy bandwidth, {what}: {speed / 1e12:.3f} TB/s read and written")
     if data["stages"]:
         lines += ["", "## Stages", ""]
@@ -115,9 +119,8 @@ def render(data: dict[str, Any]) -> str:
             (r["group"], r["name"], r["status"], f"{r['seconds']:.0f} s", r["reason"])
             for r in data["stages"]
         ]
-        lines.append(
-            _report.markdown_table(("group", "stage", "outcome", "time", "why"), rows, words=5)
-        )
+        columns = ("group", "stage", "outcome", "time", "why")
+        lines.append(_report.Table("stages", columns, rows, words=5).markdown())
     if bench := data["results"].get("bench"):
         lines += ["", "## Benchmarks", ""]
         lines += [f"{line}\n" for line in charts_in_markdown(data, ".")]
@@ -143,8 +146,7 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
 
     from reg_kernels import bench
 
-    import growth
-    import models
+    from . import growth, models
 
     device = torch.device(device_type)
     if device.type == "cuda":
@@ -193,35 +195,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"bench/report.py: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        print(f"bench.report: torch {torch.__version__} sees no GPU here", file=sys.stderr)
         return 2
     words = sys.argv[1:] if argv is None else argv
-    _run.warm_allocator(torch.device(args.device), [str(Path(__file__).resolve()), *words])
+    _run.warm_allocator(torch.device(args.device), ["-m", "bench.report", *words])
     try:
         figures = measure(args.device, args.time_limit, args.quick)
         if args.figures is not None:
-            write_whole(args.figures, lambda path: path.write_text(_report.to_json(figures)))
+            write_whole(args.figures, lambda path: path.write_text(_results.to_json(figures)))
             print(f"wrote {args.figures}")
         else:
-            folder = folder_of(figures["device"]["name"], args.out.resolve())
+            folder = folder_of(figures["device"], args.out.resolve())
             write(folder, report_of(figures))
-            print(_report.headline(figures, ("native", "triton")))
+            print(_report.headline(figures))
             print(f"wrote a report to {folder}")
     except OSError as error:
-        print(f"bench/report.py: {error}", file=sys.stderr)
+        print(f"bench.report: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return _run.INTERRUPTED
     for error in (errors := _report.wrong(figures)):
-        print(f"bench/report.py: wrong values: {error}", file=sys.stderr)
+        print(f"bench.report: wrong values: {error}", file=sys.stderr)
     return 1 if errors else 0
 
 
 def report_of(figures: dict[str, Any]) -> dict[str, Any]:
     """A report that holds figures and no stages."""
     facts = {key: figures[key] for key in ("commit", "date", "device", "versions")}
-    return {"schema": SCHEMA, **facts, "stages": [], "results": {"bench": figures}}
+    return {"schema": _results.SCHEMA, **facts, "stages": [], "results": {"bench": figures}}
 
 
 if __name__ == "__main__":

@@ -15,37 +15,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from reg_kernels import _console
+from reg_kernels.cli._files import write_whole
 
-from rich.console import Console  # noqa: E402  (a script: the path comes first)
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from sass import binary, compiling, table  # noqa: E402
-from sass.compiling import Missing  # noqa: E402
-from sass.findings import findings  # noqa: E402
-from sass.render import render  # noqa: E402
+from .sass import binary, compiling, table, triton_launches
+from .sass.compiling import Missing
+from .sass.findings import findings
+from .sass.render import render
 
-from reg_kernels.cli._files import write_whole  # noqa: E402
-
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 SCHEMA = 1
 
 
 def to_json(report: dict[str, Any]) -> str:
     """One kernel a line: a change shows as the lines of what it changed."""
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report["kernels"])
-    head = json.dumps({k: v for k, v in report.items() if k != "kernels"})
-    return f'{head[:-1]}, "kernels": [\n{rows}\n]}}\n'
+
+    def lines(key: str) -> str:
+        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report[key])
+        return f'"{key}": [\n{rows}\n]'
+
+    head = json.dumps({k: v for k, v in report.items() if k not in ("launches", "kernels")})
+    return f"{head[:-1]}, {lines('launches')}, {lines('kernels')}}}\n"
 
 
 def main() -> int:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         versions = table.versions()
         for name in ("cuobjdump", "nvdisasm"):
             binary.tool(name)
-        with Progress(*columns, console=console) as progress:
+        with _console.progress() as progress:
             task = progress.add_task("compiling", total=len(table.tasks()))
 
             def done(part: str) -> None:
@@ -53,10 +51,16 @@ def main() -> int:
 
             rows = table.build(done)
     except (Missing, ImportError, RuntimeError, TimeoutError) as error:
-        console.print(f"sass-report: {error}", style="red", markup=False)
+        print(f"sass-report: {error}", file=sys.stderr)
         return 2
-    sources = {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES}
-    report = {"schema": SCHEMA, "versions": versions, "sources": sources, "kernels": rows}
+    report = {
+        "schema": SCHEMA,
+        "versions": versions,
+        "sources": {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES},
+        "triton_sources": {op: table.digest_of_triton(op) for op in triton_launches.OPS},
+        "launches": [row for row in rows if "widths" not in row],
+        "kernels": [row for row in rows if "widths" in row],
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / "sass.json", lambda path: path.write_text(to_json(report)))
     write_whole(RESULTS / "sass.md", lambda path: path.write_text(render(report)))
@@ -64,10 +68,10 @@ def main() -> int:
     unexplained = [finding for finding in found if finding.reason is None]
     for finding in unexplained:
         where = f"{finding.kernel} on sm_{finding.architecture}"
-        console.print(f"not explained: {where}: {finding.what}, {finding.detail}", markup=False)
-    console.print(
-        f"{len(rows)} kernels, {len(found)} predicted findings, {len(unexplained)} not explained: "
-        f"{RESULTS / 'sass.md'}"
+        print(f"not explained: {where}: {finding.what}, {finding.detail}")
+    print(
+        f"{len(report['kernels'])} kernels, {len(found)} predicted findings, {len(unexplained)} "
+        f"not explained: {RESULTS / 'sass.md'}"
     )
     return 1 if unexplained else 0
 

@@ -1,8 +1,8 @@
-"""Fused regularisation kernels for PyTorch: CUDA C++, Triton and native CPU code.
+"""Fused regularisation kernels for PyTorch, in CUDA C++, Triton and native CPU code.
 
-`functional`, `nn` and `optim` are drop-in for torch's, `augment` mixes batches; `convert` swaps the
-layers of a model and fuses chains of them; `fold_batch_norm` prepares one for evaluation; `backend`
-picks the implementation.
+`functional`, `nn` and `optim` are drop-in for torch's; `augment` mixes the samples of a batch.
+`convert` swaps the layers of a model and fuses chains of them, and `revert` undoes it;
+`fold_batch_norm` prepares a model for inference. `backend` forces an implementation.
 """
 
 from . import augment, functional, nn, optim

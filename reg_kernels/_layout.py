@@ -14,7 +14,10 @@ def is_dense(x: Tensor) -> bool:
 def has_samples_outermost(x: Tensor) -> bool:
     """Whether each sample of a batch (N, ...) fills one stretch of memory, after the one before."""
     numel = x.numel()
-    return is_dense(x) and (len(x) < 2 or numel == 0 or x.stride(0) * len(x) == numel)
+    # torch.compile asks a tensor nothing of the other dense orders.
+    dense = is_channels_last if torch.compiler.is_compiling() else is_dense
+    fills = x.is_contiguous() or dense(x)
+    return fills and (len(x) < 2 or numel == 0 or x.stride(0) * len(x) == numel)
 
 
 def dense_like(x: Tensor) -> Tensor:

@@ -17,25 +17,30 @@ _FIELDS = ("labels", "partner_labels", "lam", "label_smoothing")
 
 
 class MixedTarget(Mapping[str, Any]):
-    r"""Labels of a mixed batch, for a loss :math:`\lambda\,\ell(a) + (1 - \lambda)\,\ell(b)`.
+    r"""The labels of a mixed batch, for a loss :math:`\lambda\,\ell(a) + (1 - \lambda)\,\ell(b)`.
 
-    `reg_kernels.nn.CrossEntropyLoss` and `DistillationLoss` take it as it is; `to_dense` makes
+    `reg_kernels.nn.CrossEntropyLoss` and `DistillationLoss` take it as it is. `to_dense` makes
     class probabilities of it for any other loss. DataLoader's workers, pinning, pickling and
-    `torch.compile` know what to do with it, and `default_collate` makes a batch of single targets.
+    `torch.compile` handle it, and `default_collate` makes a batch of single targets.
 
-    Its length is the number of samples, and target[samples] is the target of some of them. By the
-    names of its fields it is a mapping of tensors that have an entry for each sample, also of what
-    is one number for all, from which it can be made again: what joins, cuts, gathers or broadcasts
-    such mappings, as accelerate does, keeps to each sample its own shares. It has no comparison,
-    since there is none of two labels with one: `==` is a TypeError.
+    Its length is the number of samples, and `target[samples]` is the target of some of them. It is
+    also a mapping from the names of its fields to tensors with an entry for each sample, even where
+    a field is one number for all, and it can be made again from such a mapping. So whatever joins,
+    cuts, gathers or broadcasts mappings of tensors, as accelerate does, keeps each sample's shares
+    with it. `==` raises TypeError, since two labels cannot equal one.
 
     Attributes:
-        labels: the labels a of the samples, int64 (N, ...).
+        labels: the samples' own labels a, int64 (N, ...).
         partner_labels: the labels b of their partners, of the same shape.
-        lam: the share of the samples' own labels, in [0, 1]: (N,), or one number as a tensor of no
-            dimensions or a float.
-        label_smoothing: of both losses, in [0, 1].
+        lam: the share of the samples' own labels, in [0, 1]: (N,), or one number for all, as a
+            tensor of no dimensions or a float.
+        label_smoothing: the smoothing of both losses, in [0, 1].
     """
+
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor | float
+    label_smoothing: float
 
     def __init__(
         self,
@@ -44,15 +49,13 @@ class MixedTarget(Mapping[str, Any]):
         lam: Tensor | float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
+        fields: tuple[Any, ...] = (labels, partner_labels, lam, label_smoothing)
         if isinstance(labels, Mapping):
-            labels, partner_labels, lam, label_smoothing = (labels[name] for name in _FIELDS)
-            label_smoothing = _one_smoothing(label_smoothing)
+            fields = tuple(labels[name] for name in _FIELDS)
+            fields = (*fields[:3], _one_smoothing(fields[3]))
         elif partner_labels is None:
             raise TypeError("MixedTarget: partner_labels must be given")
-        self.labels = labels
-        self.partner_labels = partner_labels
-        self.lam = lam
-        self.label_smoothing = label_smoothing
+        self.labels, self.partner_labels, self.lam, self.label_smoothing = fields
 
     def _replace(self, **changes: Any) -> MixedTarget:
         """The same with other values of some fields."""
@@ -104,15 +107,15 @@ class MixedTarget(Mapping[str, Any]):
     __hash__ = None  # type: ignore[assignment]
 
     def to(self, *args: Any, **kwargs: Any) -> MixedTarget:
-        """On another device, as `Tensor.to(device, non_blocking=...)`; a floating-point dtype is
-        that of `lam`, another is left out of account."""
+        """Returns the target on another device, as `Tensor.to(device, non_blocking=...)` does. A
+        floating-point dtype becomes that of `lam`; any other dtype is ignored.
+        """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and not dtype.is_floating_point:  # of a batch of bytes, say
-            dtype = None
-        options = {"device": device, "non_blocking": non_blocking}
+        options: Any = {"device": device, "non_blocking": non_blocking}
         lam = self.lam
         if isinstance(lam, Tensor):
-            lam = lam.to(dtype=dtype or lam.dtype, **options)
+            is_of_lam = dtype is not None and dtype.is_floating_point  # not a batch of bytes' dtype
+            lam = lam.to(dtype=dtype if is_of_lam else lam.dtype, **options)
         return self._replace(
             labels=self.labels.to(**options),
             partner_labels=self.partner_labels.to(**options),
@@ -120,7 +123,9 @@ class MixedTarget(Mapping[str, Any]):
         )
 
     def pin_memory(self) -> MixedTarget:
-        """In page-locked memory, for copies to a GPU that nobody waits for."""
+        """Returns the target in page-locked memory, from which copies to a GPU need not be
+        waited for.
+        """
         lam = self.lam.pin_memory() if isinstance(self.lam, Tensor) else self.lam
         return self._replace(
             labels=self.labels.pin_memory(),
@@ -129,18 +134,20 @@ class MixedTarget(Mapping[str, Any]):
         )
 
     def to_dense(self, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Class probabilities (N, num_classes, ...), of a single target (num_classes,):
-        lam smooth(a) + (1 - lam) smooth(b), where smooth(y) is (1 - label_smoothing) one_hot(y) +
-        label_smoothing / num_classes.
+        """Returns class probabilities (N, num_classes, ...), or (num_classes,) for a single target.
+
+        They are lam smooth(a) + (1 - lam) smooth(b), where smooth(y) is (1 - label_smoothing)
+        one_hot(y) + label_smoothing / num_classes.
 
         Args:
-            num_classes: at least 1; the labels lie below it, none is an ignore_index.
-            dtype: of the result.
+            num_classes: the number of classes, at least 1. All labels lie below it; none is an
+                ignore_index.
+            dtype: the dtype of the result.
 
         Raises:
-            ValueError: `num_classes` below 1, a smoothing or, on the CPU, a share outside of
-                [0, 1], or another number of shares than 1 and N.
-            IndexError: on the CPU, a label that is not in [0, num_classes).
+            ValueError: `num_classes` is below 1, a smoothing is outside [0, 1], the number of
+                shares is neither 1 nor N, or, on the CPU, a share is outside [0, 1].
+            IndexError: on the CPU, a label is not in [0, num_classes).
         """
         num_classes = integer("MixedTarget.to_dense", "num_classes", num_classes)
         smoothing = number("MixedTarget.to_dense", "label_smoothing", self.label_smoothing)
@@ -171,6 +178,7 @@ class MixedTarget(Mapping[str, Any]):
                         f"MixedTarget.to_dense: labels must be in [0, {num_classes}), "
                         f"got {int(wrong[0])}"
                     )
+            got: object
             if isinstance(lam, Tensor):
                 within, got = bool(((lam >= 0) & (lam <= 1)).all()), lam.tolist()
             else:
@@ -193,7 +201,7 @@ class MixedTarget(Mapping[str, Any]):
 
 
 def _one_smoothing(smoothing: Any) -> Any:
-    """That of a batch, of what each sample has; of what is no tensor, as it is."""
+    """The one smoothing of a batch, from those of its samples. What is no tensor is returned."""
     if not isinstance(smoothing, Tensor):
         return smoothing
     different = smoothing.unique().tolist() or [0.0]

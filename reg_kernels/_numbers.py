@@ -16,7 +16,7 @@ def number(op: str, argument: str, value: Any, expected: str = "a number") -> fl
     """A real number as a float: Python's or numpy's, or a tensor of no dimensions and without a
     gradient, as torch takes it where a float is wanted. Who is in a hurry skips it for a float."""
     if type(value) is float or isinstance(value, torch.SymFloat | torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]  # a compiled program's stand for numbers
     if isinstance(value, Tensor):
         real = value.dim() == 0 and not (value.requires_grad or value.is_complex())
     elif torch.compiler.is_compiling():  # which has numpy's scalars for arrays
@@ -31,7 +31,7 @@ def number(op: str, argument: str, value: Any, expected: str = "a number") -> fl
 def integer(op: str, argument: str, value: Any) -> int:
     """An integer as an int: Python's or numpy's, or a tensor of one."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

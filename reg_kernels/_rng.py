@@ -6,6 +6,7 @@ numbers again. csrc/include/reg_kernels/philox.h states the contract that turns 
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -30,7 +31,6 @@ TAG_ROUNDING = tag("rounding")
 
 _CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-_STATE = torch.empty(2, dtype=torch.int64, device=_CPU)
 _advancing = threading.Lock()  # two threads of ours must not take one offset
 _CUDA_OFFSET = 4  # what a call takes from a CUDA generator; its offsets are multiples of 4
 
@@ -47,9 +47,15 @@ def draw_state(device: torch.device, host: Tensor | None = None) -> Tensor:
         return state if host is None else host.copy_(state)
     if host is not None and device == _CPU:
         return host.random_()
-    if device == _CPU and torch._C._get_dispatch_mode(_FAKE) is None:
-        return torch.empty_like(_STATE).random_()  # torch.empty takes a fifth longer
+    if device == _CPU and torch._C._len_torch_dispatch_stack() == 0:  # nobody records the call
+        return torch.empty_like(_template()).random_()  # torch.empty takes a fifth longer
     return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+@functools.cache
+def _template() -> Tensor:
+    """What a state on the CPU is made like."""
+    return torch.empty(2, dtype=torch.int64, device=_CPU)
 
 
 def _generator_is_at_hand() -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .backends import DTYPES
+from ._dtypes import DTYPES
 
 ROWS = (
     *("grad", "param", "first_moment", "second_moment", "max_second_moment", "ema"),

@@ -1,10 +1,10 @@
 """Which implementation an op runs, and why the others cannot.
 
-An op has up to three: `native` (C++ on the CPU, CUDA C++ on a GPU), `triton` and `reference` (plain
-PyTorch). The first that can run on the input's device and dtype is taken, in that order. One can be
-forced for a block by `with reg_kernels.backend("triton"):`, for a call by its `backend=` argument
-and for a process by the environment variable REG_KERNELS_BACKEND; a forced one that cannot run
-raises `BackendUnavailable` and never falls back.
+An op has up to three on a device: `native` (C++ on the CPU, CUDA C++ on a GPU), `triton` and
+`reference` (plain PyTorch). The first that can run on the input's device and dtype is taken, in
+that order. `with reg_kernels.backend("triton"):` forces one for a block, an argument `backend=` for
+a call, and the environment variable REG_KERNELS_BACKEND for a process. A forced implementation that
+cannot run raises `BackendUnavailable` and never falls back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ._dtypes import DTYPES, SUPPORTED, named
+from ._dtypes import DTYPES as DTYPES
+from ._dtypes import SUPPORTED, named
 
 NAMES = ("native", "triton", "reference")
 
@@ -29,7 +30,7 @@ _forced: str | None = os.environ.get(_ENVIRONMENT) or None
 
 
 class BackendUnavailable(RuntimeError):
-    """A forced implementation that cannot run here; the message says why and what helps."""
+    """A forced implementation cannot run here. The message says why, and which ones can."""
 
 
 def check_name(name: str, source: str) -> str:
@@ -41,13 +42,13 @@ def check_name(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Forces an implementation inside a `with` block, in every thread; None: the automatic choice.
+    """Forces an implementation inside a `with` block, in every thread.
 
     Args:
-        name: "native", "triton", "reference" or None.
+        name: "native", "triton" or "reference"; None makes the choice automatic.
 
     Raises:
-        ValueError: for another name.
+        ValueError: the name is another one.
 
     The backward of a call runs where its forward did, whatever is forced by then.
     """
@@ -118,7 +119,13 @@ def triton_interpreted() -> bool:
 # A fact of the process: torch.compile takes it as a constant, not as code to trace.
 @torch.compiler.assume_constant_result
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why implementation `name` cannot run on this device and dtype, or None where it can."""
+    """Says why an implementation cannot run, or returns None where it can.
+
+    Args:
+        name: "native", "triton" or "reference".
+        device_type: the type of the device, as `torch.device.type` names it.
+        dtype: the dtype of the input.
+    """
     if dtype not in DTYPES:
         return f"dtype {named(dtype)} is none of {SUPPORTED}"
     if name == "reference":
@@ -139,17 +146,18 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> str:
-    """The implementation that `op` runs on this device and dtype.
+    """Returns the name of the implementation that `op` runs on this device and dtype.
 
     Args:
-        op: the op's name, for the message.
-        device_type: as `torch.device.type`.
-        name: the implementation to force; None takes what `backend(...)` or REG_KERNELS_BACKEND
+        op: the name of the op, for the message of an error.
+        device_type: the type of the device, as `torch.device.type` names it.
+        dtype: the dtype of the input.
+        name: the implementation to force. None takes what `backend(...)` or REG_KERNELS_BACKEND
             forces, else the first that can run.
 
     Raises:
-        BackendUnavailable: a forced implementation cannot run here.
-        ValueError: `name` names none.
+        BackendUnavailable: the forced implementation cannot run here.
+        ValueError: there is no implementation of that name.
     """
     if name is not None:
         check_name(name, "backend")

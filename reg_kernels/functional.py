@@ -1,4 +1,4 @@
-"""The ops as functions, in the manner of torch.nn.functional."""
+"""The ops as functions, with the arguments of `torch.nn.functional` and a few of their own."""
 
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.cross_entropy import cross_entropy

@@ -21,6 +21,8 @@ from support import DEVICE, DTYPES, implementations
 
 CASES = all_cases()
 SMALL = [case for case in CASES if case.small]
+DIFFERENTIABLE = [c for c in SMALL if c.differentiable and not c.op.endswith("_backward")]
+IN_PLACE = [case for case in SMALL if case.over]
 IMPLEMENTATIONS = implementations()
 
 on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
@@ -51,8 +53,32 @@ def cells(cases: list[Case], *dtypes: torch.dtype) -> Any:
 
 def one_an_op(cases: list[Case]) -> list[Case]:
     """The largest of the cases of each op."""
-    size = {case: sum(x.numel() for x in inputs_of(case, torch.float32)) for case in cases}
-    return [max((c for c in cases if c.op == op), key=size.get) for op in {c.op: 0 for c in cases}]
+    return _largest({case: case.op for case in cases})
+
+
+def kinds_of(cases: list[Case]) -> list[Case]:
+    """The largest of those of each op that take as many inputs, in or out of their order, and give
+    results of as many dimensions; of some as large the last one, which has most to it."""
+
+    def kind(case: Case) -> tuple[Any, ...]:
+        inputs = _inputs(case)
+        return case.op, len(inputs), inputs[0].is_contiguous(), case.oracle(*inputs).dim()
+
+    return _largest({case: kind(case) for case in cases if _inputs(case)[0].numel() > 1})
+
+
+def _largest(kinds: dict[Case, Any]) -> list[Case]:
+    size = {case: sum(x.numel() for x in _inputs(case)) for case in kinds}
+    chosen: dict[Any, Case] = {}
+    for case, kind in kinds.items():
+        if kind not in chosen or size[case] >= size[chosen[kind]]:
+            chosen[kind] = case
+    return list(chosen.values())
+
+
+@functools.cache
+def _inputs(case: Case) -> tuple[Tensor, ...]:
+    return case.inputs(torch.device("cpu"), torch.float32)
 
 
 def is_interpreted(backend: str) -> bool:
@@ -68,11 +94,12 @@ def leaves_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [x.detach().requires_grad_(case.differentiable) for x in inputs_of(case, dtype)]
 
 
-def gradients(case: Case, y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def gradients(case: Case, y: Tensor, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     if not case.differentiable:
         return []
     g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).to(y.dtype)
-    return list(torch.autograd.grad(y, leaves, torch.empty_like(y).copy_(g.view(y.shape))))
+    g = torch.empty_like(y).copy_(g.view(y.shape))
+    return list(torch.autograd.grad(y, leaves, g, **options))
 
 
 def results(case: Case, leaves: list[Tensor], backend: str) -> list[Tensor]:
@@ -175,8 +202,8 @@ def _kinds_of_calls(backend: str, dtype: torch.dtype) -> list[Call]:
     return list(kinds.values())
 
 
-def copied(call: Call) -> tuple[Any, ...]:
-    """Arguments that may be written over; none that is would be a leaf."""
+def copied(call: Call, args: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+    """Its arguments, or these, that may be written over; none that is would be a leaf."""
     written = {
         i
         for i, argument in enumerate(call.overload._schema.arguments)
@@ -184,12 +211,10 @@ def copied(call: Call) -> tuple[Any, ...]:
     }
 
     def copy(x: Tensor, leaf: bool) -> Tensor:
-        if not x.is_floating_point():
-            return x
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         return y.copy_(x.detach()).requires_grad_(x.requires_grad and leaf)
 
     return tuple(
         tree_map_only(Tensor, functools.partial(copy, leaf=i not in written), x)
-        for i, x in enumerate(call.args)
+        for i, x in enumerate(call.args if args is None else args)
     )

@@ -2,15 +2,10 @@
 
 import functools
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-# Helper modules that tests share.
-sys.path[:0] = [str(Path(__file__).parent / d) for d in ("", "triton", "emulation")]
 
 
 def _patch_the_language_once_a_launch() -> None:

@@ -1,21 +1,21 @@
 """What several test files need: the implementations of this machine, the house's rng_state, two
-optimizers side by side, the modules of bench/, and what is asked of a GPU."""
+optimizers side by side, and what is asked of a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
+import functools
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+from bench import watchdog
 from reg_kernels import backends
 from reg_kernels.cases.dropout import state as rng_state
 
@@ -24,19 +24,9 @@ DTYPES = backends.DTYPES
 DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
-def bench_module(name: str) -> ModuleType:
-    """A module of bench/, which is no package: the very one that its other modules import."""
-    folder = str(Path(__file__).parents[1] / "bench")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
 def run_program(command: Sequence[object], **options: Any) -> Any:
     """A program's exit code and output, as subprocess.run's; one that never ends is an error."""
-    return bench_module("watchdog").run(command, **options)
+    return watchdog.run(command, **options)
 
 
 def implementations(device: str = DEVICE) -> list[object]:
@@ -49,6 +39,7 @@ def implementations(device: str = DEVICE) -> list[object]:
     return parameters
 
 
+@functools.cache
 def isas() -> list[str]:
     """The instruction sets that the native CPU kernels were built for and this machine has."""
     if backends.why_not("native", "cpu", torch.float32) is not None:
@@ -61,12 +52,41 @@ def isas() -> list[str]:
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever waits for the GPU raises."""
+    if DEVICE == "cpu":
+        yield
+        return
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(previous)
+
+
+def captured(function: Callable[[], Any], warm_up: Callable[[], Any] | None = None) -> Any:
+    """(what does it once more, in the same memory; the results of function()): the replay of a CUDA
+    graph, after a few runs of what warms it up, by default itself. On the CPU, which has no graphs,
+    a call, whose results go where the first one's are."""
+    if DEVICE == "cpu":
+        results = function()
+
+        def replay() -> None:
+            both = zip(tree_leaves(results), tree_leaves(function()), strict=True)
+            for x, y in both:
+                if x is not None:
+                    x.copy_(y)
+
+        return replay, results
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            (warm_up or function)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph.replay, results
 
 
 def check_device_assertion(program: str) -> None:
@@ -114,6 +134,7 @@ __all__ = [
     "DTYPES",
     "DTYPE_IDS",
     "Twins",
+    "captured",
     "check_device_assertion",
     "implementations",
     "isas",

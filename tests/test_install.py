@@ -74,6 +74,7 @@ def test_a_wheel_without_any_compiler(tree, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "reg_kernels/ops/dropout.py" in names
     assert "reg_kernels/_build.json" in names
+    assert {"reg_kernels/py.typed", "reg_kernels/_C.pyi"} <= set(names)  # for type checkers
     assert not [n for n in names if n.endswith(".so")]
 
 

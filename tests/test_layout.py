@@ -29,13 +29,13 @@ FAMILIES = {
 }
 
 # What there has to be of an op, and of what its loops are: of its family, or of the op itself.
-OF_AN_OP = ("reference/{}.py", "ops/{}.py", "cases/{}.py")
+OF_AN_OP = ("reference/{}.py", "ops/{}.py", "cases/{}.py", "bench/{}.py")
 OF_LOOPS = ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "tests/emulation/{}.cpp")
 # And of an op that shares its loops with none. One of a family is held by its cases to be right in
 # every implementation, wherever that stands, and has other files where there is more to say.
 OF_A_LONE_OP = (
     "csrc/include/reg_kernels/{}_math.h",
-    *("reg_kernels/triton/{}.py", "reg_kernels/bench/{}.py", "tests/ops/test_{}.py"),
+    *("reg_kernels/triton/{}.py", "tests/ops/test_{}.py"),
 )
 
 
@@ -142,10 +142,22 @@ def test_imports_point_one_way(where):
             assert layer(module) not in FORBIDDEN[where], f"{path}: {module}"
 
 
+def test_the_library_knows_nothing_of_the_scripts():
+    for path in MODULES.values():
+        assert not {name.partition(".")[0] for name in imported(path)} & {"bench", "tests"}, path
+
+
+def test_nobody_edits_the_path_of_imports():
+    edit = re.compile(r"sys\.path(\[.*=|\.(append|extend|insert|remove)\()")
+    for folder in ("bench", "reg_kernels", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not edit.search(path.read_text()), path
+
+
 def test_the_reference_imports_torch_alone():
     for path in (PACKAGE / "reference").glob("*.py"):
         for module in imported(path):
-            ok = module.startswith(("torch", "__future__", "reg_kernels.reference"))
+            ok = module.startswith(("torch", "__future__", "typing", "reg_kernels.reference"))
             assert ok, f"{path}: {module}"
 
 

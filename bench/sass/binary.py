@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sass.compiling import Missing
-from sass.disassembly import Instruction, functions
+from .compiling import Missing
+from .disassembly import Instruction, functions
 
 _USAGE = re.compile(r"Function ([\w$]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _BOUNDS = 0x05, 0x10  # EIATTR_MAX_THREADS, EIATTR_REQNTID: three words, x y z

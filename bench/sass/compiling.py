@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import watchdog
+from .. import watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

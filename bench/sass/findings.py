@@ -11,6 +11,7 @@ VECTOR = 16  # bytes: the widest access of a thread that every architecture has
 LEAST_OCCUPANCY = 25  # percent
 
 SPILLS, OCCUPANCY, NARROW, INSTRUCTIONS = "stack", "occupancy", "narrow", "instructions"
+WIDEST = "widest"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Finding:
                 return reason
         return None
 
+
+OF_21_CLASSES = "Open: in planes of 21 classes a tile holds all classes of its positions."
 
 # (what, pattern of "source kernel<...>", why). The first that fits counts. "Open:" begins what is a
 # true finding that nobody has mended or measured yet.
@@ -51,9 +54,15 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
-        r"^triton/losses cross_entropy_kernel",
+        r"^triton/cross_entropy cross_entropy_kernel",
         "An exponential an element, its sum and the target's share: for 2-byte logits more than "
         "the memory of the fastest leaves time for.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"^triton/optimizer_step \w+<bfloat16> (adamw kahan|sgdw stochastic)",
+        "Open: such rounding takes more than the bytes of 2-byte moments leave time for; in CUDA "
+        "the same step has instructions to spare.",
     ),
     (
         INSTRUCTIONS,
@@ -117,13 +126,13 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"^triton/losses (cross_entropy|distillation)\w*_kernel<\w+> \w+ planes",
+        r"^triton/(cross_entropy|distillation) \w+_kernel<\w+> planes",
         "A tile's positions are few beside its classes, so that a thread holds four of a plane; "
         "labels, int64, besides.",
     ),
     (
         NARROW,
-        r"^triton/losses (cross_entropy|distillation)\w*_kernel",
+        r"^triton/(cross_entropy|distillation) (cross_entropy|distillation)\w*_kernel",
         "Labels, int64, one a row; and of a tile of 1,024 classes a thread of 256 holds four, "
         "which are 8 bytes of 2-byte logits.",
     ),
@@ -140,14 +149,38 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         OCCUPANCY,
-        r"^triton/losses label_totals_kernel",
+        r"^triton/\w+ label_totals_kernel",
         "Open: it reads labels and their weights alone, a small part of a loss's bytes.",
     ),
     (
-        SPILLS,
-        r"^triton/batch_norm backward_kernel<bfloat16> training small",
-        "Open: 8 bytes, on sm_100 alone.",
+        WIDEST,
+        r"^triton/batch_norm backward_kernel<\w+> inference",
+        "It merges sums of channels; the elements have been moved by another kernel.",
     ),
+    (
+        WIDEST,
+        r"^triton/distillation distillation\w*_kernel<b?float16>",
+        "Of a tile of 1,024 classes a thread of 256 holds four, 8 bytes of 2-byte logits.",
+    ),
+    (
+        OCCUPANCY,
+        r"^triton/(cross_entropy|distillation) \w+<\w+> \w+\[4x21x65x67 ",
+        OF_21_CLASSES,
+    ),
+    (
+        OCCUPANCY,
+        r"^triton/batch_norm \w+<\w+> batch_norm\[",
+        "Open: a program keeps a tile of the whole chain in registers, with an activation's slope "
+        "and dropout's draws; not measured against smaller tiles.",
+    ),
+    (SPILLS, r"^triton/cross_entropy \w+<\w+> \w+\[4x21x65x67 ", OF_21_CLASSES),
+    (
+        SPILLS,
+        r"^triton/cross_entropy cross_entropy_kernel<float(64|32)> \w+\[(\dx50257|5x8193) ",
+        "Open: up to 16 bytes of rows that are kept whole in float64, and of probabilities.",
+    ),
+    (SPILLS, r"^triton/distillation distillation_kernel<float16> \w+\[3x50257 ", "Open: 8 bytes."),
+    (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
 ]
 
 
@@ -162,6 +195,9 @@ def findings(row: dict[str, Any]) -> Iterator[Finding]:
         yield found(SPILLS, f"{row['stack']} B of stack a thread")
     if row["limit"] == "registers" and row["occupancy"] < LEAST_OCCUPANCY:
         yield found(OCCUPANCY, f"{row['occupancy']} % by {row['registers']} registers")
+    loads = row.get("widths", {}).get("load", {})
+    if row["source"].startswith("triton/") and loads and max(map(int, loads)) < VECTOR:
+        yield found(WIDEST, f"loads of {max(map(int, loads))} B at most")
     for hot in row["hot"]:
         for kind in ("loads", "stores"):
             widths = [int(width) for width in hot[kind]]

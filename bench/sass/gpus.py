@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sass.disassembly import Hot
+from .disassembly import Hot
 
 WARP = 32
 ISSUE = 4  # warp instructions a multiprocessor and clock: one from each of its four schedulers

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sass.findings import Finding, findings
-from sass.gpus import GPUS
-from sass.table import key_of
+from .findings import Finding, findings
+from .gpus import GPUS
+from .table import key_of
 
 # Rows that stand for a kernel: its types alike, float32 or bfloat16, and indices of 32 bits.
 _MATTERS = ("float", "bfloat16", "float32")
@@ -89,7 +89,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append("")
     lines += ["## Findings", "", "| what | kernel | where, and how much | why it is left |"]
     lines.append("|---|---|---|---|")
-    for (what, kernel), members in _grouped(f for row in rows for f in findings(row)):
+    found = (f for row in [*rows, *report["launches"]] for f in findings(row))
+    for (what, kernel), members in _grouped(found):
         reasons = sorted({f.reason or "**not explained**" for f in members})
         details = sorted({f"sm_{f.architecture}: {f.detail}" for f in members})
         more = f" and {len(details) - 3} more" if len(details) > 3 else ""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sass import binary, compiling, triton_launches
-from sass.disassembly import Hot, elements_alone, hot_paths, widths
-from sass.gpus import GPUS, occupancy, share_of_bandwidth
+from . import binary, compiling, triton_launches
+from .disassembly import Hot, elements_alone, hot_paths, widths
+from .findings import findings
+from .gpus import GPUS, occupancy, share_of_bandwidth
 
 FOLDER = compiling.ROOT / "build" / "sass"
 Row = dict[str, Any]
@@ -36,8 +38,6 @@ def jobs() -> int:
 
 def versions() -> dict[str, str]:
     """Of what decides on the machine code."""
-    import importlib.metadata
-
     release = re.search(r"V([\d.]+)", compiling.compiler("NVCC", "nvcc")[1])
     return {"nvcc": release[1], "triton": importlib.metadata.version("triton")}
 
@@ -137,26 +137,88 @@ def cuda_rows(source: Path) -> list[Row]:
     return [row_of(k, f"cuda/{source.stem}", n) for k, n in zip(found, names, strict=True)]
 
 
-def triton_rows(architecture: int, ops: tuple[str, ...] = triton_launches.OPS) -> list[Row]:
-    """Of every kernel that the calls of triton_launches.py launch, on one architecture."""
+def launched(architecture: int, *what: str) -> Iterator[Row]:
+    """What triton_launches.py says of each kernel that it compiles."""
     folder = FOLDER / f"sm_{architecture}"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(compiling.ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *ops],
+        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *what],
         capture_output=True,
         text=True,
         env=environment,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the Triton kernels do not compile: {done.stderr}")
-    rows = []
     for facts in map(json.loads, done.stdout.splitlines()):
+        yield facts | {"name": f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"}
+
+
+def digest_of_triton(op: str) -> str:
+    """Of what decides on an op's launches and their kernels, but for Triton's version: its Triton
+    source with all that this imports of our package, its cases and the calls."""
+    package = compiling.ROOT / "reg_kernels"
+    calls = Path(triton_launches.__file__).with_name("triton_calls.py")
+    texts = {path: path.read_text() for path in (package / "cases" / f"{op}.py", calls)}
+
+    def read(path: Path) -> None:
+        if path in texts or not path.is_file():
+            return
+        texts[path] = path.read_text()
+        for dots, module, names in _IMPORTS.findall(texts[path]):
+            folder = path.parents[len(dots) - 1] / module
+            for each in [
+                folder.with_suffix(".py"),
+                *(folder / f"{n}.py" for n in names.split(", ")),
+            ]:
+                read(each)
+
+    read(package / "triton" / f"{op}.py")
+    files = sorted(texts, key=lambda path: path.relative_to(compiling.ROOT))
+    return compiling.digest(
+        *(f"{path.relative_to(compiling.ROOT)}\0{texts[path]}" for path in files)
+    )
+
+
+def is_current_triton(report: Row, op: str) -> bool:
+    """Whether a report's rows of an op's Triton kernels are those that compiling would give."""
+    same = report["versions"]["triton"] == importlib.metadata.version("triton")
+    return same and report["triton_sources"][op] == digest_of_triton(op)
+
+
+_IMPORTS = re.compile(r"^from (\.+)(\w*) import ([\w, ]*)", re.MULTILINE)
+
+
+def faulty_launches(op: str) -> list[Row]:
+    """Those that there are findings of, on any architecture, among the launches of all of an op's
+    calls and large cases."""
+    rows = []
+    for architecture in compiling.CUDA_ARCHITECTURES:
+        for facts in launched(architecture, "--cases", op):
+            ((registers, stack, _),) = binary.resources(Path(facts["cubin"])).values()
+            used = occupancy(architecture, registers, facts["threads"], facts["shared"])
+            row = {
+                "source": f"triton/{op}",
+                "kernel": facts["name"],
+                "architecture": architecture,
+                "stack": stack,
+                "registers": registers,
+                "occupancy": used[0],
+                "limit": used[1],
+                "hot": [],
+            }
+            rows += [row] if any(findings(row)) else []
+    return sorted(rows, key=key_of)
+
+
+def triton_rows(architecture: int, ops: Sequence[str] = triton_launches.OPS) -> list[Row]:
+    """Of every kernel that the calls of triton_calls.py launch, on one architecture."""
+    rows = []
+    for facts in launched(architecture, *ops):
         (kernel,) = binary.kernels(Path(facts["cubin"]))
-        name = f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"
         launch = {"threads": facts["threads"], "shared": facts["shared"]}
-        rows.append(row_of(kernel, f"triton/{facts['op']}", name, **launch))
+        rows.append(row_of(kernel, f"triton/{facts['op']}", facts["name"], **launch))
     return rows
 
 
@@ -168,6 +230,8 @@ def tasks() -> dict[str, Callable[[], list[Row]]]:
     }
     for architecture in compiling.CUDA_ARCHITECTURES:
         result[f"Triton sm_{architecture}"] = lambda a=architecture: triton_rows(a)
+    for op in triton_launches.OPS:
+        result[f"launches of {op}"] = lambda op=op: faulty_launches(op)
     return result
 
 

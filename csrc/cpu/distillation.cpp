@@ -6,15 +6,13 @@
 namespace reg_kernels {
 namespace {
 
-DistillationTask make_task(const Call& call, const LossInput& in, const Tensor& teacher,
-                           const void* teacher_values, double temperature, double alpha,
-                           const double* traced_softness) {
+DistillationTask make_task(const Call& call, const LossInput& in, const TeacherInput& by) {
   DistillationTask task{};
   task.loss = loss_task(in, 0, call.op);
-  task.teacher = teacher_values;
-  task.teacher_dtype = dtype_of(teacher, call.op, "teacher");
-  task.temperature = traced_softness ? traced_softness[0] : temperature;
-  task.alpha = traced_softness ? traced_softness[1] : alpha;
+  task.teacher = by.logits;
+  task.teacher_dtype = by.dtype;
+  task.temperature = by.traced_softness ? by.traced_softness[0] : by.temperature;
+  task.alpha = by.traced_softness ? by.traced_softness[1] : by.alpha;
   return task;
 }
 
@@ -22,43 +20,28 @@ void run(const DistillationTask& task, void (*leaf)(const DistillationTask&, int
   for_units(task.loss, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
 }
 
-LossResult distillation(const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
-                        const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
-                        const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
-                        int64_t reduction, const OptionalTensor& traced_smoothing,
-                        double temperature, double alpha, const OptionalTensor& traced_softness,
+LossResult distillation(const Tensor& input, const Teacher& teacher, const LossTarget& target,
                         bool keep_gradient) {
   const Call call("distillation", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
-  const void* teacher_values = teacher_data(call, in, input, teacher);
-  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
+  const LossInput in = loss_input(call, input, target);
+  const TeacherInput by = teacher_input(call, in, input, teacher);
   LossTensors results(input, in.reduction, 5, keep_gradient);
   if (in.numel == 0) return results.of_nothing(in.reduction);
-  DistillationTask task =
-      make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
+  DistillationTask task = make_task(call, in, by);
   LossOutputs outputs(task.loss, in, results);
   run(task, RK_LEAF(distillation_units));
   return outputs.finish(task.loss, in);
 }
 
-Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                             const Tensor& teacher, const OptionalTensor& target,
-                             const OptionalTensor& partner, const OptionalTensor& lam,
-                             double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction,
-                             const OptionalTensor& traced_smoothing, double temperature,
-                             double alpha, const OptionalTensor& traced_softness) {
-  const Call call("distillation_backward", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
-  const void* teacher_values = teacher_data(call, in, input, teacher);
-  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
-  const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
-  Tensor gradient = empty_like_dense(input);
+Tensor distillation_backward(const LossBackward& of, const Teacher& teacher,
+                             const LossTarget& target) {
+  const Call call("distillation_backward", of.input);
+  const LossInput in = loss_input(call, of.input, target);
+  const TeacherInput by = teacher_input(call, in, of.input, teacher);
+  const LossSaved saved = loss_saved(call, in, of, 5);
+  Tensor gradient = empty_like_dense(of.input);
   if (in.numel == 0) return gradient;
-  DistillationTask task =
-      make_task(call, in, teacher, teacher_values, temperature, alpha, softness);
+  DistillationTask task = make_task(call, in, by);
   set_backward(task.loss, in, saved, gradient);
   run(task, RK_LEAF(distillation_backward_units));
   return gradient;
@@ -67,8 +50,8 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
-  m.impl("distillation", TORCH_BOX(&distillation));
-  m.impl("distillation_backward", TORCH_BOX(&distillation_backward));
+  m.impl("distillation", TORCH_BOX(&distillation_op<distillation>));
+  m.impl("distillation_backward", TORCH_BOX(&distillation_backward_op<distillation_backward>));
 }
 
 }  // namespace reg_kernels

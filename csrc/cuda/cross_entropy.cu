@@ -17,13 +17,9 @@ cuda::CrossEntropy<T> arguments(const LossInput& in) {
   return a;
 }
 
-LossResult cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& partner,
-                         const OptionalTensor& lam, double one_lam, const OptionalTensor& weight,
-                         int64_t ignore_index, double label_smoothing, int64_t reduction,
-                         const OptionalTensor& traced_smoothing, bool keep_gradient) {
+LossResult cross_entropy(const Tensor& input, const LossTarget& target, bool keep_gradient) {
   const Call call("cross_entropy", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
+  const LossInput in = loss_input(call, input, target);
   const cuda::Launch launch(input);
   LossTensors results(input, in.reduction, 2, keep_gradient);
   if (in.numel == 0) return results.of_nothing(in.reduction);
@@ -36,24 +32,18 @@ LossResult cross_entropy(const Tensor& input, const Tensor& target, const Option
   return results.result();
 }
 
-Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                              const Tensor& target, const OptionalTensor& partner,
-                              const OptionalTensor& lam, double one_lam,
-                              const OptionalTensor& weight, int64_t ignore_index,
-                              double label_smoothing, int64_t reduction,
-                              const OptionalTensor& traced_smoothing) {
-  const Call call("cross_entropy_backward", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
-  const LossSaved saved = loss_saved(call, in, grad_output, stats, 2);
-  const cuda::Launch launch(input);
-  Tensor gradient = empty_like_dense(input);
+Tensor cross_entropy_backward(const LossBackward& of, const LossTarget& target) {
+  const Call call("cross_entropy_backward", of.input);
+  const LossInput in = loss_input(call, of.input, target);
+  const LossSaved saved = loss_saved(call, in, of, 2);
+  const cuda::Launch launch(of.input);
+  Tensor gradient = empty_like_dense(of.input);
   if (in.numel == 0) return gradient;
   for_dtype(in.dtype, [&]<typename T>(T) {
     auto a = arguments<T>(in);
     cuda::set_backward(a, saved, gradient);
     OptionalTensor memory;
-    cuda::launch_cross_entropy_backward(a, cuda::allocator(input, memory), launch.stream);
+    cuda::launch_cross_entropy_backward(a, cuda::allocator(of.input, memory), launch.stream);
   });
   return gradient;
 }
@@ -74,8 +64,8 @@ void rescale_(const Tensor& x, const Tensor& factor) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CUDA, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy_op<cross_entropy>));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward_op<cross_entropy_backward>));
   m.impl("rescale_", TORCH_BOX(&rescale_));
 }
 

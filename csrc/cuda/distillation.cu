@@ -11,8 +11,7 @@ namespace {
 
 // Calls f with a value of the teacher's type: of those that a student of type S may have.
 template <typename S, typename F>
-void for_teacher(const Tensor& teacher, const char* op, F&& f) {
-  const DType dtype = dtype_of(teacher, op, "teacher");
+void for_teacher(DType dtype, F&& f) {
   if constexpr (std::is_same_v<S, double>) {
     f(double{});
   } else if (dtype == DType::float32) {
@@ -26,41 +25,32 @@ void for_teacher(const Tensor& teacher, const char* op, F&& f) {
 
 // Calls f with a value of each of the two element types.
 template <typename F>
-void for_dtypes(const LossInput& in, const Tensor& teacher, const char* op, F&& f) {
+void for_dtypes(const LossInput& in, const TeacherInput& by, F&& f) {
   for_dtype(in.dtype, [&]<typename S>(S student) {
-    for_teacher<S>(teacher, op, [&]<typename T>(T of_teacher) { f(student, of_teacher); });
+    for_teacher<S>(by.dtype, [&]<typename T>(T of_teacher) { f(student, of_teacher); });
   });
 }
 
-// `softness`: null, or temperature and alpha on the device.
 template <typename S, typename T>
-cuda::DistillationArguments<S, T> arguments(const LossInput& in, const void* teacher,
-                                            double temperature, double alpha,
-                                            const double* softness) {
+cuda::DistillationArguments<S, T> arguments(const LossInput& in, const TeacherInput& by) {
   auto a = cuda::loss_arguments<cuda::DistillationArguments<S, T>>(in);
-  a.teacher = static_cast<const T*>(teacher);
-  a.temperature = temperature;
-  a.alpha = alpha;
-  a.traced = softness;
+  a.teacher = static_cast<const T*>(by.logits);
+  a.temperature = by.temperature;
+  a.alpha = by.alpha;
+  a.traced = by.traced_softness;
   return a;
 }
 
-LossResult distillation(const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
-                        const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
-                        const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
-                        int64_t reduction, const OptionalTensor& traced_smoothing,
-                        double temperature, double alpha, const OptionalTensor& traced_softness,
+LossResult distillation(const Tensor& input, const Teacher& teacher, const LossTarget& target,
                         bool keep_gradient) {
   const Call call("distillation", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
-  const void* teacher_values = teacher_data(call, in, input, teacher);
-  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
+  const LossInput in = loss_input(call, input, target);
+  const TeacherInput by = teacher_input(call, in, input, teacher);
   const cuda::Launch launch(input);
   LossTensors results(input, in.reduction, 5, keep_gradient);
   if (in.numel == 0) return results.of_nothing(in.reduction);
-  for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
-    auto a = arguments<S, T>(in, teacher_values, temperature, alpha, softness);
+  for_dtypes(in, by, [&]<typename S, typename T>(S, T) {
+    auto a = arguments<S, T>(in, by);
     cuda::set_results(a, results);
     OptionalTensor memory;
     cuda::launch_distillation(a, cuda::allocator(input, memory), launch.stream);
@@ -68,27 +58,20 @@ LossResult distillation(const Tensor& input, const Tensor& teacher, const Option
   return results.result();
 }
 
-Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                             const Tensor& teacher, const OptionalTensor& target,
-                             const OptionalTensor& partner, const OptionalTensor& lam,
-                             double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction,
-                             const OptionalTensor& traced_smoothing, double temperature,
-                             double alpha, const OptionalTensor& traced_softness) {
-  const Call call("distillation_backward", input);
-  const LossInput in = loss_input(call, input, target, partner, lam, one_lam, weight, ignore_index,
-                                  label_smoothing, reduction, traced_smoothing);
-  const void* teacher_values = teacher_data(call, in, input, teacher);
-  const double* softness = traced_numbers(call, traced_softness, 2, "traced_softness");
-  const LossSaved saved = loss_saved(call, in, grad_output, stats, 5);
-  const cuda::Launch launch(input);
-  Tensor gradient = empty_like_dense(input);
+Tensor distillation_backward(const LossBackward& of, const Teacher& teacher,
+                             const LossTarget& target) {
+  const Call call("distillation_backward", of.input);
+  const LossInput in = loss_input(call, of.input, target);
+  const TeacherInput by = teacher_input(call, in, of.input, teacher);
+  const LossSaved saved = loss_saved(call, in, of, 5);
+  const cuda::Launch launch(of.input);
+  Tensor gradient = empty_like_dense(of.input);
   if (in.numel == 0) return gradient;
-  for_dtypes(in, teacher, call.op, [&]<typename S, typename T>(S, T) {
-    auto a = arguments<S, T>(in, teacher_values, temperature, alpha, softness);
+  for_dtypes(in, by, [&]<typename S, typename T>(S, T) {
+    auto a = arguments<S, T>(in, by);
     cuda::set_backward(a, saved, gradient);
     OptionalTensor memory;
-    cuda::launch_distillation_backward(a, cuda::allocator(input, memory), launch.stream);
+    cuda::launch_distillation_backward(a, cuda::allocator(of.input, memory), launch.stream);
   });
   return gradient;
 }
@@ -96,8 +79,8 @@ Tensor distillation_backward(const Tensor& grad_output, const Tensor& input, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CUDA, m) {
-  m.impl("distillation", TORCH_BOX(&distillation));
-  m.impl("distillation_backward", TORCH_BOX(&distillation_backward));
+  m.impl("distillation", TORCH_BOX(&distillation_op<distillation>));
+  m.impl("distillation_backward", TORCH_BOX(&distillation_backward_op<distillation_backward>));
 }
 
 }  // namespace reg_kernels

@@ -35,11 +35,27 @@ inline const double* traced_numbers(const Call& call, const OptionalTensor& numb
   return static_cast<const double*>(call.vector(*numbers, ScalarType::Double, count, name));
 }
 
-inline LossInput loss_input(const Call& call, const Tensor& x, const OptionalTensor& target,
-                            const OptionalTensor& partner, const OptionalTensor& lam,
-                            double one_lam, const OptionalTensor& weight, int64_t ignore_index,
-                            double smoothing, int64_t reduction,
-                            const OptionalTensor& traced_smoothing) {
+// What a loss op is told of its target, as ops/_loss.py names it; it holds for the call alone.
+struct LossTarget {
+  const OptionalTensor &target, &partner, &lam;
+  double one_lam;
+  const OptionalTensor& weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  int64_t reduction;
+  const OptionalTensor& traced_smoothing;
+};
+
+// What distillation is told of its teacher.
+struct Teacher {
+  const Tensor& logits;
+  double temperature, alpha;
+  const OptionalTensor& traced_softness;
+};
+
+inline LossInput loss_input(const Call& call, const Tensor& x, const LossTarget& of) {
+  const auto& [target, partner, lam, one_lam, weight, ignore_index, smoothing, reduction,
+               traced_smoothing] = of;
   LossInput in{};
   in.dtype = dtype_of(x, call.op);
   in.layout = channel_layout(x, call.op);
@@ -89,16 +105,25 @@ inline LossInput loss_input(const Call& call, const Tensor& x, const OptionalTen
   return in;
 }
 
-// The teacher's logits, of the input's shape and strides.
-inline const void* teacher_data(const Call& call, const LossInput& in, const Tensor& x,
-                                const Tensor& teacher) {
+// A teacher, checked.
+struct TeacherInput {
+  const void* logits;  // of the input's shape and strides
+  DType dtype;
+  double temperature, alpha;
+  const double* traced_softness;  // the two, or null
+};
+
+inline TeacherInput teacher_input(const Call& call, const LossInput& in, const Tensor& x,
+                                  const Teacher& of) {
+  const Tensor& teacher = of.logits;
   RK_REQUIRE(!in.probabilities, call.op, "target", "int64 labels", "probabilities");
   const DType dtype = dtype_of(teacher, call.op, "teacher");
   RK_REQUIRE(has_layout_of(x, teacher) && (dtype == DType::float64) == (in.dtype == DType::float64),
              call.op, "teacher",
              words("of the input's shape and strides, and float64 if that is: ", described(x)),
              teacher);
-  return call.data(teacher, "teacher");
+  return {call.data(teacher, "teacher"), dtype, of.temperature, of.alpha,
+          traced_numbers(call, of.traced_softness, 2, "traced_softness")};
 }
 
 // What a backward reads: the loss's gradient, of one number or of one a position, and `count` stats
@@ -107,12 +132,17 @@ struct LossSaved {
   const void *grad_output, *stats;
 };
 
-inline LossSaved loss_saved(const Call& call, const LossInput& in, const Tensor& grad_output,
-                            const Tensor& stats, int64_t count) {
+// What a backward is given of its forward, and what comes in.
+struct LossBackward {
+  const Tensor &grad_output, &input, &stats;
+};
+
+inline LossSaved loss_saved(const Call& call, const LossInput& in, const LossBackward& of,
+                            int64_t count) {
   const ScalarType compute = compute_type_of(in.dtype);
   const int64_t losses = in.reduction == Reduction::none ? in.positions : 1;
-  return {call.vector(grad_output, compute, losses, "grad_output"),
-          call.vector(stats, compute, checked_product(count, in.positions, call.op), "stats")};
+  return {call.vector(of.grad_output, compute, losses, "grad_output"),
+          call.vector(of.stats, compute, checked_product(count, in.positions, call.op), "stats")};
 }
 
 // An uninitialised contiguous tensor of the type that x is computed in: of no dimensions, or of x's
@@ -160,5 +190,57 @@ struct LossTensors {
 
   LossResult result() const { return {loss, stats, gradient}; }
 };
+
+// The ops as torch calls them, of functions that take what belongs together as one.
+
+template <LossResult (*kForward)(const Tensor&, const LossTarget&, bool)>
+LossResult cross_entropy_op(const Tensor& input, const Tensor& target,
+                            const OptionalTensor& partner, const OptionalTensor& lam,
+                            double one_lam, const OptionalTensor& weight, int64_t ignore_index,
+                            double label_smoothing, int64_t reduction,
+                            const OptionalTensor& traced_smoothing, bool keep_gradient) {
+  return kForward(input,
+                  {target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction,
+                   traced_smoothing},
+                  keep_gradient);
+}
+
+template <Tensor (*kBackward)(const LossBackward&, const LossTarget&)>
+Tensor cross_entropy_backward_op(const Tensor& grad_output, const Tensor& input,
+                                 const Tensor& stats, const Tensor& target,
+                                 const OptionalTensor& partner, const OptionalTensor& lam,
+                                 double one_lam, const OptionalTensor& weight, int64_t ignore_index,
+                                 double label_smoothing, int64_t reduction,
+                                 const OptionalTensor& traced_smoothing) {
+  return kBackward({grad_output, input, stats},
+                   {target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction,
+                    traced_smoothing});
+}
+
+template <LossResult (*kForward)(const Tensor&, const Teacher&, const LossTarget&, bool)>
+LossResult distillation_op(const Tensor& input, const Tensor& teacher, const OptionalTensor& target,
+                           const OptionalTensor& partner, const OptionalTensor& lam, double one_lam,
+                           const OptionalTensor& weight, int64_t ignore_index,
+                           double label_smoothing, int64_t reduction,
+                           const OptionalTensor& traced_smoothing, double temperature, double alpha,
+                           const OptionalTensor& traced_softness, bool keep_gradient) {
+  return kForward(input, {teacher, temperature, alpha, traced_softness},
+                  {target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction,
+                   traced_smoothing},
+                  keep_gradient);
+}
+
+template <Tensor (*kBackward)(const LossBackward&, const Teacher&, const LossTarget&)>
+Tensor distillation_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                                const Tensor& teacher, const OptionalTensor& target,
+                                const OptionalTensor& partner, const OptionalTensor& lam,
+                                double one_lam, const OptionalTensor& weight, int64_t ignore_index,
+                                double label_smoothing, int64_t reduction,
+                                const OptionalTensor& traced_smoothing, double temperature,
+                                double alpha, const OptionalTensor& traced_softness) {
+  return kBackward({grad_output, input, stats}, {teacher, temperature, alpha, traced_softness},
+                   {target, partner, lam, one_lam, weight, ignore_index, label_smoothing, reduction,
+                    traced_smoothing});
+}
 
 }  // namespace reg_kernels

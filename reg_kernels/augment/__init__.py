@@ -1,4 +1,4 @@
-"""Augmentation that mixes the samples of a batch, and the targets that come of it."""
+"""Augmentation that mixes the samples of a batch, and the targets of such a batch."""
 
 from .._mixed_target import MixedTarget
 from .mixup import Mixup

@@ -14,6 +14,7 @@ from .. import backends
 from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number
+from ..ops._checks import check_tensor
 from ..ops._modes import is_fake
 from ..ops.mixup import blend
 
@@ -22,68 +23,70 @@ _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: sets the seeds of an ob
 
 
 class Mixup:
-    r"""Blends each sample with its partner, or pastes a box of it, and mixes their labels alike:
-    timm's `Mixup`, argument for argument, in one pass over the batch and without a wait for a GPU.
+    r"""Blends each sample with its partner, or pastes a box of it, and mixes their labels alike.
 
-    The partner of sample n of N is sample N - 1 - n; in a batch of odd size the middle one is its
-    own. Mixup is :math:`\lambda x_n + (1 - \lambda) x_{N-1-n}` with
-    :math:`\lambda \sim \mathrm{Beta}(\alpha, \alpha)`. CutMix pastes a box whose sides are
-    :math:`\sqrt{1 - \lambda}` of the image's, around a pixel drawn from it and clipped to it.
+    It takes the arguments of timm's `Mixup`, makes one pass over the batch and does not wait for a
+    GPU. The partner of sample n of N is sample N - 1 - n; in a batch of odd size the middle sample
+    is its own. Mixup computes :math:`\lambda x_n + (1 - \lambda) x_{N-1-n}` with :math:`\lambda
+    \sim \mathrm{Beta}(\alpha, \alpha)`. CutMix pastes a box whose sides are :math:`\sqrt{1 -
+    \lambda}` of the image's. The box lies around a pixel that is drawn from the image, and is
+    clipped to the image.
 
     Args:
-        mixup_alpha: the Beta distribution's, of Mixup; 0: no Mixup.
-        cutmix_alpha: the same of CutMix.
-        cutmix_minmax: (least, most) shares of the image's sides that a box's sides have, instead
-            of sides by lambda; each length between and each place is equally likely. Sets
-            `cutmix_alpha` to 1.
-        prob: that a batch, sample or pair is mixed at all.
-        switch_prob: that it is cut where it could be either.
-        mode: what has a draw of its own: the "batch", each sample, "elem", or each two partners,
-            "pair".
-        correct_lam: makes the labels' lambda the share of the image outside the box. Without, it is
-            what was drawn, though the box was clipped and its sides were rounded down to even
-            numbers; with `cutmix_minmax` it always is that share.
-        label_smoothing: of the target, in [0, 1].
-        num_classes: what the labels are checked against on the CPU; None: they are not.
-        seed: of a random generator of the object's own, one for each device; by default torch's
-            draws, under `torch.manual_seed`. In a worker of a DataLoader the draws depend on the
-            worker's seed too, which follows `torch.manual_seed` and differs from epoch to epoch.
-        mean, std: of each channel, for a normalisation in the same pass, as of `functional.mixup`;
-            numbers, or tensors on the batch's device.
-        dtype: of the mixed batch; by default the input's, and torch's default for bytes.
-        inplace: write over the input.
-        dense: return class probabilities (N, num_classes), float32, instead of a `MixedTarget`: for
-            losses that know no other, as timm's `SoftTargetCrossEntropy`.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        mixup_alpha: :math:`\alpha` of Mixup; 0 makes no Mixup.
+        cutmix_alpha: :math:`\alpha` of CutMix; 0 makes no CutMix.
+        cutmix_minmax: (least, most), the shares of the image's sides that a box's sides have,
+            instead of sides by lambda. Each length in between and each place is equally likely. It
+            sets `cutmix_alpha` to 1.
+        prob: the probability that a batch, sample or pair is mixed at all.
+        switch_prob: the probability of CutMix where both are possible.
+        mode: what has a draw of its own: the "batch", each sample ("elem"), or each two partners
+            ("pair").
+        correct_lam: True makes the labels' lambda the share of the image outside the box. False
+            leaves it what was drawn, although the box is clipped and its sides are rounded down to
+            even numbers. With `cutmix_minmax` it always is that share.
+        label_smoothing: the smoothing of the target, in [0, 1].
+        num_classes: the number of classes, against which labels are checked on the CPU. None checks
+            nothing.
+        seed: the seed of a random generator of the object's own, one for each device. None uses
+            torch's generators, under `torch.manual_seed`. In a worker of a DataLoader the draws
+            depend on the worker's seed too, which follows `torch.manual_seed` and differs from
+            epoch to epoch.
+        mean: the mean of each channel, for a normalisation in the same pass, as in
+            `functional.mixup`: numbers, or tensors on the batch's device.
+        std: the deviation of each channel, in the same way.
+        dtype: the dtype of the mixed batch. None takes the input's, and torch's default for bytes.
+        inplace: True writes over the input.
+        dense: True returns class probabilities (N, num_classes), float32, instead of a
+            `MixedTarget`, for losses that know nothing else, as timm's `SoftTargetCrossEntropy`.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
-    Called as mixup(input, target) with
-        input: (N, C, H, W) or (N, H, W), where nothing can be cut any (N, ...); uint8 or a
-            floating-point type, as of `functional.mixup`.
-        target: class indices (N,), int64, on the same device.
-
-    Returns of a call:
-        The mixed batch, whose gradient goes to the input, and a `MixedTarget`, whose `lam` is
-        float32: one number in mode "batch", else (N,); or, if `dense`, its `to_dense`.
+    Call it as `mixup(input, target)`. The input is (N, C, H, W) or (N, H, W), or, where nothing can
+    be cut, any (N, ...); its dtypes are those of `functional.mixup`. The target holds class indices
+    (N,), int64, on the same device. A call returns the mixed batch, whose gradient goes to the
+    input, and a `MixedTarget`. Its `lam` is float32, one number in mode "batch" and (N,) otherwise.
+    With `dense` a call returns what the `MixedTarget`'s `to_dense` would.
 
     Raises:
-        ValueError: an argument out of its range, or both alphas 0; at a call a target of another
-            shape, or an input that is no image where it could be cut.
-        IndexError: at a call, on the CPU, a label outside [0, num_classes).
-        TypeError, RuntimeError: another type, dtype or device; see `functional.mixup`.
+        ValueError: an argument is out of its range, or both alphas are 0. At a call: the target has
+            another shape, or an input that could be cut is no image.
+        IndexError: at a call, on the CPU: a label is outside [0, num_classes).
+        TypeError, RuntimeError: a type, dtype or device is another one, as in `functional.mixup`.
 
     While its attribute `mixup_enabled` is False, as timm's, a batch is normalised and no more. It
-    may be part of a DataLoader's collate_fn; without a `seed` `torch.compile(fullgraph=True)` takes
-    it.
+    may be part of a DataLoader's collate_fn. Without a `seed`, `torch.compile(fullgraph=True)`
+    takes it.
 
-    Example:
+    Example::
+
         mixup = reg_kernels.augment.Mixup(0.8, cutmix_alpha=1.0, num_classes=10)
         criterion = reg_kernels.nn.CrossEntropyLoss()
         input, target = mixup(input, target)
         loss = criterion(model(input), target)
 
     Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018; S. Yun et al.,
-    "CutMix: regularization strategy to train strong classifiers with localizable features",
-    ICCV 2019; the interface is that of R. Wightman's timm.
+    "CutMix: regularization strategy to train strong classifiers with localizable features", ICCV
+    2019; the interface is that of R. Wightman's timm.
     """
 
     def __init__(
@@ -184,12 +187,14 @@ class Mixup:
         if gray:
             mixed = input if self.inplace else mixed.squeeze(1)
         mixed_target = MixedTarget(target, target.flip(0), label_lam, self.label_smoothing)
-        return mixed, mixed_target.to_dense(self.num_classes) if self.dense else mixed_target
+        if not self.dense:
+            return mixed, mixed_target
+        assert self.num_classes is not None  # without it nobody gets a dense target
+        return mixed, mixed_target.to_dense(self.num_classes)
 
     def _check(self, input: Any, target: Any) -> None:
         for name, value in (("input", input), ("target", target)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"Mixup: {name} must be a Tensor, got {type(value).__name__}")
+            check_tensor("Mixup", name, value)
         if input.dim() < (3 if self._cuts else 1):
             expected = "images (N, C, H, W) or (N, H, W)" if self._cuts else "a batch (N, ...)"
             raise ValueError(f"Mixup: input must be {expected}, got {input.dim()} dimensions")
@@ -275,7 +280,7 @@ class Mixup:
         return begin, begin + length
 
     def _of_samples(self, drawn: Tensor, samples: int) -> Tensor:
-        """What was drawn, for the N samples: one for all, or (N, ...)."""
+        """Spreads what was drawn over the N samples: one for all, or (N, ...)."""
         if self.mode == "batch":
             return drawn[0]
         if self.mode == "elem":
@@ -303,7 +308,7 @@ def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:
 
 
 def _draw_beta(alpha: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Of Beta(alpha, alpha) a number for each alpha, (n,) float64.
+    """Draws a number of Beta(alpha, alpha) for each alpha, (n,) float64.
 
     It is X / (X + Y), X and Y of Gamma(alpha), each the product of one of Gamma(alpha + 1) and of
     U^(1 / alpha), U uniform. By logarithms, since for an alpha of 0.01 or less X and Y themselves

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 _MOST_HOST_CALLS = 2000
-_MOST_QUEUED_CALLS = 100  # few enough that the launch queue never fills, which would hold the host
+_MOST_QUEUED_CALLS = 100  # more could fill the launch queue, which would make the host wait
 _MOST_EVENT_CALLS = 20  # likewise, with several launches a call
 _SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
-_CAPTURE_WARM_UP = 3  # calls on the stream of the capture: autotuning and lazy loading are over
+_CAPTURE_WARM_UP = 3  # calls before a capture, which end autotuning and lazy loading
 
 Call = Callable[[int], object]  # on input number i of a pool
 
@@ -26,8 +26,8 @@ class Clock:
 
 
 def clock(device: torch.device, *, host: bool = False, wall: bool = False) -> Clock:
-    """What times calls on `device`: that of the device, of the host alone, or until both are done
-    (`wall`). A CPU is its own host."""
+    """The clock for calls on `device`. It times the device; with `host` the host alone; with `wall`
+    until both are done. A CPU is its own host."""
     if device.type != "cuda":
         return Clock(_host_seconds, _MOST_HOST_CALLS)
     if not host and not wall:
@@ -62,7 +62,7 @@ def _event_seconds(call: Call, calls: int, first: int) -> float:
 
 
 def captured(call: Call, device: torch.device) -> Call:
-    """`call` on input 0 as a CUDA graph: what replays it, whatever the number that it is given.
+    """Captures `call` on input 0 as a CUDA graph and returns what replays it, for any input number.
 
     Raises what the capture raises: RuntimeError where the call waits for the GPU, for example.
     """

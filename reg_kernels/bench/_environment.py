@@ -1,4 +1,4 @@
-"""What a measurement has to state of the machine and the software it was taken with."""
+"""What a measurement states of its machine and its software."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from .. import __version__, backends
 
-# glibc hands large blocks back to the kernel when they are freed, and every new one then costs page
-# faults, up to ten times what writing it does. With these it keeps them, for every contender.
+# glibc hands freed large blocks back to the kernel. Each new one then costs page faults, which take
+# up to ten times as long as writing to it. With these settings glibc keeps freed blocks.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
-PEERS = ("timm", "torch-optimi", "liger-kernel")  # that may be among the contenders
+PEERS = ("timm", "torch-optimi", "liger-kernel")  # packages of possible contenders
 COMMIT = "REG_KERNELS_COMMIT"  # names the commit where the sources are no git checkout
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -43,11 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": {
-            "type": device.type,
-            "name": device_name(device),
-            "driver": _driver() if device.type == "cuda" else None,
-        },
+        "device": facts_of(device),
         "versions": {
             "reg_kernels": __version__,
             "torch": torch.__version__,
@@ -58,7 +54,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "allocator": allocator(),
-        "isa": _isa(),
     }
 
 
@@ -79,20 +74,44 @@ def commit() -> dict[str, Any] | None:
     return None
 
 
-def device_name(device: torch.device) -> str:
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """What identifies a device, as the system states it; None where the system does not."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return {
+            "type": "cuda",
+            "name": torch.cuda.get_device_name(device),
+            "driver": _driver(),
+        }
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*: *(.+)$", cpuinfo, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+        cpuinfo = ""
+    return {"type": "cpu", **_processor(cpuinfo), "isa": _isa()}
 
 
-def slug(name: str) -> str:
-    """A device's name as a folder's: `NVIDIA H200` becomes `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+def _processor(cpuinfo: str) -> dict[str, str | None]:
+    """Name, family and model: makers sell different processors under one name."""
+
+    def told(*names: str) -> str | None:
+        for name in names:
+            if found := re.search(rf"^{name}\s*: *(.+)$", cpuinfo, re.MULTILINE):
+                return found[1].strip()
+        return None
+
+    return {
+        "name": told("model name") or platform.processor() or platform.machine(),
+        "family": told("cpu family", "CPU implementer"),
+        "model": told("model", "CPU part"),
+    }
+
+
+def folder_name(facts: dict[str, Any]) -> str:
+    """A device's name as a folder's: `NVIDIA H200` becomes `nvidia-h200`, and a processor's has its
+    family and model, where they are known, and the instruction set that the kernels use."""
+    words = [facts["name"]]
+    words += [f"{what} {facts[what]}" for what in ("family", "model") if facts.get(what)]
+    words += filter(None, [facts.get("isa")])
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") or "unknown"
 
 
 def _isa() -> str | None:

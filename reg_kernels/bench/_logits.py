@@ -15,7 +15,7 @@ from ._measure import BOTH, Contender, Scope
 from ._values import compare, parts
 from ._ways import Inputs, Way, calls, in_layout
 
-# A language model's logits, of a vocabulary that no vector divides and of one that all do.
+# A language model's logits. The vocabulary is a multiple of no vector's length, or of every one's.
 _VOCABULARY, _VOCABULARY_GPU = (512, 50257), (16384, 32768)
 CLASSES = (1024, 1000)
 SMALL = (64, 10)
@@ -26,13 +26,13 @@ def vocabulary(device: torch.device) -> tuple[int, int]:
 
 
 def default_dtype(scope: Scope) -> torch.dtype:
-    """That of the logits where one has to do: on a GPU training has 16 bits."""
+    """The logits' dtype where one dtype is enough: on a GPU one trains in 16 bits."""
     halves = [dtype for dtype in scope.dtypes if dtype.itemsize == 2]
     return halves[0] if halves and scope.device.type == "cuda" else scope.dtypes[0]
 
 
 def fits(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether memory holds every contender's logits, gradients and what is between them."""
+    """Whether memory holds every contender's logits, gradients and intermediate results."""
     if device.type != "cuda":
         return True
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -55,8 +55,8 @@ def draw_labels(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def loss_inputs(arguments: list[tuple[Tensor, ...]]) -> Inputs:
-    """Calls whose first argument are logits, and whose result is a mean that is differentiated as
-    in training: by 1, and in float16 by a loss scale, since less than 6e-8 would be lost."""
+    """Inputs of a mean loss whose first arguments are logits. What comes into the backward is 1, as
+    in training, and in float16 a loss scale, since float16 loses what is less than 6e-8."""
     logits = arguments[0][0]
     upstream = 2.0**12 if logits.dtype == torch.float16 else 1.0
     grads = [logits.detach().new_full((), upstream) for _ in arguments]
@@ -64,9 +64,10 @@ def loss_inputs(arguments: list[tuple[Tensor, ...]]) -> Inputs:
 
 
 class Truth:
-    """What a mean loss over all positions and its gradient have to be, in float64:
-    alpha T^2 KL(softmax(teacher / T) || softmax(logits / T)) + (1 - alpha) CE, where each target of
-    the latter, labels that may be smoothed or probabilities, counts by its share.
+    """A mean loss over all positions, and its gradient, in float64:
+    alpha T^2 KL(softmax(teacher / T) || softmax(logits / T)) + (1 - alpha) CE. The cross-entropy is
+    the sum over targets, each times its share. A target is labels, which may be smoothed, or
+    probabilities.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Truth:
         return total / self._positions
 
     def _gradient(self, share: float, *sources: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, and the size of its terms."""
+        """The gradient, and the sum of the sizes of its terms."""
         x, q, teacher = self._split(*sources)
         alpha, T = self._alpha, self._temperature
         p = x.softmax(1).mul_(q.sum(1, keepdim=True))

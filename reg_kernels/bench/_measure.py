@@ -62,16 +62,16 @@ class Scope:
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     everything: bool = False  # every size and layout in every dtype
-    compiled: bool = True  # torch.compile among the contenders: it takes seconds a case
+    compiled: bool = True  # torch.compile is a contender: it takes seconds a benchmark
 
     @property
     def brief(self) -> tuple[torch.dtype, ...]:
-        """Those dtypes that do where one has to."""
+        """The dtypes of benchmarks for which one dtype is enough."""
         return self.dtypes if self.everything else self.dtypes[:1]
 
     @property
     def of_small_calls(self) -> tuple[torch.dtype, ...]:
-        """Those of calls whose time is the host's, which hardly depends on them."""
+        """The dtypes of small calls, whose time is the host's and hardly depends on the dtype."""
         return self.dtypes if self.everything else (torch.float32,)
 
 
@@ -82,7 +82,7 @@ class Budget:
     seconds: float  # for all rounds together
     least: int  # rounds, whatever they take
     most: int
-    sample: float  # seconds that a sample of short calls is filled up to
+    sample: float  # seconds: a sample holds as many calls as take so long, and at least one
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Contender:
 
     name: str
     call: Callable[[int], object]  # one call, on input number i of the pool
-    check: Callable[[], None]  # raises WrongValues; the first to call, so it compiles as well
+    check: Callable[[], None]  # raises WrongValues; it is called first, so it also compiles
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around each sample
-    may_fail: bool = False  # an exception in the check skips it, and is no error
+    may_fail: bool = False  # an exception in the check skips the contender and is no error
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure of one contender: a key of its result."""
+    """A bound on one figure of one contender; `figure` is a key of its result."""
 
     contender: str
     text: str
@@ -129,7 +129,7 @@ class Goal:
 
 
 def faster(limit: float, than: str = EAGER) -> Goal:
-    """A goal of the native code: so many times the speed of eager PyTorch or of torch.compile."""
+    """The goal that the native code has `limit` times the speed of eager or of torch.compile."""
     named = {EAGER: "eager's", COMPILE: "torch.compile's"}[than]
     text = f"at least {limit:g} times {named} speed"
     return Goal("native", text, f"speedup_over_{than}", limit, True)
@@ -143,19 +143,19 @@ class Benchmark:
     direction: str  # FORWARD, BACKWARD, BOTH in one call, or STEP
     dtype: torch.dtype
     shape: tuple[int, ...]
-    bytes: int | None  # that have to move, read or written, once each; None where nobody counts
+    bytes: int | None  # that a call must read or write, each once; None where nobody counts them
     prepare: Callable[[torch.device, int], Sequence[Contender | Skipped]]  # for a pool of n inputs
     variant: str = ""  # of the op, where it has several
     layout: str = "contiguous"
     requires_grad: bool = True
-    host: bool = False  # the time that a call takes on the host, whatever the device does
-    wall: bool = False  # the time that both take; without a GPU there is no other
-    tensors: int = 0  # how many the op takes at once, where they are a list; `shape`: of all
-    peers: tuple[str, ...] = ()  # further contenders that are not ours, which ours are set against
+    host: bool = False  # what is timed is the host, whatever the device does
+    wall: bool = False  # what is timed is the host and the device together
+    tensors: int = 0  # how many tensors a call takes, where it takes a list; `shape` is of all
+    peers: tuple[str, ...] = ()  # names of further contenders that are not ours
     goals: tuple[Goal, ...] = ()
-    items: int = 0  # that one call works off, where a rate of them is what counts
+    items: int = 0  # how many items a call processes, where their rate is what counts
     unit: str = ""  # of the items
-    series: str = ""  # of a growth curve: what the case is one point of
+    series: str = ""  # the growth curve that the benchmark is a point of
 
     @property
     def label(self) -> str:
@@ -202,9 +202,9 @@ def measure(
         after_round: called with the number of rounds done and of all.
 
     Returns:
-        What describes the case and, under "contenders", a dictionary for each: "name" and either
-        "skipped" (a reason), "wrong" (what is wrong with its values, or what it raised) or its
-        figures, with the raw seconds of a call in each round.
+        The benchmark's description and, under "contenders", a dictionary for each contender. It
+        has "name" and one of three: "skipped", which is a reason; "wrong", which says what is wrong
+        with its values or what it raised; or its figures, with the seconds of a call in each round.
     """
     gc.collect()  # the tensors of the case before
     pool = pool_size(case, device)
@@ -253,8 +253,7 @@ def measure(
             if row["name"] in peaks and peer in peaks:
                 row[f"peak_above_{peer}_bytes"] = peaks[row["name"]] - peaks[peer]
     for goal in case.goals:
-        row = next((r for r in rows if r["name"] == goal.contender), None)
-        if row is not None:
+        for row in (row for row in rows if row["name"] == goal.contender):
             row.setdefault("goals", []).append(goal.result(row.get(goal.figure)))
     return {
         "label": case.label,
@@ -281,7 +280,7 @@ def measure(
 def _small_call_figures(
     case: Benchmark, device: torch.device, running: list[Contender], budget: Budget
 ) -> dict[str, dict[str, Any]]:
-    """What launching costs: further figures of a small call on a GPU, by contender."""
+    """What launching a small call on a GPU costs: further figures of each contender."""
     budget = replace(budget, seconds=_FURTHER * budget.seconds)
     found: dict[str, dict[str, Any]] = {entry.name: {} for entry in running}
 
@@ -315,13 +314,15 @@ def figures(
     bytes_moved: int | None,
     peers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What is derived from the times of one contender and of those it ran beside, by name.
+    """The figures of one contender, from its seconds and from those of all, by name.
 
-    It is set against the copy, eager, torch.compile and `peers`, those of them that ran.
+    Its speed is compared with the copy's, eager's, torch.compile's and the peers', where they ran.
+    "speed_over" holds the quartiles of the ratios within a round; the figures that goals name, such
+    as "share_of_copy" and "time_over_eager", are made from their medians.
     """
     median = statistics.median(seconds)
     lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    row = {
+    row: dict[str, Any] = {
         "seconds": seconds,
         "median": median,
         "quartiles": [lower, upper],
@@ -329,27 +330,27 @@ def figures(
     }
     if bytes_moved is not None:
         row["bytes_per_second"] = bytes_moved / median
+    row["speed_over"] = {}
     for name in (COPY, EAGER, COMPILE, *peers):
-        if name in samples:
-            pairs = zip(seconds, samples[name], strict=True)
-            row[f"time_over_{name}"] = statistics.median(own / other for own, other in pairs)
-    if COPY in samples:
-        row["share_of_copy"] = 1 / row["time_over_copy"]
-    for name in (EAGER, COMPILE, *peers):
-        if name in samples:
-            row[f"speedup_over_{name}"] = 1 / row[f"time_over_{name}"]
+        if name not in samples:
+            continue
+        ratios = [theirs / own for own, theirs in zip(seconds, samples[name], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        row["speed_over"][name] = quartiles
+        row[f"time_over_{name}"] = 1 / quartiles[1]
+        row["share_of_copy" if name == COPY else f"speedup_over_{name}"] = quartiles[1]
     return row
 
 
 def contenders(case: Benchmark, device: torch.device) -> list[Contender | Skipped]:
-    """The copy and those of the case, with their tensors made."""
+    """The copy and the contenders of the benchmark, with their tensors."""
     pool = pool_size(case, device)
     copy = [] if case.bytes is None else [_copy_contender(case, device, pool, case.bytes)]
     return [*copy, *case.prepare(device, pool)]
 
 
 def pool_size(case: Benchmark, device: torch.device) -> int:
-    """How many inputs to walk, so that none is in the GPU's L2 cache when its turn comes."""
+    """How many inputs the calls walk, so that each has left the GPU's L2 cache before its turn."""
     if device.type != "cuda" or case.host or case.wall:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -394,7 +395,7 @@ def _interleave(
         return seconds
 
     for contender in contenders:
-        # The check has warmed it up; the shorter of two is the better guess of what is to come.
+        # The check has warmed it up. The shorter of two calls is the better guess.
         guess = min(sample(contender, 1, 0) for _ in range(2))
         wanted = math.ceil(budget.sample / max(guess, 1e-9))
         calls[contender.name] = max(1, min(wanted, timed_by.most_calls))
@@ -405,7 +406,7 @@ def _interleave(
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}
     with _no_collection():
         for done in range(rounds):
-            # Nobody runs always behind the same neighbour, nor always first.
+            # No contender always runs first, or always behind the same one.
             turn = done % max(1, len(contenders))
             order = contenders[turn:] + contenders[:turn]
             for contender in order[::-1] if done % 2 else order:

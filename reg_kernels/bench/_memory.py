@@ -37,7 +37,7 @@ def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
 
 
 def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
-    """A call's result, by how much it had grown memory at its peak, and by how much at its end."""
+    """A call's result, and the bytes by which memory had grown at its peak and at its end."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -48,7 +48,7 @@ def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[A
 
 
 def cpu_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
-    """The same of what torch's allocator gave: the scratch of the C library's is not in it."""
+    """The same on the CPU: what torch's allocator gave, without scratch from the C library's."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or each profile writes two lines to stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -1,4 +1,4 @@
-"""Other libraries that a benchmark sets ours against where they are installed."""
+"""Other libraries that are contenders where they are installed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def peer(name: str, module: str, file: str | None = None) -> ModuleType | Skippe
     """The module of the peer `name`, or why it is no contender.
 
     Args:
-        name: the contender's.
-        module: to import.
-        file: within a package `module`, to be loaded alone, since importing the package takes what
-            cannot be had beside every build of torch.
+        name: the contender's name.
+        module: the module to import.
+        file: a file of the package `module` to load alone: importing the package may need what
+            does not run beside every build of torch.
     """
     try:
         return importlib.import_module(module) if file is None else _alone(module, file)
@@ -37,6 +37,7 @@ def _alone(package: str, file: str) -> ModuleType:
     if not path.exists():
         raise ImportError(f"{package} has no {file}")
     spec = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

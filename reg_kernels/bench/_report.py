@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Iterator
+from math import prod
+from typing import Any, NamedTuple
 
 from ._measure import COMPILE, COPY, EAGER, format_bytes
+from ._results import Ratio, counts_bytes, has_goals, is_kernel, is_ours, speed_over
 
-if TYPE_CHECKING:
-    from rich.table import Table
+SHOWN = ("native", "triton")  # what pages show: the other implementations are in the JSON
 
-SCHEMA = 2
-BASELINES = (COPY, EAGER, COMPILE)
-
-RESULT_COLUMNS = (
-    "benchmark",
-    "implementation",
-    "time",
-    "copy",
-    "eager",
-    "compile",
-    "kept",
-    "peak",
-    "goals",
-)
-GOAL_COLUMNS = ("benchmark", "goal", "measured", "")
-RATE_COLUMNS = ("training step", "implementation", "time", "a second", "eager", "peak")
-GROWTH_COLUMNS = ("curve", "size", "time", "copy", "eager")
-SMALL_COLUMNS = ("benchmark", "contender", "host", "device", "graph")
-
-RESULT_LEGEND = (
-    "Times are medians, with quartiles. `copy`: bytes/s over those of `Tensor.copy_` in the same "
-    "run. `eager`, `compile`: their time, and how many times faster ours is. `kept`: bytes saved "
-    "for the backward, inputs included. `peak`: bytes allocated at the peak of a call beyond what "
-    "it returns, and eager's."
-)
-PEER_LEGEND = (
-    "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's, `liger`: "
-    "Liger-Kernel's, `timm`: timm's. Each with its time, how many times faster ours is, and its "
-    "peak."
-)
-RATE_LEGEND = (
-    "Forward, loss, backward and the optimizer's step. `eager`: the same network with PyTorch's "
-    "layers and optimizer, and how many times faster ours is. `peak`: bytes allocated at the peak "
-    "of a step, and eager's."
-)
-GROWTH_LEGEND = (
-    "Time against size: ours, its share of the copy's bytes/s, and eager's time (an optimizer's "
-    "with `fused=True`)."
-)
-SMALL_LEGEND = (
-    "Small calls on the GPU: the host's time until a call is queued, the GPU's until it is done, "
-    "and that of a replayed CUDA graph."
-)
-
-Wanted = Callable[[dict[str, Any]], bool]  # whether a benchmark is to be shown
+Case = dict[str, Any]
+Row = tuple[str, ...]
+Wanted = Callable[[Case], bool]  # whether a benchmark is to be shown
 
 
-def is_kernel(case: dict[str, Any]) -> bool:
-    """Whether a benchmark is of one op at one size, and neither of a network nor of a curve."""
-    return not case.get("items") and not case.get("series")
+class Table(NamedTuple):
+    title: str
+    columns: Row
+    rows: list[Row]
+    legend: str = ""
+    words: int = 2  # so many first columns are words, and the others figures
 
-
-def has_goals(case: dict[str, Any]) -> bool:
-    """Whether a benchmark of one op has a goal."""
-    return is_kernel(case) and any(row.get("goals") for row in case["contenders"])
-
-
-def is_ours(case: dict[str, Any], name: str) -> bool:
-    return name not in BASELINES and name not in case.get("peers", ())
-
-
-def counts_bytes(case: dict[str, Any]) -> bool:
-    """Whether it is bytes that a benchmark's time goes by, and not calls."""
-    return case["bytes"] is not None and not case["host"] and not case.get("wall", False)
-
-
-def key_of(case: dict[str, Any]) -> str:
-    """What tells a benchmark from the others of its report."""
-    series = case.get("series", "")
-    return f"{series}: {case['label']}" if series else case["label"]
-
-
-def to_json(data: dict[str, Any]) -> str:
-    """`data` as indented JSON, floats to 7 digits and each list of numbers on one line."""
-    text = json.dumps(_rounded(data), indent=1, allow_nan=False)
-    numbers = re.compile(r"\[\s+(-?\d[\d.eE+-]*(?:,\s+-?\d[\d.eE+-]*)*)\s+\]")
-    return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(of) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(of) for of in value]
-    # Past what a clock tells; the files are a third smaller.
-    return float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value
+    def markdown(self) -> str:
+        """The table with its legend; nothing where there is no row."""
+        if not self.rows:
+            return ""
+        rule = tuple("---" if i < self.words else "---:" for i in range(len(self.columns)))
+        lines = (
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+            for line in (self.columns, rule, *self.rows)
+        )
+        return "\n".join(lines) + (f"\n\n{self.legend}" if self.legend else "")
 
 
 def format_seconds(seconds: float) -> str:
@@ -109,123 +43,114 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def result_rows(
-    data: dict[str, Any],
-    implementations: Container[str] | None = None,
-    wanted: Wanted = is_kernel,
-) -> list[tuple[str, ...]]:
-    """A row for each wanted benchmark and implementation of ours, all or these, as RESULT_COLUMNS.
+# The tables
 
-    `copy` is the share of its bandwidth; beside eager's and torch.compile's times stands how many
-    times faster ours is; behind our peak of memory stands eager's.
-    """
-    rows = []
-    for case in filter(wanted, data["benchmarks"]):
-        found = {row["name"]: row for row in case["contenders"]}
-        for name, row in found.items():
-            if not is_ours(case, name) or "skipped" in row:
-                continue
-            if implementations is not None and name not in implementations:
-                continue
-            if "wrong" in row:
-                blanks = ("",) * (len(RESULT_COLUMNS) - 3)
-                rows.append((case["label"], name, "WRONG VALUES", *blanks))
-                continue
-            rows.append(
-                (
-                    case["label"],
-                    name,
-                    f"{format_seconds(row['median'])} ({_spread(row)}){_per_tensor(row)}",
-                    f"{row['share_of_copy']:.2f}"
-                    if "share_of_copy" in row and counts_bytes(case)
-                    else "",
-                    _beside(row, found.get(EAGER), f"speedup_over_{EAGER}"),
-                    _beside(row, found.get(COMPILE), f"speedup_over_{COMPILE}"),
-                    format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
-                    _peak(row, found.get(EAGER)),
-                    _verdict(row.get("goals", [])),
-                )
+
+def result_table(
+    data: dict[str, Any], shown: Container[str] | None = None, wanted: Wanted = is_kernel
+) -> Table:
+    """Each wanted benchmark by each implementation of ours, all or those that are `shown`."""
+    rows: list[Row] = []
+    for case, found, row in _measured(data, wanted, shown):
+        time, copy = _time(row), speed_over(row, COPY)
+        if case["tensors"] and row["median"] / case["tensors"] < _SMALL_TENSOR:
+            time += f", {row['median'] / case['tensors'] * 1e6:.3g} µs a tensor"
+        rows.append(
+            (
+                case["label"],
+                row["name"],
+                time,
+                f"{copy.median:.2f}" if copy and counts_bytes(case) else "",
+                _beside(row, found, EAGER),
+                _beside(row, found, COMPILE),
+                format_bytes(row["kept_bytes"]) if "kept_bytes" in row else "",
+                _peak(row, found),
+                _verdict(row.get("goals", [])),
             )
-    return rows
-
-
-def peer_table(
-    data: dict[str, Any], implementations: Container[str] | None = None
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns, and a row for each implementation of ours, all or these, in benchmarks that have
-    peers: a peer's time, how many times faster ours is, and the peer's peak of memory."""
-    cases = [case for case in data["benchmarks"] if case.get("peers") and is_kernel(case)]
-    peers = list(dict.fromkeys(name for case in cases for name in case["peers"]))
-    rows = []
-    for case in cases:
-        found = {row["name"]: row for row in case["contenders"]}
-        for name, row in found.items():
-            if not is_ours(case, name) or "median" not in row:
-                continue
-            if implementations is not None and name not in implementations:
-                continue
-            cells = []
-            for peer in peers:
-                cell = _beside(row, found.get(peer), f"speedup_over_{peer}")
-                peak = f", {format_bytes(found[peer]['peak_bytes'])}" if cell else ""
-                cells.append(cell + peak)
-            rows.append((case["label"], name, *cells))
-    return ("benchmark", "implementation", *peers), rows
-
-
-def rate_rows(
-    data: dict[str, Any], implementations: Container[str] | None = None
-) -> list[tuple[str, ...]]:
-    """A row for each network and implementation of ours, all or these, as RATE_COLUMNS."""
-    rows = []
-    for case in data["benchmarks"]:
-        found = {row["name"]: row for row in case["contenders"] if "items_per_second" in row}
-        for row in case["contenders"]:
-            name = row["name"]
-            if not case.get("items") or not is_ours(case, name) or case.get("series"):
-                continue
-            if implementations is not None and name not in implementations:
-                continue
-            if "wrong" in row:
-                rows.append((case["label"], name, "WRONG VALUES", "", "", ""))
-            if name not in found:
-                continue
-            eager = found.get(EAGER)
-            theirs = ""
-            if eager is not None:
-                theirs = f"{_rate(case, eager)} ({_times(row[f'speedup_over_{EAGER}'])})"
-            time = f"{format_seconds(row['median'])} ({_spread(row)})"
-            rows.append((case["label"], name, time, _rate(case, row), theirs, _peak(row, eager)))
-    return rows
-
-
-def growth_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each point of a curve and the first implementation of ours, as GROWTH_COLUMNS."""
-    rows = []
-    for case in data["benchmarks"]:
-        if not case.get("series"):
-            continue
-        found = {row["name"]: row for row in case["contenders"] if "median" in row}
-        row = next((row for name, row in found.items() if is_ours(case, name)), None)
-        if row is None:
-            continue
-        size = (
-            f"{case['tensors']} tensors" if case["tensors"] else "×".join(map(str, case["shape"]))
         )
-        share = f"{row['share_of_copy']:.2f}" if "share_of_copy" in row else ""
-        eager = _beside(row, found.get(EAGER), f"speedup_over_{EAGER}")
-        rows.append((case["series"], size, format_seconds(row["median"]), share, eager))
-    return rows
+    return Table(
+        "times",
+        ("benchmark", "implementation", "time", COPY, EAGER, COMPILE, "kept", "peak", "goals"),
+        [*rows, *_wrong_rows(data, wanted, shown, columns=9)],
+        "Times are medians. `copy`: bytes/s over those of `Tensor.copy_` in the same rounds. "
+        "`eager`, `compile`: their time, and how many times faster ours is, with quartiles. "
+        "`kept`: bytes saved for the backward, inputs included. `peak`: bytes allocated at the "
+        "peak of a call beyond what it returns, and eager's.",
+    )
 
 
-def small_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each contender of a small call on a GPU, as SMALL_COLUMNS."""
-    rows = []
+def peer_table(data: dict[str, Any], shown: Container[str] | None = None) -> Table:
+    """Ours beside the peers of each benchmark that has some."""
+    names = list(dict.fromkeys(n for c in data["benchmarks"] if is_kernel(c) for n in c["peers"]))
+    rows: list[Row] = []
+    for case, found, row in _measured(data, lambda c: is_kernel(c) and bool(c["peers"]), shown):
+        cells = []
+        for name in names:
+            cell = _beside(row, found, name)
+            cells.append(cell and f"{cell}, {format_bytes(found[name]['peak_bytes'])}")
+        rows.append((case["label"], row["name"], *cells))
+    return Table(
+        "peers: time, how many times faster, peak",
+        ("benchmark", "implementation", *names),
+        rows,
+        "`fused`, `foreach`: torch.optim's step with that option; `optimi`: torch-optimi's, "
+        "`liger`: Liger-Kernel's, `timm`: timm's. Each with its time, how many times faster ours "
+        "is, and its peak.",
+    )
+
+
+def rate_table(data: dict[str, Any], shown: Container[str] | None = None) -> Table:
+    """The training steps of whole networks."""
+
+    def wanted(case: Case) -> bool:
+        return bool(case["items"]) and not case["series"]
+
+    rows: list[Row] = []
+    for case, found, row in _measured(data, wanted, shown):
+        eager = found.get(EAGER, {})
+        rates = [
+            f"{case['items'] / of['median']:.3g} {case['unit']}" if "median" in of else ""
+            for of in (row, eager)
+        ]
+        if over := speed_over(row, EAGER):
+            rates[1] += f", {_times(over)}"
+        rows.append((case["label"], row["name"], _time(row), *rates, _peak(row, found)))
+    return Table(
+        "training steps",
+        ("training step", "implementation", "time", "a second", EAGER, "peak"),
+        [*rows, *_wrong_rows(data, wanted, shown, columns=6)],
+        "Forward, loss, backward and the optimizer's step. `eager`: the same network with "
+        "PyTorch's layers and optimizer, and how many times faster ours is, with quartiles. "
+        "`peak`: bytes allocated at the peak of a step, and eager's.",
+    )
+
+
+def growth_table(data: dict[str, Any]) -> Table:
+    """Each point of a curve, by the implementation that is chosen automatically."""
+    rows: list[Row] = []
+    for case, found, row in _measured(data, lambda case: bool(case["series"])):
+        size = f"{case['tensors']} tensors" if case["tensors"] else _shape(case)
+        copy = speed_over(row, COPY)
+        share = f"{copy.median:.2f}" if copy else ""
+        rows.append((case["series"], size, _time(row), share, _beside(row, found, EAGER)))
+    return Table(
+        "growth",
+        ("curve", "size", "time", COPY, EAGER),
+        rows,
+        "Time against size: ours, its share of the copy's bytes/s, and eager's time (an "
+        "optimizer's with `fused=True`).",
+    )
+
+
+def small_table(data: dict[str, Any]) -> Table:
+    """The parts of a small call's time on a GPU."""
+    figures = ("host_median", "device_median", "graph_median", "graph_note")
+    rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
-            if not row.keys() & {"host_median", "device_median", "graph_median", "graph_note"}:
+            if not row.keys() & set(figures):
                 continue
-            both = case.get("wall", False)  # the host's time and the GPU's together
+            both = case["wall"]  # the host's time and the GPU's together
             times = {
                 "host": row.get("host_median", row["median"] if case["host"] else None),
                 "device": row.get("device_median", None if both or case["host"] else row["median"]),
@@ -234,19 +159,140 @@ def small_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
             cells = ["" if t is None else format_seconds(t) for t in times.values()]
             cells[-1] = cells[-1] or row.get("graph_note", "")
             rows.append((case["label"], row["name"], *cells))
-    return rows
+    return Table(
+        "small calls",
+        ("benchmark", "contender", "host", "device", "graph"),
+        rows,
+        "Small calls on the GPU: the host's time until a call is queued, the GPU's until it is "
+        "done, and that of a replayed CUDA graph.",
+    )
 
 
-def goal_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each goal, as GOAL_COLUMNS: where each figure stands against its floor."""
-    rows = []
+def isa_table(data: dict[str, Any]) -> Table:
+    """The native CPU code by instruction set, of what moves bytes."""
+    cases = [case for case in data["benchmarks"] if counts_bytes(case) and not case["series"]]
+    names: list[str] = []
+    for row in (row for case in cases for row in case["contenders"] if "median" in row):
+        if row["name"].startswith("native") and row["name"] not in names:
+            names.append(row["name"])
+    rows: list[Row] = []
+    for case in cases:
+        found = {row["name"]: _time(row) for row in case["contenders"] if "median" in row}
+        rows.append((case["label"], *(found.get(name, "") for name in names)))
+    if len(names) < 2:
+        rows.clear()
+    return Table(
+        "instruction sets",
+        ("benchmark", *names),
+        rows,
+        "The native code as it runs here, and held to lesser instruction sets.",
+        words=1,
+    )
+
+
+def goal_table(data: dict[str, Any], missed: bool = False) -> Table:
+    """Where each figure that has a goal stands; of those that are `missed` alone, if so asked."""
+    rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             for goal in row.get("goals", []):
                 verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
                 text = f"{row['name']}: {goal['text']}"
-                rows.append((case["label"], text, _measured(goal), verdict))
-    return rows
+                if not missed or verdict == "MISSED":
+                    rows.append((case["label"], text, _value(goal), verdict))
+    columns = 3 if missed else 4
+    names = ("benchmark", "goal", "measured", "")
+    return Table("goals", names[:columns], [row[:columns] for row in rows])
+
+
+def overview_cases(data: dict[str, Any]) -> list[Case]:
+    """A benchmark an op: in float32, of its largest shape, the first of them, and where the op has
+    goals one that has a goal."""
+    chosen: dict[str, Case] = {}
+    for case in data["benchmarks"]:
+        if case["series"] or case["host"] or case["dtype"] != "float32":
+            continue
+        best = chosen.get(case["op"])
+        if best is None or _importance(case) > _importance(best):
+            chosen[case["op"]] = case
+    return list(chosen.values())
+
+
+def _importance(case: Case) -> tuple[bool, int]:
+    return any(row.get("goals") for row in case["contenders"]), prod(case["shape"])
+
+
+def overview_table(data: dict[str, Any]) -> Table:
+    """A row an op: what somebody wants to know first."""
+    cases = overview_cases(data)
+    rows: list[Row] = []
+    for case, found, row in _measured({"benchmarks": cases}, lambda case: True, SHOWN):
+        eager, compiled = (found.get(name, {}) for name in (EAGER, COMPILE))
+        over = speed_over(row, EAGER)
+        rows.append(
+            (
+                case["label"].replace(" float32", ","),
+                *(_time(of) if "median" in of else "" for of in (row, eager, compiled)),
+                _times(over) if over else "",
+            )
+        )
+    return Table("overview", ("benchmark", "ours", EAGER, COMPILE, "ratio"), rows, words=1)
+
+
+# Pages
+
+
+def headline(data: dict[str, Any], shown: Container[str] = SHOWN) -> str:
+    """What a reader wants first: networks, the benchmarks that have goals, and which are missed."""
+    missed = goal_table(data, missed=True)
+    return _page(
+        _conditions_in_markdown(data),
+        rate_table(data, shown).markdown(),
+        result_table(data, shown, has_goals).markdown(),
+        f"Goals that were missed:\n\n{missed.markdown()}" if missed.rows else "",
+    )
+
+
+def markdown(data: dict[str, Any], shown: Container[str] = SHOWN) -> str:
+    """Conditions, results and goals of one run."""
+    return _page(
+        _conditions_in_markdown(data),
+        result_table(data, shown).markdown(),
+        isa_table(data).markdown(),
+        peer_table(data, shown).markdown(),
+        small_table(data).markdown(),
+        rate_table(data, shown).markdown(),
+        growth_table(data).markdown(),
+        goal_table(data).markdown(),
+        "\n".join(f"- {line}" for line in notes(data)),
+    )
+
+
+def _page(*parts: str) -> str:
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def conditions(data: dict[str, Any]) -> list[str]:
+    """The lines above every table: device, commit, versions, settings."""
+    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items() if value)
+    device = data["device"]
+    told = [f"{name} {device[name]}" for name in ("family", "model", "driver") if device.get(name)]
+    lines = [
+        ", ".join([device["name"], *told]),
+        f"commit {format_commit(data['commit'])}, {data['date']}",
+        versions,
+    ]
+    if device["type"] == "cpu":
+        warm = "keeps freed memory" if data["allocator"] else "as it is by default"
+        isa = device["isa"] or "no native code"
+        lines.append(f"{data['threads']} threads, {isa}, malloc {warm}")
+    if data.get("options", {}).get("quick"):
+        lines.append("few rounds, float32 and no torch.compile: a look, and no measurement")
+    return lines
+
+
+def _conditions_in_markdown(data: dict[str, Any]) -> str:
+    return "\n".join(f"{line}  " for line in conditions(data)).rstrip()
 
 
 def notes(data: dict[str, Any]) -> list[str]:
@@ -271,20 +317,6 @@ def wrong(data: dict[str, Any]) -> list[str]:
     return [row["wrong"] for c in data["benchmarks"] for row in c["contenders"] if "wrong" in row]
 
 
-def conditions(data: dict[str, Any]) -> list[str]:
-    """The lines above every table: device, commit, versions, settings."""
-    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items() if value)
-    device = data["device"]
-    where = device["name"] + (f", driver {device['driver']}" if device["driver"] else "")
-    lines = [where, f"commit {format_commit(data['commit'])}, {data['date']}", versions]
-    if device["type"] == "cpu":
-        warm = "keeps freed memory" if data["allocator"] else "as it is by default"
-        lines.append(f"{data['threads']} threads, {data['isa'] or 'no native code'}, malloc {warm}")
-    if data.get("options", {}).get("quick"):
-        lines.append("few rounds, float32 and no torch.compile: a look, and no measurement")
-    return lines
-
-
 def format_commit(commit: dict[str, Any] | None) -> str:
     if commit is None:
         return "unknown"
@@ -292,113 +324,62 @@ def format_commit(commit: dict[str, Any] | None) -> str:
     return commit["hash"][:12] + note
 
 
-def rich_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+# Rows and cells
 
-    table = Table(title=title)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right")
-    previous = None
-    for row in rows:
-        style = "bold red" if "MISSED" in row or "WRONG VALUES" in row else ""
-        cells = [Text(cell) for cell in row]
-        if row[0] == previous:
-            cells[0] = Text("")
-        previous = row[0]
-        table.add_row(*cells, style=style)
-    return table
+_SMALL_TENSOR = 20e-6  # seconds a tensor: their number is what counts then
 
 
-def headline(data: dict[str, Any], implementations: Container[str]) -> str:
-    """What a reader wants first: networks, the benchmarks that have goals, and which are missed."""
-    parts = [_conditions_in_markdown(data)]
-    if rows := rate_rows(data, implementations):
-        parts += [markdown_table(RATE_COLUMNS, rows), RATE_LEGEND]
-    if rows := result_rows(data, implementations, has_goals):
-        parts += [markdown_table(RESULT_COLUMNS, rows), RESULT_LEGEND]
-    if missed := [row for row in goal_rows(data) if row[-1] == "MISSED"]:
-        parts += [
-            "Goals that were missed:",
-            markdown_table(GOAL_COLUMNS[:-1], [r[:-1] for r in missed]),
-        ]
-    return "\n\n".join(parts) + "\n"
+def _measured(
+    data: dict[str, Any], wanted: Wanted, shown: Container[str] | None = None
+) -> Iterator[tuple[Case, dict[str, Case], Case]]:
+    """Of each wanted benchmark, each of our implementations, all or those that are `shown`, that
+    was timed: the benchmark, its contenders by name, and the implementation's figures."""
+    for case in filter(wanted, data["benchmarks"]):
+        found = {row["name"]: row for row in case["contenders"]}
+        for name, row in found.items():
+            if "median" in row and is_ours(case, name) and (shown is None or name in shown):
+                yield case, found, row
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """Conditions, results and goals of one run."""
-    parts = [
-        _conditions_in_markdown(data),
-        markdown_table(RESULT_COLUMNS, result_rows(data)),
-        RESULT_LEGEND,
-    ]
-    columns, rows = peer_table(data)
-    if rows:
-        parts += [markdown_table(columns, rows), PEER_LEGEND]
-    if rows := small_rows(data):
-        parts += [markdown_table(SMALL_COLUMNS, rows), SMALL_LEGEND]
-    if rows := rate_rows(data):
-        parts += [markdown_table(RATE_COLUMNS, rows), RATE_LEGEND]
-    if rows := growth_rows(data):
-        parts += [markdown_table(GROWTH_COLUMNS, rows), GROWTH_LEGEND]
-    if rows := goal_rows(data):
-        parts.append(markdown_table(GOAL_COLUMNS, rows))
-    if lines := notes(data):
-        parts.append("\n".join(f"- {line}" for line in lines))
-    return "\n\n".join(parts) + "\n"
+def _wrong_rows(
+    data: dict[str, Any], wanted: Wanted, shown: Container[str] | None, columns: int
+) -> Iterator[Row]:
+    """A row for each of ours that computed something else."""
+    for case in filter(wanted, data["benchmarks"]):
+        for row in case["contenders"]:
+            name = row["name"]
+            if "wrong" in row and is_ours(case, name) and (shown is None or name in shown):
+                yield (case["label"], name, "WRONG VALUES", *[""] * (columns - 3))
 
 
-def _conditions_in_markdown(data: dict[str, Any]) -> str:
-    return "\n".join(f"{line}  " for line in conditions(data)).rstrip()
+def _shape(case: Case) -> str:
+    return "×".join(map(str, case["shape"]))
 
 
-def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], words: int = 2) -> str:
-    """A table whose first `words` columns are words, and the others figures."""
-    lines = [columns, tuple("---" if i < words else "---:" for i in range(len(columns))), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+def _time(row: Case) -> str:
+    return format_seconds(row["median"])
 
 
-def _spread(row: dict[str, Any]) -> str:
-    lower, upper = row["quartiles"]
-    low, high = format_seconds(lower), format_seconds(upper)
-    # One unit is enough where both have the same.
-    if low.split()[1] == high.split()[1]:
-        low = low.split()[0]
-    return f"{low}–{high}"
+def _beside(row: Case, found: dict[str, Case], other: str) -> str:
+    """The other's time, and how many times faster ours is."""
+    over = speed_over(row, other)
+    return f"{_time(found[other])}, {_times(over)}" if over else ""
 
 
-def _beside(row: dict[str, Any], other: dict[str, Any] | None, figure: str) -> str:
-    if other is None or "median" not in other or figure not in row:
-        return ""
-    return f"{format_seconds(other['median'])} ({_times(row[figure])})"
+def _times(ratio: Ratio) -> str:
+    """The median, and the quartiles where they show as something else."""
+    lower, median, upper = (f"{of:.0f}" if of >= 9.95 else f"{of:.2g}" for of in ratio)
+    return f"{median}×" if lower == median == upper else f"{median}× ({lower}–{upper})"
 
 
-def _times(speedup: float) -> str:
-    return f"{speedup:.0f}×" if speedup >= 9.95 else f"{speedup:.2g}×"
-
-
-def _per_tensor(row: dict[str, Any]) -> str:
-    """Where tensors are so small that their number is what counts."""
-    seconds = row.get("seconds_per_tensor", 1)
-    return f", {seconds * 1e6:.3g} µs a tensor" if seconds < 20e-6 else ""
-
-
-def _rate(case: dict[str, Any], row: dict[str, Any]) -> str:
-    return f"{row['items_per_second']:.3g} {case['unit']}"
-
-
-def _peak(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
+def _peak(row: Case, found: dict[str, Case]) -> str:
     if "peak_bytes" not in row:
         return ""
-    text = format_bytes(row["peak_bytes"])
-    if eager is None or "peak_bytes" not in eager:
-        return text
-    return f"{text} ({format_bytes(eager['peak_bytes'])})"
+    text, eager = format_bytes(row["peak_bytes"]), found.get(EAGER, {})
+    return f"{text} ({format_bytes(eager['peak_bytes'])})" if "peak_bytes" in eager else text
 
 
-def _measured(goal: dict[str, Any]) -> str:
+def _value(goal: dict[str, Any]) -> str:
     if goal["value"] is None:
         return "not measured"
     if goal["figure"].endswith("_bytes"):

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import _environment, _report
+from .. import _console
+from . import _environment, _results
 from ._measure import Benchmark, Budget, measure
 
 FULL = Budget(seconds=4.0, least=7, most=40, sample=5e-3)
@@ -35,9 +36,10 @@ def add_time_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def warm_allocator(device: torch.device, command: Sequence[str]) -> None:
-    """Becomes `command` in an environment where malloc keeps freed memory, unless it does here.
+    """Replaces this process by `command` with settings by which malloc keeps freed memory, unless
+    this one has them.
 
-    glibc reads those settings when a process starts, so they cannot be made later.
+    glibc reads the settings when a process starts, so this process cannot make them.
     """
     if device.type != "cpu" or _environment.allocator() or not _environment.has_glibc():
         return
@@ -58,30 +60,22 @@ def measure_all(
     """Measures `cases` in order and returns conditions and results, as JSON holds them.
 
     Args:
-        cases: what to measure.
-        device: where to.
-        budget: how long to measure a case.
-        options: what the results say of how they were asked for.
-        time_limit: seconds after which no further case is started; those are named.
+        cases: the benchmarks to measure.
+        device: where to measure them.
+        budget: how long to measure a benchmark.
+        options: how the measurement was asked for; the results repeat it.
+        time_limit: seconds after which no further benchmark is started; the results name those.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     data = {
-        "schema": _report.SCHEMA,
+        "schema": _results.SCHEMA,
         **_environment.environment(device),
         "options": options,
         "benchmarks": [],
         "left_out": [],
     }
     begin = time.monotonic()
-    console = Console(stderr=True)
     torch.manual_seed(0)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    described = TextColumn("{task.description}")
-    with Progress(
-        *columns, described, console=console, disable=not console.is_terminal
-    ) as progress:
+    with _console.progress() as progress:
         bar = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, start=1):
             progress.update(bar, description=case.label)
@@ -97,7 +91,7 @@ def measure_all(
             except torch.OutOfMemoryError:
                 data["left_out"].append({"label": _name(case), "reason": "out of GPU memory"})
             progress.advance(bar)
-            if not console.is_terminal:
+            if progress.disable:
                 print(f"{number}/{len(cases)} {case.label}", file=sys.stderr, flush=True)
     data["benchmarks"].sort(key=lambda benchmark: benchmark["op"])  # they took turns
     return data

@@ -1,4 +1,5 @@
-"""What contenders computed, compared in float64; in parts, so that large tensors leave room."""
+"""Comparing what contenders computed, in float64 and in parts, so that memory is left for large
+tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ._measure import WrongValues
 
-_PART = 2**20  # elements that are looked at in one go: in float64, what caches hold
+_PART = 2**20  # elements of a part: caches hold so many in float64
 
 
 def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -31,8 +32,9 @@ def compare(
 ) -> None:
     """Raises WrongValues unless `actual` is `expected(*sources)`, elementwise and in float64.
 
-    The error is relative to the expected value, or to what `expected` gives beside it, such as the
-    size of terms that cancel; where that is smaller, to `floor`.
+    The error is relative to the expected value. `expected` may return a size beside the value, such
+    as that of terms that cancel: then the error is relative to the size. Neither counts as less
+    than `floor`.
     """
     for got, *part in parts(actual, *sources):
         found = expected(*part)

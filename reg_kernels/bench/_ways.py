@@ -14,31 +14,32 @@ from torch import Tensor
 from .. import backends
 from ._measure import BACKWARD, BOTH, COMPILE, EAGER, FORWARD, Skipped
 
-_REFERENCE_UP_TO = 2**20  # bytes: it is there to be read, not to be fast
+_REFERENCE_UP_TO = 2**20  # bytes: the reference is written to be read, not to be fast
 
 Function = Callable[..., Tensor]
 
 
 class Makers(NamedTuple):
-    """What makes PyTorch's function and that of a backend of ours, None being the one it takes."""
+    """Makers of the functions that are compared: PyTorch's, and ours by the name of a backend, or
+    None for the one that is chosen automatically."""
 
     eager: Callable[[], Function]
     ours: Callable[[str | None], Function]
-    compiled: Callable[[], Function] | None = None  # where it is not eager's that suits it
+    compiled: Callable[[], Function] | None = None  # for torch.compile, where eager's suits it ill
 
 
 class Way(NamedTuple):
-    """What becomes a contender, once it is known what to call it on and how to check it."""
+    """A way to compute an op: with inputs and a check it becomes a contender."""
 
     name: str
-    function: Any  # a Function, or what a benchmark has in its place
+    function: Any  # a Function, or what a benchmark uses instead
     ours: bool
     within: Callable[[], AbstractContextManager[Any]]
     may_fail: bool
 
 
 class Inputs(NamedTuple):
-    """A pool of inputs: what a function is called on, and what its backward is."""
+    """A pool of inputs, for a function and for its backward."""
 
     arguments: list[tuple[Tensor, ...]]
     wanted: list[tuple[Tensor, ...]]  # whose gradients are computed
@@ -58,7 +59,7 @@ class Calls(NamedTuple):
 
 
 def calls(function: Function, inputs: Inputs, wanted: tuple[Tensor, ...] = ()) -> Calls:
-    """`function` over the pool; `wanted` are parameters of its own whose gradients are computed."""
+    """The calls of `function` over the pool; `wanted` are its own parameters that get gradients."""
     arguments, grads = inputs.arguments, inputs.grads
     pool = len(arguments)
     sources = [(*of_input, *wanted) for of_input in inputs.wanted]
@@ -111,8 +112,8 @@ def our_ways(
     dtype: torch.dtype,
     size: int,
 ) -> Iterator[Way | Skipped]:
-    """Our implementations of `op`, and those that cannot run here; those of one backend, which
-    differ in the instruction set, share what `make` makes."""
+    """Our implementations of `op`, and those that cannot run here. The native ones differ in the
+    instruction set alone and share one function."""
     with backends.backend(None):
         automatic = backends.choose(op, device.type, dtype)
     forced = backends.forced_by() is not None
@@ -125,7 +126,7 @@ def our_ways(
         if reason is not None:
             yield Skipped(name, reason)
             continue
-        # The one that is used anyway is called as users call it: naming it takes a check more.
+        # The automatic choice is called as users call it: a name would cost one more check.
         function = make(None if name == automatic and not forced else name)
         yield Way(name, function, True, contextlib.nullcontext, False)
         if name == "native" and device.type == "cpu":
@@ -161,7 +162,7 @@ def isa(name: str) -> Iterator[None]:
 
 
 def _repeatable_backward() -> Any:
-    """Compiled backwards may otherwise reuse what the forward saved, and refuse to run twice."""
+    """Lets a compiled backward run twice: by default it may reuse what the forward saved."""
     from torch._functorch import config
 
     return config.patch(donated_buffer=False)

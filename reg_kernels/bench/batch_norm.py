@@ -1,4 +1,4 @@
-"""Benchmarks of BatchNorm's layers, and of the chain behind it as one layer.
+"""Benchmarks of BatchNorm's layers, and of BatchNorm and what follows it as one layer.
 
 Bytes an element, s = sizeof(dtype): a training forward reads x for the statistics, then x again and
 writes y: 3 s. A backward reads the gradient and x for its sums, then both again, and writes another
@@ -65,7 +65,7 @@ ADDED = Kind("batch_norm_act", "residual+relu", relu=True, residual=True)
 _LAYOUTS = ("contiguous", "channels_last")
 _SMALL = (32, 16)
 _STAGE = (64, 64, 56, 56)  # N, C, H, W of a ResNet's first stage
-_TYPICAL = (64, 64, 14, 14)  # what a CPU's caches hold, and a GPU's
+_TYPICAL = (64, 64, 14, 14)  # the caches of a CPU and of a GPU hold it
 _FLAT = (4096, 512)
 # C, H, W of ResNet-50's BatchNorms, from the first to the last.
 _RESNET = (
@@ -125,7 +125,7 @@ def _cpu(scope: Scope) -> Iterator[Point]:
 
 
 def _gpu(scope: Scope) -> Iterator[Point]:
-    """What goals are about first, where time may be short; 16 bits unless others are asked for."""
+    """Benchmarks with goals come first, since time may be short; dtypes of 16 bits are enough."""
     memory = torch.cuda.get_device_properties(scope.device).total_memory
     halves = tuple(dtype for dtype in scope.dtypes if dtype.itemsize == 2)
     dtypes = scope.dtypes if scope.everything else halves or scope.dtypes
@@ -249,7 +249,15 @@ def _case(
         size = _size(shape, dtype)
         return [
             way if isinstance(way, Skipped) else _contender(way, truth, direction, inputs)
-            for way in ways(kind.op, makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                kind.op,
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
 
     return Benchmark(
@@ -331,10 +339,10 @@ def _contender(way: Way, truth: Truth, direction: str, inputs: Inputs) -> Conten
 
 
 class Truth:
-    """What a layer has to compute from x and, where the kind has one, a residual, in float64.
+    """What a layer must compute from x and, where the kind has one, a residual, in float64.
 
-    Where relu stands at the end, a zero in the layer's own output says what it closed or dropped:
-    next to zero, roundings decide that, and for dropout the mask.
+    Behind relu or dropout, zeros in the layer's own output tell which elements it closed or
+    dropped. Next to zero roundings decide that for relu; for dropout the mask decides it.
     """
 
     def __init__(
@@ -355,7 +363,7 @@ class Truth:
 
     @torch.no_grad()
     def load(self, layer: torch.nn.Module) -> None:
-        """Gives a layer the parameters and statistics that it has here."""
+        """Gives a layer this object's parameters and statistics."""
         norm = _norm(layer)
         norm.weight.copy_(self.weight)
         norm.bias.copy_(self.bias)

@@ -139,7 +139,15 @@ def _case(
         truth = _truth(kind, *arguments[0])
         entries: list[Contender | Skipped] = []
         makers = _functions(kind)
-        for way in ways("cross_entropy", makers, direction, device, dtype, size, scope.compiled):
+        for way in ways(
+            "cross_entropy",
+            makers,
+            direction=direction,
+            device=device,
+            dtype=dtype,
+            size=size,
+            compiled=scope.compiled,
+        ):
             if isinstance(way, Skipped):
                 entries.append(way)
             elif not way.ours and (reason := _overflow(kind, dtype, shape)) is not None:
@@ -172,7 +180,7 @@ def _truth(kind: Kind, logits: Tensor, *targets: Tensor) -> Truth:
 
 
 def _functions(kind: Kind) -> Makers:
-    """Of logits and targets; eager's as one writes it."""
+    """Functions of logits and targets. Eager's is as one writes it."""
 
     def eager(logits: Tensor, target: Tensor, *partner: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, target, label_smoothing=kind.smoothing)
@@ -204,8 +212,8 @@ def _overflow(kind: Kind, dtype: torch.dtype, shape: tuple[int, ...]) -> str | N
 
 
 def _liger(kind: Kind, truth: Truth, direction: str, inputs: Inputs) -> Contender | Skipped:
-    """Liger-Kernel's cross-entropy. It waits for the GPU in either direction, and that is in its
-    time."""
+    """Liger-Kernel's cross-entropy. It waits for the GPU in either direction; its time includes
+    that."""
     if inputs.grads[0].device.type != "cuda":
         return Skipped(LIGER, "its Triton kernels need a GPU")
     liger = peer(LIGER, "liger_kernel.transformers.functional")
@@ -215,7 +223,7 @@ def _liger(kind: Kind, truth: Truth, direction: str, inputs: Inputs) -> Contende
     def function(logits: Tensor, target: Tensor) -> Tensor:
         return liger.liger_cross_entropy(logits, target, label_smoothing=kind.smoothing)
 
-    # It writes the gradient over the logits: it gets its own, which are what they were for a check.
+    # It writes the gradient over the logits, so it gets logits of its own.
     own = [
         (logits.detach().clone().requires_grad_(logits.requires_grad), target)
         for logits, target in inputs.arguments

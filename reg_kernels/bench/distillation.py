@@ -82,7 +82,15 @@ def _case(
             way
             if isinstance(way, Skipped)
             else contender("distillation", way, truth, direction, inputs)
-            for way in ways("distillation", makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                "distillation",
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
 
     return Benchmark(
@@ -100,7 +108,7 @@ def _case(
 
 
 def _functions(temperature: float) -> Makers:
-    """Of student, teacher and labels; eager's as one writes it."""
+    """Functions of student, teacher and labels. Eager's is as one writes it."""
     T = temperature
 
     def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

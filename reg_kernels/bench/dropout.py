@@ -7,21 +7,16 @@ bytes an element either way. The mask is drawn again, never read.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional as fused
 from .. import nn
-from ..reference.dropout import rate
-from ._measure import BACKWARD, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, WrongValues
-from ._values import check_share, compare
-from ._ways import Inputs, Makers, Way, calls, in_layout, ways
-
-P = 0.1
+from ._elementwise import Drawn, P, benchmark
+from ._measure import BACKWARD, FORWARD, Benchmark, Goal, Scope
+from ._ways import Makers
 
 _MIB = 2**20
 # N, C, then L, or H, W of a ResNet's first stage and of a late one, or D, H, W: past the caches,
@@ -120,38 +115,9 @@ def _case(
     host: bool = False,
     goals: tuple[Goal, ...] = (),
 ) -> Benchmark:
-    def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
-        arguments = [
-            (_input(shape, dtype, layout, device).requires_grad_(requires_grad),)
-            for _ in range(pool)
-        ]
-        count = pool if direction == BACKWARD else 0
-        grads = [_input(shape, dtype, layout, device) for _ in range(count)]
-        inputs = Inputs(arguments, arguments, grads)
-        makers = _modules(op) if host else _functions(op)
-        size = math.prod(shape) * dtype.itemsize
-        return [
-            way if isinstance(way, Skipped) else _contender(way, op, direction, inputs)
-            for way in ways(op, makers, direction, device, dtype, size, scope.compiled)
-        ]
-
-    return Benchmark(
-        op=op,
-        direction=direction,
-        dtype=dtype,
-        shape=shape,
-        bytes=2 * math.prod(shape) * dtype.itemsize,
-        prepare=prepare,
-        layout=layout,
-        requires_grad=requires_grad,
-        host=host,
-        goals=goals,
-    )
-
-
-def _input(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
-    # In [1, 2): a zero in the output is then a dropped element, and nothing else.
-    return in_layout(torch.rand(shape, dtype=dtype, device=device).mul_(0.99).add_(1), layout)
+    drawn = Drawn(op, _modules(op) if host else _functions(op), 2 if op in _CHANNELS else None)
+    facts = {"requires_grad": requires_grad, "host": host, "goals": goals}
+    return benchmark(drawn, direction, dtype, shape, layout, scope, **facts)
 
 
 def _functions(op: str) -> Makers:
@@ -169,50 +135,3 @@ def _modules(op: str) -> Makers:
         lambda: getattr(torch.nn, name)(P),
         lambda backend: getattr(nn, name)(P, backend=backend),
     )
-
-
-def _contender(way: Way, op: str, direction: str, inputs: Inputs) -> Contender:
-    of = calls(way.function, inputs)
-    scale = rate(P)[1] if way.ours else 1 / (1 - P)
-    name = f"{op}, {way.name}"
-
-    def check() -> None:
-        y = of.outputs()[0] if direction == BACKWARD else of.forward(0)
-        check_forward(name, op, inputs.arguments[0][0], y, scale)
-        if direction == BACKWARD:
-            check_backward(name, y, inputs.grads[0], of.backward(0)[0], scale)
-
-    return Contender(way.name, of.of(direction), check, way.within, way.may_fail)
-
-
-def check_forward(name: str, op: str, x: Tensor, y: Tensor, scale: float) -> None:
-    """Raises WrongValues unless y is x with a share P of it dropped and the rest scaled.
-
-    The share has to be within 5 standard deviations; x must hold no zeros. Channel dropout has to
-    drop whole channels.
-    """
-    x, y = x.detach(), y.detach()
-    dropped = y == 0
-    if op != "dropout":
-        channels = dropped.flatten(2)
-        dropped = channels.all(2)
-        if not torch.equal(dropped, channels.any(2)):
-            raise WrongValues(f"{name}: a channel is dropped in part")
-    check_share(name, int(dropped.sum()), dropped.numel(), P)
-    _compare(f"{name}: output", y, x, y, scale)
-
-
-def check_backward(name: str, y: Tensor, grad_output: Tensor, grad: Tensor, scale: float) -> None:
-    """Raises WrongValues unless grad is grad_output with the mask that y shows."""
-    _compare(f"{name}: gradient", grad, grad_output, y.detach(), scale)
-
-
-def _compare(name: str, actual: Tensor, source: Tensor, mask: Tensor, scale: float) -> None:
-    """Raises unless actual = source * scale where mask is not 0, and 0 elsewhere."""
-    # Two roundings: PyTorch rounds the scale to the dtype before it multiplies.
-    allowed = torch.finfo(source.dtype).eps * 1.01
-
-    def expected(source: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask != 0, source.double() * scale, 0.0)
-
-    compare(name, actual, expected, (source, mask), allowed)

@@ -1,5 +1,6 @@
-"""Benchmarks of mixup, from images and from bytes that are normalised on the way, and of CutMix;
-mixup beside timm's, whose CutMix pastes one box for the whole batch.
+"""Benchmarks of mixup, of floats and of bytes that it normalises, and of CutMix.
+
+timm's mixup is a contender. Its CutMix is none, since it pastes one box for the whole batch.
 
 Bytes an element, s = sizeof(dtype): forward reads x, s or 1, and writes y, s; backward reads the
 gradient and writes another, 2 s. That each sample is read again as a partner is not counted. On
@@ -14,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +111,15 @@ def _case(
         makers, size = _makers(kind, dtype, device), count * dtype.itemsize
         entries = [
             way if isinstance(way, Skipped) else _contender(way, kind, direction, dtype, inputs)
-            for way in ways("mixup", makers, direction, device, dtype, size, scope.compiled)
+            for way in ways(
+                "mixup",
+                makers,
+                direction=direction,
+                device=device,
+                dtype=dtype,
+                size=size,
+                compiled=scope.compiled,
+            )
         ]
         return [*entries, _timm(inputs)] if for_timm else entries
 
@@ -214,18 +222,20 @@ def _contender(
 
 
 def _timm(inputs: Inputs) -> Contender | Skipped:
-    """timm's Mixup of a whole batch, in place: each image with the one as far from the end, by a
-    lambda that it draws for each call; it makes the targets too, and all that is in its time."""
+    """timm's Mixup of a whole batch, in place. It mixes each image with the one as far from the
+    end, by a lambda that it draws for each call, and makes the targets; its time includes that."""
     module = peer(TIMM, "timm", "data/mixup.py")
     if isinstance(module, Skipped):
         return module
+    import numpy as np  # which timm's draws by
+
     mix = module.Mixup(label_smoothing=0.0, num_classes=_CLASSES)
     own = [x.clone() for x, *_ in inputs.arguments]
     count, device = len(own[0]), own[0].device
     labels = torch.arange(count, device=device) % _CLASSES
 
     def check() -> None:
-        # An image of 1 and one of 0 become the lambda that this seed leads to and the rest to 1.
+        # The image of 1 becomes the lambda that this seed leads to.
         state = np.random.get_state()
         try:
             np.random.seed(0)

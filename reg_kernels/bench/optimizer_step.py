@@ -1,9 +1,9 @@
 """Benchmarks of the optimizers' step, beside those of torch.optim and of torch-optimi.
 
-Transfers an element: AdamW and Adam read the parameter, the gradient and two moments and write all
+Transfers an element: AdamW and Adam read the parameter, the gradient and two moments, and write all
 but the gradient: 7. SGDW and SGD with a momentum have one moment less: 5. Clipping reads the
-gradient once more before, an average of the weights is read and written, 2 (in float32 for 16-bit
-parameters), and the l1 penalty moves nothing.
+gradient once more: 1. An average of the weights is read and written, in float32 for 16-bit
+parameters: 2. The l1 penalty moves nothing.
 
 On the CPU a step in place has its lines in the cache when it writes them, while `Tensor.copy_`
 reads what it overwrites: three transfers for two that are counted. The floor is then 2/3 of its
@@ -36,8 +36,8 @@ BETAS, EPS, MOMENTUM, DECAY = (0.9, 0.999), 1e-8, 0.9, 1e-2
 L1, EMA_DECAY = 1e-3, 0.999
 CLIP = 0.75  # of the gradient's norm
 
-# Three steps by which values are told apart, moments and bias corrections included; what is timed
-# after them are steps so small that a hundred thousand of them lead nowhere.
+# The check compares values after three steps, so that moments and bias corrections matter. The
+# timed steps after them are so small that a hundred thousand of them change little.
 FACTORS = (1.0, -2.0, 0.5)  # of the gradient
 LR_CHECKED, LR_TIMED = 0.25, 1e-6
 
@@ -45,7 +45,7 @@ _COMPILED_UP_TO = 16  # tensors: compiling a step takes up to a second for each
 
 
 class Kind(NamedTuple):
-    """An algorithm, by its class in reg_kernels.optim, and the option that is on."""
+    """An algorithm, named by its class in reg_kernels.optim, and the option that is on."""
 
     algorithm: str
     option: str = ""
@@ -66,7 +66,7 @@ class Kind(NamedTuple):
 
 OPTIONS = ("l1", "clip", "ema")
 _KINDS = (Kind("AdamW"), Kind("SGDW"))
-_COUPLED = (Kind("Adam"), Kind("SGD"))  # whose decay goes by the gradient
+_COUPLED = (Kind("Adam"), Kind("SGD"))  # their decay is a part of the gradient
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -89,7 +89,7 @@ def resnet50() -> Shapes:
 
 _LARGE = ((2**20,),) * 16
 _LARGE_GPU = ((6_250_000,),) * 16
-_TYPICAL = ((2**16,),) * 16  # with gradients and states, what a CPU's caches hold
+_TYPICAL = ((2**16,),) * 16  # a CPU's caches hold them with their gradients and states
 _FEW = ((64,),) * 400
 _MANY = ((64,),) * 10_000
 
@@ -120,7 +120,7 @@ def cases(scope: Scope) -> list[Benchmark]:
 
 
 def sized(scope: Scope, elements: int) -> list[Benchmark]:
-    """Points of growth curves: AdamW of one tensor, which is then no list of them."""
+    """Points of growth curves: AdamW of one tensor, which does not count as a list of tensors."""
     case = _case(scope.device, torch.float32, Kind("AdamW"), ((elements,),))
     return [dataclasses.replace(case, tensors=0)]
 

@@ -18,7 +18,8 @@ from ._values import compare, parts
 from ._ways import Inputs, Makers, Way, calls, ways
 
 _TENSORS = 16
-# Of each: past the caches, a typical size, and a call whose time is the host's.
+# Elements of each tensor: more than caches hold, a typical number, and so few that the time of a
+# call is the host's.
 _NUMEL, _NUMEL_GPU = 2**20, 6_250_000
 _TYPICAL, _SMALL = 2**16, 64
 
@@ -59,7 +60,15 @@ def _case(
         result = torch.promote_types(dtype, torch.float32)
         grads = [torch.full((), 0.5, dtype=result, device=device) for _ in range(pool)]
         inputs = Inputs(arguments, arguments, grads)
-        found = ways("penalty", _functions(power), direction, device, dtype, size, scope.compiled)
+        found = ways(
+            "penalty",
+            _functions(power),
+            direction=direction,
+            device=device,
+            dtype=dtype,
+            size=size,
+            compiled=scope.compiled,
+        )
         return [
             way if isinstance(way, Skipped) else _contender(way, power, direction, inputs)
             for way in found
@@ -79,7 +88,7 @@ def _case(
 
 
 def _functions(power: int) -> Makers:
-    """Of a list's tensors; eager's as one writes it, summed in float32 where they have 16 bits."""
+    """Functions of a list's tensors. Eager's is as one writes it: it sums 16 bits in float32."""
 
     def eager(*tensors: Tensor) -> Tensor:
         result = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -112,9 +121,9 @@ def check_values(
     grad: Tensor,
     ours: bool,
 ) -> None:
-    """Raises WrongValues unless y is the penalty and `gradients`, where there are any, its own.
+    """Raises WrongValues unless y is the penalty and `gradients`, if there are any, are right.
 
-    Ours sums in float64; eager in float32, of 16-bit values rounded before.
+    Ours sums in float64. Eager sums in float32, and rounds 16-bit values before.
     """
     dtype = tensors[0].dtype
     eps = torch.finfo(dtype).eps
@@ -132,7 +141,7 @@ def check_values(
 
 
 def _sums(tensors: Sequence[Tensor], power: int) -> Iterator[Tensor]:
-    """Sums of |x|^power in float64 that make up that of all."""
+    """Sums of |x|^power in float64 over parts of the tensors."""
     for x in tensors:
         for (part,) in parts(x.detach()):
             yield part.double().abs().pow(power).sum()

@@ -152,7 +152,6 @@ def _tracked(
         oracle=oracle,
         small=torch.Size(shape).numel() <= 2100,
         exact=False,
-        differentiable=False,
     )
 
 

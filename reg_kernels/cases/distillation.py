@@ -27,11 +27,15 @@ def _case(
     """`teacher`: the type of its logits, if not the case's."""
     call = LossCall(shape, layout, **options)
 
-    def teacher_of(x: Tensor) -> Tensor:
-        """Multiples of 1/8, which every type holds; contiguous, whatever the student is."""
+    @torch.compiler.assume_constant_result
+    def drawn() -> Tensor:
+        """Multiples of 1/8, which every type holds."""
         generator = torch.Generator().manual_seed(len(shape))
-        t = torch.randint(-40, 41, shape, generator=generator) / 8
-        return t.to(teacher or x.dtype).to(x.device)
+        return torch.randint(-40, 41, shape, generator=generator) / 8
+
+    def teacher_of(x: Tensor) -> Tensor:
+        """Contiguous, whatever the student is."""
+        return drawn().to(teacher or x.dtype).to(x.device)
 
     def function(x: Tensor, backend: str | None = None) -> Tensor:
         return F.distillation_loss(

@@ -31,6 +31,7 @@ def _one_share(samples: int) -> Tensor:
     return torch.tensor(0.3, dtype=torch.float64)
 
 
+@torch.compiler.assume_constant_result
 def _permuted(samples: int) -> Tensor:
     """Cycles of several lengths."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(20))
@@ -197,7 +198,7 @@ CASES = [
     _case((3, 2), lam=_shares, index=_rolled),
     _case((2, 3, 7)),
     _case((7, 5, 9), lam=_shares),
-    _case((7, 5, 9), _transposed),
+    _case((7, 5, 9), _transposed, lam=_shares),
     _case((3, 513), _misaligned, lam=_shares),
     _case((5, 2, 129), _misaligned, index=_repeated),
     # How shares and partners are given.
@@ -249,7 +250,7 @@ CASES = [
         )
     ),
     _case((2, 3, 2, 3, 4), memory_format=torch.channels_last_3d, lam=_shares),
-    _case((3, 70, 2, 5), memory_format=_LAST),
+    _case((3, 70, 2, 5), memory_format=_LAST, lam=_shares),
     _case((3, 70, 2, 5), _channels_last, memory_format=_PLAIN, lam=_shares),
 ]
 # Several units of work, and edges of theirs.
@@ -271,7 +272,7 @@ CASES += [
 CASES += [
     _case((1,), op="mixup_"),
     _case((5,), op="mixup_", lam=_shares, index=_permuted),
-    _case((4, 513), _misaligned, op="mixup_"),
+    _case((4, 513), _misaligned, op="mixup_", lam=_shares),
     _case(_IMAGES, _strided, op="mixup_", lam=_shares),
     *(
         _case(_IMAGES, layout, op="mixup_", lam=lam, index=index, boxes=boxes, normalise=normalise)

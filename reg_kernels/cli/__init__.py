@@ -5,14 +5,28 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, NoReturn
 
-from .. import backends
+from .. import _extras, backends
 from ._errors import UsageError
 
-# Each names a module here that has SUMMARY, add_arguments(parser) and run(args) -> exit code.
-COMMANDS = ("info", "check", "bench", "train")
+
+class Command(NamedTuple):
+    """A module here that has add_arguments(parser) and run(args) -> exit code."""
+
+    summary: str
+    extra: str | None  # what has to be installed for it
+
+
+COMMANDS = {
+    "info": Command("torch, devices, and which implementation runs here and why", None),
+    "check": Command(
+        "errors of every op against the fp64 reference, and gradcheck; exit 1 if one is over", "cli"
+    ),
+    "bench": Command("time against PyTorch eager, torch.compile and a copy; --json, --plot", "cli"),
+    "train": Command("train a small net plain and regularised, and compare", "train"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,37 +36,43 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser, which knows the arguments of the chosen commands. The other commands need not
+    even be importable."""
     parser = _Parser(
         prog="reg-kernels",
         description="Fused regularisation kernels for PyTorch: what runs here and how well.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __name__)
+    for name, (summary, extra) in COMMANDS.items():
         command = commands.add_parser(
-            name,
-            help=module.SUMMARY,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        if name in chosen:
+            if extra is not None:
+                _extras.require("it", extra)
+            module = importlib.import_module(f".{name}", __name__)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input, 130
     interrupted."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    command = next((word for word in words if not word.startswith("-")), None)
     try:
+        args = build_parser([command] if command else []).parse_args(words)
         check_forced()
-        return args.run(args)
-    except UsageError as error:
-        print(f"reg-kernels {args.command}: {error}", file=sys.stderr)
+        code: int = args.run(args)
+        return code
+    except (UsageError, _extras.MissingExtra) as error:
+        print(f"reg-kernels {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"reg-kernels {args.command}: interrupted", file=sys.stderr)
+        print(f"reg-kernels {command}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -56,7 +56,7 @@ RECIPES = (PLAIN, REGULARISED)
 
 
 # (images, labels) -> mixed images and their target
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, MixedTarget]]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 # (scores, target) -> the mean over the images
 Loss = Callable[[Tensor, Tensor | MixedTarget], Tensor]
 
@@ -304,7 +304,7 @@ class Training:
     def _begin(self, phase: int) -> None:
         """Starts a recipe from scratch."""
         self._phase, self._epoch = phase, 0
-        self._net = self._start(self._kernels, self.recipe)
+        self._net: _Net = self._start(self._kernels, self.recipe)
 
     def _train_epoch(self, net: _Net, epoch: int) -> None:
         net.model.train()
@@ -317,7 +317,8 @@ class Training:
             for group in net.optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * done))
             rows = batch.to(self._device)
-            images, target = self._train_x[rows], self._train_y[rows]
+            images = self._train_x[rows]
+            target: Any = self._train_y[rows]
             if net.mix is not None:
                 images, target = net.mix(images, target)
             net.optimizer.zero_grad()

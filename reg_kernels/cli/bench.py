@@ -1,10 +1,9 @@
 """Times the ops against PyTorch eager and torch.compile, beside a copy of the same bytes.
 
 The contenders of a benchmark run interleaved in one process, after a check of their values. Shown
-are median times with quartiles, the share of the copy's bandwidth, how many times faster the op is
-than PyTorch's, and how each figure stands against its goal. In FILE, {device} stands for the
-device's name, as in --json 'runs/{device}.json'. Exit code 1: a contender computed
-something else.
+are median times, the share of the copy's bandwidth, how many times faster the op is than PyTorch's,
+with quartiles, and how each figure stands against its goal. In FILE, {device} stands for the
+device, as in --json 'runs/{device}.json'. Exit code 1: a contender computed something else.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from typing import Any
 
 import torch
 
-from .. import backends, bench
+from .. import _console, _extras, backends, bench
 from .._dtypes import named
-from ..bench import _environment, _plots, _report, _run
+from ..bench import _environment, _plots, _report, _results, _run
 from ._errors import UsageError
 from ._files import output_file, write_output
 from .check import device_argument
-
-SUMMARY = "time against PyTorch eager, torch.compile and a copy; --json, --plot"
 
 DTYPES = {named(dtype): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
@@ -81,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     cases = [case for case in cases if not args.op or case.op in args.op]
     json_path = _output("--json", args.json, device)
     plot_path = _output("--plot", args.plot, device)
-    if plot_path is not None and plot_path.suffix not in PICTURES:
-        raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
+    if plot_path is not None:
+        if plot_path.suffix not in PICTURES:
+            raise UsageError(f"--plot: must end in {', '.join(PICTURES)}, got {plot_path.name}")
+        _extras.require("--plot", "train", "matplotlib")
     _run.warm_allocator(device, ["-m", "reg_kernels", "bench", *_arguments(args)])
 
     budget = _run.QUICK if args.quick else _run.full_budget(device)
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return _run.INTERRUPTED
     _print(data)
     if json_path is not None:
-        text = _report.to_json(data)
+        text = _results.to_json(data)
         write_output("--json", json_path, lambda path: path.write_text(text))
     if plot_path is not None:
         write_output("--plot", plot_path, lambda path: _plots.draw_shares(path, data))
@@ -132,25 +131,14 @@ def _output(option: str, path: Path | None, device: torch.device) -> Path | None
     """The file that `option` names, {device} filled in."""
     if path is None:
         return None
-    name = _environment.slug(_environment.device_name(device))
-    return output_file(option, Path(str(path).replace("{device}", name)))
+    name = str(path).replace("{device}", _environment.folder_name(_environment.facts_of(device)))
+    return output_file(option, Path(name))
 
 
 def _print(data: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width to fit into.
-        console = Console(width=200)
-    for line in _report.conditions(data):
-        console.print(line, highlight=False, markup=False)
-    columns, rows = _report.RESULT_COLUMNS, _report.result_rows(data)
-    console.print(_report.rich_table("times", columns, rows))
-    columns, rows = _report.peer_table(data)
-    if rows:
-        console.print(_report.rich_table("peers: time, how many times faster, peak", columns, rows))
-    if rows := _report.goal_rows(data):
-        console.print(_report.rich_table("goals", _report.GOAL_COLUMNS, rows))
-    for line in _report.notes(data):
-        console.print(line, highlight=False, markup=False)
+    _console.print_lines(_report.conditions(data))
+    for table in (_report.result_table, _report.peer_table, _report.goal_table):
+        title, columns, rows, _, words = table(data)
+        if rows:
+            _console.print_table(title, columns, rows, words)
+    _console.print_lines(_report.notes(data))

@@ -1,20 +1,17 @@
-"""Shows torch, the devices, which implementation each op uses here and why others cannot."""
+"""Shows torch, the devices, which implementation the ops use here and why others cannot."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import reg_kernels
 
-from .. import backends
+from .. import _extras, backends
 from ..ops._registry import OPS
-
-SUMMARY = "torch, devices, and which implementation each op will use here and why"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,29 +19,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(soft_wrap=True)
     for name, value in facts().items():
-        console.print(f"{name + ':':<14}{value}", highlight=False)
-    table = Table(title="implementations, first that can run is used")
-    table.add_column("op")
-    table.add_column("device")
-    for name in backends.NAMES:
-        table.add_column(name)
-    for op in [name for name in OPS if not name.endswith("_")]:  # in place is as out of place
-        for device in devices():
-            used = backends.choose(op, device, torch.float32)
-            cells = [_cell(name, device, name == used) for name in backends.NAMES]
-            table.add_row(op, device, *cells)
-    console.print(table)
-    console.print(f"forced by {backends.forced_by() or 'nobody: the choice is automatic'}")
+        print(f"{name + ':':<14}{value}")
+    for device in devices():
+        print(f"\non {device}, the first that can run is used by every op:")
+        for name, verdict in implementations(device):
+            print(f"  {name:<12}{verdict}")
+    ops = [name for name in OPS if not name.endswith(("_", "_backward"))]  # by an op's own name
+    print(f"\nops: {', '.join(ops)}")
+    print(f"forced by {backends.forced_by() or 'nobody: the choice is automatic'}")
     return 0
 
 
-def _cell(name: str, device: str, used: bool) -> str:
-    reason = backends.why_not(name, device, torch.float32)
-    if reason is not None:
-        return f"no: {reason}"
-    return "[bold]used[/bold]" if used else "can run"
+def implementations(device: str) -> Iterator[tuple[str, str]]:
+    """Each implementation, and whether it runs on a kind of device: no op is an exception."""
+    used = backends.choose("info", device, torch.float32)
+    for name in backends.NAMES:
+        reason = backends.why_not(name, device, torch.float32)
+        yield name, f"no: {reason}" if reason else "used" if name == used else "can run"
 
 
 def devices() -> list[str]:
@@ -78,4 +70,8 @@ def facts() -> dict[str, str]:
         result["GPUs"] = ", ".join(names)
     else:
         result["GPUs"] = "none that torch sees"
+    for extra in _extras.EXTRAS:
+        lacking = ", ".join(_extras.missing(extra))
+        remedy = f"lacks {lacking}: pip install 'reg_kernels[{extra}]'"
+        result[f"extra {extra}"] = remedy if lacking else "installed"
     return result

@@ -21,11 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.progress import Progress
 
-from .. import __version__, augment, backends, convert, optim
+from .. import __version__, _console, augment, backends, convert, optim
 from ..nn import CrossEntropyLoss
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
@@ -40,11 +43,6 @@ from ._trainer import (
     save,
     save_checkpoint,
 )
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-SUMMARY = "train a small net plain and regularised, and compare"
 
 CHECKPOINT = "checkpoint.pt"
 CURVES, METRICS, MODEL = "curves.png", "metrics.json", "model.pt"
@@ -161,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         sizes = f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on"
         print(f"{sizes}, {images.classes} classes; {args.kernels} kernels on {device}", flush=True)
-        with _progress() as progress:
+        with _console.progress() as progress:
             _train(training, progress, checkpoint)
             seconds = _time(training, args.time_epochs, kinds, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
@@ -247,7 +245,7 @@ def _unwritable(out: Path, error: OSError) -> UsageError:
 def _result_options(
     args: argparse.Namespace, device: torch.device, implementation: str, images: Images
 ) -> dict[str, str | int]:
-    """All that determines the result; a checkpoint continues only a run that agrees on it."""
+    """All that determines the result; a checkpoint continues only a run with the same values."""
     return {
         "data sha256": images.sha256[:16],  # not the name: a file may be moved
         "kernels": args.kernels,
@@ -294,7 +292,7 @@ class _Checkpoint:
 
 
 def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
-    """Brings `training` to the state of the checkpoint at `path`, if that is one of this run."""
+    """Brings `training` to the state of the checkpoint at `path`, which must be of this run."""
     try:
         saved, state = load_checkpoint(path)
     except OSError as error:
@@ -338,38 +336,16 @@ def _no_interrupt() -> Iterator[None]:
 # The work
 
 
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
 def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> None:
     bars: dict[str, Any] = {}
 
     def show() -> None:
         name = training.recipe.name
         if name not in bars:
-            bars[name] = progress.add_task(name, total=training.epochs, note="")
+            bars[name] = progress.add_task(name, total=training.epochs)
         rows = training.history[name]
-        note = f"test accuracy {rows[-1]['test_accuracy']:.1%}" if rows else ""
-        progress.update(bars[name], completed=training.epoch, note=note)
+        note = f", test accuracy {rows[-1]['test_accuracy']:.1%}" if rows else ""
+        progress.update(bars[name], completed=training.epoch, description=f"{name}{note}")
 
     def after_epoch() -> None:
         checkpoint.take()
@@ -384,7 +360,7 @@ def _time(
 ) -> dict[str, dict[str, float]] | None:
     if rounds == 0:
         return None
-    bar = progress.add_task("timing", total=rounds + 1, note="PyTorch against the fused kernels")
+    bar = progress.add_task("timing PyTorch and the fused kernels", total=rounds + 1)
     return training.time_epochs(rounds, kinds, lambda: progress.advance(bar))
 
 
@@ -456,9 +432,6 @@ def _without_nan(value: Any) -> Any:
 
 def _draw(path: Path, metrics: dict[str, Any]) -> None:
     # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     colours = {"plain": "#d95f02", "regularised": "#1b6ca8"}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -487,7 +460,7 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    # The first epochs' climb would squeeze the gap, which is what there is to see.
+    # The climb of the first epochs would squeeze the gap, which the chart is about.
     panels[0].set_ylim(max(0.0, min(settled) - 0.02), 1.005)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[1].set_yscale("log")
@@ -504,25 +477,20 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
 
 
 def _print_table(metrics: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     seconds = metrics["seconds_per_epoch"]
-    table = Table()
-    table.add_column("net")
-    columns = ["train", "test", "gap"]
+    columns = ["net", "train", "test", "gap"]
     if seconds:
         columns += ["s/epoch PyTorch", f"s/epoch fused ({seconds['fused_implementation']})"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = []
     for name, result in metrics["runs"].items():
         final = result["final"]
         cells = [
+            name,
             f"{final['train_accuracy']:.2%}",
             f"{final['test_accuracy']:.2%}",
             f"{100 * final['gap']:.2f} points",
         ]
         if seconds:
             cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
-        table.add_row(name, *cells)
-    Console().print(table)
+        rows.append(tuple(cells))
+    _console.print_table("", columns, rows, words=1)

@@ -9,13 +9,13 @@ import operator
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.overrides import has_torch_function
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 from ._chain import chain
 from ._forwards import Forward, is_container
@@ -48,11 +48,11 @@ class FusedBlock(Fused):
 
     _plan: _Plan
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new_block, (self._original, self._plan), self.__getstate__()
 
     @torch.compiler.disable
-    def _one_by_one(self) -> nn.Module:
+    def _one_by_one(self) -> Any:
         """Goes back to the block's own forward, for good."""
         warnings.warn(
             f"{type(self).__name__}: a call differs from what convert(fuse=True) read, in an "
@@ -82,7 +82,8 @@ def block_class(forward: Forward) -> type[nn.Module]:
         tuple(reached.layers.items()),
         tuple(reached.classes.items()),
     )
-    return _block_class(type(forward.module), plan)
+    original: Any = type(forward.module)
+    return _block_class(original, plan)
 
 
 def _owners(attributes: Iterable[str]) -> list[str]:
@@ -119,7 +120,7 @@ class _Reached:
 
 
 def _prefixes(name: str) -> set[str]:
-    """Of layers.0.weight: "", layers, layers.0."""
+    """The paths of the modules around a name: of layers.0.weight "", layers and layers.0."""
     parts = name.split(".")
     return {".".join(parts[:i]) for i in range(len(parts))}
 
@@ -130,15 +131,16 @@ def _replace(graph: fx.Graph, found: Chain, layers: dict[str, nn.Module]) -> Non
     with graph.inserting_before(last.next):
         # By _modules, since to ask a module for a layer takes 30 times as long.
         layers_now = graph.get_attr("_modules")
-        layer = _looked_up(graph, layers_now, found.node.target)
+        layer = _looked_up(graph, layers_now, str(found.node.target))
         arguments: list[Any] = [layer, found.node.all_input_nodes[0]]
         previous = found.node
         for old in found.links:
             # Read again: a chain that was replaced before this one may be its residual.
             link = link_of(old.node, previous, layers)
+            assert link is not None
             previous = link.node
             if link.layer is not None:
-                arguments.append(_looked_up(graph, layers_now, link.node.target))
+                arguments.append(_looked_up(graph, layers_now, str(link.node.target)))
             else:
                 arguments.append(link.function)
         call = graph.call_function(chain, tuple(arguments))
@@ -225,6 +227,6 @@ def _block_class(original: type[nn.Module], plan: _Plan) -> type[nn.Module]:
     return subclass(original, FusedBlock, {"_plan": plan, "forward": forward})
 
 
-def _new_block(original: type[nn.Module], plan: _Plan) -> nn.Module:
+def _new_block(original: Any, plan: _Plan) -> nn.Module:
     cls = _block_class(original, plan)
     return cls.__new__(cls)

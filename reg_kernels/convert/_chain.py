@@ -78,7 +78,7 @@ def _parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     own = norm._parameters
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]
-    return norm.weight, norm.bias
+    return norm.weight, norm.bias  # type: ignore[return-value]
 
 
 def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, int]:
@@ -90,7 +90,8 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
     """
     if type(norm) not in TWIN_NORMS or not is_bare(norm) or _has_any_global_hook():
         return norm(input), start
-    residual = activation = None
+    residual: Any = None
+    activation: Any = None
     slope, p, dropping = SLOPE, 0.0, False
     place, end = 0, start
     for i in range(start, len(links)):

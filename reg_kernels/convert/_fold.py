@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,7 +37,12 @@ _WITH_ACTIVATION = (
 
 @dataclass
 class Folding:
-    """What `fold_batch_norm` did; prints as a list of layers."""
+    """What `fold_batch_norm` did. It prints as a list of layers.
+
+    Attributes:
+        folded: (name of the BatchNorm, name of the layer that it went into) of each pair.
+        left: (name, class, reason) of each BatchNorm that stayed.
+    """
 
     folded: list[tuple[str, str]] = field(default_factory=list)  # BatchNorm, the layer it is now in
     left: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, reason
@@ -81,9 +87,9 @@ class FoldedBatchNorm(nn.Module):
 
 @dataclass
 class _Pair:
-    norm: nn.Module
+    norm: Any
     norm_name: str
-    layer: nn.Module
+    layer: Any
     layer_name: str
 
 
@@ -95,34 +101,39 @@ def fold_batch_norm(
 ) -> nn.Module:
     """Folds each BatchNorm of a model for evaluation into the layer before it.
 
-    That is a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose result nothing else uses, found in
-    the forward of one module by `torch.fx`, or next to it in an nn.Sequential. An nn.Identity takes
-    the BatchNorm's place; of a `BatchNormAct`, residual, activation and dropout remain. What else
-    `convert(fuse=True)` fused stays so. The result is for evaluation: its `state_dict` lacks the
-    BatchNorm layers, and nothing undoes it but a copy.
+    The layer before it is a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose result nothing else
+    uses. `torch.fx` finds it in the forward of one module, or it stands before the BatchNorm in an
+    nn.Sequential. An nn.Identity takes the BatchNorm's place; of a `BatchNormAct` its residual,
+    activation and dropout remain, and what else `convert(fuse=True)` fused stays fused. The result
+    is for evaluation: its `state_dict` lacks the BatchNorm layers, and nothing undoes it but a
+    copy.
 
     Args:
-        model: torch's BatchNorm layers and ours are folded where they are in evaluation mode.
-            Layers with hooks, called twice or without running statistics stay.
-        inplace: change `model` itself; by default a deep copy is changed.
-        report: called with a `Folding`: what was folded into what, what was left and why.
-            `report=print` shows it.
+        model: a module. Torch's BatchNorm layers and ours are folded where they are in evaluation
+            mode. Layers that have hooks, that are called twice or that have no running statistics
+            stay.
+        inplace: True changes `model` itself. False changes a deep copy.
+        report: a function that is called with a `Folding`: what was folded into what, what was left
+            and why. `report=print` shows it.
 
     Returns:
-        `model`, or its folded copy: the same function in evaluation, to rounding. The new weights
-        are computed in float64 and rounded once.
+        `model`, or its folded copy. In evaluation it computes the same, to rounding. The new
+        weights are computed in float64 and rounded once.
 
     Raises:
         TypeError: `model` is not an nn.Module.
         RuntimeError: a BatchNorm that could be folded is in training mode, or `model` cannot be
-            copied (`inplace=True` does without). Nothing is changed then.
+            copied (`inplace=True` needs no copy). Nothing is changed then.
 
-    Example:
+    Example::
+
         model = reg_kernels.fold_batch_norm(model.eval(), report=print)
     """
     check_model("fold_batch_norm", model)
     model = model if inplace else copied("fold_batch_norm", model)
-    fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    fused: list[Any] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, Fused)
+    ]
     folding = Folding()
     set_classes([(module, module._original) for module, _ in fused])  # whose forwards are read
     try:
@@ -181,7 +192,7 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
     forwards, failed = read_forwards(readable, _is_foldable, evaluation_only=True)
     uses = _Uses(model, forwards)
     names = {id(module): name for name, module in model.named_modules()}
-    reasons = {
+    reasons: dict[int, str | None] = {
         id(layer): f"the forward of {name or 'the model'} cannot be traced: it {reason}"
         for name, module, reason in failed
         for layer in module.modules()
@@ -192,10 +203,10 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
         for node, norm in forward.calls():
             if not _is_foldable(norm):
                 continue
-            source = node.args[0] if node.args else node.kwargs.get("input")
+            source: Any = node.args[0] if node.args else node.kwargs.get("input")
             reason = _why_not(forward, norm, source, uses)
             if reason is None:
-                layer = forward.layers[source.target]
+                layer = forward.layers[str(source.target)]
                 pairs.append(_Pair(norm, names[id(norm)], layer, names[id(layer)]))
             reasons[id(norm)] = reason
     for name, module in model.named_modules():
@@ -211,16 +222,16 @@ def _find(model: nn.Module, folding: Folding) -> list[_Pair]:
     return pairs
 
 
-def _why_not(forward: Forward, norm: nn.Module, source: object, uses: _Uses) -> str | None:
+def _why_not(forward: Forward, norm: Any, source: Any, uses: _Uses) -> str | None:
     """Why a BatchNorm cannot go into what computes its input, or None where it can."""
     reason = why_not_touched(norm) or uses.why_not_once(norm, forward)
     if reason is not None:
         return f"it {reason}"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    layer = None
+    layer: Any = None
     if isinstance(source, fx.Node) and source.op == "call_module":
-        layer = forward.layers[source.target]
+        layer = forward.layers[str(source.target)]
     if type(layer) not in (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear):
         return "no convolution or linear layer comes before it in the same forward"
     if len(source.users) > 1:
@@ -258,7 +269,7 @@ def _fold(model: nn.Module, pair: _Pair, weight: nn.Parameter, bias: nn.Paramete
     model.get_submodule(owner)._modules[name] = rest.train(norm.training)
 
 
-def _weights(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _weights(norm: Any, layer: Any) -> tuple[Tensor, Tensor]:
     """What they are in float64."""
     channels = norm.running_mean.double()
     statistics = (channels, norm.running_var.double(), norm.eps)

@@ -53,7 +53,7 @@ class Forward:
     def calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
         for node in self.trace.graph.nodes:
             if node.op == "call_module":
-                yield node, self.layers[node.target]
+                yield node, self.layers[str(node.target)]
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -108,7 +108,7 @@ def changes_its_input(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
         return any(
             not type(m).__module__.startswith(("torch.nn.", "reg_kernels."))
             or getattr(m, "inplace", False)
-            for m in layers[node.target].modules()
+            for m in layers[str(node.target)].modules()
         )
     name = str(getattr(node.target, "__name__", node.target))
     return (
@@ -135,9 +135,9 @@ def memory_of(node: fx.Node, layers: dict[str, nn.Module]) -> set[object]:
             continue
         found.add(node)
         fresh = node.op == "call_module" and (
-            type(layers[node.target]).__module__
+            type(layers[str(node.target)]).__module__
             in ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.batchnorm")
         )
-        if not fresh or type(layers[node.target]) is nn.Identity:
+        if not fresh or type(layers[str(node.target)]) is nn.Identity:
             todo += node.all_input_nodes
     return found

@@ -13,6 +13,7 @@ together, to be looked at again at each call (`_chain`):
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 from torch.package.importer import ObjMismatchError, ObjNotFoundError
@@ -104,7 +105,8 @@ def _plan_sequential(module: nn.Module, name: str, fusing: Fusing, conversion: C
     for parts in found:
         key = parts[0][0]
         _note(conversion, fusing, f"{name}.{key}" if name else key, parts)
-    fusing.classes.append((module, sequential_class(type(module))))
+    original: Any = type(module)
+    fusing.classes.append((module, sequential_class(original)))
 
 
 def _plan_block(
@@ -209,5 +211,5 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
 def _is_of(norm: nn.Module, node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     """Whether a node calls a BatchNorm, in another module perhaps, or reads a value of it."""
     if node.op == "call_module":
-        return any(layer is norm for layer in layers[node.target].modules())
+        return any(layer is norm for layer in layers[str(node.target)].modules())
     return node.op == "get_attr" and layers.get(str(node.target).rpartition(".")[0]) is norm

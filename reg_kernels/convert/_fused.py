@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 from torch.overrides import has_torch_function_unary
@@ -59,7 +59,7 @@ class FusedSequential(Fused, nn.Sequential):
 
 
 class _FusedSequentialSubclass(FusedSequential):
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new_sequential, (self._original,), self.__getstate__()
 
 
@@ -71,7 +71,7 @@ def sequential_class(original: type[nn.Module]) -> type[nn.Module]:
     return subclass(original, _FusedSequentialSubclass, {})
 
 
-def _new_sequential(original: type[nn.Module]) -> nn.Module:
+def _new_sequential(original: Any) -> nn.Module:
     cls = sequential_class(original)
     return cls.__new__(cls)
 

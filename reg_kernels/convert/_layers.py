@@ -24,45 +24,47 @@ def convert(
     backend: str | None = None,
     report: Callable[[Conversion], object] | None = None,
 ) -> nn.Module:
-    """Swaps every layer of `model` that has a fused twin for it.
+    """Swaps every layer of a model that has a fused twin for that twin.
 
-    A layer keeps its parameters, buffers, hooks, training flag and `state_dict` keys, and stays the
+    A layer keeps its parameters, buffers, hooks, training flag and `state_dict` keys. It stays the
     same object (in the copy, if one is made): only its class changes. Subclasses of torch's layers
-    are left alone, since their `forward` may be their own.
+    are left alone, since their `forward` may be their own, and so are TorchScript's modules.
 
     With `fuse`, chains BatchNorm → (+ residual) → ReLU, LeakyReLU, SiLU or exact GELU → Dropout run
-    in one pass, wherever `torch.fx` finds them in the forward of one module and nothing else uses
-    what lies between; any of the three may be missing. Only the module whose forward has the chain
-    gets another class, a subclass of its own: the chain's layers are swapped as all others, and
-    looked at again at each call. One that was replaced, taken out, frozen, or given a hook or a
-    forward of its own is called by itself, and an nn.Sequential may be rearranged as before. Calls,
-    state and gradients stay what they were, to rounding.
+    in one pass; any of the three behind the BatchNorm may be missing. `torch.fx` finds them in the
+    forward of one module, where nothing else uses what lies between. Only the module whose forward
+    has the chain gets another class, a subclass of its own. The chain's layers are swapped as all
+    others are, and are looked at again at each call: one that was replaced, taken out, frozen, or
+    given a hook or a forward of its own is called by itself. An nn.Sequential may be rearranged as
+    before. Calls, state and gradients stay what they were, to rounding.
 
-    Any other module has its graph for a forward. If a plain attribute that its forward read
-    changes, a layer is added or taken away, or an argument comes that was left out, it warns and
-    runs its layers one by one from then on. A module whose forward cannot be traced safely has its
-    layers swapped one by one, while the modules inside it are still looked at; so have those of
-    which no subclass can be made. Modules of TorchScript are left alone.
+    Any other module runs its graph as its forward. It warns and runs its layers one by one from
+    then on if a plain attribute changes that its forward read, if a layer is added or taken away,
+    or if an argument comes that was left out before. Where a forward cannot be traced safely, or
+    where a class cannot have a subclass, the layers of that module are swapped one by one, and the
+    modules inside it are still looked at.
 
     Args:
-        model: any module, itself a layer or made of them.
-        fuse: put chains behind BatchNorm together.
-        inplace: change `model` itself; by default a deep copy is changed.
-        backend: the implementation that the swapped layers force: "native", "triton", "reference"
-            or None, the automatic choice at each call.
-        report: called with a `Conversion`: what was fused and swapped, what was left and why.
-            `report=print` shows it.
+        model: any module, itself a layer or made of layers.
+        fuse: True fuses the chains behind BatchNorm.
+        inplace: True changes `model` itself. False changes a deep copy.
+        backend: the implementation that the swapped layers force, "native", "triton" or
+            "reference". None lets each call choose.
+        report: a function that is called with a `Conversion`: what was fused and swapped, what was
+            left and why. `report=print` shows it.
 
     Returns:
-        `model`, or its converted copy. `revert` undoes it.
+        `model`, or its converted copy. `revert` undoes the conversion.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: an unknown `backend`.
-        RuntimeError: `model` cannot be copied; `inplace=True` does without.
-        When it raises, `model` is as it was.
+        ValueError: `backend` is unknown.
+        RuntimeError: `model` cannot be copied; `inplace=True` needs no copy.
 
-    Example:
+    When it raises, `model` is as it was.
+
+    Example::
+
         model = reg_kernels.convert(model, fuse=True, report=print)
     """
     check_model("convert", model)
@@ -90,7 +92,7 @@ def convert(
     set_classes(classes)
     if backend is not None:
         for module in forced:
-            module.backend = backend
+            module.backend = backend  # type: ignore[assignment]  # an attribute of all twins
     if report is not None:
         report(conversion)
     return model
@@ -155,7 +157,7 @@ def revert(
 ) -> nn.Module:
     """Undoes `convert`: every fused layer becomes torch's again, every chain its layers.
 
-    Args, result and errors are those of `convert`. A forced `backend` is forgotten.
+    Arguments, result and errors are those of `convert`. A forced `backend` is forgotten.
     """
     check_model("revert", model)
     model = model if inplace else copied("revert", model)

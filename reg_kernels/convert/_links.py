@@ -59,13 +59,13 @@ class Chain:
     links: list[Link]
 
     def shorten(self, count: int) -> None:
-        """To so many links, and no nn.Identity at the end."""
+        """Cuts the chain to `count` links, and takes each nn.Identity off its end."""
         del self.links[count:]
         while self.links and self.links[-1].place == 0:
             self.links.pop()
 
     def parts(self) -> list[tuple[str, nn.Module | None]]:
-        """What a reader is told of: each part's name in the forward, and its layer."""
+        """The name of each part in the forward, and its layer, as a report shows them."""
         links = [k for k in self.links if k.place]
         texts = ["+ residual" if k.place == RESIDUAL else k.text for k in links]
         named = zip(texts, (k.layer for k in links), strict=True)
@@ -73,7 +73,7 @@ class Chain:
 
 
 _ADDITIONS = {operator.add, torch.add, "add", "add_", in_place_functions["iadd"]}
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys([torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"], "relu"),
     **dict.fromkeys([F.leaky_relu, F.leaky_relu_], "leaky_relu"),
     F.silu: "silu",
@@ -94,7 +94,7 @@ def link_of(node: fx.Node, value: fx.Node, layers: dict[str, nn.Module]) -> Link
     """What `node` does to the chain's `value`, if that is something a chain does."""
     if node.op == "call_module":
         alone = (node.args == (value,) and not node.kwargs) or node.kwargs == {"input": value}
-        return _layer_link(node, layers[node.target]) if alone else None
+        return _layer_link(node, layers[str(node.target)]) if alone else None
     if node.op not in ("call_function", "call_method") or "out" in node.kwargs:
         return None
     if node.target in _ADDITIONS:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Conversion:
-    """What `convert` or `revert` did; prints as a list of layers."""
+    """What `convert` or `revert` did. It prints as a list of layers.
+
+    Attributes:
+        fused: (name of the BatchNorm, the chain, the BatchNorm's class) of each chain.
+        apart: (name, class, reason) of what could not be fused.
+        swapped: (name, old class, new class) of each layer that was swapped.
+        left: (name, class, reason) of each layer that stayed.
+    """
 
     fused: list[tuple[str, str, str]] = field(default_factory=list)  # BatchNorm, chain, its class
     apart: list[tuple[str, str, str]] = field(default_factory=list)  # name, class, why not fused

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +86,16 @@ for _name, _function in in_place_functions.items():
     setattr(_InPlace, f"__{_name}__", _record)
 
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, type, types.FunctionType)
+_PLAIN: tuple[type, ...] = (
+    type(None),
+    bool,
+    int,
+    float,
+    str,
+    torch.dtype,
+    type,
+    types.FunctionType,
+)
 _PLAIN += (types.BuiltinFunctionType,)
 
 
@@ -252,13 +260,14 @@ def _attributes(watch: _Watch) -> Iterator[None]:
         (set_ if value else delete)(module, name, *value)
 
     # The class's own, not an instance's: a layer's attributes may be read as well.
-    nn.Module.__getattribute__ = read
-    nn.Module.__setattr__ = nn.Module.__delattr__ = write
+    cls: Any = nn.Module
+    cls.__getattribute__ = read
+    cls.__setattr__ = cls.__delattr__ = write
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
-        nn.Module.__setattr__, nn.Module.__delattr__ = set_, delete
+        del cls.__getattribute__
+        cls.__setattr__, cls.__delattr__ = set_, delete
 
 
 @contextlib.contextmanager
@@ -277,15 +286,20 @@ def _all_training(module: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_draws(watch: _Watch) -> Iterator[None]:
     """Notices what draws from the generators outside torch, and turns them back."""
-    before, numpy_before = random.getstate(), np.random.get_state()
+    numpy = sys.modules.get("numpy")  # which torch has loaded where it is installed
+    before, numpy_before = random.getstate(), numpy and numpy.random.get_state()
     yield
-    key, *rest = np.random.get_state()[1:]
-    if random.getstate() != before or not (
-        np.array_equal(key, numpy_before[1]) and rest == list(numpy_before[2:])
-    ):
+    if random.getstate() != before or (numpy and _differ(numpy.random.get_state(), numpy_before)):
         random.setstate(before)
-        np.random.set_state(numpy_before)
+        if numpy:
+            numpy.random.set_state(numpy_before)
         watch.refuse("draws random numbers")
+
+
+def _differ(state: Any, before: Any) -> bool:
+    """Whether two states of numpy's generator do."""
+    (_, key, *rest), (_, key_before, *rest_before) = state, before
+    return key.tobytes() != key_before.tobytes() or rest != rest_before
 
 
 def _run(module: nn.Module, training: bool) -> tuple[_Tracer, _Watch]:

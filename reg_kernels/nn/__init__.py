@@ -1,4 +1,4 @@
-"""The ops as layers, drop-in for torch.nn's."""
+"""The ops as layers, drop-in for those of `torch.nn`."""
 
 from . import batch_norm, dropout, losses
 from .batch_norm import *  # noqa: F403 (a file says by its __all__ which layers it has)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 
-def call_in_graph(layer: nn.Module, *arguments: Any) -> fx.Proxy | None:
+def call_in_graph(layer: nn.Module, *arguments: Any) -> Any:
     """The call of a layer as a node of the graph that is being traced, or None where none is.
 
     fx takes the layers of torch.nn for single calls by where their classes are defined, and traces

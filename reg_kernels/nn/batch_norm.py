@@ -17,19 +17,44 @@ from ..ops.batch_norm import SLOPE
 from ._leaf import call_in_graph
 
 __all__ = [
-    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
-    *("BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"),
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
 ]
 
 
-class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """What the layers share: torch's constructor and state, and a choice of implementation.
+ARGUMENTS = """
 
     Args:
-        num_features: C, the channels of an input (N, C, ...).
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's layer has them.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        num_features: C, the number of channels.
+        eps: a number that is added to the variance.
+        momentum: the batch's share in the new running statistics; None weighs all batches alike.
+        affine: True gives each channel a weight and a bias.
+        track_running_stats: True keeps running statistics, which evaluation uses.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
+        bias: False leaves out the bias.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
     """
+
+ARGUMENTS_ACT = (
+    ARGUMENTS.rstrip()
+    + """
+        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+        drop: the probability of dropping an element of the result in training, in [0, 1].
+        negative_slope: the slope of leaky_relu below zero.
+
+    Call it as `layer(input, residual=None)`: the result is
+    dropout(activation(batch_norm(input) + residual)). Its `state_dict` is that of a BatchNorm.
+    """
+)
+
+
+class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the layers share: torch's constructor and state, and a choice of implementation."""
 
     backend: str | None = None
     _ranks: ClassVar[tuple[int, ...]]
@@ -92,37 +117,33 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 @twin_of(torch.nn.BatchNorm1d)
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` by `reg_kernels.functional.batch_norm`: (N, C) or (N, C, L)."""
+    """Normalises (N, C) or (N, C, L) over the batch, as `torch.nn.BatchNorm1d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _ranks = (2, 3)
 
 
 @twin_of(torch.nn.BatchNorm2d)
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` by `reg_kernels.functional.batch_norm`: (N, C, H, W)."""
+    """Normalises (N, C, H, W) over the batch, as `torch.nn.BatchNorm2d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _ranks = (4,)
 
 
 @twin_of(torch.nn.BatchNorm3d)
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` by `reg_kernels.functional.batch_norm`: (N, C, D, H, W)."""
+    """Normalises (N, C, D, H, W) over the batch, as `torch.nn.BatchNorm3d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _ranks = (5,)
 
 
 class _FusedBatchNormAct(_FusedBatchNorm):
-    """BatchNorm, residual, activation and dropout as one layer, with BatchNorm's own `state_dict`.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, backend: as
-            the BatchNorm layers.
-        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
-        drop: the probability of dropping an element of the result in training, in [0, 1].
-        negative_slope: leaky_relu's, below zero.
-
-    `layer(input, residual=None)` is dropout(activation(batch_norm(input) + residual)).
-    """
+    """What the layers with an activation share."""
 
     def __init__(
         self,
@@ -178,16 +199,22 @@ class _FusedBatchNormAct(_FusedBatchNorm):
 class BatchNormAct1d(_FusedBatchNormAct, torch.nn.BatchNorm1d):
     """BatchNorm1d → (+ residual) → activation → dropout of (N, C) or (N, C, L), in one pass."""
 
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
+
     _ranks = (2, 3)
 
 
 class BatchNormAct2d(_FusedBatchNormAct, torch.nn.BatchNorm2d):
     """BatchNorm2d → (+ residual) → activation → dropout of (N, C, H, W), in one pass."""
 
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
+
     _ranks = (4,)
 
 
 class BatchNormAct3d(_FusedBatchNormAct, torch.nn.BatchNorm3d):
     """BatchNorm3d → (+ residual) → activation → dropout of (N, C, D, H, W), in one pass."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
 
     _ranks = (5,)

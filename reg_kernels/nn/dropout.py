@@ -17,14 +17,17 @@ from ._leaf import call_in_graph
 __all__ = ["DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
-class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
-    """What the four layers share: torch's constructor and state, and a choice of implementation.
+ARGUMENTS = """
 
     Args:
         p: the probability of dropping, in [0, 1].
-        inplace: write over the input.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        inplace: True writes over the input.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
     """
+
+
+class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
+    """What the four layers share: torch's constructor and state, and a choice of implementation."""
 
     backend: str | None = None
     _function: ClassVar[Any]
@@ -45,39 +48,47 @@ class _FusedDropout(torch.nn.modules.dropout._DropoutNd):
 
 @twin_of(torch.nn.Dropout)
 class Dropout(_FusedDropout, torch.nn.Dropout):
-    """`torch.nn.Dropout` by `reg_kernels.functional.dropout`: any shape, each element by itself."""
+    """Drops elements as `torch.nn.Dropout` does, by `functional.dropout`: any shape."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _function = staticmethod(F.dropout)
 
 
 @twin_of(torch.nn.Dropout1d)
 class Dropout1d(_FusedDropout, torch.nn.Dropout1d):
-    """`torch.nn.Dropout1d` by `reg_kernels.functional.dropout1d`: (N, C, L) or (C, L)."""
+    """Drops channels of (N, C, L) or (C, L), as `torch.nn.Dropout1d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _function = staticmethod(F.dropout1d)
 
 
 @twin_of(torch.nn.Dropout2d)
 class Dropout2d(_FusedDropout, torch.nn.Dropout2d):
-    """`torch.nn.Dropout2d` by `reg_kernels.functional.dropout2d`: channels of (N, C, H, W)."""
+    """Drops channels of (N, C, H, W), as `torch.nn.Dropout2d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _function = staticmethod(F.dropout2d)
 
 
 @twin_of(torch.nn.Dropout3d)
 class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
-    """`torch.nn.Dropout3d` by `reg_kernels.functional.dropout3d`: channels of (N, C, D, H, W)."""
+    """Drops channels of (N, C, D, H, W), as `torch.nn.Dropout3d` does."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _function = staticmethod(F.dropout3d)
 
 
 class DropPath(torch.nn.Module):
-    """Stochastic depth by `reg_kernels.functional.drop_path`: `layer(input, residual=None)`.
+    """Drops whole samples of a branch by `functional.drop_path`: `layer(input, residual=None)`.
 
     Args:
         p: the probability of dropping a sample, in [0, 1].
-        scale_by_keep: whether what is kept is scaled up by the inverse of the one of keeping.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        scale_by_keep: True divides the kept samples by the probability of keeping one.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
     """
 
     def __init__(self, p: float, scale_by_keep: bool = True, *, backend: str | None = None) -> None:
@@ -90,8 +101,12 @@ class DropPath(torch.nn.Module):
         given = (input,) if residual is None else (input, residual)
         if has_torch_function(given) and (call := call_in_graph(self, *given)) is not None:
             return call
-        options = {"scale_by_keep": self.scale_by_keep, "backend": self.backend}
-        return F.drop_path(input, self.p, self.training, residual=residual, **options)
+        return F.drop_path(
+            *(input, self.p, self.training),
+            residual=residual,
+            scale_by_keep=self.scale_by_keep,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"

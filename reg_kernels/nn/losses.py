@@ -9,8 +9,9 @@ from torch.overrides import has_torch_function_variadic
 from .. import backends
 from .. import functional as F
 from .._mixed_target import MixedTarget
-from .._numbers import integer, number
+from .._numbers import integer
 from .._twins import twin_of
+from ..ops._checks import check_reduction, probability
 from ..ops.distillation import checked_softness
 from ._leaf import call_in_graph
 
@@ -19,13 +20,19 @@ __all__ = ["CrossEntropyLoss", "DistillationLoss"]
 
 @twin_of(torch.nn.CrossEntropyLoss)
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` by `reg_kernels.functional.cross_entropy`, which also takes a
+    """`torch.nn.CrossEntropyLoss` by `reg_kernels.functional.cross_entropy`. It also takes a
     `reg_kernels.augment.MixedTarget`.
 
     Args:
-        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's layer has
-            them; `label_smoothing` may come with a MixedTarget instead.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        weight: the weight of each class, (C,).
+        size_average: deprecated, as in torch.
+        ignore_index: a label that counts for nothing.
+        reduce: deprecated, as in torch.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: in [0, 1]. A MixedTarget may bring its own instead.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Call it as `loss(input, target)`, with the arguments of `functional.cross_entropy`.
     """
 
     backend: str | None = None
@@ -60,25 +67,29 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
-    r"""A student's loss by its teacher's logits and the labels,
-    :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, by
+    r"""A student's loss by its teacher's logits and the labels, by
     `reg_kernels.functional.distillation_loss`.
+
+    The loss is :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`.
 
     Args:
         temperature: T, positive.
         alpha: the share of the divergence, in [0, 1].
-        weight: of each class, (C,), in the cross-entropy; a buffer, as of torch's losses.
+        weight: the weight of each class in the cross-entropy, (C,). It is a buffer, as in torch's
+            losses.
         ignore_index: a label that has no cross-entropy.
         reduction: "none", "mean" or "sum".
-        label_smoothing: of the cross-entropy, in [0, 1]; a MixedTarget may bring its own.
-        backend: "native", "triton" or "reference"; by default the first that can run at a call.
+        label_smoothing: the smoothing of the cross-entropy, in [0, 1]. A MixedTarget may bring its
+            own.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
-    Called as loss(input, teacher, target): logits of the student and the teacher, (N, C, ...) or
-    (C,), and class indices or a `reg_kernels.augment.MixedTarget`; of an alpha of 1 as
-    loss(input, teacher) as well.
+    Call it as `loss(input, teacher, target)`: the logits of the student and of the teacher, (N, C,
+    ...) or (C,), and class indices or a `reg_kernels.augment.MixedTarget`. With an `alpha` of 1,
+    `loss(input, teacher)` is enough.
 
     Raises:
-        ValueError: an argument out of its range; at a call, as `functional.distillation_loss`.
+        ValueError: an argument is out of its range. A call raises what
+            `functional.distillation_loss` raises.
     """
 
     backend: str | None = None
@@ -96,15 +107,8 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
     ) -> None:
         name = "DistillationLoss"
         temperature, alpha = checked_softness(name, temperature, alpha)
-        label_smoothing = number(name, "label_smoothing", label_smoothing)
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(
-                f"DistillationLoss: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
-            )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(
-                f"DistillationLoss: label_smoothing must be in [0, 1], got {label_smoothing}"
-            )
+        check_reduction(name, reduction)
+        label_smoothing = probability(name, "label_smoothing", label_smoothing)
         super().__init__(weight, reduction=reduction)
         self.temperature = temperature
         self.alpha = alpha

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._activation import NUMBERS
-from .._dtypes import named
+from .._dtypes import DTYPES, named
 from ._checks import (
     Entry,
     check_device,
@@ -20,7 +20,7 @@ from ._checks import (
 )
 
 
-class Call(NamedTuple):
+class BatchNormCall(NamedTuple):
     """What `batch_norm` or `batch_norm_act`, the `name`, was called with."""
 
     name: str
@@ -49,9 +49,9 @@ def values_a_channel(x: Tensor) -> int:
 def check_eps(name: str, eps: float, training: bool) -> None:
     """Raises where torch does: on an eps that could divide by zero."""
     if training and eps <= 0.0:
-        raise ValueError(f"{name}: eps must be positive in training, got {eps}")
+        refuse(name, "eps", "positive in training", eps, ValueError)
     if eps < 0.0:
-        raise ValueError(f"{name}: eps must not be negative, got {eps}")
+        refuse(name, "eps", "0 or above", eps, ValueError)
 
 
 def activation_number(name: str, activation: str | None) -> int:
@@ -63,10 +63,8 @@ def activation_number(name: str, activation: str | None) -> int:
         refuse(name, "activation", f"one of {known}", repr(activation), ValueError)
 
 
-def _check_channel_values(name: str, what: str, values: Tensor | None, input: Tensor) -> None:
+def _check_channel_values(name: str, what: str, values: Tensor, input: Tensor) -> None:
     """weight, bias or a running statistic: [C], on the input's device, of a dtype that fits."""
-    if values is None:
-        return
     dtype = input.dtype
     if values.shape != input.shape[1:2]:
         raise RuntimeError(
@@ -79,16 +77,19 @@ def _check_channel_values(name: str, what: str, values: Tensor | None, input: Te
         refuse(name, what, f"{allowed} for an input of {named(dtype)}", named(values.dtype))
 
 
-def check_call(call: Call) -> None:
+def check_call(call: BatchNormCall) -> None:
     """What every call has to be given. Nothing is written before all of it holds."""
     name, input, training = call.name, call.input, call.training
     check_tensor(name, "input", input)
+    dtype, device, channels = input.dtype, input.device, input.shape[1:2]
     if input.dim() < 2:
         raise IndexError(
             f"{name}: input must have at least 2 dimensions, (N, C, ...), got {input.dim()}"
         )
-    check_dtype(name, "input", input.dtype, NotImplementedError)
-    check_eps(name, call.eps, training)
+    if dtype not in DTYPES:
+        check_dtype(name, "input", dtype, NotImplementedError)
+    if call.eps <= 0.0:
+        check_eps(name, call.eps, training)
     if training and input.numel() == input.shape[1] and values_a_channel(input) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel when training, "
@@ -103,12 +104,16 @@ def check_call(call: Call) -> None:
         raise TypeError(
             f"{name}: momentum must be a float, or None together with num_batches_tracked"
         )
-    for what, statistic in (("running_mean", mean), ("running_var", var)):
-        _check_channel_values(name, what, statistic, input)
-        if statistic is not None and statistic.requires_grad:
+    for what, values in (
+        *(("running_mean", mean), ("running_var", var)),
+        *(("weight", call.weight), ("bias", call.bias)),
+    ):
+        if values is None:
+            continue
+        if values.dtype != dtype or values.device != device or values.shape != channels:
+            _check_channel_values(name, what, values, input)
+        if values.requires_grad and (values is mean or values is var):
             raise RuntimeError(f"{name}: {what} must not require grad, it has no gradient")
-    _check_channel_values(name, "weight", call.weight, input)
-    _check_channel_values(name, "bias", call.bias, input)
     if call.residual is not None:
         check_like(name, "residual", call.residual, input)
     if counter is not None and (counter.numel() != 1 or counter.device != input.device):
@@ -117,8 +122,6 @@ def check_call(call: Call) -> None:
 
 
 # Entries
-
-_ACTIVATIONS = range(5)
 
 
 def _check_channels(entry: Entry, values: Tensor | None, channels: int, name: str) -> None:
@@ -140,8 +143,8 @@ def _check_values(entry: Entry, a: Any, p: float) -> int:
     channels = x.shape[1]
     _check_channels(entry, a.weight, channels, "weight")
     _check_channels(entry, a.bias, channels, "bias")
-    if a.activation not in _ACTIVATIONS:
-        entry.refuse("activation", "in [0, 4]", a.activation)
+    if not 0 <= a.activation < len(NUMBERS):
+        entry.refuse("activation", f"in [0, {len(NUMBERS) - 1}]", a.activation)
     entry.check_probability(p)
     return x.numel() // channels if channels else 0
 

@@ -154,7 +154,7 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         overload: Any,
-        how: Training | Inference,
+        how: Any,  # Training or Inference
         numbers: Tensor | None,
     ) -> Any:
         ctx.set_materialize_grads(False)
@@ -254,7 +254,7 @@ def _backward(overload: Any, a: Backward, numbers: Tensor | None) -> Any:
     return _called(overload, a, numbers)
 
 
-def _backward_by_torch(overload: Any, a: Backward, numbers: Tensor | None) -> tuple[Tensor, ...]:
+def _backward_by_torch(overload: Any, a: Any, numbers: Tensor | None) -> tuple[Tensor, ...]:
     """The gradients as torch's own derivative of the formula, which it can derive again."""
     if numbers is not None:
         slope, p = numbers.tolist()
@@ -263,6 +263,7 @@ def _backward_by_torch(overload: Any, a: Backward, numbers: Tensor | None) -> tu
     input = a.input
     compute = torch.promote_types(input.dtype, torch.float32)
     # Views: one tensor may come in two places, and each wants its own gradient.
+    x: Any
     x, w, b = (t if t is None else t.view_as(t) for t in (input, a.weight, a.bias))
     r = (
         torch.zeros_like(input).requires_grad_()

@@ -32,16 +32,20 @@ def refuse(
     raise kind(f"{op}: {argument} must be {must}, got {got}")
 
 
-def hand_over(function: Callable[..., Any], arguments: dict[str, Any], *tensors: str) -> Any:
+def hand_over(
+    function: Callable[..., Any], arguments: dict[str, Any], *tensors: str, by_place: int = 1
+) -> Any:
     """Gives a call to what overrides it: a subclass's __torch_function__, a tracer's proxy.
 
     `arguments` are the function's own locals() before it has made others. Those that `tensors`
-    names may override it; the first argument goes by its place, the others by their names.
+    names may override it. As many arguments as `by_place` says go by their places, the others by
+    their names.
     """
-    first, *rest = arguments
-    named_ones = {name: arguments[name] for name in rest}
+    names = list(arguments)
+    first = [arguments[name] for name in names[:by_place]]
+    others = {name: arguments[name] for name in names[by_place:]}
     relevant = tuple(arguments[name] for name in tensors)
-    return handle_torch_function(function, relevant, arguments[first], **named_ones)
+    return handle_torch_function(function, relevant, *first, **others)
 
 
 def check_tensor(op: str, argument: str, x: Any, expected: str = "a Tensor") -> None:
@@ -89,6 +93,16 @@ def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
 def check_has_no_gradient(op: str, argument: str, x: Tensor) -> None:
     if x.requires_grad:
         raise RuntimeError(f"{op}: {argument} must not require grad: detach it")
+
+
+def check_flag(op: str, argument: str, x: Any) -> None:
+    if type(x) is not bool:
+        refuse(op, argument, "True or False", type(x).__name__, TypeError)
+
+
+def check_reduction(op: str, reduction: Any) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        refuse(op, "reduction", "'none', 'mean' or 'sum'", repr(reduction), ValueError)
 
 
 def probability(op: str, argument: str, value: Any, kind: type[Exception] = ValueError) -> float:
@@ -167,7 +181,8 @@ class Entry:
         refuse(self.op, name, must, described(got))
 
     def check_memory(self, x: Tensor, name: str, on_host: bool = False) -> None:
-        """That a kernel may read or write x: here, or also on the CPU, and not freed."""
+        """Raises unless a kernel may read or write x: on this device, or with `on_host` on the CPU,
+        in memory that was not freed."""
         if x.device != self.device and not (on_host and x.device.type == "cpu"):
             where = "on the CPU or on" if on_host else "on"
             self.refuse(name, f"{where} the tensors' device", "one on another device")
@@ -191,7 +206,7 @@ class Entry:
     def check_vector(
         self, x: Tensor, dtype: torch.dtype, count: int, name: str, on_host: bool = False
     ) -> None:
-        """`count` numbers of a type that lie side by side."""
+        """Raises unless x is `count` numbers of a type that lie side by side."""
         if x.dtype != dtype or x.numel() != count or not x.is_contiguous():
             self.refuse(name, f"contiguous {named(dtype)} of {count} elements", x)
         self.check_memory(x, name, on_host)
@@ -206,7 +221,7 @@ class Entry:
         self.check_memory(x, name, on_host)
 
     def check_channels(self, x: Tensor, name: str = "input") -> None:
-        """An input (N, C, ...): contiguous, or dense with the channels last."""
+        """Raises unless x is (N, C, ...), contiguous or dense with the channels last."""
         if x.dim() < 2:
             self.refuse(name, "of at least 2 dimensions", x)
         if not x.is_contiguous() and not is_channels_last(x):
@@ -220,14 +235,14 @@ class Entry:
         self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
 
     def check_samples(self, x: Tensor) -> None:
-        """An input (N, ...) of floats, dense with its samples outermost."""
+        """Raises unless x is (N, ...) of floats, dense with its samples outermost."""
         if x.dim() == 0 or not has_samples_outermost(x):
             self.refuse("input", "a batch, dense with its samples outermost", x)
         self.check_floats(x, "input")
         self.check_memory(x, "input")
 
     def check_like(self, x: Tensor, other: Tensor | None, name: str) -> None:
-        """That another tensor has x's dtype, shape and strides."""
+        """Raises unless another tensor has x's dtype, shape and strides."""
         if other is None:
             return
         if other.dtype != x.dtype or not has_layout_of(x, other):
@@ -235,7 +250,7 @@ class Entry:
         self.check_memory(other, name)
 
     def check_drawn(self, a: Any) -> None:
-        """What a mask is drawn by: p, rng_state, element_offset, traced_p."""
+        """Raises unless p, rng_state, element_offset and traced_p can draw a mask."""
         if not 0 <= a.element_offset < 2**62:
             self.refuse("element_offset", "in [0, 2^62)", a.element_offset)
         self.check_probability(a.p)
@@ -243,14 +258,14 @@ class Entry:
         self.check_number(a.traced_p, torch.float64, "traced_p", on_host=True)
 
     def check_shares(self, lam: Tensor, samples: int) -> None:
-        """One number, or one for each sample."""
+        """Raises unless lam is one number, or one for each sample."""
         if lam.numel() not in (1, samples) or not lam.is_contiguous():
             self.refuse("lam", f"contiguous, of 1 element or of {samples}", lam)
         self.check_floats(lam, "lam")
         self.check_memory(lam, "lam")
 
     def check_apart(self, written: Tensor, other: Tensor | None, name: str) -> None:
-        """That what an op writes is none of what it reads by; both are dense."""
+        """Raises where what an op writes overlaps a tensor that it reads; both are dense."""
         if other is None or written.device != other.device:
             return
         begin, own = other.data_ptr(), written.data_ptr()

@@ -8,6 +8,7 @@ write.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .._layout import with_strides
-from ._loss_checks import NONE, Call, check_values
-from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake, watcher
+from ._loss_checks import NONE, CheckedLoss, check_values
+from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake
 from ._registry import Op, define_part, implementation_of, register
 from ._route import wants_gradient, without_functorch
 
@@ -103,7 +104,7 @@ def register_loss(
     stats: int,
     reference: Callable[..., Any],
     by_torch: Callable[..., Any],
-    check: Callable[[str, Any], None],
+    check: Callable[..., None],
 ) -> tuple[Op, Op]:
     """A loss op and its backward.
 
@@ -113,7 +114,8 @@ def register_loss(
         stats: the numbers it keeps for each position.
         reference: the forward in plain PyTorch.
         by_torch: the backward, differentiable.
-        check: of either's arguments, as `register` takes it.
+        check: of either: called as check(name, arguments, of_backward=...), else as `register`
+            has it.
     """
 
     def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +165,7 @@ def register_loss(
         reference=forward_by_torch,
         triton=launching(name, 0, forward_by_torch),
         autograd=above,
-        check=check,
+        check=functools.partial(check, of_backward=False),
     )
     backward = register(
         f"{name}_backward",
@@ -172,7 +174,7 @@ def register_loss(
         reference=backward_by_torch,
         triton=launching(f"{name}_backward", 1, backward_by_torch),
         autograd=above_backward,
-        check=check,
+        check=functools.partial(check, of_backward=True),
     )
     place = forward.argument_names.index("reduction") - 1
     return forward, backward
@@ -181,7 +183,7 @@ def register_loss(
 def run(
     ops: tuple[Op, Op],
     name: str,
-    call: Call,
+    call: CheckedLoss,
     first: tuple[Any, ...],
     last: tuple[Any, ...],
     backend: str | None,
@@ -192,7 +194,7 @@ def run(
     forward, backward = ops
     input, options = call.input, call.options
     args = (*first, *call.arguments, *last)
-    looks = watcher()
+    looks = call.looks
     overload = forward.overload(input.device, input.dtype, backend, looks)
     on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
     # Neither weights nor probabilities have a gradient by the kernels.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from .._dtypes import DTYPES, named
 from .._layout import with_strides
@@ -18,6 +17,7 @@ from ._checks import (
     Entry,
     check_device,
     check_dtype,
+    check_reduction,
     check_shares,
     check_tensor,
     checked_shares,
@@ -26,9 +26,11 @@ from ._checks import (
     probability,
     refuse,
 )
+from ._modes import watcher
 from ._route import in_order
 
-NONE = 0  # of the reductions, torch's numbers
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # torch's numbers
+NONE = _REDUCTIONS["none"]
 
 
 class Target(NamedTuple):
@@ -50,7 +52,7 @@ class Options(NamedTuple):
     traced_smoothing: Tensor | None
 
 
-class Call(NamedTuple):
+class CheckedLoss(NamedTuple):
     """What a loss was called with, checked, as the ops take it."""
 
     input: Tensor  # (N, C, ...)
@@ -58,6 +60,7 @@ class Call(NamedTuple):
     options: Options
     result: torch.dtype
     batched: bool
+    looks: str | None  # a watcher
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -68,23 +71,24 @@ class Call(NamedTuple):
 def checked_call(
     name: str,
     input: Tensor,
-    target: Tensor | MixedTarget | None,
+    target: Any,  # a Tensor, a MixedTarget or None
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     *,
     needs_target: bool = True,
-) -> Call:
+) -> CheckedLoss:
     """The call as the ops take it; raises what torch raises for the same mistake.
 
     What the values of labels and shares are is looked at when the op runs: `run`.
     """
     check_logits(name, "input", input)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    ignore_index = integer(name, "ignore_index", ignore_index)
-    label_smoothing = number(name, "label_smoothing", label_smoothing)
+    check_reduction(name, reduction)
+    if type(ignore_index) is not int:
+        ignore_index = integer(name, "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = number(name, "label_smoothing", label_smoothing)
     mixed = isinstance(target, MixedTarget)
     if mixed:
         of_target = number(name, "label_smoothing", target.label_smoothing)
@@ -131,13 +135,13 @@ def checked_call(
     traced = None
     if varies(label_smoothing):
         traced, label_smoothing = traced_numbers(input.device, label_smoothing), 0.0
-    number_of = _reduction.get_enum(reduction)
-    options = Options(weight, ignore_index, label_smoothing, number_of, traced)
-    input = in_order(input)
+    options = Options(weight, ignore_index, label_smoothing, _REDUCTIONS[reduction], traced)
+    looks = watcher()
+    input = in_order(input, looks)
     if checked.labels is not None and checked.labels.is_floating_point():
         # The kernels walk both in one order.
         checked = checked._replace(labels=with_strides(checked.labels, input.stride()))
-    return Call(input, checked, options, result, batched)
+    return CheckedLoss(input, checked, options, result, batched, looks)
 
 
 def check_logits(name: str, argument: str, x: Any) -> None:
@@ -201,7 +205,7 @@ def _checked_mixed(name: str, input: Tensor, target: MixedTarget, batched: bool)
     return Target(labels, partner, checked_shares(name, lam, input), 1.0)
 
 
-def check_values(name: str, call: Call) -> None:
+def check_values(name: str, call: CheckedLoss) -> None:
     """Raises what torch raises where a label or a share is out of range."""
     classes = call.input.shape[1]
     labels, partner, lam, _ = call.target
@@ -220,7 +224,7 @@ def check_values(name: str, call: Call) -> None:
 # Entries
 
 
-def check_entry(op: str, a: Any, stats: int) -> Entry:
+def check_entry(op: str, a: Any, stats: int, of_backward: bool) -> Entry:
     """What a loss op, or its backward, takes of the logits and their target; `stats` are the
     numbers that it keeps for each position."""
     x = a.input
@@ -239,7 +243,7 @@ def check_entry(op: str, a: Any, stats: int) -> Entry:
     if a.traced_smoothing is not None:
         entry.check_vector(a.traced_smoothing, torch.float64, 1, "traced_smoothing")
     _check_target(entry, a, compute, positions)
-    if op.endswith("_backward"):
+    if of_backward:
         of_loss = 1 if a.reduction else positions
         entry.check_vector(a.grad_output, compute, of_loss, "grad_output")
         entry.check_vector(a.stats, compute, stats * positions, "stats")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ def unrecorded() -> Iterator[None]:
     """For what is asked of arguments: torch.jit.trace would make tensors of the sizes it sees, and
     warn of each one that is compared."""
     state = _tracing_state()
-    torch._C._set_tracing_state(None)
+    set_tracing_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        set_tracing_state(state)

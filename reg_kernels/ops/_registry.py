@@ -100,7 +100,7 @@ def register(
         module, function = triton.split(":")
         return getattr(importlib.import_module(f"reg_kernels.triton.{module}"), function)(*args)
 
-    kernels = {"native": native, "triton": run_triton, "reference": reference}
+    kernels: dict[str, Any] = {"native": native, "triton": run_triton, "reference": reference}
     by_position = None
     if check is not None:
         by_position = _by_position(name, schema, check)

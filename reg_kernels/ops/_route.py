@@ -8,6 +8,7 @@ its kernels walk, that autograd hears of what was written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from .._layout import (
     with_strides,
 )
 from .._numbers import integer
-from ._checks import check_dtype, check_in_place
+from ._checks import check_dtype, check_in_place, refuse
 from ._modes import COMPILE, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
 
@@ -41,15 +42,13 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def count_changes(*tensors: Tensor) -> None:
     """Tells autograd that these were written."""
-    for x in tensors:
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def without_functorch(function: type[torch.autograd.Function]) -> Any:
     """`apply` without the two microseconds that it spends on preparing for torch.func, for where
     that is known to be away."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -60,9 +59,9 @@ def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> A
         return question(*arguments)
 
 
-def in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor, looks: str | None) -> Tensor:
     """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
-    if watcher() is TRACE:  # what is traced for one order has to bring any other into it
+    if looks is TRACE:  # what is traced for one order has to bring any other into it
         return _layout.ordered(x, asked(TRACE, keeps_channels_last, x)).resolve_neg()
     if not x.is_contiguous():
         x = _layout.ordered(x, keeps_channels_last(x))
@@ -92,7 +91,7 @@ class Linear:
     """
 
     fresh: Op
-    in_place: Op | None = None
+    in_place: Any = None  # an Op
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class Linear:
         *,
         reference: Callable[..., Tensor],
         triton: str,
-        check: Callable[[str, Any], None],
+        check: Callable[..., None],
         keeps: tuple[str, ...],
         reads_dropped: bool = True,
         addends: tuple[str, ...] = (),
@@ -116,7 +115,7 @@ class Linear:
             arguments: of both forms' schemas, behind the tensors that have a gradient.
             reference: the fresh form in plain PyTorch.
             triton: the module below reg_kernels.triton that has functions of both forms' names.
-            check: what `register` takes; its first argument tells the forms apart.
+            check: called as check(name, arguments, in_place=...), else as `register` has it.
             keeps: the tensors among the arguments that a gradient is made with.
             reads_dropped: whether what is multiplied by 0 counts all the same: a NaN stays one.
             addends: tensors, or None, that the result is the sum of, beside the linear part.
@@ -139,33 +138,33 @@ class Linear:
             reference=reference,
             triton=f"{triton}:{name}",
             autograd=self.run,
-            check=check,
+            check=functools.partial(check, in_place=False),
         )
-        names = self.fresh.argument_names[1 + self._addends :]
+        schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
+        self._count = len(schema)
+        self._defaults = [x.default_value for x in schema if x.has_default_value()]
+        if not addends:
+
+            def by_reference(input: Tensor, *arguments: Any) -> None:
+                input.copy_(reference(input, *arguments, *like(input)))
+
+            self.in_place = register(
+                f"{name}_",
+                f"(Tensor(a!) input, {arguments}) -> ()",
+                fake=lambda input, *arguments: None,
+                reference=by_reference,
+                triton=f"{triton}:{name}_",
+                autograd=self.write_over,
+                check=functools.partial(check, in_place=True),
+            )
+        # Those that both forms have.
+        names = (self.in_place or self.fresh).argument_names[1 + self._addends :]
         # What a gradient keeps of the arguments: tensors, and all that is left. One more getter
         # brings both, one behind the other, back into the arguments' order.
         others = [name for name in names if name not in keeps]
         self._kept_of = _getter(names, keeps)
         self._others_of = _getter(names, others)
         self._in_order = _getter((*keeps, *others), names)
-        schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
-        self._count = len(schema)
-        self._defaults = [x.default_value for x in schema if x.has_default_value()]
-        if addends:
-            return
-
-        def by_reference(input: Tensor, *arguments: Any) -> None:
-            input.copy_(reference(input, *arguments, *like(input)))
-
-        self.in_place = register(
-            f"{name}_",
-            f"(Tensor(a!) input, {arguments}) -> ()",
-            fake=lambda input, *arguments: None,
-            reference=by_reference,
-            triton=f"{triton}:{name}_",
-            autograd=self.write_over,
-            check=check,
-        )
 
     def run(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
         """The fresh form by an overload of it, with its gradient where one is wanted."""
@@ -175,6 +174,23 @@ class Linear:
         with below_autograd():
             return overload(input, *rest)
 
+    def run_eagerly(
+        self,
+        overload: Any,
+        input: Tensor,
+        arguments: tuple[Any, ...],
+        addends: tuple[Tensor | None, ...] = (),
+    ) -> Tensor:
+        """The same of all arguments where nobody but autograd looks at the call."""
+        if addends:
+            wanted = wants_gradient(input, *addends)
+        else:
+            wanted = input.requires_grad and torch.is_grad_enabled()
+        if wanted:
+            return _apply_linear((self, overload, None, arguments), input, *addends)
+        with below_autograd():
+            return overload(input, *addends, *arguments)
+
     def write_over(self, in_place: Any, input: Tensor, *arguments: Any) -> None:
         """The same of the in-place form."""
         if input.requires_grad and torch.is_grad_enabled():
@@ -183,8 +199,7 @@ class Linear:
             return
         with below_autograd():
             in_place(input, *arguments)
-        if not input.is_inference():
-            torch.autograd.graph.increment_version(input)
+        count_changes(input)
 
     def _all(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments with the defaults at their end, which the dispatcher leaves away."""
@@ -231,7 +246,7 @@ class _Linear(torch.autograd.Function):
         return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
 
 
-apply_linear = without_functorch(_Linear)
+_apply_linear = without_functorch(_Linear)
 
 
 # The random elementwise family
@@ -270,11 +285,16 @@ def draw(
     looks = watcher()
     if not (input.numel() if looks is None else asked(looks, input.numel)):
         return input
+    if p == 1.0:  # nothing is drawn
+        if op.reads_dropped:
+            return input.mul_(0) if inplace else input * 0
+        if state is None:
+            state = torch.zeros(2, dtype=torch.int64, device="cpu")
     name, device, dtype = op.fresh.name, input.device, input.dtype
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
     if not 0 <= element_offset < 2**62:
-        raise ValueError(f"{name}: element_offset must be in [0, 2^62), got {element_offset}")
+        refuse(name, "element_offset", "in [0, 2^62)", element_offset, ValueError)
     if dtype not in DTYPES:
         check_dtype(name, "input", dtype)
     overload = op.fresh.overload(device, dtype, backend, looks)
@@ -296,16 +316,9 @@ def draw(
         return input.copy_(output) if inplace else as_torch_returns(output, input)
     if inplace:
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        op.write_over(op.in_place.overload(device, dtype, backend), input, *arguments)
+        op.write_over(op.in_place.like(overload), input, *arguments)
         return input
-    if addends:
-        wanted = wants_gradient(input, *addends)
-    else:
-        wanted = input.requires_grad and torch.is_grad_enabled()
-    if wanted:
-        return apply_linear((op, overload, None, arguments), input, *addends)
-    with below_autograd():
-        return overload(input, *addends, *arguments)
+    return op.run_eagerly(overload, input, arguments, addends)
 
 
 def draw_samples(
@@ -316,15 +329,13 @@ def draw_samples(
     addends: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
     """The same of an op whose draws are each for a sample of a batch (N, ...): it takes each as one
-    stretch of memory. Where p is 1 nothing is drawn."""
+    stretch of memory."""
     looks = watcher()
     if asked(looks, input.numel) == 0:
         return sum((x for x in addends if x is not None), input)
     # What is traced for one layout has to bring any other into it.
     fits = looks is not TRACE and has_samples_outermost(input)
     x = input if fits else input.contiguous()
-    if how.p == 1.0 and how.rng_state is None:
-        how = how._replace(rng_state=torch.zeros(2, dtype=torch.int64, device="cpu"))
     addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)
     y = draw(op, x, *how, False, options, addends)
     return y if fits or looks is TRACE else as_torch_returns(y, input)

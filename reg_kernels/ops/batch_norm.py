@@ -18,7 +18,7 @@ from .._numbers import number, traced_numbers, varies
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
-from ._batch_norm_checks import Call, activation_number, check_call
+from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._modes import FUNC, TRACE, watcher
 from ._route import asked, wants_gradient
@@ -30,7 +30,7 @@ _TENSORS = ("input", "running_mean", "running_var", "weight", "bias")  # that ma
 SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
 
-def _empty_batch(call: Call) -> Tensor:
+def _empty_batch(call: BatchNormCall) -> Tensor:
     """As torch: a batch of no values moves the counter on, not the running statistics, and every
     parameter has a gradient, of zeros."""
     if call.training and call.num_batches_tracked is not None:
@@ -43,7 +43,7 @@ def _empty_batch(call: Call) -> Tensor:
     return reference.activate(output, call.activation, call.slope)
 
 
-def _by_torch(call: Call) -> Tensor:
+def _by_torch(call: BatchNormCall) -> Tensor:
     """The same by operations that torch.func and forward mode can transform, unfused."""
     momentum, counter = call.momentum, call.num_batches_tracked
     if momentum is None:
@@ -58,11 +58,12 @@ def _by_torch(call: Call) -> Tensor:
         y = y + call.residual
     y = reference.activate(y, call.activation, call.slope)
     if call.p > 0.0:
+        assert call.rng_state is not None
         y = y * reference_dropout(torch.ones_like(y), call.p, call.rng_state)
     return y
 
 
-def _rng_state(call: Call, looks: str | None) -> Tensor | None:
+def _rng_state(call: BatchNormCall, looks: str | None) -> Tensor | None:
     """The state that a call which drops something draws by."""
     device = call.input.device
     if call.rng_state is not None:
@@ -72,13 +73,14 @@ def _rng_state(call: Call, looks: str | None) -> Tensor | None:
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
 
-def _run(call: Call) -> Tensor:
+def _run(call: BatchNormCall) -> Tensor:
     looks = watcher()
     asked(looks, check_call, call)
     input, training, device = call.input, call.training, call.input.device
     if call.rng_state is not None:
         call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, call.name))
-    by_numbers = varies(call.momentum, call.eps, call.slope, call.p)
+    drops = training and call.p != 0.0
+    by_numbers = varies(call.momentum, call.eps, call.slope, call.p if drops else 0.0)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
@@ -87,7 +89,7 @@ def _run(call: Call) -> Tensor:
     if asked(looks, input.numel) == 0:
         return _empty_batch(call)
     p, rng_state = 0.0, None
-    if training and call.p != 0.0:
+    if drops:
         p, rng_state = call.p, _rng_state(call, looks)
     if looks is FUNC:
         return _by_torch(call._replace(p=p, rng_state=rng_state))
@@ -102,7 +104,9 @@ def _run(call: Call) -> Tensor:
             input = ordered(input, keeps_channels_last(input))
         if residual is not None:
             residual = with_strides(residual, input.stride())
-    weight, bias = (v if v is None else v.contiguous() for v in (call.weight, call.bias))
+    weight, bias = call.weight, call.bias
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     values = (input, weight, bias, residual)
     momentum, eps, slope, numbers = call.momentum, call.eps, call.slope, None
     if by_numbers:
@@ -140,18 +144,18 @@ def _run(call: Call) -> Tensor:
 
 def _checked(
     name: str,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     training: bool,
     momentum: Any,
     eps: Any,
     *rest: Any,
-) -> Call:
+) -> BatchNormCall:
     """A call of numbers that are floats, and of whatever else one has to be given."""
     if type(momentum) is not float and momentum is not None:
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    return Call(name, *tensors, training, momentum, eps, *rest)
+    return BatchNormCall(*(name, *tensors, training, momentum, eps, *rest))
 
 
 def batch_norm(
@@ -167,43 +171,49 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Normalises each channel over the batch:
-    :math:`y = (x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b`.
+    r"""Normalises each channel over the batch.
+
+    The result is :math:`y = (x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b`.
 
     Args:
-        input: (N, C, ...), contiguous or channels last (others are copied); float64, float32,
-            float16 or bfloat16. 16-bit floats are computed in float32 and rounded once.
-        running_mean, running_var: [C], of the input's dtype, or float32 for 16-bit inputs. Used in
-            evaluation; in training moved towards the batch's mean and its unbiased variance, or
-            left out by None.
-        weight, bias: [C] of such a dtype, or None for 1 and 0.
-        training: whether to use the batch's statistics, with the biased variance, or the running
+        input: (N, C, ...); float64, float32, float16 or bfloat16. Contiguous and channels-last
+            inputs are read as they are, others are copied first. 16-bit floats are computed in
+            float32 and rounded once.
+        running_mean: the running mean (C,), of the input's dtype, or float32 for 16-bit inputs.
+            Evaluation uses it. Training moves it towards the batch's mean, unless it is None.
+        running_var: the running variance, in the same way. Training moves it towards the batch's
+            unbiased variance.
+        weight: w of each channel (C,), of such a dtype; None stands for 1.
+        bias: b of each channel (C,), of such a dtype; None stands for 0.
+        training: True normalises by the batch's mean and biased variance, False by the running
             ones.
-        momentum: the batch's share in the new running statistics; None weighs all batches alike,
-            by `num_batches_tracked`.
-        eps: added to the variance.
-        num_batches_tracked: an int64 of the batches so far, on the input's device; a training call
-            adds one.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        momentum: the batch's share in the new running statistics. None weighs all batches alike, by
+            `num_batches_tracked`.
+        eps: a number that is added to the variance.
+        num_batches_tracked: the number of batches so far, an int64 tensor on the input's device. A
+            training call adds one to it.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor like `input`, channels last where that is or is a part of what is.
+        A tensor of the input's shape and dtype. It is channels last where the input is, or is a
+        part of a tensor that is.
 
     Raises:
-        ValueError: one value a channel in training, eps not positive in training or negative, one
-            running statistic without the other, an unknown `backend`.
-        RuntimeError: channel values of another size, dtype or device; none in evaluation; a
-            `backend` that cannot run here (`BackendUnavailable`).
-        NotImplementedError: another dtype. IndexError: fewer than 2 dimensions.
-        TypeError: momentum None without a counter.
-        A call that raises changes nothing.
+        ValueError: a channel has one value in training; `eps` is negative, or zero in training; one
+            running statistic is given without the other; or `backend` is unknown.
+        RuntimeError: a tensor of channels has another size, dtype or device; the running statistics
+            are missing in evaluation; or `backend` cannot run here (`BackendUnavailable`).
+        NotImplementedError: the input has another dtype.
+        IndexError: the input has fewer than 2 dimensions.
+        TypeError: `momentum` is None and there is no counter.
 
-    Statistics are merged pairwise in a fixed order: two runs give the same bits.
+    A call that raises changes nothing. Statistics are merged pairwise in a fixed order: two runs
+    give the same bits.
 
     Source: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015, algorithm 1.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return hand_over(batch_norm, locals(), *_TENSORS)
+        return hand_over(batch_norm, locals(), *_TENSORS, by_place=3)
     tensors = (input, running_mean, running_var, weight, bias, None)
     chain = (NONE, SLOPE, 0.0, num_batches_tracked, None, backend)
     return _run(_checked("batch_norm", tensors, training, momentum, eps, *chain))
@@ -227,37 +237,50 @@ def batch_norm_act(
     rng_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""BatchNorm, residual, activation and dropout in one pass over memory after the statistics:
-    :math:`y = m \cdot \mathrm{act}(\mathrm{BN}(x) + r)`.
+    r"""Applies BatchNorm, a residual, an activation and dropout, in one pass after the statistics.
 
-    Equal to `dropout(act(batch_norm(input) + residual), drop)` with one rounding instead of four,
-    and to the bit in what it drops. The backward reads `input` and keeps at most one bit an element
-    beside it; with silu or gelu, or leaky_relu and drop, it reads `residual` as well. Behind relu a
-    closed position has the gradient 0, whatever comes in.
+    The result is :math:`y = m \cdot \mathrm{act}(\mathrm{BN}(x) + r)`. It equals
+    `dropout(act(batch_norm(input) + residual), drop)`, with one rounding instead of four and the
+    same mask. The backward reads `input` and keeps at most one bit an element beside it. With silu,
+    with gelu, and with leaky_relu and `drop`, it reads `residual` as well. Where relu has made an
+    element zero, its gradient is 0 whatever comes in.
 
     Args:
-        residual: like `input`, added before the activation; or None. Of the same dtype, so under
-            autocast give both from one kind of layer.
+        input: (N, C, ...), as in `batch_norm`.
+        running_mean: the running mean (C,) or None, as in `batch_norm`.
+        running_var: the running variance (C,) or None, as in `batch_norm`.
+        weight: w of each channel (C,) or None, as in `batch_norm`.
+        bias: b of each channel (C,) or None, as in `batch_norm`.
+        residual: a tensor of the input's shape, dtype and device that is added before the
+            activation, or None. Under autocast, give both from the same kind of layer.
+        training: True normalises by the batch's statistics and drops.
+        momentum: the batch's share in the new running statistics, or None, as in `batch_norm`.
+        eps: a number that is added to the variance.
         activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
-        negative_slope: leaky_relu's, below zero.
-        drop: the probability of dropping, in [0, 1]; without effect unless `training`.
-        rng_state: int64 `[seed, offset]` for the mask, as `dropout` takes it; by default drawn from
-            torch's generator.
-        The others: as `batch_norm`.
+        negative_slope: the slope of leaky_relu below zero.
+        drop: the probability of dropping an element, in [0, 1]. It has no effect unless `training`.
+        num_batches_tracked: the number of batches so far, as in `batch_norm`.
+        rng_state: the state of the mask, int64 `[seed, offset]`, as in `dropout`. None draws it
+            from torch's generator.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor like `input`, channels last where that is or is a part of what is.
+        A tensor of the input's shape and dtype. It is channels last where the input is, or is a
+        part of a tensor that is.
 
     Raises:
-        ValueError: also for an unknown `activation` or `drop` outside [0, 1].
-        RuntimeError: also for a residual of another shape, dtype or device.
-        Otherwise as `batch_norm`. A call that raises changes nothing.
+        ValueError: `activation` is unknown, `drop` is outside [0, 1], and what else `batch_norm`
+            raises it for.
+        RuntimeError: `residual` has another shape, dtype or device, and what else `batch_norm`
+            raises it for.
 
-    Source: as `batch_norm` and `dropout`; the order of the chain is that of K. He et al., "Deep
+    The other errors are those of `batch_norm`. A call that raises changes nothing.
+
+    Source: as for `batch_norm` and `dropout`; the order of the chain is that of K. He et al., "Deep
     residual learning", CVPR 2016, with dropout behind it.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
-        return hand_over(batch_norm_act, locals(), *_TENSORS, "residual")
+        return hand_over(batch_norm_act, locals(), *_TENSORS, "residual", by_place=6)
     name = "batch_norm_act"
     if type(drop) is not float or not 0.0 <= drop <= 1.0:
         drop = probability(name, "drop", drop)

@@ -15,8 +15,8 @@ from ._loss import TARGET, register_loss, run
 from ._loss_checks import check_entry, checked_call
 
 
-def _check(op: str, arguments: Any) -> None:
-    check_entry(op, arguments, stats=2)
+def _check(op: str, arguments: Any, of_backward: bool) -> None:
+    check_entry(op, arguments, 2, of_backward)
 
 
 _OPS = register_loss(
@@ -41,47 +41,48 @@ def cross_entropy(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    r"""`torch.nn.functional.cross_entropy` in one read of the logits and one write of the gradient,
-    which also takes pairs of labels:
-    :math:`\lambda\,\mathrm{CE}(a) + (1 - \lambda)\,\mathrm{CE}(b)`, where
-    :math:`\mathrm{CE}(y) = -\sum_c w_c q_c \log \mathrm{softmax}(x)_c` and
-    :math:`q = (1 - \varepsilon)\,\mathrm{one\_hot}(y) + \varepsilon / C`.
+    r"""Computes `torch.nn.functional.cross_entropy` with one read of the logits and one write of
+    their gradient, also for pairs of labels.
 
-    Neither one-hot targets nor a softmax are made. Half precision is computed in float32 and
-    rounded once: smoothing over a large vocabulary does not overflow.
+    The loss of a pair is :math:`\lambda\,\mathrm{CE}(a) + (1 - \lambda)\,\mathrm{CE}(b)`, with
+    :math:`\mathrm{CE}(y) = -\sum_c w_c q_c \log \mathrm{softmax}(x)_c` and :math:`q = (1 -
+    \varepsilon)\,\mathrm{one\_hot}(y) + \varepsilon / C`. Neither one-hot targets nor a softmax are
+    stored. Half precision is computed in float32 and rounded once, so smoothing over a large
+    vocabulary does not overflow.
 
     Args:
         input: logits (N, C, ...) or (C,); float64, float32, float16 or bfloat16.
         target: class indices, int64 (N, ...) in [0, C); or class probabilities of the input's
-            shape; or a `reg_kernels.augment.MixedTarget`, whose two losses are each reduced as
-            torch reduces one, and added by its shares.
+            shape; or a `reg_kernels.augment.MixedTarget`. The two losses of a MixedTarget are each
+            reduced as torch reduces one, and then added by its shares.
         weight: the weight of each class, (C,).
-        size_average, reduce: deprecated, as torch's.
+        size_average: deprecated, as in torch.
         ignore_index: a label that counts for nothing.
+        reduce: deprecated, as in torch.
         reduction: "none", "mean" or "sum". A mean is over the weights of the labels that are not
-            ignored: if all are, NaN, as torch's.
-        label_smoothing: in [0, 1]; a MixedTarget may bring its own.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+            ignored. Where all are ignored it is NaN, as in torch.
+        label_smoothing: :math:`\varepsilon`, in [0, 1]. A MixedTarget may bring its own.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        The loss, of no dimensions or (N, ...), in the input's dtype, under autocast in float32. Its
-        gradient goes to the input, and to class probabilities that require grad.
+        The loss, of no dimensions or (N, ...), in the input's dtype, and in float32 under autocast.
+        Its gradient goes to the input, and to class probabilities that require grad.
 
     Raises:
-        IndexError: a label outside of [0, C) that is not ignored; on a GPU a device-side assertion,
-            in a compiled program a RuntimeError.
-        ValueError: a batch of labels of another size, an unknown `reduction` or `backend`, shares
-            outside [0, 1], or two different smoothings.
-        RuntimeError: another dtype, shape or device, `label_smoothing` outside [0, 1], or a
-            `backend` that cannot run here.
-        TypeError: something that is no tensor.
+        IndexError: a label is outside [0, C) and not ignored. On a GPU this is a device-side
+            assertion, in a compiled program a RuntimeError.
+        ValueError: the batch of labels has another size; `reduction` or `backend` is unknown; a
+            share is outside [0, 1]; or loss and target bring two different smoothings.
+        RuntimeError: a dtype, shape or device is another one, `label_smoothing` is outside [0, 1],
+            or `backend` cannot run here.
+        TypeError: an argument is no tensor.
 
     Source: C. Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR
     2016 (label smoothing); M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax",
     2018.
     """
     if has_torch_function((input, weight)):
-        return hand_over(cross_entropy, locals(), "input", "weight")
+        return hand_over(cross_entropy, locals(), "input", "weight", by_place=2)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     name = "cross_entropy"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from .._dtypes import named
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import number, traced_numbers, varies
@@ -18,8 +19,8 @@ from ._loss import TARGET, register_loss, run
 from ._loss_checks import check_entry, check_logits, checked_call
 
 
-def _check(op: str, a: Any) -> None:
-    entry = check_entry(op, a, stats=5)
+def _check(op: str, a: Any, of_backward: bool) -> None:
+    entry = check_entry(op, a, 5, of_backward)
     if a.traced_softness is not None:
         entry.check_vector(a.traced_softness, torch.float64, 2, "traced_softness")
     if a.target is not None and a.target.dtype != torch.int64:
@@ -66,45 +67,52 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""A student's loss by its teacher and its labels, one read of both logits and one write of the
-    gradient: :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, where
-    :math:`p = \mathrm{softmax}(\mathrm{teacher} / T)` and
-    :math:`q = \mathrm{softmax}(\mathrm{input} / T)`.
+    r"""Computes a student's loss by its teacher and its labels, with one read of both logits and
+    one write of the gradient.
+
+    The loss is :math:`\alpha T^2\,\mathrm{KL}(p \Vert q) + (1 - \alpha)\,\mathrm{CE}`, with
+    :math:`p = \mathrm{softmax}(\mathrm{teacher} / T)` and :math:`q =
+    \mathrm{softmax}(\mathrm{input} / T)`.
 
     Args:
         input: the student's logits, (N, C, ...) or (C,); float64, float32, float16 or bfloat16.
-        teacher: the teacher's, of the same shape and any of these types; no gradient goes there.
-        target: class indices (N, ...), or a `reg_kernels.augment.MixedTarget`, as of
-            `cross_entropy`; or None, where `alpha` is 1: then the divergence is all there is.
-        weight, ignore_index, label_smoothing: of the cross-entropy, as there. A label that is
-            ignored leaves its position's divergence as it is.
+        teacher: the teacher's logits, of the same shape and any of these dtypes. It gets no
+            gradient.
+        target: class indices (N, ...) or a `reg_kernels.augment.MixedTarget`, as in
+            `cross_entropy`. With an `alpha` of 1 it may be None: the divergence is then the whole
+            loss.
+        weight: the weight of each class in the cross-entropy, (C,).
         temperature: T, positive.
         alpha: the share of the divergence, in [0, 1].
-        reduction: "none", "mean" or "sum"; the divergence's mean is over all positions, KLDivLoss's
-            "batchmean" for (N, C).
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        ignore_index: a label that has no cross-entropy. The divergence of its position still
+            counts.
+        reduction: "none", "mean" or "sum". The divergence's mean is over all positions, as
+            KLDivLoss's "batchmean" is for (N, C).
+        label_smoothing: the smoothing of the cross-entropy, in [0, 1]. A MixedTarget may bring its
+            own.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        The loss, of no dimensions or (N, ...), in the input's dtype, under autocast in float32.
+        The loss, of no dimensions or (N, ...), in the input's dtype, and in float32 under autocast.
 
     Raises:
-        ValueError: `temperature` or `alpha` out of range, and as `cross_entropy`.
-        RuntimeError: a teacher of another shape or device, and as `cross_entropy`.
-        TypeError: no target where `alpha` is less than 1, and as `cross_entropy`.
-        IndexError: as `cross_entropy`.
+        ValueError: `temperature` or `alpha` is out of range, and what else `cross_entropy` raises
+            it for.
+        RuntimeError: the teacher has another shape or device, and what else `cross_entropy` raises
+            it for.
+        TypeError: there is no target and `alpha` is less than 1, or an argument is no tensor.
+        IndexError: as in `cross_entropy`.
 
     Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015.
     """
     if has_torch_function((input, teacher, weight)):
-        return hand_over(distillation_loss, locals(), "input", "teacher", "weight")
+        return hand_over(distillation_loss, locals(), "input", "teacher", "weight", by_place=3)
     name = "distillation_loss"
     temperature, alpha = checked_softness(name, temperature, alpha)
     if target is None and alpha != 1.0:
         raise TypeError(f"{name}: target must be given unless alpha is 1, got alpha {alpha}")
     if isinstance(target, Tensor) and target.is_floating_point():
-        raise RuntimeError(
-            f"{name}: target must be int64 class indices or a MixedTarget, got {target.dtype}"
-        )
+        refuse(name, "target", "int64 class indices or a MixedTarget", named(target.dtype))
     call = checked_call(
         *(name, input, target, weight, ignore_index, reduction, label_smoothing),
         needs_target=False,

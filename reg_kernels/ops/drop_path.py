@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from ..reference import drop_path as reference
-from ._checks import Entry, check_batch, check_like, hand_over, probability
+from ._checks import Entry, check_batch, check_flag, check_like, hand_over, probability
 from ._route import DRAWN, Draw, Linear, draw_samples
 
 
-def _check(op: str, a: Any) -> None:
+def _check(op: str, a: Any, in_place: bool) -> None:
     entry = Entry(op, a.input)
     entry.check_samples(a.input)
     entry.check_drawn(a)
@@ -42,28 +42,35 @@ def drop_path(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Drops whole samples of a branch, stochastic depth, and adds the residual in the same pass:
-    :math:`y_n = r_n + m_n x_n`, :math:`m_n \in \{0, 65536 / T\}` as `dropout` has it.
+    """Drops whole samples of a branch (stochastic depth) and adds the residual in the same pass.
 
-    A sample that is dropped is not read: its place has the residual, or 0, and its gradient is 0.
+    The result is :math:`y_n = r_n + m_n x_n`, with :math:`m_n` drawn as in `dropout`. A dropped
+    sample is not read: its place holds the residual, or 0, and its gradient is 0.
 
     Args:
         input: the branch, a batch (N, ...); float64, float32, float16 or bfloat16.
         p: the probability of dropping a sample, in [0, 1].
         training: False drops nothing and scales nothing.
-        scale_by_keep: False leaves a sample that is kept as it is.
-        residual: what is added, of the input's shape, dtype and device; or None.
-        rng_state, element_offset, backend: as of `dropout`; `element_offset` counts samples.
+        scale_by_keep: False leaves the kept samples unscaled.
+        residual: a tensor of the input's shape, dtype and device that is added, or None.
+        element_offset: the place of the input's first sample in the mask; it counts samples.
+        rng_state, backend: as in `dropout`.
 
     Returns:
-        A tensor like `input`; `input` itself where nothing is dropped and nothing added. Raises
-        what `dropout` raises, and a RuntimeError for a residual unlike the input.
+        A tensor of the input's shape and dtype; `input` itself where nothing is dropped and nothing
+        is added.
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `backend` is unknown.
+        TypeError: `input` or `residual` is no tensor, or `scale_by_keep` no bool.
+        RuntimeError: `input` is no batch, `residual` unlike it, and as `dropout` raises it.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """
     if has_torch_function_variadic(input, residual):
         return hand_over(drop_path, locals(), "input", "residual")
     p = probability("drop_path", "p", p)
+    check_flag("drop_path", "scale_by_keep", scale_by_keep)
     check_batch("drop_path", "input", input)
     if residual is not None:
         check_like("drop_path", "residual", residual, input)

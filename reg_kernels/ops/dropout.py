@@ -7,6 +7,7 @@ with the forward's rng_state: 16 bytes are saved, and it can be differentiated a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,30 +21,38 @@ from ._modes import TRACE, watcher
 from ._route import DRAWN, Draw, Linear, asked, draw
 
 
-def _check(op: str, a: Any) -> None:
+def _check(op: str, a: Any, in_place: bool) -> None:
     entry = Entry(op, a.input)
-    if op.startswith("feature_"):
-        entry.check_channels(a.input)
-    elif op.endswith("_") and not is_dense(a.input):
+    if in_place and not is_dense(a.input):
         entry.refuse("input", "dense, since it is written into", a.input)
+    _check_drawn(entry, a)
+
+
+def _check_channels(op: str, a: Any, in_place: bool) -> None:
+    entry = Entry(op, a.input)
+    entry.check_channels(a.input)
+    _check_drawn(entry, a)
+
+
+def _check_drawn(entry: Entry, a: Any) -> None:
     entry.check_drawn(a)
     entry.check_floats(a.input, "input")
     entry.check_memory(a.input, "input")
 
 
-def _register(name: str) -> Linear:
+def _register(name: str, check: Callable[..., None]) -> Linear:
     return Linear(
         name,
         f"float p, {DRAWN}",
         reference=getattr(reference, name),
         triton="dropout",
-        check=_check,
+        check=check,
         keeps=("rng_state", "traced_p"),
     )
 
 
-_DROPOUT = _register("dropout")
-_FEATURE_DROPOUT = _register("feature_dropout")
+_DROPOUT = _register("dropout", _check)
+_FEATURE_DROPOUT = _register("feature_dropout", _check_channels)
 
 
 def _checked(name: str, input: Tensor, p: Any) -> float:
@@ -65,39 +74,39 @@ def dropout(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Zeroes each element with probability `p` and scales the others up: :math:`y = x m`,
-    :math:`m \in \{0, 65536 / T\}`, kept with probability :math:`T / 65536`,
-    :math:`T = \mathrm{round}(65536 (1 - p))`.
+    r"""Zeroes each element with probability `p` and scales the others up.
 
-    The probability that is realised is `p` rounded to 1/65536, and the scale is the inverse of the
-    one of keeping, so :math:`E[y] = x` exactly. An element that is dropped is multiplied by zero:
-    NaN and infinities stay NaN, as with torch.
+    The result is :math:`y = x m` with :math:`m \in \{0, 65536 / T\}` and :math:`T =
+    \mathrm{round}(65536 (1 - p))`. An element is kept with probability :math:`T / 65536`: this is 1
+    - p, rounded to 1/65536. The scale is its exact inverse, so :math:`E[y] = x`. A dropped element
+    is multiplied by zero: NaN and infinities become NaN, as in torch.
 
     Args:
-        input: any shape; float64, float32, float16 or bfloat16. float16 and bfloat16 are computed
-            in float32 and rounded once.
-        p: the probability of dropping, in [0, 1].
+        input: a tensor of any shape; float64, float32, float16 or bfloat16. 16-bit floats are
+            computed in float32 and rounded once.
+        p: the probability of dropping an element, in [0, 1].
         training: False returns `input` itself.
-        inplace: write over `input` and return it.
-        rng_state: int64 tensor `[seed, offset]` of shape (2,), on the CPU or on the input's device:
-            the same state gives the same mask, in every implementation and on every device. By
-            default it is drawn from torch's generator, so `torch.manual_seed` rules.
-        element_offset: the index, in the mask, of the input's first element: a shard of a batch
-            then gets its part of the whole batch's mask.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        inplace: True writes over `input` and returns it.
+        rng_state: an int64 tensor `[seed, offset]` of shape (2,), on the CPU or on the input's
+            device. The same state gives the same mask in every implementation and on every device.
+            None draws a state from torch's generator, under `torch.manual_seed`.
+        element_offset: the place of the input's first element in the mask. With it a shard of a
+            batch gets its part of the whole batch's mask.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor like `input`, in its memory layout where that is dense, else with its strides in
-        the order of the input's, as torch's `empty_like` has them.
+        A tensor of the input's shape and dtype. It has the input's memory layout where that is
+        dense, else the strides that `torch.empty_like` gives.
 
     Raises:
-        ValueError: `p` outside [0, 1], or an unknown `backend`.
-        RuntimeError: another dtype, a `backend` that cannot run here (`BackendUnavailable`), an
-            `rng_state` of another shape, dtype or device, or `inplace` on a leaf that requires
-            grad.
+        ValueError: `p` is outside [0, 1], or `backend` is unknown.
+        TypeError: `input` is no tensor, or `p` is no number.
+        RuntimeError: the dtype is another one; `rng_state` has another shape, dtype or device;
+            `inplace` is asked for on a leaf that requires grad; or `backend` cannot run here
+            (`BackendUnavailable`).
 
-    Element e of the mask, counted in storage order, is drawn from Philox4x32-10: the result depends
-    on rng_state alone, not on threads, and two runs give the same bits.
+    The mask is drawn by Philox4x32-10, element by element in storage order. It depends on
+    `rng_state` alone and not on threads, and two runs give the same bits.
 
     Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from
     overfitting", JMLR 15 (2014), section 10 (inverted scaling).
@@ -107,8 +116,6 @@ def dropout(
     p = _checked("dropout", input, p)
     if not training or p == 0.0:
         return input
-    if p == 1.0:
-        return input.mul_(0) if inplace else input * 0
     return draw(_DROPOUT, input, p, rng_state, element_offset, backend, inplace)
 
 
@@ -116,16 +123,14 @@ def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tens
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
     if how.p == 0.0:
         return input
-    if how.p == 1.0:
-        return input.mul_(0) if inplace else input * 0
-    if input.dim() < 2:
+    if input.dim() < 2 and how.p < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
-    if watcher() is TRACE:
+    if watcher() is TRACE and input.dim() >= 2:
         # Whatever the order is of what a later run brings.
         output = ordered(input, asked(TRACE, is_channels_last, input))
         output = draw(_FEATURE_DROPOUT, output, *how)
         return input.copy_(output) if inplace else output
-    if input.is_contiguous() or is_channels_last(input):
+    if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
         return draw(_FEATURE_DROPOUT, input, *how, inplace)
     if inplace:
         check_in_place(name, input)
@@ -143,13 +148,14 @@ def dropout1d(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Dropout of whole channels of an input (N, C, L) or (C, L): one draw a channel.
+    """Drops whole channels of an input (N, C, L) or (C, L), with one draw for each channel.
 
-    Arguments, result and errors are those of `dropout`; `element_offset` counts channels, n C + c.
-    An input of another number of dimensions is a RuntimeError.
+    Arguments, result and errors are those of `dropout`, but `element_offset` counts channels:
+    channel c of sample n is number n C + c. An input of another number of dimensions raises
+    RuntimeError.
 
-    Source: J. Tompson et al., "Efficient object localization using convolutional networks",
-    CVPR 2015.
+    Source: J. Tompson et al., "Efficient object localization using convolutional networks", CVPR
+    2015.
     """
     if has_torch_function_unary(input):
         return hand_over(dropout1d, locals(), "input")
@@ -172,10 +178,10 @@ def dropout2d(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Dropout of whole channels of an input (N, C, H, W): one draw a channel.
+    """Drops whole channels of an input (N, C, H, W), with one draw for each channel.
 
-    As torch's, it takes three dimensions for (N, C, L) and warns of it, and warns of any number
-    other than four. Otherwise as `dropout1d`.
+    It takes an input of three dimensions for (N, C, L), as torch does, and warns. It also warns of
+    any other number of dimensions than four. The rest is as in `dropout1d`.
     """
     if has_torch_function_unary(input):
         return hand_over(dropout2d, locals(), "input")
@@ -204,10 +210,11 @@ def dropout3d(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Dropout of whole channels of an input (N, C, D, H, W) or (C, D, H, W): one draw a channel.
+    """Drops whole channels of an input (N, C, D, H, W) or (C, D, H, W), with one draw for each
+    channel.
 
-    As torch's, it warns of another number of dimensions and takes it without a batch. Otherwise as
-    `dropout1d`.
+    It takes an input of another number of dimensions for one without a batch, as torch does, and
+    warns. The rest is as in `dropout1d`.
     """
     if has_torch_function_unary(input):
         return hand_over(dropout3d, locals(), "input")

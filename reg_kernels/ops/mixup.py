@@ -66,13 +66,13 @@ def _check_blend(entry: Entry, x: Tensor, a: Any, dtype: torch.dtype, *constants
 
 def _check_result(entry: Entry, x: Tensor, a: Any) -> None:
     if a.dtype not in DTYPES:
-        entry.refuse("dtype", f"one of {SUPPORTED}", a.dtype)
+        entry.refuse("dtype", f"one of {SUPPORTED}", named(a.dtype))
     if a.channels_last and x.dim() < 2:
         entry.refuse("channels_last", "false without channels", x)
 
 
-def _check(op: str, a: Any) -> None:
-    entry, x, in_place = Entry(op, a.input), a.input, op.endswith("_")
+def _check(op: str, a: Any, in_place: bool) -> None:
+    entry, x = Entry(op, a.input), a.input
     _check_batch(entry, x, "input")
     if in_place or x.dtype != torch.uint8:
         entry.check_floats(x, "input")
@@ -122,11 +122,12 @@ def _adjoint(
     index: Tensor | None,
     boxes: Tensor | None,
     scale: Tensor | None,
-    *shift_and_result: Any,
+    shift: Tensor | None,
 ) -> Tensor:
     """The share of each sample."""
     weights = (lam, one_lam, *_receivers(index), boxes, scale)
-    return _BACKWARD.like(overload)(in_order(grad_output), *weights, *like)
+    grad_output = in_order(grad_output, watcher())
+    return _above_backward(_BACKWARD.like(overload), grad_output, *weights, *like)
 
 
 def _above_backward(overload: Any, grad_output: Tensor, *rest: Any) -> Tensor:
@@ -367,20 +368,24 @@ def blend(
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
     choice = (input.device, dtype, backend, looks)
     weights = (lam, one_lam, index, boxes, scale, shift)
+    overload = _MIXUP.fresh.overload(*choice)
     if looks is FUNC:
-        _MIXUP.fresh.overload(*choice)  # raises where it is forced and cannot run
         output = reference.mixup(input, *weights, dtype, channels_last)
         return input.copy_(output) if inplace else output
-    x = in_order(input)
+    x = in_order(input, looks)
     if inplace and x is input and looks is not COMPILE:
-        in_place = _MIXUP.in_place.overload(*choice)
+        in_place = _MIXUP.in_place.like(overload)
         # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
         if looks is TRACE:
             in_place(input, *weights)
         else:
             _MIXUP.write_over(in_place, input, *weights)
         return input
-    output = _MIXUP.fresh.overload(*choice)(x, *weights, dtype, channels_last)
+    arguments = (*weights, dtype, channels_last)
+    if looks is None:
+        output = _MIXUP.run_eagerly(overload, x, arguments)
+    else:
+        output = overload(x, *arguments)
     return input.copy_(output) if inplace else output
 
 
@@ -407,46 +412,50 @@ def mixup(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Blends each sample with its partner in one pass:
-    :math:`y_n = \lambda_n x_n + (1 - \lambda_n) x_{\mathrm{index}[n]}`, normalised to
-    :math:`(y - \mathrm{mean}_c) / \mathrm{std}_c` and cast.
+    r"""Blends each sample with its partner, normalises it and casts it, in one pass.
+
+    The result is :math:`(y_n - \mathrm{mean}_c) / \mathrm{std}_c` of :math:`y_n = \lambda_n x_n +
+    (1 - \lambda_n) x_{\mathrm{index}[n]}`.
 
     Args:
         input: a batch (N, ...), with the channels second where `mean` or `std` is given; float64,
-            float32, float16, bfloat16 or uint8. Bytes count as multiples of 1/255, as
-            torchvision's `ToDtype(scale=True)` makes them.
-        lam: the weight of the sample itself, in [0, 1]: a number, or a tensor of one or of (N,).
-        index: (N,), int64 or int32: the partner of each sample, in any order and more than once;
-            by default the batch reversed, which suits a shuffled one.
-        mean, std: of each channel, (C,) or one for all; by default 0 and 1. Numbers are brought to
-            a GPU once, a tensor that is not there at each call.
-        dtype: of the result; by default the input's, and torch's default for bytes.
-        memory_format: of the result: torch.contiguous_format, torch.channels_last or
-            torch.channels_last_3d; by default the input's.
-        inplace: write over `input` and return it: any permutation for an `index`, no other dtype or
-            memory format. A compiled program goes by a copy, and takes any index.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+            float32, float16, bfloat16 or uint8. A byte stands for a multiple of 1/255, as in
+            torchvision's `ToDtype(scale=True)`.
+        lam: the weight of the sample itself, in [0, 1]: a number, or a tensor of one element or of
+            shape (N,).
+        index: the partner of each sample, (N,), int64 or int32, in any order and more than once.
+            None reverses the batch, which suits a shuffled one.
+        mean: the mean of each channel, (C,), or one number for all; None stands for 0. Numbers are
+            copied to a GPU once, a tensor that is elsewhere at each call.
+        std: the deviation of each channel, in the same way; None stands for 1.
+        dtype: the dtype of the result. None takes the input's, and torch's default dtype for bytes.
+        memory_format: the format of the result: `torch.contiguous_format`, `torch.channels_last` or
+            `torch.channels_last_3d`. None takes the input's.
+        inplace: True writes over `input` and returns it. `index` must then be a permutation, and
+            dtype and memory format stay the input's. A compiled program makes a copy and takes any
+            index.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
         A tensor of the input's shape. Its gradient goes to the input alone.
 
     Raises:
-        ValueError: `lam` outside [0, 1], a wrong shape of an argument, `inplace` with an index that
-            is no permutation, or an unknown `backend`.
-        IndexError: a partner that is not in [0, N).
-        TypeError: an argument that is no tensor or number where one is needed.
-        RuntimeError: another dtype or device, a `lam` that requires grad, or a `backend` that
-            cannot run here.
+        ValueError: `lam` is outside [0, 1]; an argument has a wrong shape; `inplace` has an index
+            that is no permutation; or `backend` is unknown.
+        IndexError: a partner is not in [0, N).
+        TypeError: an argument is no tensor or number where one is needed.
+        RuntimeError: a dtype or device is another one, `lam` requires grad, or `backend` cannot run
+            here.
 
-    On a GPU the values of `lam` and `index` are looked at by the kernel, without a wait: there, a
-    wrong one is a device-side assertion. A lambda of exactly 1 keeps the sample as it is, and one
+    On a GPU the kernel looks at the values of `lam` and `index`, so that nobody waits: a wrong
+    value is a device-side assertion there. A lambda of exactly 1 keeps the sample as it is, and one
     of 0 takes its partner, whatever the other holds. 16-bit floats and bytes are computed in
     float32 and rounded once.
 
     Source: H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
     """
     if has_torch_function_unary(input):
-        return hand_over(mixup, locals(), "input")
+        return hand_over(mixup, locals(), "input", by_place=3)
     normalisation = (mean, std, dtype, memory_format, inplace, backend)
     return blend("mixup", input, lam, None, index, *normalisation)
 
@@ -463,29 +472,34 @@ def cutmix(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pastes a box of its partner into each image in one pass, normalised and cast as by `mixup`.
+    """Pastes a box of its partner into each image, normalises it and casts it, in one pass.
 
     Args:
-        input: images (N, C, H, W) or (N, H, W), or (N, C, ..., H, W); of `mixup`'s types.
-        boxes: (N, 4), or (4,) for all alike, int64 or int32: (x1, y1, x2, y2), columns x1 to x2 - 1
-            and rows y1 to y2 - 1, with 0 <= x1 <= x2 <= W and 0 <= y1 <= y2 <= H. Where the two are
-            equal the box is empty, and the image stays as it is.
-        index, mean, std, dtype, memory_format, inplace, backend: as of `mixup`.
+        input: images (N, C, H, W) or (N, H, W), or (N, C, ..., H, W), of the dtypes of `mixup`.
+        boxes: (N, 4), or (4,) for all images alike, int64 or int32: (x1, y1, x2, y2) are the
+            columns x1 to x2 - 1 and the rows y1 to y2 - 1, with 0 <= x1 <= x2 <= W and 0 <= y1 <=
+            y2 <= H. Where the two are equal the box is empty, and the image stays as it is.
+        index: the partner of each image, as in `mixup`.
+        mean: the mean of each channel, as in `mixup`.
+        std: the deviation of each channel, as in `mixup`.
+        dtype: the dtype of the result, as in `mixup`.
+        memory_format: the format of the result, as in `mixup`.
+        inplace: True writes over `input`, as in `mixup`.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor of the input's shape. A label's lambda is the share of the image outside of its
+        A tensor of the input's shape. The lambda of a label is the share of the image outside the
         box: 1 - (x2 - x1) (y2 - y1) / (W H). The gradient goes to the input alone.
 
     Raises:
-        ValueError: a box outside the image or inverted, and as `mixup`.
-        IndexError, TypeError, RuntimeError: as `mixup`.
+        ValueError: a box is outside the image or inverted, and what else `mixup` raises it for.
+        IndexError, TypeError, RuntimeError: as in `mixup`.
 
     Source: S. Yun et al., "CutMix: regularization strategy to train strong classifiers with
     localizable features", ICCV 2019.
     """
     if has_torch_function_unary(input):
-        return hand_over(cutmix, locals(), "input")
-    if boxes is None:
-        raise TypeError("cutmix: boxes must be a Tensor, got None")
+        return hand_over(cutmix, locals(), "input", by_place=3)
+    check_tensor("cutmix", "boxes", boxes)
     normalisation = (mean, std, dtype, memory_format, inplace, backend)
     return blend("cutmix", input, 1.0, boxes, index, *normalisation)

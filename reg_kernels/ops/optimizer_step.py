@@ -111,8 +111,8 @@ class StepLists(NamedTuple):
 
     def table(self) -> TensorTable:
         """The lists in a table; the tensors have to outlive it."""
-        rows = {  # of the lists' names, without the s
-            name.removesuffix("s"): addresses(x) if isinstance(x[0], Tensor) else x
+        rows: dict[str, Any] = {  # of the lists' names, without the s
+            name.removesuffix("s"): addresses(x) if isinstance(x[0], Tensor) else x  # type: ignore[arg-type]
             for name, x in zip(self._fields, self, strict=True)
             if x
         }

@@ -178,26 +178,27 @@ def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
 
 
 def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
-    r"""The sum of absolute values, :math:`\sum_i \sum_j |p_{ij}|`, over all tensors in one launch.
+    r"""Sums the absolute values of all tensors in one launch, :math:`\sum_i \sum_j |p_{ij}|`.
 
-    Add `weight * l1_penalty(params)` to a loss for lasso regularisation; the optimizers' `l1=` does
-    without a gradient, and gives exact zeros.
+    Add `weight * l1_penalty(params)` to a loss for lasso regularisation. The optimizers' `l1=`
+    needs no gradient and makes weights exactly zero, which a penalty does not.
 
     Args:
-        params: a tensor or an iterable of them, of any shapes, layouts and devices; float64,
+        params: a tensor or an iterable of tensors, of any shapes, layouts and devices; float64,
             float32, float16 or bfloat16, mixed at will.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor of no dimensions on the first one's device: float64 if one of them is, else
-        float32. Its gradient is sign(p), 0 at 0.
+        A tensor of no dimensions on the first tensor's device, float64 if one of them is and else
+        float32. Its gradient is sign(p), and 0 at 0.
 
     Raises:
-        ValueError: no tensor at all, or an unknown `backend`.
-        TypeError: something that is no tensor.
-        RuntimeError: another dtype, a sparse tensor, or a `backend` that cannot run here.
+        ValueError: there is no tensor at all, or `backend` is unknown.
+        TypeError: an entry is no tensor.
+        RuntimeError: a tensor has another dtype or is sparse, or `backend` cannot run here.
 
-    Summed in float64, in an order that depends on sizes alone: two runs give the same bits.
+    The sum is taken in float64, in an order that depends on sizes alone: two runs give the same
+    bits.
 
     Source: R. Tibshirani, "Regression shrinkage and selection via the lasso", 1996.
     """
@@ -205,25 +206,27 @@ def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
 
 
 def l2_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
-    r"""The sum of squares, :math:`\sum_i \sum_j p_{ij}^2`, over all tensors in one launch.
+    r"""Sums the squares of all tensors in one launch, :math:`\sum_i \sum_j p_{ij}^2`.
 
-    `0.5 * weight_decay * l2_penalty(params)` in a loss is what `decay="l2"` does in an optimizer.
+    Adding `0.5 * weight_decay * l2_penalty(params)` to a loss does what `decay="l2"` does in an
+    optimizer.
 
     Args:
-        params: a tensor or an iterable of them, of any shapes, layouts and devices; float64,
+        params: a tensor or an iterable of tensors, of any shapes, layouts and devices; float64,
             float32, float16 or bfloat16, mixed at will.
-        backend: "native", "triton" or "reference"; by default the first that can run here.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
-        A tensor of no dimensions on the first one's device: float64 if one of them is, else
+        A tensor of no dimensions on the first tensor's device, float64 if one of them is and else
         float32. Its gradient is 2 p.
 
     Raises:
-        ValueError: no tensor at all, or an unknown `backend`.
-        TypeError: something that is no tensor.
-        RuntimeError: another dtype, a sparse tensor, or a `backend` that cannot run here.
+        ValueError: there is no tensor at all, or `backend` is unknown.
+        TypeError: an entry is no tensor.
+        RuntimeError: a tensor has another dtype or is sparse, or `backend` cannot run here.
 
-    Summed in float64, in an order that depends on sizes alone: two runs give the same bits.
+    The sum is taken in float64, in an order that depends on sizes alone: two runs give the same
+    bits.
 
     Source: A. Hoerl, R. Kennard, "Ridge regression", Technometrics 12 (1970).
     """

@@ -1,7 +1,7 @@
-"""Optimizers whose step is one kernel for all parameters, in the manner of torch.optim.
+"""Optimizers whose step is one launch for all parameters of a dtype, drop-in for `torch.optim`.
 
 `AdamW` and `SGDW` decay the weights apart from the gradient; `Adam` and `SGD` are the same with
-`decay="l2"`. `param_groups` leaves biases and norms out of the decay.
+`decay="l2"`. `param_groups` keeps biases and norms out of the decay.
 """
 
 from ._param_groups import param_groups

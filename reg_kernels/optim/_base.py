@@ -14,52 +14,60 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from .._dtypes import DTYPES
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
 from ._algorithm import OPTIONS, STATE, Algorithm, option
 from ._member import Counters
 from ._plan import StepPlan
 
+# What follows the arguments that an optimizer has of its own, in its docstring.
 DOCUMENTATION = r"""
-        decay: "decoupled": :math:`\theta - \gamma \lambda \theta`; "decoupled_lr": :math:`\theta -
-            (\gamma / \gamma_0) \lambda \theta`, independent of the learning rate that was chosen
-            though not of its schedule; "l2": :math:`\lambda \theta` is added to the gradient.
-        decay_lr: :math:`\gamma_0`, by default `lr` as it is when the group is added.
-        l1: decoupled L1 penalty, at least 0: after the update a soft threshold of lr l1 (scaled as
-            the decay is for "decoupled_lr") moves each weight towards zero and makes those within
-            it exactly zero. With a weight_decay as well it is the elastic net.
-        ema_decay: in [0, 1): keeps an exponential moving average of the weights, float32 for 16-bit
-            parameters, in `state[p]["ema"]`. It starts from the weights before the first step, and
-            each step takes it on: of every parameter, also of one that has no gradient or requires
-            none. `ema_weights()` swaps it in. None keeps none.
-        rounding: how bfloat16 and float16 parameters are stored: "nearest"; "stochastic", bfloat16
-            only, which keeps updates below half an ulp alive on average; "kahan", which keeps what
-            rounding took off in `state[p]["compensation"]`.
-        state_dtype: of the moments where the parameters' allow it: torch.float32 for 16-bit ones,
-            torch.bfloat16 for float32 ones; None: the parameters' own, as torch has it.
-        max_grad_norm: clips the gradients by their global norm, as torch.nn.utils.clip_grad_norm_
-            would, in one launch more and with no synchronisation; `grad_norm` is the norm found.
-            The gradients themselves stay as they are. None does not clip.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        decay: how weights decay. "decoupled": :math:`\theta - \gamma \lambda \theta`.
+            "decoupled_lr": :math:`\theta - (\gamma / \gamma_0) \lambda \theta`, which depends on
+            the schedule of the learning rate but not on the learning rate that was chosen. "l2":
+            :math:`\lambda \theta` is added to the gradient.
+        decay_lr: :math:`\gamma_0`; None takes `lr` as it is when the group is added.
+        l1: the decoupled L1 penalty :math:`l_1`, at least 0. After the update a soft threshold of
+            lr l1 (scaled as the decay is for "decoupled_lr") moves each weight towards zero, and
+            makes a weight within the threshold exactly zero. With a `weight_decay` as well it is
+            the elastic net.
+        ema_decay: in [0, 1), keeps an exponential moving average of the weights in
+            `state[p]["ema"]`, in float32 for 16-bit parameters. It starts from the weights before
+            the first step. Each step updates the average of every parameter, also of one that has
+            no gradient or requires none. `ema_weights()` swaps it in. None keeps no average.
+        rounding: how bfloat16 and float16 parameters are stored. "nearest". "stochastic", for
+            bfloat16 only: updates below half an ulp survive on average. "kahan": what rounding took
+            off is kept in `state[p]["compensation"]`.
+        state_dtype: the dtype of the moments, where the parameters' dtype allows it: torch.float32
+            for 16-bit ones, torch.bfloat16 for float32 ones. None takes the parameters' own, as
+            torch does.
+        max_grad_norm: clips the gradients by their global norm, as
+            `torch.nn.utils.clip_grad_norm_` does, in one launch more and with no synchronisation.
+            `grad_norm` is the norm that was found. The gradients themselves stay as they are. None
+            does not clip.
+        backend: "native", "triton" or "reference"; None takes the first that can run.
 
     Raises:
-        ValueError: an option out of its range, a parameter given twice.
-        TypeError: something that is no tensor.
-        RuntimeError: complex, integer or sparse parameters; in `step`, a sparse gradient, or a
-            `backend` that cannot run here (`BackendUnavailable`). Nothing is changed then.
+        ValueError: an option is out of its range, or a parameter is given twice.
+        TypeError: a parameter is no tensor.
+        RuntimeError: parameters are complex, integer or sparse. In `step`: a gradient is sparse, or
+            `backend` cannot run here (`BackendUnavailable`); nothing is changed then.
 
     All parameters of one device, dtype and kind of state take one launch, whatever their number (of
-    up to 32 groups), and those that are only averaged another one; nothing is allocated after the
-    first step. `torch.amp.GradScaler` treats it as it treats torch's: by default it unscales the
-    gradients itself, waits for its verdict and leaves the step out where one is infinite or NaN.
-    With `fused=True` it hands scale and verdict to the step, which unscales on the fly (`p.grad`
-    stays scaled) and then changes nothing, the step counter included, with no synchronisation.
-    `torch.compile` takes `step` as an opaque call.
-    A group, a state and a `state_dict()` hold what torch's of the same name hold, and options and
-    state of ours only where they are in use: `group.get("l1", 0.0)`. What torch's has saved is
-    enough to load, also for torch.distributed.checkpoint, and options that are not in what is
-    loaded stay as they are.
-    Results do not depend on threads, nor on how parameters, in one order, are grouped: two runs
-    give the same bits.
+    up to 32 groups); those that are only averaged take another one. Nothing is allocated after the
+    first step. Results do not depend on threads, nor on how parameters, in one order, are grouped:
+    two runs give the same bits.
+
+    `torch.amp.GradScaler` treats the optimizer as it treats torch's. By default it unscales the
+    gradients itself, waits for its verdict, and leaves the step out where a gradient is infinite or
+    NaN. With `fused=True` it hands scale and verdict to the step, with no synchronisation. The step
+    then unscales on the fly (`p.grad` stays scaled), and where the verdict is bad it changes
+    nothing, the step counter included. `torch.compile` takes `step` as an opaque call.
+
+    A group, a state and a `state_dict()` hold what torch's of the same name hold. Options and state
+    of ours are there only where they are in use, so read them as `group.get("l1", 0.0)`. What
+    torch's optimizer has saved is enough to load, also for torch.distributed.checkpoint. Options
+    that are not in what is loaded stay as they are.
 
     Source: I. Loshchilov, F. Hutter, "Decoupled weight decay regularization", ICLR 2019; for l1 N.
     Parikh, S. Boyd, "Proximal algorithms", 2014, section 6.5.2.
@@ -104,7 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
 
     def _forget(self) -> None:
-        """What is known of parameters and state, and need not be known."""
+        """Forgets what was found out about parameters and state: the next step looks again."""
         self._counters: Counters = {}
         # The parameters that averages were swapped in for, and their versions then, where known.
         self._swapped: list[tuple[Tensor, int | None]] = []
@@ -186,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}: parameters must be plain tensors, got {type(p).__name__} for number "
                     f"{i} of its group"
                 )
-            if p.dtype not in backends.DTYPES or p.layout != torch.strided:
+            if p.dtype not in DTYPES or p.layout != torch.strided:
                 what = p.dtype if p.layout == torch.strided else p.layout
                 raise RuntimeError(
                     f"{name}: parameters must be dense float64, float32, float16 or bfloat16, "
@@ -202,7 +210,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step; `closure`, where given, is called first and its loss returned."""
+        """Takes one step.
+
+        Args:
+            closure: a function that computes the loss and its gradients. It is called first, where
+                given.
+
+        Returns:
+            What `closure` returned, or None.
+        """
         self._check_swapped_out("step")
         loss = None
         if closure is not None:
@@ -231,8 +247,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The gradients' norm at the last step, unscaled and before clipping, as a tensor; None
-        where `max_grad_norm` was not set."""
+        """The norm of the gradients at the last step, unscaled and before clipping, as a tensor.
+        It is None where `max_grad_norm` was not set.
+        """
         if self._norm is None:
             return None
         squares, grad_scale = self._norm
@@ -246,10 +263,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Puts the averaged weights in the place of the parameters, for evaluation.
 
         The parameters are kept in `state[p]["swapped_out"]`, and `swap_out_ema` puts them back.
-        Until then a `state_dict()`, a copy and a pickle of the optimizer hold them too, and what
-        such a `state_dict()` is loaded into has averages swapped in as well: after loading, call
-        `swap_out_ema()` before training goes on. Raises RuntimeError where no average is kept yet,
-        or where it is swapped in already.
+        Until then a `state_dict()`, a copy and a pickle of the optimizer hold them too. An
+        optimizer that loads such a `state_dict()` has averages swapped in as well: after loading,
+        call `swap_out_ema()` before training goes on.
+
+        Raises:
+            RuntimeError: no average is kept yet, or it is swapped in already.
         """
         self._check_swapped_out("swap_in_ema")
         found = [
@@ -276,13 +295,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Puts the parameters back.
 
         Args:
-            changed: what becomes of parameters that were changed in place since averages were
-                swapped in, as loading a model does (not of what is written through `p.data`, which
-                leaves no trace): "keep" leaves the changed ones as they are now; "restore" puts
-                them back as well. None raises where there are any, and puts nothing back.
+            changed: what becomes of parameters that were changed in place while averages were
+                swapped in, as loading a model does. (A write through `p.data` leaves no trace and
+                is not noticed.) "keep" leaves the changed ones as they are now; "restore" puts them
+                back as well; None raises where there are any, and puts nothing back.
 
         Raises:
-            RuntimeError: no averages are swapped in; a parameter was changed and `changed` is None.
+            RuntimeError: no averages are swapped in, or a parameter was changed and `changed` is
+                None.
+            ValueError: `changed` is something else.
         """
         name = type(self).__name__
         if changed not in (None, "keep", "restore"):
@@ -306,17 +327,23 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def ema_weights(self, *, changed: str | None = None) -> Iterator[None]:
-        """The averaged weights in a block: `with optimizer.ema_weights(): evaluate(model)`.
+        """Swaps the averaged weights in for a block: `with optimizer.ema_weights():
+        evaluate(model)`.
 
-        A model's state_dict made inside is that of the averaged model. The optimizer's holds the
-        weights that training goes on from, and is not loaded inside (RuntimeError). A parameter
-        that was changed inside is a RuntimeError on leaving unless `changed` says what becomes of
-        it: see `swap_in_ema` and `swap_out_ema`.
+        A model's `state_dict` that is made inside is that of the averaged model. The optimizer's
+        holds the weights that training goes on from.
 
-        Averages know nothing of BatchNorm's running statistics, which are those of the weights as
-        they were trained. `torch.optim.swa_utils.update_bn(loader, model)` inside of the block
-        makes statistics of the averages, and leaves them to the model: keep a copy of the buffers
-        if training is to go on with its own.
+        BatchNorm's running statistics are those of the trained weights, not of the averages.
+        `torch.optim.swa_utils.update_bn(loader, model)` inside the block makes statistics of the
+        averages and leaves them in the model: keep a copy of the buffers if training is to go on
+        with its own.
+
+        Args:
+            changed: what becomes of parameters that were changed inside, as in `swap_out_ema`.
+
+        Raises:
+            RuntimeError: as in `swap_in_ema` and `swap_out_ema`; inside, loading the optimizer's
+                `state_dict` raises it.
         """
         self.swap_in_ema()
         try:
@@ -336,7 +363,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: of a group and a state what torch's has, and what of ours is in use."""
+        """Returns what torch's `state_dict()` holds, and those options and state of ours that are
+        in use.
+        """
         # First of all such hooks: the others may wrap the result in something else.
         handle = self.register_state_dict_post_hook(
             lambda _, made: made.update(state=self._exported(made)), prepend=True
@@ -355,11 +384,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()` gave: this optimizer's, or torch's of the same algorithm.
+        """Loads what `state_dict()` returned: this optimizer's, or torch's of the same algorithm.
 
-        Options that are not in it stay as they are. Changes nothing where it raises: ValueError
-        where groups, shapes or values do not match, KeyError where a parameter's state lacks what
-        the algorithm needs, RuntimeError where averaged weights are swapped in.
+        Options that are not in it stay as they are. Nothing is changed where it raises.
+
+        Args:
+            state_dict: what is loaded.
+
+        Raises:
+            ValueError: groups, shapes or values do not match.
+            KeyError: a parameter's state lacks what the algorithm needs.
+            RuntimeError: averaged weights are swapped in.
         """
         self._check_swapped_out("load_state_dict")
         # Last of all such hooks, so that it sees what is going to be loaded.

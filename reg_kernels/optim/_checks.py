@@ -18,6 +18,7 @@ def is_memoryless(value: Tensor) -> bool:
 
 
 def check_gradient(name: str, where: str, param: Tensor, grad: Tensor) -> None:
+    """Raises unless a step can take a gradient."""
     if grad.layout != torch.strided:
         layout = named(grad.layout)
         raise RuntimeError(
@@ -35,7 +36,7 @@ def check_gradient(name: str, where: str, param: Tensor, grad: Tensor) -> None:
 
 
 def check_param(algorithm: Algorithm, where: str, param: Tensor, state: dict[str, Any]) -> None:
-    """Of a parameter and what state there is of it."""
+    """Raises unless a step can take a parameter and the state that there is of it."""
     name = algorithm.optimizer
     if is_memoryless(param):
         raise RuntimeError(f"{name}: a parameter must have memory of its own, got none for {where}")

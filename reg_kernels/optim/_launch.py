@@ -30,7 +30,9 @@ from ._member import Member, fits
 _stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
-gradient = torch._C.TensorBase.grad.__get__  # `p.grad`, without looking the name up for each
+gradient: Any = vars(torch._C.TensorBase)[
+    "grad"
+].__get__  # `p.grad`, without looking the name up for each
 
 
 def same(some: Any, others: Any) -> bool:
@@ -39,7 +41,8 @@ def same(some: Any, others: Any) -> bool:
 
 
 def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """What of parameters can change in place, other than what `Launch._where` tells."""
+    """The shapes and dtypes of parameters, which can change in place, as what `Launch._where`
+    returns can."""
     return list(map(_shape, params)), list(map(_dtype, params))
 
 
@@ -123,7 +126,7 @@ class Launch:
         return self._where_the_state_is() == self._state_addresses
 
     def _where(self, tensors: list[Tensor]) -> tuple[Any, ...]:
-        """Where tensors lie, how much of it is theirs, and in which order.
+        """The addresses, numbers of elements and strides of tensors.
 
         Strides are tuples, of which a step would make so many that the garbage collector runs.
         """
@@ -133,7 +136,7 @@ class Launch:
         return addresses(tensors), list(map(_numel, tensors)), order
 
     def _where_the_state_is(self) -> list[list[int]]:
-        """Of state that was replaced, and of a tensor that was given other data."""
+        """The addresses of all state, new ones where a tensor was replaced or given other data."""
         return [addresses(map(getter, self._states)) for getter in self._getters]
 
     def _note_layout(self, grads: list[Tensor], where: list[int]) -> bool:
@@ -310,7 +313,7 @@ def _by_launch(members: list[Member]) -> list[list[Member]]:
     kinds: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         kinds.setdefault(member.kind(), []).append(member)
-    launches = []
+    launches: list[list[Member]] = []
     for of_kind in kinds.values():
         groups: dict[int, int] = {}
         parts: dict[int, list[Member]] = {}
@@ -322,5 +325,5 @@ def _by_launch(members: list[Member]) -> list[list[Member]]:
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """What GradScaler hands over, where and as the kernels read it."""
+    """A number that GradScaler hands over, on the device and in the dtype that kernels read."""
     return None if value is None else value.to(device, torch.float32, non_blocking=True)

@@ -69,7 +69,7 @@ class Member:
         self.step: Tensor | None = None
 
     def kind(self) -> tuple[Any, ...]:
-        """What the members of a launch have in common."""
+        """What parameters must have in common to share a launch."""
         return (
             self.param.device,
             self.param.dtype,

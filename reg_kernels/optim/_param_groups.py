@@ -23,24 +23,27 @@ def param_groups(
     l1: float | None = None,
     report: Callable[[str], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: weights, which decay, and biases and norms, which do not.
+    """Makes two groups for an optimizer: weights, which decay, and biases and norms, which do not.
 
-    A bias, a parameter of a norm layer and any other parameter of fewer than two dimensions goes
-    without decay and l1. Parameters that require no gradient are left out; a shared one comes once.
+    A bias, a parameter of a norm layer and any other parameter of fewer than two dimensions gets
+    neither decay nor l1. A parameter that requires no gradient is left out, and a shared one comes
+    once.
 
     Args:
-        model: whose parameters.
-        weight_decay: of the weights, at least 0.
-        l1: of the weights, at least 0; None leaves it to the optimizer's own `l1`.
-        report: called with one line for each parameter and one for each group, as `print` is.
+        model: the module whose parameters are grouped.
+        weight_decay: the decay of the weights, at least 0.
+        l1: the decoupled L1 of the weights, at least 0. None leaves it to the optimizer's own `l1`.
+        report: a function that is called with one line for each parameter and each group, as
+            `print` is.
 
     Returns:
-        Groups with the keys "params", "weight_decay" and, but for weights where it is None, "l1",
-        the decaying ones first; a group that would be empty is left out.
+        A list of groups, the decaying one first; a group that would be empty is left out. Each has
+        the keys "params", "weight_decay" and "l1"; where `l1` is None the weights' group has no
+        "l1".
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: a negative `weight_decay` or `l1`.
+        ValueError: `weight_decay` or `l1` is negative.
 
     Source: T. He et al., "Bag of tricks for image classification with convolutional neural
     networks", CVPR 2019, section 3.1.
@@ -51,7 +54,7 @@ def param_groups(
         if value is not None and not value >= 0:
             raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
     say = report or (lambda line: None)
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "weight_decay": weight_decay} | ({} if l1 is None else {"l1": l1}),
         "no decay": {"params": [], "weight_decay": 0.0, "l1": 0.0},
     }

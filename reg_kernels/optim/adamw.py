@@ -24,7 +24,7 @@ def _rates(group: Group) -> tuple[float, float, float]:
 
 
 class AdamW(FusedOptimizer):
-    r"""AdamW with the whole step in one kernel: a drop-in for torch.optim.AdamW.
+    r"""AdamW with the whole step in one launch: a drop-in for `torch.optim.AdamW`.
 
     .. math::
         g \leftarrow \mathrm{clip}(\pm g / s), \quad
@@ -33,22 +33,25 @@ class AdamW(FusedOptimizer):
         \theta \leftarrow \mathrm{prox}_{\gamma l_1}\left(\theta - \gamma \lambda \theta
         - \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}\right)
 
+    Here s is the scale of a loss that `torch.amp.GradScaler` scaled.
+
     Args:
-        params: tensors, (name, tensor) pairs or groups of them, as torch has it; float64, float32,
+        params: tensors, (name, tensor) pairs or groups of them, as in torch; float64, float32,
             float16 or bfloat16, on one device or several, mixed at will.
-        lr: :math:`\gamma`, at least 0; a float or a tensor of one element. On CUDA a tensor is read
-            on the device, so a captured graph follows it.
-        betas: :math:`\beta_1, \beta_2` in [0, 1).
+        lr: :math:`\gamma`, at least 0: a float, or a tensor of one element. On CUDA the tensor is
+            read on the device, so a captured graph follows it.
+        betas: :math:`\beta_1` and :math:`\beta_2`, in [0, 1).
         eps: :math:`\epsilon`, at least 0.
         weight_decay: :math:`\lambda`, at least 0.
-        amsgrad: divide by the largest v so far.
-        maximize: ascend instead of descend.
-        foreach, capturable, fused: taken for torch's sake; this is always one fused launch that a
-            CUDA graph can capture.
-        differentiable: not supported.
+        amsgrad: True divides by the largest v so far.
+        maximize: True ascends instead of descending.
+        foreach: accepted as in torch; the step is one launch in any case.
+        capturable: accepted as in torch; a CUDA graph can capture the step in any case.
+        differentiable: must be False.
+        fused: True lets the step itself unscale what `torch.amp.GradScaler` scaled.
     """
 
-    __doc__ = __doc__.rstrip() + DOCUMENTATION
+    __doc__ = str(__doc__).rstrip() + DOCUMENTATION
     _algorithm = Algorithm(
         kind="adam",
         decay="decoupled",
@@ -143,7 +146,18 @@ class AdamW(FusedOptimizer):
 
 
 class Adam(AdamW):
-    """Adam: `AdamW` with decay="l2" and no decay by default, a drop-in for torch.optim.Adam."""
+    r"""Adam, a drop-in for `torch.optim.Adam`: `AdamW` with `decay="l2"` and no decay by default.
+
+    Args:
+        params: as in `AdamW`.
+        lr: as in `AdamW`.
+        betas: as in `AdamW`.
+        eps: as in `AdamW`.
+        weight_decay: :math:`\lambda`, at least 0.
+        amsgrad: as in `AdamW`.
+        decoupled_weight_decay: True sets `decay="decoupled"`, as in torch.
+        options: the other options of `AdamW`, by name.
+    """
 
     _algorithm = replace(AdamW._algorithm, decay="l2")
 

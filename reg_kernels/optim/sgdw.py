@@ -23,7 +23,7 @@ def _rates(group: Group) -> tuple[float, float, float]:
 
 
 class SGDW(FusedOptimizer):
-    r"""SGD with momentum and decoupled weight decay, the whole step in one kernel.
+    r"""SGD with momentum and decoupled weight decay, the whole step in one launch.
 
     .. math::
         g \leftarrow \mathrm{clip}(\pm g / s), \quad
@@ -31,21 +31,24 @@ class SGDW(FusedOptimizer):
         d = m \text{ or } g + \mu m \\
         \theta \leftarrow \mathrm{prox}_{\gamma l_1}(\theta - \gamma \lambda \theta - \gamma d)
 
+    Here s is the scale of a loss that `torch.amp.GradScaler` scaled.
+
     Args:
-        params: tensors, (name, tensor) pairs or groups of them, as torch has it; float64, float32,
+        params: tensors, (name, tensor) pairs or groups of them, as in torch; float64, float32,
             float16 or bfloat16, on one device or several, mixed at will.
-        lr: :math:`\gamma`, at least 0; a float or a tensor of one element. On CUDA a tensor is read
-            on the device, so a captured graph follows it.
+        lr: :math:`\gamma`, at least 0: a float, or a tensor of one element. On CUDA the tensor is
+            read on the device, so a captured graph follows it.
         momentum: :math:`\mu`, at least 0.
         dampening: :math:`\tau`.
         weight_decay: :math:`\lambda`, at least 0.
-        nesterov: look ahead: :math:`d = g + \mu m`; needs a momentum and no dampening.
-        maximize: ascend instead of descend.
-        foreach, fused: taken for torch's sake; this is always one fused launch.
-        differentiable: not supported.
+        nesterov: True takes :math:`d = g + \mu m`. It needs a momentum and no dampening.
+        maximize: True ascends instead of descending.
+        foreach: accepted as in torch; the step is one launch in any case.
+        differentiable: must be False.
+        fused: True lets the step itself unscale what `torch.amp.GradScaler` scaled.
     """
 
-    __doc__ = __doc__.rstrip() + DOCUMENTATION
+    __doc__ = str(__doc__).rstrip() + DOCUMENTATION
     _algorithm = Algorithm(
         kind="sgd", decay="decoupled", counts=False, required=(), moments=_moments, rates=_rates
     )
@@ -120,6 +123,9 @@ class SGDW(FusedOptimizer):
 
 
 class SGD(SGDW):
-    """SGD: `SGDW` with decay="l2", a drop-in for torch.optim.SGD."""
+    """SGD, a drop-in for `torch.optim.SGD`: `SGDW` with `decay="l2"`.
+
+    Arguments, results and errors are those of `SGDW`.
+    """
 
     _algorithm = replace(SGDW._algorithm, decay="l2")

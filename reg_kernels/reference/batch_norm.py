@@ -9,6 +9,8 @@ values a channel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,7 +133,9 @@ def batch_norm(
     running = tracked[:2] if len(tracked) > 1 else []
     counter = tracked[-1] if len(tracked) % 2 else None
     if running:
-        factor = momentum if momentum is not None else 1.0 / (counter.double() + 1.0)
+        factor: Any = momentum
+        if counter is not None and momentum is None:
+            factor = 1.0 / (counter.double() + 1.0)
         dims = _over_channels(x)
         variance = (x - per_channel(mean, x)).square().sum(dims) / (x.numel() // x.shape[1] - 1)
         for average, batch in zip(running, (mean, variance), strict=True):

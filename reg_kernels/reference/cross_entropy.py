@@ -6,6 +6,8 @@ weight (C,). Computed in float32, or in float64 where the input is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,8 @@ def cross_entropy(
     gradient = input.new_empty(0)
     if keep_gradient:
         one = loss.new_ones(()) if reduction != NONE else torch.ones_like(loss)
-        of_target = (target, partner, lam, one_lam)
-        options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+        of_target: Any = (target, partner, lam, one_lam)
+        options: Any = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
         gradient = cross_entropy_backward(one, input, stats, *of_target, *options)
     if reduction != NONE:
         # A mean of nothing is NaN.

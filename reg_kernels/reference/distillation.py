@@ -6,6 +6,8 @@ in float32, or in float64 where the input is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,10 @@ def distillation(
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     t = teacher.to(x.dtype)
     soft = (temperature, alpha, traced_softness)
-    temperature, of_divergence, _, share = _factors(*soft, x.dtype)
-    of_target = (target, partner, lam, one_lam)
-    options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
-    log_q, log_p = (x / temperature).log_softmax(1), (t / temperature).log_softmax(1)
+    T, of_divergence, _, share = _factors(*soft, x.dtype)
+    of_target: Any = (target, partner, lam, one_lam)
+    options: Any = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+    log_q, log_p = (x / T).log_softmax(1), (t / T).log_softmax(1)
     p = log_p.exp()
     divergence = (torch.xlogy(p, p) - p * log_q).sum(1)
     if reduction != NONE:
@@ -53,15 +55,16 @@ def distillation(
             divergence = divergence / positions
     loss = of_divergence * divergence
     if target is not None:
-        loss = loss + share * cross_entropy(x, *of_target, *options, False)[0]
+        loss = loss + share * cross_entropy(x, *(*of_target, *options, False))[0]
     largest, largest_t = x.amax(1), t.amax(1)
     above, above_t = x - largest.unsqueeze(1), t - largest_t.unsqueeze(1)
-    sums = [(z.exp()).sum(1) for z in (above, above / temperature, above_t / temperature)]
+    sums = [(z.exp()).sum(1) for z in (above, above / T, above_t / T)]
     stats = torch.stack((largest, sums[0], sums[1], largest_t, sums[2]))
     gradient = input.new_empty(0)
     if keep_gradient:
         one = torch.ones_like(loss)
-        gradient = distillation_backward(one, input, stats, teacher, *of_target, *options, *soft)
+        given: Any = (*of_target, *options, *soft)
+        gradient = distillation_backward(one, input, stats, teacher, *given)
     return loss, stats, gradient
 
 
@@ -87,16 +90,16 @@ def distillation_backward(
     grad_output and input."""
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     grad = grad_output.to(x.dtype)
-    temperature, _, slope, of_labels = _factors(temperature, alpha, traced_softness, x.dtype)
-    q = (x / temperature).softmax(1)
-    p = (teacher.to(x.dtype) / temperature).softmax(1)
+    T, _, slope, of_labels = _factors(temperature, alpha, traced_softness, x.dtype)
+    q = (x / T).softmax(1)
+    p = (teacher.to(x.dtype) / T).softmax(1)
     share = grad / q[:, 0].numel() if reduction == MEAN else grad
     if reduction == NONE:
         share = share.unsqueeze(1)
     gradient = slope * share * (q - p)
     if target is not None:
-        of_target = (target, partner, lam, one_lam)
-        options = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
+        of_target: Any = (target, partner, lam, one_lam)
+        options: Any = (weight, ignore_index, label_smoothing, reduction, traced_smoothing)
         by_labels = cross_entropy_backward(grad, x, stats[:2], *of_target, *options)
         gradient = gradient + of_labels * by_labels
     return gradient.to(input.dtype)
@@ -107,9 +110,9 @@ def _factors(
     alpha: float | Tensor,
     traced_softness: Tensor | None,
     dtype: torch.dtype,
-) -> list[float] | list[Tensor]:
+) -> list[Any]:
     """T, alpha T^2, alpha T and 1 - alpha: numbers, or tensors of the type that is computed in."""
     if traced_softness is not None:
         temperature, alpha = traced_softness.unbind()
-    factors = [temperature, alpha * temperature**2, alpha * temperature, 1 - alpha]
+    factors: list[Any] = [temperature, alpha * temperature**2, alpha * temperature, 1 - alpha]
     return factors if traced_softness is None else [each.to(dtype) for each in factors]

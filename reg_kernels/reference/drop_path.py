@@ -1,7 +1,4 @@
-"""Stochastic depth in plain PyTorch: whole samples of a residual branch are dropped.
-
-G. Huang et al., "Deep networks with stochastic depth", ECCV 2016.
-"""
+"""Stochastic depth in plain PyTorch (G. Huang et al., ECCV 2016): whole samples are dropped."""
 
 from __future__ import annotations
 
@@ -21,15 +18,13 @@ def drop_path(
     element_offset: int = 0,
     traced_p: Tensor | None = None,
 ) -> Tensor:
-    """y[n] = residual[n] + m[n] x[n], m = 0 or the scale, or 1: one draw a sample of x [N, ...].
-
-    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
-    """
+    """y[n] = residual[n] + m[n] x[n], m = 0, 1 or the scale: one draw a sample of x [N, ...].
+    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program."""
     threshold, scale = rate(p if traced_p is None else float(traced_p))
     compute, device = torch.promote_types(input.dtype, torch.float32), input.device
     drawn = half_words(rng_state.to(device), tag("droppath"), element_offset, len(input))
     kept = (drawn < threshold).view(-1, *[1] * (input.dim() - 1))
-    scale = torch.tensor(scale if scale_by_keep else 1.0, dtype=compute, device=device)
-    branch = torch.where(kept, input.to(compute) * scale, 0)  # a product with 0 would keep a NaN
+    factor = torch.tensor(scale if scale_by_keep else 1.0, dtype=compute, device=device)
+    branch = torch.where(kept, input.to(compute) * factor, 0)  # a product with 0 would keep a NaN
     y = branch if residual is None else residual.to(compute) + branch
     return torch.empty_like(input).copy_(y)

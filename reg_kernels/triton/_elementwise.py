@@ -24,7 +24,7 @@ TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 wa
 UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
 
 
-class Draw(NamedTuple):
+class DrawnBy(NamedTuple):
     """What the ops of the family are told of their draws, in the order of their schemas."""
 
     p: float
@@ -141,7 +141,7 @@ def rows_kernel(
     )
 
 
-def _arguments(draw: Draw) -> tuple[Any, ...]:
+def _arguments(draw: DrawnBy) -> tuple[Any, ...]:
     """The kernels' from element_offset to offset: what decides the mask, by value or by pointer."""
     p, rng_state, element_offset, traced_p = draw
     if traced_p is not None and traced_p.device.type == "cpu":
@@ -149,7 +149,7 @@ def _arguments(draw: Draw) -> tuple[Any, ...]:
     return element_offset, traced_p, p, *state_arguments(rng_state)
 
 
-def launch_elements(values: Any, tag: int, x: Tensor, y: Tensor, draw: Draw) -> None:
+def launch_elements(values: Any, tag: int, x: Tensor, y: Tensor, draw: DrawnBy) -> None:
     """y of the dense x, a draw for each element in storage order."""
     if x.numel() == 0:
         return
@@ -166,7 +166,7 @@ def launch_rows(
     tag: int,
     x: Tensor,
     y: Tensor,
-    draw: Draw,
+    draw: DrawnBy,
     *,
     samples: int,
     rows: int,

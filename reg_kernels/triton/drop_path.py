@@ -1,7 +1,4 @@
-"""Stochastic depth in Triton: a draw for each sample.
-
-Reads x of the samples that are kept, and the residual where there is one, and writes y.
-"""
+"""Stochastic depth in Triton: reads x of the samples that are kept and the residual, writes y."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from .._layout import dense_like
 from .._rng import tag
-from ._elementwise import Draw, launch_rows, product_apart
+from ._elementwise import DrawnBy, launch_rows, product_apart
 
 
 @triton.jit
@@ -26,11 +23,9 @@ def scaled_values(x, half_word, threshold, scale):
     return tl.where(half_word < threshold, product_apart(x, scale.to(x.dtype)), 0.0)
 
 
-def drop_path(
-    input: Tensor, residual: Tensor | None, p: float, scale_by_keep: bool, *drawn: Any
-) -> Tensor:
+def drop_path(x: Tensor, residual: Tensor | None, p: float, scaled: bool, *drawn: Any) -> Tensor:
     """The op; `drawn`: rng_state, element_offset, traced_p."""
-    values, y = scaled_values if scale_by_keep else kept_values, dense_like(input)
-    options = {"samples": 1, "rows": len(input), "residual": residual, "reads_dropped": False}
-    launch_rows(values, tag("droppath"), input, y, Draw(p, *drawn), **options)
+    values, y = scaled_values if scaled else kept_values, dense_like(x)
+    options = {"samples": 1, "rows": len(x), "residual": residual, "reads_dropped": False}
+    launch_rows(values, tag("droppath"), x, y, DrawnBy(p, *drawn), **options)
     return y

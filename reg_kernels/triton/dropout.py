@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._layout import dense_like, is_channels_last, is_dense
 from .._rng import TAG_DROPOUT
-from ._elementwise import Draw, launch_elements, launch_rows
+from ._elementwise import DrawnBy, launch_elements, launch_rows
 
 TAG = tl.constexpr(TAG_DROPOUT)
 
@@ -26,13 +26,13 @@ def dropout_values(x, half_word, threshold, scale):
 
 
 def _launch(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
-    launch_elements(dropout_values, TAG_DROPOUT, x, y, Draw(*drawn))
+    launch_elements(dropout_values, TAG_DROPOUT, x, y, DrawnBy(*drawn))
 
 
 def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
     samples, channels = x.shape[:2]
     launch_rows(
-        *(dropout_values, TAG_DROPOUT, x, y, Draw(*drawn)),
+        *(dropout_values, TAG_DROPOUT, x, y, DrawnBy(*drawn)),
         samples=samples,
         rows=channels,
         rows_last=is_channels_last(x),
@@ -40,7 +40,7 @@ def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
 
 
 def dropout(input: Tensor, *drawn: Any) -> Tensor:
-    """The op's result as a fresh tensor; any shape, any layout. `drawn`: what a Draw has."""
+    """The op's result as a fresh tensor; any shape, any layout. `drawn`: what DrawnBy has."""
     x = input if is_dense(input) else input.contiguous()
     y = dense_like(x)
     _launch(x, y, drawn)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from support import bench_module
+from bench import gpu_report as report
+from reg_kernels.bench import _results
 
 ROOT = Path(__file__).parents[2]
 HANGS = 3000.0  # seconds after which a stage of these does not run slowly any more
@@ -23,13 +24,12 @@ FACTS = {
     "device": {"type": "cuda", "name": "Made-up GPU", "driver": "1.2"},
     "versions": {"torch": "2.11.0", "triton": None},
 }
-ROW = {"calls_per_sample": 1, "seconds": [1e-3, 1e-3], "quartiles": [1e-3, 1e-3]}
+ROW = {"calls_per_sample": 1, "seconds": [1e-3, 1e-3], "quartiles": [1e-3, 1e-3]}  # dropped
 BENCH = {
     **FACTS,
-    "schema": 2,
+    "schema": _results.SCHEMA,
     "threads": 2,
     "allocator": None,
-    "isa": None,
     "left_out": [{"label": "dropout forward float32 1 GiB", "reason": "the time was up"}],
     "benchmarks": [
         {
@@ -45,8 +45,7 @@ BENCH = {
                 {
                     "name": "native",
                     "median": 1e-3,
-                    "share_of_copy": 0.95,
-                    "speedup_over_eager": 1.5,
+                    "speed_over": {"copy": [0.9, 0.95, 1.0], "eager": [1.4, 1.5, 1.6]},
                     "kept_bytes": 16,
                     "peak_bytes": 48,
                     "goals": [
@@ -62,17 +61,12 @@ BENCH = {
 }
 
 
-@pytest.fixture(scope="module")
-def report() -> Any:
-    return bench_module("gpu_report")
-
-
 @pytest.fixture(autouse=True)
-def any_time_is_enough(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def any_time_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "LEAST", 0.01)
 
 
-def python(report: Any, name: str, code: str, group: str = "group", **fields: Any) -> Any:
+def python(name: str, code: str, group: str = "group", **fields: Any) -> Any:
     return report.Stage(name, group, (sys.executable, "-S", "-c", code), HANGS, **fields)
 
 
@@ -82,14 +76,14 @@ def outcome(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_stage_that_fails_is_reported_and_the_rest_runs(
-    report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     stages = [
-        python(report, "good", "print('all well')"),
-        python(report, "bad", "print('a reason'); raise SystemExit(3)"),
-        python(report, "known", "raise SystemExit(5)", reasons={5: "no test was selected"}),
+        python("good", "print('all well')"),
+        python("bad", "print('a reason'); raise SystemExit(3)"),
+        python("known", "raise SystemExit(5)", reasons={5: "no test was selected"}),
         report.Stage("missing", "group", ("no-such-program",), HANGS),
-        python(report, "last", "print('here')"),
+        python("last", "print('here')"),
     ]
     folder = tmp_path / "results" / "gpu"
     assert report.make_report(folder, FACTS, stages) == 1
@@ -107,16 +101,16 @@ def test_a_stage_that_fails_is_reported_and_the_rest_runs(
     assert page[-100:] in capsys.readouterr().out
 
 
-def test_success_and_missing_tools_exit_0(report: Any, tmp_path: Path):
+def test_success_and_missing_tools_exit_0(tmp_path: Path):
     stages = [
-        python(report, "good", ""),
+        python("good", ""),
         report.Stage("missing", "group", ("no-such-program",), HANGS),
     ]
     assert report.make_report(tmp_path, FACTS, stages) == 0
 
 
 def test_a_stage_is_stopped_at_its_limit_with_all_it_started(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pid = tmp_path / "pid"
     code = (
@@ -139,7 +133,7 @@ def test_a_stage_is_stopped_at_its_limit_with_all_it_started(
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(report.subprocess, "Popen", Process)
-    row = report.run_stage(python(report, "slow", code), 3.0)
+    row = report.run_stage(python("slow", code), 3.0)
     assert (row["status"], row["reason"]) == ("timed out", "stopped after 3 s")
     assert row["tail"] == "begun"
     deadline = time.monotonic() + HANGS
@@ -148,8 +142,8 @@ def test_a_stage_is_stopped_at_its_limit_with_all_it_started(
         time.sleep(0.01)
 
 
-def test_a_stage_that_outlives_its_limit_is_stopped_by_the_clock(report: Any):
-    row = report.run_stage(python(report, "slow", "import time; time.sleep(3600)"), 0.5)
+def test_a_stage_that_outlives_its_limit_is_stopped_by_the_clock():
+    row = report.run_stage(python("slow", "import time; time.sleep(3600)"), 0.5)
     assert (row["status"], row["reason"]) == ("timed out", "stopped after 0 s")
 
 
@@ -162,37 +156,37 @@ def _alive(pid: int) -> bool:
 
 
 def test_what_the_budget_has_not_room_for_is_skipped(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(report, "LEAST", 1.0)
-    stages = [python(report, "one", ""), python(report, "two", "")]
+    stages = [python("one", ""), python("two", "")]
     assert report.make_report(tmp_path, FACTS, stages, budget=0.5) == 0
     assert {r["status"] for r in outcome(tmp_path).values()} == {"skipped"}
 
 
 def test_time_is_kept_for_a_stage_that_was_promised_it(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 0.0))
     stages = [
-        python(report, "long", "import time; time.sleep(3600)"),
-        python(report, "promised", "import sys; print(sys.argv)", promised=HANGS),
+        python("long", "import time; time.sleep(3600)"),
+        python("promised", "import sys; print(sys.argv)", promised=HANGS),
     ]
     assert report.make_report(tmp_path, FACTS, stages, budget=HANGS + 1) == 1
     rows = outcome(tmp_path)
     assert rows["long"]["status"] == "timed out" and rows["promised"]["status"] == "ok"
 
 
-def test_a_command_learns_what_it_may_take(report: Any):
-    stage = python(report, "x", "import sys; print(sys.argv[1])")
+def test_a_command_learns_what_it_may_take():
+    stage = python("x", "import sys; print(sys.argv[1])")
     stage = report.Stage("x", "group", (*stage.command, "{seconds}"), HANGS)
     assert report.run_stage(stage, HANGS)["tail"] == f"{0.75 * HANGS:.0f}"
 
 
-def test_the_report_is_there_after_every_stage(report: Any, tmp_path: Path):
+def test_the_report_is_there_after_every_stage(tmp_path: Path):
     path = tmp_path / "report.json"
     code = f"import json; print(len(json.load(open({str(path)!r}))['stages']))"
-    stages = [python(report, name, code) for name in ("a", "b", "c")]
+    stages = [python(name, code) for name in ("a", "b", "c")]
     assert report.make_report(tmp_path, FACTS, stages) == 0
     assert [row["tail"] for row in outcome(tmp_path).values()] == ["0", "1", "2"]
 
@@ -202,8 +196,8 @@ def test_interruption_keeps_what_was_done(tmp_path: Path):
     code = f"""
 import signal, sys
 from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
-import gpu_report as report
+from bench import gpu_report as report
+from reg_kernels.bench import _results
 signal.signal(signal.SIGINT, signal.default_int_handler)
 report.LEAST = 0.01
 interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(3600)"
@@ -213,22 +207,22 @@ stages = [
 ]
 raise SystemExit(report.make_report(Path({str(tmp_path)!r}), {FACTS!r}, stages))
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 130
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130
     assert {n: r["status"] for n, r in outcome(tmp_path).items()} == {
         "done": "ok",
         "stopped": "interrupted",
     }
 
 
-def test_only_reruns_a_part_of_the_same_commit(report: Any, tmp_path: Path):
+def test_only_reruns_a_part_of_the_same_commit(tmp_path: Path):
     counted = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     stages = [
-        python(report, "first", counted, group="one"),
-        python(report, "second", "raise SystemExit(1)", group="two"),
-        python(report, "third", counted, group="two"),
+        python("first", counted, group="one"),
+        python("second", "raise SystemExit(1)", group="two"),
+        python("third", counted, group="two"),
     ]
     assert report.make_report(tmp_path, FACTS, stages) == 1
-    stages[1] = python(report, "second", "", group="two")
+    stages[1] = python("second", "", group="two")
     assert report.make_report(tmp_path, FACTS, stages, "second") == 0
     rows = outcome(tmp_path)
     assert list(rows) == ["first", "second", "third"]
@@ -242,57 +236,57 @@ def test_only_reruns_a_part_of_the_same_commit(report: Any, tmp_path: Path):
     assert list(outcome(tmp_path)) == ["second"]
 
 
-def test_only_refuses_what_it_does_not_know(report: Any, tmp_path: Path):
-    stages = [python(report, "first", "", group="one")]
+def test_only_refuses_what_it_does_not_know(tmp_path: Path):
+    stages = [python("first", "", group="one")]
     with pytest.raises(ValueError, match=r"--only must name stages of one \(first\), got 'frist'"):
         report.make_report(tmp_path / "new", FACTS, stages, "first,frist")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_report_is_replaced(report: Any, tmp_path: Path):
+def test_a_damaged_report_is_replaced(tmp_path: Path):
     (tmp_path / "report.json").write_text("{")
-    assert report.make_report(tmp_path, FACTS, [python(report, "a", "")], "a") == 0
+    assert report.make_report(tmp_path, FACTS, [python("a", "")], "a") == 0
     assert list(outcome(tmp_path)) == ["a"]
 
 
-def test_results_are_embedded_and_rendered(report: Any, tmp_path: Path):
+def test_results_are_embedded_and_rendered(tmp_path: Path):
     made, wanted = tmp_path / "made.json", tmp_path / "bench.json"
     made.write_text(json.dumps(BENCH))
     copy = f"open({str(wanted)!r}, 'w').write(open({str(made)!r}).read())"
     stages = [
-        python(report, "bench", copy, "benchmarks", result="bench.json"),
-        python(report, "broken", "", result="made.json"),  # there, but none of this stage's
+        python("bench", copy, "benchmarks", result="bench.json"),
+        python("broken", "", result="made.json"),  # there, but none of this stage's
     ]
     assert report.make_report(tmp_path, FACTS, stages) == 0
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["results"] == {"bench": BENCH}
-    assert data["copy_bandwidth"] == {"float32 64 MiB": 4e12}
+    assert data["results"] == {"bench": _results.condensed(BENCH, data)}
+    assert "seconds" not in json.dumps(data["results"])
     page = (tmp_path / "report.md").read_text()
-    assert page.startswith("# Made-up GPU\n")
+    assert "\n# Made-up GPU\n" in page
     assert "- commit: aaaaaaaaaaaa\n" in page and "- driver: 1.2\n" in page
-    assert "- copy bandwidth, float32 64 MiB: 4.000 TB/s read and written\n" in page
-    row = "1 ms (1–1 ms) | 0.95 | 1.5 ms (1.5×) |  | 16 B | 48 B (64 MiB) | met |"
+    assert "- copy bandwidth, float32 64 MiB: 0.134 TB/s read and written\n" in page
+    row = "1 ms | 0.95 | 1.5 ms, 1.5× (1.4–1.6) |  | 16 B | 48 B (64 MiB) | met |"
     assert f"| dropout forward float32 64 MiB | native | {row}" in page
     assert "| dropout forward float32 64 MiB | native: ahead of all | 2 | met |" in page
     assert "- triton was not measured: not installed" in page
     assert "- left out: dropout forward float32 1 GiB: the time was up" in page
 
 
-def test_a_result_that_is_no_json_fails_its_stage(report: Any, tmp_path: Path):
+def test_a_result_that_is_no_json_fails_its_stage(tmp_path: Path):
     code = f"open({str(tmp_path / 'bench.json')!r}, 'w').write('half')"
-    stages = [python(report, "bench", code, result="bench.json"), python(report, "next", "")]
+    stages = [python("bench", code, result="bench.json"), python("next", "")]
     assert report.make_report(tmp_path, FACTS, stages) == 1
     rows = outcome(tmp_path)
     assert rows["bench"]["reason"] == "bench.json is no JSON" and rows["next"]["status"] == "ok"
 
 
-def test_reports_do_not_name_the_places_of_this_machine(report: Any):
-    row = report.run_stage(python(report, "x", f"print({sys.executable!r}, {str(ROOT)!r})"), HANGS)
+def test_reports_do_not_name_the_places_of_this_machine():
+    row = report.run_stage(python("x", f"print({sys.executable!r}, {str(ROOT)!r})"), HANGS)
     assert row["tail"] == "python ."
     assert sys.executable not in row["command"]
 
 
-def test_the_stages_are_those_that_are_promised(report: Any, tmp_path: Path):
+def test_the_stages_are_those_that_are_promised(tmp_path: Path):
     stages = report.stages(tmp_path)
     groups = list(dict.fromkeys(stage.group for stage in stages))
     assert groups == ["environment", "build", "suite", "sanitizer", "benchmarks"]
@@ -308,7 +302,7 @@ def test_the_stages_are_those_that_are_promised(report: Any, tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert report.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith("sees no GPU here\n")
     assert list(tmp_path.iterdir()) == []

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from bench import growth
 from reg_kernels import backends, bench, nn
-
-from support import bench_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCOPE = bench.Scope(CPU, (torch.float32, torch.bfloat16))
@@ -31,11 +29,6 @@ BY_SIZE = {
 BY_TENSORS = {"AdamW by tensors", "SGDW by tensors"}
 
 
-@pytest.fixture
-def growth() -> ModuleType:
-    return bench_module("growth")
-
-
 def curves(cases: list[bench.Benchmark]) -> dict[str, list[bench.Benchmark]]:
     result: dict[str, list[bench.Benchmark]] = {}
     for case in cases:
@@ -47,7 +40,7 @@ def rows(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in bench.measure(case, CPU, TINY)["contenders"]}
 
 
-def test_the_curves_have_every_size(growth: ModuleType):
+def test_the_curves_have_every_size():
     cases = growth.cases(SCOPE)
     found = curves(cases)
     assert found.keys() == BY_SIZE | BY_TENSORS
@@ -63,7 +56,7 @@ def test_the_curves_have_every_size(growth: ModuleType):
 
 
 @pytest.mark.parametrize("series", sorted(BY_SIZE | BY_TENSORS))
-def test_a_point_has_ours_eager_and_the_copy(growth: ModuleType, series: str):
+def test_a_point_has_ours_eager_and_the_copy(series: str):
     for case in curves(growth.cases(SCOPE))[series][:3]:
         found = rows(case)
         assert set(found) == {"copy", OURS, "eager"}
@@ -74,9 +67,7 @@ def test_a_point_has_ours_eager_and_the_copy(growth: ModuleType, series: str):
 @pytest.mark.parametrize(
     ("owner", "layer"), [(torch.nn, "ReLU"), (nn, "BatchNormAct2d")], ids=["eager", "ours"]
 )
-def test_another_activation_is_an_error(
-    growth: ModuleType, owner: Any, layer: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_another_activation_is_an_error(owner: Any, layer: str, monkeypatch: pytest.MonkeyPatch):
     (case, *_) = curves(growth.cases(SCOPE))["batch_norm_act relu forward+backward"]
     spoilt: dict[str, Callable[..., torch.nn.Module]] = {
         "ReLU": lambda inplace: torch.nn.LeakyReLU(inplace=inplace),
@@ -87,9 +78,7 @@ def test_another_activation_is_an_error(
     assert wrong == ["eager" if owner is torch.nn else OURS]
 
 
-def test_what_memory_does_not_hold_is_left_out_with_a_reason(
-    growth: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_memory_does_not_hold_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(growth, "_memory", lambda device: 200 * 2**20)
     last = {series: points[-1] for series, points in curves(growth.cases(SCOPE)).items()}
     for series in BY_SIZE:  # none of them makes a tensor: this machine need not hold them
@@ -105,9 +94,7 @@ def test_what_memory_does_not_hold_is_left_out_with_a_reason(
     assert (fits["dropout forward"], fits["optimizer_step AdamW"]) == (2**20, 2**18)
 
 
-def test_eager_dropout_is_left_out_where_it_takes_seconds(
-    growth: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
+def test_eager_dropout_is_left_out_where_it_takes_seconds(monkeypatch: pytest.MonkeyPatch):
     assert growth._EAGER_DROPOUT_UP_TO == 2**26
     monkeypatch.setattr(growth, "_EAGER_DROPOUT_UP_TO", 2**10)
     found = curves(growth.cases(SCOPE))
@@ -118,7 +105,7 @@ def test_eager_dropout_is_left_out_where_it_takes_seconds(
     assert "seconds" in rows(found["mixup forward"][1])["eager"]
 
 
-def test_a_gpu_has_the_same_curves(growth: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_has_the_same_curves(monkeypatch: pytest.MonkeyPatch):
     properties = argparse.Namespace(total_memory=80 * 2**30, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(backends, "choose", lambda *_: "triton")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 
 import reg_kernels
+from bench import models
 from reg_kernels import backends, bench
-
-from support import bench_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
@@ -21,12 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = backends.choose("batch_norm", "cpu", torch.float32)
 
 
-@pytest.fixture(scope="module")
-def models() -> ModuleType:
-    return bench_module("models")
-
-
-def small(models: ModuleType, block: str = "_Basic") -> bench.Benchmark:
+def small(block: str = "_Basic") -> bench.Benchmark:
     """A ResNet of two stages with dropout before its head, on few images of few pixels."""
 
     def make() -> nn.Module:
@@ -49,9 +42,7 @@ def rows(case: bench.Benchmark) -> dict[str, dict[str, Any]]:
     ("name", "parameters", "convolutions"),
     [("resnet18", 11_689_512, 20), ("resnet50", 25_557_032, 53)],
 )
-def test_a_resnet_has_its_weights_and_shapes(
-    models: ModuleType, name: str, parameters: int, convolutions: int
-):
+def test_a_resnet_has_its_weights_and_shapes(name: str, parameters: int, convolutions: int):
     with torch.device("meta"):
         net = getattr(models, name)()
         images = torch.empty(2, 3, 224, 224)
@@ -65,7 +56,7 @@ def test_a_resnet_has_its_weights_and_shapes(
 
 
 @pytest.mark.parametrize(("name", "chains"), [("resnet18", 17), ("resnet50", 49)])
-def test_every_relu_of_a_resnet_is_fused(models: ModuleType, name: str, chains: int):
+def test_every_relu_of_a_resnet_is_fused(name: str, chains: int):
     with torch.device("meta"):
         net = getattr(models, name)()
     found: list[Any] = []
@@ -75,7 +66,7 @@ def test_every_relu_of_a_resnet_is_fused(models: ModuleType, name: str, chains: 
     assert len(report.swapped) == chains + {"resnet18": 3, "resnet50": 4}[name]  # the shortcuts too
 
 
-def test_the_demo_trains_the_same_net_with_dropout(models: ModuleType):
+def test_the_demo_trains_the_same_net_with_dropout():
     demo = models.NETS[0]
     net = demo.make()
     assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
@@ -86,8 +77,8 @@ def test_the_demo_trains_the_same_net_with_dropout(models: ModuleType):
 
 
 @pytest.mark.parametrize("block", ["_Basic", "_Bottleneck"])
-def test_a_step_is_measured_and_its_images_counted(models: ModuleType, block: str):
-    found = rows(small(models, block))
+def test_a_step_is_measured_and_its_images_counted(block: str):
+    found = rows(small(block))
     assert found.keys() == {OURS, "eager"}
     for row in found.values():
         assert row["items_per_second"] == 4 / row["median"]
@@ -95,7 +86,7 @@ def test_a_step_is_measured_and_its_images_counted(models: ModuleType, block: st
     assert goal["value"] == found[OURS]["speedup_over_eager"]
 
 
-def test_the_peak_holds_gradients_and_activations(models: ModuleType):
+def test_the_peak_holds_gradients_and_activations():
     """A linear layer of 256 KiB with its gradient; the optimizer's state was there before."""
     net = models.Net(
         "line", lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 1024)), 1024, *2 * ((2, 1, 8, 8),)
@@ -104,22 +95,22 @@ def test_the_peak_holds_gradients_and_activations(models: ModuleType):
     assert 2**18 < peak < 1.25 * 2**18
 
 
-def lost_relu(models: ModuleType, model: nn.Module) -> nn.Module:
+def lost_relu(model: nn.Module) -> nn.Module:
     model.stages[1][0].relu = nn.Identity()
     return model
 
 
-def frozen_stages(models: ModuleType, model: nn.Module) -> nn.Module:
+def frozen_stages(model: nn.Module) -> nn.Module:
     for p in model.stages.parameters():
         p.requires_grad_(False)
     return model
 
 
-def no_statistics(models: ModuleType, model: nn.Module) -> nn.Module:
+def no_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def other_weights(models: ModuleType, model: nn.Module) -> nn.Module:
+def other_weights(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.head[1].bias.add_(torch.arange(5.0))
     return model
@@ -129,30 +120,25 @@ def other_weights(models: ModuleType, model: nn.Module) -> nn.Module:
     ("spoil", "step"), [(lost_relu, 1), (no_statistics, 1), (other_weights, 1), (frozen_stages, 2)]
 )
 def test_another_model_is_an_error(
-    models: ModuleType,
-    spoil: Callable[[ModuleType, nn.Module], nn.Module],
+    spoil: Callable[[nn.Module], nn.Module],
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(
-        models, "converted", lambda model: spoil(models, reg_kernels.convert(model))
-    )
-    found = rows(small(models))
+    monkeypatch.setattr(models, "converted", lambda model: spoil(reg_kernels.convert(model)))
+    found = rows(small())
     assert f"the loss of step {step} is" in found[OURS]["wrong"]
     assert "seconds" not in found[OURS] and "seconds" in found["eager"]
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-def test_another_learning_rate_is_an_error(
-    models: ModuleType, factor: float, monkeypatch: pytest.MonkeyPatch
-):
+def test_another_learning_rate_is_an_error(factor: float, monkeypatch: pytest.MonkeyPatch):
     ours = reg_kernels.optim.AdamW
     monkeypatch.setattr(models.optim, "AdamW", lambda p, lr: ours(p, lr=lr * factor))
-    assert "the loss of step 2 is" in rows(small(models))[OURS]["wrong"]
+    assert "the loss of step 2 is" in rows(small())[OURS]["wrong"]
 
 
-def test_what_is_timed_has_dropout_and_small_steps(models: ModuleType):
-    for entry in bench.contenders(small(models), CPU):
+def test_what_is_timed_has_dropout_and_small_steps():
+    for entry in bench.contenders(small(), CPU):
         entry.check()
         stepper = entry.check.func.__self__
         model, (group,) = stepper._model, stepper._optimizer.param_groups
@@ -165,7 +151,7 @@ def test_what_is_timed_has_dropout_and_small_steps(models: ModuleType):
 # Which there are
 
 
-def test_the_cases_cover_what_is_promised(models: ModuleType):
+def test_the_cases_cover_what_is_promised():
     cases = models.cases(bench.Scope(CPU, (torch.float32, torch.bfloat16)))
     assert [case.label for case in cases] == [
         "model demo float32 64×1×8×8",
@@ -181,7 +167,7 @@ def test_the_cases_cover_what_is_promised(models: ModuleType):
     assert len({case.label for case in full}) == len(full) == 9
 
 
-def test_the_gpu_cases_cover_what_is_promised(models: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
     class Properties:
         total_memory = 80 * 2**30
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench
-from reg_kernels.bench import _clock, _measure, _peers, dropout, mixup, optimizer_step
+from reg_kernels.bench import _clock, _measure, _peers, drop_path, dropout, mixup, optimizer_step
 from reg_kernels.bench._measure import BACKWARD, FORWARD
 from reg_kernels.bench.optimizer_step import Kind
 
@@ -31,6 +31,7 @@ CACHES = 32 * 2**20
 # An op, and the variants that are ops of their own to who calls them.
 LADDERS = [
     *(("dropout", ""), ("dropout1d", ""), ("dropout2d", ""), ("dropout3d", "")),
+    *(("drop_path", ""), ("drop_path", "with residual")),
     *(("batch_norm", ""), ("batch_norm_inference", "")),
     *(("batch_norm_act", "relu+dropout"), ("batch_norm_act", "residual+relu")),
     *(("optimizer_step", name) for name in ("AdamW", "Adam", "SGDW", "SGD")),
@@ -92,6 +93,22 @@ def test_every_contender_drops_channels(op: str, dtype: torch.dtype):
             if isinstance(entry, bench.Contender):
                 with entry.within():
                     entry.check()
+
+
+@pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
+@pytest.mark.parametrize("drawn", [drop_path.ALONE, drop_path.ADDED], ids=lambda d: d.variant)
+def test_every_contender_drops_samples(drawn: Any, dtype: torch.dtype):
+    scope = bench.Scope(CPU, (dtype,), compiled=dtype == torch.float32)
+    for direction in (FORWARD, BACKWARD):
+        subject = drop_path._case(scope, drawn, direction, dtype, (64, 3, 4, 5))
+        found = bench.contenders(subject, CPU)
+        for entry in found:
+            if isinstance(entry, bench.Contender):
+                with entry.within():
+                    entry.check()
+        assert ("compile" in [e.name for e in found if isinstance(e, bench.Contender)]) is (
+            scope.compiled
+        )
 
 
 # Peers

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from support import bench_module
-
-watchdog: Any = bench_module("watchdog")
+from bench import watchdog
 
 
 def python(code: str, seconds: int = 1000, **options: Any) -> Any:

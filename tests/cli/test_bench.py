@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from bench import readme_table as table
+from bench import report
 from reg_kernels import backends, bench, ops
 from reg_kernels.bench import (
     _clock,
+    _elementwise,
     _environment,
     _measure,
     _memory,
     _report,
+    _results,
     _run,
     _ways,
     dropout,
@@ -29,11 +33,10 @@ from reg_kernels.bench import (
 from reg_kernels.cli import bench as command
 from reg_kernels.cli import main
 
-from support import bench_module, run_program
+from support import run_program
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-CPU_FACTS = {"type": "cpu", "driver": None}
 NATIVE = backends.why_not("native", "cpu", torch.float32) is None
 TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
 P = dropout.P
@@ -231,10 +234,11 @@ def test_inputs_outgrow_the_l2_cache(size: int, pool: int, monkeypatch: pytest.M
 
 
 def test_every_op_has_benchmarks():
+    """One of the random elementwise family may do without: its loops are those of dropout."""
     names = {m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_")}
-    headers = Path(__file__).parents[2] / "csrc" / "include" / "reg_kernels"
-    of_a_family = {header.stem for header in headers.glob("*/*.h")}
-    assert names - of_a_family <= set(bench.modules()) <= names
+    headers = Path(__file__).parents[2] / "csrc" / "include" / "reg_kernels" / "elementwise"
+    family = {path.stem for path in headers.glob("*.h")} - {"dropout"}
+    assert family and names - family <= set(bench.modules()) <= names
 
 
 def test_ops_take_turns_and_every_case_has_its_own_label():
@@ -312,7 +316,7 @@ def dropped() -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
 
 def test_check_accepts_the_right_values(dropped: Any):
     x, y, scale = dropped
-    dropout.check_forward("eager", "dropout", x, y, scale)
+    _elementwise.check_forward("eager", None, (x,), y, scale)
 
 
 @pytest.mark.parametrize(
@@ -328,22 +332,36 @@ def test_check_accepts_the_right_values(dropped: Any):
 def test_check_finds_wrong_values(dropped: Any, spoil: Any, message: str):
     x, y, scale = dropped
     with pytest.raises(bench.WrongValues, match=message):
-        dropout.check_forward("spoilt", "dropout", x, spoil(x, y), scale)
+        _elementwise.check_forward("spoilt", None, (x,), spoil(x, y), scale)
 
 
-def test_check_finds_a_channel_that_is_dropped_in_part(dropped: Any):
+@pytest.mark.parametrize("as_one", [1, 2])
+def test_check_finds_what_is_dropped_in_part(dropped: Any, as_one: int):
     x, y, scale = dropped
     with pytest.raises(bench.WrongValues, match="dropped in part"):
-        dropout.check_forward("spoilt", "dropout2d", x, y, scale)
+        _elementwise.check_forward("spoilt", as_one, (x,), y, scale)
 
 
 def test_check_finds_another_mask_in_the_gradient(dropped: Any):
     x, y, scale = dropped
     g = torch.rand_like(x) + 1
     gradient = g * (y != 0) * scale
-    dropout.check_backward("eager", y, g, gradient, scale)
+    _elementwise.check_backward("eager", (x,), y, g, (gradient,), scale)
     with pytest.raises(bench.WrongValues, match="gradient is off by"):
-        dropout.check_backward("spoilt", y, g, gradient.roll(1), scale)
+        _elementwise.check_backward("spoilt", (x,), y, g, (gradient.roll(1),), scale)
+
+
+def test_check_finds_a_residual_that_is_lost_or_scaled(dropped: Any):
+    x, y, scale = dropped
+    r, g = torch.rand_like(x) + 1, torch.rand_like(x) + 1
+    gradient = g * (y != 0) * scale
+    _elementwise.check_forward("eager", None, (x, r), r + y, scale)
+    _elementwise.check_backward("eager", (x, r), r + y, g, (gradient, g), scale)
+    for spoilt in (y, scale * r + y):
+        with pytest.raises(bench.WrongValues):
+            _elementwise.check_forward("spoilt", None, (x, r), spoilt, scale)
+    with pytest.raises(bench.WrongValues, match="the residual's gradient"):
+        _elementwise.check_backward("spoilt", (x, r), r + y, g, (gradient, gradient), scale)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native code is not built")
@@ -386,14 +404,14 @@ def run(*words: object) -> int:
 def test_json_holds_conditions_raw_times_and_figures(few: None, tmp_path: Path):
     threads = torch.get_num_threads()
     assert run("--json", tmp_path / "{device}" / "bench.json") == 0
-    name = _environment.slug(_environment.device_name(CPU))
+    name = _environment.folder_name(_environment.facts_of(CPU))
     data = json.loads((tmp_path / name / "bench.json").read_text())
-    assert data["schema"] == _report.SCHEMA
+    assert data["schema"] == _results.SCHEMA
     assert data["device"]["type"] == "cpu" and data["device"]["name"]
     assert data["versions"]["torch"] == torch.__version__
     assert data["threads"] == threads
     assert data["allocator"] == _environment.ALLOCATOR
-    assert (data["isa"] is not None) is NATIVE
+    assert (data["device"]["isa"] is not None) is NATIVE
     assert data["commit"] is None or len(data["commit"]["hash"]) == 40
     assert data["left_out"] == []
     first = data["benchmarks"][0]
@@ -417,11 +435,14 @@ def test_json_holds_conditions_raw_times_and_figures(few: None, tmp_path: Path):
         assert rows["native"]["speedup_over_eager"] > 0
 
 
-def test_json_is_readable_by_people_too():
-    data = {"seconds": [1e-05, 2.5, -3], "names": ["[1,\n 2]"], "empty": [], "nested": [[1], [2]]}
-    text = _report.to_json(data)
-    assert '"seconds": [1e-05, 2.5, -3]' in text
-    assert json.loads(text) == data
+def test_json_has_a_line_for_each_dictionary_of_a_list():
+    data = {"facts": {"a": 1.23456789}, "rows": [{"seconds": [1e-05, 2.5]}, {"names": ["é, ["]}]}
+    text = _results.to_json(data)
+    assert text.splitlines() == [
+        *("{", ' "facts": {"a":1.234568},', ' "rows": ['),
+        *('  {"seconds":[1e-05,2.5]},', '  {"names":["é, ["]}', " ]", "}"),
+    ]
+    assert json.loads(text) == {**data, "facts": {"a": 1.234568}}
 
 
 def test_tables(few: None, capsys: pytest.CaptureFixture[str]):
@@ -521,12 +542,43 @@ def test_starts_again_with_a_warm_allocator(
     assert (args.device, args.json, args.all) == ("cpu", Path("a b.json"), False)
 
 
+EPYC = {"name": "AMD EPYC", "family": "25", "model": "1", "isa": "avx2"}
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("NVIDIA H200", "nvidia-h200"), ("AMD EPYC 9R14 (x)", "amd-epyc-9r14-x"), ("!", "unknown")],
+    ("facts", "expected"),
+    [
+        ({"name": "NVIDIA H200", "driver": "1.2"}, "nvidia-h200"),
+        ({"name": "AMD EPYC 9R14 (x)"}, "amd-epyc-9r14-x"),
+        (EPYC, "amd-epyc-family-25-model-1-avx2"),
+        ({**EPYC, "family": None, "model": None}, "amd-epyc-avx2"),
+        ({**EPYC, "isa": None}, "amd-epyc-family-25-model-1"),
+        ({"name": "!"}, "unknown"),
+    ],
 )
-def test_slug(name: str, expected: str):
-    assert _environment.slug(name) == expected
+def test_a_folder_is_named_by_what_tells_devices_apart(facts: dict[str, Any], expected: str):
+    assert _environment.folder_name(facts) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (
+            "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n",
+            ("AMD EPYC", "26", "2"),
+        ),
+        (
+            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n",
+            (None, "0x41", "0xd4f"),
+        ),
+        ("", (None, None, None)),
+    ],
+)
+def test_the_processor_as_the_system_tells_it(cpuinfo: str, expected: tuple[str | None, ...]):
+    found = _environment._processor(cpuinfo)
+    assert found["name"]  # of the machine's kind where the system tells no other
+    assert expected[0] in (None, found["name"])
+    assert (found["family"], found["model"]) == expected[1:]
 
 
 def test_commit_may_be_named_where_there_is_no_checkout(
@@ -548,7 +600,7 @@ def test_format_seconds(seconds: float, text: str):
 
 
 def test_markdown_escapes_cells():
-    assert _report.markdown_table(("a", "b"), [("x|y", "z")]).splitlines() == [
+    assert _report.Table("", ("a", "b"), [("x|y", "z")]).markdown().splitlines() == [
         "| a | b |",
         "| --- | --- |",
         "| x\\|y | z |",
@@ -580,39 +632,61 @@ def test_results_do_not_make_their_commit_look_changed(
 # The README's table and pytest-benchmark
 
 
-def test_readme_gets_the_results_of_every_device(few: None, tmp_path: Path):
-    table, report = bench_module("readme_table"), bench_module("report")
-    results = tmp_path / "results"
+@pytest.fixture
+def pages(tmp_path: Path) -> Callable[..., int]:
+    """`readme_table` in a repository of two pages."""
+    (tmp_path / "docs").mkdir()
+    for name in table.PAGES:
+        (tmp_path / name).write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    return lambda *words: table.main(["--root", str(tmp_path), *words])
+
+
+def test_the_pages_get_the_results(
+    few: None, pages: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert run("--json", tmp_path / "figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
-    for name in ("one", "two"):
-        report.write(
-            results / name, report.report_of(figures | {"device": {**CPU_FACTS, "name": name}})
-        )
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    words = ["--readme", str(readme), "--results", str(results)]
-    assert table.main([*words, "--check"]) == 1
-    assert "old" in readme.read_text()
-    assert table.main(words) == 0
-    text = readme.read_text()
-    assert text.startswith("# Title\n") and text.endswith(f"{table.END}\nafter\n")
-    assert "### one" in text and "### two" in text and "old" not in text
+    monkeypatch.setattr(report, "CHARTS", {})
+    for name, date in (("one", "2026-01-02"), ("two", "2026-01-01")):
+        device = {"type": "cpu", "name": name, "isa": "avx2"}
+        folder = tmp_path / "bench" / "results" / name
+        report.write(folder, report.report_of(figures | {"device": device, "date": date}))
+    assert pages("--check") == 1
+    assert "old" in (tmp_path / "README.md").read_text()
+    assert pages() == 0
+    readme, figures = ((tmp_path / name).read_text() for name in table.PAGES)
+    for text in (readme, figures):
+        assert text.startswith("# Title\n") and text.endswith(f"{table.END}\nafter\n")
+        assert "do not edit" in text and "old" not in text
+    # The README has what was measured last, a row an op; the other page has all.
+    assert "\none, " in readme and "two" not in readme and "| dropout forward, 8 KiB |" in readme
+    assert "## one" in figures and "## two" in figures
+    assert "(../bench/results/one/report.md)" in figures
     if NATIVE:
-        assert "| dropout forward float32 8 KiB | native |" in text
-        assert "native: at least as fast as light" in text
-    assert "| reference |" not in text
-    assert "![shares](bench/results/one/shares.svg)" in text
-    assert table.main([*words, "--check"]) == 0
+        assert "| dropout forward float32 8 KiB | native |" in figures
+        assert "native: at least as fast as light" in figures
+    assert "| reference |" not in figures
+    assert pages("--check") == 0
+
+
+def test_the_pages_show_the_charts_by_their_own_way_to_them(tmp_path: Path):
+    folder = tmp_path / "bench" / "results" / "one"
+    assert table._link(tmp_path / "README.md", folder) == "bench/results/one"
+    assert table._link(tmp_path / "docs" / "figures.md", folder) == "../bench/results/one"
 
 
 @pytest.mark.parametrize("text", ["", "{end}{begin}", "{begin}", "{begin}{end}{begin}{end}"])
-def test_readme_without_its_markers(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    table = bench_module("readme_table")
-    readme = tmp_path / "README.md"
-    readme.write_text(text.format(begin=table.BEGIN, end=table.END))
-    assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
-    assert "README must hold" in capsys.readouterr().err
+def test_a_page_without_its_markers(
+    text: str,
+    pages: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    page = tmp_path / "docs" / "figures.md"
+    page.write_text(text.format(begin=table.BEGIN, end=table.END))
+    assert pages() == 2
+    assert "figures.md must hold" in capsys.readouterr().err
+    assert "old" in (tmp_path / "README.md").read_text()
 
 
 def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path):

@@ -38,9 +38,13 @@ def test_as_a_module():
         assert word in result.stdout
 
 
-def test_info_says_why_not(capsys):
+def test_info_says_why_not_and_says_it_once(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["info"]) == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert text.count(f"{backends.choose('info', 'cpu', torch.float32)} used") == 1
+    why = backends.why_not("triton", "cpu", torch.float32)
+    assert text.count(f"triton no: {why}") == 1
     if torch.version.cuda is None:
         assert "CUDA C++: missing: this torch is a CPU build" in text
 

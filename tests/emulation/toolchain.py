@@ -2,17 +2,15 @@
 
 import functools
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent.resolve()
-sys.path.append(str(HERE.parent.parent / "bench"))
+from bench.sass import compiling, table
+from bench.sass.compiling import CSRC, CUDA_ARCHITECTURES, CUDA_SOURCES, Missing, run  # noqa: F401
 
-from sass import compiling, table  # noqa: E402  (the path comes first)
-from sass.compiling import CSRC, CUDA_ARCHITECTURES, CUDA_SOURCES, Missing, run  # noqa: E402, F401
+HERE = Path(__file__).parent.resolve()
 
 ORDERS = ("forward", "reversed", "mixed")
 

@@ -14,7 +14,7 @@ from reg_kernels import backends, nn
 from reg_kernels import functional as F
 from reg_kernels.cases.dropout import P
 
-from support import DTYPE_IDS, DTYPES, implementations, no_waiting, rng_state
+from support import DTYPE_IDS, DTYPES, captured, implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -256,20 +256,6 @@ def test_streams_do_not_share_working_space(backend, last):
             assert_same_bits(each, true)
 
 
-def captured(function):
-    """A CUDA graph of function(), and what it returns."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
-
-
 @kernels
 @layouts
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -277,11 +263,11 @@ def test_graph_replays_move_the_statistics(backend, last, momentum):
     shape = (16, 32, 28, 28)
     x, g = draw(shape, last=last), draw(shape, last=last, seed=1)
     layer, eager = (layer_of(32, backend, momentum=momentum) for _ in range(2))
-    graph, results = captured(lambda: step(layer, x, g=g))
+    replay, results = captured(lambda: step(layer, x, g=g))
     layer.load_state_dict(eager.state_dict())  # in place: the graph goes on from here
     for seed in range(2, 6):
         x.copy_(draw(shape, last=last, seed=seed))
-        graph.replay()
+        replay()
         assert_same_bits(results, step(eager, x, g=g))
         assert_same_bits(layer.state_dict().values(), eager.state_dict().values())
     assert layer.num_batches_tracked == 4
@@ -296,10 +282,10 @@ def test_graph_replays_draw_fresh_masks(backend, last):
     with torch.no_grad():
         layer.bias.fill_(100.0)
     ones = torch.ones_like(x)
-    graph, (y, _, d, *_) = captured(lambda: step(layer, x, r, g=ones))
+    replay, (y, _, d, *_) = captured(lambda: step(layer, x, r, g=ones))
     masks = []
     for _ in range(3):
-        graph.replay()
+        replay()
         masks.append(y != 0)
         assert torch.equal(d, masks[-1] * 2.0)  # forward and backward share the replay's mask
         assert abs(float(masks[-1].float().mean()) - 0.5) < 0.01

@@ -15,7 +15,7 @@ from reg_kernels import functional as F
 from reg_kernels.cases.cross_entropy import LossCall
 from reg_kernels.cases.dropout import _channels_last, _contiguous
 
-from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
+from support import DTYPE_IDS, DTYPES, captured, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -155,20 +155,12 @@ def test_graph_capture_follows_what_is_on_the_device(reduction, shape, backend):
     def step():
         return results(F.cross_entropy, x, labels, backend=backend, reduction=reduction)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, results_there = captured(step)
     for _ in range(3):
         x.mul_(-1.25)
         labels.copy_(labels.roll(1, 0))
-        graph.replay()
-        for a, b in zip(captured, step(), strict=True):
+        replay()
+        for a, b in zip(results_there, step(), strict=True):
             assert torch.equal(a, b)
 
 

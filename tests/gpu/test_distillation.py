@@ -14,7 +14,7 @@ import torch.nn.functional as TF
 from reg_kernels import functional as F
 from reg_kernels._mixed_target import MixedTarget
 
-from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
+from support import DTYPE_IDS, DTYPES, captured, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -191,21 +191,13 @@ def test_graph_capture_follows_what_is_on_the_device(reduction, shape, backend):
             F.distillation_loss, x, teacher, labels, backend=backend, reduction=reduction
         )
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, results_there = captured(step)
     for _ in range(3):
         x.mul_(-1.25)
         teacher.add_(x, alpha=0.5)
         labels.copy_(labels.roll(1, 0))
-        graph.replay()
-        for a, b in zip(captured, step(), strict=True):
+        replay()
+        for a, b in zip(results_there, step(), strict=True):
             assert torch.equal(a, b)
 
 

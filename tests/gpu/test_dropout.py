@@ -11,7 +11,7 @@ from reg_kernels import backends, nn
 from reg_kernels import functional as F
 from reg_kernels.cases.dropout import P
 
-from support import DTYPE_IDS, DTYPES, implementations, no_waiting, rng_state
+from support import DTYPE_IDS, DTYPES, captured, implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -67,17 +67,10 @@ def test_graph_capture_draws_a_fresh_mask_at_each_replay(backend):
         (gradient,) = torch.autograd.grad(y.sum(), x)
         return y.detach(), gradient
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, gradient = step()
+    replay, (y, gradient) = captured(step)
     masks = []
     for _ in range(3):
-        graph.replay()
+        replay()
         assert torch.equal(y, gradient)  # forward and backward share the replay's mask
         assert abs(float((y != 0).float().mean()) - 0.5) < 0.01
         masks.append(y.clone())

@@ -12,7 +12,7 @@ from reg_kernels import backends
 from reg_kernels import functional as F
 from reg_kernels.ops.mixup import blend
 
-from support import DTYPE_IDS, DTYPES, check_device_assertion, implementations, no_waiting
+from support import DTYPE_IDS, DTYPES, captured, check_device_assertion, implementations, no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -215,21 +215,13 @@ def test_graph_capture_follows_what_is_on_the_device(backend):
         (gradient,) = torch.autograd.grad(y, leaf, y.detach())
         return y.detach(), blend("mixup", gradient, lam, boxes, index, inplace=True)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    replay, results = captured(step)
     for _ in range(3):
         x.mul_(-1.25)
         lam.copy_(lam.roll(1))
         index.copy_(index.roll(1))
         boxes.copy_(boxes.roll(1, 0))
-        graph.replay()
+        replay()
         for a, b in zip(results, step(), strict=True):
             assert torch.equal(a, b)
 

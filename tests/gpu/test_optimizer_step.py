@@ -21,7 +21,7 @@ from reg_kernels.ops.optimizer_step import (
     StepSettings,
 )
 
-from support import implementations, no_waiting, rng_state
+from support import captured, implementations, no_waiting, rng_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -107,7 +107,7 @@ class Step:
 
 
 def state(lists):
-    return {name: value for name, value in vars(lists).items() if "offsets" not in name}
+    return {name: value for name, value in lists._asdict().items() if "offsets" not in name}
 
 
 def assert_same_bits(a, b):
@@ -209,20 +209,16 @@ def test_graph_capture_follows_what_is_on_the_device(backend):
     warm = PreparedStep("adam", copy.deepcopy(step.lists))
     eager = PreparedStep("adam", copy.deepcopy(step.lists))
     prepared = PreparedStep("adam", step.lists)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm.run(step.grads, backend, common)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        prepared.run(step.grads, backend, common)
+    replay, _ = captured(
+        lambda: prepared.run(step.grads, backend, common),
+        lambda: warm.run(step.grads, backend, common),
+    )
     for lr, inf in ((0.1, 0), (0.03, 0), (0.03, 1), (0.2, 0)):
         rate.fill_(lr)
         found.fill_(inf)
         for g in step.grads:
             g.mul_(1.1)
-        graph.replay()
+        replay()
         eager.run(step.grads, backend, common)
         assert_same_bits(step.lists, eager.lists)
         assert float(prepared.table.scratch[0]) == 0
@@ -232,7 +228,7 @@ def test_graph_capture_follows_what_is_on_the_device(backend):
 @kernels
 def test_an_optimizer_in_a_graph(backend):
     results = []
-    for captured in (False, True):
+    for in_a_graph in (False, True):
         torch.manual_seed(1)
         params = [torch.randn(n, device=CUDA, requires_grad=True) for n in SHORT]
         for p in params:
@@ -246,7 +242,7 @@ def test_an_optimizer_in_a_graph(backend):
                 optimizer.step()
         torch.cuda.current_stream().wait_stream(stream)
         run = optimizer.step
-        if captured:
+        if in_a_graph:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 optimizer.step()

@@ -11,7 +11,7 @@ from reg_kernels import functional as F
 from reg_kernels._tensor_table import TensorTable, addresses
 from reg_kernels.ops.penalty import sum_into
 
-from support import DTYPE_IDS, DTYPES, implementations
+from support import DTYPE_IDS, DTYPES, captured, implementations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -77,19 +77,12 @@ def test_graph_capture_of_a_sum(backend):
         [x.numel() for x in tensors], CUDA, (tensors[0].dtype,), grad=addresses(tensors)
     )
     sums = torch.empty(2, dtype=torch.float64, device=CUDA)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        sum_into(table, tensors, 2, sums, 1, backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sum_into(table, tensors, 2, sums, 1, backend)
+    replay, _ = captured(lambda: sum_into(table, tensors, 2, sums, 1, backend))
     for _ in range(3):
         for x in tensors:
             x.mul_(-1.25)
         sums.fill_(-1)
-        graph.replay()
+        replay()
         expected = sum(x.double().square().sum() for x in tensors)
         torch.testing.assert_close(sums[1], expected, rtol=1e-13, atol=0)
         assert float(sums[0]) == -1

@@ -275,10 +275,7 @@ def test_inference_mode_and_tensors():
     assert (mean != 0).all()
 
 
-def test_meta_tensors_and_fx_proxies_pass():
-    x = torch.empty(3, 4, 5, device="meta")
-    values = [torch.empty(4, device="meta") for _ in range(4)]
-    assert F.batch_norm_act(x, *values, training=True, drop=P).shape == (3, 4, 5)
+def test_fx_proxies_pass():
     graph = torch.fx.symbolic_trace(lambda x: F.batch_norm_act(x, None, None, training=True))
     assert any(node.target is F.batch_norm_act for node in graph.graph.nodes)
     assert graph(torch.ones(10, 2)).shape == (10, 2)
@@ -299,7 +296,7 @@ ONES = torch.ones(6)
 BAD = [
     ({"input": torch.ones(1, 6)}, "expected more than 1 value per channel"),
     ({"eps": 0.0}, "eps must be positive in training, got 0.0"),
-    ({"eps": -1.0, "training": False}, "eps must not be negative, got -1.0"),
+    ({"eps": -1.0, "training": False}, "eps must be 0 or above, got -1.0"),
     ({"weight": torch.ones(4)}, r"weight must have shape \(6,\), one value a channel, got \(4,\)"),
     ({"bias": torch.ones(7)}, r"bias must have shape"),
     ({"running_mean": torch.ones(2)}, "running_mean must have shape"),
@@ -408,33 +405,6 @@ def counted():
     torch._dynamo.reset()
 
 
-@on_each
-@layouts
-def test_compiled_equals_eager(counted, backend, layout):
-    compiled, _ = counted
-    x, mean, var, weight, bias = arguments((2, 3, 4, 2), layout)
-    residual = torch.randn_like(x)
-    counter = torch.tensor(0, device=DEVICE)
-
-    def function(x, residual, mean, var, counter):
-        y = F.batch_norm_act(
-            *(x, mean, var, weight, bias, residual, True, None),
-            num_batches_tracked=counter,
-            drop=P,
-            rng_state=rng_state().to(DEVICE),
-            backend=backend,
-        )
-        return F.batch_norm(y * 2, mean, var, backend=backend)
-
-    results = []
-    for f in (function, compiled(function)):
-        state = [t.clone() for t in (mean, var, counter)]
-        leaf = x.clone().requires_grad_()
-        y = f(leaf, residual, *state)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaf), *state])
-    torch.testing.assert_close(results[0], results[1])
-
-
 def test_compiled_draws_are_fresh_and_seeded(counted):
     compiled, counter = counted
     x, *rest = arguments((40, 30))
@@ -456,28 +426,6 @@ def test_compile_recompiles_at_most_once_as_the_batch_changes(counted):
     assert counter.frame_count <= 2
 
 
-# torch.func and forward-mode differentiation
-
-
-def test_forward_mode_and_torch_func():
-    x, _, _, weight, bias = arguments((4, 3, 2), dtype=torch.float64)
-    weight, bias = weight.double(), bias.double()
-
-    def function(x):
-        return F.batch_norm_act(
-            x, None, None, weight, bias, training=True, activation="silu", drop=P,
-            rng_state=rng_state(),
-        )  # fmt: skip
-
-    assert torch.autograd.gradcheck(function, x.requires_grad_(), check_forward_ad=True)
-    x = x.detach()
-    gradient = torch.func.grad(lambda x: function(x).sum())(x)
-    leaf = x.clone().requires_grad_()
-    torch.testing.assert_close(gradient, torch.autograd.grad(function(leaf).sum(), leaf)[0])
-    mapped = torch.func.vmap(function)(torch.stack([x, x * 2]))
-    torch.testing.assert_close(mapped[0], function(x))
-
-
 def test_activation_checkpointing_moves_the_statistics_as_torchs_does():
     # Recomputing runs the layer twice: torch's own moves its statistics twice as well.
     x, mean, var, *_ = arguments((8, 6))
@@ -492,3 +440,15 @@ def test_activation_checkpointing_moves_the_statistics_as_torchs_does():
         lambda x: TF.batch_norm(x, *theirs, training=True).exp(), x, use_reentrant=False
     ).sum().backward()
     torch.testing.assert_close([mean, var], theirs)
+
+
+def test_mutation_of_running_statistics_that_were_saved():
+    x, mean, var, *_ = arguments((4, 3, 2))
+    before = mean.clone()
+    w = torch.ones(3, device=DEVICE, requires_grad=True)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        product = (mean * w).sum()
+        F.batch_norm(x, mean, var, training=True)
+        (gradient,) = torch.autograd.grad(product, w)
+    assert torch.equal(gradient, before)
+    assert not torch.equal(mean, before)

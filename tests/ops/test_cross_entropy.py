@@ -393,29 +393,6 @@ def test_bad_mixed_targets(change, error, message, backend):
 
 
 @on_each
-def test_compiled_equals_eager(backend):
-    lams = (torch.tensor([0.3, 0.0, 1.0], device=DEVICE), torch.rand(3, device=DEVICE))
-
-    def function(x, labels, partners, lam, probabilities):
-        options = {"label_smoothing": 0.1, "backend": backend}
-        mixed = F.cross_entropy(x.sin(), MixedTarget(labels, partners, lam), **options)
-        each = F.cross_entropy(x, labels, reduction="none", **options)
-        return mixed + (each * each).sum() + F.cross_entropy(x, probabilities, **options)
-
-    with compiling("aot_eager") as (compiled, counter):
-        traced = compiled(function)
-        for lam in lams:
-            x = draw(3, 4, 2).requires_grad_()
-            rest = (labels_of(x, IGNORED), labels_of(x), lam, draw(3, 4, 2).softmax(1))
-            y, z = traced(x, *rest), function(x, *rest)
-            check_same(y, z, [x], rtol=1e-12, atol=1e-12)
-        assert counter.frame_count == 1
-        targets = {str(n.target) for g in counter.graphs for n in g.graph.nodes}
-        name = "default" if backend == "native" else backend
-        assert f"reg_kernels.cross_entropy.{name}" in targets
-
-
-@on_each
 def test_compiled_in_half_precision_and_under_autocast(backend):
     labels = torch.tensor([0, 3, 1], device=DEVICE)
 
@@ -459,31 +436,7 @@ def test_compiled_by_inductor():
         check_same(y, z, [x], rtol=1e-6, atol=1e-6)
 
 
-def test_torch_func_and_forward_mode():
-    x, t = draw(3, 4, 2), draw(3, 4, 2)
-    a, b, p = labels_of(x, 1), labels_of(x, 1), draw(3, 4, 2).softmax(1)
-    options = {
-        "ignore_index": 1,
-        "label_smoothing": 0.1,
-        "weight": torch.rand(4, device=DEVICE).double(),
-    }
-
-    for function, formula in (
-        (
-            lambda x: F.cross_entropy(x, MixedTarget(a, b, 0.3), **options),
-            lambda x: mixed_by_torch(x, a, b, 0.3, "mean", **options),
-        ),
-        (lambda x: F.cross_entropy(x, p), lambda x: TF.cross_entropy(x, p)),
-    ):
-        for transform in (
-            lambda f: torch.func.grad(f)(x),
-            lambda f: torch.func.jvp(f, (x,), (t,)),
-            lambda f: torch.func.hessian(f)(x),
-            lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([x, t])),
-        ):
-            torch.testing.assert_close(transform(function), transform(formula))
-        assert torch.autograd.gradcheck(function, x.clone().requires_grad_(), check_forward_ad=True)
-    # For each sample, its labels mapped as well.
+def test_labels_are_mapped_as_well():
     rows, labels = draw(5, 4), torch.arange(5, device=DEVICE) % 4
     ours, theirs = (
         torch.func.vmap(torch.func.grad(f))(rows, labels)
@@ -492,17 +445,7 @@ def test_torch_func_and_forward_mode():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_meta_and_fake_tensors_and_fx():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    x, labels = torch.empty(3, 4, device="meta"), torch.empty(3, device="meta").long()
-    assert F.cross_entropy(x, labels, reduction="none").shape == (3,)
-    with FakeTensorMode():
-        x = torch.empty(3, 4, dtype=torch.float16, requires_grad=True)
-        y = F.cross_entropy(x, torch.empty(3).long())
-        assert (y.shape, y.dtype) == ((), torch.float16)
-        y.backward()
-        assert x.grad.shape == (3, 4)
+def test_fx_proxies_pass():
     graph = torch.fx.symbolic_trace(lambda x, labels: F.cross_entropy(x, labels))
     assert any(node.target is F.cross_entropy for node in graph.graph.nodes)
     x = draw(3, 4)

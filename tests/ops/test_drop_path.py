@@ -41,3 +41,5 @@ def test_refusals():
         F.drop_path(torch.ones(()), 0.5)
     with pytest.raises(RuntimeError, match="drop_path: residual must be like the input"):
         F.drop_path(torch.ones(2), 0.5, residual=torch.ones(3))
+    with pytest.raises(TypeError, match="drop_path: scale_by_keep must be True or False, got str"):
+        F.drop_path(torch.ones(2), 0.5, scale_by_keep="no")

@@ -231,30 +231,6 @@ def test_gradient_of_a_tensor_given_twice(power, backend):
     torch.testing.assert_close(x.grad, 2 * slope(x.detach(), power))
 
 
-@powers
-@on_each
-def test_second_derivative(power, backend):
-    x = randn(5).requires_grad_()
-    w = torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    (g,) = torch.autograd.grad(w * PENALTIES[power](x, backend=backend), x, create_graph=True)
-    torch.testing.assert_close(g, w * slope(x.detach(), power))
-    for_x, for_w = torch.autograd.grad(g.sum(), (x, w), allow_unused=True)
-    torch.testing.assert_close(for_w, slope(x.detach(), power).sum())
-    expected = torch.full_like(x, 0.0 if power == 1 else 6.0)
-    torch.testing.assert_close(torch.zeros_like(x) if for_x is None else for_x, expected)
-
-
-@powers
-@on_each
-def test_what_is_changed_before_the_backward_raises(power, backend):
-    x = randn(5).requires_grad_()
-    value = PENALTIES[power](x, backend=backend)
-    with torch.no_grad():
-        x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
 def test_lasso_by_gradient_is_what_it_says():
     x = randn(9).requires_grad_()
     (0.1 * F.l1_penalty([x]) + 0.5 * 0.2 * F.l2_penalty([x])).backward()
@@ -307,22 +283,6 @@ def test_compiled_loss_with_penalties(counted):
     assert "reg_kernels.penalty.default" in targets or not isas()
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS[::2])
-def test_compiled_equals_eager(counted, backend):
-    compiled, _ = counted
-    tensors = [randn(3, 5, dtype=d).requires_grad_() for d in DTYPES]
-
-    def function(*tensors):
-        return F.l2_penalty(tensors, backend=backend) + F.l1_penalty(tensors[0], backend=backend)
-
-    value, expected = compiled(function)(*tensors), function(*tensors)
-    torch.testing.assert_close(value, expected, rtol=1e-15, atol=0)
-    for a, b in zip(
-        torch.autograd.grad(value, tensors), torch.autograd.grad(expected, tensors), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-
-
 def test_compiled_with_sizes_that_change(counted):
     compiled, counter = counted
     function = compiled(lambda x: F.l1_penalty([x, x * 2]))
@@ -332,55 +292,12 @@ def test_compiled_with_sizes_that_change(counted):
     assert counter.frame_count <= 2
 
 
-@powers
-def test_torch_func(power):
-    x = randn(5)
-    expected = slope(x, power)
-    penalty = PENALTIES[power]
-    torch.testing.assert_close(torch.func.grad(penalty)(x), expected)
-    value, of = torch.func.grad_and_value(lambda a, b: penalty([a, b]), argnums=(0, 1))(x, x), None
-    (of, value) = value
-    torch.testing.assert_close(value, 2 * penalty(x))
-    torch.testing.assert_close(of, (expected, expected))
-    output, tangent = torch.func.jvp(penalty, (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(output, penalty(x))
-    torch.testing.assert_close(tangent, expected.sum())
-    hessian = torch.func.hessian(penalty)(x)
-    torch.testing.assert_close(
-        hessian, (power - 1) * 2 * torch.eye(5, dtype=x.dtype, device=DEVICE)
-    )
-    rows = randn(3, 5)
-    mapped = torch.func.vmap(penalty)(rows)
-    torch.testing.assert_close(mapped, torch.stack([penalty(row) for row in rows]))
-    per_sample = torch.func.vmap(torch.func.grad(penalty))(rows)
-    torch.testing.assert_close(per_sample, slope(rows, power))
-
-
-@powers
-def test_forward_mode(power):
-    x = randn(5)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        tangent = torch.autograd.forward_ad.unpack_dual(PENALTIES[power](dual)).tangent
-    torch.testing.assert_close(tangent, slope(x, power).sum())
-    x = (x + x.sign()).requires_grad_()
-    assert torch.autograd.gradcheck(PENALTIES[power], x, check_forward_ad=True)
-
-
 def test_functional_call():
     model = nn.Linear(3, 2).to(DEVICE, torch.float64)
     params = {name: p.detach() for name, p in model.named_parameters()}
     g = torch.func.grad(lambda params: F.l2_penalty(params.values()))(params)
     for name, p in params.items():
         torch.testing.assert_close(g[name], 2 * p)
-
-
-def test_meta_and_fake_tensors():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        value = F.l1_penalty([torch.empty(3, 4), torch.empty(2, dtype=torch.bfloat16)])
-        assert (value.shape, value.dtype) == ((), torch.float32)
 
 
 # Bad input

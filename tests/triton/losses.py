@@ -1,5 +1,4 @@
-"""What the tests of the losses' Triton kernels share: targets, tolerances, small tiles, and what a
-GPU would specialise the kernels for."""
+"""What the tests of the losses' Triton kernels share: targets, tolerances, small tiles."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from reg_kernels.triton import _loss
-from reg_kernels.triton._channels import Tiles
-from reg_kernels.triton._softmax import Kind
 
 from support import DEVICE
 
@@ -101,58 +98,3 @@ def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype, size: float = 
     own = RELATIVE[ours.dtype]
     absolute = RELATIVE[torch.promote_types(dtype, torch.float32)] * size
     torch.testing.assert_close(ours.double(), truth, rtol=own, atol=absolute, equal_nan=True)
-
-
-def tiles(block_c: int, block_m: int, channels_last: bool, itemsize: int) -> Tiles:
-    """As a GPU would have them. A test's 8 warps take half of what 16 of a launch do."""
-    unit = 16 // itemsize
-    if not channels_last:
-        unit = min(_loss.POSITIONS, unit)
-    return Tiles(block_c, block_m, 0 if channels_last else 1, False, unit, False)
-
-
-def signature(
-    dtype: str,
-    kind: str,
-    tiles: Tiles,
-    spreads: bool = False,
-    backward: bool = False,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Arguments of a loss kernel as a mean with everything has them: types and constants.
-
-    `spreads` stands for class weights and smoothing.
-    """
-    values, compute = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
-    types = {
-        "x_ptr": values,
-        "teacher_ptr": values,
-        "target_ptr": values if kind == "probabilities" else "*i64",
-        "stats_ptr": compute,
-        "gradient_ptr": values,
-        **dict.fromkeys("CML", "i32"),
-        "ignore_index": "i64",
-        "mean_of": "i32",
-        **dict.fromkeys(("one_lam", "hard", "smooth", "share", "soft_share", "inverse_t"), "fp64"),
-        ("grad_output_ptr" if backward else "loss_ptr"): compute if backward else "*fp64",
-    }
-    constants = {
-        "KIND": Kind(kind != "probabilities", kind == "pair", spreads, LAM_PER_SAMPLE=True),
-        "TILES": tiles,
-        "traced_smoothing_ptr": None,
-        "traced_softness_ptr": None,
-        "SUMS": True,
-        "GRAD_PER_POSITION": False,
-    }
-    optional = {
-        "partner_ptr": ("*i64", kind == "pair"),
-        "lam_ptr": ("*fp32", kind == "pair"),
-        "weight_ptr": (compute, spreads),
-        "weight_sum_ptr": ("*fp64", spreads and kind != "probabilities"),
-        "totals_ptr": ("*fp64", kind != "probabilities"),
-    }
-    for name, (type_, there) in optional.items():
-        if there:
-            types[name] = type_
-        else:
-            constants[name] = None
-    return types, constants

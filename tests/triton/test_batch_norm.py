@@ -1,4 +1,4 @@
-"""BatchNorm's Triton kernels: values and gradients in every tiling, and ahead-of-time compiles."""
+"""BatchNorm's Triton kernels: values and gradients in every tiling."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from aot import ARCHITECTURES, compile_kernel
 from support import DEVICE, DTYPE_IDS, DTYPES, rng_state
 
 triton = pytest.importorskip("triton")
@@ -15,9 +14,8 @@ import triton.language as tl  # noqa: E402
 
 from reg_kernels.reference import batch_norm as reference  # noqa: E402
 from reg_kernels.triton import batch_norm as kernels  # noqa: E402
-from reg_kernels.triton._batch_norm import Chain  # noqa: E402
 from reg_kernels.triton._channels import Sizes, Tiles, position_offsets  # noqa: E402
-from reg_kernels.triton._plan import KEPT, PARTIALS, plan_for  # noqa: E402
+from reg_kernels.triton._plan import PARTIALS, plan_for  # noqa: E402
 
 NONE, RELU, LEAKY_RELU, SILU, GELU = range(5)
 EPS, SLOPE, P = 1e-5, 0.2, 0.3
@@ -488,122 +486,3 @@ def test_launches():
         assert splits(32, 64, 56 * 56, channels_last, 2) > 1  # few channels, many pixels
         assert splits(256, 4096, 1, channels_last, 2) == 1  # many channels, few pixels
     assert splits(32, 2048, 49, False, 2) == 1
-
-
-# Ahead of time: every architecture, no spills, wide accesses
-
-SIZES = {"C": "i32", "M": "i32", "L": "i32", "tiles": "i32", "splits": "i32"}
-GIVEN, OWN, MERGED = 0, 1, 2
-COMPILED = {  # kernel, where the statistics or sums are from, one kept tile
-    "moments": ("moments_kernel", MERGED, False),
-    "inference": ("forward_kernel", GIVEN, False),
-    "forward, kept": ("forward_kernel", OWN, True),
-    "forward, looped": ("forward_kernel", OWN, False),
-    "forward, merged": ("forward_kernel", MERGED, False),
-    "sums": ("gradient_sums_kernel", MERGED, False),
-    "backward, frozen": ("backward_kernel", GIVEN, False),
-    "backward, kept": ("backward_kernel", OWN, True),
-    "backward, looped": ("backward_kernel", OWN, False),
-    "backward, merged": ("backward_kernel", MERGED, False),
-}
-
-
-def compiled(which, dtype, channels_last, architecture, activation, short_rows=False):
-    """As a launch of the GPU would specialise a kernel, with everything that it may be handed."""
-    kernel, source, single = COMPILED[which]
-    itemsize = {"fp64": 8, "fp32": 4}.get(dtype, 2)
-    forward = kernel in ("moments_kernel", "forward_kernel")
-    tile = (kernels.FORWARD_TILE if forward and source else kernels.BACKWARD_TILE) // itemsize
-    if single:
-        tile = min(tile, KEPT)
-    width = 64 // itemsize if channels_last else 1
-    values, channels = f"*{dtype}", "*fp32"
-    signature = {**SIZES, "slope": "fp64", "p": "fp64", "weight_ptr": channels}
-    signature |= {"bias_ptr": channels, "x_ptr": values, "residual_ptr": values}
-    constants = {
-        "TILES": Tiles(
-            BLOCK_C=width,
-            BLOCK_M=tile // width,
-            M_AXIS=0 if channels_last else 1,
-            SHORT_ROWS=short_rows,
-            UNIT=16 // itemsize,
-            WIDE=False,
-        ),
-        "CHAIN": Chain(activation, source != GIVEN, GATE_AXIS=1, RUN=8),
-        "SINGLE": single,
-        "BLOCK_S": 64 if source == MERGED else 1,
-    }
-    optional = {"partials_ptr": "*fp64" if source == MERGED else None}
-    if kernel == "forward_kernel":
-        signature |= {"y_ptr": values, "momentum": "fp64", "eps": "fp64"}
-        signature |= {"seed": "i64", "offset": "i64"}
-        signature |= {"running_mean_ptr": channels, "running_var_ptr": channels}
-        constants |= {"STATISTICS": source, "AVERAGES": False}
-        training = source != GIVEN
-        optional |= {
-            "gate_ptr": "*u8" if training else None,
-            "mean_ptr": "*fp64" if training else None,
-            "invstd_ptr": "*fp64" if training else None,
-            "batches_ptr": "*i64" if training else None,
-            "state_ptr": "*i64" if training else None,
-        }
-    else:
-        signature |= {"g_ptr": values, "grad_input_ptr": values, "grad_residual_ptr": values}
-        signature |= {"mean_ptr": "*fp64", "invstd_ptr": "*fp64"}
-        constants |= {"SUMS": source, "TRAINING": source != GIVEN and kernel != "sums"}
-        constants |= {"NEEDS_Z": True}
-        optional |= {
-            "gate_ptr": "*u8" if source != GIVEN else None,
-            "grad_weight_ptr": channels if source != GIVEN else None,
-            "grad_bias_ptr": channels if source != GIVEN else None,
-        }
-        if kernel == "gradient_sums_kernel":
-            constants["TRAINING"] = False  # then it writes the gradients as well
-    for name, kind in optional.items():
-        (signature if kind else constants)[name] = kind
-    names = getattr(kernels, kernel).arg_names
-    return compile_kernel(
-        f"reg_kernels.triton.batch_norm:{kernel}",
-        {k: v for k, v in signature.items() if k in names},
-        {k: v for k, v in constants.items() if k in names},
-        architecture,
-        # Not the sizes: UNIT is what makes the accesses wide.
-        divisible=tuple(
-            n for n in names if signature.get(n) == values or n in ("gate_ptr", "partials_ptr")
-        ),
-    )
-
-
-def assert_good(result, which, dtype):
-    # ptxas would rather store a channel's double or two outside of the loops than give up a
-    # resident block for it; of this kernel, with dropout's whole tag, eight bytes on sm_100.
-    stored = 8 if which == "forward, looped" else 0
-    assert result["stack"] <= (16 if dtype == "fp64" else stored)
-    assert result["widest_load"] == 128
-    if which != "moments":
-        assert result["widest_store"] == 128
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "channels_last"),
-    [
-        *((architecture, "bf16", True) for architecture in ARCHITECTURES),
-        *((architecture, "fp32", False) for architecture in ARCHITECTURES),
-        (90, "bf16", False),
-        (90, "fp32", True),
-    ],
-)
-@pytest.mark.parametrize("which", COMPILED)
-def test_compiles_without_spilling(which, dtype, channels_last, architecture):
-    assert_good(compiled(which, dtype, channels_last, architecture, SILU), which, dtype)
-
-
-@pytest.mark.parametrize("activation", range(5))
-@pytest.mark.parametrize("which", ["forward, merged", "backward, merged"])
-def test_compiles_each_activation(which, activation):
-    assert_good(compiled(which, "fp16", False, 90, activation, short_rows=True), which, "fp16")
-
-
-@pytest.mark.parametrize("which", ["forward, kept", "forward, merged", "backward, merged"])
-def test_compiles_double(which):
-    assert_good(compiled(which, "fp64", False, 90, RELU), which, "fp64")

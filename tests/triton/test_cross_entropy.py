@@ -1,5 +1,4 @@
-"""Cross-entropy's Triton kernels: values and gradients in every tiling, edges, and ahead-of-time
-compiles."""
+"""Cross-entropy's Triton kernels: values and gradients in every tiling, and edges."""
 
 import dataclasses
 import itertools
@@ -12,7 +11,6 @@ from reg_kernels import functional as F
 from reg_kernels.augment import MixedTarget
 from reg_kernels.reference import cross_entropy as reference
 
-from aot import ARCHITECTURES, compile_kernel
 from support import DEVICE, DTYPE_IDS, DTYPES
 
 triton = pytest.importorskip("triton")
@@ -31,10 +29,8 @@ from losses import (  # noqa: E402
     in_double,
     in_either_tiling,
     logits,
-    signature,
     small_tiles,
     target_of,
-    tiles,
 )
 
 # The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
@@ -362,99 +358,3 @@ def test_rescaling_by_1_touches_nothing():
     assert torch.equal(x.view(torch.int32), bits)
     kernels.rescale_(x, torch.full((), 2.0, device=DEVICE))
     assert not torch.equal(x.view(torch.int32), bits)
-
-
-def rows(block_c, block_m=1, **more):
-    return (block_c, block_m, True), more
-
-
-def planes(block_c, block_m, **more):
-    return (block_c, block_m, False), more
-
-
-FORWARD = "cross_entropy_kernel"
-BACKWARD = "cross_entropy_backward_kernel"
-COMPILED = {
-    # kernel, spreads, tile; registers at most
-    "kept": (FORWARD, False, rows(16384, SINGLE=True), 128),  # or 16 warps would not start
-    "kept, rows": (FORWARD, False, rows(1024, 4, SINGLE=True), 96),
-    "kept, spread": (FORWARD, True, rows(4096, SINGLE=True), 128),
-    "kept, planes": (FORWARD, False, planes(64, 128, SINGLE=True), 160),
-    "looped": (FORWARD, False, rows(4096, SINGLE=False), 64),
-    "looped, spread": (FORWARD, True, rows(2048, SINGLE=False), 64),
-    "looped, planes": (FORWARD, False, planes(64, 64, SINGLE=False), 160),
-    "backward": (BACKWARD, False, rows(4096), 64),
-    "backward, spread": (BACKWARD, True, rows(2048), 64),
-    "backward, planes": (BACKWARD, True, planes(64, 64), 160),
-}
-
-
-def compiled(which, dtype, kind, architecture):
-    kernel, spreads, ((block_c, *shape), more), _ = COMPILED[which]
-    itemsize = {"fp64": 8, "fp32": 4}.get(dtype, 2)
-    if dtype == "fp64":
-        block_c //= 2
-    spreads = spreads or kind == "probabilities"
-    types, constants = signature(
-        dtype, kind, tiles(block_c, *shape, itemsize), spreads, backward=kernel == BACKWARD
-    )
-    constants |= more
-    names = getattr(kernels, kernel).arg_names
-    return compile_kernel(
-        f"reg_kernels.triton.cross_entropy:{kernel}",
-        {k: v for k, v in types.items() if k in names},
-        {k: v for k, v in constants.items() if k in names},
-        architecture,
-        divisible=tuple(n for n in names if n.endswith("_ptr") and n in types),
-    )
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "kind"),
-    [
-        *((architecture, "bf16", "pair") for architecture in ARCHITECTURES),
-        (90, "fp32", "labels"),
-        (90, "fp16", "labels"),
-    ],
-)
-@pytest.mark.parametrize("which", COMPILED)
-def test_compiles_without_spilling(which, dtype, kind, architecture):
-    result = compiled(which, dtype, kind, architecture)
-    assert result["stack"] == 0
-    assert result["registers"] <= COMPILED[which][-1]
-    assert result["widest_load"] == 128 or "planes" in which
-    assert result["widest_store"] >= (64 if "planes" in which else 128)
-
-
-@pytest.mark.parametrize(
-    "which", ["kept, spread", "looped, spread", "backward, spread", "backward, planes"]
-)
-def test_compiles_probabilities(which):
-    result = compiled(which, "bf16", "probabilities", 90)
-    assert result["stack"] == 0
-    assert result["registers"] <= 128
-
-
-@pytest.mark.parametrize("which", ["kept", "looped, spread", "kept, planes", "backward"])
-def test_compiles_double(which):
-    assert compiled(which, "fp64", "pair", 90)["stack"] == 0
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_compiles_totals_and_rescaling(weighted):
-    types = {"labels_ptr": "*i64", "partner_ptr": "*i64", "totals_ptr": "*fp64"}
-    types |= {"C": "i32", "M": "i32", "ignore_index": "i64"}
-    constants = {"BLOCK": _loss.LABELS}
-    (types if weighted else constants)["weight_ptr"] = "*fp32" if weighted else None
-    kernel = "reg_kernels.triton._softmax:label_totals_kernel"
-    assert compile_kernel(kernel, types, constants, 90)["stack"] == 0
-    for dtype in ("*bf16", "*fp32"):
-        result = compile_kernel(
-            "reg_kernels.triton.cross_entropy:rescale_kernel",
-            {"x_ptr": dtype, "factor_ptr": "*fp32", "numel": "i32"},
-            {"BLOCK": kernels.BLOCK},
-            90,
-            divisible=("x_ptr",),
-        )
-        assert result["stack"] == 0
-        assert result["widest_load"] == result["widest_store"] == 128

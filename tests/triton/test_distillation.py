@@ -1,5 +1,4 @@
-"""Distillation's Triton kernels: values and gradients in every tiling, edges, and ahead-of-time
-compiles."""
+"""Distillation's Triton kernels: values and gradients in every tiling, and edges."""
 
 import math
 
@@ -9,7 +8,6 @@ import torch
 from reg_kernels import functional as F
 from reg_kernels.reference import distillation as reference
 
-from aot import ARCHITECTURES, compile_kernel
 from support import DEVICE, DTYPE_IDS, DTYPES
 
 triton = pytest.importorskip("triton")
@@ -25,10 +23,8 @@ from losses import (  # noqa: E402
     in_double,
     in_either_tiling,
     logits,
-    signature,
     small_tiles,
     target_of,
-    tiles,
 )
 
 # The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
@@ -243,53 +239,3 @@ def test_two_runs_give_the_same_bits():
     )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-
-
-def rows(block_c, block_m=1, **more):
-    return (block_c, block_m, True), more
-
-
-def planes(block_c, block_m, **more):
-    return (block_c, block_m, False), more
-
-
-FORWARD = "distillation_kernel"
-BACKWARD = "distillation_backward_kernel"
-COMPILED = {
-    # kernel, tile; registers at most
-    "kept": (FORWARD, rows(4096, SINGLE=True), 128),  # or 16 warps would not start
-    "kept, planes": (FORWARD, planes(64, 32, SINGLE=True), 255),
-    "looped": (FORWARD, rows(2048, SINGLE=False), 128),
-    "looped, planes": (FORWARD, planes(32, 64, SINGLE=False), 255),
-    "backward": (BACKWARD, rows(2048), 64),
-    "backward, planes": (BACKWARD, planes(32, 64), 168),
-}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "kind"),
-    [
-        *((architecture, "bf16", "pair") for architecture in ARCHITECTURES),
-        (90, "fp32", "labels"),
-    ],
-)
-@pytest.mark.parametrize("which", COMPILED)
-def test_compiles_without_spilling(which, dtype, kind, architecture):
-    kernel, (shape, more), registers = COMPILED[which]
-    itemsize = {"fp32": 4}.get(dtype, 2)
-    types, constants = signature(
-        dtype, kind, tiles(*shape, itemsize), kind == "pair", backward=kernel == BACKWARD
-    )
-    constants |= more
-    names = getattr(kernels, kernel).arg_names
-    result = compile_kernel(
-        f"reg_kernels.triton.distillation:{kernel}",
-        {k: v for k, v in types.items() if k in names},
-        {k: v for k, v in constants.items() if k in names},
-        architecture,
-        divisible=tuple(n for n in names if n.endswith("_ptr") and n in types),
-    )
-    assert result["stack"] == 0
-    assert result["registers"] <= registers
-    assert result["widest_load"] == 128 or "planes" in which
-    assert result["widest_store"] >= (64 if "planes" in which else 128)

@@ -1,5 +1,5 @@
-"""Mixup's Triton kernels: tiles of every kind, boxes across them, walks of cycles, assertions, and
-ahead-of-time compiles."""
+"""Mixup's Triton kernels: tiles of every kind, boxes across them, walks of cycles,
+and assertions."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,6 @@ import torch
 
 from reg_kernels.reference import mixup as reference
 
-from aot import compile_kernel, targets
 from support import DEVICE, DTYPE_IDS, DTYPES
 
 pytest.importorskip("triton")
@@ -302,103 +301,3 @@ def test_what_is_right_is_not(asserted):
     for blend in (HALF, box((0, 0, 4, 3), (4, 3, 4, 3), (0, 0, 0, 0))):
         check_mixup(x, blend, x.dtype, False)
         kernels.mixup_(x.clone(), *blend)
-
-
-# Ahead of time
-
-TYPES = {
-    "lam_ptr": "*fp32",
-    "one_lam": "fp64",
-    "index_ptr": "*i64",
-    "boxes_ptr": "*i64",
-    "receivers_ptr": "*i64",
-    "starts_ptr": "*i64",
-    **dict.fromkeys(("N", "size", "C", "L", "H", "row", "leaders"), "i32"),
-}
-OPTIONS = (
-    "lam_ptr",
-    "index_ptr",
-    "receivers_ptr",
-    "starts_ptr",
-    "boxes_ptr",
-    "scale_ptr",
-    "shift_ptr",
-)
-WIDTHS = {"u8": 8, "fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
-# FLAT, LAST_IN, LAST_OUT, BLOCK_C, BLOCK_L
-FLAT = (True, False, False, 1, 2048)
-FLAT_LAST = (True, True, True, 1, 2048)
-ROWS = (False, False, False, 1, 2048)
-TO_LAST = (False, False, True, 4, 512)
-FROM_LAST = (False, True, False, 32, 64)
-COMPILED = [
-    ("mixup_kernel", "bf16", "bf16", FLAT),
-    ("mixup_kernel", "u8", "bf16", FLAT_LAST),
-    ("mixup_kernel", "fp32", "fp32", ROWS),
-    ("mixup_kernel", "u8", "fp16", TO_LAST),
-    ("mixup_kernel", "fp64", "bf16", FROM_LAST),
-    ("mixup_cycles_kernel", "bf16", "bf16", FLAT),
-    ("mixup_cycles_kernel", "fp64", "fp64", FLAT_LAST),
-    ("mixup_cycles_kernel", "fp32", "fp32", ROWS),
-    ("mixup_backward_kernel", "bf16", "bf16", FLAT),
-    ("mixup_backward_kernel", "fp64", "fp64", FLAT),
-    ("mixup_backward_kernel", "fp32", "fp32", FLAT_LAST),
-    ("mixup_backward_kernel", "fp32", "fp16", TO_LAST),
-    ("mixup_backward_kernel", "bf16", "bf16", FROM_LAST),
-]
-
-
-# Of each kernel the most registers, and the plainest.
-EVERYWHERE = [c for c in COMPILED if "fp64" in c[1:3] or c[1:3] == ("bf16", "bf16")]
-
-
-@pytest.mark.parametrize("kernel", ["mixup_kernel", "mixup_cycles_kernel", "mixup_backward_kernel"])
-def test_compiles_without_options(kernel):
-    compile_and_check(kernel, "bf16", "bf16", FLAT, 90, OPTIONS)
-
-
-@pytest.mark.parametrize(("compiled", "architecture"), targets(COMPILED, EVERYWHERE))
-def test_compiles_without_spilling(compiled, architecture):
-    kernel, source, result, tiles = compiled
-    # Flat tiles with the channels apart know none.
-    missing = ("scale_ptr", "shift_ptr") if tiles == FLAT else ()
-    compile_and_check(kernel, source, result, tiles, architecture, missing)
-
-
-def compile_and_check(kernel, source, result, tiles, architecture, missing):
-    """`missing`: the pointers that are None."""
-    flat, last_in, last_out, block_c, block_l = tiles
-    compute = "fp64" if "fp64" in (source, result) else "fp32"
-    if compute == "fp64":
-        block_l //= 2
-    pointers = {"x_ptr": f"*{source}", "grad_ptr": f"*{source}", "y_ptr": f"*{result}"}
-    constants = {
-        "ONE_LAM": False,
-        "ONE_BOX": False,
-        "FLAT": flat,
-        "LAST_IN": last_in,
-        "LAST_OUT": last_out,
-        "WIDE": False,
-        "BLOCK_C": block_c,
-        "BLOCK_L": block_l,
-    }
-    values = {"scale_ptr": f"*{compute}", "shift_ptr": f"*{compute}"}
-    types = {
-        name: kind for name, kind in (TYPES | pointers | values).items() if name not in missing
-    }
-    names = getattr(kernels, kernel).arg_names
-    constants |= {name: None for name in missing if name in names}
-    compiled = compile_kernel(
-        f"reg_kernels.triton.mixup:{kernel}",
-        types,
-        constants,
-        architecture,
-        divisible=("x_ptr", "grad_ptr", "y_ptr", "size", "L"),
-    )
-    assert compiled["stack"] == 0
-    # 16 bytes a thread and access, or all of its elements, also where a box is cut out.
-    bits = {kind: block_c * block_l // 256 * WIDTHS[kind] for kind in (source, result)}
-    if not last_in or flat:
-        assert compiled["widest_load"] == min(128, bits[source])
-    if not last_out or flat:
-        assert compiled["widest_store"] == min(128, bits[result])

@@ -1,5 +1,5 @@
-"""The optimizer step's Triton kernels: every way through them against the reference, their parts by
-themselves, and ahead-of-time compiles."""
+"""The optimizer step's Triton kernels: every way through them against the reference, and their
+parts by themselves."""
 
 import itertools
 import math
@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 
-from reg_kernels._rng import TAG_ROUNDING
 from reg_kernels._tensor_table import CHUNK
 from reg_kernels.ops.optimizer_step import OP, Hyperparameters, StepLists
 
-from aot import ARCHITECTURES, compile_kernel
 from support import DEVICE, DTYPE_IDS, DTYPES, rng_state
 
 triton = pytest.importorskip("triton")
@@ -408,72 +406,3 @@ def test_other_types_have_nothing_to_round_stochastically():
     ours = case.run("triton")["params"]
     case.rounding = NEAREST
     assert torch.equal(ours[0], case.run("triton")["params"][0])
-
-
-# Ahead of time
-
-NUMBERS = ("lr", "decay_lr", "weight_decay", "l1", "beta1", "beta2", "eps", "ema_decay")
-OPTIONAL = {
-    **{"groups_ptr": "*fp64", "rates_ptr": "*fp32", "squares_ptr": "*fp64"},
-    **{"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "state_ptr": "*i64"},
-}
-ALWAYS = {
-    **{"table_ptr": "*i64", "count": "i32", "chunks": "i32", "flags": "i32"},
-    **{"squares_count": "i32", "max_norm": "fp64", "seed": "i64", "offset": "i64"},
-    **{"scratch_ptr": "*fp64"},
-    **dict.fromkeys(NUMBERS, "fp64"),
-}
-# Parameters, moments, rounding. float16 is as bfloat16 here.
-KINDS = [
-    ("fp64", "fp64", NEAREST),
-    ("fp32", "fp32", NEAREST),
-    ("fp32", "bf16", NEAREST),
-    *(("bf16", moments, r) for moments in ("bf16", "fp32") for r in (NEAREST, STOCHASTIC, KAHAN)),
-]
-# With each optional argument, and without one, which is compiled no worse but for some. Each kind
-# on one architecture; on the others the widest and what keeps the most registers.
-LAUNCHES = [(*kind, True, 90) for kind in KINDS]
-LAUNCHES += [(*kind, True, a) for kind in (*KINDS[:2], KINDS[-1]) for a in ARCHITECTURES if a != 90]
-LAUNCHES += [(*kind, False, 90) for kind in KINDS[:2] + KINDS[3:4]] + [
-    ("fp16", "fp16", KAHAN, True, 90)
-]
-
-
-@pytest.mark.parametrize(("dtype", "moments", "rounding", "everything", "architecture"), LAUNCHES)
-@algorithms
-def test_compiles_without_spilling(algorithm, dtype, moments, rounding, everything, architecture):
-    block = kernels._block(algorithm, dtype, moments, rounding)
-    result = compile_kernel(
-        "reg_kernels.triton.optimizer_step:optimizer_step_kernel",
-        ALWAYS | (OPTIONAL if everything else {}),
-        {
-            **{"ALGORITHM": algorithm, "DTYPE": dtype, "MOMENTS": moments, "ROUNDING": rounding},
-            **{"TAG": TAG_ROUNDING, "BLOCK": block},
-            **{"REST": kernels.REST, "STEPS": kernels.STEPS},
-            **({} if everything else dict.fromkeys(OPTIONAL)),
-        },
-        architecture,
-    )
-    assert result["stack"] == 0
-    # Programs of 256 threads: three a multiprocessor, in float64 two.
-    assert result["registers"] <= (128 if dtype == "fp64" else 80)
-    # 16 bytes a thread and access, although the addresses come from memory.
-    assert result["widest_load"] == result["widest_store"] == 128
-
-
-@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
-def test_averages_compile_without_spilling(dtype):
-    average = kernels.AVERAGE.value
-    result = compile_kernel(
-        "reg_kernels.triton.optimizer_step:optimizer_step_kernel",
-        ALWAYS | OPTIONAL,
-        {
-            **{"ALGORITHM": average, "DTYPE": dtype, "MOMENTS": dtype, "ROUNDING": NEAREST},
-            **{"TAG": TAG_ROUNDING, "REST": kernels.REST},
-            **{"BLOCK": kernels._block(average, dtype, dtype, NEAREST), "STEPS": kernels.STEPS},
-        },
-        90,
-    )
-    assert result["stack"] == 0
-    assert result["registers"] <= 80
-    assert result["widest_load"] == result["widest_store"] == 128

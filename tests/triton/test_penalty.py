@@ -1,5 +1,4 @@
-"""The penalties' Triton kernels: values and gradients in every way of loading, and ahead-of-time
-compiles."""
+"""The penalties' Triton kernels: values and gradients in every way of loading."""
 
 import math
 
@@ -9,7 +8,6 @@ import torch
 from reg_kernels import functional as F
 from reg_kernels._tensor_table import CHUNK, TensorTable, addresses, dtype_number
 
-from aot import compile_kernel, targets
 from support import DEVICE, DTYPE_IDS, DTYPES
 
 pytest.importorskip("triton")
@@ -131,32 +129,3 @@ def test_partial_sums_that_one_go_does_not_take(monkeypatch):
     x = values((3, 4, 5, 6, 7), torch.float64)
     truth = sum(float(t.abs().sum()) for t in x)
     assert sum_of(x, 1)[0] == pytest.approx(truth, rel=1e-15)
-
-
-NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
-
-
-@powers
-@pytest.mark.parametrize(
-    ("dtype", "architecture"), targets(DTYPES, [torch.float64, torch.bfloat16]), ids=str
-)
-def test_compiles_without_spilling(dtype, power, architecture):
-    pointers = {"table_ptr": "*i64", "count": "i32"}
-    constants = {"DTYPE": NAMES.get(dtype, "bf16"), "POWER": power, "BLOCK": kernels.BLOCK}
-    forward = compile_kernel(
-        "reg_kernels.triton.penalty:penalty_kernel",
-        {**pointers, "chunks": "i32", "sum_ptr": "*fp64", "scratch_ptr": "*fp64"},
-        {**constants, "PARTIALS": kernels.PARTIALS},
-        architecture,
-    )
-    backward = compile_kernel(
-        "reg_kernels.triton.penalty:penalty_backward_kernel",
-        {**pointers, "grad_output_ptr": "*fp64"},
-        constants,
-        architecture,
-    )
-    assert forward["stack"] == backward["stack"] == 0
-    assert forward["registers"] <= 64  # four programs of 256 threads a multiprocessor
-    # 16 bytes a thread and access, although the addresses come from memory.
-    assert forward["widest_load"] == backward["widest_load"] == 128
-    assert backward["widest_store"] == 128

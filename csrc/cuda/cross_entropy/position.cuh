@@ -141,7 +141,8 @@ __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntro
                                                                 int64_t stride) {
   using C = compute_t<T>;
   if (!a.has_probabilities()) return read_labels<kDense>(a, position, x, stride);
-  return {{-1, -1, 0, 0, static_cast<C>(1.0 / static_cast<double>(a.mean_of())), 0, false}, 0, 0};
+  return {
+      {-1, -1, 0, 0, static_cast<C>(1.0 / static_cast<double>(a.mean_of())), 0, false}, 0, 0, true};
 }
 
 // The loss of a position, and its statistics in their place. Without `dense` targets that and
@@ -173,7 +174,7 @@ template <typename C>
 struct Slope {
   C max, scale, smooth, ka, kb, factor;
   int64_t a, b;
-  bool counts;  // or all of the labels are ignored
+  bool counts;
 
   // `mass` of probabilities.
   __device__ Slope(const Position<C>& target, const SoftmaxSum<C>& softmax, bool probabilities,
@@ -186,7 +187,7 @@ struct Slope {
         factor(factor),
         a(target.terms.a),
         b(target.terms.b),
-        counts(probabilities || !target.terms.is_nothing()) {}
+        counts(target.counts) {}
 
   // In the order of LabelTerms::slope_of_label.
   __device__ C own(int64_t c) const { return (c == a ? ka : C(0)) + (c == b ? kb : C(0)); }

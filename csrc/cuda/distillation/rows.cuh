@@ -168,8 +168,11 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
   const C inverse_temperature = a.factors().inverse_temperature;
   double loss = 0;
   int turn = 0;
-  for (int64_t p = int64_t{blockIdx.x} * rows + row; p < a.positions; p += stride, turn ^= 1) {
-    const DistillationRow<S, T> logits(a, p * a.classes);
+  int64_t p = int64_t{blockIdx.x} * rows + row;
+  // Where its class 0 lies, carried along: the loops over classes would multiply it out again.
+  int64_t first = p * a.classes;
+  for (; p < a.positions; p += stride, first += stride * a.classes, turn ^= 1) {
+    const DistillationRow<S, T> logits(a, first);
     const KeptRow<S, T> kept(reinterpret_cast<unsigned char*>(shared + 1), room, logits);
     Position<C>& target = shared->targets[turn][row];
     if (thread == 0) target = read_labels(a, p, logits.data, 1);
@@ -190,12 +193,12 @@ __global__ void __launch_bounds__(kDistillationThreads<compute_t<S>>)
     if (a.gradient == nullptr) continue;
 
     const DistillationGradient<S, T> gradient(a, p, target, sums);
-    logits.each(
-        thread, threads, [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
-          const auto pair =
-              kept.has(c, kCount) ? kept.template get<kCount>(c) : load_pair(count, c);
-          store_classes(a.gradient + p * a.classes, c, a.classes, gradient.of_whole(c, pair));
-        });
+    logits.each(thread, threads,
+                [&]<int kCount>(std::integral_constant<int, kCount> count, int64_t c) {
+                  const auto pair =
+                      kept.has(c, kCount) ? kept.template get<kCount>(c) : load_pair(count, c);
+                  store_anywhere(a.gradient + first + c, gradient.of_whole(c, pair));
+                });
   }
   if (a.sum.loss) sum_losses(loss, a.sum, mean_of_nothing(a.target_sums().labels), &shared->loss);
 }

@@ -1,12 +1,10 @@
-// One element's dropout, shared by the CPU and the CUDA kernels.
+// A probability as the kernels use it, and a walk through channels; shared by CPU and CUDA.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "channel_layout.h"
-#include "dtypes.h"
-#include "philox.h"
 
 RK_NAMESPACE_BEGIN
 
@@ -24,13 +22,6 @@ struct DropoutRate {
     return {threshold, threshold ? 65536.0 / threshold : 0.0};
   }
 };
-
-// A dropped element is multiplied by zero, not replaced by it: NaN, Inf and the sign of zero come
-// out as torch's do.
-template <typename T>
-RK_HD T dropout_element(T x, bool keep, compute_t<T> scale) {
-  return store_product<T>(load(x) * (keep ? scale : compute_t<T>(0)));
-}
 
 // Channel dropout draws once a channel. This walks the mask index n * C + c along memory, with two
 // divisions at the start and none after it. Index is 32 bits wide where the tensor allows it: a GPU

@@ -15,6 +15,8 @@
 
 #include "channel_layout.h"
 #include "dropout_math.h"
+#include "dtypes.h"
+#include "philox.h"
 
 RK_NAMESPACE_BEGIN
 

@@ -54,7 +54,8 @@ __device__ __forceinline__ int64_t start_of(int64_t position, int64_t classes, i
 template <typename C>
 struct Position {
   LabelTerms<C> terms;
-  C x_a, x_b;  // the labels' logits
+  C x_a, x_b;   // the labels' logits
+  bool counts;  // or all of its labels are ignored; each vector would find that out again
 };
 
 // `x` is the position's class 0, and its classes are `stride` apart.
@@ -74,6 +75,7 @@ __device__ __forceinline__ Position<compute_t<T>> read_labels(const LossArgument
       LabelTerms<C>::template at<kSmooths>(a.labels, sums.labels, a.weight, sums.weights, position);
   if (result.terms.a >= 0) result.x_a = load(x[result.terms.a * stride]);
   if (result.terms.b >= 0) result.x_b = load(x[result.terms.b * stride]);
+  result.counts = !result.terms.is_nothing();
   return result;
 }
 

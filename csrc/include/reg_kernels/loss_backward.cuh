@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 template <typename Gradient>
 __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
     planes_backward_kernel(typename Gradient::Arguments a, int64_t some) {
+  using Logits = typename Gradient::Arguments::template Logits<1>;
   constexpr int kLoads = Gradient::kClassLoads;
   const int threads = blockDim.x;
   const int64_t classes = a.classes, length = a.length;
@@ -55,17 +56,20 @@ __global__ void __launch_bounds__(kPlaneThreads, kPlaneBlocks)
        position += int64_t{gridDim.x} * threads) {
     const int64_t first = start_of(position, classes, length);
     const Gradient gradient(a, position, a.x + first, length);
+    // How many are left as an int, where class c lies carried along, and something in the place of
+    // what is missing: that takes a third fewer instructions, and fewer registers.
+    int64_t at = first + begin * length;
     RK_NO_UNROLL
-    for (int64_t c = begin; c < end; c += kLoads) {
-      typename Gradient::Arguments::template Logits<1> logits[kLoads];
+    for (int64_t c = begin; c < end; c += kLoads, at += kLoads * length) {
+      const auto count = static_cast<int>(min(end - c, kLoads));
+      Logits logits[kLoads];
       RK_UNROLL
       for (int k = 0; k < kLoads; ++k) {
-        if (c + k < end) logits[k] = a.load_class(first + (c + k) * length);
+        logits[k] = k < count ? a.load_class(at + k * length) : Logits{};
       }
       RK_UNROLL
       for (int k = 0; k < kLoads; ++k) {
-        if (c + k >= end) continue;
-        a.gradient[first + (c + k) * length] = gradient.of_class(c + k, length, logits[k]);
+        if (k < count) a.gradient[at + k * length] = gradient.of_class(c + k, length, logits[k]);
       }
     }
   }

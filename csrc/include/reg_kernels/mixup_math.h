@@ -39,9 +39,6 @@ struct MixupBox {
 
   RK_HD bool is_empty() const { return x1 >= x2 || y1 >= y2; }
   RK_HD bool has_row(int64_t row) const { return row >= y1 && row < y2; }
-  RK_HD bool contains(int64_t row, int64_t column) const {
-    return has_row(row) && column >= x1 && column < x2;
-  }
   RK_HD bool fits(int64_t height, int64_t width) const {
     return 0 <= x1 && x1 <= x2 && x2 <= width && 0 <= y1 && y1 <= y2 && y2 <= height;
   }

@@ -64,6 +64,15 @@ __device__ __forceinline__ Vector<T, kCount> load_logits(const T* row, int64_t c
   return load_classes<kCount>(row, c, classes, store<T>(kNoLogit<compute_t<T>>));
 }
 
+// All of a vector, on a boundary or not.
+template <int kCount, typename T>
+__device__ __forceinline__ void store_anywhere(T* at, const Vector<T, kCount>& value) {
+  constexpr uintptr_t kAligned = kAlignment<kCount * sizeof(T)>;
+  if (reinterpret_cast<uintptr_t>(at) % kAligned == 0) return store_at_once(at, value);
+  RK_UNROLL
+  for (int i = 0; i < kCount; ++i) at[i] = value.v[i];
+}
+
 template <int kCount, typename T>
 __device__ __forceinline__ void store_classes(T* row, int64_t c, int64_t classes,
                                               const Vector<T, kCount>& value) {

@@ -71,15 +71,21 @@ __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& va
   }
 }
 
-// The same in one STG.128, come what may: nvcc takes some plain stores apart into four STG.32. The
-// loads and stores around it keep their order: none is moved past it.
+// The same in one STG.128 or STG.64, come what may: nvcc takes some plain stores apart into STG.32.
+// The loads and stores around it keep their order: none is moved past it.
 template <typename T, int kCount>
 __device__ __forceinline__ void store_at_once(T* data, const Vector<T, kCount>& value) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (kCount * sizeof(T) == kVectorBytes) {
-    const auto bits = bit_cast<VectorBits>(value);
-    __stwb(reinterpret_cast<uint4*>(in_global_memory(data)),
-           make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
+  constexpr int kBytes = kCount * sizeof(T);
+  if constexpr (kBytes == 8 || kBytes == kVectorBytes) {
+    const auto bits = bit_cast<Bits<kBytes>>(value);
+    data = in_global_memory(data);
+    if constexpr (kBytes == 8) {
+      __stwb(reinterpret_cast<uint2*>(data), make_uint2(bits.w[0], bits.w[1]));
+    } else {
+      __stwb(reinterpret_cast<uint4*>(data),
+             make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
+    }
     return;
   }
 #endif

@@ -12,6 +12,8 @@ struct Dropout {
   static constexpr bool kReadsDropped = true;
   static constexpr bool kAdds = false;
 
+  // A dropped element is multiplied by zero, not replaced by it: NaN, Inf and the sign of zero come
+  // out as torch's do.
   template <typename T>
   static RK_HD T element(T x, compute_t<T> scale) {
     return store_product<T>(load(x) * scale);

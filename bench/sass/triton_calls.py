@@ -1,0 +1,186 @@
+"""The calls whose launches are compiled: of each op, on large inputs of one dtype."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reg_kernels.functional as F
+from reg_kernels import backends, optim
+from reg_kernels._mixed_target import MixedTarget
+from reg_kernels.cases import all_cases
+
+BACKEND = "triton"
+Call = tuple[str, Callable[[], Any]]  # what it is called, and the call
+
+IMAGES = (8, 64, 32, 32)
+LAYOUTS = ((False, "contiguous"), (True, "channels_last"))
+
+
+def _values(dtype: torch.dtype, *shape: int, last: bool = False) -> Tensor:
+    x = torch.zeros(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    return x.requires_grad_()
+
+
+def _both(y: Tensor) -> None:
+    y.backward(torch.full_like(y, 0.5))  # not 1, which asks for no rescaling
+
+
+def _dropout(dtype: torch.dtype) -> Iterator[Call]:
+    yield "1d", lambda: F.dropout(_values(dtype, 2**16), backend=BACKEND)
+    for last, layout in LAYOUTS:
+        x = _values(dtype, *IMAGES, last=last)
+        yield f"2d {layout}", lambda x=x: F.dropout2d(x, backend=BACKEND)
+
+
+def _penalty(dtype: torch.dtype) -> Iterator[Call]:
+    for name, penalty in (("l1", F.l1_penalty), ("l2", F.l2_penalty)):
+        x = _values(dtype, 2**16)
+        yield name, lambda penalty=penalty, x=x: _both(penalty([x], backend=BACKEND))
+
+
+class _OnDevice(Tensor):
+    """A learning rate that a step takes for one on the GPU."""
+
+    is_cuda = True
+
+
+def _optimizer_step(dtype: torch.dtype) -> Iterator[Call]:
+    def step(kind: Any, everything: bool = False, **options: Any) -> None:
+        """One of two groups, and of what is only averaged, with all that a launch may be handed."""
+        params = [torch.nn.Parameter(_values(dtype, 2**16).detach()) for _ in range(3)]
+        for parameter in params[:2]:
+            parameter.grad = torch.zeros_like(parameter)
+        groups: list[Any] = [{"params": params[:1]}]
+        if everything:
+            groups[0]["lr"] = torch.tensor(0.1).as_subclass(_OnDevice)
+            groups.append({"params": params[1:]})
+            options |= {"ema_decay": 0.9, "max_grad_norm": 1.0, "l1": 0.1}
+        optimizer = kind(groups, **options, backend=BACKEND)
+        if everything:
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
+        optimizer.step()
+
+    def capture() -> None:
+        """What a step launches besides where its lr is on the device and a graph is captured."""
+        from reg_kernels.triton import optimizer_step
+
+        row = [0.0] * optimizer_step.NUMBERS
+        optimizer_step._on_device([row], [0], torch.device("cpu"), capturing=True)
+
+    roundings = ["nearest"]
+    roundings += ["kahan"] if dtype.itemsize == 2 else []
+    roundings += ["stochastic"] if dtype == torch.bfloat16 else []
+    moments = {2: [None, torch.float32], 4: [None, torch.bfloat16]}.get(dtype.itemsize, [None])
+    for name, kind, own in (
+        ("adamw", optim.AdamW, {"lr": 0.1}),
+        ("sgdw", optim.SGDW, {"lr": 0.1, "momentum": 0.9}),
+    ):
+        for rounding, state in itertools.product(roundings, moments):
+            options = {**own, "rounding": rounding, "state_dtype": state}
+            words = [name, rounding] if rounding != "nearest" else [name]
+            words += [f"moments {str(state).removeprefix('torch.')}"] if state else []
+            for everything in (False, True):
+                yield (
+                    " ".join([*words, "everything"] if everything else words),
+                    lambda kind=kind, options=options, everything=everything: step(
+                        kind, everything, **options
+                    ),
+                )
+    yield "capture", capture
+
+
+def _mixup(dtype: torch.dtype) -> Iterator[Call]:
+    index, lam = torch.arange(8).roll(1), torch.rand(8)
+
+    def mix(last: bool = False, **options: Any) -> Tensor:
+        x = _values(dtype, *IMAGES, last=last)
+        x = x.detach() if "inplace" in options else x
+        return F.mixup(x, lam, index, **options, backend=BACKEND)
+
+    for last, layout in LAYOUTS:
+        yield f"mixup {layout}", lambda last=last: _both(mix(last))
+    to_last = {"memory_format": torch.channels_last}
+    yield "mixup contiguous to channels_last", lambda: _both(mix(**to_last))
+    yield "mixup in place", lambda: mix(inplace=True)
+
+
+def _batch_norm(dtype: torch.dtype) -> Iterator[Call]:
+    small, large = (32, 64, 16, 16), (64, 64, 56, 56)
+
+    def norm(shape: tuple[int, ...], last: bool, training: bool) -> None:
+        parameters = dtype if dtype == torch.float64 else torch.float32
+        zero, one = torch.zeros(64, dtype=parameters), torch.ones(64, dtype=parameters)
+        weight = one.clone().requires_grad_()
+        x = _values(dtype, *shape, last=last)
+        _both(F.batch_norm(x, zero, one, weight, zero, training, backend=BACKEND))
+
+    for name, *arguments in (
+        ("training small contiguous", small, False, True),
+        ("training large contiguous", large, False, True),
+        ("training large channels_last", large, True, True),
+        ("inference large contiguous", large, False, False),
+    ):
+        yield name, lambda arguments=arguments: norm(*arguments)
+
+
+def _loss(dtype: torch.dtype, loss: Callable[..., Tensor]) -> Iterator[Call]:
+    labels = torch.zeros(256, dtype=torch.int64)
+
+    def of(*shape: int, target: Any = labels, **options: Any) -> Callable[[], None]:
+        return lambda: _both(loss(_values(dtype, *shape), target, **options, backend=BACKEND))
+
+    yield "1000 classes", of(256, 1000)
+    yield "32000 classes", of(256, 32000)
+    yield "of each", of(256, 1000, reduction="none")  # its gradient is made in the backward
+    yield "planes", of(*IMAGES, target=torch.zeros(8, 32, 32, dtype=torch.int64))
+    yield "mixed", of(256, 1000, target=MixedTarget(labels, labels, torch.rand(256), 0.1))
+
+
+def _distillation(x: Tensor, target: Any, **options: Any) -> Tensor:
+    return F.distillation_loss(x, x.detach(), target, **options)
+
+
+CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
+    "batch_norm": _batch_norm,
+    "cross_entropy": lambda dtype: _loss(dtype, F.cross_entropy),
+    "distillation": lambda dtype: _loss(dtype, _distillation),
+    "dropout": _dropout,
+    "mixup": _mixup,
+    "optimizer_step": _optimizer_step,
+    "penalty": _penalty,
+}
+
+
+def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
+    """Those of the op's large cases, with their gradients."""
+
+    def run(case: Any) -> None:
+        inputs = case.inputs(torch.device("cpu"), dtype)
+        y = case.function(*[x.requires_grad_(case.differentiable) for x in inputs], backend=BACKEND)
+        if y.requires_grad:
+            _both(y)
+
+    for case in all_cases():
+        if not case.small and re.fullmatch(rf"(feature_)?{op}(_|_inference|_backward)?", case.op):
+            yield f"{case.op}[{case.name}]", lambda case=case: run(case)
+
+
+def calls(op: str, dtype: torch.dtype) -> Iterator[Call]:
+    """Those that stand for an op in the table. An op of a family that others stand for has none."""
+    yield from CALLS[op](dtype) if op in CALLS else ()
+
+
+def some_calls(op: str, dtype: torch.dtype, architecture: int) -> list[Call]:
+    """Of those and of its cases enough to see what spills: those in every dtype and a case in every
+    other one; on other architectures than sm_90 each in one of them."""
+    stand_for_it, turn = list(calls(op, dtype)), backends.DTYPES.index(dtype)
+    if architecture == 90:
+        return stand_for_it + list(of_cases(op, dtype))[turn % 2 :: 2]
+    return (stand_for_it + list(of_cases(op, dtype)))[turn::4]

@@ -1,0 +1,95 @@
+"""What a base install, of torch alone, does without, and what it says of it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from reg_kernels import _extras, bench
+from reg_kernels.bench import _environment
+from reg_kernels.cli import COMMANDS, main
+
+from support import run_program
+
+# A module that is None in sys.modules is as one that is not installed.
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("numpy", "rich", "matplotlib", "sklearn", "triton")))
+import torch
+"""
+USE = """
+import reg_kernels
+from reg_kernels import augment, bench, functional, nn, optim
+
+model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.Dropout(0.5))
+model = reg_kernels.convert(torch.nn.Sequential(model, torch.nn.Flatten()), fuse=True)
+model.append(torch.nn.Linear(12, 5))
+optimizer = optim.AdamW(optim.param_groups(model, weight_decay=0.1), max_grad_norm=1.0)
+mixup = augment.Mixup(0.2, num_classes=5)
+images, target = mixup(torch.ones(4, 3, 2, 2), torch.arange(4))
+nn.CrossEntropyLoss()(model(images), target).backward()
+optimizer.step()
+print("works")
+"""
+INFO = """
+from reg_kernels.cli import main
+
+sys.exit(main(["info"]))
+"""
+
+
+def test_torch_alone_is_enough_for_the_package_and_info_says_what_to_install():
+    done = run_program([sys.executable, "-c", WITHOUT + USE + INFO])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("works\n")
+    assert "extra cli:    lacks rich: pip install 'reg_kernels[cli]'\n" in done.stdout
+    lacking = "matplotlib, numpy, rich, sklearn"
+    assert f"extra train:  lacks {lacking}: pip install 'reg_kernels[train]'\n" in done.stdout
+    assert "  triton      no: triton is not installed\n" in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name, of in COMMANDS.items() if of.extra])
+def test_a_command_names_the_extra_that_it_lacks(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    remedy = f"pip install 'reg_kernels[{COMMANDS[command].extra}]'"
+    assert error == f"reg-kernels {command}: it needs rich, not installed here: {remedy}\n"
+
+
+def test_a_plot_names_the_extra_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # which a chart is drawn without
+    for name, value in _environment.ALLOCATOR.items():
+        monkeypatch.setenv(name, value)  # or it would become another process
+    monkeypatch.setattr(bench, "all_cases", lambda scope: [argparse.Namespace(op="dropout")])
+    words = ["--device", "cpu", "--op", "dropout", "--plot", str(tmp_path / "chart.png")]
+    assert main(["bench", *words]) == 2
+    remedy = "pip install 'reg_kernels[train]'"
+    expected = f"reg-kernels bench: --plot needs matplotlib, not installed here: {remedy}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_extras_are_those_of_the_package():
+    """And the base install is torch alone."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+
+    def names(requirements: list[str]) -> list[str]:
+        found = sorted(re.match(r"[\w-]+", requirement)[0] for requirement in requirements)
+        return [name.replace("scikit-learn", "sklearn") for name in found]
+
+    assert names(project["dependencies"]) == ["torch"]
+    optional = project["optional-dependencies"]
+    for extra, modules in _extras.EXTRAS.items():
+        assert names(optional[extra]) == sorted(modules)
+        assert set(modules) <= set(names(optional["dev"]))
