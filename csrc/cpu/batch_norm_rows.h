@@ -46,11 +46,11 @@ int64_t channel_of(const BatchNormTask& task, int64_t column) {
   return task.channels_last ? column % task.channels : column / task.length;
 }
 
-// The rows of a unit that make up a tile: those that lie side by side, with no other strip between
-// them. One alone where a gate or a residual takes room in the first-level cache as well.
-RK_HD int64_t rows_of_tile(const BatchNormTask& task, const RowUnit& part, bool forward) {
-  const bool roomy = forward || (!task.residual && !task.gate);
-  return roomy && part.columns == task.plan.columns ? max(1, kTile / part.columns) : 1;
+// The rows of a unit that make up a tile of a forward: those that lie side by side, with no other
+// strip between them. A backward has six constants a column, which would leave the first-level
+// cache too little room.
+RK_HD int64_t rows_of_tile(const BatchNormTask& task, const RowUnit& part) {
+  return part.columns == task.plan.columns ? max(1, kTile / part.columns) : 1;
 }
 
 // The channel constants of a strip's columns, in the compute type, for so many rows side by side.
@@ -186,26 +186,23 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   const Typed<T> typed(task);
-  const int64_t side = rows_of_tile(task, part, false) >= kRowsAtOnce ? kRowsAtOnce : 1;
-  const StripConstants<C> constants(task, part, 3, side);
+  const StripConstants<C> constants(task, part, 3, 1);
   alignas(64) C buffer[kRowsAtOnce][kTile];
   alignas(64) uint8_t space[kBlock + 8];
   const int64_t stride = plan.columns;
 
   // `rows` rows, at most kRowsAtOnce; `flags` of the first one's first column, or null.
   const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
-                       double* d_sum, double* dx_sum) RK_STAGE {
+                       double* d_sum, double* dx_sum) {
     const int64_t lead = rows_ahead<T>(columns) * stride;
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = min(kTile, columns - j);
       const ChannelColumns<C> p = constants.from(j);
       const int64_t first = row * stride + part.first_column + j;
       const C* d[kRowsAtOnce];
-      const int64_t step = rows == kRowsAtOnce ? side : 1;
-      for (int64_t r = 0; r < rows; r += step) {
+      for (int64_t r = 0; r < rows; ++r) {
         const uint8_t* tile = flags ? flags + r * part.columns + j : nullptr;
-        d[r] = typed.gradient_tile(p, first + r * stride, step * n, lead, tile, buffer[r]);
-        for (int64_t k = 1; k < step; ++k) d[r + k] = d[r] + k * n;
+        d[r] = typed.gradient_tile(p, first + r * stride, n, lead, tile, buffer[r]);
       }
       const T *x = typed.x + first, *g = typed.grad_output + first;
       double *s = d_sum + j, *q = dx_sum + j;
@@ -269,7 +266,7 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   Typed<T> typed(task);
-  const int64_t tile = typed.tile(kForward), side = rows_of_tile(task, part, kForward);
+  const int64_t tile = typed.tile(kForward), side = kForward ? rows_of_tile(task, part) : 1;
   const StripConstants<C> constants(task, part, kForward ? 3 : 6, side);
   alignas(64) uint8_t space[kBlock + 8];
 
