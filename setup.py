@@ -7,7 +7,7 @@ REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is foun
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
 REG_KERNELS_ISA        all (default): the CPU kernels for each instruction set, the best of which is
                        chosen when they are loaded; native: for this machine's best alone, in
-                       half the time.
+                       less than half the time.
 REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own, and
                        no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).

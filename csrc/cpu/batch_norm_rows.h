@@ -46,20 +46,13 @@ int64_t channel_of(const BatchNormTask& task, int64_t column) {
   return task.channels_last ? column % task.channels : column / task.length;
 }
 
-// The rows of a unit that make up a tile of a forward: those that lie side by side, with no other
-// strip between them. A backward has six constants a column, which would leave the first-level
-// cache too little room.
-RK_HD int64_t rows_of_tile(const BatchNormTask& task, const RowUnit& part) {
-  return part.columns == task.plan.columns ? max(1, kTile / part.columns) : 1;
-}
-
-// The channel constants of a strip's columns, in the compute type, for so many rows side by side.
+// The channel constants of a strip's columns, in the compute type.
 template <typename C>
 struct StripConstants {
   alignas(64) C values[6][kColumns];
 
   // `kinds`: 3 for the affine ones, 6 with the gradient's.
-  StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds, int64_t rows) {
+  StripConstants(const BatchNormTask& task, const RowUnit& part, int kinds) {
     const int64_t first = channel_of(task, part.first_column);
     for (int kind = 0; kind < kinds; ++kind) {
       const double* from = (kind < 3 ? task.affine : task.gradient) + kind % 3 * task.channels;
@@ -77,7 +70,6 @@ struct StripConstants {
           for (int64_t i = 0; i < task.length; ++i) to[j + i] = value;
         }
       }
-      for (int64_t j = part.columns; j < rows * part.columns; ++j) to[j] = to[j - part.columns];
     }
   }
 
@@ -186,7 +178,7 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   const Typed<T> typed(task);
-  const StripConstants<C> constants(task, part, 3, 1);
+  const StripConstants<C> constants(task, part, 3);
   alignas(64) C buffer[kRowsAtOnce][kTile];
   alignas(64) uint8_t space[kBlock + 8];
   const int64_t stride = plan.columns;
@@ -266,19 +258,17 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   Typed<T> typed(task);
-  const int64_t tile = typed.tile(kForward), side = kForward ? rows_of_tile(task, part) : 1;
-  const StripConstants<C> constants(task, part, kForward ? 3 : 6, side);
+  const StripConstants<C> constants(task, part, kForward ? 3 : 6);
   alignas(64) uint8_t space[kBlock + 8];
 
-  const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
+  const auto map = [&](int64_t row, int64_t rows, int64_t columns) {
     uint8_t* bits = part.bits(task, row);
     const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
     if (!kForward && bits) unpack_bits(bits, count, space);
-    for (int64_t r = 0; r < rows; r += side) {
-      const int64_t beside = (min(side, rows - r) - 1) * part.columns + columns;
-      for (int64_t j = 0; j < beside; j += tile) {
-        const int64_t n = min(tile, beside - j);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < columns; j += kTile) {
+        const int64_t n = min(kTile, columns - j);
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
         uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
         if constexpr (kForward) {

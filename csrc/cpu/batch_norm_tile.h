@@ -1,13 +1,15 @@
-// What BatchNorm does to a tile: elements that lie side by side.
+// What BatchNorm does to a tile: up to kTile elements that lie side by side.
 //
 // Everything but the plain cases goes through the first-level cache, one stage after the other, so
-// that the stages (batch_norm_stages.h) need not be compiled in every combination.
+// that the stages need not be compiled in every combination.
 #pragma once
 
 #include "batch_norm.h"
-#include "batch_norm_stages.h"
+#include "lanes.h"
 #include "random.h"
+#include "reg_kernels/batch_norm_math.h"
 #include "reg_kernels/dropout_math.h"
+#include "stream.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -17,13 +19,47 @@ constexpr int64_t kBlock = 16384;  // elements of a block: its gate is packed, i
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
-// A task with its types, and what is done to a tile in storage order.
+// Channel constants of a tile: one set for all of its elements, or a column of each.
+template <typename C>
+struct OneChannel {
+  ChannelAffine<C> affine;
+  ChannelGradient<C> gradient;
+
+  RK_HD C apply(C x, int64_t) const { return affine(x); }
+  RK_HD C input_gradient(C d, C x, int64_t) const { return gradient(d, x); }
+  RK_HD C frozen_gradient(C d, int64_t) const { return d * gradient.k1; }
+};
+
+template <typename C>
+struct ChannelColumns {
+  const C *shift, *scale, *offset, *k1, *k2, *k3;
+
+  RK_HD C apply(C x, int64_t i) const { return ChannelAffine<C>{shift[i], scale[i], offset[i]}(x); }
+  RK_HD C input_gradient(C d, C x, int64_t i) const {
+    return ChannelGradient<C>{shift[i], k1[i], k2[i], k3[i]}(d, x);
+  }
+  RK_HD C frozen_gradient(C d, int64_t i) const { return d * k1[i]; }
+  RK_HD ChannelColumns from(int64_t i) const {
+    return {shift + i, scale + i, offset + i, k1 + i, k2 + i, k3 + i};
+  }
+};
+
+template <typename T>
+struct Prefetch {
+  const T *x, *also;  // also: or null
+  int64_t lead;
+
+  RK_HD void operator()(int64_t i, int64_t count) const {
+    if (lead == 0) return;
+    prefetch(x + i + lead, count);
+    if (also) prefetch(also + i + lead, count);
+  }
+};
+
+// A task with its types, and what is done to a tile of up to kTile elements in storage order.
 template <typename T>
 struct Typed {
   using C = compute_t<T>;
-  using L = loop_t<T>;
-  static constexpr bool kWidens = sizeof(L) != sizeof(T);
-  static constexpr int64_t kWide = kWidens ? kTile : 1;  // of a buffer that those need alone
 
   const BatchNormTask& task;
   const T *x, *residual, *grad_output;
@@ -55,50 +91,23 @@ struct Typed {
     if (task.stream) stream_fence();
   }
 
-  // Elements of a tile at the most: few enough to stay in the first-level cache from one stage to
-  // the next, or more where there is one loop alone.
-  int64_t tile(bool forward) const {
-    const bool alone = forward
-                           ? !kWidens && !residual && !drops
-                           : sizeof(T) == sizeof(C) && activation == Activation::none && !task.gate;
-    return alone ? kColumns : kTile;
-  }
-
-  // Elements as loops read them: where they lie, or widened into a buffer, which asks for those
-  // ahead.
-  static const L* as_loops_read(const T* from, int64_t count, [[maybe_unused]] C* buffer,
-                                [[maybe_unused]] const Prefetch<T>& ahead) {
-    if constexpr (kWidens) {
-      widen(from, count, buffer, ahead);
-      return buffer;
-    } else {
-      return from;
-    }
-  }
-
-  // to[i] = from[i], rounded.
-  RK_HD void write_rounded(const C* from, int64_t count, T* to, const Prefetch<T>& ahead) const {
-    write_each(to, count, task.stream, Narrowed<T>{from}, ahead);
-  }
-
-  // What is left to ask for once they are read.
-  static Prefetch<L> after_reading([[maybe_unused]] const Prefetch<T>& ahead) {
-    if constexpr (kWidens) {
-      return {};
-    } else {
-      return ahead;
-    }
-  }
-
-  // What the activation is applied to. Here and below, `lead` is how many elements on from these to
-  // prefetch the same tensors, 0 for not at all.
+  // z, what the activation is applied to. Here and below, `lead` is how many elements on from these
+  // to prefetch the same tensors, 0 for not at all.
   template <typename P>
   RK_HD void preactivation(const P& p, int64_t first, int64_t count, int64_t lead, C* z) const {
-    const T *from = x + first, *added = residual ? residual + first : nullptr;
-    alignas(64) C wide[kWide];
-    const L* values = as_loops_read(from, count, z, {from, added, lead});
-    const L* beside = added ? as_loops_read(added, count, wide, {}) : nullptr;
-    preactivate<L>(p, values, beside, count, z, kWidens ? 0 : lead);
+    const T *from = x + first, *added = residual + first;
+    if (residual) {
+      write_each(
+          z, count, false,
+          [=](int64_t i)
+              __attribute__((always_inline)) { return p.apply(load(from[i]), i) + load(added[i]); },
+          Prefetch<T>{from, added, lead});
+    } else {
+      write_each(
+          z, count, false,
+          [=](int64_t i) __attribute__((always_inline)) { return p.apply(load(from[i]), i); },
+          Prefetch<T>{from, nullptr, lead});
+    }
   }
 
   // y and, where `flags` is not null, its gate.
@@ -106,55 +115,108 @@ struct Typed {
   void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
     const T* from = x + first;
     if (!residual && !drops) {
-      if constexpr (kWidens) {
-        alignas(64) C wide[kWide];
-        widen(from, count, wide, Prefetch<T>{from, nullptr, lead});
-        map_activated<L>(p, activation, slope, wide, count, wide, false, 0);
-        narrow(wide, count, y + first, task.stream, Prefetch<T>{});
-      } else {
-        map_activated<L>(p, activation, slope, from, count, y + first, task.stream, lead);
-      }
+      const C below = slope;
+      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+        write_each(
+            y + first, count, task.stream,
+            [=](int64_t i) __attribute__((always_inline)) {
+              return store<T>(activate<kActivation>(p.apply(load(from[i]), i), below));
+            },
+            Prefetch<T>{from, nullptr, lead});
+      });
       return;
     }
     alignas(64) C z[kTile];
     preactivation(p, first, count, lead, z);
-    activate_tile(activation, slope, drops, count, z, flags);
+    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+      if (flags) {
+        for (int64_t i = 0; i < count; ++i) {
+          flags[i] = kActivation == Activation::relu         ? !(z[i] <= C(0))
+                     : kActivation == Activation::leaky_relu ? drops || z[i] > C(0)
+                                                             : true;
+        }
+      }
+      if constexpr (kActivation != Activation::none) {
+        const C below = slope;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], below);
+      }
+    });
     if (drops) {
       const uint16_t* drawn = draws.fill(rng, first, count);
-      drop_tile(drawn, last_kept, task.threshold != 0, scale, count, z, flags);
+      const uint16_t last = last_kept;
+      const C kept = scale;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
+      if (flags) {
+        const bool any = task.threshold != 0;
+        for (int64_t i = 0; i < count; ++i) flags[i] &= any && drawn[i] <= last;
+      }
     }
-    write_rounded(z, count, y + first, Prefetch<T>{});
+    const C* source = z;
+    write_each(y + first, count, task.stream,
+               [=](int64_t i) __attribute__((always_inline)) { return store<T>(source[i]); });
   }
 
   // The gradient behind the activation, in `buffer` or where it lies already.
   template <typename P>
   RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                                const uint8_t* flags, C* buffer) const {
-    const T* given = grad_output + first;
-    const bool plain = activation == Activation::none && !flags;
+    const T* from = grad_output + first;
     if constexpr (sizeof(T) == sizeof(C)) {
-      if (plain) return given;
+      if (activation == Activation::none && !flags) return from;
     }
-    const Prefetch<T> ahead{given, x + first, lead};
-    const L* grad = as_loops_read(given, count, buffer, ahead);
-    if (kWidens && plain) return buffer;
+    const C passed = scale, below = slope;
+    const Prefetch<T> ahead{from, x + first, lead};
     if (!flags && !residual) {
-      alignas(64) C wide[kWide];
-      const L* from = as_loops_read(x + first, count, wide, {});
-      differentiate<L>(p, activation, slope, grad, from, count, buffer, kWidens ? 0 : lead);
+      const T* values = x + first;
+      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+        write_each(
+            buffer, count, false,
+            [=](int64_t i) __attribute__((always_inline)) {
+              const C g = load(from[i]);
+              if constexpr (kActivation == Activation::none) return g;
+              const C z = p.apply(load(values[i]), i);
+              if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
+              return g * activation_derivative<kActivation>(z, below);
+            },
+            ahead);
+      });
       return buffer;
     }
-    if (flags) {
-      const C stopped = activation == Activation::leaky_relu && !drops ? slope : C(0);
-      pass_gate<L>(flags, activation == Activation::relu, scale, stopped, grad, count, buffer,
-                   after_reading(ahead));
-    } else if (!kWidens) {
-      widen(given, count, buffer, ahead);
+    if (!flags) {
+      write_each(
+          buffer, count, false,
+          [=](int64_t i) __attribute__((always_inline)) { return load(from[i]); }, ahead);
+    } else if (activation == Activation::relu) {
+      write_each(
+          buffer, count, false,
+          [=](int64_t i)
+              __attribute__((always_inline)) { return flags[i] ? load(from[i]) * passed : C(0); },
+          ahead);
+    } else {
+      const C stopped = activation == Activation::leaky_relu && !drops ? below : C(0);
+      write_each(
+          buffer, count, false,
+          [=](int64_t i) __attribute__((always_inline)) {
+            return load(from[i]) * (flags[i] ? passed : stopped);
+          },
+          ahead);
     }
     if (!needs_preactivation(activation, flags != nullptr, drops)) return buffer;
     alignas(64) C z[kTile];
     preactivation(p, first, count, residual ? lead : 0, z);
-    chain_derivative(activation, slope, z, count, buffer);
+    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+      if constexpr (kActivation == Activation::relu) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) buffer[i] = z[i] <= C(0) ? C(0) : buffer[i];
+      } else if constexpr (kActivation != Activation::none) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          buffer[i] *= activation_derivative<kActivation>(z[i], below);
+        }
+      }
+    });
     return buffer;
   }
 
@@ -167,17 +229,24 @@ struct Typed {
     // A tile of its own has prefetched already.
     Prefetch<T> ahead{grad_output + first, from, d == buffer ? 0 : lead};
     if (grad_residual) {
-      write_rounded(d, count, grad_residual + first, ahead);
+      write_each(
+          grad_residual + first, count, task.stream,
+          [=](int64_t i) __attribute__((always_inline)) { return store<T>(d[i]); }, ahead);
       ahead.lead = 0;
     }
-    if (!grad_input) return;
-    alignas(64) C wide[kWide];
-    const L* values = as_loops_read(from, count, wide, ahead);
-    if constexpr (kWidens) {
-      input_gradient<L>(p, task.training, d, values, count, wide, false, {});
-      narrow(wide, count, grad_input + first, task.stream, Prefetch<T>{});
-    } else {
-      input_gradient<L>(p, task.training, d, values, count, grad_input + first, task.stream, ahead);
+    if (grad_input && task.training) {
+      write_each(
+          grad_input + first, count, task.stream,
+          [=](int64_t i) __attribute__((always_inline)) {
+            return store<T>(p.input_gradient(d[i], load(from[i]), i));
+          },
+          ahead);
+    } else if (grad_input) {
+      write_each(
+          grad_input + first, count, task.stream,
+          [=](int64_t i)
+              __attribute__((always_inline)) { return store<T>(p.frozen_gradient(d[i], i)); },
+          ahead);
     }
   }
 };
