@@ -26,6 +26,9 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 
 .PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare sass-report gpu-report clean
 
+# Of the CPU kernels those that this machine runs, unless told otherwise: the other instruction
+# sets' would double the time. Whatever needs them (test, bench, build) adds them.
+demo: export REG_KERNELS_ISA ?= native
 demo: build
 	$(PY) -m reg_kernels train --data digits --out runs/digits
 
@@ -66,10 +69,11 @@ docs: $(READY)
 	@echo "wrote build/docs/README.html"
 
 # The dependencies first and without a build of their own; `build` then compiles against them, and
-# only what has changed.
+# only what has changed. Python compiles what is imported as it is: pip would take half a minute for
+# all that there is.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable '.[dev]'
+	REG_KERNELS_BUILD=none $(PY) -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # What was written is in the README even where something failed.

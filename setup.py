@@ -5,6 +5,9 @@ REG_KERNELS_BUILD      auto (default): the CPU kernels, and CUDA's as below; non
 REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is found and torch is a
                        CUDA build; 1: build them or fail; 0: leave them out.
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
+REG_KERNELS_ISA        all (default): the CPU kernels for each instruction set, the best of which is
+                       chosen when they are loaded; native: for this machine's best alone, in
+                       less than half the time.
 REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own, and
                        no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
@@ -17,6 +20,7 @@ is written to reg_kernels/_build.json, which `reg-kernels info` reads.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,13 +44,14 @@ CXX_FLAGS = [
     "-Wno-psabi",  # vector types are passed between inlined functions alone
 ]
 ISA_FLAGS = {
+    "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 # What either finds ends the process. Of UBSan's checks without those that ASan or the entries make
 # as well, and for this machine's instruction set alone: the compiler takes an hour for all of them.
 SANITIZE_FLAGS = [
-    *("-O1", "-g1", "-fno-omit-frame-pointer", "-march=native", "-DRK_ONE_ISA"),
+    *("-O1", "-g1", "-fno-omit-frame-pointer"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=null,alignment,object-size,vptr,returns-nonnull-attribute",
 ]
@@ -91,6 +96,32 @@ def find_compiler():
             "REG_KERNELS_BUILD=none to do without native kernels"
         )
     return name
+
+
+def instruction_sets(compiler):
+    """The names of those that the CPU kernels are built for."""
+    only_native = setting("REG_KERNELS_ISA", "all", ("all", "native")) == "native"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["baseline"]
+    if not (only_native or is_sanitized()):
+        return list(ISA_FLAGS)
+
+    def macros(options):
+        """What the compiler takes to be there."""
+        command = [*compiler.split(), *options, "-dM", "-E", "-x", "c++", os.devnull]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        words = (line.split()[1] for line in lines.splitlines())
+        return {
+            word for word in words if re.fullmatch(r"__(AVX|BMI|F16C|FMA|LZCNT|MOVBE).*__", word)
+        }
+
+    here = macros(["-march=native"])
+    return [
+        max(
+            (isa for isa, flags in ISA_FLAGS.items() if macros(flags) <= here),
+            key=list(ISA_FLAGS).index,
+        )
+    ]
 
 
 def find_nvcc(torch):
@@ -149,12 +180,10 @@ def quoted(words):
 def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
     """One file for ninja: it rebuilds what changed, headers included."""
     from ninja import ninja_syntax
-    from pybind11 import get_include as pybind11_include
 
     torch_root = Path(torch.__file__).parent
     torch_includes = torch.utils.cpp_extension.include_paths()
-    # pybind11 first: torch carries one of its own, which refuses a build for the stable ABI.
-    system = [pybind11_include(), sysconfig.get_path("include"), *torch_includes]
+    system = [sysconfig.get_path("include"), *torch_includes]
     flags = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     for directory in system:
         flags += ["-isystem", directory]
@@ -185,12 +214,16 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
             objects.append(str(target))
 
         compile_cxx(CSRC / "module.cpp", "module", *facts)
+        isas = instruction_sets(compiler)
         for source, name, of_op in compilations("cpu", "*.cpp"):
-            compile_cxx(source, name, *of_op)
-            several = platform.machine() in ("x86_64", "AMD64") and not sanitize
-            if source.name.endswith(".simd.cpp") and several:
-                for isa, options in ISA_FLAGS.items():
-                    compile_cxx(source, f"{name}.{isa}", *of_op, *options, f"-DRK_ISA={isa}")
+            if source.name.endswith(".simd.cpp"):
+                for isa in isas:
+                    options = [*ISA_FLAGS[isa], f"-DRK_ISA={isa}"]
+                    compile_cxx(source, f"{name}.{isa}", *of_op, *options)
+            elif source.stem == "isa":
+                compile_cxx(source, name, f"-DRK_BUILT_ISAS={','.join(isas)}")
+            else:
+                compile_cxx(source, name, *of_op)
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *sanitize]
         ninja.build(str(extension), "link", objects, variables={"flags": quoted(libraries)})
 

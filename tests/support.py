@@ -41,15 +41,12 @@ def implementations(device: str = DEVICE) -> list[object]:
 
 @functools.cache
 def isas() -> list[str]:
-    """The instruction sets that the native CPU kernels can run on this machine, whichever of them
-    a test has set since."""
+    """The instruction sets that the native CPU kernels were built for and this machine has."""
     if backends.why_not("native", "cpu", torch.float32) is not None:
         return []
     from reg_kernels import _C
 
-    best = _C.isa()
-    names = ["baseline", "avx2", "avx512"]
-    return names[: names.index(best) + 1]
+    return _C.isas()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,19 @@ def overload(**arguments):
     return F.dropout(torch.ones(3, requires_grad=True), **arguments).grad_fn.call[0]
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native library was not built")
+def test_each_instruction_set_of_this_machine_was_built():
+    # Tests that compare them compare those that there are.
+    from reg_kernels import _C
+
+    names = ["baseline", "avx2", "avx512"]
+    missing = set(names[: names.index(_C.isa())]) - set(_C.isas())
+    if missing:
+        pytest.skip(
+            f"not built and so not tested: {', '.join(sorted(missing))}; `make build` adds them"
+        )
+
+
 def test_the_first_that_can_run_is_taken():
     expected = "default" if NATIVE else "triton"
     assert overload() is getattr(torch.ops.reg_kernels.dropout, expected)

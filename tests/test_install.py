@@ -84,14 +84,21 @@ def test_without_nvcc_the_cpu_kernels_are_built(tree):
     for source in (tree / "csrc" / "cpu").glob("*.cpp"):
         if source.name.split(".")[0] not in ("isa", "penalty"):
             source.unlink()
-    # Whether nvcc is there or not, NVCC names one that is not.
-    result = build(tree, NVCC="no-such-nvcc", CUDA_HOME="", REG_KERNELS_CUDA="0")
+    # Whether nvcc is there or not, NVCC names one that is not. Of the instruction sets one: all of
+    # them is what the other tests run with.
+    nowhere = {"NVCC": "no-such-nvcc", "CUDA_HOME": ""}
+    result = build(tree, **nowhere, REG_KERNELS_CUDA="0", REG_KERNELS_ISA="native")
     assert result.returncode == 0, result.stderr
     assert (tree / f"reg_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
     facts = json.loads((tree / "reg_kernels/_build.json").read_text())
     assert facts["native_missing"] is None
     assert "REG_KERNELS_CUDA=0" in facts["cuda_missing"]
     assert "built by g++" in info(tree)
+    code = "from reg_kernels import _C; print(_C.isa(), *_C.isas()); _C.set_isa('any')"
+    result = run(tree, "-c", code)
+    isa, only = result.stdout.split()
+    assert isa == only
+    assert "ValueError: set_isa: name must be one of baseline, avx2, avx512" in result.stderr
 
 
 def bare_path(tmp_path, *programs):
@@ -130,6 +137,7 @@ def test_no_compiler_is_an_error_with_the_remedy(tree, tmp_path):
     ("name", "value", "expected"),
     [
         ("REG_KERNELS_BUILD", "maybe", "REG_KERNELS_BUILD must be one of auto, none, got 'maybe'"),
+        ("REG_KERNELS_ISA", "avx", "REG_KERNELS_ISA must be one of all, native, got 'avx'"),
         ("REG_KERNELS_CUDA", "yes", "REG_KERNELS_CUDA must be one of auto, 0, 1, got 'yes'"),
     ],
 )

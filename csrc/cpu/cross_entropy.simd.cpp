@@ -10,26 +10,14 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-// Calls f(T{}, Q{}) with the element types of logits and probabilities.
-template <typename F>
-void for_types(const LossTask& task, const F& f) {
-  const bool computed = task.probabilities_dtype == DType::float32;
-  for_dtype(task.dtype, [&]<typename T>(T x) {
-    if constexpr (sizeof(T) == 2) {
-      if (computed) return f(x, float{});
-    }
-    f(x, x);
-  });
-}
-
 template <bool kBackward>
 void units(const LossTask& task, int64_t begin, int64_t end) {
-  for_types(task, [&]<typename T, typename Q>(T, Q) {
+  for_dtype(task.dtype, [&]<typename T>(T) {
     if (task.in_rows) {
-      Rows<T, Q> rows(task);
+      Rows<T> rows(task);
       for (int64_t unit = begin; unit < end; ++unit) rows.template run<kBackward>(unit);
     } else {
-      Planes<T, Q> planes(task);
+      Planes<T> planes(task);
       for (int64_t unit = begin; unit < end; ++unit) planes.template run<kBackward>(unit);
     }
   });

@@ -4,29 +4,36 @@
 #pragma once
 
 #include "cross_entropy.h"
+#include "narrow.h"
 #include "softmax_blocks.h"
 
 RK_NAMESPACE_BEGIN
 
 constexpr int64_t kLongestStrip = 256;  // positions
 
-// T is the type of the logits, Q that of class probabilities.
-template <typename T, typename Q>
+// T is the type of the logits.
+template <typename T>
 struct Planes {
   using C = compute_t<T>;
+  using L = loop_t<T>;
+  static constexpr bool kWidens = sizeof(L) != sizeof(T);
 
   const LossTask& task;
   const int64_t strip;
   const C* const weight;
   C* const e;  // the exponentials of a strip, plane by plane
-  // Of the strip in work: its logits, probabilities and gradient in the first plane, and how many
-  // elements planes are apart. Those of rows are turned to planes here.
+  // Of the strip in work: its logits and gradient in the first plane, the place of its first
+  // probability, and how many elements planes are apart. Those of rows are turned to planes here,
+  // probabilities as what they are computed with.
   const T* x = nullptr;
-  const Q* q = nullptr;
   T* y = nullptr;
+  int64_t q_first = 0;
   int64_t apart;
   T* const turned;
-  Q* const turned_q;
+  C* const turned_q;
+  // A plane's logits or gradient, and its probabilities, as they are computed with.
+  alignas(64) C wide[kLongestStrip];
+  alignas(64) C wide_q[kLongestStrip];
   // Of each position of a strip:
   C max[kLongestStrip], sum[kLongestStrip];
   C above[kLongestStrip], mass[kLongestStrip];    // sums of w_c (x_c - max) and of w_c
@@ -41,7 +48,7 @@ struct Planes {
         e(new C[task.classes * task.unit]),
         apart(task.classes_last ? task.unit : task.length),
         turned(task.classes_last ? new T[2 * task.classes * task.unit] : nullptr),
-        turned_q(task.classes_last && task.probabilities ? new Q[task.classes * task.unit]
+        turned_q(task.classes_last && task.probabilities ? new C[task.classes * task.unit]
                                                          : nullptr) {}
   Planes(const Planes&) = delete;
   ~Planes() {
@@ -100,26 +107,51 @@ struct Planes {
   }
 
  private:
-  const T* plane(int64_t c) const { return x + c * apart; }
-  const Q* probabilities(int64_t c) const { return q + c * apart; }
+  const L* plane(int64_t c, int64_t count) {
+    const T* from = x + c * apart;
+    if constexpr (kWidens) {
+      widen(from, count, wide, NothingAhead{});
+      return wide;
+    } else {
+      return from;
+    }
+  }
+  const C* probabilities(int64_t c, int64_t count) {
+    if (task.classes_last) return turned_q + c * strip;
+    const int64_t first = q_first + c * apart;
+    return read_as(task.probabilities, task.probabilities_dtype, first, count, wide_q);
+  }
   T* gradient(int64_t c) const { return y + c * apart; }
+  T logit(int64_t c, int64_t j) const { return x[c * apart + j]; }
+
+  // y[j] = f(j), rounded, in the plane of class c.
+  template <typename F>
+  void write_plane(int64_t c, int64_t count, const F& f) {
+    if constexpr (kWidens) {
+      write_each(wide, count, false, f);
+      narrow(wide, count, gradient(c), streams(), NothingAhead{});
+    } else {
+      write_each(gradient(c), count, streams(),
+                 [=](int64_t j) RK_INLINE { return store<T>(f(j)); });
+    }
+  }
 
   // The strip whose first logit is element `at` of the tensor.
   void begin(int64_t at, int64_t count) {
-    x = static_cast<const T*>(task.x) + at;
-    q = task.probabilities ? static_cast<const Q*>(task.probabilities) + at : nullptr;
-    y = task.gradient ? static_cast<T*>(task.gradient) + at : nullptr;
-    if (!task.classes_last) return;
     const int64_t classes = task.classes;
+    x = static_cast<const T*>(task.x) + at;
+    y = task.gradient ? static_cast<T*>(task.gradient) + at : nullptr;
+    q_first = at;
+    if (!task.classes_last) return;
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t c = 0; c < classes; ++c) turned[c * strip + j] = x[j * classes + c];
     }
     x = turned;
-    if (q) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < classes; ++c) turned_q[c * strip + j] = q[j * classes + c];
-      }
-      q = turned_q;
+    if (!task.probabilities) return;
+    for (int64_t j = 0; j < count; ++j) {
+      const C* from =
+          read_as(task.probabilities, task.probabilities_dtype, at + j * classes, classes, wide_q);
+      for (int64_t c = 0; c < classes; ++c) turned_q[c * strip + j] = from[c];
     }
   }
 
@@ -139,8 +171,9 @@ struct Planes {
   void find_largest(int64_t count) {
     for (int64_t j = 0; j < count; ++j) max[j] = kLowest<C>;
     for (int64_t c = 0; c < task.classes; ++c) {
-      const T* x = plane(c);
-      if (!task.classes_last) prefetch(x + strip, count);  // for the strip that comes next
+      // For the strip that comes next.
+      if (!task.classes_last) prefetch(this->x + c * apart + strip, count);
+      const L* x = plane(c, count);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const C value = load(x[j]);
@@ -166,7 +199,7 @@ struct Planes {
 
   void raise(int64_t count) {
     sum_planes(count, sum, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(c);
+      const L* x = plane(c, count);
       C* to = e + c * strip;
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
@@ -178,7 +211,7 @@ struct Planes {
 
   void sum_above(int64_t count) {
     sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(c);
+      const L* x = plane(c, count);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) sums[j] += w * (load(x[j]) - max[j]);
@@ -188,18 +221,18 @@ struct Planes {
   void sum_targets(int64_t count) {
     const SmoothedTarget<C> target(task);
     sum_planes(count, mass, [&](int64_t c, C* sums) RK_INLINE {
-      const Q* q = probabilities(c);
+      const C* q = probabilities(c, count);
       const C w = weight_of(c);
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) sums[j] += w * target(load(q[j]));
+      for (int64_t j = 0; j < count; ++j) sums[j] += w * target(q[j]);
     });
     sum_planes(count, above, [&](int64_t c, C* sums) RK_INLINE {
-      const T* x = plane(c);
-      const Q* q = probabilities(c);
+      const L* x = plane(c, count);
+      const C* q = probabilities(c, count);
       const C w = weight_of(c);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
-        sums[j] += w * target(load(q[j])) * (load(x[j]) - max[j]);
+        sums[j] += w * target(q[j]) * (load(x[j]) - max[j]);
       }
     });
   }
@@ -212,8 +245,8 @@ struct Planes {
         loss = task.share * (static_cast<double>(mass[j]) * logarithm(sum[j]) - above[j]);
       } else {
         const LabelTerms<C>& t = terms[j];
-        const C x_a = t.a >= 0 ? load(plane(t.a)[j]) : C(0);
-        const C x_b = t.b >= 0 ? load(plane(t.b)[j]) : C(0);
+        const C x_a = t.a >= 0 ? load(logit(t.a, j)) : C(0);
+        const C x_b = t.b >= 0 ? load(logit(t.b, j)) : C(0);
         loss = t.loss({max[j], sum[j]}, x_a, x_b, above[j], task.weight_sum);
       }
       losses[j] = static_cast<C>(loss);
@@ -231,8 +264,7 @@ struct Planes {
       const C* values = e + c * strip;
       const C w = weight_of(c);
       const C *k = factor, *u = lower;
-      write_each(gradient(c), count, streams(),
-                 [=](int64_t j) RK_INLINE { return store<T>(values[j] * k[j] - w * u[j]); });
+      write_plane(c, count, [=](int64_t j) RK_INLINE { return values[j] * k[j] - w * u[j]; });
     }
     for (int64_t j = 0; j < count; ++j) {
       // An ignored position has no gradient, also where that made a NaN of nothing: of logits or of
@@ -258,11 +290,11 @@ struct Planes {
     }
     for (int64_t c = 0; c < task.classes; ++c) {
       const C* values = e + c * strip;
-      const Q* q = probabilities(c);
+      const C* q = probabilities(c, count);
       const C w = weight_of(c);
       const C *k = factor, *u = lower;
-      write_each(gradient(c), count, streams(), [=](int64_t j) RK_INLINE {
-        return store<T>(u[j] * (values[j] * k[j] - w * target(load(q[j]))));
+      write_plane(c, count, [=](int64_t j) RK_INLINE {
+        return u[j] * (values[j] * k[j] - w * target(q[j]));
       });
     }
   }

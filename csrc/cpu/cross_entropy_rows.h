@@ -2,20 +2,26 @@
 #pragma once
 
 #include "cross_entropy.h"
+#include "narrow.h"
 #include "softmax_blocks.h"
 
 RK_NAMESPACE_BEGIN
 
-// T is the type of the logits, Q that of class probabilities.
-template <typename T, typename Q>
+// T is the type of the logits.
+template <typename T>
 struct Rows {
   using C = compute_t<T>;
+  using L = loop_t<T>;
+  static constexpr bool kWidens = sizeof(L) != sizeof(T);
 
   const LossTask& task;
   const int64_t classes;
   const C* const weight;
   C* const e;       // the exponentials of a row, relative to the largest logits of its blocks
   C* const maxima;  // of the blocks
+  // A block's logits, gradient and probabilities as they are computed with.
+  alignas(64) C wide[kBlock];
+  alignas(64) C wide_q[kBlock];
 
   explicit Rows(const LossTask& task)
       : task(task),
@@ -29,8 +35,17 @@ struct Rows {
   const T* row(int64_t position) const {
     return static_cast<const T*>(task.x) + position * classes;
   }
-  const Q* probabilities(int64_t position) const {
-    return static_cast<const Q*>(task.probabilities) + position * classes;
+  const L* logits(const T* x, int64_t n) {
+    if constexpr (kWidens) {
+      widen(x, n, wide, NothingAhead{});
+      return wide;
+    } else {
+      return x;
+    }
+  }
+  const C* probabilities(int64_t position, int64_t first, int64_t n) {
+    const int64_t at = position * classes + first;
+    return read_as(task.probabilities, task.probabilities_dtype, at, n, wide_q);
   }
   C& stat(int64_t which, int64_t position) const {
     return static_cast<C*>(task.stats)[which * task.positions + position];
@@ -65,17 +80,17 @@ struct Rows {
     }
     const T* x = row(position);
     const bool smooths = terms.smooths();
-    const RowSum sum = sum_row(position, [&](int64_t first, int64_t n, C max) -> Above {
-      if (!smooths) return {0, 0};
-      const T* block = x + first;
-      if (!weight) {
-        return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return load(block[i]) - max; }),
-                static_cast<double>(n)};
-      }
-      const C* w = weight + first;
-      return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (load(block[i]) - max); }),
-              sum_of_values(w, n)};
-    });
+    const RowSum sum =
+        sum_row(position, [&](const L* block, int64_t first, int64_t n, C max) -> Above {
+          if (!smooths) return {0, 0};
+          if (!weight) {
+            return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return load(block[i]) - max; }),
+                    static_cast<double>(n)};
+          }
+          const C* w = weight + first;
+          return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (load(block[i]) - max); }),
+                  sum_of_values(w, n)};
+        });
     if (task.gradient) write_row(position, sum.softmax, terms, C(1));
     const C x_a = terms.a >= 0 ? load(x[terms.a]) : C(0);
     const C x_b = terms.b >= 0 ? load(x[terms.b]) : C(0);
@@ -83,10 +98,8 @@ struct Rows {
   }
 
   double forward_probabilities(int64_t position) {
-    const T* x = row(position);
-    const RowSum sum = sum_row(position, [&](int64_t first, int64_t n, C max) -> Above {
-      const T* block = x + first;
-      return sum_targets(position, first, n,
+    const RowSum sum = sum_row(position, [&](const L* block, int64_t first, int64_t n, C max) {
+      return sum_targets(probabilities(position, first, n), first, n,
                          [=](int64_t i) RK_INLINE { return load(block[i]) - max; });
     });
     const double mass = sum.above.mass;
@@ -100,8 +113,8 @@ struct Rows {
     if (task.probabilities) {
       raise_row(position, softmax.max);
       double mass = 0;
-      for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
-        mass += sum_targets(position, first, n, [](int64_t) RK_INLINE { return C(0); }).mass;
+      for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
+        mass += sum_targets(probabilities(position, first, n), first, n);
       });
       return write_probabilities(position, softmax, mass, grad);
     }
@@ -122,38 +135,44 @@ struct Rows {
     Above above;
   };
 
-  // A block's targets, times `value(i)` and by themselves.
-  template <typename F>
-  Above sum_targets(int64_t position, int64_t first, int64_t n, const F& value) const {
-    const Q* q = probabilities(position) + first;
+  // A block's targets by themselves, and times `value(i)` as well.
+  double sum_targets(const C* q, int64_t first, int64_t n) const {
     const SmoothedTarget<C> target(task);
+    if (!weight) return sum_of<C>(n, [=](int64_t i) RK_INLINE { return target(q[i]); });
+    const C* w = weight + first;
+    return sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * target(q[i]); });
+  }
+  template <typename F>
+  Above sum_targets(const C* q, int64_t first, int64_t n, const F& value) const {
+    const SmoothedTarget<C> target(task);
+    const double mass = sum_targets(q, first, n);
     if (!weight) {
-      return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return target(load(q[i])) * value(i); }),
-              sum_of<C>(n, [=](int64_t i) RK_INLINE { return target(load(q[i])); })};
+      return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return target(q[i]) * value(i); }), mass};
     }
     const C* w = weight + first;
-    return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * target(load(q[i])) * value(i); }),
-            sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * target(load(q[i])); })};
+    return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * target(q[i]) * value(i); }),
+            mass};
   }
 
-  // The softmax's sum of a row, whose exponentials stay behind; `above(first, n, max)` is what
+  // The softmax's sum of a row, whose exponentials stay behind; `above(x, first, n, max)` is what
   // a block has relative to its own largest logit.
   template <typename F>
   RowSum sum_row(int64_t position, const F& above) {
-    const T* x = row(position);
+    const T* from = row(position);
     C max = kLowest<C>;
     double sum = 0;
     Above total{0, 0};
     int64_t block = 0;
-    for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
-      prefetch(x + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
-      const C own = largest<C>(x + first, n);
+    for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
+      prefetch(from + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
+      const L* x = logits(from + first, n);
+      const C own = largest<C>(x, n);
       if (block == 0) max = own;
       const C larger = own > max ? own : max;
-      exponentials(x + first, n, own, C(1), e + first);
+      exponentials(x, n, own, C(1), e + first);
       sum = sum * factor_between(max, larger) +
             sum_of_values(e + first, n) * factor_between(own, larger);
-      const Above part = above(first, n, own);
+      const Above part = above(x, first, n, own);
       if (total.mass != 0) total.sum += total.mass * (static_cast<double>(max) - larger);
       if (part.mass != 0) total.sum += part.mass * (static_cast<double>(own) - larger);
       total.sum += part.sum;
@@ -170,9 +189,9 @@ struct Rows {
   void raise_row(int64_t position, C max) {
     const T* x = row(position);
     int64_t block = 0;
-    for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
+    for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
       prefetch(x + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
-      exponentials(x + first, n, max, C(1), e + first);
+      exponentials(logits(x + first, n), n, max, C(1), e + first);
       maxima[block++] = max;
     });
   }
@@ -184,34 +203,42 @@ struct Rows {
     T* y = static_cast<T*>(task.gradient) + position * classes;
     const T* next = row(position + 1 < task.positions ? position + 1 : position);
     int64_t block = 0;
-    for_blocks<T>(position * classes, classes, [&](int64_t first, int64_t n) {
+    for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
       prefetch_row(next + first, n);
       const double factor = factor_between(maxima[block++], softmax.max);
       f(first, n, factor / softmax.sum, y + first);
     });
   }
 
+  // y[i] = f(i), rounded.
+  template <typename F>
+  void write_block(T* y, int64_t n, const F& f) {
+    if constexpr (kWidens) {
+      write_each(wide, n, false, f);
+      narrow(wide, n, y, task.stream, NothingAhead{});
+    } else {
+      write_each(y, n, task.stream, [=](int64_t i) RK_INLINE { return store<T>(f(i)); });
+    }
+  }
+
   void write_row(int64_t position, const SoftmaxSum<C>& softmax, const LabelTerms<C>& terms,
                  C grad) {
     const C smooth = terms.smooth * grad;
-    const bool stream = task.stream;
     for_written_blocks(position, softmax, [&](int64_t first, int64_t n, double scale, T* y) {
       const C k = static_cast<C>(scale * terms.mass * grad);
       const C* values = e + first;
       if (weight && smooth != 0) {
         const C* w = weight + first;
-        write_each(y, n, stream,
-                   [=](int64_t i) RK_INLINE { return store<T>(values[i] * k - smooth * w[i]); });
+        write_block(y, n, [=](int64_t i) RK_INLINE { return values[i] * k - smooth * w[i]; });
       } else {
-        write_each(y, n, stream,
-                   [=](int64_t i) RK_INLINE { return store<T>(values[i] * k - smooth); });
+        write_block(y, n, [=](int64_t i) RK_INLINE { return values[i] * k - smooth; });
       }
     });
     T* y = static_cast<T*>(task.gradient) + position * classes;
     for (int which = 0; which < 2; ++which) {
       const int64_t label = which ? terms.b : terms.a;
       if (label < 0) continue;
-      const C own = maxima[block_of<T>(position * classes, label)];
+      const C own = maxima[block_of(past_line<T>(position * classes), label)];
       const C p = e[label] * factor_between(own, softmax.max) / softmax.sum;
       const C slope = terms.slope_of_label(label, p, weight ? weight[label] : C(1));
       y[label] = store<T>(slope * grad);
@@ -221,19 +248,17 @@ struct Rows {
   void write_probabilities(int64_t position, const SoftmaxSum<C>& softmax, double mass, C grad) {
     const SmoothedTarget<C> target(task);
     const C share = static_cast<C>(task.share * grad);
-    const bool stream = task.stream;
     for_written_blocks(position, softmax, [&](int64_t first, int64_t n, double scale, T* y) {
       const C k = static_cast<C>(scale * mass);
       const C* values = e + first;
-      const Q* q = probabilities(position) + first;
+      const C* q = probabilities(position, first, n);
       if (!weight) {
-        write_each(y, n, stream, [=](int64_t i) RK_INLINE {
-          return store<T>(share * (values[i] * k - target(load(q[i]))));
-        });
+        write_block(y, n,
+                    [=](int64_t i) RK_INLINE { return share * (values[i] * k - target(q[i])); });
       } else {
         const C* w = weight + first;
-        write_each(y, n, stream, [=](int64_t i) RK_INLINE {
-          return store<T>(share * (values[i] * k - w[i] * target(load(q[i]))));
+        write_block(y, n, [=](int64_t i) RK_INLINE {
+          return share * (values[i] * k - w[i] * target(q[i]));
         });
       }
     });

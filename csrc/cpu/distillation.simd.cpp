@@ -7,12 +7,13 @@
 // and their gradient is scattered: 16 positions share the lines that this touches.
 #include "distillation.h"
 
+#include "narrow.h"
 #include "softmax_blocks.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
 
-// The three softmax of a position. S is the student's type in memory, U the teacher's.
+// The three softmax of a position.
 template <typename C>
 struct Softmaxes {
   SoftmaxSum<C> student;       // at temperature 1
@@ -20,10 +21,31 @@ struct Softmaxes {
   SoftmaxSum<C> teacher;       // at T
 };
 
-template <typename S, typename U>
-struct Distillation {
-  using C = compute_t<S>;
+// A row of logits, `at` elements into an array. Three exponentials are made of each, beside which
+// to widen what is stored in 16 bits costs nothing: the loops are those of C alone.
+template <typename C>
+struct LogitsRow {
+  const void* array;
+  DType dtype;
+  int64_t at;
 
+  RK_HD const C* block(int64_t first, int64_t n, C* buffer) const {
+    return read_as(array, dtype, at + first, n, buffer);
+  }
+  C one(int64_t i) const {
+    return static_cast<C>(ChannelValues{const_cast<void*>(array), dtype}.at(at + i, 0.0));
+  }
+
+  RK_HD int64_t bytes(int64_t count) const {
+    return count * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2);
+  }
+  RK_HD const char* address(int64_t i) const {
+    return static_cast<const char*>(array) + bytes(at + i);
+  }
+};
+
+template <typename C>
+struct Distillation {
   const DistillationTask& task;
   const LossTask& loss;
   const int64_t classes;
@@ -38,6 +60,9 @@ struct Distillation {
   C* const teacher_maxima;
   // A position's logits and gradient, where they have to be gathered.
   C* const gathered;
+  // A block of each, as it is computed with.
+  alignas(64) C wide[kBlock];
+  alignas(64) C wide_teacher[kBlock];
 
   explicit Distillation(const DistillationTask& task)
       : task(task),
@@ -69,40 +94,42 @@ struct Distillation {
       last = last < end ? last : end;
     }
     last = last < loss.positions ? last : loss.positions;
-    double total = 0;
-    for (int64_t position = first; position < last; ++position) {
-      const double lost =
-          loss.classes_last ? in_rows<kBackward>(position) : in_planes<kBackward>(position);
-      if constexpr (!kBackward) {
-        if (loss.losses) static_cast<C*>(loss.losses)[position] = static_cast<C>(lost);
-        total += lost;
+    for_dtype(loss.dtype, [&]<typename S>(S) {
+      if constexpr (sizeof(compute_t<S>) == sizeof(C)) {
+        double total = 0;
+        for (int64_t position = first; position < last; ++position) {
+          const double lost = loss.classes_last ? in_rows<kBackward, S>(position)
+                                                : in_planes<kBackward, S>(position);
+          if constexpr (!kBackward) {
+            if (loss.losses) static_cast<C*>(loss.losses)[position] = static_cast<C>(lost);
+            total += lost;
+          }
+        }
+        if constexpr (!kBackward) loss.partials[unit] = total;
       }
-    }
-    if constexpr (!kBackward) loss.partials[unit] = total;
+    });
   }
 
  private:
-  template <bool kBackward>
+  // S is the student's type in memory.
+  template <bool kBackward, typename S>
   double in_rows(int64_t position) {
     const int64_t at = position * classes;
     S* y = loss.gradient ? static_cast<S*>(loss.gradient) + at : nullptr;
-    return row<kBackward>(position, at, static_cast<const S*>(loss.x) + at,
-                          static_cast<const U*>(task.teacher) + at, y, loss.stream);
+    return row<kBackward>(position, past_line<S>(at), {loss.x, loss.dtype, at},
+                          {task.teacher, task.teacher_dtype, at}, y, loss.stream);
   }
 
-  template <bool kBackward>
+  template <bool kBackward, typename S>
   double in_planes(int64_t position) {
     const int64_t length = loss.length;
     const int64_t at = position / length * classes * length + position % length;
-    const S* x = static_cast<const S*>(loss.x) + at;
-    const U* t = static_cast<const U*>(task.teacher) + at;
     C *student = gathered, *teacher = gathered + classes, *y = gathered + 2 * classes;
-    for (int64_t c = 0; c < classes; ++c) {
-      student[c] = load(x[c * length]);
-      teacher[c] = load(t[c * length]);
-    }
-    const double lost =
-        row<kBackward>(position, 0, student, teacher, loss.gradient ? y : nullptr, false);
+    gather(loss.x, loss.dtype, at, student);
+    gather(task.teacher, task.teacher_dtype, at, teacher);
+    constexpr DType kOwn = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
+    const double lost = row<kBackward>(position, 0, {student, kOwn, 0}, {teacher, kOwn, 0},
+                                       loss.gradient ? y : nullptr, false);
     if (loss.gradient) {
       S* gradient = static_cast<S*>(loss.gradient) + at;
       for (int64_t c = 0; c < classes; ++c) gradient[c * length] = store<S>(y[c]);
@@ -110,10 +137,21 @@ struct Distillation {
     return lost;
   }
 
-  // One position: logits x of the student and t of the teacher, side by side from element `at` of
-  // their tensors on, and where its gradient goes.
-  template <bool kBackward, typename X, typename T>
-  double row(int64_t position, int64_t at, const X* x, const T* t, X* y, bool stream) {
+  // The classes of the position whose first logit is element `at`.
+  void gather(const void* array, DType dtype, int64_t at, C* to) const {
+    for_dtype(dtype, [&]<typename T>(T) {
+      if constexpr (sizeof(compute_t<T>) == sizeof(C)) {
+        const T* from = static_cast<const T*>(array) + at;
+        for (int64_t c = 0; c < classes; ++c) to[c] = load(from[c * loss.length]);
+      }
+    });
+  }
+
+  // One position: logits x of the student and t of the teacher, and where its gradient goes, which
+  // begins `past` a line's start.
+  template <bool kBackward, typename Y>
+  RK_STAGE double row(int64_t position, int64_t past, const LogitsRow<C>& x, const LogitsRow<C>& t,
+                      Y* y, bool stream) {
     const auto terms =
         LabelTerms<C>::at(loss.labels, loss.totals, weight, loss.weight_sum, position);
     if constexpr (kBackward) {
@@ -121,32 +159,32 @@ struct Distillation {
                               {stat(0, position), stat(2, position)},
                               {stat(3, position), stat(4, position)}};
       int64_t block = 0;
-      for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
-        raise(x + first, t + first, first, n, sums.student.max, sums.teacher.max, block++);
+      for_blocks(past, classes, [&](int64_t first, int64_t n) {
+        raise(x.block(first, n, wide), t.block(first, n, wide_teacher), first, n, sums.student.max,
+              sums.teacher.max, block++);
       });
       const C grad = static_cast<const C*>(loss.grad_output)[position * loss.grad_stride];
-      write(at, x, t, y, stream, terms, sums, grad);
+      write(past, x, t, y, stream, terms, sums, grad);
       return 0;
     } else {
       Softmaxes<C> sums;
       double diverged = 0, above = 0;
-      sum(at, x, t, terms.smooths(), sums, diverged, above);
+      sum(past, x, t, terms.smooths(), sums, diverged, above);
       stat(0, position) = sums.student.max;
       stat(1, position) = sums.student.sum;
       stat(2, position) = sums.student_at_t.sum;
       stat(3, position) = sums.teacher.max;
       stat(4, position) = sums.teacher.sum;
-      if (y) write(at, x, t, y, stream, terms, sums, C(1));
-      const C x_a = terms.a >= 0 ? load(x[terms.a]) : C(0);
-      const C x_b = terms.b >= 0 ? load(x[terms.b]) : C(0);
+      if (y) write(past, x, t, y, stream, terms, sums, C(1));
+      const C x_a = terms.a >= 0 ? x.one(terms.a) : C(0);
+      const C x_b = terms.b >= 0 ? x.one(terms.b) : C(0);
       const double of_labels = terms.loss(sums.student, x_a, x_b, above, loss.weight_sum);
       const double t_squared = task.temperature * task.temperature;
       return task.alpha * t_squared * loss.share * diverged + (1.0 - task.alpha) * of_labels;
     }
   }
 
-  template <typename X, typename T>
-  void raise(const X* x, const T* t, int64_t first, int64_t n, C max, C teacher_max,
+  void raise(const C* x, const C* t, int64_t first, int64_t n, C max, C teacher_max,
              int64_t block) {
     maxima[block] = max;
     teacher_maxima[block] = teacher_max;
@@ -155,17 +193,16 @@ struct Distillation {
     exponentials(t, n, teacher_max, scale, e_teacher + first);
   }
 
-  template <typename X, typename T>
-  void sum(int64_t at, const X* x_row, const T* t_row, bool smooths, Softmaxes<C>& sums,
-           double& diverged, double& above) {
+  void sum(int64_t past, const LogitsRow<C>& x_row, const LogitsRow<C>& t_row, bool smooths,
+           Softmaxes<C>& sums, double& diverged, double& above) {
     C max = kLowest<C>, teacher_max = kLowest<C>;
     double student = 0, student_at_t = 0, teacher = 0, z = 0, mass = 0;
     int64_t block = 0;
-    for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
-      const X* x = x_row + first;
-      const T* t = t_row + first;
-      prefetch(x + kAhead / static_cast<int64_t>(sizeof(X)), n);
-      prefetch(t + kAhead / static_cast<int64_t>(sizeof(T)), n);
+    for_blocks(past, classes, [&](int64_t first, int64_t n) {
+      prefetch(x_row.address(first) + kAhead, x_row.bytes(n));
+      prefetch(t_row.address(first) + kAhead, t_row.bytes(n));
+      const C* x = x_row.block(first, n, wide);
+      const C* t = t_row.block(first, n, wide_teacher);
       const C own = largest<C>(x, n), teacher_own = largest<C>(t, n);
       if (block == 0) {
         max = own;
@@ -183,7 +220,7 @@ struct Distillation {
       const C s = scale;
       const C* weights = e_teacher + first;
       const double part = sum_of<C>(n, [=](int64_t i) RK_INLINE {
-        return divergence_term(weights[i], (load(t[i]) - teacher_own) * s, (load(x[i]) - own) * s);
+        return divergence_term(weights[i], (t[i] - teacher_own) * s, (x[i] - own) * s);
       });
       const double part_sum = sum_of_values(weights, n);
       const double moved = moved_by(teacher_max, teacher_larger, max, larger);
@@ -198,8 +235,8 @@ struct Distillation {
         const C* w = weight ? weight + first : nullptr;
         const double part_mass = w ? sum_of_values(w, n) : static_cast<double>(n);
         const double part_above =
-            w ? sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (load(x[i]) - own); })
-              : sum_of<C>(n, [=](int64_t i) RK_INLINE { return load(x[i]) - own; });
+            w ? sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (x[i] - own); })
+              : sum_of<C>(n, [=](int64_t i) RK_INLINE { return x[i] - own; });
         if (mass != 0) above += mass * (static_cast<double>(max) - larger);
         if (part_mass != 0) above += part_mass * (static_cast<double>(own) - larger);
         above += part_above;
@@ -232,17 +269,28 @@ struct Distillation {
             over(factor_between(teacher_max, sums.teacher.max, scale), sums.teacher.sum)};
   }
 
-  template <typename X, typename T>
-  void write(int64_t at, const X* x, const T* t, X* y, bool stream, const LabelTerms<C>& terms,
-             const Softmaxes<C>& sums, C grad) {
+  // y[i] = f(i), rounded.
+  template <typename Y, typename F>
+  void write_block(Y* y, int64_t n, bool stream, const F& f) {
+    if constexpr (sizeof(loop_t<Y>) != sizeof(Y)) {
+      write_each(wide, n, false, f);
+      narrow(wide, n, y, stream, NothingAhead{});
+    } else {
+      write_each(y, n, stream, [=](int64_t i) RK_INLINE { return store<Y>(f(i)); });
+    }
+  }
+
+  template <typename Y>
+  void write(int64_t past, const LogitsRow<C>& x, const LogitsRow<C>& t, Y* y, bool stream,
+             const LabelTerms<C>& terms, const Softmaxes<C>& sums, C grad) {
     const double of_labels = (1.0 - task.alpha) * grad;
     const double of_teacher = task.alpha * task.temperature * loss.share * grad;
     const C smooth = static_cast<C>(terms.smooth * of_labels);
     int64_t block = 0;
-    for_blocks<X>(at, classes, [&](int64_t first, int64_t n) {
+    for_blocks(past, classes, [&](int64_t first, int64_t n) {
       // The row that comes next; past the end of the tensor that asks for nothing.
-      prefetch_row(x + classes + first, n);
-      prefetch_row(t + classes + first, n);
+      prefetch_row(x.address(classes + first), x.bytes(n));
+      prefetch_row(t.address(classes + first), t.bytes(n));
       const Factors factors = factors_of(block++, sums);
       const C k = static_cast<C>(of_labels * terms.mass * factors.own);
       const C k_student = static_cast<C>(of_teacher * factors.student);
@@ -250,48 +298,39 @@ struct Distillation {
       const C *own = e + first, *student = e_student + first, *teacher = e_teacher + first;
       if (weight && smooth != 0) {
         const C* w = weight + first;
-        write_each(y + first, n, stream, [=](int64_t i) RK_INLINE {
-          return store<X>((student[i] * k_student - teacher[i] * k_teacher) +
-                          (own[i] * k - w[i] * smooth));
+        write_block(y + first, n, stream, [=](int64_t i) RK_INLINE {
+          return (student[i] * k_student - teacher[i] * k_teacher) + (own[i] * k - w[i] * smooth);
         });
       } else {
-        write_each(y + first, n, stream, [=](int64_t i) RK_INLINE {
-          return store<X>((student[i] * k_student - teacher[i] * k_teacher) +
-                          (own[i] * k - smooth));
+        write_block(y + first, n, stream, [=](int64_t i) RK_INLINE {
+          return (student[i] * k_student - teacher[i] * k_teacher) + (own[i] * k - smooth);
         });
       }
     });
     for (int which = 0; which < 2; ++which) {
       const int64_t label = which ? terms.b : terms.a;
       if (label < 0) continue;
-      const Factors factors = factors_of(block_of<X>(at, label), sums);
+      const Factors factors = factors_of(block_of(past, label), sums);
       const C p = e[label] * static_cast<C>(factors.own);
       const C slope = terms.slope_of_label(label, p, weight ? weight[label] : C(1));
       const C of_student = e_student[label] * static_cast<C>(factors.student);
       const C from_teacher = e_teacher[label] * static_cast<C>(factors.teacher);
-      y[label] = store<X>(static_cast<C>(of_teacher) * (of_student - from_teacher) +
+      y[label] = store<Y>(static_cast<C>(of_teacher) * (of_student - from_teacher) +
                           static_cast<C>(of_labels) * slope);
     }
   }
 };
 
-// Calls f(S{}, U{}) with the element types of student and teacher.
-template <typename F>
-void for_types(const DistillationTask& task, const F& f) {
-  for_dtype(task.loss.dtype, [&]<typename S>(S student) {
-    for_dtype(task.teacher_dtype, [&]<typename U>(U teacher) {
-      // Of float64 both are, or neither.
-      if constexpr ((sizeof(S) == 8) == (sizeof(U) == 8)) f(student, teacher);
-    });
-  });
+template <bool kBackward, typename C>
+void units_as(const DistillationTask& task, int64_t begin, int64_t end) {
+  Distillation<C> distillation(task);
+  for (int64_t unit = begin; unit < end; ++unit) distillation.template run<kBackward>(unit);
 }
 
 template <bool kBackward>
 void units(const DistillationTask& task, int64_t begin, int64_t end) {
-  for_types(task, [&]<typename S, typename U>(S, U) {
-    Distillation<S, U> distillation(task);
-    for (int64_t unit = begin; unit < end; ++unit) distillation.template run<kBackward>(unit);
-  });
+  const bool in_double = task.loss.dtype == DType::float64;
+  (in_double ? units_as<kBackward, double> : units_as<kBackward, float>)(task, begin, end);
   if (task.loss.stream) stream_fence();
 }
 

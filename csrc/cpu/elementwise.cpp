@@ -42,15 +42,14 @@ ElementwiseTask make_task(const ElementwiseCall& a, const ChannelLayout& layout)
 void run(const ElementwiseCall& a) {
   const ElementwiseTask task = make_task(a, a.layout());
   if (task.numel == 0) return;
-  constexpr auto kTag = static_cast<uint64_t>(Op::kTag);
   if (task.channels_last) {
-    const auto leaf = RK_LEAF(channels_range<kTag>);
+    const auto leaf = RK_LEAF(channels_range<kOpTag>);
     torch::stable::parallel_for(0, task.numel / task.channels, kGrain / task.channels + 1,
                                 [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
     return;
   }
-  const auto leaf = a.drawn_for == DrawnFor::element ? RK_LEAF(elements_range<kTag>)
-                                                     : RK_LEAF(channels_range<kTag>);
+  const auto leaf = a.drawn_for == DrawnFor::element ? RK_LEAF(elements_range<kOpTag>)
+                                                     : RK_LEAF(channels_range<kOpTag>);
   const int64_t units = ceil_div(task.numel, kUnit);
   torch::stable::parallel_for(0, units, kGrain / kUnit, [&](int64_t begin, int64_t end) {
     leaf(task, begin * kUnit, min(end * kUnit, task.numel));

@@ -141,15 +141,15 @@ void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
 
 }  // namespace
 
-template <uint64_t kTag>
-void elements_range(const ElementwiseTask& task, int64_t begin, int64_t end) {
+template <>
+void elements_range<kOpTag>(const ElementwiseTask& task, int64_t begin, int64_t end) {
   if constexpr (has_form<Op>(DrawnFor::element)) {
     for_dtype(task.dtype, [&]<typename T>(T) { elements<T>(task, begin, end); });
   }
 }
 
-template <uint64_t kTag>
-void channels_range(const ElementwiseTask& task, int64_t begin, int64_t end) {
+template <>
+void channels_range<kOpTag>(const ElementwiseTask& task, int64_t begin, int64_t end) {
   for_dtype(task.dtype, [&]<typename T>(T) {
     if constexpr (has_form<Op>(DrawnFor::channel)) {
       if (task.channels_last) return positions<T>(task, begin, end);
@@ -159,10 +159,5 @@ void channels_range(const ElementwiseTask& task, int64_t begin, int64_t end) {
     }
   });
 }
-
-template void elements_range<static_cast<uint64_t>(Op::kTag)>(const ElementwiseTask&, int64_t,
-                                                              int64_t);
-template void channels_range<static_cast<uint64_t>(Op::kTag)>(const ElementwiseTask&, int64_t,
-                                                              int64_t);
 
 RK_NAMESPACE_END

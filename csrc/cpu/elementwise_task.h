@@ -25,12 +25,19 @@ struct ElementwiseTask {
   bool channels_last;
 };
 
-// One function for each op, which its tag tells. Elements [begin, end), each with its own draw:
+// One function for each op, which its tag tells.
+constexpr auto kOpTag = static_cast<uint64_t>(Op::kTag);
+
+// Elements [begin, end), each with its own draw:
 RK_DECLARE_LEAF(template <uint64_t kTag> void, elements_range,
+                (const ElementwiseTask& task, int64_t begin, int64_t end))
+RK_DECLARE_LEAF(template <> void, elements_range<kOpTag>,
                 (const ElementwiseTask& task, int64_t begin, int64_t end))
 // Elements [begin, end) of one draw for L elements or, with the channels last, the positions
 // [begin, end) of C elements:
 RK_DECLARE_LEAF(template <uint64_t kTag> void, channels_range,
+                (const ElementwiseTask& task, int64_t begin, int64_t end))
+RK_DECLARE_LEAF(template <> void, channels_range<kOpTag>,
                 (const ElementwiseTask& task, int64_t begin, int64_t end))
 
 }  // namespace reg_kernels

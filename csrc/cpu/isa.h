@@ -12,20 +12,25 @@ namespace reg_kernels {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best that this machine has, or what set_isa was told.
+// The best that there is, or what set_isa was told; throws std::runtime_error where this machine
+// has none of those that were built.
 Isa current_isa();
 
+// Whether it was built (REG_KERNELS_ISA) and this machine has it.
+bool has_isa(Isa isa);
+
 // Takes a less capable one, for tests and measurements; throws std::invalid_argument for one that
-// this machine or this build lacks.
+// there is not.
 void set_isa(Isa isa);
 
-// Declares `result name arguments` in each instruction set's namespace.
+// Declares `result name arguments` in each instruction set's namespace. Weak, so that one that was
+// not built is null: what else is compiled does not depend on which are.
 #define RK_DECLARE_LEAF_IN(isa, result, name, arguments) \
   namespace isa {                                        \
-  result name arguments;                                 \
+  result __attribute__((weak)) name arguments;           \
   }
 
-#if defined(__x86_64__) && !defined(RK_ONE_ISA)
+#if defined(__x86_64__)
 #define RK_DECLARE_LEAF(result, name, arguments)        \
   RK_DECLARE_LEAF_IN(baseline, result, name, arguments) \
   RK_DECLARE_LEAF_IN(avx2, result, name, arguments)     \

@@ -29,9 +29,13 @@ RK_HD __m256 load_floats(const bfloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// The eight as they are stored, rounded to nearest even.
+// The eight as they are stored, rounded to nearest even; a NaN as dtypes.h has it.
 RK_HD void store_floats(float16* p, __m256 floats) {
-  const __m128i bits = _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q);
+  const __m256 sign = _mm256_and_ps(floats, _mm256_set1_ps(-0.0f));
+  const __m256 quiet = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+  const __m128i bits = _mm256_cvtps_ph(_mm256_blendv_ps(floats, quiet, nan),
+                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
 }
 

@@ -9,42 +9,13 @@
 // loops of their own over the tile, which is still there.
 #include "optimizer_step.h"
 
-#include "lanes.h"
+#include "narrow.h"
 #include "random.h"
 #include "reg_kernels/optimizer_step_math.h"
 #include "stream.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
-
-template <typename T>
-void widen(const T* from, int64_t count, float* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = load(from[j]);
-}
-
-template <typename T>
-void narrow(const float* from, int64_t count, T* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = store<T>(from[j]);
-}
-
-#if defined(__AVX2__)
-
-// The instructions for float16, which no compiler finds in the arithmetic of dtypes.h.
-void widen(const float16* from, int64_t count, float* to) {
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) _mm256_storeu_ps(to + j, load_floats(from + j));
-  for (; j < count; ++j) to[j] = load(from[j]);
-}
-
-void narrow(const float* from, int64_t count, float16* to) {
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) store_floats(to + j, _mm256_loadu_ps(from + j));
-  for (; j < count; ++j) to[j] = store<float16>(from[j]);
-}
-
-#endif
 
 // A tile of an array of any type, as C: the array's own memory where that is its type.
 template <typename C>
@@ -63,9 +34,9 @@ class TileOf {
       values_ = buffer_;
       if constexpr (sizeof(C) == sizeof(float)) {
         if (dtype == DType::float16) {
-          widen(static_cast<float16*>(array) + first, count, buffer_);
+          widen(static_cast<float16*>(array) + first, count, buffer_, NothingAhead{});
         } else {
-          widen(static_cast<bfloat16*>(array) + first, count, buffer_);
+          widen(static_cast<bfloat16*>(array) + first, count, buffer_, NothingAhead{});
         }
       }
     }
@@ -76,9 +47,9 @@ class TileOf {
     if (array_ == nullptr || is_own()) return;
     if constexpr (sizeof(C) == sizeof(float)) {
       if (dtype_ == DType::float16) {
-        narrow(buffer_, count_, static_cast<float16*>(array_) + first_);
+        narrow(buffer_, count_, static_cast<float16*>(array_) + first_, false, NothingAhead{});
       } else {
-        narrow(buffer_, count_, static_cast<bfloat16*>(array_) + first_);
+        narrow(buffer_, count_, static_cast<bfloat16*>(array_) + first_, false, NothingAhead{});
       }
     }
   }

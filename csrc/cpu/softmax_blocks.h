@@ -12,9 +12,6 @@ RK_NAMESPACE_BEGIN
 
 constexpr int64_t kBlock = 1024;  // logits
 
-// Of the lambdas that loops are made of: a call in one would not become vector code.
-#define RK_INLINE __attribute__((always_inline))
-
 // The sum of f(i) for i in [0, count), f inlined: in lanes, so that all instruction sets add up in
 // the same order.
 template <typename C, typename F>
@@ -81,12 +78,17 @@ RK_HD void prefetch_row(const T* p, int64_t count) {
   for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(bytes + i, 0, 2);
 }
 
-// Calls f(first, count) for blocks of a row of `count` logits that begins at element `offset` of a
-// tensor, such that all but the first begin where a line does: what is streamed are whole lines.
-template <typename T, typename F>
-RK_HD void for_blocks(int64_t offset, int64_t count, const F& f) {
-  constexpr int64_t kOfLine = kLine / static_cast<int64_t>(sizeof(T));
-  int64_t n = kBlock - offset % kOfLine;
+// Elements from the line's start to element `offset` of an array of T that begins with one.
+template <typename T>
+RK_HD int64_t past_line(int64_t offset) {
+  return offset % (kLine / static_cast<int64_t>(sizeof(T)));
+}
+
+// Calls f(first, count) for blocks of a row of `count` logits, the first of them `past` a line's
+// start, such that all but the first begin where a line does: what is streamed are whole lines.
+template <typename F>
+RK_HD void for_blocks(int64_t past, int64_t count, const F& f) {
+  int64_t n = kBlock - past;
   for (int64_t first = 0; first < count; first += n, n = kBlock) {
     if (n > count - first) n = count - first;
     f(first, n);
@@ -94,10 +96,7 @@ RK_HD void for_blocks(int64_t offset, int64_t count, const F& f) {
 }
 
 // The block that for_blocks has a place of the row in.
-template <typename T>
-RK_HD int64_t block_of(int64_t offset, int64_t place) {
-  return (place + offset % (kLine / static_cast<int64_t>(sizeof(T)))) / kBlock;
-}
+RK_HD int64_t block_of(int64_t past, int64_t place) { return (place + past) / kBlock; }
 
 // Blocks of a row at the most.
 RK_HD int64_t most_blocks(int64_t count) { return count / kBlock + 2; }

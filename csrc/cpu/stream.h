@@ -14,6 +14,12 @@
 #include <immintrin.h>
 #endif
 
+// Of the lambdas that loops are made of: a call in one would not become vector code.
+#define RK_INLINE __attribute__((always_inline))
+// Of loops over a tile that several places have: a call a tile costs nothing, while a copy in each
+// of them cost most of the time that compiling took.
+#define RK_STAGE __attribute__((noinline))
+
 RK_NAMESPACE_BEGIN
 
 constexpr int64_t kLine = 64;  // bytes of a cache line: what one streaming store should fill
@@ -49,6 +55,20 @@ RK_HD void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(bytes + i);
 }
 
+// y[i] = f(i) for i in [begin, end), with no lines to wait for. `write_eight(f, i, y)`, where there
+// is one for F, has the instructions for eight elements.
+template <typename T, typename F>
+RK_HD void fill(T* y, int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  if constexpr (requires { write_eight(f, i, y); }) {
+    for (; i + 8 <= end; i += 8) write_eight(f, i, y + i);
+    for (; i < end; ++i) y[i] = f(i);
+  } else {
+#pragma omp simd  // also where y is what f reads: an element depends on no other
+    for (int64_t j = i; j < end; ++j) y[j] = f(j);
+  }
+}
+
 // y[j] = f(i + j) for whole lines of y. `write_lines(f, i, y)`, where there is one for F, may know
 // a shorter way and says whether it took it.
 template <typename T, typename F>
@@ -56,23 +76,29 @@ RK_HD void fill_lines(T* y, int64_t i, int64_t count, const F& f) {
   if constexpr (requires { write_lines(f, i, y); }) {
     if (write_lines(f, i, y)) return;
   }
-#pragma omp simd  // also where y is what f reads: an element depends on no other
-  for (int64_t j = 0; j < count; ++j) y[j] = f(i + j);
+  if constexpr (requires { write_eight(f, i, y); }) {
+    for (int64_t j = 0; j < count; j += 8) write_eight(f, i + j, y + j);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) y[j] = f(i + j);
+  }
 }
 
 // y[i] = f(i) for i in [0, count), f inlined and vectorised, y streamed in whole lines where
 // `stream` says so. A few lines at a time: streaming a larger tile at once leaves the memory idle
 // while the next one is computed (measured: 1.2 of the fused loop's time), and so does prefetching
 // for one at once. `ahead(i, n)` is called before elements [i, i + n), to prefetch what it will.
+//
+// Each copy of f is a loop that the compiler takes its time over, for every f that there is: of the
+// elements before the first line there are few, and their copy is a scalar one.
 template <typename T, typename F, typename Ahead>
 RK_HD void write_each(T* y, int64_t count, bool stream, const F& f, const Ahead& ahead) {
   constexpr int64_t kChunk = 4 * kLine / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
   if (stream) {
-    const int64_t past_line = reinterpret_cast<uintptr_t>(y) % kLine;
-    if (past_line) {
-      const int64_t head = (kLine - past_line) / static_cast<int64_t>(sizeof(T));
-      for (; i < head && i < count; ++i) y[i] = f(i);
+    for (; i < count && reinterpret_cast<uintptr_t>(y + i) % kLine; ++i) {
+      y[i] = f(i);
+      asm volatile("");  // which keeps it scalar
     }
     for (; i + kChunk <= count; i += kChunk) {
       ahead(i, kChunk);
@@ -89,13 +115,16 @@ RK_HD void write_each(T* y, int64_t count, bool stream, const F& f, const Ahead&
     fill_lines(y + i, i, kChunk, f);
   }
   ahead(i, count - i);
-#pragma omp simd
-  for (int64_t j = i; j < count; ++j) y[j] = f(j);
+  fill(y, i, count, f);
 }
+
+struct NothingAhead {
+  RK_HD void operator()(int64_t, int64_t) const {}
+};
 
 template <typename T, typename F>
 RK_HD void write_each(T* y, int64_t count, bool stream, const F& f) {
-  write_each(y, count, stream, f, [](int64_t, int64_t) __attribute__((always_inline)) {});
+  write_each(y, count, stream, f, NothingAhead{});
 }
 
 // Makes this thread's streamed stores visible before whatever it signals next.

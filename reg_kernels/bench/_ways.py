@@ -15,7 +15,6 @@ from .. import backends
 from ._measure import BACKWARD, BOTH, COMPILE, EAGER, FORWARD, Skipped
 
 _REFERENCE_UP_TO = 2**20  # bytes: the reference is written to be read, not to be fast
-_ISAS = ("baseline", "avx2", "avx512")  # rising
 
 Function = Callable[..., Tensor]
 
@@ -146,7 +145,8 @@ def lower_isas() -> tuple[str, ...]:
     """The instruction sets below the one that the CPU kernels use, the higher ones first."""
     from .. import _C
 
-    return _ISAS[: _ISAS.index(_C.isa())][::-1]
+    isas = _C.isas()
+    return tuple(reversed(isas[: isas.index(_C.isa())]))
 
 
 @contextlib.contextmanager

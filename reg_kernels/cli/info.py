@@ -56,8 +56,8 @@ def facts() -> dict[str, str]:
         from .. import _C
 
         result["native CPU"] = (
-            f"{_C.isa()}, built by {_C.compiler} for torch 2.11 and later "
-            f"(headers of {_C.torch_version_built_with})"
+            f"{_C.isa()} (of {', '.join(_C.isas())}), built by {_C.compiler} "
+            f"for torch 2.11 and later (headers of {_C.torch_version_built_with})"
         )
     else:
         result["native CPU"] = f"missing: {missing}"
