@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._layout import with_strides
 from ._loss_checks import NONE, CheckedLoss, check_values
-from ._modes import COMPILE, FUNC, below_autograd, is_batched, is_fake
+from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
 from ._registry import Op, define_part, implementation_of, register
 from ._route import wants_gradient, without_functorch
 
@@ -196,7 +196,7 @@ def run(
     args = (*first, *call.arguments, *last)
     looks = call.looks
     overload = forward.overload(input.device, input.dtype, backend, looks)
-    on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
+    on_cpu = shows_values(input, looks)
     # Neither weights nor probabilities have a gradient by the kernels.
     weight, labels = options.weight, call.target.labels
     wants_more = weight is not None and weight.requires_grad

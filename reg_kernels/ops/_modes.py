@@ -49,6 +49,11 @@ def is_fake() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def shows_values(x: Tensor, looks: str | None) -> bool:
+    """Whether the values of what lies with x can be looked at without a wait."""
+    return x.device.type == "cpu" and looks is not COMPILE and not is_fake()
+
+
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """For what is asked of arguments: torch.jit.trace would make tensors of the sizes it sees, and

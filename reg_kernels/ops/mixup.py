@@ -33,7 +33,7 @@ from ._checks import (
     probability,
     refuse,
 )
-from ._modes import COMPILE, FUNC, TRACE, below_autograd, is_fake, watcher
+from ._modes import COMPILE, FUNC, TRACE, below_autograd, is_fake, shows_values, watcher
 from ._registry import register
 from ._route import Linear, in_order, wants_gradient
 
@@ -345,7 +345,7 @@ def blend(
     index = _checked_index(name, input, index)
     boxes = _checked_boxes(name, input, boxes)
     looks = watcher()
-    on_cpu = input.device.type == "cpu" and looks is not COMPILE and not is_fake()
+    on_cpu = shows_values(input, looks)
     if on_cpu and looks is not FUNC:
         _check_values(name, input, lam, index, boxes)
     if dtype is None:
