@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import watchdog
 from reg_kernels import backends
 from reg_kernels.cases.dropout import state as rng_state
 
@@ -26,6 +25,8 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 def run_program(command: Sequence[object], **options: Any) -> Any:
     """A program's exit code and output, as subprocess.run's; one that never ends is an error."""
+    from bench import watchdog  # which a program of tests/ has not in its path, nor needs
+
     return watchdog.run(command, **options)
 
 

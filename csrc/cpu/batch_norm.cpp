@@ -23,7 +23,7 @@ constexpr int64_t kLongPlane = 256;  // values side by side from which on a plan
 constexpr int64_t kWideRow = 128, kWideDrawnRow = 256;
 constexpr int64_t kStripColumns = 1024;
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
 BatchNormPlan make_plan(const BatchNormInput& in, bool channels_last, bool drops) {
   const int64_t channels = in.layout.channels, length = in.layout.length;

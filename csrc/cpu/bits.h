@@ -28,7 +28,7 @@ RK_HD void pack_bits(const uint8_t* flags, int64_t count, uint8_t* bits) {
 
 // The flags of `count` bits; writes up to seven more behind them.
 RK_HD void unpack_bits(const uint8_t* bits, int64_t count, uint8_t* flags) {
-  for (int64_t i = 0; i < (count + 7) / 8; ++i) {
+  for (int64_t i = 0; i < ceil_div(count, 8); ++i) {
     // A copy of the byte in each place, of which place j keeps bit j, moved to the top by the sum.
     const uint64_t copies = bits[i] * 0x0101010101010101ull & 0x8040201008040201ull;
     const uint64_t eight = ((copies + 0x00406070787c7e7full) >> 7) & 0x0101010101010101ull;

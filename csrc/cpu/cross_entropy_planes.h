@@ -61,7 +61,7 @@ struct Planes {
   template <bool kBackward>
   void run(int64_t unit) {
     const int64_t length = task.classes_last ? task.positions : task.length;
-    const int64_t strips = (length + strip - 1) / strip;
+    const int64_t strips = ceil_div(length, strip);
     const int64_t sample = unit / strips, first = unit % strips * strip;
     const int64_t count = length - first < strip ? length - first : strip;
     const int64_t position = sample * length + first;

@@ -87,7 +87,7 @@ struct Distillation {
   void run(int64_t unit) {
     int64_t first = unit * loss.unit, last = first + loss.unit;
     if (!loss.classes_last) {
-      const int64_t strips = (loss.length + loss.unit - 1) / loss.unit;
+      const int64_t strips = ceil_div(loss.length, loss.unit);
       first = unit / strips * loss.length + unit % strips * loss.unit;
       last = first + loss.unit;
       const int64_t end = (unit / strips + 1) * loss.length;

@@ -57,9 +57,8 @@ inline LossTask loss_task(const LossInput& in, int64_t short_rows, const char* o
     // Whole lines of 64 bytes, and a strip's exponentials within the second-level cache.
     task.unit = std::clamp(kStripLogits / task.classes / 32 * 32, kLeastStrip, kMostStrip);
   }
-  task.units = task.classes_last
-                   ? (task.positions + task.unit - 1) / task.unit
-                   : task.positions / task.length * ((task.length + task.unit - 1) / task.unit);
+  task.units = task.classes_last ? ceil_div(task.positions, task.unit)
+                                 : task.positions / task.length * ceil_div(task.length, task.unit);
   task.labels = in.labels;
   task.probabilities = in.probabilities;
   task.probabilities_dtype = in.probabilities_dtype;

@@ -96,10 +96,10 @@ MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const Mi
   task.numel = task.layout.channels * task.layout.length;
   const int64_t tile = kTile / static_cast<int64_t>(x.element_size());
   task.tile = tile;
-  task.tiles = (task.numel + task.tile - 1) / task.tile;
+  task.tiles = ceil_div(task.numel, task.tile);
   if (task.to_channels_last != task.layout.channels_last) {
     task.tile = std::max(kPositions, tile / std::max<int64_t>(1, task.layout.channels));
-    task.tiles = (task.layout.length + task.tile - 1) / task.tile;
+    task.tiles = ceil_div(task.layout.length, task.tile);
   }
   // In place, the line that a store would read is the one just loaded: nothing to save.
   task.stream = task.x != task.y &&

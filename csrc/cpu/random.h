@@ -136,7 +136,7 @@ struct Draws {
   RK_HD const uint16_t* fill(const RngStream& stream, int64_t first, int64_t count) {
     const int64_t lead = first % kGroup;
     const int64_t batch = kGroupBatch * kGroup;
-    const int64_t groups = (lead + count + batch - 1) / batch * kGroupBatch;
+    const int64_t groups = ceil_div(lead + count, batch) * kGroupBatch;
     draw_half_words(stream, first / kGroup, groups, half_words);
     return half_words + lead;
   }

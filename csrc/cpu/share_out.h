@@ -28,7 +28,7 @@ void share_out(const TensorTable& table, int64_t unit, Make&& make) {
     // and the one that begins.
     const auto within = [&](int64_t position, int64_t tensor, int64_t numel) {
       const int64_t element = position - first[tensor];
-      return std::clamp<int64_t>((element + unit - 1) / unit * unit, 0, numel);
+      return std::clamp<int64_t>(ceil_div(element, unit) * unit, 0, numel);
     };
     auto f = make();
     int64_t tensor = std::upper_bound(first, first + table.count, begin) - first - 1;

@@ -23,7 +23,7 @@ struct BatchNormInput {
   double slope;
 
   // [C] bits of M values each, rounded up to bytes: the size of a gate.
-  int64_t gate_bytes() const { return layout.channels * ((count + 7) / 8); }
+  int64_t gate_bytes() const { return layout.channels * ceil_div(count, 8); }
 };
 
 inline ChannelValues channel_values(const Call& call, const OptionalTensor& tensor,
@@ -34,15 +34,6 @@ inline ChannelValues channel_values(const Call& call, const OptionalTensor& tens
   const DType dtype = dtype_of(*tensor, call.op, name);
   return {written ? call.written(*tensor, name) : const_cast<void*>(call.data(*tensor, name)),
           dtype};
-}
-
-// The data of a tensor that is x's like: its shape, storage order and dtype.
-inline const void* data_like(const Call& call, const Tensor& x, const OptionalTensor& tensor,
-                             const char* name) {
-  if (!tensor) return nullptr;
-  RK_REQUIRE(has_layout_of(x, *tensor) && tensor->scalar_type() == x.scalar_type(), call.op, name,
-             words("like the input, ", described(x)), *tensor);
-  return call.data(*tensor, name);
 }
 
 inline BatchNormInput batch_norm_input(const Call& call, const Tensor& x,

@@ -54,4 +54,13 @@ inline bool has_layout_of(const Tensor& x, const Tensor& tensor) {
   return true;
 }
 
+// The data of a tensor that is x's like: its shape, storage order and dtype.
+inline const void* data_like(const Call& call, const Tensor& x, const OptionalTensor& tensor,
+                             const char* name) {
+  if (!tensor) return nullptr;
+  RK_REQUIRE(has_layout_of(x, *tensor) && tensor->scalar_type() == x.scalar_type(), call.op, name,
+             words("like the input, ", described(x)), *tensor);
+  return call.data(*tensor, name);
+}
+
 }  // namespace reg_kernels

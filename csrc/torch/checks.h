@@ -316,4 +316,15 @@ inline const double* traced_p_data(const Call& call, const Tensor& traced_p) {
   return Call(call.op, traced_p).number<double>(traced_p, ScalarType::Double, "traced_p");
 }
 
+// Puts one share for all samples, or one for each, into the options of a blend or of a pair of
+// labels.
+template <typename Options>
+void set_shares(const Call& call, const Tensor& lam, int64_t samples, Options& options) {
+  RK_REQUIRE(lam.is_contiguous() && (lam.numel() == 1 || lam.numel() == samples), call.op, "lam",
+             words("contiguous, of 1 element or of ", samples), lam);
+  const DType dtype = dtype_of(lam, call.op, "lam");
+  options.lam = {const_cast<void*>(call.data(lam, "lam")), dtype};
+  options.one_lam_for_all = lam.numel() == 1;
+}
+
 }  // namespace reg_kernels

@@ -95,13 +95,7 @@ inline LossInput loss_input(const Call& call, const Tensor& x, const LossTarget&
   in.labels.labels = labels(*target, "target");
   if (!partner) return in;
   in.labels.partner_labels = labels(*partner, "partner");
-  if (lam) {
-    RK_REQUIRE(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == x.size(0)), call.op,
-               "lam", words("contiguous, of 1 element or of ", x.size(0)), *lam);
-    const DType dtype = dtype_of(*lam, call.op, "lam");
-    in.labels.lam = {const_cast<void*>(call.data(*lam, "lam")), dtype};
-    in.labels.one_lam_for_all = lam->numel() == 1;
-  }
+  if (lam) set_shares(call, *lam, x.size(0), in.labels);
   return in;
 }
 

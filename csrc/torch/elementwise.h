@@ -32,12 +32,7 @@ struct ElementwiseCall {
     check_probability(p, call.op);
   }
 
-  const void* residual_data() const {
-    if (!residual) return nullptr;
-    RK_REQUIRE(has_layout_of(x, *residual) && residual->scalar_type() == x.scalar_type(), call.op,
-               "residual", "like the input, " + described(x), *residual);
-    return call.data(*residual, "residual");
-  }
+  const void* residual_data() const { return data_like(call, x, residual, "residual"); }
 };
 
 // The functions that are registered for an op's forms, of which `run` runs each.

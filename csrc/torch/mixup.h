@@ -62,13 +62,7 @@ inline MixupBlend mixup_blend(const Call& call, const Tensor& x, const OptionalT
   blend.width = x.size(x.dim() - 1);
   blend.one_lam_for_all = true;
   blend.one_lam = one_lam;
-  if (lam) {
-    RK_REQUIRE(lam->is_contiguous() && (lam->numel() == 1 || lam->numel() == blend.samples),
-               call.op, "lam", words("contiguous, of 1 element or of ", blend.samples), *lam);
-    const DType dtype = dtype_of(*lam, call.op, "lam");
-    blend.lam = {const_cast<void*>(call.data(*lam, "lam")), dtype};
-    blend.one_lam_for_all = lam->numel() == 1;
-  }
+  if (lam) set_shares(call, *lam, blend.samples, blend);
   blend.index = int64_values(call, index, blend.samples, "index");
   if (boxes) {
     RK_REQUIRE(x.dim() >= 4, call.op, "boxes", "None but for images (N, C, ..., H, W)", x);

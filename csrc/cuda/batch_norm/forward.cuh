@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
     const int steps = slice.steps();
 
     // Reduce.
-    const int filled = (steps + kBatchSteps<T> - 1) / kBatchSteps<T> * kBatchSteps<T>;
+    const int filled = ceil_div(steps, kBatchSteps<T>) * kBatchSteps<T>;
     const auto read = [&](int step) {
       slice.for_vectors(step, [&](int k, int64_t element, uint32_t valid) {
         x.read(a.x, plan.direct, element, valid, step, k);

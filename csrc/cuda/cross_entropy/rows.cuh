@@ -107,7 +107,7 @@ struct LongShared {
 // What precedes the rows in shared memory: whole vectors.
 template <typename T, bool kDense>
 constexpr int64_t kLongSharedBytes =
-    (sizeof(LongShared<T, kDense>) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    ceil_div(sizeof(LongShared<T, kDense>), kVectorBytes) * kVectorBytes;
 
 template <bool kDense, typename T>
 __device__ __forceinline__ void add_vectors(ClassSums<T, kDense>& sums, const LogitRow<T>& row,

@@ -298,7 +298,7 @@ class Slice {
     }
   }
 
-  __device__ int steps() const { return static_cast<int>((rows_ + step_rows_ - 1) / step_rows_); }
+  __device__ int steps() const { return static_cast<int>(ceil_div(rows_, step_rows_)); }
 
   // The element that vector k of a step begins with; returns which of its elements are the
   // thread's.

@@ -33,6 +33,9 @@ RK_NAMESPACE_BEGIN
 // What kernels on any processor count with: no standard template, for the same reason.
 RK_HD constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 RK_HD constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
-RK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <typename A, typename B>
+RK_HD constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 RK_NAMESPACE_END

@@ -100,7 +100,7 @@ struct LogitRow {
         classes(classes),
         shift(static_cast<int>(reinterpret_cast<uintptr_t>(data) / sizeof(T) % kCount)) {}
 
-  __device__ int64_t vectors() const { return (classes + shift + kCount - 1) / kCount; }
+  __device__ int64_t vectors() const { return ceil_div(classes + shift, kCount); }
   __device__ int64_t first_class(int64_t vector) const { return vector * kCount - shift; }
   __device__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 

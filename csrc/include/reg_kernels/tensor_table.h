@@ -56,7 +56,7 @@ struct TensorTable {
     return at(TableRow::first_chunk, last) + chunks_of(at(TableRow::numel, last));
   }
 
-  static RK_HD int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+  static RK_HD int64_t chunks_of(int64_t numel) { return ceil_div(numel, kChunk); }
 
   RK_HD int64_t tensor_of_chunk(int64_t chunk) const { return data[kRows * count + chunk]; }
 };
