@@ -20,6 +20,11 @@ def missing(extra: str) -> list[str]:
     return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 
 
+def remedy(extra: str) -> str:
+    """What brings an extra."""
+    return f"pip install '.[{extra}]' in the folder of reg_kernels"
+
+
 def require(what: str, extra: str, *modules: str) -> None:
     """Raises MissingExtra where `what` cannot be had for want of `modules`, or of any of the extra.
 
@@ -31,6 +36,5 @@ def require(what: str, extra: str, *modules: str) -> None:
     lacking = [name for name in missing(extra) if not modules or name in modules]
     if lacking:
         raise MissingExtra(
-            f"{what} needs {', '.join(lacking)}, not installed here: "
-            f"pip install 'reg_kernels[{extra}]'"
+            f"{what} needs {', '.join(lacking)}, not installed here: {remedy(extra)}"
         )

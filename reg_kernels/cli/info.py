@@ -72,6 +72,6 @@ def facts() -> dict[str, str]:
         result["GPUs"] = "none that torch sees"
     for extra in _extras.EXTRAS:
         lacking = ", ".join(_extras.missing(extra))
-        remedy = f"lacks {lacking}: pip install 'reg_kernels[{extra}]'"
+        remedy = f"lacks {lacking}: {_extras.remedy(extra)}"
         result[f"extra {extra}"] = remedy if lacking else "installed"
     return result

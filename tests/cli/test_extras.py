@@ -47,9 +47,9 @@ def test_torch_alone_is_enough_for_the_package_and_info_says_what_to_install():
     done = run_program([sys.executable, "-c", WITHOUT + USE + INFO])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("works\n")
-    assert "extra cli:    lacks rich: pip install 'reg_kernels[cli]'\n" in done.stdout
+    assert f"extra cli:    lacks rich: {_extras.remedy('cli')}\n" in done.stdout
     lacking = "matplotlib, numpy, rich, sklearn"
-    assert f"extra train:  lacks {lacking}: pip install 'reg_kernels[train]'\n" in done.stdout
+    assert f"extra train:  lacks {lacking}: {_extras.remedy('train')}\n" in done.stdout
     assert "  triton      no: triton is not installed\n" in done.stdout
 
 
@@ -60,7 +60,7 @@ def test_a_command_names_the_extra_that_it_lacks(
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main([command]) == 2
     error = capsys.readouterr().err
-    remedy = f"pip install 'reg_kernels[{COMMANDS[command].extra}]'"
+    remedy = _extras.remedy(COMMANDS[command].extra)
     assert error == f"reg-kernels {command}: it needs rich, not installed here: {remedy}\n"
 
 
@@ -74,7 +74,7 @@ def test_a_plot_names_the_extra_that_it_lacks(
     monkeypatch.setattr(bench, "all_cases", lambda scope: [argparse.Namespace(op="dropout")])
     words = ["--device", "cpu", "--op", "dropout", "--plot", str(tmp_path / "chart.png")]
     assert main(["bench", *words]) == 2
-    remedy = "pip install 'reg_kernels[train]'"
+    remedy = _extras.remedy("train")
     expected = f"reg-kernels bench: --plot needs matplotlib, not installed here: {remedy}\n"
     assert capsys.readouterr().err == expected
 
