@@ -14,11 +14,11 @@ constexpr int64_t kGrain = 32768;
 constexpr int64_t kUnit = 256;
 
 ElementwiseTask make_task(const ElementwiseCall& a, const ChannelLayout& layout) {
-  a.check();
+  a.check(Op::kNumber);
   const Call& call = a.call;
   const int64_t* state = rng_state_data(call, a.rng_state);
-  const double p = a.traced_p ? *traced_p_data(call, *a.traced_p) : a.p;
-  const DropoutRate rate = DropoutRate::from_probability(p);
+  const double number = a.traced_number ? *traced_p_data(call, *a.traced_number) : a.number;
+  const DropoutRate rate = rate_of<Op>(number);
   ElementwiseTask task{};
   task.y = call.written(a.y, "input");
   task.x = call.data(a.x, "input");

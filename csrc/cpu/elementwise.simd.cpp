@@ -2,7 +2,7 @@
 // comes first) and each instruction set (isa.h).
 //
 // Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
-// streamed past the caches where it is larger than they are. A tile of mask draws is made into the
+// streamed past the caches where it is larger than they are. A tile of draws is made into the
 // first-level cache, then a plain loop applies it.
 #include "elementwise_task.h"
 
@@ -13,6 +13,8 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
+using Drawn = drawn_t<Op>;
+
 template <typename T>
 struct Elements {
   const T* x;
@@ -21,7 +23,7 @@ struct Elements {
   bool stream;
   RngStream rng;
   compute_t<T> scale;
-  LineScale<T> lines;
+  LineScale<T, kMultiplies<Op>> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
   bool any_kept;
@@ -41,46 +43,60 @@ struct Elements {
     if (stream) stream_fence();
   }
 
-  // Elements [first, first + count), each with its own half-word, of an op that adds nothing.
-  void apply(int64_t first, int64_t count, const uint16_t* half_words) const {
-    write_each(y + first, count, stream,
-               Tile<Op, T>{x + first, half_words, last_kept, scale, &lines});
+  // Elements [first, first + count), each with its own draw.
+  void apply(int64_t first, int64_t count, const Drawn* drawn) const {
+    if constexpr (kSkipsDropped<Op>) {
+      if (!any_kept) return apply_one(first, count, 0);
+    }
+    const Tile<Op, T> tile{x + first, drawn, last_kept, scale, &lines};
+    if constexpr (Op::kAdds) {
+      if (residual != nullptr) return write(first, count, TileBeside{tile, residual + first});
+    }
+    write(first, count, tile);
   }
 
-  // The same with one half-word for all of them.
-  void apply_one(int64_t first, int64_t count, uint16_t half_word) const {
+  // The same with one draw for all of them.
+  void apply_one(int64_t first, int64_t count, Drawn drawn) const {
+    typename Op::Draw draw = drawn;
+    if constexpr (kKeepsOrDrops<Op>) draw = drawn <= last_kept && any_kept;
+    if constexpr (Op::kAdds) {
+      if (residual != nullptr) return apply_one_to(first, count, draw, residual + first);
+    }
+    apply_one_to(first, count, draw);
+  }
+
+ private:
+  template <typename F>
+  RK_HD void write(int64_t first, int64_t count, const F& f) const {
+    write_each(y + first, count, stream, f);
+  }
+
+  template <typename... Residual>
+  RK_HD void apply_one_to(int64_t first, int64_t count, typename Op::Draw draw,
+                          const Residual*... residual) const {
     const T* from = x + first;
-    const bool kept = half_word <= last_kept && any_kept;
-    const auto write = [&](const auto& f) __attribute__((always_inline)) {
-      write_each(y + first, count, stream, f);
-    };
-    if constexpr (Op::kReadsDropped) {
-      const compute_t<T> m = kept ? scale : 0;
-      write([=](int64_t i) __attribute__((always_inline)) { return Op::element(from[i], m); });
-    } else if (residual == nullptr) {
-      const compute_t<T> m = scale;
-      if (kept) {
-        write([=](int64_t i) __attribute__((always_inline)) { return Op::element(from[i], m); });
-      } else {
-        write([](int64_t) __attribute__((always_inline)) { return T{}; });
-      }
-    } else {
-      const T* beside = residual + first;
-      const compute_t<T> m = scale;
-      if (kept) {
-        write([=](int64_t i)
-                  __attribute__((always_inline)) { return Op::element(from[i], beside[i], m); });
-      } else {
-        write([=](int64_t i) __attribute__((always_inline)) { return beside[i]; });
+    compute_t<T> m = scale;
+    if constexpr (kSkipsDropped<Op>) {
+      if (!draw) {
+        return write(first, count, [=]([[maybe_unused]] int64_t i) RK_INLINE {
+          return left_of_dropped<T>(residual[i]...);
+        });
       }
     }
+    if constexpr (kKeepsOrDrops<Op>) {  // decided here, the loop has no branch to foresee
+      if (!draw) m = 0;
+      draw = true;
+    }
+    write(first, count, [=]([[maybe_unused]] int64_t i) RK_INLINE {
+      return element_of<Op>(from[i], draw, m, residual[i]...);
+    });
   }
 };
 
 template <typename T>
 void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  Draws draws;
+  DrawsOf<Drawn> draws;
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = min(kTile, end - first);
     of.apply(first, count, draws.fill(of.rng, task.mask_offset + first, count));
@@ -91,16 +107,16 @@ void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
 template <typename T>
 void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  Draws draws;
+  DrawsOf<Drawn> draws;
   const int64_t length = task.length, first = begin / length, last = ceil_div(end, length);
-  const uint16_t* half_words = nullptr;
+  const Drawn* drawn = nullptr;
   for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t drawn = (plane - first) % kTile;
-    if (drawn == 0) {
-      half_words = draws.fill(of.rng, task.mask_offset + plane, min(kTile, last - plane));
+    const int64_t i = (plane - first) % kTile;
+    if (i == 0) {
+      drawn = draws.fill(of.rng, task.mask_offset + plane, min(kTile, last - plane));
     }
     const int64_t from = max(begin, plane * length);
-    of.apply_one(from, min(end, (plane + 1) * length) - from, half_words[drawn]);
+    of.apply_one(from, min(end, (plane + 1) * length) - from, drawn[i]);
   }
 }
 
@@ -108,7 +124,7 @@ void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
 template <typename T>
 void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  Draws draws;
+  DrawsOf<Drawn> draws;
   const int64_t channels = task.channels;
   if (channels > kTile) {
     for (int64_t row = begin; row < end; ++row) {
@@ -121,15 +137,15 @@ void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
     return;
   }
   // The draws of a sample, repeated until a tile can start in any channel.
-  uint16_t repeated[2 * kTile];
+  Drawn repeated[2 * kTile];
   for (int64_t row = begin; row < end;) {
     const int64_t sample = row / task.length;
     const int64_t next = min(end, (sample + 1) * task.length);
-    const uint16_t* half_words = draws.fill(of.rng, task.mask_offset + sample * channels, channels);
+    const Drawn* drawn = draws.fill(of.rng, task.mask_offset + sample * channels, channels);
     const int64_t needed = channels + min(kTile, (next - row) * channels);
     for (int64_t i = 0; i < needed; i += channels) {
       const int64_t count = min(channels, needed - i);
-      memcpy(repeated + i, half_words, count * sizeof(uint16_t));
+      memcpy(repeated + i, drawn, count * sizeof(Drawn));
     }
     const int64_t last = next * channels;
     for (int64_t first = row * channels; first < last; first += kTile) {

@@ -1,4 +1,4 @@
-// The elements of a tile that are each multiplied by 0 or a scale, one by one or, where AVX-512
+// The elements of a tile, one by one or, where they are each multiplied by 0 or a scale and AVX-512
 // knows a shorter way, four cache lines at once with the same bits.
 #pragma once
 
@@ -10,23 +10,36 @@
 
 RK_NAMESPACE_BEGIN
 
-// What the shorter ways know of a scale before the first element.
-template <typename T>
+// What the shorter ways know of a scale before the first element, where an op has any use for it.
+template <typename T, bool kMultiplies>
 struct LineScale {
   explicit LineScale(compute_t<T>) {}
 };
 
-// Element i of a tile: x[i] with the half-word that was drawn for it.
+// Element i of a tile: x[i] with what was drawn for it.
 template <typename Op, typename T>
 struct Tile {
   const T* x;
-  const uint16_t* half_words;
+  const drawn_t<Op>* drawn;
   uint16_t last_kept;
   compute_t<T> scale;
-  const LineScale<T>* lines;
+  const LineScale<T, kMultiplies<Op>>* lines;
+
+  RK_HD typename Op::Draw draw(int64_t i) const {
+    if constexpr (kKeepsOrDrops<Op>) return drawn[i] <= last_kept;
+    return drawn[i];
+  }
+  RK_HD T operator()(int64_t i) const { return element_of<Op>(x[i], draw(i), scale); }
+};
+
+// The same with a residual.
+template <typename Op, typename T>
+struct TileBeside {
+  Tile<Op, T> tile;
+  const T* residual;
 
   RK_HD T operator()(int64_t i) const {
-    return Op::element(x[i], half_words[i] <= last_kept ? scale : compute_t<T>(0));
+    return element_of<Op>(tile.x[i], tile.draw(i), tile.scale, residual[i]);
   }
 };
 
@@ -42,7 +55,7 @@ RK_HD __m512i all_words(int value) { return _mm512_set1_epi16(static_cast<short>
 // plus what those say: y = x + change[mantissa], as bits. That holds for normal numbers whose
 // product is one too; zeros stay as they are, and whatever else there is takes the plain way.
 template <>
-struct LineScale<bfloat16> {
+struct LineScale<bfloat16, true> {
   __m512i change[4];
   __m512i largest;  // 2 |x|, as bits, that has a finite product
 
@@ -64,8 +77,9 @@ struct LineScale<bfloat16> {
 // Whether elements [i, i + 4 * kWords) have gone to y the shorter way; if not, y is as it was. It
 // may be where they lie in x.
 template <typename Op>
+  requires kMultiplies<Op>
 RK_HD bool write_lines(const Tile<Op, bfloat16>& tile, int64_t i, bfloat16* y) {
-  const LineScale<bfloat16>& lines = *tile.lines;
+  const LineScale<bfloat16, true>& lines = *tile.lines;
   const __m512i last = all_words(tile.last_kept);
   __m512i products[kLinesAtOnce];
   // 2 |x|, as bits, at the most, and less one at the least, which makes a zero the greatest.
@@ -80,7 +94,7 @@ RK_HD bool write_lines(const Tile<Op, bfloat16>& tile, int64_t i, bfloat16* y) {
         _mm512_mask_blend_epi16(_mm512_test_epi16_mask(x, all_words(0x40)),
                                 _mm512_permutex2var_epi16(lines.change[0], x, lines.change[1]),
                                 _mm512_permutex2var_epi16(lines.change[2], x, lines.change[3]));
-    const __m512i drawn = words_at(tile.half_words + i + j * kWords);
+    const __m512i drawn = words_at(tile.drawn + i + j * kWords);
     products[j] =
         _mm512_mask_add_epi16(_mm512_and_si512(x, all_words(0x8000)),
                               _mm512_mask_cmple_epu16_mask(nonzero, drawn, last), x, change);
@@ -95,6 +109,7 @@ RK_HD bool write_lines(const Tile<Op, bfloat16>& tile, int64_t i, bfloat16* y) {
 // The processor's own conversions, which differ in what they make of a NaN: Inf and NaN take the
 // plain way.
 template <typename Op>
+  requires kMultiplies<Op>
 RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   const __m512i last = all_words(tile.last_kept);
   const __m512 scale = _mm512_set1_ps(tile.scale);
@@ -103,7 +118,7 @@ RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   for (int j = 0; j < kLinesAtOnce; ++j) {
     const __m512i x = words_at(tile.x + i + j * kWords);
     most = _mm512_max_epu16(most, _mm512_add_epi16(x, x));
-    const __m512i drawn = words_at(tile.half_words + i + j * kWords);
+    const __m512i drawn = words_at(tile.drawn + i + j * kWords);
     const __mmask32 kept = _mm512_cmple_epu16_mask(drawn, last);
     const auto half = [&](__m256i words, __mmask16 keep) __attribute__((always_inline)) {
       const __m512 multiplier = _mm512_maskz_mov_ps(keep, scale);

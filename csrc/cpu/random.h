@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "reg_kernels/philox.h"
 
@@ -28,11 +29,11 @@ struct PhiloxLanes {
   static RK_HD V multiply(V a, V b) { return _mm512_mul_epu32(a, b); }
   static RK_HD V high(V a) { return _mm512_srli_epi64(a, 32); }
   static RK_HD V xor3(V a, V b, V c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-  static RK_HD void store(uint16_t* out, V w0, V w1, V w2, V w3) {
+  static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm512_mask_shuffle_epi32(w0, 0xAAAA, w1, _MM_PERM_CCAA);
     const V w23 = _mm512_mask_shuffle_epi32(w2, 0xAAAA, w3, _MM_PERM_CCAA);
     _mm512_store_si512(out, _mm512_unpacklo_epi64(w01, w23));
-    _mm512_store_si512(out + 4 * kGroup, _mm512_unpackhi_epi64(w01, w23));
+    _mm512_store_si512(out + sizeof(V), _mm512_unpackhi_epi64(w01, w23));
   }
 };
 
@@ -48,25 +49,26 @@ struct PhiloxLanes {
   static RK_HD V multiply(V a, V b) { return _mm256_mul_epu32(a, b); }
   static RK_HD V high(V a) { return _mm256_srli_epi64(a, 32); }
   static RK_HD V xor3(V a, V b, V c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
-  static RK_HD void store(uint16_t* out, V w0, V w1, V w2, V w3) {
+  static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm256_blend_epi32(w0, _mm256_shuffle_epi32(w1, 0xA0), 0xAA);
     const V w23 = _mm256_blend_epi32(w2, _mm256_shuffle_epi32(w3, 0xA0), 0xAA);
     _mm256_store_si256(reinterpret_cast<V*>(out), _mm256_unpacklo_epi64(w01, w23));
-    _mm256_store_si256(reinterpret_cast<V*>(out + 2 * kGroup), _mm256_unpackhi_epi64(w01, w23));
+    _mm256_store_si256(reinterpret_cast<V*>(out + sizeof(V)), _mm256_unpackhi_epi64(w01, w23));
   }
 };
 
 #endif
 
+constexpr int64_t kGroupBytes = sizeof(PhiloxWords);
 // A multiple of every instruction set's step; draws are made in whole batches of so many groups.
 constexpr int64_t kGroupBatch = 32;
 
 #if defined(__AVX2__)
 
-// `draw_half_words` for groups whose counters differ in the low word alone. The high word then does
+// `draw_groups` for groups whose counters differ in the low word alone. The high word then does
 // not change in the loop, nor does what the first two rounds make of it and of the offset, and the
 // compiler takes a tenth of the work out of the loop.
-RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t count, uint16_t* out) {
+RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t count, char* out) {
   using L = PhiloxLanes;
   using V = L::V;
   constexpr int kChains = L::kChains, kStep = kChains * L::kLanes;
@@ -99,16 +101,20 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
       }
     }
     for (int i = 0; i < kChains; ++i) {
-      L::store(out + (group + i * L::kLanes) * kGroup, c[i][0], c[i][1], c[i][2], c[i][3]);
+      L::store(out + (group + i * L::kLanes) * kGroupBytes, c[i][0], c[i][1], c[i][2], c[i][3]);
     }
   }
 }
 
 #endif
 
-// Writes the half-words of groups [first, first + count) in element order: out[8 * g + j] is
-// half-word j of group first + g. `count` is a multiple of kGroupBatch, `out` is 64-byte aligned.
-RK_HD void draw_half_words(const RngStream& stream, uint64_t first, int64_t count, uint16_t* out) {
+// Writes groups [first, first + count), whose half-words, and whose words, then lie in the order of
+// the elements that they are for. `count` is a multiple of kGroupBatch, `out` is 64-byte aligned.
+RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, char* out) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's low half lies first");
+  typedef uint32_t __attribute__((may_alias)) Word;
+  constexpr int kGroupWords = kGroupBytes / sizeof(Word);
+  Word* to = reinterpret_cast<Word*>(out);
   int64_t group = 0;
 #if defined(__AVX2__)
   if ((first >> 32) == ((first + count - 1) >> 32)) {
@@ -118,28 +124,29 @@ RK_HD void draw_half_words(const RngStream& stream, uint64_t first, int64_t coun
 #endif
   for (; group < count; ++group) {
     const PhiloxWords words = stream(first + group);
-    for (int j = 0; j < kGroup; ++j) {
-      out[group * kGroup + j] = static_cast<uint16_t>(half_word(words, j));
-    }
+    // Word by word, or the compiler makes no vector code of it.
+    for (int i = 0; i < kGroupWords; ++i) to[group * kGroupWords + i] = words.w[i];
   }
 }
 
-constexpr int64_t kTile = 512;  // elements: their draws are 1 KiB of the first-level cache
+constexpr int64_t kTile = 512;  // elements: their draws are 1 or 2 KiB of the first-level cache
 static_assert(kTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
 
-// A tile's draws; room for the group that a tile starts in the middle of.
-struct Draws {
-  alignas(64) uint16_t half_words[kTile + kGroupBatch * kGroup];
+// A tile's draws, of 16 or 32 bits each; room for the group that a tile starts in the middle of.
+template <typename Drawn>
+struct DrawsOf {
+  static constexpr int64_t kAGroup = kGroupBytes / sizeof(Drawn);
+  alignas(64) Drawn drawn[kTile + kGroupBatch * kAGroup];
 
-  // Draws `count` mask elements from index `first` on and returns the first one's half-word.
-  // Inlined, so that a loop over tiles spreads the key over its lanes once.
-  RK_HD const uint16_t* fill(const RngStream& stream, int64_t first, int64_t count) {
-    const int64_t lead = first % kGroup;
-    const int64_t batch = kGroupBatch * kGroup;
-    const int64_t groups = ceil_div(lead + count, batch) * kGroupBatch;
-    draw_half_words(stream, first / kGroup, groups, half_words);
-    return half_words + lead;
+  // Draws `count` mask elements from index `first` on and returns the first one's draw. Inlined, so
+  // that a loop over tiles spreads the key over its lanes once.
+  RK_HD const Drawn* fill(const RngStream& stream, int64_t first, int64_t count) {
+    const int64_t lead = first % kAGroup;
+    const int64_t groups = ceil_div(lead + count, kGroupBatch * kAGroup) * kGroupBatch;
+    draw_groups(stream, first / kAGroup, groups, reinterpret_cast<char*>(drawn));
+    return drawn + lead;
   }
 };
+using Draws = DrawsOf<uint16_t>;
 
 RK_NAMESPACE_END

@@ -9,15 +9,15 @@ namespace reg_kernels {
 namespace {
 
 cuda::RateArgument rate_argument(const ElementwiseCall& a) {
-  if (!a.traced_p) return DropoutRate::from_probability(a.p);
-  const double* value = traced_p_data(a.call, *a.traced_p);
-  if (a.traced_p->is_cpu()) return DropoutRate::from_probability(*value);
+  if (!a.traced_number) return rate_of<Op>(a.number);
+  const double* value = traced_p_data(a.call, *a.traced_number);
+  if (a.traced_number->is_cpu()) return rate_of<Op>(*value);
   return cuda::RateArgument(value);
 }
 
 void run(const ElementwiseCall& a) {
   const ChannelLayout layout = a.layout();
-  a.check();
+  a.check(Op::kNumber);
   const cuda::Launch launch(a.x);
   const cuda::RngState rng = cuda::read_rng_state(a.call, a.rng_state);
   const cuda::RateArgument rate = rate_argument(a);

@@ -3,13 +3,13 @@
 //
 // Reads x, writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32),
 // forward and backward alike; one more with a residual, and of what is dropped x is not read where
-// the op says so. The mask is drawn again from rng_state, never stored.
+// the op says so. What is drawn is drawn again from rng_state, never stored.
 //
 // Layout: x, y and the residual share one dense layout and are walked in storage order. A thread
-// draws one group of eight mask elements; a warp's 32 groups cover 256 consecutive elements, which
-// its lanes load and store 16 bytes each, side by side. In fp32 and fp64 a group spans several of
-// those vectors, so a lane's vector belongs to a group that another lane drew: the eight keep bits
-// come by shuffle.
+// draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
+// 256 consecutive elements, which its lanes load and store 16 bytes each, side by side. In fp32 and
+// fp64 a group spans several of those vectors, so a lane's vector belongs to a group that another
+// lane drew: its draws come by shuffle. Where a vector spans two groups, its lane draws both.
 #pragma once
 
 #include "reg_kernels/elementwise.h"
@@ -23,24 +23,27 @@ namespace cuda {
 constexpr int kElementwiseThreads = 256;
 constexpr int kVectorsInFlight = 4;  // loads of a thread before its first use of one
 // Blocks a multiprocessor. Left alone, the 16-bit kernels take 105 registers and leave room for two
-// blocks; held to four they take 64 and spill nothing (five spills).
-constexpr int kElementwiseBlocks = 4;
+// blocks; held to four, dropout's take 64 and spill nothing (five spills). With a residual, or with
+// draws that are numbers, four spill.
+template <typename Op>
+constexpr int kElementwiseBlocks = kMultiplies<Op> ? 4 : 3;
 
-// The rate as a kernel argument: by value, or as the probability itself where a compiled program
-// holds that on the device, so that a new p needs no new program.
+// The op's number as a kernel argument: by value, or as the number itself where a compiled program
+// holds that on the device, so that a new one needs no new program.
 struct RateArgument {
-  const double* p_on_device;  // or null: then `value`
+  const double* number_on_device;  // or null: then `value`
   DropoutRate value;
 
-  RateArgument(DropoutRate value) : p_on_device(nullptr), value(value) {}
-  explicit RateArgument(const double* p_on_device) : p_on_device(p_on_device), value{} {}
+  RateArgument(DropoutRate value) : number_on_device(nullptr), value(value) {}
+  explicit RateArgument(const double* on_device) : number_on_device(on_device), value{} {}
 
+  template <typename Op>
   __device__ DropoutRate read() const {
-    return p_on_device ? DropoutRate::from_probability(*p_on_device) : value;
+    return number_on_device ? rate_of<Op>(*number_on_device) : value;
   }
 };
 
-// What is added to x m, as a kernel argument: nothing, unless the op adds a residual.
+// What is added, as a kernel argument: nothing, unless the op adds a residual.
 template <typename Op, typename T>
 struct Addend {
   Addend(const T*, bool) {}
@@ -53,24 +56,127 @@ struct Addend<Op, T> {
   bool scaled;        // whether what is kept is scaled up
 
   Addend(const T* residual, bool scaled) : residual(residual), scaled(scaled) {}
+
+  __device__ Span<const T> like(const Span<const T>& x) const { return {residual, x.begin, x.end}; }
 };
+
+template <typename Op, typename T>
+__device__ __forceinline__ compute_t<T> scale_of(const DropoutRate& rate,
+                                                 const Addend<Op, T>& addend) {
+  if constexpr (Op::kAdds) {
+    if (!addend.scaled) return 1;
+  }
+  return static_cast<compute_t<T>>(rate.scale);
+}
+
+// The draws of kCount elements that lie side by side: of ops that keep or drop, a bit of each.
+template <typename Draw, int kCount>
+struct Drawn {
+  static constexpr int kBits = 8 * sizeof(Draw), kEach = 32 / kBits;
+  uint32_t w[kCount / kEach];
+
+  __device__ Draw operator[](int j) const {
+    return static_cast<Draw>(w[j / kEach] >> j % kEach * kBits);
+  }
+
+  // The same of a j that is known at run time alone, of a group: no word goes to memory for it.
+  __device__ uint32_t pick(uint32_t j) const {
+    static_assert(kCount * sizeof(Draw) == sizeof(PhiloxWords), "these are a group's");
+    const uint32_t i = j / kEach;
+    const uint32_t low = i & 1u ? w[1] : w[0], high = i & 1u ? w[3] : w[2];
+    return static_cast<Draw>((i & 2u ? high : low) >> j % kEach * kBits);
+  }
+
+  __device__ void add(int j, uint32_t draw) { w[j / kEach] |= draw << j % kEach * kBits; }
+};
+template <int kCount>
+struct Drawn<bool, kCount> {
+  uint32_t bits;
+
+  __device__ bool operator[](int j) const { return bits >> j & 1u; }
+  __device__ uint32_t pick(uint32_t j) const { return bits >> j & 1u; }
+  __device__ void add(int j, uint32_t draw) { bits |= draw << j; }
+};
+
+template <typename Op>
+constexpr int kDrawsAGroup = sizeof(PhiloxWords) / sizeof(drawn_t<Op>);
+template <typename Op>
+using DrawnGroup = Drawn<typename Op::Draw, kDrawsAGroup<Op>>;
+
+template <typename Op>
+__device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, uint64_t group,
+                                                     uint32_t threshold) {
+  const PhiloxWords words = stream(group);
+  if constexpr (kKeepsOrDrops<Op>)
+    return {keep_bits(words, threshold)};
+  else
+    return bit_cast<DrawnGroup<Op>>(words);
+}
 
 template <typename T>
 constexpr int kElementsABlock = kElementwiseThreads * kVectorsInFlight * kVector<T>;
+
+// The draws of a warp's vector k of those that its lanes' groups consist of.
+template <int kVectors, typename Draw, int kGroupCount>
+__device__ __forceinline__ Drawn<Draw, kGroupCount / kVectors> of_vector(
+    const Drawn<Draw, kGroupCount>& group, int k, int lane) {
+  constexpr int kCount = kGroupCount / kVectors;
+  if constexpr (kVectors == 1) {
+    return group;
+  } else {
+    const int source = (k * kWarp + lane) / kVectors, part = lane % kVectors;
+    if constexpr (sizeof(Draw) == 1) {
+      return {__shfl_sync(kFullWarp, group.bits, source) >> part * kCount};
+    } else {
+      Drawn<Draw, kCount> result;
+      constexpr int kWords = sizeof(result) / sizeof(uint32_t);
+      RK_UNROLL
+      for (int i = 0; i < kVectors * kWords; ++i) {
+        const uint32_t word = __shfl_sync(kFullWarp, group.w[i], source);
+        if (i / kWords == 0 || i / kWords == part) result.w[i % kWords] = word;
+      }
+      return result;
+    }
+  }
+}
+
+// The op on a vector of x, the one from `first` on.
+template <typename Op, bool kWhole, typename T>
+__device__ __forceinline__ void map_vector(const Span<const T>& x, int64_t first, Vector<T>& vector,
+                                           const Drawn<typename Op::Draw, kVector<T>>& drawn,
+                                           compute_t<T> scale, const Addend<Op, T>& addend) {
+  if constexpr (Op::kAdds) {
+    if (addend.residual != nullptr) {
+      const Vector<T> residual = load_vector<kWhole>(addend.like(x), first);
+      RK_UNROLL
+      for (int j = 0; j < kVector<T>; ++j) {
+        vector.v[j] = element_of<Op>(vector.v[j], drawn[j], scale, residual.v[j]);
+      }
+      return;
+    }
+  }
+  RK_UNROLL
+  for (int j = 0; j < kVector<T>; ++j) {
+    vector.v[j] = element_of<Op>(vector.v[j], drawn[j], scale);
+  }
+}
 
 // The work of one thread; `block` is its block's first element.
 template <typename Op, bool kWhole, typename T>
 __device__ __forceinline__ void elements_block(const Span<const T>& x, const Span<T>& y,
                                                int64_t block, uint64_t first_group,
-                                               const DropoutRate& rate, const RngStream& stream) {
-  constexpr int kVectors = kGroup / kVector<T>;        // vectors a group
-  constexpr int kSteps = kVectorsInFlight / kVectors;  // groups a thread
-  const auto scale = static_cast<compute_t<T>>(rate.scale);
+                                               const DropoutRate& rate, const RngStream& stream,
+                                               const Addend<Op, T>& addend) {
+  constexpr int kDraws = kDrawsAGroup<Op>;
+  constexpr int kVectors = kDraws > kVector<T> ? kDraws / kVector<T> : 1;  // vectors a group
+  constexpr int kGroups = kDraws < kVector<T> ? kVector<T> / kDraws : 1;   // groups a vector
+  constexpr int kSteps = kVectorsInFlight / kVectors;  // times that a thread draws
+  const compute_t<T> scale = scale_of(rate, addend);
   const int lane = threadIdx.x % kWarp;
-  const int64_t warp_group = block / kGroup + threadIdx.x / kWarp * (kSteps * kWarp);
+  const int64_t warp_step = block / (kVectors * kVector<T>)+threadIdx.x / kWarp * (kSteps * kWarp);
 
   const auto element = [&](int v) {  // the first one of this thread's vector v
-    return (warp_group * kVectors + v * kWarp + lane) * kVector<T>;
+    return (warp_step * kVectors + v * kWarp + lane) * kVector<T>;
   };
   Vector<T> vectors[kVectorsInFlight];
   RK_UNROLL
@@ -78,67 +184,78 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
 
   RK_UNROLL
   for (int step = 0; step < kSteps; ++step) {
-    const uint64_t group = first_group + warp_group + step * kWarp + lane;
-    const uint32_t drawn = keep_bits(stream(group), rate.threshold);
+    const uint64_t group =
+        first_group + warp_step * kGroups + step * kWarp * kGroups + lane * kGroups;
+    Drawn<typename Op::Draw, kDraws * kGroups> drawn;
+    if constexpr (kGroups == 1) {
+      drawn = draw_group<Op>(stream, group, rate.threshold);
+    } else {
+      const DrawnGroup<Op> halves[] = {draw_group<Op>(stream, group, rate.threshold),
+                                       draw_group<Op>(stream, group + 1, rate.threshold)};
+      static_assert(kGroups == 2, "a vector spans two groups at most");
+      drawn = bit_cast<Drawn<typename Op::Draw, kDraws * kGroups>>(halves);
+    }
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {
-      uint32_t keep = drawn;
-      if constexpr (kVectors > 1) {
-        keep = __shfl_sync(kFullWarp, drawn, (k * kWarp + lane) / kVectors);
-        keep >>= lane % kVectors * kVector<T>;
-      }
-      Vector<T>& vector = vectors[step * kVectors + k];
-      RK_UNROLL
-      for (int j = 0; j < kVector<T>; ++j) {
-        vector.v[j] = Op::element(vector.v[j], keep >> j & 1u ? scale : compute_t<T>(0));
-      }
-      store_vector<kWhole>(y, element(step * kVectors + k), vector);
+      const int v = step * kVectors + k;
+      const auto draws = of_vector<kVectors>(drawn, k, lane);
+      map_vector<Op, kWhole>(x, element(v), vectors[v], draws, scale, addend);
+      store_vector<kWhole>(y, element(v), vectors[v]);
     }
   }
 }
 
 template <typename Op, typename T>
-__global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks)
+__global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks<Op>)
     elements_kernel(Span<const T> x, Span<T> y, uint64_t first_group, RateArgument rate_argument,
-                    RngState rng) {
-  const DropoutRate rate = rate_argument.read();
+                    RngState rng, Addend<Op, T> addend) {
+  const DropoutRate rate = rate_argument.read<Op>();
   const RngStream stream = rng.stream(Op::kTag);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kElementsABlock<T>;
   const int64_t next = block + kElementsABlock<T>;
-  if (x.whole(block, next) && y.whole(block, next)) {
-    elements_block<Op, true>(x, y, block, first_group, rate, stream);
+  bool whole = x.whole(block, next) && y.whole(block, next);
+  if constexpr (Op::kAdds) {
+    whole = whole && (addend.residual == nullptr || addend.like(x).whole(block, next));
+  }
+  if (whole) {
+    elements_block<Op, true>(x, y, block, first_group, rate, stream, addend);
   } else {
-    elements_block<Op, false>(x, y, block, first_group, rate, stream);
+    elements_block<Op, false>(x, y, block, first_group, rate, stream, addend);
   }
 }
 
-// Bit j is set when element first + j keeps. Mostly one draw serves the whole vector: it lies in
-// one channel, or, with the channels last, in one group of them.
-template <typename T, typename Index>
-__device__ __forceinline__ uint32_t channel_keep_bits(const ChannelLayout& layout, Index first,
-                                                      uint64_t mask_offset, uint32_t threshold,
-                                                      const RngStream& stream) {
+// The draws of a vector's elements from `first` on, each its channel's. Mostly one draw serves the
+// whole vector: it lies in one channel, or, with the channels last, in one group of them.
+template <typename Op, typename T, typename Index>
+__device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channels(
+    const ChannelLayout& layout, Index first, uint64_t mask_offset, uint32_t threshold,
+    const RngStream& stream) {
+  constexpr uint32_t kDraws = kDrawsAGroup<Op>;
   ChannelCursor<Index> cursor(layout, first);
   uint64_t mask_index = mask_offset + cursor.mask_index();
-  uint32_t drawn = keep_bits(stream(mask_index / kGroup), threshold);
-  const auto position = static_cast<uint32_t>(mask_index % kGroup);
-  if (cursor.run() >= kVector<T>) {
-    if (!layout.channels_last) return drawn >> position & 1u ? ~0u : 0u;
-    if (position + kVector<T> <= kGroup) return drawn >> position;
+  DrawnGroup<Op> drawn = draw_group<Op>(stream, mask_index / kDraws, threshold);
+  const auto position = static_cast<uint32_t>(mask_index % kDraws);
+  if constexpr (kKeepsOrDrops<Op>) {
+    if (cursor.run() >= kVector<T>) {
+      if (!layout.channels_last) return {drawn.pick(position) ? ~0u : 0u};
+      if (position + kVector<T> <= kDraws) return {drawn.bits >> position};
+    }
   }
-  uint32_t keep = 0;
-  uint64_t drawn_group = mask_index / kGroup;
-  RK_NO_UNROLL
+  Drawn<typename Op::Draw, kVector<T>> result{};
+  uint64_t drawn_group = mask_index / kDraws;
+  [[maybe_unused]] constexpr int kTimes =
+      kKeepsOrDrops<Op> ? 1 : kVector<T>;  // what has words needs each j known
+  RK_UNROLL_BY(kTimes)
   for (int j = 0; j < kVector<T>; ++j) {
     mask_index = mask_offset + cursor.mask_index();
-    if (mask_index / kGroup != drawn_group) {
-      drawn_group = mask_index / kGroup;
-      drawn = keep_bits(stream(drawn_group), threshold);
+    if (mask_index / kDraws != drawn_group) {
+      drawn_group = mask_index / kDraws;
+      drawn = draw_group<Op>(stream, drawn_group, threshold);
     }
-    keep |= (drawn >> (mask_index % kGroup) & 1u) << j;
+    result.add(j, drawn.pick(static_cast<uint32_t>(mask_index % kDraws)));
     cursor.advance();
   }
-  return keep;
+  return result;
 }
 
 // One thread a vector.
@@ -150,59 +267,38 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * kVector<T>;
   if (first >= x.end) return;
   Vector<T> vector{};
-  if constexpr (Op::kReadsDropped) vector = load_vector<false>(x, first);
-  const DropoutRate rate = rate_argument.read();
-  auto scale = static_cast<compute_t<T>>(rate.scale);
-  const uint32_t keep = channel_keep_bits<T>(layout, static_cast<Index>(first), mask_offset,
-                                             rate.threshold, rng.stream(Op::kTag));
-  if constexpr (Op::kReadsDropped) {
-    RK_UNROLL
-    for (int j = 0; j < kVector<T>; ++j) {
-      vector.v[j] = Op::element(vector.v[j], keep >> j & 1u ? scale : compute_t<T>(0));
-    }
-  } else {
-    static_assert(Op::kAdds, "what is not read leaves a residual, or 0");
-    if (!addend.scaled) scale = 1;
-    if ((keep & ((1u << kVector<T>)-1u)) != 0) vector = load_vector<false>(x, first);
-    Vector<T> result{};
-    if (addend.residual != nullptr) {
-      result = load_vector<false>(Span<const T>{addend.residual, x.begin, x.end}, first);
-      RK_UNROLL
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (keep >> j & 1u) result.v[j] = Op::element(vector.v[j], result.v[j], scale);
-      }
-    } else {
-      RK_UNROLL
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (keep >> j & 1u) result.v[j] = Op::element(vector.v[j], scale);
-      }
-    }
-    vector = result;
+  if constexpr (!kSkipsDropped<Op>) vector = load_vector<false>(x, first);
+  const DropoutRate rate = rate_argument.read<Op>();
+  const compute_t<T> scale = scale_of(rate, addend);
+  const auto drawn = draws_of_channels<Op, T>(layout, static_cast<Index>(first), mask_offset,
+                                              rate.threshold, rng.stream(Op::kTag));
+  if constexpr (kSkipsDropped<Op>) {
+    if ((drawn.bits & ((1u << kVector<T>)-1u)) != 0) vector = load_vector<false>(x, first);
   }
+  map_vector<Op, false>(x, first, vector, drawn, scale, addend);
   store_vector<false>(y, first, vector);
 }
 
-// y[i] = x[i] * mask(element_offset + i) for i < numel, in storage order; y may be x.
+// y[i] of x[i] and draw element_offset + i, for i < numel in storage order; y may be x.
 template <typename Op, typename T>
-void launch_elements(const T* x, T* y, const Addend<Op, T>&, int64_t numel, int64_t element_offset,
-                     RateArgument rate, RngState rng, cudaStream_t stream) {
+void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
+                     int64_t element_offset, RateArgument rate, RngState rng, cudaStream_t stream) {
   if constexpr (has_form<Op>(DrawnFor::element)) {
-    static_assert(!Op::kAdds && Op::kReadsDropped, "no op needs a residual for each draw yet");
     if (numel == 0) return;
     // Elements are counted from the start of the group that the first one falls in.
-    const int64_t lead = element_offset % kGroup;
+    const int64_t lead = element_offset % kDrawsAGroup<Op>;
     const Span<const T> in{x, lead, lead + numel};
     const Span<T> out{y, lead, lead + numel};
     const dim3 grid(static_cast<unsigned>(ceil_div(lead + numel, kElementsABlock<T>)));
     const auto kernel = elements_kernel<Op, T>;
     RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out,
-              static_cast<uint64_t>(element_offset / kGroup), rate, rng);
+              static_cast<uint64_t>(element_offset / kDrawsAGroup<Op>), rate, rng, addend);
     check_launch(Op::kForms[0].name);
   }
 }
 
-// The same for i < numel of mask(mask_offset + n * C + c), (n, c) the channel that element i of the
-// (N, C, L) tensor lies in, with what is added; y may be x.
+// The same of draw mask_offset + n * C + c, (n, c) the channel that element i of the (N, C, L)
+// tensor lies in.
 template <typename Op, typename T>
 void launch_channels(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
                      ChannelLayout layout, int64_t mask_offset, RateArgument rate, RngState rng,

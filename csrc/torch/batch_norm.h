@@ -51,7 +51,7 @@ inline BatchNormInput batch_norm_input(const Call& call, const Tensor& x,
   in.bias = channel_values(call, bias, in.layout.channels, "bias");
   RK_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), call.op,
              "activation", "in [0, 4]", activation);
-  check_probability(p, call.op);
+  check_number(p, kProbability, call.op);
   in.activation = static_cast<Activation>(activation);
   in.slope = slope;
   return in;

@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "reg_kernels/dropout_math.h"
 #include "reg_kernels/dtypes.h"
 
 namespace reg_kernels {
@@ -291,8 +292,9 @@ inline void check_dense(const Tensor& tensor, const char* op, const char* name) 
   RK_REQUIRE(is_dense(tensor), op, name, "dense, since it is written into", tensor);
 }
 
-inline void check_probability(double p, const char* op) {
-  RK_REQUIRE(p >= 0.0 && p <= 1.0, op, "p", "in [0, 1]", p);
+inline void check_number(double value, const Number& number, const char* op) {
+  RK_REQUIRE(value >= number.least && value <= number.most, op, number.name,
+             words("in [", number.least, ", ", number.most, "]"), value);
 }
 
 // The offset that shards a mask: added to an index, it has to stay an int64.

@@ -14,12 +14,12 @@ struct ElementwiseCall {
   DrawnFor drawn_for;
   const Tensor& x;
   const Tensor& y;  // x itself, in place
-  OptionalTensor residual;
-  double p;
-  bool scaled;  // whether what is kept is scaled up
+  const OptionalTensor& residual;
+  double number;  // Op::kNumber
+  bool scaled;    // whether what is kept is scaled up
   const Tensor& rng_state;
   int64_t element_offset;
-  const OptionalTensor& traced_p;
+  const OptionalTensor& traced_number;  // which counts instead, if there
 
   // How x lies in memory, where one draw is for more than an element.
   ChannelLayout layout() const {
@@ -27,9 +27,9 @@ struct ElementwiseCall {
     return drawn_for == DrawnFor::channel ? channel_layout(x, call.op) : sample_layout(x, call.op);
   }
 
-  void check() const {
+  void check(const Number& allowed) const {
     check_element_offset(element_offset, call.op);
-    check_probability(p, call.op);
+    check_number(number, allowed, call.op);
   }
 
   const void* residual_data() const { return data_like(call, x, residual, "residual"); }
@@ -39,36 +39,32 @@ struct ElementwiseCall {
 template <typename Op, void (*run)(const ElementwiseCall&)>
 struct Elementwise {
   template <int kForm>
-  static Tensor fresh(const Tensor& input, double p, const Tensor& rng_state,
-                      int64_t element_offset, const OptionalTensor& traced_p) {
+  static Tensor fresh(const Tensor& input, double number, const Tensor& rng_state,
+                      int64_t element_offset, const OptionalTensor& traced) {
+    return added<kForm>(input, {}, number, true, rng_state, element_offset, traced);
+  }
+
+  template <int kForm>
+  static Tensor added(const Tensor& input, const OptionalTensor& residual, double number,
+                      bool scaled, const Tensor& rng_state, int64_t element_offset,
+                      const OptionalTensor& traced) {
     constexpr Form form = Op::kForms[kForm];
     const Call call(form.name, input);
     if constexpr (form.drawn_for == DrawnFor::channel) channel_layout(input, call.op);
+    if constexpr (form.drawn_for == DrawnFor::sample) sample_layout(input, call.op);
     const Tensor x = form.drawn_for == DrawnFor::element ? dense(call, input) : input;
     Tensor y = empty_like_dense(x);
-    run({call, form.drawn_for, x, y, {}, p, true, rng_state, element_offset, traced_p});
+    run({call, form.drawn_for, x, y, residual, number, scaled, rng_state, element_offset, traced});
     return y;
   }
 
   template <int kForm>
-  static void in_place(const Tensor& input, double p, const Tensor& rng_state,
-                       int64_t element_offset, const OptionalTensor& traced_p) {
+  static void in_place(const Tensor& input, double number, const Tensor& rng_state,
+                       int64_t element_offset, const OptionalTensor& traced) {
     constexpr Form form = Op::kForms[kForm];
     const Call call(form.in_place, input);
     if constexpr (form.drawn_for == DrawnFor::element) check_dense(input, call.op, "input");
-    run({call, form.drawn_for, input, input, {}, p, true, rng_state, element_offset, traced_p});
-  }
-
-  static Tensor added(const Tensor& input, const OptionalTensor& residual, double p,
-                      bool scale_by_keep, const Tensor& rng_state, int64_t element_offset,
-                      const OptionalTensor& traced_p) {
-    constexpr Form form = Op::kForms[0];
-    const Call call(form.name, input);
-    sample_layout(input, call.op);
-    Tensor y = empty_like_dense(input);
-    run({call, form.drawn_for, input, y, residual, p, scale_by_keep, rng_state, element_offset,
-         traced_p});
-    return y;
+    run({call, form.drawn_for, input, input, {}, number, true, rng_state, element_offset, traced});
   }
 
   template <typename Library, int kForm = 0>
@@ -76,7 +72,7 @@ struct Elementwise {
     if constexpr (kForm < static_cast<int>(std::size(Op::kForms))) {
       constexpr Form form = Op::kForms[kForm];
       if constexpr (Op::kAdds) {
-        m.impl(form.name, TORCH_BOX(&added));
+        m.impl(form.name, TORCH_BOX(&added<kForm>));
       } else {
         m.impl(form.name, TORCH_BOX(&fresh<kForm>));
       }

@@ -1,6 +1,8 @@
-// Runs csrc/cuda/elementwise.cuh on the CPU, for the op whose header comes first, and compares
-// every output, bit for bit, with a scalar reference that shares with it one element's arithmetic
-// and the generator, and nothing of how elements, groups, channels and threads correspond.
+// Runs csrc/cuda/elementwise.cuh on the CPU, for the op whose header comes first, and the loops of
+// csrc/cpu/elementwise.simd.cpp, and compares every output, bit for bit, with a scalar reference
+// that shares with them one element's arithmetic and the generator, and nothing of how elements,
+// groups, channels and threads correspond.
+#include "cpu/elementwise.simd.cpp"
 #include "cuda/elementwise.cuh"
 
 #include <algorithm>
@@ -29,50 +31,69 @@ const int64_t kSizes[] = {0, 1, 3, 7, 8, 9, 127, 1024, 2049, 8191, 8192, 20001};
 // No half is zero: each is a key or counter word of its own.
 constexpr uint64_t kSeed = 0x9e3779b97f4a7c15ull, kRngOffset = 0x0000000500000007ull;
 
+// The op's number: of one that keeps or drops, the probability that has this threshold.
+double number_of(uint32_t threshold) {
+  return reg_kernels::kKeepsOrDrops<Op> ? 1.0 - threshold / 65536.0 : threshold / 1024.0;
+}
+
+// What is multiplied by: the number itself, where the op does not keep or drop.
 template <typename T>
 compute_t<T> scale_of(uint32_t threshold) {
+  if (!reg_kernels::kKeepsOrDrops<Op>) return static_cast<compute_t<T>>(number_of(threshold));
   return static_cast<compute_t<T>>(threshold ? 65536.0 / threshold : 0.0);
 }
 
 // The contract of philox.h, one element at a time.
-class Mask {
+class Draws {
  public:
-  explicit Mask(uint32_t threshold) : threshold_(threshold) {}
-
-  bool keeps(int64_t element) {
-    const uint64_t group = static_cast<uint64_t>(element) / 8;
+  uint32_t at(int64_t element) {
+    constexpr int64_t kAGroup = sizeof(Op::Draw) == 4 ? 4 : 8;
+    const uint64_t group = static_cast<uint64_t>(element / kAGroup);
     if (!drawn_ || group != group_) {
       const uint64_t key = kSeed ^ static_cast<uint64_t>(Op::kTag);
       words_ = reg_kernels::philox4x32(key, group, kRngOffset);
       group_ = group;
       drawn_ = true;
     }
+    if (kAGroup == 4) return words_.w[element % 4];
     const uint32_t word = words_.w[element % 8 / 2];
-    return (element % 2 ? word >> 16 : word & 0xffffu) < threshold_;
+    return element % 2 ? word >> 16 : word & 0xffffu;
   }
 
  private:
-  uint32_t threshold_;
   bool drawn_ = false;
   uint64_t group_ = 0;
   reg_kernels::PhiloxWords words_{};
 };
 
-// One element as the op's header has it, beside a residual or without one.
-template <typename T>
-T element(T x, const T* residual, bool keep, compute_t<T> scale) {
-  if constexpr (Op::kReadsDropped) {
-    return Op::element(x, keep ? scale : 0);
+// One element as the op's header has it; `residual` is one or nothing.
+template <typename T, typename... Residual>
+T element(T x, uint32_t drawn, uint32_t threshold, compute_t<T> scale, Residual... residual) {
+  if constexpr (!reg_kernels::kKeepsOrDrops<Op>) {
+    return Op::element(x, static_cast<Op::Draw>(drawn), scale, residual...);
+  } else if constexpr (Op::kReadsDropped) {
+    return Op::element(x, drawn < threshold ? scale : 0, residual...);
   } else {
-    if (!keep) return residual ? *residual : T{};
-    return residual ? Op::element(x, *residual, scale) : Op::element(x, scale);
+    if (drawn < threshold) return Op::element(x, scale, residual...);
+    T left{};
+    ((left = residual), ...);
+    return left;
   }
+}
+
+// The same beside a residual, where there is one.
+template <typename T>
+T element_at(T x, const T* residual, uint32_t drawn, uint32_t threshold, compute_t<T> scale) {
+  if constexpr (Op::kAdds) {
+    if (residual) return element(x, drawn, threshold, scale, *residual);
+  }
+  return element(x, drawn, threshold, scale);
 }
 
 // How a launch is made, apart from its sizes.
 struct Variant {
   int64_t x_shift, y_shift;  // elements past a 16-byte boundary
-  bool on_device;            // p and rng_state behind pointers
+  bool on_device;            // the number and rng_state behind pointers
   bool in_place;
   bool adds = false;  // where the op does
   bool scaled = true;
@@ -84,17 +105,56 @@ struct Variant {
   }
 };
 
+// Of two NaNs a processor's sum is either one, so no residual is one.
+template <typename T>
+Buffer<T> residual_of(int64_t numel, int64_t shift) {
+  Buffer<T> residual(numel, shift);
+  residual.fill_with_bits(numel + 1);
+  for (int64_t i = 0; i < numel; ++i) {
+    T& value = residual.data()[i];
+    if (reg_kernels::load(value) != reg_kernels::load(value)) value = reg_kernels::store<T>(1);
+  }
+  return residual;
+}
+
+// What the loops for the CPU are handed.
+template <typename T>
+reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_t numel,
+                                     const ChannelLayout& layout, int64_t offset,
+                                     uint32_t threshold, const Variant& variant) {
+  const DropoutRate rate = reg_kernels::rate_of<Op>(number_of(threshold));
+  constexpr auto kDType = std::is_same_v<T, double>            ? reg_kernels::DType::float64
+                          : std::is_same_v<T, float>           ? reg_kernels::DType::float32
+                          : std::is_same_v<T, driver::float16> ? reg_kernels::DType::float16
+                                                               : reg_kernels::DType::bfloat16;
+  const bool stream = variant.y_shift % 2;  // either way
+  return {x,
+          y,
+          residual,
+          numel,
+          kDType,
+          offset,
+          rate.threshold,
+          variant.scaled ? rate.scale : 1.0,
+          kSeed,
+          kRngOffset,
+          stream,
+          layout.channels,
+          layout.length,
+          layout.channels_last};
+}
+
 // Calls launch(x, y, rate, rng) as the variant says, and checks what it left in y and in x.
 template <typename T, typename Launch, typename Describe>
 void run(const Buffer<T>& x, const std::vector<T>& expected, uint32_t threshold,
          const Variant& variant, const Launch& launch, const Describe& describe) {
-  const auto p = std::make_unique<double>(1.0 - threshold / 65536.0);
+  const auto number = std::make_unique<double>(number_of(threshold));
   const auto state = std::make_unique<int64_t[]>(2);
   state[0] = static_cast<int64_t>(kSeed);
   state[1] = static_cast<int64_t>(kRngOffset);
   // Where one form of an argument is in use, the other one holds what would be wrong.
-  const RateArgument rate =
-      variant.on_device ? RateArgument(p.get()) : RateArgument(DropoutRate::from_probability(*p));
+  const RateArgument rate = variant.on_device ? RateArgument(number.get())
+                                              : RateArgument(reg_kernels::rate_of<Op>(*number));
   const RngState rng =
       variant.on_device ? RngState{state.get(), 1, 2} : RngState{nullptr, kSeed, kRngOffset};
   Buffer<T> y(x.size(), variant.y_shift);
@@ -115,28 +175,40 @@ void run(const Buffer<T>& x, const std::vector<T>& expected, uint32_t threshold,
 template <typename T>
 void test_elements(int64_t numel, int64_t offset, uint32_t threshold,
                    const std::vector<Variant>& variants) {
-  const auto scale = scale_of<T>(threshold);
-  Mask mask(threshold);
-  std::vector<T> expected;
   Buffer<T> values(numel, 0);
   values.fill_with_bits(numel);
-  for (int64_t i = 0; i < numel; ++i) {
-    expected.push_back(element<T>(values.data()[i], nullptr, mask.keeps(offset + i), scale));
-  }
   for (const Variant& variant : variants) {
+    const auto scale = variant.scaled ? scale_of<T>(threshold) : compute_t<T>(1);
+    const Buffer<T> residual = residual_of<T>(numel, variant.y_shift);
+    const T* const added = variant.adds ? residual.data() : nullptr;
+    Draws draws;
+    std::vector<T> expected;
+    for (int64_t i = 0; i < numel; ++i) {
+      expected.push_back(element_at(values.data()[i], added ? added + i : nullptr,
+                                    draws.at(offset + i), threshold, scale));
+    }
     Buffer<T> x(numel, variant.x_shift);
     std::copy_n(values.data(), numel, x.data());
+    const auto describe = [&](const char* what) {
+      return std::string(what) + " " + driver::kName<T> + " numel " + std::to_string(numel) +
+             " element_offset " + std::to_string(offset) + " threshold " +
+             std::to_string(threshold) + " " + variant.text();
+    };
     run(
         x, expected, threshold, variant,
         [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-          reg_kernels::cuda::launch_elements<Op, T>(in, out, {nullptr, true}, numel, offset, rate,
-                                                    rng, nullptr);
+          reg_kernels::cuda::launch_elements<Op, T>(in, out, {added, variant.scaled}, numel, offset,
+                                                    rate, rng, nullptr);
         },
-        [&] {
-          return std::string("elements ") + driver::kName<T> + " numel " + std::to_string(numel) +
-                 " element_offset " + std::to_string(offset) + " threshold " +
-                 std::to_string(threshold) + " " + variant.text();
-        });
+        [&] { return describe("elements"); });
+    if (variant.on_device) continue;
+    run(
+        x, expected, threshold, variant,
+        [&](const T* in, T* out, const RateArgument&, const RngState&) {
+          reg_kernels::elements_range<reg_kernels::kOpTag>(
+              task_of(in, out, added, numel, {1, 1, false}, offset, threshold, variant), 0, numel);
+        },
+        [&] { return describe("loops over elements"); });
   }
 }
 
@@ -145,42 +217,47 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
                    uint32_t threshold, const Variant& variant) {
   const auto scale = variant.scaled ? scale_of<T>(threshold) : compute_t<T>(1);
   const int64_t numel = N * C * L;
-  Mask mask(threshold);
-  Buffer<T> x(numel, variant.x_shift), residual(numel, variant.y_shift);
+  Draws draws;
+  Buffer<T> x(numel, variant.x_shift);
   x.fill_with_bits(numel);
-  residual.fill_with_bits(numel + 1);
-  for (int64_t i = 0; i < numel; ++i) {
-    // Of two NaNs a processor's sum is either one.
-    T& value = residual.data()[i];
-    if (reg_kernels::load(value) != reg_kernels::load(value)) value = reg_kernels::store<T>(1);
-  }
+  const Buffer<T> residual = residual_of<T>(numel, variant.y_shift);
   const T* const added = variant.adds ? residual.data() : nullptr;
   std::vector<T> expected(numel);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t c = 0; c < C; ++c) {
-      const bool keep = mask.keeps(offset + n * C + c);
+      const uint32_t drawn = draws.at(offset + n * C + c);
       for (int64_t l = 0; l < L; ++l) {
         const int64_t i = channels_last ? (n * L + l) * C + c : (n * C + c) * L + l;
-        expected[i] = element(x.data()[i], added ? added + i : nullptr, keep, scale);
+        expected[i] = element_at(x.data()[i], added ? added + i : nullptr, drawn, threshold, scale);
       }
     }
   }
   const ChannelLayout layout{C, L, channels_last};
+  // Of what is dropped nothing is read, not even an address.
+  const bool unread = reg_kernels::kSkipsDropped<Op> && threshold == 0;
+  const auto describe = [&](const char* what) {
+    return std::string(what) + " " + driver::kName<T> + " (" + std::to_string(N) + ", " +
+           std::to_string(C) + ", " + std::to_string(L) + ")" +
+           (channels_last ? " channels last" : "") + " mask_offset " + std::to_string(offset) +
+           " threshold " + std::to_string(threshold) + " " + variant.text();
+  };
   run(
       x, expected, threshold, variant,
       [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-        // Of what is dropped nothing is read, not even an address.
-        const bool unread = !Op::kReadsDropped && threshold == 0;
         reg_kernels::cuda::launch_channels<Op, T>(unread ? nullptr : in, out,
                                                   {added, variant.scaled}, numel, layout, offset,
                                                   rate, rng, nullptr);
       },
-      [&] {
-        return std::string("channels ") + driver::kName<T> + " (" + std::to_string(N) + ", " +
-               std::to_string(C) + ", " + std::to_string(L) + ")" +
-               (channels_last ? " channels last" : "") + " mask_offset " + std::to_string(offset) +
-               " threshold " + std::to_string(threshold) + " " + variant.text();
-      });
+      [&] { return describe("channels"); });
+  if (variant.on_device) return;
+  run(
+      x, expected, threshold, variant,
+      [&](const T* in, T* out, const RateArgument&, const RngState&) {
+        reg_kernels::channels_range<reg_kernels::kOpTag>(
+            task_of(unread ? nullptr : in, out, added, numel, layout, offset, threshold, variant),
+            0, channels_last ? N * L : numel);
+      },
+      [&] { return describe("loops over channels"); });
 }
 
 template <typename T>
@@ -189,14 +266,16 @@ void test_dtype_of_elements() {
     // So far past a boundary, data can move in vectors even though its first group is cut.
     const int64_t fit = offset % 8 % reg_kernels::cuda::kVector<T>;
     for (const int64_t numel : kSizes) {
-      test_elements<T>(
-          numel, offset, 32768,
-          {{fit, fit, false, false}, {1, 2, true, false}, {fit, fit + 1, false, true}});
+      test_elements<T>(numel, offset, 32768,
+                       {{fit, fit, false, false, Op::kAdds},
+                        {1, 2, true, false},
+                        {fit, fit + 1, false, true, Op::kAdds}});
     }
   }
   for (const uint32_t threshold : kThresholds) {
     test_elements<T>(8200, 0, threshold, {{0, 0, true, false}, {0, 0, false, true}});
-    test_elements<T>(129, 5, threshold, {{1, 0, true, false}, {0, 1, false, true}});
+    test_elements<T>(129, 5, threshold,
+                     {{1, 0, true, false, Op::kAdds, !Op::kAdds}, {0, 1, false, true}});
   }
 }
 

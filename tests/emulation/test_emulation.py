@@ -1,7 +1,8 @@
 """Every CUDA kernel runs on the CPU, under ASan and UBSan, against a scalar reference.
 
 An op's kernels are csrc/cuda/<op>.cuh, and tests/emulation/<op>.cpp runs them. Those of a family,
-<family>.cuh, are run once for each of its ops, csrc/include/reg_kernels/<family>/<op>.h.
+<family>.cuh, are run once for each of its ops, csrc/include/reg_kernels/<family>/<op>.h, and for ops
+that use what none of these does, tests/emulation/<family>/<op>.h.
 """
 
 import re
@@ -11,11 +12,15 @@ import pytest
 import toolchain
 
 HEADERS = toolchain.CSRC / "include" / "reg_kernels"
+# A family's program runs its loops for the CPU as well, as they are for this one.
+LOOPS = ("-march=native", "-fopenmp-simd", "-ffp-contract=off", "-Wno-maybe-uninitialized")
 OPS = {}  # -> its program's source and flags
 for kernels in sorted((toolchain.CSRC / "cuda").glob("*.cuh")):
     program = toolchain.HERE / f"{kernels.stem}.cpp"
     family = sorted((HEADERS / kernels.stem).glob("*.h"))
-    OPS |= {op.stem: (program, "-include", str(op)) for op in family} or {kernels.stem: (program,)}
+    if family:
+        family += sorted((toolchain.HERE / kernels.stem).glob("*.h"))
+    OPS |= {op.stem: (program, *LOOPS, "-include", str(op)) for op in family} or {kernels.stem: (program,)}
 PROGRAMS = {
     # The emulation itself, with both ways to switch stacks: this CPU's, and that of any other.
     "cuda_on_cpu": (toolchain.HERE / "cuda_on_cpu.cpp",),

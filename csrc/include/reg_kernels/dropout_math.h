@@ -8,6 +8,14 @@
 
 RK_NAMESPACE_BEGIN
 
+// The name of an argument that is a number, and the ends of its range.
+struct Number {
+  const char* name;
+  double least, most;
+};
+
+constexpr Number kProbability = {"p", 0.0, 1.0};
+
 // A probability as the kernels use it: keep iff half-word < threshold, scale by 65536 / threshold,
 // so that the expectation is exact for the probability that is realised, 1 - threshold / 65536.
 // `scale` is rounded once to the compute type by its user. Both are 0 when everything is dropped.

@@ -6,11 +6,18 @@
 // before them. It defines a struct, `using Op = ` that struct, and in it:
 //   kTag           what its draws are told from others' by
 //   kForms         the registered ops: names, and what one draw is for
-//   kReadsDropped  whether an element that is dropped is read, and multiplied by 0
+//   kNumber        the name and range of the number that says how much: a probability, a deviation
+//   Draw           what an element takes of its draw: bool, whether it is kept, where kNumber is
+//   the
+//                  probability of the contrary; or uint16_t or uint32_t, the bits
+//   kReadsDropped  whether an element that is dropped is read, and multiplied by 0; true of an op
+//                  that drops none
 //   kAdds          whether a residual is added, in the same pass
-//   element(x, scale), element(x, residual, scale)
+//   element(x, scale), element(x, scale, residual)
 //                  what becomes of an element that is kept, rounded once at the end. One that is
 //                  dropped is as kept with a scale of 0 or, if it is not read, 0 or the residual.
+//   element(x, bits, number), element(x, bits, number, residual)
+//                  the same where Draw is no bool
 #pragma once
 
 #include "channel_layout.h"
@@ -36,6 +43,55 @@ constexpr bool has_form(DrawnFor drawn_for) {
     if (form.drawn_for == drawn_for) return true;
   }
   return false;
+}
+
+// The bits that a draw takes of its group.
+template <typename Draw>
+struct DrawnBits {
+  using type = Draw;
+};
+template <>
+struct DrawnBits<bool> {
+  using type = uint16_t;
+};
+template <typename Op>
+using drawn_t = typename DrawnBits<typename Op::Draw>::type;
+
+template <typename Op>
+constexpr bool kKeepsOrDrops = sizeof(typename Op::Draw) < sizeof(drawn_t<Op>);
+template <typename Op>
+constexpr bool kSkipsDropped = !Op::kReadsDropped;
+// Whether each element is a product with 0 or the scale, and nothing else.
+template <typename Op>
+constexpr bool kMultiplies = kKeepsOrDrops<Op> && Op::kReadsDropped && !Op::kAdds;
+
+// The op's number as its kernels use it.
+template <typename Op>
+RK_HD DropoutRate rate_of(double number) {
+  if constexpr (kKeepsOrDrops<Op>) return DropoutRate::from_probability(number);
+  return {0, number};
+}
+
+// What a dropped element that is not read leaves.
+template <typename T>
+RK_HD T left_of_dropped() {
+  return {};
+}
+template <typename T>
+RK_HD T left_of_dropped(T residual) {
+  return residual;
+}
+
+// An element of the result; `residual` is one or nothing.
+template <typename Op, typename T, typename... Residual>
+RK_HD T element_of(T x, typename Op::Draw draw, compute_t<T> scale, Residual... residual) {
+  if constexpr (!kKeepsOrDrops<Op>) {
+    return Op::element(x, draw, scale, residual...);
+  } else if constexpr (Op::kReadsDropped) {
+    return Op::element(x, draw ? scale : compute_t<T>(0), residual...);
+  } else {
+    return draw ? Op::element(x, scale, residual...) : left_of_dropped<T>(residual...);
+  }
 }
 
 RK_NAMESPACE_END

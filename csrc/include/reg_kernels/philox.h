@@ -6,7 +6,8 @@
 //   key     = seed ^ tag of the op kind, low word first
 //   counter = (group low, group high, offset low, offset high)
 // where (seed, offset) is the caller's rng_state and a group is eight consecutive mask elements:
-// element e takes half-word e % 8 of group e / 8, which is word (e % 8) / 2, low half first.
+// element e takes half-word e % 8 of group e / 8, which is word (e % 8) / 2, low half first. Where
+// a draw is of 32 bits, a group is four elements, and e takes word e % 4 of group e / 4.
 #pragma once
 
 #include <cstdint>

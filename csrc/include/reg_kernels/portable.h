@@ -7,10 +7,13 @@
 #define RK_HD __host__ __device__ __forceinline__
 #define RK_UNROLL _Pragma("unroll")
 #define RK_NO_UNROLL _Pragma("unroll 1")
+#define RK_PRAGMA(words) _Pragma(#words)
+#define RK_UNROLL_BY(count) RK_PRAGMA(unroll count)
 #else
 #define RK_HD inline __attribute__((always_inline))
 #define RK_UNROLL
 #define RK_NO_UNROLL
+#define RK_UNROLL_BY(count)
 #endif
 
 // csrc/cpu/ is compiled once for each instruction set, with RK_ISA naming it. An inline function

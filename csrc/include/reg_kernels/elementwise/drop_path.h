@@ -8,6 +8,8 @@ RK_NAMESPACE_BEGIN
 struct DropPath {
   static constexpr RngTag kTag = rng_tag("droppath");
   static constexpr Form kForms[] = {{"drop_path", nullptr, DrawnFor::sample}};
+  static constexpr Number kNumber = kProbability;
+  using Draw = bool;
   static constexpr bool kReadsDropped = false, kAdds = true;
 
   template <typename T>
@@ -15,7 +17,7 @@ struct DropPath {
     return store<T>(load(x) * scale);
   }
   template <typename T>
-  static RK_HD T element(T x, T residual, compute_t<T> scale) {
+  static RK_HD T element(T x, compute_t<T> scale, T residual) {
     return store<T>(add_apart(load(residual), load(x) * scale));
   }
 };

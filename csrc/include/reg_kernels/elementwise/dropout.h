@@ -9,8 +9,9 @@ struct Dropout {
   static constexpr RngTag kTag = kDropoutTag;
   static constexpr Form kForms[] = {{"dropout", "dropout_", DrawnFor::element},
                                     {"feature_dropout", "feature_dropout_", DrawnFor::channel}};
-  static constexpr bool kReadsDropped = true;
-  static constexpr bool kAdds = false;
+  static constexpr Number kNumber = kProbability;
+  using Draw = bool;
+  static constexpr bool kReadsDropped = true, kAdds = false;
 
   // A dropped element is multiplied by zero, not replaced by it: NaN, Inf and the sign of zero come
   // out as torch's do.
