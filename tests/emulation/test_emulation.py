@@ -17,10 +17,11 @@ LOOPS = ("-march=native", "-fopenmp-simd", "-ffp-contract=off", "-Wno-maybe-unin
 OPS = {}  # -> its program's source and flags
 for kernels in sorted((toolchain.CSRC / "cuda").glob("*.cuh")):
     program = toolchain.HERE / f"{kernels.stem}.cpp"
-    family = sorted((HEADERS / kernels.stem).glob("*.h"))
-    if family:
+    if family := sorted((HEADERS / kernels.stem).glob("*.h")):
         family += sorted((toolchain.HERE / kernels.stem).glob("*.h"))
-    OPS |= {op.stem: (program, *LOOPS, "-include", str(op)) for op in family} or {kernels.stem: (program,)}
+        OPS |= {op.stem: (program, *LOOPS, "-include", str(op)) for op in family}
+    else:
+        OPS[kernels.stem] = (program,)
 PROGRAMS = {
     # The emulation itself, with both ways to switch stacks: this CPU's, and that of any other.
     "cuda_on_cpu": (toolchain.HERE / "cuda_on_cpu.cpp",),
