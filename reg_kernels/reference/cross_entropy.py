@@ -41,7 +41,7 @@ def cross_entropy(
     loss = torch.zeros_like(log_p[:, 0])
     for labels, share in shares(target, partner, lam, one_lam, loss):
         of_labels, counted = losses(log_p, labels, weight, ignore_index, smoothing)
-        loss = loss + share * (of_labels / counted.sum() if reduction == MEAN else of_labels)
+        loss = loss + share * (of_labels / total_of(counted) if reduction == MEAN else of_labels)
     every = input.to(x.dtype)
     largest = every.amax(1)
     stats = torch.stack((largest, (every - largest.unsqueeze(1)).exp().sum(1)))
@@ -80,7 +80,7 @@ def cross_entropy_backward(
         targets, counted = distributions(p, labels, weight, ignore_index, smoothing)
         share = share * grad_output.to(p.dtype)
         if reduction == MEAN:
-            share = share / counted.sum()
+            share = share / total_of(counted)
         if not labels.is_floating_point():  # what is ignored has none, also of a mean of nothing
             share = torch.where(labels != ignore_index, share, torch.zeros_like(share))
         share = share.unsqueeze(1)
@@ -98,6 +98,13 @@ def _counted(input: Tensor, target: Tensor, partner: Tensor | None, ignore_index
     if partner is not None:
         counts = counts | (partner != ignore_index)
     return torch.where(counts.unsqueeze(1), x, torch.zeros_like(x))
+
+
+def total_of(counted: Tensor) -> Tensor:
+    """What a mean divides by. NaN where nothing weighs anything, since torch, too, divides 0 by it,
+    even if smoothing adds something to that 0."""
+    total = counted.sum()
+    return torch.where(total == 0, torch.nan, total)
 
 
 def shares(
