@@ -1,8 +1,8 @@
 """Every CUDA kernel runs on the CPU, under ASan and UBSan, against a scalar reference.
 
 An op's kernels are csrc/cuda/<op>.cuh, and tests/emulation/<op>.cpp runs them. Those of a family,
-<family>.cuh, are run once for each of its ops, csrc/include/reg_kernels/<family>/<op>.h, and for ops
-that use what none of these does, tests/emulation/<family>/<op>.h.
+<family>.cuh, are run once for each of its ops, csrc/include/reg_kernels/<family>/<op>.h, and once
+for each op in tests/emulation/<family>, which use what none of the others does.
 """
 
 import re

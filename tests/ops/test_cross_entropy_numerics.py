@@ -338,8 +338,8 @@ def test_weights_of_zero(backend):
             assert reduction != "mean" or sum(weight) or not ours[1].isfinite().any()
     # All that is counted weighs nothing, while smoothing has something to spread.
     options = {"weight": torch.tensor([0.0, 1, 2], device=DEVICE), "label_smoothing": 0.1}
-    for x in results(F.cross_entropy, x, labels * 0, **options, backend=backend):
-        assert x.isnan().all()
+    for result in results(F.cross_entropy, x, labels * 0, **options, backend=backend):
+        assert result.isnan().all()
 
 
 @on_each
