@@ -7,12 +7,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .._layout import dense_like, is_channels_last
 from ._channels import Tiles
-from ._launch import ASSERTING, device_of, processors
+from ._launch import ASSERTING, ceil_div, device_of, next_power_of_2, processors
 from ._softmax import Kind, label_totals_kernel
 
 NONE, MEAN = 0, 1  # of the reductions, torch's numbers
@@ -72,8 +71,8 @@ def _row_plan(
     looped: int,
     processors: int,
 ) -> RowPlan:
-    most = triton.next_power_of_2(count)
-    block_c = triton.next_power_of_2(classes)
+    most = next_power_of_2(count)
+    block_c = next_power_of_2(classes)
     unit = math.gcd(classes if classes_last else length, 16 // itemsize)
     if classes_last:
         narrowest = 1
@@ -86,7 +85,7 @@ def _row_plan(
     if single:
         fits = small // (block_c * registers)
         block_m = min(max(narrowest, min(fits, POSITIONS * 4 * 32 // lanes)), most)
-        while block_m > narrowest and triton.cdiv(count, block_m) < processors:
+        while block_m > narrowest and ceil_div(count, block_m) < processors:
             block_m //= 2
         tile = block_c * block_m * registers
         warps = 4 if block_m > 1 else min(tile // 512, max(8, tile // 1024))
@@ -95,7 +94,7 @@ def _row_plan(
         block_c = max(1, looped // block_m)
         warps = 8 if classes_last else 4
     return RowPlan(
-        programs=triton.cdiv(count, block_m),
+        programs=ceil_div(count, block_m),
         single=single,
         arguments={
             "C": classes,
@@ -169,7 +168,7 @@ def _label_totals(
     labels: Tensor, partner: Tensor | None, weight: Tensor | None, ignore_index: int, classes: int
 ) -> Tensor:
     """What means of the losses of labels, and of partner labels, divide by: float64 [2] or [1]."""
-    programs = min(LABEL_PROGRAMS, triton.cdiv(labels.numel(), LABELS))
+    programs = min(LABEL_PROGRAMS, ceil_div(labels.numel(), LABELS))
     pairs = 1 if partner is None else 2
     totals = torch.empty(pairs, programs, dtype=torch.float64, device=labels.device)
     label_totals_kernel[(programs,)](

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._channels import known_sizes, position_of, tile_at, zero_tile
-from ._launch import device_of, processors
+from ._launch import ceil_div, device_of, processors
 from ._loss import TargetCall, launch_backward, launch_forward
 from ._softmax import (
     UNSPECIALISED,
@@ -262,6 +262,6 @@ def rescale_(x: Tensor, factor: Tensor) -> None:
     """The dense x times the one number in `factor`; where that is 1, x is not even read."""
     if x.numel() == 0:
         return
-    programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS * processors(x))
+    programs = min(ceil_div(x.numel(), BLOCK), PROGRAMS * processors(x))
     with device_of(x):
         rescale_kernel[(programs,)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=8)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import is_channels_last
-from ._launch import ASSERTING, device_of
+from ._launch import ASSERTING, ceil_div, device_of, next_power_of_2
 from ._mixup import (
     begins_cycle,
     box_in_tile,
@@ -271,14 +271,14 @@ def _tiles(
         last_in = last_out = channels > 1
     flat = last_in == last_out and (last_in or not by_channel)
     if flat:
-        block_c, block_l = 1, min(triton.next_power_of_2(size), tile)
-        count = triton.cdiv(size, block_l)
+        block_c, block_l = 1, min(next_power_of_2(size), tile)
+        count = ceil_div(size, block_l)
     else:
         wanted = tile // CHANNELS if last_in != last_out else tile
-        block_l = min(triton.next_power_of_2(length), wanted)
-        block_c = min(triton.next_power_of_2(channels), tile // block_l)
-        block_l = min(triton.next_power_of_2(length), tile // block_c)
-        count = triton.cdiv(channels, block_c) * triton.cdiv(length, block_l)
+        block_l = min(next_power_of_2(length), wanted)
+        block_c = min(next_power_of_2(channels), tile // block_l)
+        block_l = min(next_power_of_2(length), tile // block_c)
+        count = ceil_div(channels, block_c) * ceil_div(length, block_l)
     row = shape[-1] * (channels if flat and last_in else 1)
     height = shape[-2] if len(shape) > 2 else 1
     constants = {
