@@ -89,33 +89,30 @@ class Sums(NamedTuple):
     all of them add up, and of a single one it is what the gradient is made of. 0 if not wanted."""
 
     largest: Any  # of positions
-    totals: Any  # exponentials, relative to the largest
+    largest_t: Any  # of the teacher's
     pivot: Any  # of positions; where each class counts for something: about the largest
+    totals: Any  # exponentials, relative to the largest
+    softs: Any  # those at T
+    softs_t: Any
+    zs_t: Any  # of the divergence
     zs: Any  # v (x - pivot): less about the size of all, since sums of 1e4 would round 1 away
     counts: Any  # v
-    largest_t: Any = 0.0  # the teacher's
-    softs: Any = 0.0  # exponentials at T
-    softs_t: Any = 0.0
-    zs_t: Any = 0.0  # of the divergence
 
 
 @triton.jit
 def no_sums(teacher_ptr, KIND: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr):
     """Those of no class."""
-    zeros = zero_tile(TILES, COMPUTE)
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
-    zero = tl.zeros([BLOCK_M], COMPUTE)
-    none = tl.full([BLOCK_M], float("-inf"), COMPUTE)
-    pivot, zs, counts = 0.0, 0.0, 0.0
+    zeros = zero_tile(TILES, COMPUTE)
+    largest = tl.full([BLOCK_M], float("-inf"), COMPUTE)
+    largest_t, softs, pivot, zs, counts = 0.0, 0.0, 0.0, 0.0, 0.0
+    if teacher_ptr is not None:
+        largest_t, softs = largest, zeros
     if KIND.SPREADS:
-        pivot, zs = zero, zeros
+        pivot, zs = tl.zeros([BLOCK_M], COMPUTE), zeros
     if not KIND.OF_LABELS:
         counts = zeros
-    if teacher_ptr is None:
-        sums = Sums(none, zeros, pivot, zs, counts)
-    else:
-        sums = Sums(none, zeros, pivot, zs, counts, none, zeros, zeros, zeros)
-    return sums
+    return Sums(largest, largest_t, pivot, zeros, softs, softs, softs, zs, counts)
 
 
 @triton.jit
@@ -136,30 +133,25 @@ def with_tile(
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
     at, inside = tile_at(positions.m0, c0, positions.sizes, TILES)
     x = load_logits(x_ptr, at, inside, COMPUTE)
+    if teacher_ptr is not None:  # asked for before anything waits
+        t = load_logits(teacher_ptr, at, inside, COMPUTE)
     largest = tl.max(x, AXIS)
     largest = bounded(largest if SINGLE else tl.maximum(sums.largest, largest))
+    largest_t, softs, softs_t, zs_t = 0.0, 0.0, 0.0, 0.0
     if teacher_ptr is not None:
-        t = load_logits(teacher_ptr, at, inside, COMPUTE)
         largest_t = tl.max(t, AXIS)
         largest_t = bounded(largest_t if SINGLE else tl.maximum(sums.largest_t, largest_t))
-        above_t = t - tl.expand_dims(largest_t, AXIS)
+        t -= tl.expand_dims(largest_t, AXIS)
     above = x - tl.expand_dims(largest, AXIS)
     totals = tl.exp(above)
-    if teacher_ptr is not None:
-        softs, softs_t = tl.exp(above * inverse_t), tl.exp(above_t * inverse_t)
-        zs_t = tl.where(inside, divergence_terms(softs_t, above_t, above), 0.0)
-    pivot, zs, counts = 0.0, 0.0, 0.0
-    if KIND.SPREADS:
-        counts = load_counts(targets, at, c0, inside, positions.sizes, KIND, TILES)
-        pivot = largest if SINGLE else tl.where(c0 == 0, largest, sums.pivot)
-        zs = tl.where(inside, counts * (x - tl.expand_dims(pivot, AXIS)), 0.0)
     if not SINGLE:
         # What has been summed up, relative to the larger maxima.
         rise = sums.largest - largest
         totals = sums.totals * tl.expand_dims(tl.exp(rise), AXIS) + totals
-        zs = sums.zs + zs
-        counts = sums.counts if KIND.OF_LABELS else sums.counts + counts
-        if teacher_ptr is not None:
+    if teacher_ptr is not None:
+        softs, softs_t = tl.exp(above * inverse_t), tl.exp(t * inverse_t)
+        zs_t = tl.where(inside, divergence_terms(softs_t, t, above), 0.0)
+        if not SINGLE:
             rise_t = sums.largest_t - largest_t
             softs = sums.softs * tl.expand_dims(tl.exp(rise * inverse_t), AXIS) + softs
             before = tl.expand_dims(tl.exp(rise_t * inverse_t), AXIS)
@@ -168,11 +160,15 @@ def with_tile(
             shift = tl.where(sums.softs_t > 0.0, shift, 0.0)
             zs_t = (sums.zs_t + shift) * before + zs_t
             softs_t = sums.softs_t * before + softs_t
-    if teacher_ptr is None:
-        sums = Sums(largest, totals, pivot, zs, counts)
-    else:
-        sums = Sums(largest, totals, pivot, zs, counts, largest_t, softs, softs_t, zs_t)
-    return sums
+    pivot, zs, counts = 0.0, 0.0, 0.0
+    if KIND.SPREADS:
+        counts = load_counts(targets, at, c0, inside, positions.sizes, KIND, TILES)
+        pivot = largest if SINGLE else tl.where(c0 == 0, largest, sums.pivot)
+        zs = tl.where(inside, counts * (x - tl.expand_dims(pivot, AXIS)), 0.0)
+        if not SINGLE:
+            zs += sums.zs
+            counts = sums.counts if KIND.OF_LABELS else sums.counts + counts
+    return Sums(largest, largest_t, pivot, totals, softs, softs_t, zs_t, zs, counts)
 
 
 @triton.jit
