@@ -143,11 +143,12 @@ def with_tile(
         largest_t = bounded(largest_t if SINGLE else tl.maximum(sums.largest_t, largest_t))
         t -= tl.expand_dims(largest_t, AXIS)
     above = x - tl.expand_dims(largest, AXIS)
-    totals = tl.exp(above)
-    if not SINGLE:
+    if SINGLE:
+        totals = tl.exp(above)
+    else:
         # What has been summed up, relative to the larger maxima.
         rise = sums.largest - largest
-        totals = sums.totals * tl.expand_dims(tl.exp(rise), AXIS) + totals
+        totals = sums.totals * tl.expand_dims(tl.exp(rise), AXIS) + tl.exp(above)
     if teacher_ptr is not None:
         softs, softs_t = tl.exp(above * inverse_t), tl.exp(t * inverse_t)
         zs_t = tl.where(inside, divergence_terms(softs_t, t, above), 0.0)
@@ -253,14 +254,12 @@ def loss_kernel(
         softened, total_t = tl.sum(sums.softs, AXIS), tl.sum(sums.softs_t, AXIS)
         stats = Stats(stats.largest, stats.total, softened, sums.largest_t, total_t)
         z_t = tl.sum(sums.zs_t, AXIS)
+    z = tl.sum(sums.zs, AXIS) if KIND.SPREADS else 0.0
     if not KIND.OF_LABELS:
         mass = tl.sum(sums.counts, AXIS)
         terms = probability_terms(mass, softness.share)
-    z = 0.0
-    if KIND.SPREADS:
-        z = tl.sum(sums.zs, AXIS)
-        if not SINGLE:
-            z -= mass * (stats.largest - sums.pivot)
+    if KIND.SPREADS and not SINGLE:
+        z -= mass * (stats.largest - sums.pivot)
     store_stats(stats_ptr, stats, m, M, teacher_ptr)
     loss = load_loss(x_ptr, terms, stats.largest, stats.total, z, mass, positions, KIND, TILES)
     if teacher_ptr is not None:

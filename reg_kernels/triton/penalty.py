@@ -5,6 +5,7 @@ A sum reads x, sizeof(T) bytes an element, in one launch; the gradient reads x a
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -136,6 +137,11 @@ def penalty_backward_kernel(
         block += 1
 
 
+@functools.cache
+def _form(dtype: int, power: int, partials: int) -> PenaltyForm:
+    return PenaltyForm(type_of(dtype), power, BLOCK, partials)
+
+
 def penalty_table(
     table: Tensor,
     count: int,
@@ -150,8 +156,7 @@ def penalty_table(
     chunks = chunks_of(table, count)
     with device_of(table):
         penalty_kernel[(max(chunks, 1),)](
-            *(table, count, chunks, sums[slot], scratch),
-            PenaltyForm(type_of(dtype), power, BLOCK, PARTIALS),
+            *(table, count, chunks, sums[slot], scratch, _form(dtype, power, PARTIALS)),
             num_warps=8,
         )
 
@@ -165,7 +170,6 @@ def penalty_backward_table(
         return
     with device_of(table):
         penalty_backward_kernel[(chunks,)](
-            *(table, count, grad_output),
-            PenaltyForm(type_of(dtype), power, BLOCK, PARTIALS),
+            *(table, count, grad_output, _form(dtype, power, PARTIALS)),
             num_warps=8,
         )
