@@ -85,12 +85,13 @@ def load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE: 
 
 
 class Sums(NamedTuple):
-    """What is gathered of classes, with a tile for each number in it but for the positions' own:
-    all of them add up, and of a single one it is what the gradient is made of. 0 if not wanted."""
+    """What a walk gathers of classes. Of positions, [BLOCK_M]: the largest, and the pivot. Of each
+    place in a tile, which a tile more is added to: the rest; what one tile alone has of it is what
+    its gradient is made of. 0 for what is not wanted."""
 
-    largest: Any  # of positions
+    largest: Any
     largest_t: Any  # of the teacher's
-    pivot: Any  # of positions; where each class counts for something: about the largest
+    pivot: Any  # where each class counts for something: about the largest
     totals: Any  # exponentials, relative to the largest
     softs: Any  # those at T
     softs_t: Any
@@ -101,7 +102,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def no_sums(teacher_ptr, KIND: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr):
-    """Those of no class."""
+    """Of no class."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     zeros = zero_tile(TILES, COMPUTE)
     largest = tl.full([BLOCK_M], float("-inf"), COMPUTE)
@@ -174,25 +175,22 @@ def with_tile(
 
 @triton.jit
 def store_stats(ptr, stats, m, M, teacher_ptr):
-    ptr += m
-    tl.store(ptr, stats.largest, mask=m < M)
-    tl.store(ptr + M, stats.total, mask=m < M)
-    if teacher_ptr is not None:
-        tl.store(ptr + 2 * M, stats.softened, mask=m < M)
-        tl.store(ptr + 3 * M, stats.largest_t, mask=m < M)
-        tl.store(ptr + 4 * M, stats.total_t, mask=m < M)
+    for i in tl.static_range(2 if teacher_ptr is None else 5):
+        tl.store(ptr + m, stats[i], mask=m < M)
+        ptr += M  # a multiple of M may be more than its type holds
 
 
 @triton.jit
 def load_stats(ptr, m, M, teacher_ptr):
-    ptr += m
-    largest = tl.load(ptr, mask=m < M, other=0.0)
-    total = tl.load(ptr + M, mask=m < M, other=1.0)
+    inside = m < M
+    largest = tl.load(ptr + m, mask=inside, other=0.0)
+    total = tl.load(ptr + M + m, mask=inside, other=1.0)
     stats = Stats(largest, total)
     if teacher_ptr is not None:
-        softened = tl.load(ptr + 2 * M, mask=m < M, other=1.0)
-        largest_t = tl.load(ptr + 3 * M, mask=m < M, other=0.0)
-        total_t = tl.load(ptr + 4 * M, mask=m < M, other=1.0)
+        ptr = ptr + M + M
+        softened = tl.load(ptr + m, mask=inside, other=1.0)
+        largest_t = tl.load(ptr + M + m, mask=inside, other=0.0)
+        total_t = tl.load(ptr + M + M + m, mask=inside, other=1.0)
         stats = Stats(largest, total, softened, largest_t, total_t)
     return stats
 
