@@ -27,6 +27,7 @@ from ._channels import gate_at, known_sizes, position_of, run_starts, shorter, t
 from ._elementwise import Draws, load_draws
 from ._moments import merge_all, merged_m2, pivot_of, tile_moments
 from ._random import half_word_runs
+from ._types import compute_type
 from .dropout import dropout_values
 
 TAG = tl.constexpr(TAG_DROPOUT)
@@ -125,7 +126,7 @@ def moments_kernel(
     splits,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     sizes = known_sizes(C, M, L, TILES)
     c0, split, first, last = program_range(sizes, tiles, False, TILES)
     mean, m2 = range_moments(x_ptr, c0, first, last, sizes, COMPUTE, TILES)
@@ -166,7 +167,7 @@ def forward_kernel(
     CHAIN: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     M_AXIS: tl.constexpr = TILES.M_AXIS
     sizes = known_sizes(C, M, L, TILES)
     C, M = sizes.C, sizes.M

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._rng import GROUP
 from ._launch import ceil_div, device_of, next_power_of_2, state_arguments
 from ._random import half_word_at, half_words, load_state
+from ._types import compute_type
 
 TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
 UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
@@ -99,7 +100,7 @@ def map_elements(
 ):
     """y of the elements at `at`. The residual of one that is dropped goes through as it is."""
     DTYPE: tl.constexpr = operands.x.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    COMPUTE: tl.constexpr = compute_type(DTYPE)
     kept = half_word < draws.threshold
     x = tl.load(operands.x + at, mask=inside if OP.READS_DROPPED else inside & kept).to(COMPUTE)
     y = OP.VALUES(x, half_word, draws.threshold, draws.scale)
