@@ -54,7 +54,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
-        r"^triton/cross_entropy cross_entropy_kernel",
+        r"^triton/cross_entropy loss_kernel",
         "An exponential an element, its sum and the target's share: for 2-byte logits more than "
         "the memory of the fastest leaves time for.",
     ),
@@ -132,7 +132,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"^triton/(cross_entropy|distillation) (cross_entropy|distillation)\w*_kernel",
+        r"^triton/(cross_entropy|distillation) loss\w*_kernel",
         "Labels, int64, one a row; and of a tile of 1,024 classes a thread of 256 holds four, "
         "which are 8 bytes of 2-byte logits.",
     ),
@@ -159,7 +159,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         WIDEST,
-        r"^triton/distillation distillation\w*_kernel<b?float16>",
+        r"^triton/distillation loss\w*_kernel<b?float16>",
         "Of a tile of 1,024 classes a thread of 256 holds four, 8 bytes of 2-byte logits.",
     ),
     (
@@ -176,10 +176,10 @@ EXPLAINED: list[tuple[str, str, str]] = [
     (SPILLS, r"^triton/cross_entropy \w+<\w+> \w+\[4x21x65x67 ", OF_21_CLASSES),
     (
         SPILLS,
-        r"^triton/cross_entropy cross_entropy_kernel<float(64|32)> \w+\[(\dx50257|5x8193) ",
+        r"^triton/cross_entropy loss_kernel<float(64|32)> \w+\[(\dx50257|5x8193) ",
         "Open: up to 16 bytes of rows that are kept whole in float64, and of probabilities.",
     ),
-    (SPILLS, r"^triton/distillation distillation_kernel<float16> \w+\[3x50257 ", "Open: 8 bytes."),
+    (SPILLS, r"^triton/distillation loss_kernel<float16> \w+\[3x50257 ", "Open: 8 bytes."),
     (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
 ]
 

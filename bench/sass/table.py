@@ -26,9 +26,9 @@ _TYPES = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double)\b")
 # How many inputs of its first type a kernel reads an element of in a trip, where not one; of those
 # left out elements are not counted: what an optimizer reads is a matter of its options.
 READS = {
+    r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
     r"batch_norm_backward|gradient_sums|^backward_kernel|distillation|<Distillation": 2,
     r"mixup_(kernel|pairs)": 2,
-    r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
 }
 
 

@@ -26,6 +26,7 @@ from ._batch_norm import (
 from ._bits import unpack_bits
 from ._channels import gate_at, known_sizes, position_of, tile_at, zero_tile
 from ._elementwise import load_rate
+from ._types import compute_type
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def gradient_sums_kernel(
     CHAIN: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(g_ptr.dtype.element_ty)
     sizes = known_sizes(C, M, L, TILES)
     c0, split, first, last = program_range(sizes, tiles, False, TILES)
     c = c0 + tl.arange(0, TILES.BLOCK_C)
@@ -228,7 +229,7 @@ def backward_kernel(
     CHAIN: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(g_ptr.dtype.element_ty)
     M_AXIS: tl.constexpr = TILES.M_AXIS
     sizes = known_sizes(C, M, L, TILES)
     c0, split, first, last = program_range(sizes, tiles, True, TILES)

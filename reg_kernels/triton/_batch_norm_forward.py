@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from .._rng import TAG_DROPOUT
 from ._activation import LEAKY_RELU, RELU, activate
 from ._batch_norm import (
     GIVEN,
@@ -25,10 +24,13 @@ from ._batch_norm import (
 )
 from ._bits import pack_bits
 from ._channels import gate_at, known_sizes, position_of, run_starts, shorter, tile_at
-from ._elementwise import load_rate
+from ._elementwise import Draws, load_draws
 from ._moments import merge_all, merged_m2, pivot_of, tile_moments
-from ._random import half_word_runs, load_state
-from .dropout import TAG, dropout_values
+from ._random import half_word_runs
+from ._types import compute_type
+from .dropout import dropout_values
+
+TAG = tl.constexpr(TAG_DROPOUT)
 
 
 @triton.jit
@@ -73,15 +75,6 @@ def range_moments(x_ptr, c0, first, last, sizes, COMPUTE: tl.constexpr, TILES: t
         tile += 1
     mean = pivot.to(tl.float64) + total.to(tl.float64) * (1.0 / count.to(tl.float64))
     return mean, m2.to(tl.float64)
-
-
-class Draws(NamedTuple):
-    """What decides the mask of dropout: the stream's key and offset, and what it is held to."""
-
-    key: Any
-    offset: Any
-    threshold: Any
-    scale: Any
 
 
 @triton.jit
@@ -133,7 +126,7 @@ def moments_kernel(
     splits,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     sizes = known_sizes(C, M, L, TILES)
     c0, split, first, last = program_range(sizes, tiles, False, TILES)
     mean, m2 = range_moments(x_ptr, c0, first, last, sizes, COMPUTE, TILES)
@@ -174,7 +167,7 @@ def forward_kernel(
     CHAIN: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     M_AXIS: tl.constexpr = TILES.M_AXIS
     sizes = known_sizes(C, M, L, TILES)
     C, M = sizes.C, sizes.M
@@ -185,9 +178,7 @@ def forward_kernel(
     slope = tl.full([1], slope, tl.float64).to(COMPUTE)
     draws = Draws(0, 0, 0, 0)
     if CHAIN.DROPS:
-        seed, offset = load_state(state_ptr, seed, offset)
-        threshold, scale = load_rate(None, p)
-        draws = Draws(seed ^ TAG, offset, threshold, scale)
+        draws = load_draws(None, p, state_ptr, seed, offset, TAG)
 
     if SINGLE:
         m0 = position_of(first, TILES)

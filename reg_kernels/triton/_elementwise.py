@@ -2,10 +2,9 @@
 itself or shares with its row, a channel or a sample.
 
 Reads x, and the residual where there is one, and writes y: 2 or 3 sizeof(dtype) bytes an element;
-x only where it is kept, if READS_DROPPED is False. No mask is stored.
+x only where it is kept, of an op that does not read what it drops. No mask is stored.
 
-An op of the family gives a tag (`_rng.tag`) and VALUES, its function of an element: a jit function
-of (x, half_word, threshold, scale), x being in the type that is computed in.
+An op of the family is an Element: its function of one, and the tag of its draws.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._rng import GROUP
-from ._launch import device_of, state_arguments
+from ._launch import ceil_div, device_of, next_power_of_2, state_arguments
 from ._random import half_word_at, half_words, load_state
+from ._types import compute_type
 
 TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
 UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
@@ -31,6 +31,36 @@ class DrawnBy(NamedTuple):
     rng_state: Tensor
     element_offset: int = 0
     traced_p: Tensor | None = None  # float64 [1], which counts instead of p
+
+
+class Element(NamedTuple):
+    """An op of the family, that kernels are compiled for: one constexpr, OP."""
+
+    VALUES: Any  # jit function of (x, half_word, threshold, scale), x in the type of computing
+    TAG: int  # `_rng.tag`
+    READS_DROPPED: bool = True
+
+    @property
+    def cache_key(self) -> str:
+        """Triton's files of what it has compiled go by it; else by VALUES' name, not its text."""
+        return f"{self.VALUES.cache_key} {self[1:]}"
+
+
+class Operands(NamedTuple):
+    """Pointers to dense tensors that lie alike; y may be x, the residual None."""
+
+    x: Any
+    residual: Any
+    y: Any
+
+
+class Draws(NamedTuple):
+    """What decides a mask: the stream's key and offset, and what its draws are held to."""
+
+    key: Any
+    offset: Any
+    threshold: Any
+    scale: Any
 
 
 @triton.jit
@@ -53,34 +83,36 @@ def product_apart(x, factor):
 
 
 @triton.jit
+def load_draws(p_ptr, p, state_ptr, seed, offset, TAG: tl.constexpr):
+    seed, offset = load_state(state_ptr, seed, offset)
+    threshold, scale = load_rate(p_ptr, p)
+    return Draws(seed ^ TAG, offset, threshold, scale)
+
+
+@triton.jit
 def map_elements(
-    x_ptr,
-    residual_ptr,
-    y_ptr,
+    operands,
     at,
     inside,
     half_word,  # broadcasts to the elements
-    threshold,
-    scale,
-    VALUES: tl.constexpr,
-    READS_DROPPED: tl.constexpr,
+    draws,
+    OP: tl.constexpr,
 ):
     """y of the elements at `at`. The residual of one that is dropped goes through as it is."""
-    COMPUTE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    reads = inside if READS_DROPPED else inside & (half_word < threshold)
-    x = tl.load(x_ptr + at, mask=reads).to(COMPUTE)
-    y = VALUES(x, half_word, threshold, scale)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + at, mask=inside).to(COMPUTE)
-        y = tl.where(half_word < threshold, residual + y, residual)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    DTYPE: tl.constexpr = operands.x.dtype.element_ty
+    COMPUTE: tl.constexpr = compute_type(DTYPE)
+    kept = half_word < draws.threshold
+    x = tl.load(operands.x + at, mask=inside if OP.READS_DROPPED else inside & kept).to(COMPUTE)
+    y = OP.VALUES(x, half_word, draws.threshold, draws.scale)
+    if operands.residual is not None:
+        residual = tl.load(operands.residual + at, mask=inside).to(COMPUTE)
+        y = tl.where(kept, residual + y, residual)
+    tl.store(operands.y + at, y.to(DTYPE), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def elements_kernel(
-    x_ptr,  # [numel] in storage order
-    residual_ptr,  # likewise, or None
-    y_ptr,  # likewise; may be x_ptr
+    operands,  # [numel] in storage order
     numel,
     element_offset: tl.int64,  # mask index of element 0
     p_ptr,  # float64 [1], or None: else it counts instead of p
@@ -88,57 +120,45 @@ def elements_kernel(
     state_ptr,  # int64 [2], or None: else it counts instead of the two
     seed: tl.int64,
     offset: tl.int64,
-    VALUES: tl.constexpr,
-    READS_DROPPED: tl.constexpr,
-    TAG: tl.constexpr,
+    OP: tl.constexpr,
     LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
     BLOCK: tl.constexpr,
 ):
-    seed, offset = load_state(state_ptr, seed, offset)
-    threshold, scale = load_rate(p_ptr, p)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG)
     block = tl.program_id(0).to(tl.int64) * BLOCK
-    drawn = half_words(seed ^ TAG, offset, (element_offset - LEAD + block) // 8, BLOCK // 8)
+    first_group = (element_offset - LEAD + block) // 8
+    drawn = half_words(draws.key, draws.offset, first_group, BLOCK // 8)
     i = block - LEAD + tl.arange(0, BLOCK)
-    inside = (i >= 0) & (i < numel)
-    map_elements(
-        x_ptr, residual_ptr, y_ptr, i, inside, drawn, threshold, scale, VALUES, READS_DROPPED
-    )
+    map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, OP)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def rows_kernel(
-    x_ptr,  # (N, R, L) of the strides below: rows are channels, or samples where N is 1
-    residual_ptr,  # likewise, or None
-    y_ptr,  # likewise; may be x_ptr
+    operands,  # (N, R, L) of the strides below: rows are channels, or samples where N is 1
     R,
     L,
     stride_r,  # L and 1, or for channels last 1 and R
     stride_l,
-    element_offset: tl.int64,  # mask index of row 0
-    p_ptr,  # float64 [1], or None: else it counts instead of p
+    element_offset: tl.int64,  # mask index of row 0; this and what follows as above
+    p_ptr,
     p: tl.float64,
-    state_ptr,  # int64 [2], or None: else it counts instead of the two
+    state_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    VALUES: tl.constexpr,
-    READS_DROPPED: tl.constexpr,
-    TAG: tl.constexpr,
+    OP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    seed, offset = load_state(state_ptr, seed, offset)
-    threshold, scale = load_rate(p_ptr, p)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG)
     blocks_r, blocks_l = tl.cdiv(R, BLOCK_R), tl.cdiv(L, BLOCK_L)
     program = tl.program_id(0).to(tl.int64)
     n = program // (blocks_r * blocks_l)
     r = (program // blocks_l) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     l = program % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
-    drawn = half_word_at(seed ^ TAG, offset, element_offset + n * R + r)[:, None]
+    drawn = half_word_at(draws.key, draws.offset, element_offset + n * R + r)[:, None]
     i = n * R * L + r[:, None] * stride_r + l[None, :] * stride_l
     inside = (r[:, None] < R) & (l[None, :] < L)
-    map_elements(
-        x_ptr, residual_ptr, y_ptr, i, inside, drawn, threshold, scale, VALUES, READS_DROPPED
-    )
+    map_elements(operands, i, inside, drawn, draws, OP)
 
 
 def _arguments(draw: DrawnBy) -> tuple[Any, ...]:
@@ -149,21 +169,22 @@ def _arguments(draw: DrawnBy) -> tuple[Any, ...]:
     return element_offset, traced_p, p, *state_arguments(rng_state)
 
 
-def launch_elements(values: Any, tag: int, x: Tensor, y: Tensor, draw: DrawnBy) -> None:
+def launch_elements(
+    op: Element, x: Tensor, y: Tensor, draw: DrawnBy, residual: Tensor | None = None
+) -> None:
     """y of the dense x, a draw for each element in storage order."""
     if x.numel() == 0:
         return
     lead = draw.element_offset % GROUP
     with device_of(x):
-        elements_kernel[(triton.cdiv(lead + x.numel(), TILE),)](
-            *(x, None, y, x.numel(), *_arguments(draw), values, True, tag, lead, TILE),
+        elements_kernel[(ceil_div(lead + x.numel(), TILE),)](
+            *(Operands(x, residual, y), x.numel(), *_arguments(draw), op, lead, TILE),
             num_warps=8,
         )
 
 
 def launch_rows(
-    values: Any,
-    tag: int,
+    op: Element,
     x: Tensor,
     y: Tensor,
     draw: DrawnBy,
@@ -172,7 +193,6 @@ def launch_rows(
     rows: int,
     rows_last: bool = False,
     residual: Tensor | None = None,
-    reads_dropped: bool = True,
 ) -> None:
     """y of the dense x (samples, rows, ...), or (samples, ..., rows) in storage where `rows_last`;
     a draw for each row of each sample."""
@@ -181,16 +201,16 @@ def launch_rows(
     length = x.numel() // (samples * rows)
     if rows_last:
         stride_r, stride_l = 1, rows
-        block_r = min(triton.next_power_of_2(rows), 256)
+        block_r = min(next_power_of_2(rows), 256)
         block_l = TILE // block_r
     else:
         stride_r, stride_l = length, 1
-        block_l = min(triton.next_power_of_2(length), TILE)
+        block_l = min(next_power_of_2(length), TILE)
         block_r = TILE // block_l
-    programs = samples * triton.cdiv(rows, block_r) * triton.cdiv(length, block_l)
+    programs = samples * ceil_div(rows, block_r) * ceil_div(length, block_l)
     with device_of(x):
         rows_kernel[(programs,)](
-            *(x, residual, y, rows, length, stride_r, stride_l, *_arguments(draw)),
-            *(values, reads_dropped, tag, block_r, block_l),
+            *(Operands(x, residual, y), rows, length, stride_r, stride_l, *_arguments(draw)),
+            *(op, block_r, block_l),
             num_warps=8,
         )

@@ -7,13 +7,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .._layout import dense_like, is_channels_last
-from ._channels import Tiles
-from ._launch import ASSERTING, device_of, processors
-from ._softmax import Kind, label_totals_kernel
+from ._channels import Sizes, Tiles
+from ._launch import ASSERTING, ceil_div, device_of, next_power_of_2, processors
+from ._loss_kernels import loss_backward_kernel, loss_kernel
+from ._softmax import Kind, TargetPointers, label_totals_kernel
 
 NONE, MEAN = 0, 1  # of the reductions, torch's numbers
 
@@ -36,7 +36,9 @@ class RowPlan(NamedTuple):
 
     programs: int
     single: bool  # one tile holds all classes of its positions
-    arguments: dict[str, Any]  # sizes, and what every kernel is specialised for
+    sizes: Sizes
+    tiles: Tiles
+    options: dict[str, Any]  # of the launch
 
 
 def row_plan(x: Tensor, registers: int, loops: bool = False) -> RowPlan:
@@ -72,8 +74,8 @@ def _row_plan(
     looped: int,
     processors: int,
 ) -> RowPlan:
-    most = triton.next_power_of_2(count)
-    block_c = triton.next_power_of_2(classes)
+    most = next_power_of_2(count)
+    block_c = next_power_of_2(classes)
     unit = math.gcd(classes if classes_last else length, 16 // itemsize)
     if classes_last:
         narrowest = 1
@@ -86,7 +88,7 @@ def _row_plan(
     if single:
         fits = small // (block_c * registers)
         block_m = min(max(narrowest, min(fits, POSITIONS * 4 * 32 // lanes)), most)
-        while block_m > narrowest and triton.cdiv(count, block_m) < processors:
+        while block_m > narrowest and ceil_div(count, block_m) < processors:
             block_m //= 2
         tile = block_c * block_m * registers
         warps = 4 if block_m > 1 else min(tile // 512, max(8, tile // 1024))
@@ -95,23 +97,18 @@ def _row_plan(
         block_c = max(1, looped // block_m)
         warps = 8 if classes_last else 4
     return RowPlan(
-        programs=triton.cdiv(count, block_m),
+        programs=ceil_div(count, block_m),
         single=single,
-        arguments={
-            "C": classes,
-            "M": count,
-            "L": length,
-            "TILES": Tiles(
-                BLOCK_C=block_c,
-                BLOCK_M=block_m,
-                M_AXIS=0 if classes_last else 1,
-                SHORT_ROWS=length < block_m,
-                UNIT=math.gcd(unit, block_c if classes_last else block_m),
-                WIDE=count > 2**31 - 2**16,
-            ),
-            "num_warps": max(1, min(16, warps)),
-            **ASSERTING,
-        },
+        sizes=Sizes(classes, count, length),
+        tiles=Tiles(
+            BLOCK_C=block_c,
+            BLOCK_M=block_m,
+            M_AXIS=0 if classes_last else 1,
+            SHORT_ROWS=length < block_m,
+            UNIT=math.gcd(unit, block_c if classes_last else block_m),
+            WIDE=count > 2**31 - 2**16,
+        ),
+        options={"num_warps": max(1, min(16, warps)), **ASSERTING},
     )
 
 
@@ -133,43 +130,65 @@ class TargetCall(NamedTuple):
         return self.traced_smoothing is not None or self.label_smoothing > 0.0
 
 
-def _target_arguments(x: Tensor, call: TargetCall) -> dict[str, Any]:
-    """The kernels' arguments by what the ops are told of a target."""
-    classes = x.shape[1]
-    of_labels = call.target is None or not call.target.is_floating_point()
-    labels = call.target if of_labels else None
+class Teacher(NamedTuple):
+    """What an op of distillation is told besides, in the order of its schema."""
+
+    logits: Tensor
+    temperature: float
+    alpha: float
+    traced_softness: Tensor | None
+
+
+def _of_labels(call: TargetCall) -> bool:
+    return call.target is None or not call.target.is_floating_point()
+
+
+def _kind(call: TargetCall) -> Kind:
+    of_labels = _of_labels(call)
+    return Kind(
+        OF_LABELS=of_labels,
+        PAIR=call.partner is not None,
+        SPREADS=call.smooths or not of_labels,
+        LAM_PER_SAMPLE=call.lam is not None and call.lam.numel() > 1,
+    )
+
+
+def _registers(call: TargetCall, teacher: Teacher | None) -> int:
+    """How many an element of a tile takes: an exponential, and what its class counts for or two
+    exponentials at T."""
+    weighs = call.weight is not None and call.smooths
+    return 4 if weighs or teacher is not None or not _of_labels(call) else 1
+
+
+def _arguments(x: Tensor, sizes: Sizes, call: TargetCall, teacher: Teacher | None) -> Any:
+    """The kernels' from x_ptr to mean_of."""
+    mean, labels = call.reduction == MEAN, call.target if _of_labels(call) else None
     totals = weight_sum = None
-    if labels is not None and call.reduction == MEAN:
-        totals = _label_totals(labels, call.partner, call.weight, call.ignore_index, classes)
+    if labels is not None and mean:
+        totals = _label_totals(labels, call.partner, call.weight, call.ignore_index, sizes.C)
     if labels is not None and call.smooths and call.weight is not None:
         weight_sum = call.weight.sum(dtype=torch.float64)
-    return {
-        "target_ptr": call.target,
-        "partner_ptr": call.partner,
-        "lam_ptr": call.lam if call.partner is not None else None,
-        "weight_ptr": call.weight,
-        "weight_sum_ptr": weight_sum,
-        "totals_ptr": totals,
-        "ignore_index": call.ignore_index,
-        "one_lam": call.one_lam,
-        "hard": 1.0 - call.label_smoothing,
-        "smooth": call.label_smoothing / classes,
-        "traced_smoothing_ptr": call.traced_smoothing,
-        "share": classes / x.numel() if call.reduction == MEAN and labels is None else 1.0,
-        "KIND": Kind(
-            OF_LABELS=of_labels,
-            PAIR=call.partner is not None,
-            SPREADS=call.smooths or not of_labels,
-            LAM_PER_SAMPLE=call.lam is not None and call.lam.numel() > 1,
-        ),
-    }
+    lam = call.lam if call.partner is not None else None
+    target = TargetPointers(
+        *(call.target, call.partner, lam, call.weight, weight_sum, totals, call.traced_smoothing)
+    )
+    rule = 1.0 - call.label_smoothing, call.label_smoothing / sizes.C
+    if teacher is None:
+        logits, share = None, 1.0 / sizes.M if mean and labels is None else 1.0
+        softness: tuple[Any, ...] = share, 0.0, 1.0, None, 1
+    else:
+        logits, temperature, alpha, traced_softness = teacher
+        mean_of = sizes.M if mean else 1
+        soft_share = alpha * temperature**2 / mean_of
+        softness = 1.0 - alpha, soft_share, 1.0 / temperature, traced_softness, mean_of
+    return x, logits, target, sizes, call.ignore_index, call.one_lam, *rule, *softness
 
 
 def _label_totals(
     labels: Tensor, partner: Tensor | None, weight: Tensor | None, ignore_index: int, classes: int
 ) -> Tensor:
     """What means of the losses of labels, and of partner labels, divide by: float64 [2] or [1]."""
-    programs = min(LABEL_PROGRAMS, triton.cdiv(labels.numel(), LABELS))
+    programs = min(LABEL_PROGRAMS, ceil_div(labels.numel(), LABELS))
     pairs = 1 if partner is None else 2
     totals = torch.empty(pairs, programs, dtype=torch.float64, device=labels.device)
     label_totals_kernel[(programs,)](
@@ -182,61 +201,42 @@ def _label_totals(
 
 
 def launch_forward(
-    kernel: Any,
-    x: Tensor,
-    call: TargetCall,
-    registers: int,
-    stats: int,
-    keep_gradient: bool,
-    **more: Any,
+    x: Tensor, call: TargetCall, keep_gradient: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, `stats` numbers of each position, the gradient or nothing) of a kernel that has `more`
-    arguments."""
-    plan = row_plan(x, registers)
-    positions = (x.shape[0], *x.shape[2:])
+    """(loss, what Stats has of each position, the gradient or nothing)."""
+    plan = row_plan(x, _registers(call, teacher))
+    positions, sums = (x.shape[0], *x.shape[2:]), call.reduction != NONE
     compute = torch.promote_types(x.dtype, torch.float32)
-    if call.reduction == NONE:
-        loss = x.new_empty(positions, dtype=compute)
-    else:
+    if sums:
         loss = x.new_empty(plan.programs, dtype=torch.float64)
+    else:
+        loss = x.new_empty(positions, dtype=compute)
     gradient = dense_like(x) if keep_gradient else x.new_empty(0)
-    of_positions = x.new_empty((stats, *positions), dtype=compute)
+    stats = x.new_empty((2 if teacher is None else 5, *positions), dtype=compute)
     with device_of(x):
-        kernel[(plan.programs,)](
-            x_ptr=x,
-            loss_ptr=loss,
-            stats_ptr=of_positions,
-            gradient_ptr=gradient if keep_gradient else None,
-            SUMS=call.reduction != NONE,
-            SINGLE=plan.single,
-            **_target_arguments(x, call) | more,
-            **plan.arguments,
+        loss_kernel[(plan.programs,)](
+            *_arguments(x, plan.sizes, call, teacher),
+            *(loss, stats, gradient if keep_gradient else None),
+            *(sums, plan.single, _kind(call), plan.tiles),
+            **plan.options,
         )
-    if call.reduction != NONE:
-        loss = loss.sum().to(compute)
-    return loss, of_positions, gradient
+    return loss.sum().to(compute) if sums else loss, stats, gradient
 
 
 def launch_backward(
-    kernel: Any,
     grad_output: Tensor,
     x: Tensor,
     stats: Tensor,
     call: TargetCall,
-    registers: int,
-    **more: Any,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """The gradient by x."""
-    plan = row_plan(x, registers, loops=True)
+    plan = row_plan(x, _registers(call, teacher), loops=True)
     gradient = dense_like(x)
     with device_of(x):
-        kernel[(plan.programs,)](
-            grad_output_ptr=grad_output,
-            x_ptr=x,
-            stats_ptr=stats,
-            gradient_ptr=gradient,
-            GRAD_PER_POSITION=grad_output.dim() > 0,
-            **_target_arguments(x, call) | more,
-            **plan.arguments,
+        loss_backward_kernel[(plan.programs,)](
+            *(grad_output, *_arguments(x, plan.sizes, call, teacher), stats, gradient),
+            *(grad_output.dim() > 0, _kind(call), plan.tiles),
+            **plan.options,
         )
     return gradient

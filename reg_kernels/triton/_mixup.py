@@ -2,21 +2,57 @@
 
 A tile is of one sample, (C, L) in memory or (L, C) with the channels last. FLAT, where input and
 output lie alike, it is [BLOCK_L] elements side by side, whichever channels they belong to; else
-[BLOCK_C, BLOCK_L] channels and positions, which reach memory in the order of either side. (c0, l0)
-is where it begins; FLAT that is (0, its first element). Elements are divided by the size of rows
-only where a box reaches into the tile.
+[BLOCK_C, BLOCK_L] channels and positions, which reach memory in the order of either side. It begins
+at its Start, FLAT at (0, its first element). Elements are divided by the size of rows only where a
+box reaches into the tile.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
-@triton.constexpr_function
-def compute_type(dtype, other):
-    """float64 where one of the two is, else float32."""
-    return tl.float64 if tl.float64 in (dtype, other) else tl.float32
+class MixupForm(NamedTuple):
+    """What kernels are compiled for: one constexpr, FORM."""
+
+    FLAT: bool
+    LAST_IN: bool  # whether the input has the channels last
+    LAST_OUT: bool
+    WIDE: bool  # a sample has more elements than an int32 counts
+    BLOCK_C: int
+    BLOCK_L: int
+    ONE_LAM: bool
+    ONE_BOX: bool
+
+
+class Mix(NamedTuple):
+    """What samples are mixed by and finished with, one argument; None for what there is not."""
+
+    lam: Any  # [N], or [1] where ONE_LAM
+    boxes: Any  # int64 [N, 4], or [1, 4] where ONE_BOX: x1, y1, x2, y2
+    scale: Any  # [C] in the type that is computed in
+    shift: Any = None  # likewise
+
+
+class Batch(NamedTuple):
+    """Sizes: N samples of C L elements."""
+
+    N: Any
+    size: Any  # C L
+    C: Any
+    L: Any
+    H: Any
+    row: Any  # elements of one: W, or W C where a flat tile has the channels last
+
+
+class Start(NamedTuple):
+    """Where a tile begins."""
+
+    c0: Any
+    l0: Any
 
 
 # On values
@@ -62,12 +98,12 @@ def is_not_zero(x):
 
 
 @triton.jit
-def weights_of(n, lam_ptr, one_lam, ONE_LAM: tl.constexpr, COMPUTE: tl.constexpr):
+def weights_of(n, mix, one_lam, COMPUTE: tl.constexpr, FORM: tl.constexpr):
     """What sample n and its partner count for, each rounded once."""
-    if lam_ptr is None:
+    if mix.lam is None:
         lam = tl.full([], one_lam, tl.float64)
     else:
-        lam = tl.load(lam_ptr + (0 if ONE_LAM else n)).to(tl.float64)
+        lam = tl.load(mix.lam + (0 if FORM.ONE_LAM else n)).to(tl.float64)
     tl.device_assert((lam >= 0.0) & (lam <= 1.0), "lam is not in [0, 1]")
     return lam.to(COMPUTE), (1.0 - lam).to(COMPUTE)
 
@@ -106,23 +142,14 @@ def begins_cycle(n, index_ptr, N):
 
 
 @triton.jit
-def box_in_tile(
-    n,
-    boxes_ptr,  # int64 [N, 4], or [1, 4]: x1, y1, x2, y2
-    l0,
-    C,
-    H,
-    row,  # elements of one: W, or W C where a flat tile has the channels last
-    ONE_BOX: tl.constexpr,
-    FLAT: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
+def box_in_tile(n, mix, start, batch, FORM: tl.constexpr):
     """(whether sample n's box reaches into the tile, which of its elements lie inside)."""
-    box_ptr = boxes_ptr + (0 if ONE_BOX else 4 * n)
+    C, H, row, l0 = batch.C, batch.H, batch.row, start.l0
+    BLOCK_L: tl.constexpr = FORM.BLOCK_L
+    box_ptr = mix.boxes + (0 if FORM.ONE_BOX else 4 * n)
     x1, y1 = tl.load(box_ptr), tl.load(box_ptr + 1)
     x2, y2 = tl.load(box_ptr + 2), tl.load(box_ptr + 3)
-    if FLAT and LAST:
+    if FORM.FLAT and FORM.LAST_IN:
         x1, x2 = x1 * C, x2 * C
     fits = (x1 >= 0) & (x1 <= x2) & (x2 <= row) & (y1 >= 0) & (y1 <= y2) & (y2 <= H)
     tl.device_assert(fits, "a box is not 0 <= x1 <= x2 <= W and 0 <= y1 <= y2 <= H")
@@ -141,75 +168,67 @@ def box_in_tile(
         y = above.to(tl.int32) + passed
         y -= quotient(y, H, BLOCK_L) * H
         inside = (y >= y1) & (y < y2) & (column >= x1) & (column < x2)
-    return reaches, (inside if FLAT else inside[None, :])
+    return reaches, (inside if FORM.FLAT else inside[None, :])
 
 
 # Tiles
 
 
 @triton.jit
-def tile_start(tile, L, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C, BLOCK_L):
-    """(c0, l0), int64 where a sample has more elements than an int32 counts."""
-    if WIDE:
+def tile_start(tile, batch, FORM: tl.constexpr):
+    if FORM.WIDE:
         tile = tile.to(tl.int64)
-    if FLAT:
-        start = 0 * tile, tile * BLOCK_L
+    if FORM.FLAT:
+        start = Start(0 * tile, tile * FORM.BLOCK_L)
     else:
-        blocks = tl.cdiv(L, BLOCK_L)
-        start = tile // blocks * BLOCK_C, tile % blocks * BLOCK_L
+        blocks = tl.cdiv(batch.L, FORM.BLOCK_L)
+        start = Start(tile // blocks * FORM.BLOCK_C, tile % blocks * FORM.BLOCK_L)
     return start
 
 
 @triton.jit
-def tile_offsets(
-    c0,
-    l0,
-    C,
-    L,
-    FLAT: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
+def tile_offsets(start, batch, LAST: tl.constexpr, FORM: tl.constexpr):
     """Where the tile's elements lie in a sample."""
-    l = l0 + tl.arange(0, BLOCK_L)  # noqa: E741
-    if FLAT:
+    l = start.l0 + tl.arange(0, FORM.BLOCK_L)  # noqa: E741
+    if FORM.FLAT:
         offsets = l
     else:
-        c = c0 + tl.arange(0, BLOCK_C)
-        offsets = l[None, :] * C + c[:, None] if LAST else c[:, None] * L + l[None, :]
+        c = start.c0 + tl.arange(0, FORM.BLOCK_C)
+        offsets = l[None, :] * batch.C + c[:, None] if LAST else c[:, None] * batch.L + l[None, :]
     return offsets
 
 
 @triton.jit
-def tile_mask(c0, l0, size, C, L, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+def tile_mask(start, batch, FORM: tl.constexpr):
     """Which of them there are."""
-    l = l0 + tl.arange(0, BLOCK_L)  # noqa: E741
-    if FLAT:
-        mask = l < size
+    l = start.l0 + tl.arange(0, FORM.BLOCK_L)  # noqa: E741
+    if FORM.FLAT:
+        mask = l < batch.size
     else:
-        c = c0 + tl.arange(0, BLOCK_C)
-        mask = (c[:, None] < C) & (l[None, :] < L)
+        c = start.c0 + tl.arange(0, FORM.BLOCK_C)
+        mask = (c[:, None] < batch.C) & (l[None, :] < batch.L)
     return mask
 
 
 @triton.jit
-def tile_channels(ptr, c0, l0, C, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+def tile_channels(ptr, start, batch, FORM: tl.constexpr):
     """Of values at ptr, one a channel, those of the tile's; a flat tile has the channels last."""
-    if FLAT:
-        i = (l0 % C).to(tl.int32) + tl.arange(0, BLOCK_L)
+    BLOCK_L: tl.constexpr = FORM.BLOCK_L
+    C = batch.C
+    if FORM.FLAT:
+        i = (start.l0 % C).to(tl.int32) + tl.arange(0, BLOCK_L)
         values = tl.load(ptr + (i - quotient(i, C, BLOCK_L) * C))
     else:
-        c = c0 + tl.arange(0, BLOCK_C)
+        c = start.c0 + tl.arange(0, FORM.BLOCK_C)
         values = tl.load(ptr + c, mask=c < C, other=0.0)[:, None]
     return values
 
 
 @triton.jit
-def finished(values, scale_ptr, shift_ptr, c0, l0, C, FLAT: tl.constexpr, BLOCK_C, BLOCK_L):
+def finished(values, mix, start, batch, FORM: tl.constexpr):
     """Times the scale plus the shift of each channel, where there are some."""
-    if scale_ptr is not None:
-        values *= tile_channels(scale_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
-    if shift_ptr is not None:
-        values += tile_channels(shift_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
+    if mix.scale is not None:
+        values *= tile_channels(mix.scale, start, batch, FORM)
+    if mix.shift is not None:
+        values += tile_channels(mix.shift, start, batch, FORM)
     return values

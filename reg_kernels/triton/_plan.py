@@ -6,10 +6,9 @@ import functools
 import math
 from dataclasses import dataclass
 
-import triton
-
 from .._rng import GROUP
 from ._channels import Tiles
+from ._launch import ceil_div, next_power_of_2
 
 KEPT = 4096  # elements of a tile that is kept between the passes: 16 a thread
 SPLITS_IN_FLIGHT = 4  # programs to a multiprocessor where the positions are split
@@ -62,16 +61,16 @@ def plan_for(
         length = count
     row = channels if channels_last else length
     tile = tile_bytes // itemsize
-    whole = max(16, triton.next_power_of_2(count))
+    whole = max(16, next_power_of_2(count))
 
     # Channels of a block: rows of them are read from a sector on where they are the inner ones.
-    padded = triton.next_power_of_2(channels)
+    padded = next_power_of_2(channels)
     narrowest = min(padded, max(8, SECTOR // itemsize)) if channels_last else 1
     widest = min(padded, LINE // itemsize) if channels_last else padded
     widest = max(widest, narrowest)
 
     def blocks(width: int) -> int:
-        return triton.cdiv(channels, width)
+        return ceil_div(channels, width)
 
     single = whole * narrowest <= min(tile, KEPT)
     short = count * narrowest <= 2 * tile  # too little to split
@@ -94,15 +93,15 @@ def plan_for(
             ):
                 width *= 2
         block_m = max(16, tile // width)
-    total = triton.cdiv(count, block_m)
+    total = ceil_div(count, block_m)
     splits = 1
     if not merges:
         splits = total
     elif blocks(width) < processors and not short:
-        wanted = triton.cdiv(SPLITS_IN_FLIGHT * processors, blocks(width))
+        wanted = ceil_div(SPLITS_IN_FLIGHT * processors, blocks(width))
         splits = min(wanted, total, PARTIALS // width)
-    tiles = triton.cdiv(total, splits)
-    splits = triton.cdiv(total, tiles)
+    tiles = ceil_div(total, splits)
+    splits = ceil_div(total, tiles)
 
     unit = math.gcd(row, count if not channels_last else 0, 16 // itemsize)
     inner = width if channels_last else block_m

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ._channels import position_offsets, tile_at
-
-UNSPECIALISED = ["ignore_index"]  # no recompiling by value
+from ._channels import known_sizes, position_of, position_offsets, tile_at
 
 LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
@@ -54,18 +52,33 @@ class Rule(NamedTuple):
     smooth: Any
 
 
-class Targets(NamedTuple):
-    """The targets of a kernel's arguments."""
+class TargetPointers(NamedTuple):
+    """What kernels are told of a target, one argument; None for what there is not."""
 
-    target_ptr: Any
-    partner_ptr: Any
-    lam_ptr: Any
-    weight_ptr: Any
-    weight_sum_ptr: Any
-    totals_ptr: Any
+    target: Any  # int64 labels [M], or probabilities as x lies
+    partner: Any  # int64 [M]
+    lam: Any  # [N] or [1]; without it one_lam counts
+    weight: Any  # [C]
+    weight_sum: Any  # float64 [1]; without it, it is C
+    totals: Any  # float64, what means of labels divide by
+    smoothing: Any  # float64 [1], which counts instead of the rule's two numbers
+
+
+class Targets(NamedTuple):
+    """A target with its numbers."""
+
+    ptr: Any  # TargetPointers
     ignore_index: Any
     one_lam: Any
     rule: Any
+
+
+class Positions(NamedTuple):
+    """Those of a program, m from m0 on."""
+
+    m0: Any
+    m: Any
+    sizes: Any
 
 
 class Terms(NamedTuple):
@@ -170,12 +183,19 @@ def load_logits(ptr, at, inside, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_rule(hard, smooth, traced_smoothing_ptr, C, COMPUTE: tl.constexpr):
+def positions_of(sizes, TILES: tl.constexpr):
+    sizes = known_sizes(sizes.C, sizes.M, sizes.L, TILES)
+    m0 = position_of(tl.program_id(0), TILES)
+    return Positions(m0, m0 + tl.arange(0, TILES.BLOCK_M), sizes)
+
+
+@triton.jit
+def load_rule(hard, smooth, smoothing_ptr, C, COMPUTE: tl.constexpr):
     """The Rule of arguments, or of a smoothing that lies in memory."""
-    if traced_smoothing_ptr is None:
+    if smoothing_ptr is None:
         rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
     else:
-        smoothing = tl.load(traced_smoothing_ptr)
+        smoothing = tl.load(smoothing_ptr)
         rule = Rule((1.0 - smoothing).to(COMPUTE), (smoothing / C).to(COMPUTE))
     return rule
 
@@ -210,44 +230,40 @@ def load_label_terms(
     targets,
     factor,  # what all shares are multiplied by, [BLOCK_M] or one number
     weight_sum,
-    m,
-    sizes,
+    positions,
     KIND: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The Terms of positions m."""
-    weight_ptr, C, M = targets.weight_ptr, sizes.C, sizes.M
-    if targets.target_ptr is None:
+    """The Terms of positions."""
+    ptr, ignore_index = targets.ptr, targets.ignore_index
+    m, C, M = positions.m, positions.sizes.C, positions.sizes.M
+    if ptr.target is None:
         a, weight_a = m.to(tl.int32) * 0 - 1, tl.zeros([m.shape[0]], COMPUTE)
     else:
-        a, weight_a = load_label(
-            targets.target_ptr, weight_ptr, m, C, M, targets.ignore_index, COMPUTE
-        )
-    share_a = factor / load_total(targets.totals_ptr, 0, COMPUTE)
+        a, weight_a = load_label(ptr.target, ptr.weight, m, C, M, ignore_index, COMPUTE)
+    share_a = factor / load_total(ptr.totals, 0, COMPUTE)
     b, weight_b, share_b = a * 0 - 1, weight_a * 0.0, weight_a * 0.0
     if KIND.PAIR:
-        b, weight_b = load_label(
-            targets.partner_ptr, weight_ptr, m, C, M, targets.ignore_index, COMPUTE
-        )
-        if targets.lam_ptr is None:
+        b, weight_b = load_label(ptr.partner, ptr.weight, m, C, M, ignore_index, COMPUTE)
+        if ptr.lam is None:
             lam = tl.full([], targets.one_lam, tl.float64)
         elif KIND.LAM_PER_SAMPLE:
-            lam = tl.load(targets.lam_ptr + m // sizes.L, mask=m < M, other=0.0).to(tl.float64)
+            lam = tl.load(ptr.lam + m // positions.sizes.L, mask=m < M, other=0.0).to(tl.float64)
         else:
-            lam = tl.load(targets.lam_ptr).to(tl.float64)
-        share_b = factor / load_total(targets.totals_ptr, 1, COMPUTE)
+            lam = tl.load(ptr.lam).to(tl.float64)
+        share_b = factor / load_total(ptr.totals, 1, COMPUTE)
         share_a *= lam.to(COMPUTE)
         share_b *= (1.0 - lam).to(COMPUTE)
     return label_terms(a, b, weight_a, weight_b, share_a, share_b, targets.rule, weight_sum)
 
 
 @triton.jit
-def labels_at(label, m0, sizes, TILES: tl.constexpr):
-    """Where the logits of labels lie, one a position from m0 on."""
+def labels_at(label, positions, TILES: tl.constexpr):
+    """Where the logits of labels lie, one a position."""
     at = label.to(tl.int64)
     if TILES.M_AXIS == 1:
-        at *= sizes.L
-    return at + position_offsets(m0, sizes, 1, TILES.BLOCK_M, TILES)
+        at *= positions.sizes.L
+    return at + position_offsets(positions.m0, positions.sizes, 1, TILES.BLOCK_M, TILES)
 
 
 @triton.jit
@@ -258,18 +274,19 @@ def load_above(ptr, at, label, largest):
 
 
 @triton.jit
-def load_counts(
-    targets, at, c, C, inside, KIND: tl.constexpr, M_AXIS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """v of Terms, 0 outside."""
+def load_counts(targets, at, c0, inside, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
+    """v of Terms of the tile at class c0, 0 outside."""
+    ptr, rule = targets.ptr, targets.rule
+    COMPUTE: tl.constexpr = rule.hard.dtype
     if KIND.OF_LABELS:
         v = tl.where(inside, 1.0, 0.0).to(COMPUTE)
     else:
-        v = tl.load(targets.target_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-        v = tl.where(inside, v * targets.rule.hard + targets.rule.smooth, 0.0)
-    if targets.weight_ptr is not None:
-        weight = tl.load(targets.weight_ptr + c, mask=c < C, other=0.0)
-        v *= tl.expand_dims(weight, M_AXIS)
+        v = tl.load(ptr.target + at, mask=inside, other=0.0).to(COMPUTE)
+        v = tl.where(inside, v * rule.hard + rule.smooth, 0.0)
+    if ptr.weight is not None:
+        c = c0 + tl.arange(0, TILES.BLOCK_C)
+        weight = tl.load(ptr.weight + c, mask=c < sizes.C, other=0.0)
+        v *= tl.expand_dims(weight, TILES.M_AXIS)
     return v
 
 
@@ -310,44 +327,53 @@ def store_loss(ptr, loss, totals_ptr, m, M, KIND: tl.constexpr, SUMS: tl.constex
 
 @triton.jit
 def load_loss(
-    x_ptr, terms, largest, total, z, mass, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr
+    x_ptr, terms, largest, total, z, mass, positions, KIND: tl.constexpr, TILES: tl.constexpr
 ):
     """target_loss, of the logits of labels as they lie in memory."""
     above_a, above_b = 0.0, 0.0
     if KIND.OF_LABELS:
-        above_a = load_above(x_ptr, labels_at(terms.a, m0, sizes, TILES), terms.a, largest)
+        above_a = load_above(x_ptr, labels_at(terms.a, positions, TILES), terms.a, largest)
     if KIND.PAIR:
-        above_b = load_above(x_ptr, labels_at(terms.b, m0, sizes, TILES), terms.b, largest)
+        above_b = load_above(x_ptr, labels_at(terms.b, positions, TILES), terms.b, largest)
     return target_loss(terms, total, above_a, above_b, z, mass, KIND)
 
 
 # Gradients
 
 
+class Stats(NamedTuple):
+    """What is known of positions after the forward, [2, M] in memory or with a teacher [5, M]."""
+
+    largest: Any
+    total: Any
+    softened: Any = 1.0  # the totals at T
+    largest_t: Any = 0.0
+    total_t: Any = 1.0
+
+
 class Slopes(NamedTuple):
     """What gradients by logits are made of: exponentials and their factors, [BLOCK_M] each."""
 
     x_ptr: Any
+    teacher_ptr: Any  # or None: then there is nothing at T
     gradient_ptr: Any
-    largest: Any
+    stats: Any
     hard: Any  # of the student's exponentials: mass over their sum
-    teacher_ptr: Any = None  # without one, nothing else is there
-    largest_t: Any = None
-    soft: Any = None  # of the exponentials at T
-    soft_t: Any = None  # of the teacher's at T
-    inverse_t: Any = None
+    soft: Any  # of the exponentials at T
+    soft_t: Any  # of the teacher's at T
+    inverse_t: Any
 
 
 @triton.jit
 def store_label_gradient(
-    slopes, label, weight, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr
+    slopes, label, weight, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr
 ):
     """The gradients by the logits of labels, over what lies there."""
-    at = labels_at(label, m0, sizes, TILES)
-    x = load_above(slopes.x_ptr, at, label, slopes.largest)
+    at = labels_at(label, positions, TILES)
+    x = load_above(slopes.x_ptr, at, label, slopes.stats.largest)
     gradient = label_gradients(tl.exp(x) * slopes.hard, label, weight, terms, KIND)
     if slopes.teacher_ptr is not None:
-        t = load_above(slopes.teacher_ptr, at, label, slopes.largest_t)
+        t = load_above(slopes.teacher_ptr, at, label, slopes.stats.largest_t)
         soft, soft_t = tl.exp(x * slopes.inverse_t), tl.exp(t * slopes.inverse_t)
         gradient += soft * slopes.soft - soft_t * slopes.soft_t
     ptr = slopes.gradient_ptr
@@ -355,12 +381,12 @@ def store_label_gradient(
 
 
 @triton.jit
-def store_label_gradients(slopes, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
+def store_label_gradients(slopes, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr):
     """The same of both labels. Where they are the same both write the same."""
     tl.debug_barrier()  # the tiles are stored, by whichever threads
-    store_label_gradient(slopes, terms.a, terms.weight_a, terms, m0, sizes, KIND, TILES)
+    store_label_gradient(slopes, terms.a, terms.weight_a, terms, positions, KIND, TILES)
     if KIND.PAIR:
-        store_label_gradient(slopes, terms.b, terms.weight_b, terms, m0, sizes, KIND, TILES)
+        store_label_gradient(slopes, terms.b, terms.weight_b, terms, positions, KIND, TILES)
 
 
 @triton.jit
@@ -371,24 +397,24 @@ def soft_gradients(soft, soft_t, slopes, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_gradients(slopes, targets, terms, m0, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
+def store_gradients(slopes, targets, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr):
     """The gradients by all logits, tile by tile from the last."""
-    COMPUTE: tl.constexpr = slopes.largest.dtype
+    COMPUTE: tl.constexpr = slopes.stats.largest.dtype
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
-    ptr = slopes.gradient_ptr
+    ptr, sizes = slopes.gradient_ptr, positions.sizes
     tile = tl.cdiv(sizes.C, TILES.BLOCK_C)
     while tile > 0:
         tile -= 1
         c0 = tile * TILES.BLOCK_C
-        c = c0 + tl.arange(0, TILES.BLOCK_C)
-        at, inside = tile_at(m0, c0, sizes, TILES)
-        x = load_logits(slopes.x_ptr, at, inside, COMPUTE) - tl.expand_dims(slopes.largest, AXIS)
+        at, inside = tile_at(positions.m0, c0, sizes, TILES)
+        x = load_logits(slopes.x_ptr, at, inside, COMPUTE)
+        x -= tl.expand_dims(slopes.stats.largest, AXIS)
         if slopes.teacher_ptr is not None:
             t = load_logits(slopes.teacher_ptr, at, inside, COMPUTE)
-            t -= tl.expand_dims(slopes.largest_t, AXIS)
+            t -= tl.expand_dims(slopes.stats.largest_t, AXIS)
         v = 0.0
         if KIND.SPREADS:
-            v = load_counts(targets, at, c, sizes.C, inside, KIND, TILES.M_AXIS, COMPUTE)
+            v = load_counts(targets, at, c0, inside, sizes, KIND, TILES)
         slope = tl.exp(x) * tl.expand_dims(slopes.hard, AXIS)
         gradient = tile_gradients(slope, v, terms, KIND, AXIS)
         if slopes.teacher_ptr is not None:
@@ -396,13 +422,13 @@ def store_gradients(slopes, targets, terms, m0, sizes, KIND: tl.constexpr, TILES
             gradient += soft_gradients(soft, soft_t, slopes, AXIS)
         tl.store(ptr + at, gradient.to(ptr.dtype.element_ty), mask=inside)
     if KIND.OF_LABELS:
-        store_label_gradients(slopes, terms, m0, sizes, KIND, TILES)
+        store_label_gradients(slopes, terms, positions, KIND, TILES)
 
 
 # Sums of labels
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=["ignore_index"])  # no recompiling by value
 def label_totals_kernel(
     labels_ptr,  # int64 [M]
     partner_ptr,  # likewise, or None

@@ -5,6 +5,8 @@ csrc/include/reg_kernels/tensor_table.h states the layout.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,7 @@ GROUP = tl.constexpr(ROWS.index("group"))
 FIRST_CHUNK = tl.constexpr(ROWS.index("first_chunk"))
 CHUNKS = tl.constexpr(len(ROWS))  # behind the rows: each chunk's tensor
 
-_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}
 
 
 def chunks_of(table: Tensor, count: int) -> int:
@@ -36,30 +38,40 @@ def chunks_of(table: Tensor, count: int) -> int:
     return table.numel() - len(ROWS) * count
 
 
-def type_name(number: int) -> str:
-    """Triton's name of a dtype that the table's functions number."""
-    return _TYPES.get(DTYPES[number], "bf16")
+def type_of(number: int) -> tl.dtype:
+    """Triton's of a dtype that the table's functions number."""
+    return _TYPES.get(DTYPES[number], tl.bfloat16)
+
+
+class Chunk(NamedTuple):
+    """A part of a tensor in a table, which one program takes."""
+
+    table_ptr: Any
+    count: Any  # of tensors
+    tensor: Any
+    first: Any  # its element that the chunk begins with
+    rest: Any  # elements of the chunk
 
 
 @triton.jit
-def chunk_at(table_ptr, count, chunk):
-    """(tensor, its element that the chunk begins with, elements of the chunk)."""
-    tensor = tl.load(table_ptr + CHUNKS * count + chunk)
-    first = (chunk - row_at(table_ptr, FIRST_CHUNK, count, tensor)) * CHUNK
-    rest = row_at(table_ptr, NUMEL, count, tensor) - first
-    return tensor, first, tl.minimum(rest, CHUNK).to(tl.int32)
+def chunk_at(table_ptr, count, number):
+    tensor = tl.load(table_ptr + CHUNKS * count + number)
+    first = (number - tl.load(table_ptr + FIRST_CHUNK * count + tensor)) * CHUNK
+    rest = tl.load(table_ptr + NUMEL * count + tensor) - first
+    return Chunk(table_ptr, count, tensor, first, tl.minimum(rest, CHUNK).to(tl.int32))
 
 
 @triton.jit
-def row_at(table_ptr, ROW: tl.constexpr, count, tensor):
-    return tl.load(table_ptr + ROW * count + tensor)
+def row_at(chunk, ROW: tl.constexpr):
+    """What a row of the table has for the chunk's tensor."""
+    return tl.load(chunk.table_ptr + ROW * chunk.count + chunk.tensor)
 
 
 @triton.jit
-def address_at(table_ptr, ROW: tl.constexpr, count, tensor, first, T: tl.constexpr):
-    """Where element `first` of an array of type T of the tensor's lies; 0 where there is none."""
-    address = row_at(table_ptr, ROW, count, tensor)
-    return tl.where(address != 0, address + first * T.itemsize, 0)
+def address_at(chunk, ROW: tl.constexpr, T: tl.constexpr):
+    """Where the chunk begins in an array of type T of the tensor's; 0 where there is none."""
+    address = row_at(chunk, ROW)
+    return tl.where(address != 0, address + chunk.first * T.itemsize, 0)
 
 
 @triton.jit

@@ -23,7 +23,6 @@ in an order of its own.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from .._layout import dense_like, is_channels_last
 from ._batch_norm import GIVEN, MERGED, OWN, Chain
 from ._batch_norm_backward import backward_kernel, gradient_sums_kernel
 from ._batch_norm_forward import forward_kernel, moments_kernel
-from ._launch import device_of, processors, state_arguments
+from ._launch import device_of, next_power_of_2, processors, state_arguments
 from ._plan import ChannelPlan, plan_for
 
 FORWARD_TILE = 16384  # bytes of x in a tile: with 8 warps, 4 loads of 16 bytes a thread
@@ -159,7 +158,7 @@ def _launch_forward(
         STATISTICS=statistics.value,
         AVERAGES=momentum is None,
         SINGLE=plan.single,
-        BLOCK_S=triton.next_power_of_2(plan.splits) if partials is not None else 1,
+        BLOCK_S=next_power_of_2(plan.splits) if partials is not None else 1,
         CHAIN=Chain(activation, p > 0.0, plan.gate_axis, plan.run),
         TILES=plan.blocks,
         num_warps=plan.warps,
@@ -246,7 +245,7 @@ def batch_norm_backward(
             *(partials, *plan.sizes, slope, p),
             SUMS=sums.value,
             SINGLE=plan.single and sums is not MERGED,
-            BLOCK_S=triton.next_power_of_2(plan.splits) if sums is MERGED else 1,
+            BLOCK_S=next_power_of_2(plan.splits) if sums is MERGED else 1,
             **constants,
         )
     return results

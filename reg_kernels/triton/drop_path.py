@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._layout import dense_like
 from .._rng import tag
-from ._elementwise import DrawnBy, launch_rows, product_apart
+from ._elementwise import DrawnBy, Element, launch_rows, product_apart
 
 
 @triton.jit
@@ -23,9 +23,11 @@ def scaled_values(x, half_word, threshold, scale):
     return tl.where(half_word < threshold, product_apart(x, scale.to(x.dtype)), 0.0)
 
 
+KEPT, SCALED = (Element(f, tag("droppath"), False) for f in (kept_values, scaled_values))
+
+
 def drop_path(x: Tensor, residual: Tensor | None, p: float, scaled: bool, *drawn: Any) -> Tensor:
     """The op; `drawn`: rng_state, element_offset, traced_p."""
-    values, y = scaled_values if scaled else kept_values, dense_like(x)
-    options = {"samples": 1, "rows": len(x), "residual": residual, "reads_dropped": False}
-    launch_rows(values, tag("droppath"), x, y, DrawnBy(p, *drawn), **options)
+    op, y = SCALED if scaled else KEPT, dense_like(x)
+    launch_rows(op, x, y, DrawnBy(p, *drawn), samples=1, rows=len(x), residual=residual)
     return y

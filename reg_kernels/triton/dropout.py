@@ -14,9 +14,7 @@ from torch import Tensor
 
 from .._layout import dense_like, is_channels_last, is_dense
 from .._rng import TAG_DROPOUT
-from ._elementwise import DrawnBy, launch_elements, launch_rows
-
-TAG = tl.constexpr(TAG_DROPOUT)
+from ._elementwise import DrawnBy, Element, launch_elements, launch_rows
 
 
 @triton.jit
@@ -25,14 +23,17 @@ def dropout_values(x, half_word, threshold, scale):
     return x * tl.where(half_word < threshold, scale.to(x.dtype), 0.0)
 
 
+DROPOUT = Element(dropout_values, TAG_DROPOUT)
+
+
 def _launch(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
-    launch_elements(dropout_values, TAG_DROPOUT, x, y, DrawnBy(*drawn))
+    launch_elements(DROPOUT, x, y, DrawnBy(*drawn))
 
 
 def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
     samples, channels = x.shape[:2]
     launch_rows(
-        *(dropout_values, TAG_DROPOUT, x, y, DrawnBy(*drawn)),
+        *(DROPOUT, x, y, DrawnBy(*drawn)),
         samples=samples,
         rows=channels,
         rows_last=is_channels_last(x),

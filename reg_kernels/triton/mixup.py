@@ -15,7 +15,7 @@ The loops are `while`, as in batch_norm.py.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,11 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import is_channels_last
-from ._launch import ASSERTING, device_of
+from ._launch import ASSERTING, ceil_div, device_of, next_power_of_2
 from ._mixup import (
+    Batch,
+    Mix,
+    MixupForm,
     begins_cycle,
     box_in_tile,
-    compute_type,
     finished,
     is_not_zero,
     mixup_values,
@@ -40,6 +42,7 @@ from ._mixup import (
     weighted,
     weights_of,
 )
+from ._types import compute_type
 
 TILE = 2048  # elements of a program: 16 bytes a thread and load, in bf16 with 8 warps
 CHANNELS = 32  # of a tile whose channels lie together on one side only, at most
@@ -52,58 +55,46 @@ UNSPECIALISED = ["N", "H", "row"]  # no recompiling by value
 def mixup_kernel(
     x_ptr,  # [N, C, L], or [N, L, C] where LAST_IN
     y_ptr,  # likewise by LAST_OUT
-    lam_ptr,  # [N], or [1] where ONE_LAM, or None
-    one_lam: tl.float64,
+    mix,
+    one_lam: tl.float64,  # where mix has no lam
     index_ptr,  # int64 [N], or None
-    boxes_ptr,
-    scale_ptr,  # [C] each in the type that is computed in, or None
-    shift_ptr,
-    N,
-    size,  # C L
+    N,  # this and what follows: Batch
+    size,
     C,
     L,
     H,
     row,
-    ONE_LAM: tl.constexpr,
-    ONE_BOX: tl.constexpr,
-    FLAT: tl.constexpr,
-    LAST_IN: tl.constexpr,
-    LAST_OUT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    batch = Batch(N, size, C, L, H, row)
     program = tl.program_id(0)
     n = (program % N).to(tl.int64)
-    c0, l0 = tile_start(program // N, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
-    w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+    start = tile_start(program // N, batch, FORM)
+    w, rest = weights_of(n, mix, one_lam, COMPUTE, FORM)
     partner = partner_of(n, index_ptr, N)
     reads_partner = is_not_zero(rest)
-    if boxes_ptr is not None:
-        reaches, inside = box_in_tile(n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L)
+    if mix.boxes is not None:
+        reaches, inside = box_in_tile(n, mix, start, batch, FORM)
         reads_partner |= reaches
-    there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
-    at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
+    there = tile_mask(start, batch, FORM)
+    at = tile_offsets(start, batch, FORM.LAST_IN, FORM)
     own = tl.load(x_ptr + n * size + at, mask=there & is_not_zero(w), other=0)
     other = tl.load(x_ptr + partner * size + at, mask=there & reads_partner, other=0)
     y = mixup_values(own, other, w, rest, COMPUTE)
-    if boxes_ptr is not None:
+    if mix.boxes is not None:
         y = tl.where(inside, other.to(COMPUTE), y)
-    y = finished(y, scale_ptr, shift_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
-    to = tile_offsets(c0, l0, C, L, FLAT, LAST_OUT, BLOCK_C, BLOCK_L)
+    y = finished(y, mix, start, batch, FORM)
+    to = tile_offsets(start, batch, FORM.LAST_OUT, FORM)
     tl.store(y_ptr + n * size + to, rounded(y, y_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "leaders"])
 def mixup_cycles_kernel(
     x_ptr,  # [N, C, L] or [N, L, C], as LAST_IN and LAST_OUT say; written over
-    lam_ptr,
+    mix,
     one_lam: tl.float64,
     index_ptr,  # a permutation
-    boxes_ptr,
-    scale_ptr,
-    shift_ptr,
     leaders,  # of the first so many samples some begin a cycle
     N,
     size,
@@ -111,18 +102,12 @@ def mixup_cycles_kernel(
     L,
     H,
     row,
-    ONE_LAM: tl.constexpr,
-    ONE_BOX: tl.constexpr,
-    FLAT: tl.constexpr,
-    LAST_IN: tl.constexpr,
-    LAST_OUT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """From sample to partner, and on to its partner: each is written when its partner has been
     read, and the first one's values are kept for the last. No other program touches them here."""
-    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty, x_ptr.dtype.element_ty)
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
+    batch = Batch(N, size, C, L, H, row)
     program = tl.program_id(0)
     leader = (program % leaders).to(tl.int64)
     if index_ptr is None:
@@ -133,9 +118,9 @@ def mixup_cycles_kernel(
             tl.device_assert(once, "index is not a permutation")
         begins = begins_cycle(leader, index_ptr, N)
     if begins:
-        c0, l0 = tile_start(program // leaders, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
-        there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
-        at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
+        start = tile_start(program // leaders, batch, FORM)
+        there = tile_mask(start, batch, FORM)
+        at = tile_offsets(start, batch, FORM.LAST_IN, FORM)
         first = tl.load(x_ptr + leader * size + at, mask=there, other=0)
         n, own, steps, goes_on = leader, first, 0, True
         while goes_on:
@@ -144,14 +129,12 @@ def mixup_cycles_kernel(
             goes_on = (partner != leader) & (steps < N)
             other = tl.load(x_ptr + partner * size + at, mask=there & goes_on, other=0)
             other = tl.where(goes_on, other, first)
-            w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+            w, rest = weights_of(n, mix, one_lam, COMPUTE, FORM)
             y = mixup_values(own, other, w, rest, COMPUTE)
-            if boxes_ptr is not None:
-                _, inside = box_in_tile(
-                    n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L
-                )
+            if mix.boxes is not None:
+                _, inside = box_in_tile(n, mix, start, batch, FORM)
                 y = tl.where(inside, other.to(COMPUTE), y)
-            y = finished(y, scale_ptr, shift_ptr, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
+            y = finished(y, mix, start, batch, FORM)
             tl.store(x_ptr + n * size + at, rounded(y, x_ptr.dtype.element_ty), mask=there)
             n, own = partner, other
 
@@ -160,35 +143,27 @@ def mixup_cycles_kernel(
 def given_by(
     n,
     grad_ptr,
-    lam_ptr,
+    mix,
     one_lam,
-    boxes_ptr,
     at,
     there,
-    l0,
-    size,
-    C,
-    H,
-    row,
+    start,
+    batch,
     TO_PARTNER: tl.constexpr,
-    ONE_LAM: tl.constexpr,
-    ONE_BOX: tl.constexpr,
-    FLAT: tl.constexpr,
-    LAST_IN: tl.constexpr,
-    BLOCK_L: tl.constexpr,
     COMPUTE: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """What sample n's gradient gives to itself, or to its partner."""
-    w, rest = weights_of(n, lam_ptr, one_lam, ONE_LAM, COMPUTE)
+    w, rest = weights_of(n, mix, one_lam, COMPUTE, FORM)
     weight = rest if TO_PARTNER else w
     reads = is_not_zero(weight)
-    if boxes_ptr is not None:
-        reaches, inside = box_in_tile(n, boxes_ptr, l0, C, H, row, ONE_BOX, FLAT, LAST_IN, BLOCK_L)
+    if mix.boxes is not None:
+        reaches, inside = box_in_tile(n, mix, start, batch, FORM)
         if TO_PARTNER:
             reads |= reaches
-    grad = tl.load(grad_ptr + n * size + at, mask=there & reads, other=0).to(COMPUTE)
+    grad = tl.load(grad_ptr + n * batch.size + at, mask=there & reads, other=0).to(COMPUTE)
     given = weighted(grad, weight)
-    if boxes_ptr is not None:
+    if mix.boxes is not None:
         given = tl.where(inside, grad if TO_PARTNER else 0.0, given)
     return given
 
@@ -197,37 +172,26 @@ def given_by(
 def mixup_backward_kernel(
     grad_ptr,  # [N, C, L], or [N, L, C] where LAST_IN
     y_ptr,  # the input's gradient, likewise by LAST_OUT
-    lam_ptr,
+    mix,
     one_lam: tl.float64,
     receivers_ptr,  # int64 [N], those of partner n from starts[n] to starts[n + 1]; or None
     starts_ptr,  # int64 [N + 1], or None
-    boxes_ptr,
-    scale_ptr,
     N,
     size,
     C,
     L,
     H,
     row,
-    ONE_LAM: tl.constexpr,
-    ONE_BOX: tl.constexpr,
-    FLAT: tl.constexpr,
-    LAST_IN: tl.constexpr,
-    LAST_OUT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = compute_type(grad_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    batch = Batch(N, size, C, L, H, row)
     program = tl.program_id(0)
     n = (program % N).to(tl.int64)
-    c0, l0 = tile_start(program // N, L, FLAT, WIDE, BLOCK_C, BLOCK_L)
-    there = tile_mask(c0, l0, size, C, L, FLAT, BLOCK_C, BLOCK_L)
-    at = tile_offsets(c0, l0, C, L, FLAT, LAST_IN, BLOCK_C, BLOCK_L)
-    own = given_by(
-        *(n, grad_ptr, lam_ptr, one_lam, boxes_ptr, at, there, l0, size, C, H, row),
-        *(False, ONE_LAM, ONE_BOX, FLAT, LAST_IN, BLOCK_L, COMPUTE),
-    )
+    start = tile_start(program // N, batch, FORM)
+    there = tile_mask(start, batch, FORM)
+    at = tile_offsets(start, batch, FORM.LAST_IN, FORM)
+    own = given_by(n, grad_ptr, mix, one_lam, at, there, start, batch, False, COMPUTE, FORM)
     given = tl.zeros_like(own)
     if receivers_ptr is None:
         j, end = n, n + 1
@@ -238,12 +202,11 @@ def mixup_backward_kernel(
         receiver = N - 1 - n if receivers_ptr is None else tl.load(receivers_ptr + j)
         tl.device_assert((receiver >= 0) & (receiver < N), "receivers must be samples")
         given += given_by(
-            *(receiver, grad_ptr, lam_ptr, one_lam, boxes_ptr, at, there, l0, size, C, H, row),
-            *(True, ONE_LAM, ONE_BOX, FLAT, LAST_IN, BLOCK_L, COMPUTE),
+            receiver, grad_ptr, mix, one_lam, at, there, start, batch, True, COMPUTE, FORM
         )
         j += 1
-    y = finished(own + given, scale_ptr, None, c0, l0, C, FLAT, BLOCK_C, BLOCK_L)
-    to = tile_offsets(c0, l0, C, L, FLAT, LAST_OUT, BLOCK_C, BLOCK_L)
+    y = finished(own + given, mix, start, batch, FORM)
+    to = tile_offsets(start, batch, FORM.LAST_OUT, FORM)
     tl.store(y_ptr + n * size + to, rounded(y, y_ptr.dtype.element_ty), mask=there)
 
 
@@ -254,13 +217,20 @@ class _Tiles(NamedTuple):
     """How a batch falls apart."""
 
     count: int  # of a sample
-    sizes: tuple[int, ...]  # N and what follows it among the kernels' arguments
-    constants: dict[str, Any]
+    batch: Batch
+    form: MixupForm
+    warps: int
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    shape: tuple[int, ...], last_in: bool, last_out: bool, by_channel: bool, double: bool
+    shape: tuple[int, ...],
+    last_in: bool,
+    last_out: bool,
+    by_channel: bool,
+    double: bool,
+    one_lam: bool,
+    one_box: bool,
 ) -> _Tiles:
     """`by_channel`: whether there is a scale or a shift; `double`: whether in float64."""
     tile = TILE // 2 if double else TILE  # for registers
@@ -271,33 +241,36 @@ def _tiles(
         last_in = last_out = channels > 1
     flat = last_in == last_out and (last_in or not by_channel)
     if flat:
-        block_c, block_l = 1, min(triton.next_power_of_2(size), tile)
-        count = triton.cdiv(size, block_l)
+        block_c, block_l = 1, min(next_power_of_2(size), tile)
+        count = ceil_div(size, block_l)
     else:
         wanted = tile // CHANNELS if last_in != last_out else tile
-        block_l = min(triton.next_power_of_2(length), wanted)
-        block_c = min(triton.next_power_of_2(channels), tile // block_l)
-        block_l = min(triton.next_power_of_2(length), tile // block_c)
-        count = triton.cdiv(channels, block_c) * triton.cdiv(length, block_l)
+        block_l = min(next_power_of_2(length), wanted)
+        block_c = min(next_power_of_2(channels), tile // block_l)
+        block_l = min(next_power_of_2(length), tile // block_c)
+        count = ceil_div(channels, block_c) * ceil_div(length, block_l)
     row = shape[-1] * (channels if flat and last_in else 1)
     height = shape[-2] if len(shape) > 2 else 1
-    constants = {
-        "FLAT": flat,
-        "LAST_IN": last_in,
-        "LAST_OUT": last_out,
-        "WIDE": size > 2**31 - 2**16,
-        "BLOCK_C": block_c,
-        "BLOCK_L": block_l,
-        "num_warps": max(1, block_c * block_l * 8 // tile),
-    }
-    return _Tiles(count, (samples, size, channels, length, height, row), constants)
+    wide = size > 2**31 - 2**16
+    return _Tiles(
+        count=count,
+        batch=Batch(samples, size, channels, length, height, row),
+        form=MixupForm(flat, last_in, last_out, wide, block_c, block_l, one_lam, one_box),
+        warps=max(1, block_c * block_l * 8 // tile),
+    )
 
 
-def _constants(lam: Tensor | None, boxes: Tensor | None) -> dict[str, Any]:
-    return {
-        "ONE_LAM": lam is not None and lam.numel() == 1,
-        "ONE_BOX": boxes is not None and boxes.numel() == 4,
-    }
+def _tiles_of(x: Tensor, mix: Mix, dtype: torch.dtype, channels_last: bool) -> _Tiles:
+    """Of a batch, and of a result in `dtype` that has the channels last or not."""
+    return _tiles(
+        x.shape,
+        _is_last(x),
+        channels_last,
+        mix.scale is not None or mix.shift is not None,
+        torch.float64 in (x.dtype, dtype),
+        mix.lam is not None and mix.lam.numel() == 1,
+        mix.boxes is not None and mix.boxes.numel() == 4,
+    )
 
 
 def _is_last(x: Tensor) -> bool:
@@ -326,14 +299,12 @@ def mixup(
     output = _empty(input, dtype, channels_last)
     if output.numel() == 0:
         return output
-    by_channel = scale is not None or shift is not None
-    double = torch.float64 in (input.dtype, dtype)
-    tiles = _tiles(input.shape, _is_last(input), channels_last, by_channel, double)
+    mix = Mix(lam, boxes, scale, shift)
+    tiles = _tiles_of(input, mix, dtype, channels_last)
     with device_of(input):
         mixup_kernel[(tiles.count * len(input),)](
-            *(input, output, lam, one_lam, index, boxes, scale, shift, *tiles.sizes),
-            **tiles.constants,
-            **_constants(lam, boxes),
+            *(input, output, mix, one_lam, index, *tiles.batch, tiles.form),
+            num_warps=tiles.warps,
             **ASSERTING,
         )
     return output
@@ -351,14 +322,13 @@ def mixup_(
     """The same over the input; index a permutation."""
     if input.numel() == 0:
         return
-    last, by_channel = _is_last(input), scale is not None or shift is not None
-    tiles = _tiles(input.shape, last, last, by_channel, input.dtype == torch.float64)
+    mix = Mix(lam, boxes, scale, shift)
+    tiles = _tiles_of(input, mix, input.dtype, _is_last(input))
     leaders = len(input) if index is not None else (len(input) + 1) // 2
     with device_of(input):
         mixup_cycles_kernel[(tiles.count * leaders,)](
-            *(input, lam, one_lam, index, boxes, scale, shift, leaders, *tiles.sizes),
-            **tiles.constants,
-            **_constants(lam, boxes),
+            *(input, mix, one_lam, index, leaders, *tiles.batch, tiles.form),
+            num_warps=tiles.warps,
             **ASSERTING,
         )
 
@@ -378,14 +348,13 @@ def mixup_backward(
     grad_input = _empty(grad_output, dtype, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    last, double = _is_last(grad_output), torch.float64 in (grad_output.dtype, dtype)
-    tiles = _tiles(grad_output.shape, last, channels_last, scale is not None, double)
+    mix = Mix(lam, boxes, scale)
+    tiles = _tiles_of(grad_output, mix, dtype, channels_last)
     with device_of(grad_output):
         mixup_backward_kernel[(tiles.count * len(grad_output),)](
-            *(grad_output, grad_input, lam, one_lam, receivers, starts, boxes, scale),
-            *tiles.sizes,
-            **tiles.constants,
-            **_constants(lam, boxes),
+            *(grad_output, grad_input, mix, one_lam, receivers, starts),
+            *(*tiles.batch, tiles.form),
+            num_warps=tiles.warps,
             **ASSERTING,
         )
     return grad_input

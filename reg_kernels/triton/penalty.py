@@ -5,6 +5,9 @@ A sum reads x, sizeof(T) bytes an element, in one launch; the gradient reads x a
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,13 +21,23 @@ from ._table import (
     chunks_of,
     is_last_program,
     pointer_to,
-    type_name,
+    type_of,
     vectored_elements,
 )
+from ._types import compute_type
 
 BLOCK = 2048  # elements at a time: 16 bytes a thread and load, in bf16 with 8 warps
 PARTIALS = 4096  # that the last program adds up at a time
 UNSPECIALISED = ["count", "chunks"]  # no recompiling by value
+
+
+class PenaltyForm(NamedTuple):
+    """What kernels are compiled for: one constexpr, FORM."""
+
+    T: tl.dtype
+    POWER: int
+    BLOCK: int
+    PARTIALS: int
 
 
 @triton.jit
@@ -46,12 +59,12 @@ def penalty_gradients(x, g, POWER: tl.constexpr):
 
 
 @triton.jit
-def sum_block(total, x_ptr, block, first, count, POWER: tl.constexpr, BLOCK: tl.constexpr):
+def sum_block(total, x_ptr, block, first, count, FORM: tl.constexpr):
     """With elements `first` to count - 1, as far as they are in the block, each at its place: what
     is summed up in which order does not depend on how it can be loaded."""
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    i = block * FORM.BLOCK + tl.arange(0, FORM.BLOCK)
     x = tl.load(x_ptr + i, mask=(i >= first) & (i < count), other=0.0)
-    return total + penalty_values(x, POWER)
+    return total + penalty_values(x, FORM.POWER)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -61,28 +74,26 @@ def penalty_kernel(
     chunks,
     sum_ptr,  # float64, written
     scratch_ptr,  # float64 [1 + chunks]
-    DTYPE: tl.constexpr,
-    POWER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    T: tl.constexpr = tl.dtype(DTYPE)
-    chunk = tl.program_id(0)
-    if chunk < chunks:
-        tensor, first, rest = chunk_at(table_ptr, count, chunk)
-        address = address_at(table_ptr, GRAD, count, tensor, first, T)
+    BLOCK: tl.constexpr = FORM.BLOCK
+    PARTIALS: tl.constexpr = FORM.PARTIALS
+    program = tl.program_id(0)
+    if program < chunks:
+        chunk = chunk_at(table_ptr, count, program)
+        address, rest = address_at(chunk, GRAD, FORM.T), chunk.rest
         total = tl.zeros([BLOCK], tl.float64)
         block, vectored = 0, vectored_elements(rest, address)
-        x_ptr = pointer_to(address, T, True)
+        x_ptr = pointer_to(address, FORM.T, True)
         while block * BLOCK < vectored:
-            total = sum_block(total, x_ptr, block, 0, vectored, POWER, BLOCK)
+            total = sum_block(total, x_ptr, block, 0, vectored, FORM)
             block += 1
         block = vectored // BLOCK
-        x_ptr = pointer_to(address, T, False)
+        x_ptr = pointer_to(address, FORM.T, False)
         while (block * BLOCK < rest) & (vectored < rest):
-            total = sum_block(total, x_ptr, block, vectored, rest, POWER, BLOCK)
+            total = sum_block(total, x_ptr, block, vectored, rest, FORM)
             block += 1
-        tl.store(scratch_ptr + 1 + chunk, tl.sum(total, 0))
+        tl.store(scratch_ptr + 1 + program, tl.sum(total, 0))
     if is_last_program(scratch_ptr):
         # By their place, whichever program is the last: two runs give the same bits.
         total = tl.zeros([PARTIALS], tl.float64)
@@ -96,10 +107,10 @@ def penalty_kernel(
 
 
 @triton.jit
-def gradient_block(x_ptr, y_ptr, block, count, g, POWER: tl.constexpr, BLOCK: tl.constexpr):
-    i = block * BLOCK + tl.arange(0, BLOCK)
+def gradient_block(x_ptr, y_ptr, block, count, g, FORM: tl.constexpr):
+    i = block * FORM.BLOCK + tl.arange(0, FORM.BLOCK)
     x = tl.load(x_ptr + i, mask=i < count)
-    tl.store(y_ptr + i, penalty_gradients(x, g, POWER), mask=i < count)
+    tl.store(y_ptr + i, penalty_gradients(x, g, FORM.POWER), mask=i < count)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -107,28 +118,28 @@ def penalty_backward_kernel(
     table_ptr,
     count,
     grad_output_ptr,  # float64 [1]
-    DTYPE: tl.constexpr,
-    POWER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    T: tl.constexpr = tl.dtype(DTYPE)
-    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == T else tl.float32
-    g = tl.load(grad_output_ptr).to(COMPUTE)
-    tensor, first, rest = chunk_at(table_ptr, count, tl.program_id(0))
-    source = address_at(table_ptr, GRAD, count, tensor, first, T)
-    target = address_at(table_ptr, PARAM, count, tensor, first, T)
-    block, vectored = 0, vectored_elements(rest, source | target)
-    x_ptr = pointer_to(source, T, True)
-    y_ptr = pointer_to(target, T, True)
-    while block * BLOCK < vectored:
-        gradient_block(x_ptr, y_ptr, block, vectored, g, POWER, BLOCK)
+    g = tl.load(grad_output_ptr).to(compute_type(FORM.T))
+    chunk = chunk_at(table_ptr, count, tl.program_id(0))
+    source, target = address_at(chunk, GRAD, FORM.T), address_at(chunk, PARAM, FORM.T)
+    block, vectored = 0, vectored_elements(chunk.rest, source | target)
+    x_ptr = pointer_to(source, FORM.T, True)
+    y_ptr = pointer_to(target, FORM.T, True)
+    while block * FORM.BLOCK < vectored:
+        gradient_block(x_ptr, y_ptr, block, vectored, g, FORM)
         block += 1
-    rest -= vectored
-    block, x_ptr = 0, pointer_to(source, T, False) + vectored
-    y_ptr = pointer_to(target, T, False) + vectored
-    while block * BLOCK < rest:
-        gradient_block(x_ptr, y_ptr, block, rest, g, POWER, BLOCK)
+    rest = chunk.rest - vectored
+    block, x_ptr = 0, pointer_to(source, FORM.T, False) + vectored
+    y_ptr = pointer_to(target, FORM.T, False) + vectored
+    while block * FORM.BLOCK < rest:
+        gradient_block(x_ptr, y_ptr, block, rest, g, FORM)
         block += 1
+
+
+@functools.cache
+def _form(dtype: int, power: int, partials: int) -> PenaltyForm:
+    return PenaltyForm(type_of(dtype), power, BLOCK, partials)
 
 
 def penalty_table(
@@ -145,15 +156,7 @@ def penalty_table(
     chunks = chunks_of(table, count)
     with device_of(table):
         penalty_kernel[(max(chunks, 1),)](
-            table,
-            count,
-            chunks,
-            sums[slot],
-            scratch,
-            DTYPE=type_name(dtype),
-            POWER=power,
-            BLOCK=BLOCK,
-            PARTIALS=PARTIALS,
+            *(table, count, chunks, sums[slot], scratch, _form(dtype, power, PARTIALS)),
             num_warps=8,
         )
 
@@ -167,11 +170,6 @@ def penalty_backward_table(
         return
     with device_of(table):
         penalty_backward_kernel[(chunks,)](
-            table,
-            count,
-            grad_output,
-            DTYPE=type_name(dtype),
-            POWER=power,
-            BLOCK=BLOCK,
+            *(table, count, grad_output, _form(dtype, power, PARTIALS)),
             num_warps=8,
         )

@@ -126,7 +126,7 @@ def test_a_sample_past_32_bits(small_tiles, monkeypatch, last_in, normalised):
 
     def wide(*arguments):
         chosen = tiles(*arguments)
-        return chosen._replace(constants={**chosen.constants, "WIDE": True})
+        return chosen._replace(form=chosen.form._replace(WIDE=True))
 
     wide.cache_clear = tiles.cache_clear
     monkeypatch.setattr(kernels, "_tiles", wide)

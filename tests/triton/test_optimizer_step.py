@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from reg_kernels.triton import optimizer_step as kernels  # noqa: E402
+from reg_kernels.triton._optimizer_rule import power, stochastic_bfloat16  # noqa: E402
 
 INTERPRETED = DEVICE == "cpu"
 ADAM, SGD = 0, 1
@@ -339,7 +340,7 @@ def test_steps_of_tensors_without_an_element(monkeypatch):
 def power_kernel(out_ptr, in_ptr):
     """out = in[0]^in[1], in float64."""
     base, exponent = tl.load(in_ptr), tl.load(in_ptr + 1).to(tl.int64)
-    tl.store(out_ptr, kernels.power(base, exponent))
+    tl.store(out_ptr, power(base, exponent))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 10, 1000, 65_537, 2**24])
@@ -358,7 +359,7 @@ def test_powers_leave_the_bias_corrections_exact(beta, step):
 @triton.jit
 def stochastic_kernel(out_ptr, in_ptr, drawn_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    rounded = kernels.stochastic_bfloat16(tl.load(in_ptr + i), tl.load(drawn_ptr + i))
+    rounded = stochastic_bfloat16(tl.load(in_ptr + i), tl.load(drawn_ptr + i))
     tl.store(out_ptr + i, rounded)
 
 

@@ -1,0 +1,334 @@
+"""The losses of logits and their gradients: one pair of kernels, with a teacher or without.
+
+A program has a block of positions and all of their classes: in one tile (SINGLE), whose
+exponentials it keeps for the gradient, or tile by tile, and the gradient's then from the last on.
+
+The loops are `while`, as in batch_norm.py. What a jit function returns has no None in it: Triton
+takes none there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._channels import tile_at, zero_tile
+from ._softmax import (
+    Slopes,
+    Stats,
+    Targets,
+    bounded,
+    load_counts,
+    load_factor,
+    load_label_terms,
+    load_logits,
+    load_loss,
+    load_rule,
+    load_weight_sum,
+    number,
+    positions_of,
+    probability_terms,
+    soft_gradients,
+    store_gradients,
+    store_label_gradients,
+    store_loss,
+    tile_gradients,
+)
+from ._types import compute_type
+
+UNSPECIALISED = ["ignore_index", "mean_of"]  # no recompiling by value
+
+
+# With a teacher; distillation_math.h has the formulas.
+
+
+@triton.jit
+def divergence_terms(e_t, above_t, above):
+    """What classes add to Z, times T; divergence_term in distillation_math.h."""
+    return e_t * (bounded(above_t) - above)
+
+
+@triton.jit
+def divergence(total_t, softened, z):
+    """KL of positions by the sums at T of the teacher and of the student."""
+    return z / total_t + tl.log(softened / total_t)
+
+
+class Softness(NamedTuple):
+    """What temperature and alpha make of a loss."""
+
+    share: Any  # of a position's labels: 1 - alpha, and of probabilities what a mean makes of 1
+    soft_share: Any  # of a position's divergence: alpha T^2, or what a mean makes of it
+    inverse_t: Any
+
+
+@triton.jit
+def load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE: tl.constexpr):
+    """Softness of arguments, or of a temperature and an alpha that lie in memory."""
+    if softness_ptr is None:
+        softness = Softness(
+            number(share, COMPUTE), number(soft_share, COMPUTE), number(inverse_t, COMPUTE)
+        )
+    else:
+        temperature, alpha = tl.load(softness_ptr), tl.load(softness_ptr + 1)
+        softness = Softness(
+            (1.0 - alpha).to(COMPUTE),
+            (alpha * temperature * temperature / mean_of).to(COMPUTE),
+            (1.0 / temperature).to(COMPUTE),
+        )
+    return softness
+
+
+# The walk over classes
+
+
+class Sums(NamedTuple):
+    """What a walk gathers of classes. Of positions, [BLOCK_M]: the largest, and the pivot. Of each
+    place in a tile, which a tile more is added to: the rest; what one tile alone has of it is what
+    its gradient is made of. 0 for what is not wanted."""
+
+    largest: Any
+    largest_t: Any  # of the teacher's
+    pivot: Any  # where each class counts for something: about the largest
+    totals: Any  # exponentials, relative to the largest
+    softs: Any  # those at T
+    softs_t: Any
+    zs_t: Any  # of the divergence
+    zs: Any  # v (x - pivot): less about the size of all, since sums of 1e4 would round 1 away
+    counts: Any  # v
+
+
+@triton.jit
+def no_sums(teacher_ptr, KIND: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr):
+    """Of no class."""
+    BLOCK_M: tl.constexpr = TILES.BLOCK_M
+    zeros = zero_tile(TILES, COMPUTE)
+    largest = tl.full([BLOCK_M], float("-inf"), COMPUTE)
+    largest_t, softs, pivot, zs, counts = 0.0, 0.0, 0.0, 0.0, 0.0
+    if teacher_ptr is not None:
+        largest_t, softs = largest, zeros
+    if KIND.SPREADS:
+        pivot, zs = tl.zeros([BLOCK_M], COMPUTE), zeros
+    if not KIND.OF_LABELS:
+        counts = zeros
+    return Sums(largest, largest_t, pivot, zeros, softs, softs, softs, zs, counts)
+
+
+@triton.jit
+def with_tile(
+    sums,  # of the tiles before it; where SINGLE nothing
+    c0,
+    x_ptr,
+    teacher_ptr,
+    inverse_t,
+    targets,
+    positions,
+    SINGLE: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The sums with those of the classes from c0 on."""
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
+    AXIS: tl.constexpr = 1 - TILES.M_AXIS
+    at, inside = tile_at(positions.m0, c0, positions.sizes, TILES)
+    x = load_logits(x_ptr, at, inside, COMPUTE)
+    if teacher_ptr is not None:  # asked for before anything waits
+        t = load_logits(teacher_ptr, at, inside, COMPUTE)
+    largest = tl.max(x, AXIS)
+    largest = bounded(largest if SINGLE else tl.maximum(sums.largest, largest))
+    largest_t, softs, softs_t, zs_t = 0.0, 0.0, 0.0, 0.0
+    if teacher_ptr is not None:
+        largest_t = tl.max(t, AXIS)
+        largest_t = bounded(largest_t if SINGLE else tl.maximum(sums.largest_t, largest_t))
+        t -= tl.expand_dims(largest_t, AXIS)
+    above = x - tl.expand_dims(largest, AXIS)
+    if SINGLE:
+        totals = tl.exp(above)
+    else:
+        # What has been summed up, relative to the larger maxima.
+        rise = sums.largest - largest
+        totals = sums.totals * tl.expand_dims(tl.exp(rise), AXIS) + tl.exp(above)
+    if teacher_ptr is not None:
+        softs, softs_t = tl.exp(above * inverse_t), tl.exp(t * inverse_t)
+        zs_t = tl.where(inside, divergence_terms(softs_t, t, above), 0.0)
+        if not SINGLE:
+            rise_t = sums.largest_t - largest_t
+            softs = sums.softs * tl.expand_dims(tl.exp(rise * inverse_t), AXIS) + softs
+            before = tl.expand_dims(tl.exp(rise_t * inverse_t), AXIS)
+            # Where there is nothing yet, the rise is infinite.
+            shift = sums.softs_t * tl.expand_dims(rise_t - rise, AXIS)
+            shift = tl.where(sums.softs_t > 0.0, shift, 0.0)
+            zs_t = (sums.zs_t + shift) * before + zs_t
+            softs_t = sums.softs_t * before + softs_t
+    pivot, zs, counts = 0.0, 0.0, 0.0
+    if KIND.SPREADS:
+        counts = load_counts(targets, at, c0, inside, positions.sizes, KIND, TILES)
+        pivot = largest if SINGLE else tl.where(c0 == 0, largest, sums.pivot)
+        zs = tl.where(inside, counts * (x - tl.expand_dims(pivot, AXIS)), 0.0)
+        if not SINGLE:
+            zs += sums.zs
+            counts = sums.counts if KIND.OF_LABELS else sums.counts + counts
+    return Sums(largest, largest_t, pivot, totals, softs, softs_t, zs_t, zs, counts)
+
+
+@triton.jit
+def store_stats(ptr, stats, m, M, teacher_ptr):
+    for i in tl.static_range(2 if teacher_ptr is None else 5):
+        tl.store(ptr + m, stats[i], mask=m < M)
+        ptr += M  # a multiple of M may be more than its type holds
+
+
+@triton.jit
+def load_stats(ptr, m, M, teacher_ptr):
+    inside = m < M
+    largest = tl.load(ptr + m, mask=inside, other=0.0)
+    total = tl.load(ptr + M + m, mask=inside, other=1.0)
+    stats = Stats(largest, total)
+    if teacher_ptr is not None:
+        ptr = ptr + M + M
+        softened = tl.load(ptr + m, mask=inside, other=1.0)
+        largest_t = tl.load(ptr + M + m, mask=inside, other=0.0)
+        total_t = tl.load(ptr + M + M + m, mask=inside, other=1.0)
+        stats = Stats(largest, total, softened, largest_t, total_t)
+    return stats
+
+
+# Kernels
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def loss_kernel(
+    x_ptr,  # [N, C, L] in either layout
+    teacher_ptr,  # as x lies, or None
+    target,  # TargetPointers
+    sizes,
+    ignore_index: tl.int64,
+    one_lam: tl.float64,
+    hard: tl.float64,
+    smooth: tl.float64,
+    share: tl.float64,
+    soft_share: tl.float64,
+    inverse_t: tl.float64,
+    softness_ptr,  # float64 [2], T and alpha, or None: else they count instead of the three
+    mean_of,  # positions of a mean, or 1
+    loss_ptr,  # [M], or float64 [programs]
+    stats_ptr,
+    gradient_ptr,  # as x lies, or None
+    SUMS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
+    AXIS: tl.constexpr = 1 - TILES.M_AXIS
+    positions = positions_of(sizes, TILES)
+    m, M = positions.m, positions.sizes.M
+    rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
+    targets = Targets(target, ignore_index, one_lam, rule)
+    softness = load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE)
+    if KIND.OF_LABELS:
+        mass = load_weight_sum(target.weight_sum, positions.sizes.C, COMPUTE)
+        terms = load_label_terms(targets, softness.share, mass, positions, KIND, COMPUTE)
+
+    if SINGLE:
+        sums = with_tile(
+            *(None, 0, x_ptr, teacher_ptr, softness.inverse_t, targets, positions),
+            *(True, KIND, TILES),
+        )
+    else:
+        sums = no_sums(teacher_ptr, KIND, COMPUTE, TILES)
+        c0 = 0
+        while c0 < positions.sizes.C:
+            sums = with_tile(
+                *(sums, c0, x_ptr, teacher_ptr, softness.inverse_t, targets, positions),
+                *(False, KIND, TILES),
+            )
+            c0 += TILES.BLOCK_C
+
+    stats = Stats(sums.largest, tl.sum(sums.totals, AXIS))
+    if teacher_ptr is not None:
+        softened, total_t = tl.sum(sums.softs, AXIS), tl.sum(sums.softs_t, AXIS)
+        stats = Stats(stats.largest, stats.total, softened, sums.largest_t, total_t)
+        z_t = tl.sum(sums.zs_t, AXIS)
+    z = tl.sum(sums.zs, AXIS) if KIND.SPREADS else 0.0
+    if not KIND.OF_LABELS:
+        mass = tl.sum(sums.counts, AXIS)
+        terms = probability_terms(mass, softness.share)
+    if KIND.SPREADS and not SINGLE:
+        z -= mass * (stats.largest - sums.pivot)
+    store_stats(stats_ptr, stats, m, M, teacher_ptr)
+    loss = load_loss(x_ptr, terms, stats.largest, stats.total, z, mass, positions, KIND, TILES)
+    if teacher_ptr is not None:
+        z_t *= softness.inverse_t
+        loss += softness.soft_share * divergence(stats.total_t, stats.softened, z_t)
+    store_loss(loss_ptr, loss, target.totals, m, M, KIND, SUMS)
+
+    if gradient_ptr is not None:
+        soft = softness.soft_share * softness.inverse_t
+        slopes = Slopes(
+            *(x_ptr, teacher_ptr, gradient_ptr, stats, terms.mass / stats.total),
+            *(soft / stats.softened, soft / stats.total_t, softness.inverse_t),
+        )
+        if SINGLE:
+            at, inside = tile_at(positions.m0, 0, positions.sizes, TILES)
+            slope = sums.totals * tl.expand_dims(slopes.hard, AXIS)
+            gradient = tile_gradients(slope, sums.counts, terms, KIND, AXIS)
+            if teacher_ptr is not None:
+                gradient += soft_gradients(sums.softs, sums.softs_t, slopes, AXIS)
+            tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+            if KIND.OF_LABELS:
+                store_label_gradients(slopes, terms, positions, KIND, TILES)
+        else:
+            store_gradients(slopes, targets, terms, positions, KIND, TILES)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def loss_backward_kernel(
+    grad_output_ptr,  # [M], or one number
+    x_ptr,  # this and what follows as above
+    teacher_ptr,
+    target,
+    sizes,
+    ignore_index: tl.int64,
+    one_lam: tl.float64,
+    hard: tl.float64,
+    smooth: tl.float64,
+    share: tl.float64,
+    soft_share: tl.float64,
+    inverse_t: tl.float64,
+    softness_ptr,
+    mean_of,
+    stats_ptr,
+    gradient_ptr,
+    GRAD_PER_POSITION: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
+    positions = positions_of(sizes, TILES)
+    m, C, M = positions.m, positions.sizes.C, positions.sizes.M
+    rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
+    targets = Targets(target, ignore_index, one_lam, rule)
+    softness = load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE)
+    factor = load_factor(grad_output_ptr, m, M, GRAD_PER_POSITION, COMPUTE)
+    share = softness.share * factor
+    if KIND.OF_LABELS:
+        mass = load_weight_sum(target.weight_sum, C, COMPUTE)
+        terms = load_label_terms(targets, share, mass, positions, KIND, COMPUTE)
+    else:
+        counts = zero_tile(TILES, COMPUTE)
+        c0 = 0
+        while c0 < C:
+            at, inside = tile_at(positions.m0, c0, positions.sizes, TILES)
+            counts += load_counts(targets, at, c0, inside, positions.sizes, KIND, TILES)
+            c0 += TILES.BLOCK_C
+        terms = probability_terms(tl.sum(counts, 1 - TILES.M_AXIS), share)
+    stats = load_stats(stats_ptr, m, M, teacher_ptr)
+    soft = factor * softness.soft_share * softness.inverse_t
+    slopes = Slopes(
+        *(x_ptr, teacher_ptr, gradient_ptr, stats, terms.mass / stats.total),
+        *(soft / stats.softened, soft / stats.total_t, softness.inverse_t),
+    )
+    store_gradients(slopes, targets, terms, positions, KIND, TILES)
