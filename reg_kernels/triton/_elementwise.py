@@ -1,5 +1,5 @@
-"""The random elementwise family in Triton: y by x and a draw of 16 bits, which an element has to
-itself or shares with its row, a channel or a sample.
+"""The random elementwise family in Triton: y by x and a draw of 16 or 32 bits, which an element has
+to itself or shares with its row, a channel or a sample.
 
 Reads x, and the residual where there is one, and writes y: 2 or 3 sizeof(dtype) bytes an element;
 x only where it is kept, of an op that does not read what it drops. No mask is stored.
@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rng import GROUP
 from ._launch import ceil_div, device_of, next_power_of_2, state_arguments
-from ._random import half_word_at, half_words, load_state
+from ._random import half_word_at, half_words, load_state, word_at, words
 from ._types import compute_type
 
 TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
@@ -36,9 +35,11 @@ class DrawnBy(NamedTuple):
 class Element(NamedTuple):
     """An op of the family, that kernels are compiled for: one constexpr, OP."""
 
-    VALUES: Any  # jit function of (x, half_word, threshold, scale), x in the type of computing
+    VALUES: Any  # jit function of (x, drawn, threshold, scale), x in the type of computing
     TAG: int  # `_rng.tag`
     READS_DROPPED: bool = True
+    DROPS: bool = True  # else p is no probability, but the number that comes as the scale
+    BITS: int = 16  # of a draw, or 32
 
     @property
     def cache_key(self) -> str:
@@ -83,10 +84,14 @@ def product_apart(x, factor):
 
 
 @triton.jit
-def load_draws(p_ptr, p, state_ptr, seed, offset, TAG: tl.constexpr):
+def load_draws(p_ptr, p, state_ptr, seed, offset, OP: tl.constexpr):
     seed, offset = load_state(state_ptr, seed, offset)
-    threshold, scale = load_rate(p_ptr, p)
-    return Draws(seed ^ TAG, offset, threshold, scale)
+    if OP.DROPS:
+        threshold, scale = load_rate(p_ptr, p)
+    else:
+        threshold = tl.full([1], 0, tl.uint32)
+        scale = tl.full([1], p if p_ptr is None else tl.load(p_ptr), tl.float64)
+    return Draws(seed ^ OP.TAG, offset, threshold, scale)
 
 
 @triton.jit
@@ -94,19 +99,20 @@ def map_elements(
     operands,
     at,
     inside,
-    half_word,  # broadcasts to the elements
+    drawn,  # broadcasts to the elements
     draws,
     OP: tl.constexpr,
 ):
-    """y of the elements at `at`. The residual of one that is dropped goes through as it is."""
+    """y of the elements at `at`. What is dropped unread leaves the residual as it is."""
     DTYPE: tl.constexpr = operands.x.dtype.element_ty
     COMPUTE: tl.constexpr = compute_type(DTYPE)
-    kept = half_word < draws.threshold
-    x = tl.load(operands.x + at, mask=inside if OP.READS_DROPPED else inside & kept).to(COMPUTE)
-    y = OP.VALUES(x, half_word, draws.threshold, draws.scale)
+    reads = inside if OP.READS_DROPPED else inside & (drawn < draws.threshold)
+    x = tl.load(operands.x + at, mask=reads).to(COMPUTE)
+    y = OP.VALUES(x, drawn, draws.threshold, draws.scale)
     if operands.residual is not None:
         residual = tl.load(operands.residual + at, mask=inside).to(COMPUTE)
-        y = tl.where(kept, residual + y, residual)
+        sums = residual + y
+        y = sums if OP.READS_DROPPED else tl.where(drawn < draws.threshold, sums, residual)
     tl.store(operands.y + at, y.to(DTYPE), mask=inside)
 
 
@@ -124,10 +130,14 @@ def elements_kernel(
     LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
     BLOCK: tl.constexpr,
 ):
-    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP)
     block = tl.program_id(0).to(tl.int64) * BLOCK
-    first_group = (element_offset - LEAD + block) // 8
-    drawn = half_words(draws.key, draws.offset, first_group, BLOCK // 8)
+    A_GROUP: tl.constexpr = 128 // OP.BITS
+    first_group = (element_offset - LEAD + block) // A_GROUP
+    if OP.BITS == 32:
+        drawn = words(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
+    else:
+        drawn = half_words(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
     i = block - LEAD + tl.arange(0, BLOCK)
     map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, OP)
 
@@ -149,13 +159,17 @@ def rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP)
     blocks_r, blocks_l = tl.cdiv(R, BLOCK_R), tl.cdiv(L, BLOCK_L)
     program = tl.program_id(0).to(tl.int64)
     n = program // (blocks_r * blocks_l)
     r = (program // blocks_l) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     l = program % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
-    drawn = half_word_at(draws.key, draws.offset, element_offset + n * R + r)[:, None]
+    index = element_offset + n * R + r
+    if OP.BITS == 32:
+        drawn = word_at(draws.key, draws.offset, index)[:, None]
+    else:
+        drawn = half_word_at(draws.key, draws.offset, index)[:, None]
     i = n * R * L + r[:, None] * stride_r + l[None, :] * stride_l
     inside = (r[:, None] < R) & (l[None, :] < L)
     map_elements(operands, i, inside, drawn, draws, OP)
@@ -175,7 +189,7 @@ def launch_elements(
     """y of the dense x, a draw for each element in storage order."""
     if x.numel() == 0:
         return
-    lead = draw.element_offset % GROUP
+    lead = draw.element_offset % (128 // op.BITS)
     with device_of(x):
         elements_kernel[(ceil_div(lead + x.numel(), TILE),)](
             *(Operands(x, residual, y), x.numel(), *_arguments(draw), op, lead, TILE),

@@ -21,12 +21,28 @@ def half_words(key, offset, first_group, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def words(key, offset, first_group, GROUPS: tl.constexpr):
+    """The same of whole words, four a group: uint32 [4 GROUPS], in order."""
+    group = first_group + tl.arange(0, GROUPS).to(tl.int64)
+    w0, w1, w2, w3 = philox(key, offset, group)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [4 * GROUPS])
+
+
+@triton.jit
 def half_word_at(key, offset, index):
     """The draw of mask element `index`, by itself: for draws that lie apart."""
     w0, w1, w2, w3 = philox(key, offset, index // 8)
     word = (index % 8) // 2
     w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     return tl.where(index % 2 == 0, w & 0xFFFF, w >> 16)
+
+
+@triton.jit
+def word_at(key, offset, index):
+    """The same of a whole word, of which a group has four."""
+    w0, w1, w2, w3 = philox(key, offset, index // 4)
+    word = index % 4
+    return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
 
 
 @triton.jit
