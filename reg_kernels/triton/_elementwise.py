@@ -84,14 +84,14 @@ def product_apart(x, factor):
 
 
 @triton.jit
-def load_draws(p_ptr, p, state_ptr, seed, offset, OP: tl.constexpr):
+def load_draws(p_ptr, p, state_ptr, seed, offset, TAG: tl.constexpr, DROPS: tl.constexpr = True):
     seed, offset = load_state(state_ptr, seed, offset)
-    if OP.DROPS:
+    if DROPS:
         threshold, scale = load_rate(p_ptr, p)
     else:
         threshold = tl.full([1], 0, tl.uint32)
         scale = tl.full([1], p if p_ptr is None else tl.load(p_ptr), tl.float64)
-    return Draws(seed ^ OP.TAG, offset, threshold, scale)
+    return Draws(seed ^ TAG, offset, threshold, scale)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def elements_kernel(
     LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
     BLOCK: tl.constexpr,
 ):
-    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG, OP.DROPS)
     block = tl.program_id(0).to(tl.int64) * BLOCK
     A_GROUP: tl.constexpr = 128 // OP.BITS
     first_group = (element_offset - LEAD + block) // A_GROUP
@@ -159,7 +159,7 @@ def rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP)
+    draws = load_draws(p_ptr, p, state_ptr, seed, offset, OP.TAG, OP.DROPS)
     blocks_r, blocks_l = tl.cdiv(R, BLOCK_R), tl.cdiv(L, BLOCK_L)
     program = tl.program_id(0).to(tl.int64)
     n = program // (blocks_r * blocks_l)
