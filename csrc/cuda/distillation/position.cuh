@@ -5,6 +5,7 @@
 
 #include "reg_kernels/distillation_math.h"
 #include "reg_kernels/loss_backward.cuh"
+#include "reg_kernels/loss_forward.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
@@ -38,6 +39,28 @@ struct DistillationPair {
   Vector<T, kWidth> teacher;
 };
 
+// The classes of a position, `length` apart.
+template <typename S, typename T>
+struct PlanePairs {
+  const S* array;
+  const T* teacher;
+  int64_t first;  // both begin there; with pointers to it a kernel spilled
+
+  __device__ const S* x() const { return array + first; }
+
+  // All of them there.
+  template <int kWidth>
+  __device__ DistillationPair<S, T, kWidth> load(int64_t c, int64_t, int64_t length) const {
+    DistillationPair<S, T, kWidth> result;
+    RK_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      result.x.v[k] = array[first + (c + k) * length];
+      result.teacher.v[k] = teacher[first + (c + k) * length];
+    }
+    return result;
+  }
+};
+
 // S and T are the element types of student and teacher. `stats` has 5 of a position, in the order
 // of finish_position.
 template <typename S, typename T>
@@ -65,6 +88,9 @@ struct DistillationArguments : LossArguments<S> {
   }
   __device__ Logits<1> load_class(int64_t element) const {
     return {{{this->x[element]}}, {{teacher[element]}}};
+  }
+  __device__ PlanePairs<S, T> position_at(int64_t first) const {
+    return {this->x, teacher, first};
   }
 };
 
@@ -266,6 +292,17 @@ struct DistillationGradient {
   __device__ S of_class(int64_t c, int64_t, const DistillationPair<S, T, 1>& pair) const {
     return of_whole(c, pair).v[0];
   }
+  template <int kCount>
+  __device__ void write_row(S* y, int64_t c, const DistillationPair<S, T, kCount>& pair) const {
+    store_anywhere(y + c, of_whole(c, pair));
+  }
+  template <int kCount>
+  __device__ void write_planes(S* y, int64_t c, int64_t stride,
+                               const DistillationPair<S, T, kCount>& pair) const {
+    const auto slopes = of_whole(c, pair);
+    RK_UNROLL
+    for (int k = 0; k < kCount; ++k) y[(c + k) * stride] = slopes.v[k];
+  }
 
  private:
   template <int kCount, typename W>
@@ -283,6 +320,209 @@ struct DistillationGradient {
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) result.v[j] = store<S>(slope[j]);
     return result;
+  }
+};
+
+// Where classes lie apart all are read twice.
+struct NothingKept {
+  __device__ NothingKept(void*, int64_t) {}
+  static __device__ constexpr bool has(int64_t, int) { return false; }
+  template <typename Logits>
+  __device__ void put(int64_t, const Logits&) const {}
+  template <typename Logits>
+  __device__ void get(int64_t, Logits&) const {}
+};
+
+template <typename C>
+constexpr int kDistillationThreads = sizeof(C) == 8 ? 512 : 768;  // at most
+constexpr int kWarpRows = 4;  // of a block, at most, where a warp takes a row
+
+// Both rows of a position, in vectors of as many elements of each type. What lies outside of a row
+// has no place in its sums: from `head` to `tail` both rows lie on vector boundaries; elsewhere
+// each class goes by itself.
+template <typename S, typename T>
+struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
+  static constexpr int kCount = DistillationArguments<S, T>::kCount;
+
+  const T* teacher;
+  int64_t head, tail;
+
+  __device__ DistillationRow(const DistillationArguments<S, T>& a, int64_t first)
+      : LogitRow<S, kCount>(a.x + first, a.classes), teacher(a.teacher + first) {
+    const LogitRow<T, kCount> of_teacher(teacher, a.classes);
+    head = this->shift ? kCount - this->shift : 0;
+    if (of_teacher.shift != this->shift || head > a.classes) head = a.classes;
+    tail = head + (a.classes - head) / kCount * kCount;
+  }
+
+  template <int kWidth>
+  __device__ DistillationPair<S, T, kWidth> load(int64_t c) const {
+    return {load_whole<kWidth>(this->data + c), load_whole<kWidth>(teacher + c)};
+  }
+  __device__ int64_t class_of(int64_t c) const { return c; }
+
+  // Calls f of a count, as a constant, and a class for what `thread` of `threads` is to do.
+  template <int, typename F>
+  __device__ void each(int thread, int threads, const F& f) const {
+    for (int64_t c = head + thread * kCount; c < tail; c += threads * kCount) {
+      f(std::integral_constant<int, kCount>{}, c);
+    }
+    const int64_t ends = head + (this->classes - tail);
+    for (int64_t i = thread; i < ends; i += threads) {
+      f(std::integral_constant<int, 1>{}, i < head ? i : tail + (i - head));
+    }
+  }
+};
+
+// What a thread keeps of a row in shared memory, as far as there is room: vectors, or single logits
+// where a row has no vectors. A thread has the same places in every row, and nobody else has them.
+template <typename S, typename T>
+struct KeptPairs {
+  static constexpr int kRoomUnit = 8;  // elements: whole vectors of any type
+
+  S* x;
+  T* teacher;
+  int64_t room, first;  // first: the class whose place is 0
+  int width;            // elements of what is kept
+
+  __device__ KeptPairs(void* memory, int room, const DistillationRow<S, T>& row)
+      : x(static_cast<S*>(memory)),
+        teacher(reinterpret_cast<T*>(x + room)),
+        room(room),
+        first(row.head < row.classes ? row.head : 0),
+        width(row.head < row.classes ? DistillationRow<S, T>::kCount : 1) {}
+
+  static int64_t bytes(int64_t room) { return room * static_cast<int64_t>(sizeof(S) + sizeof(T)); }
+
+  __device__ bool has(int64_t c, int count) const {
+    return count == width && c - first + count <= room;
+  }
+
+  template <int kWidth>
+  __device__ void put(int64_t c, const DistillationPair<S, T, kWidth>& pair) const {
+    put_at(x + (c - first), pair.x);
+    put_at(teacher + (c - first), pair.teacher);
+  }
+  template <int kWidth>
+  __device__ void get(int64_t c, DistillationPair<S, T, kWidth>& pair) const {
+    pair = {at<kWidth>(x + (c - first)), at<kWidth>(teacher + (c - first))};
+  }
+
+ private:
+  template <int kWidth, typename E>
+  static __device__ void put_at(E* to, const Vector<E, kWidth>& value) {
+    if constexpr (kWidth == 1) {
+      *to = value.v[0];
+    } else {
+      using B = Bits<kWidth * sizeof(E)>;
+      *reinterpret_cast<B*>(to) = bit_cast<B>(value);
+    }
+  }
+  template <int kWidth, typename E>
+  static __device__ Vector<E, kWidth> at(const E* from) {
+    if constexpr (kWidth == 1) {
+      return {{*from}};
+    } else {
+      using B = Bits<kWidth * sizeof(E)>;
+      const B bits = *reinterpret_cast<const B*>(from);
+      return bit_cast<Vector<E, kWidth>>(bits);
+    }
+  }
+};
+
+// What the walks of loss_forward.cuh ask of a loss.
+template <typename S, typename T>
+struct DistillationLoss {
+  using Arguments = DistillationArguments<S, T>;
+  using Element = S;
+  using Sums = DistillationSums<S>;
+  using KeptPlane = NothingKept;
+  using C = compute_t<S>;
+  static constexpr int kPlaneBlocks = 0, kPlaneLoads = kDistillationClasses<C>;
+  static constexpr bool kPadsPlanes = false;
+  using Row = DistillationRow<S, T>;
+  using KeptRow = KeptPairs<S, T>;
+  static constexpr int kRowThreads = kDistillationThreads<C>, kRowBlocks = 0;
+  static constexpr int kRowLoads = 1, kRowsABlock = kWarpRows;
+  struct RowScratch {
+    struct Largest {
+      C x, teacher;
+    } largest[kRowThreads / kWarp];
+    struct Sum {
+      C sum, sum_at_t, teacher_sum, z;
+      double smooth;
+    } sums[kRowThreads / kWarp];
+  };
+
+  const C inverse_temperature;
+
+  explicit __device__ DistillationLoss(const Arguments& a)
+      : inverse_temperature(a.factors().inverse_temperature) {}
+  __device__ void begin(const Arguments&, int64_t) {}
+
+  template <int kCount>
+  __device__ void add_planes(Sums& sums, const Arguments& a, int64_t c, int64_t,
+                             int64_t, const DistillationPair<S, T, kCount>& pair) const {
+    DistillationLogits(pair).add_to(sums, a, inverse_temperature, c);
+  }
+
+  template <int kCount>
+  __device__ void add_row(Sums& sums, const Arguments& a, const Row&, int64_t c, int,
+                          const DistillationPair<S, T, kCount> (&pair)[1]) const {
+    DistillationLogits(pair[0]).add_to(sums, a, inverse_temperature, c);
+  }
+  // What `threads` threads have seen of a row, a warp or the whole block. What they have written to
+  // shared memory before is there afterwards.
+  __device__ Sums joined(Sums mine, const Arguments& a, int threads, RowScratch& scratch,
+                         int) const {
+    const bool smooths = a.labels.smooths();
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+    const int warps = threads / kWarp;
+    C max = largest_of_lanes(mine.max, kWarp);
+    C teacher_max = largest_of_lanes(mine.teacher_max, kWarp);
+    if (warps > 1) {
+      if (lane == 0) scratch.largest[warp] = {max, teacher_max};
+      __syncthreads();
+      const bool has = lane < warps;
+      max = largest_of_lanes(has ? scratch.largest[lane].x : kLowest<C>, kWarp);
+      teacher_max = largest_of_lanes(has ? scratch.largest[lane].teacher : kLowest<C>, kWarp);
+    }
+    mine.raise(max, teacher_max, inverse_temperature);
+    const auto add_up = [&] {
+      mine.sum = sum_of_lanes(mine.sum, kWarp);
+      mine.sum_at_t = sum_of_lanes(mine.sum_at_t, kWarp);
+      mine.teacher_sum = sum_of_lanes(mine.teacher_sum, kWarp);
+      mine.z = sum_of_lanes(mine.z, kWarp);
+      if (smooths) mine.smooth = sum_of_lanes(mine.smooth, kWarp);
+    };
+    add_up();
+    if (warps == 1) {
+      __syncwarp();
+      return mine;
+    }
+    // Those who still read what is overwritten here have to come to the barrier above first.
+    if (lane == 0) {
+      scratch.sums[warp] = {mine.sum, mine.sum_at_t, mine.teacher_sum, mine.z, mine.smooth};
+    }
+    __syncthreads();
+    const bool has = lane < warps;
+    mine.sum = has ? scratch.sums[lane].sum : C(0);
+    mine.sum_at_t = has ? scratch.sums[lane].sum_at_t : C(0);
+    mine.teacher_sum = has ? scratch.sums[lane].teacher_sum : C(0);
+    mine.z = has ? scratch.sums[lane].z : C(0);
+    mine.smooth = has ? scratch.sums[lane].smooth : 0.0;
+    add_up();
+    return mine;
+  }
+
+  __device__ Position<C> target(const Arguments& a, int64_t position, const S* x,
+                                int64_t stride) const {
+    return read_labels(a, position, x, stride);
+  }
+  __device__ DistillationGradient<S, T> gradient(const Arguments& a, int64_t position,
+                                                 const Position<C>& target,
+                                                 const Sums& sums) const {
+    return {a, position, target, sums};
   }
 };
 
