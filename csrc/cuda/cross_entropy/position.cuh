@@ -2,7 +2,6 @@
 #pragma once
 
 #include "reg_kernels/loss_backward.cuh"
-#include "reg_kernels/loss_forward.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
@@ -181,8 +180,7 @@ __device__ __forceinline__ double finish_position(const CrossEntropy<T>& a, int6
     const double log_sum = logarithm(softmax.sum);
     loss = static_cast<double>(target.terms.smooth) * (sums.mass * log_sum - sums.dense);
   } else {
-    loss = target.terms.loss(softmax, target.x_a, target.x_b, sums.dense,
-                             a.target_sums().weights);
+    loss = target.terms.loss(softmax, target.x_a, target.x_b, sums.dense, a.target_sums().weights);
   }
   if (a.losses) a.losses[position] = static_cast<C>(loss);
   return loss;
@@ -283,162 +281,12 @@ struct CrossEntropyGradient {
     store_classes(y, c, classes, of_row(c, x));
   }
   template <int kCount>
-  __device__ void write_planes(T* y, int64_t c, int64_t stride,
-                               const Vector<T, kCount>& x) const {
+  __device__ void write_planes(T* y, int64_t c, int64_t stride, const Vector<T, kCount>& x) const {
     RK_UNROLL
     for (int k = 0; k < kCount; ++k) {
       if (c + k >= classes) continue;
       y[(c + k) * stride] = of_class(c + k, stride, {{x.v[k]}});
     }
-  }
-};
-
-// What a thread keeps of its position's classes in shared memory.
-template <typename T>
-struct KeptPlane {
-  T* data;
-  int64_t kept;
-
-  __device__ KeptPlane(void* memory, int64_t kept)
-      : data(static_cast<T*>(memory) + threadIdx.x), kept(kept) {}
-  __device__ bool has(int64_t c, int count) const { return c + count <= kept; }
-  template <int kCount>
-  __device__ void put(int64_t c, const Vector<T, kCount>& x) const {
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) {
-      if (c + k < kept) data[(c + k) * static_cast<int>(blockDim.x)] = x.v[k];
-    }
-  }
-  template <int kCount>
-  __device__ void get(int64_t c, Vector<T, kCount>& x) const {
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) x.v[k] = data[(c + k) * static_cast<int>(blockDim.x)];
-  }
-};
-
-// A row in vectors on boundaries of memory, fewer than 2^31.
-template <typename T>
-struct VectorRow : LogitRow<T> {
-  __device__ VectorRow(const CrossEntropy<T>& a, int64_t first)
-      : LogitRow<T>(a.x + first, a.classes) {}
-
-  template <int kLoads, typename F>
-  __device__ void each(int thread, int threads, const F& f) const {
-    const auto vectors = static_cast<int>(this->vectors());
-    RK_NO_UNROLL
-    for (int vector = thread; vector < vectors; vector += kLoads * threads) {
-      f(std::integral_constant<int, kVector<T>>{}, vector);
-    }
-  }
-  template <int kCount>
-  __device__ Vector<T> load(int vector) const {
-    return LogitRow<T>::load(vector);
-  }
-  __device__ int64_t class_of(int vector) const { return this->first_class(vector); }
-};
-
-// The first `kept` vectors of a row.
-template <typename T>
-struct KeptVectors {
-  VectorBits* data;
-  int kept;
-
-  __device__ KeptVectors(void* memory, int kept, const VectorRow<T>&)
-      : data(static_cast<VectorBits*>(memory)), kept(kept) {}
-  __device__ bool has(int vector, int) const { return vector < kept; }
-  __device__ void put(int vector, const Vector<T>& x) const {
-    data[vector] = bit_cast<VectorBits>(x);
-  }
-  __device__ void get(int vector, Vector<T>& x) const {
-    const VectorBits bits = data[vector];
-    x = bit_cast<Vector<T>>(bits);
-  }
-};
-
-// What the walks of loss_forward.cuh ask of a loss.
-template <bool kDense, typename T>
-struct CrossEntropyLoss {
-  using Arguments = CrossEntropy<T>;
-  using Element = T;
-  using Sums = ClassSums<T, kDense>;
-  using KeptPlane = cuda::KeptPlane<T>;
-  static constexpr int kPlaneBlocks = cuda::kPlaneBlocks, kPlaneLoads = cuda::kPlaneLoads;
-  static constexpr bool kPadsPlanes = true;
-  using Row = VectorRow<T>;
-  using KeptRow = KeptVectors<T>;
-  static constexpr int kRowThreads = 512, kRowBlocks = kDense ? 1 : 2;
-  static constexpr int kRowLoads = kLongLoads, kRowsABlock = 1;
-  struct RowScratch {
-    Sums sums[2][kRowThreads / kWarp];  // in turn, as targets
-  };
-  using C = compute_t<T>;
-
-  DenseTarget<T> classwise;
-
-  explicit __device__ CrossEntropyLoss(const Arguments& a) : classwise(a.weight) {}
-  __device__ void begin(const Arguments& a, int64_t first) {
-    classwise = DenseTarget<T>(a, first);
-  }
-
-  template <int kCount>
-  __device__ void add_planes(Sums& sums, const Arguments&, int64_t c, int64_t classes,
-                             int64_t length, const Vector<T, kCount>& x) const {
-    C max = sums.softmax.max;
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) max = larger(load(x.v[k]), max);
-    if (max > sums.softmax.max) sums.raise_to(max);
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) {
-      if (c + k >= classes) continue;
-      const C above_max = load(x.v[k]) - max;
-      if constexpr (kDense) sums.add_dense(classwise.at(c + k, length), above_max);
-      sums.softmax.sum += softmax_exponential<T>(above_max);
-    }
-  }
-
-  // Vectors `stride` apart.
-  __device__ void add_row(Sums& sums, const Arguments&, const Row& row, int vector, int stride,
-                          const Vector<T> (&x)[kLongLoads]) const {
-    constexpr int kCount = kVector<T>;
-    C max = sums.softmax.max;
-    RK_UNROLL
-    for (int k = 0; k < kLongLoads; ++k) {
-      RK_UNROLL
-      for (int i = 0; i < kCount; ++i) max = larger(load(x[k].v[i]), max);
-    }
-    if (max > sums.softmax.max) sums.raise_to(max);
-    RK_UNROLL
-    for (int k = 0; k < kLongLoads; ++k) {
-      const int64_t c = row.first_class(vector + k * stride);
-      C q[kCount];
-      if constexpr (kDense) classwise.read(c, row.classes, q);
-      C sum = 0;
-      RK_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        const C above_max = load(x[k].v[i]) - max;
-        if constexpr (kDense) {
-          if (row.has(c + i)) sums.add_dense(q[i], above_max);
-        }
-        sum += softmax_exponential<T>(above_max);
-      }
-      sums.softmax.sum += sum;
-    }
-  }
-  __device__ Sums joined(const Sums& mine, const Arguments&, int, RowScratch& scratch,
-                         int turn) const {
-    return merge_block(mine, scratch.sums[turn]);
-  }
-
-  __device__ Position<C> target(const Arguments& a, int64_t position, const T* x,
-                                int64_t stride) const {
-    return read_position<kDense>(a, position, x, stride);
-  }
-  __device__ CrossEntropyGradient<kDense, T> gradient(const Arguments& a, int64_t position,
-                                                      const Position<C>& target,
-                                                      const Sums& sums) const {
-    return {{target, sums.softmax, a.has_probabilities(), sums.mass, a.factor(position)},
-            classwise,
-            a.classes};
   }
 };
 
