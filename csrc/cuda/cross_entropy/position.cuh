@@ -9,23 +9,6 @@ namespace cuda {
 constexpr int kLongLoads = 4;   // vectors of a thread before its first use of one
 constexpr int kPlaneLoads = 8;  // classes before the first use of one, where they lie apart
 
-// The classes of a position, `length` apart; what is past the last one is -inf.
-template <typename T>
-struct PlaneLogits {
-  const T* array;
-
-  __device__ const T* x() const { return array; }
-  template <int kWidth>
-  __device__ Vector<T, kWidth> load(int64_t c, int64_t classes, int64_t length) const {
-    Vector<T, kWidth> result;
-    RK_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
-      result.v[k] = c + k < classes ? array[(c + k) * length] : store<T>(kNoLogit<compute_t<T>>);
-    }
-    return result;
-  }
-};
-
 // `stats` has 2 of a position: the largest logit, the sum of exp(logit - largest).
 template <typename T>
 struct CrossEntropy : LossArguments<T> {
@@ -47,7 +30,6 @@ struct CrossEntropy : LossArguments<T> {
     return load_logits<kCount>(this->x + first, c, classes);
   }
   __device__ Logits<1> load_class(int64_t element) const { return {{this->x[element]}}; }
-  __device__ PlaneLogits<T> position_at(int64_t first) const { return {this->x + first}; }
 };
 
 // What a position's classes have come to: the softmax's sum, and for dense targets, of q_c each,
@@ -281,11 +263,12 @@ struct CrossEntropyGradient {
     store_classes(y, c, classes, of_row(c, x));
   }
   template <int kCount>
-  __device__ void write_planes(T* y, int64_t c, int64_t stride, const Vector<T, kCount>& x) const {
+  __device__ void write_planes(T* y, int64_t c, int64_t stride,
+                               const Vector<T, 1> (&x)[kCount]) const {
     RK_UNROLL
     for (int k = 0; k < kCount; ++k) {
       if (c + k >= classes) continue;
-      y[(c + k) * stride] = of_class(c + k, stride, {{x.v[k]}});
+      y[(c + k) * stride] = of_class(c + k, stride, x[k]);
     }
   }
 };

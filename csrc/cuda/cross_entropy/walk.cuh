@@ -10,61 +10,13 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// The first `kept` classes of a position, a whole number of kPlaneLoads or all.
-template <typename T>
-struct KeptClasses {
-  T* data;
-  int64_t kept;
-
-  __device__ KeptClasses(void* memory, int64_t kept)
-      : data(static_cast<T*>(memory) + threadIdx.x), kept(kept) {}
-
-  static int64_t bytes(int64_t classes) { return classes * static_cast<int64_t>(sizeof(T)); }
-
-  __device__ bool has(int64_t c, int count) const { return c + count <= kept; }
-  template <int kCount>
-  __device__ void put(int64_t c, const Vector<T, kCount>& x) const {
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) {
-      if (c + k < kept) data[(c + k) * static_cast<int>(blockDim.x)] = x.v[k];
-    }
-  }
-  template <int kCount>
-  __device__ void get(int64_t c, Vector<T, kCount>& x) const {
-    RK_UNROLL
-    for (int k = 0; k < kCount; ++k) x.v[k] = data[(c + k) * static_cast<int>(blockDim.x)];
-  }
-};
-
-// A row vector by vector, fewer than 2^31 of them.
-template <typename T>
-struct VectorRow : LogitRow<T> {
-  __device__ VectorRow(const CrossEntropy<T>& a, int64_t first)
-      : LogitRow<T>(a.x + first, a.classes) {}
-
-  // Calls f for every kLoads-th of what `thread` of `threads` is to do.
-  template <int kLoads, typename F>
-  __device__ void each(int thread, int threads, const F& f) const {
-    const auto vectors = static_cast<int>(this->vectors());
-    RK_NO_UNROLL
-    for (int vector = thread; vector < vectors; vector += kLoads * threads) {
-      f(std::integral_constant<int, kVector<T>>{}, vector);
-    }
-  }
-  template <int kCount>
-  __device__ Vector<T> load(int vector) const {
-    return LogitRow<T>::load(vector);
-  }
-  __device__ int64_t class_of(int vector) const { return this->first_class(vector); }
-};
-
 // The first `kept` vectors of a row.
 template <typename T>
 struct KeptVectors {
   T* data;
   int kept;
 
-  __device__ KeptVectors(void* memory, int kept, const VectorRow<T>&)
+  __device__ KeptVectors(void* memory, int kept, const LogitRow<T>&)
       : data(static_cast<T*>(memory)), kept(kept) {}
 
   static int64_t bytes(int64_t vectors) { return vectors * kVectorBytes; }
@@ -85,11 +37,10 @@ struct CrossEntropyLoss {
   using Sums = ClassSums<T, kDense>;
   using C = compute_t<T>;
 
-  using KeptPlane = KeptClasses<T>;
   static constexpr int kPlaneBlocks = cuda::kPlaneBlocks;
-  static constexpr bool kPadsPlanes = true;
+  static constexpr bool kPadsPlanes = true, kKeepsPlanes = true;
 
-  using Row = VectorRow<T>;
+  using Row = LogitRow<T>;
   using KeptRow = KeptVectors<T>;
   using RowTarget = Position<C>;
   static constexpr int kRowThreads = 512, kRowBlocks = kDense ? 1 : 2;
@@ -98,26 +49,34 @@ struct CrossEntropyLoss {
     Sums sums[2][kRowThreads / kWarp];  // in turn, so that one barrier a row is enough
   };
 
+  const T* x = nullptr;  // of the position's class 0
   DenseTarget<T> classwise;
 
   explicit __device__ CrossEntropyLoss(const Arguments& a) : classwise(a.weight) {}
-  __device__ void begin(const Arguments& a, int64_t first) { classwise = DenseTarget<T>(a, first); }
+  __device__ void begin(const Arguments& a, int64_t first) {
+    x = a.x + first;
+    classwise = DenseTarget<T>(a, first);
+  }
   __device__ Position<C> target(const Arguments& a, int64_t position, const T* x,
                                 int64_t stride) const {
     return read_position<kDense>(a, position, x, stride);
   }
 
+  __device__ Vector<T, 1> load(const Arguments&, int64_t c, int64_t classes, int64_t length) const {
+    return {{c < classes ? x[c * length] : store<T>(kNoLogit<C>)}};
+  }
+
   template <int kCount>
   __device__ void add_planes(Sums& sums, const Arguments&, int64_t c, int64_t classes,
-                             int64_t length, const Vector<T, kCount>& x) const {
+                             int64_t length, const Vector<T, 1> (&x)[kCount]) const {
     C max = sums.softmax.max;
     RK_UNROLL
-    for (int k = 0; k < kCount; ++k) max = larger(load(x.v[k]), max);
+    for (int k = 0; k < kCount; ++k) max = larger(reg_kernels::load(x[k].v[0]), max);
     if (max > sums.softmax.max) sums.raise_to(max);
     RK_UNROLL
     for (int k = 0; k < kCount; ++k) {
       if (c + k >= classes) continue;
-      const C above_max = load(x.v[k]) - max;
+      const C above_max = reg_kernels::load(x[k].v[0]) - max;
       if constexpr (kDense) sums.add_dense(classwise.at(c + k, length), above_max);
       sums.softmax.sum += softmax_exponential<T>(above_max);
     }
@@ -131,7 +90,7 @@ struct CrossEntropyLoss {
     RK_UNROLL
     for (int k = 0; k < kRowLoads; ++k) {
       RK_UNROLL
-      for (int i = 0; i < kCount; ++i) max = larger(load(x[k].v[i]), max);
+      for (int i = 0; i < kCount; ++i) max = larger(reg_kernels::load(x[k].v[i]), max);
     }
     if (max > sums.softmax.max) sums.raise_to(max);
     RK_UNROLL
@@ -142,7 +101,7 @@ struct CrossEntropyLoss {
       C sum = 0;
       RK_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        const C above_max = load(x[k].v[i]) - max;
+        const C above_max = reg_kernels::load(x[k].v[i]) - max;
         if constexpr (kDense) {
           if (row.has(c + i)) sums.add_dense(q[i], above_max);
         }

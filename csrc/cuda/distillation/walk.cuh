@@ -9,17 +9,6 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// Where classes lie apart all are read twice.
-struct NothingKept {
-  __device__ NothingKept(void*, int64_t) {}
-  static int64_t bytes(int64_t) { return 0; }
-  __device__ bool has(int64_t, int) const { return false; }
-  template <typename Logits>
-  __device__ void put(int64_t, const Logits&) const {}
-  template <typename Logits>
-  __device__ void get(int64_t, Logits&) const {}
-};
-
 // Both rows of a position, in vectors of as many elements of each type. What lies outside of a row
 // has no place in its sums: from `head` to `tail` both rows lie on vector boundaries; elsewhere
 // each class goes by itself.
@@ -42,7 +31,7 @@ struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
   __device__ DistillationPair<S, T, kWidth> load(int64_t c) const {
     return {load_whole<kWidth>(this->data + c), load_whole<kWidth>(teacher + c)};
   }
-  __device__ int64_t class_of(int64_t c) const { return c; }
+  __device__ int64_t first_class(int64_t c) const { return c; }
 
   // Calls f of a count, as a constant, and a class for what `thread` of `threads` is to do.
   template <int, typename F>
@@ -99,9 +88,8 @@ struct DistillationLoss {
   using Sums = DistillationSums<S>;
   using C = compute_t<S>;
 
-  using KeptPlane = NothingKept;
   static constexpr int kPlaneBlocks = 0;  // as many as come of it
-  static constexpr bool kPadsPlanes = false;
+  static constexpr bool kPadsPlanes = false, kKeepsPlanes = false;
 
   using Row = DistillationRow<S, T>;
   using KeptRow = KeptPairs<S, T>;
@@ -119,19 +107,25 @@ struct DistillationLoss {
   };
 
   const C inverse_temperature;
+  int64_t first = 0;  // where the position begins: kernels with pointers to it spilled
 
   explicit __device__ DistillationLoss(const Arguments& a)
       : inverse_temperature(a.factors().inverse_temperature) {}
-  __device__ void begin(const Arguments&, int64_t) const {}
+  __device__ void begin(const Arguments&, int64_t start) { first = start; }
   __device__ Position<C> target(const Arguments& a, int64_t position, const S* x,
                                 int64_t stride) const {
     return read_labels(a, position, x, stride);
   }
 
+  __device__ DistillationPair<S, T, 1> load(const Arguments& a, int64_t c, int64_t,
+                                            int64_t length) const {
+    return a.load_class(first + c * length);
+  }
+
   template <int kCount>
   __device__ void add_planes(Sums& sums, const Arguments& a, int64_t c, int64_t, int64_t,
-                             const DistillationPair<S, T, kCount>& pair) const {
-    DistillationLogits(pair).add_to(sums, a, inverse_temperature, c);
+                             const DistillationPair<S, T, 1> (&pairs)[kCount]) const {
+    DistillationLogits<S, T, kCount>(pairs).add_to(sums, a, inverse_temperature, c);
   }
 
   template <int kCount>

@@ -1,19 +1,16 @@
 // The losses of logits and, where there is a place for it, their gradient in the same launch: how
 // threads go through positions and the classes of each, which every loss does alike.
 //
-// `Loss` is what a loss does on the way, made of its arguments once a thread:
-//   Arguments, Gradient, Sums  as loss_backward.cuh has the first two; what is gathered of classes
-//   begin                      is told of each position before its classes come
-//   target                     what the labels of a position ask of it
-//   add_planes                 adds a block of kClassLoads classes that lie apart; where
-//   kPadsPlanes
-//                              the last one reaches past the classes, elsewhere they end one by one
-//   add_row, joined            add kRowLoads vectors of a row, as Row has them; then all that its
-//                              threads have seen comes together
-//   gradient                   turns classes into gradients, by write_planes and write_row
-//   KeptPlane, KeptRow         what a thread keeps in shared memory of what it has read: nobody
-//   else
-//                              has its places
+// `Loss` is what a loss does on the way, made of its Arguments once a thread:
+//   begin            is told where each position lies, before its classes come
+//   target           what the labels of a position ask of it
+//   load             a class of those that lie apart; one past the last is that of nothing
+//   add_planes       adds a block of those to Sums: with kPadsPlanes also of what is past the last
+//   add_row, joined  add kRowLoads vectors of a row, as Row has them; then all that its threads
+//   have
+//                    seen comes together
+//   gradient         a Gradient (loss_backward.cuh): write_planes and write_row make classes into
+//   it KeptRow          what a thread keeps of a row in shared memory: nobody else has its places
 // and finish_position makes a loss of target and sums.
 #pragma once
 
@@ -41,12 +38,14 @@ __device__ __forceinline__ void for_planes(int64_t classes, const F& f) {
   }
 }
 
-// Keeps `room` classes of a position, and reads the rest a second time.
+// Where the loss kKeepsPlanes the first `room` classes of a position, a whole number of kClassLoads
+// or all, are kept, and the rest is read a second time.
 template <typename Loss>
 __global__ void __launch_bounds__(kPlaneThreads, Loss::kPlaneBlocks)
     planes_kernel(typename Loss::Arguments a, int64_t room) {
+  using Logits = typename Loss::Arguments::template Logits<1>;
   RK_SHARED(LossShared, shared);
-  const typename Loss::KeptPlane kept(shared + 1, room);
+  Logits* const on_chip = reinterpret_cast<Logits*>(shared + 1) + threadIdx.x;
   const int threads = blockDim.x;
   const int64_t classes = a.classes, length = a.length;
   Loss loss(a);
@@ -54,25 +53,33 @@ __global__ void __launch_bounds__(kPlaneThreads, Loss::kPlaneBlocks)
   for (int64_t position = int64_t{blockIdx.x} * threads + threadIdx.x; position < a.positions;
        position += int64_t{gridDim.x} * threads) {
     const int64_t first = start_of(position, classes, length);
-    const auto logits = a.position_at(first);
     loss.begin(a, first);
+    const auto load = [&]<int kCount>(Logits(&x)[kCount], int64_t c) {
+      RK_UNROLL
+      for (int k = 0; k < kCount; ++k) x[k] = loss.load(a, c + k, classes, length);
+    };
     typename Loss::Sums sums;
     for_planes<Loss>(classes, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-      const auto x = logits.template load<kCount>(c, classes, length);
-      kept.put(c, x);
+      Logits x[kCount];
+      load(x, c);
+      RK_UNROLL
+      for (int k = 0; k < kCount; ++k) {
+        if (Loss::kKeepsPlanes && c + k < room) on_chip[(c + k) * threads] = x[k];
+      }
       loss.add_planes(sums, a, c, classes, length, x);
     });
     // Now, when the classes have no more use for registers.
-    const auto target = loss.target(a, position, logits.x(), length);
+    const auto target = loss.target(a, position, a.x + first, length);
     losses += finish_position(a, position, target, sums);
     if (!a.gradient) continue;
     const auto gradient = loss.gradient(a, position, target, sums);
     for_planes<Loss>(classes, [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
-      typename Loss::Arguments::template Logits<kCount> x;
-      if (kept.has(c, kCount)) {
-        kept.get(c, x);
+      Logits x[kCount];
+      if (Loss::kKeepsPlanes && c + kCount <= room) {
+        RK_UNROLL
+        for (int k = 0; k < kCount; ++k) x[k] = on_chip[(c + k) * threads];
       } else {
-        x = logits.template load<kCount>(c, classes, length);
+        load(x, c);
       }
       gradient.write_planes(a.gradient + first, c, length, x);
     });
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(Loss::kRowThreads, Loss::kRowBlocks)
     const auto gradient = loss.gradient(a, position, target, sums);
     logits.template each<1>(
         thread, threads, [&]<int kCount>(std::integral_constant<int, kCount>, auto place) {
-          const int64_t c = logits.class_of(place);  // here, or it is computed several times
+          const int64_t c = logits.first_class(place);  // here, or it is computed several times
           typename Loss::Arguments::template Logits<kCount> x;
           if (kept.has(place, kCount)) {
             kept.get(place, x);
@@ -160,14 +167,14 @@ void launch_walk(const typename Loss::Arguments& a, const LossPlan& plan, cudaSt
     RK_LAUNCH(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads),
               static_cast<size_t>(shared_bytes), stream, a, arguments...);
   };
+  const auto bytes_of = [](size_t bytes) { return static_cast<int64_t>(bytes); };
   if (plan.way == LossPlan::Way::planes) {
-    launch(
-        planes_kernel<Loss>,
-        static_cast<int64_t>(sizeof(LossShared)) + Loss::KeptPlane::bytes(plan.kept * plan.threads),
-        plan.kept);
+    using Logits = typename Loss::Arguments::template Logits<1>;
+    launch(planes_kernel<Loss>,
+           bytes_of(sizeof(LossShared)) + plan.kept * plan.threads * bytes_of(sizeof(Logits)),
+           plan.kept);
   } else {
-    launch(rows_kernel<Loss>,
-           static_cast<int64_t>(sizeof(RowShared<Loss>)) + Loss::KeptRow::bytes(plan.kept),
+    launch(rows_kernel<Loss>, bytes_of(sizeof(RowShared<Loss>)) + Loss::KeptRow::bytes(plan.kept),
            plan.lanes, static_cast<int>(plan.kept));
   }
 }
