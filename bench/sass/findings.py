@@ -101,7 +101,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         NARROW,
-        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|distillation_rows_kernel<|"
+        r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|rows_kernel<DistillationLoss|"
         r"rows_backward_kernel<Distillation",
         "As many elements of the shorter type as fill 16 bytes of the longer.",
     ),

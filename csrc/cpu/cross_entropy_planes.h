@@ -16,7 +16,6 @@ template <typename T>
 struct Planes {
   using C = compute_t<T>;
   using L = loop_t<T>;
-  static constexpr bool kWidens = sizeof(L) != sizeof(T);
 
   const LossTask& task;
   const int64_t strip;
@@ -107,15 +106,7 @@ struct Planes {
   }
 
  private:
-  const L* plane(int64_t c, int64_t count) {
-    const T* from = x + c * apart;
-    if constexpr (kWidens) {
-      widen(from, count, wide, NothingAhead{});
-      return wide;
-    } else {
-      return from;
-    }
-  }
+  const L* plane(int64_t c, int64_t count) { return for_loops(x + c * apart, count, wide); }
   const C* probabilities(int64_t c, int64_t count) {
     if (task.classes_last) return turned_q + c * strip;
     const int64_t first = q_first + c * apart;
@@ -127,13 +118,7 @@ struct Planes {
   // y[j] = f(j), rounded, in the plane of class c.
   template <typename F>
   void write_plane(int64_t c, int64_t count, const F& f) {
-    if constexpr (kWidens) {
-      write_each(wide, count, false, f);
-      narrow(wide, count, gradient(c), streams(), NothingAhead{});
-    } else {
-      write_each(gradient(c), count, streams(),
-                 [=](int64_t j) RK_INLINE { return store<T>(f(j)); });
-    }
+    write_rounded(gradient(c), count, streams(), wide, f);
   }
 
   // The strip whose first logit is element `at` of the tensor.

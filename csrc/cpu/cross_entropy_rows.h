@@ -12,7 +12,6 @@ template <typename T>
 struct Rows {
   using C = compute_t<T>;
   using L = loop_t<T>;
-  static constexpr bool kWidens = sizeof(L) != sizeof(T);
 
   const LossTask& task;
   const int64_t classes;
@@ -34,14 +33,6 @@ struct Rows {
 
   const T* row(int64_t position) const {
     return static_cast<const T*>(task.x) + position * classes;
-  }
-  const L* logits(const T* x, int64_t n) {
-    if constexpr (kWidens) {
-      widen(x, n, wide, NothingAhead{});
-      return wide;
-    } else {
-      return x;
-    }
   }
   const C* probabilities(int64_t position, int64_t first, int64_t n) {
     const int64_t at = position * classes + first;
@@ -82,14 +73,8 @@ struct Rows {
     const bool smooths = terms.smooths();
     const RowSum sum =
         sum_row(position, [&](const L* block, int64_t first, int64_t n, C max) -> Above {
-          if (!smooths) return {0, 0};
-          if (!weight) {
-            return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return load(block[i]) - max; }),
-                    static_cast<double>(n)};
-          }
-          const C* w = weight + first;
-          return {sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (load(block[i]) - max); }),
-                  sum_of_values(w, n)};
+          if (!smooths) return {};
+          return Above::of(block, weight ? weight + first : nullptr, n, max);
         });
     if (task.gradient) write_row(position, sum.softmax, terms, C(1));
     const C x_a = terms.a >= 0 ? load(x[terms.a]) : C(0);
@@ -126,10 +111,6 @@ struct Rows {
   }
 
  private:
-  // sum_c w_c (x_c - max) over some classes, and sum_c w_c.
-  struct Above {
-    double sum, mass;
-  };
   struct RowSum {
     SoftmaxSum<C> softmax;
     Above above;
@@ -161,22 +142,18 @@ struct Rows {
     const T* from = row(position);
     C max = kLowest<C>;
     double sum = 0;
-    Above total{0, 0};
+    Above total;
     int64_t block = 0;
     for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
       prefetch(from + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
-      const L* x = logits(from + first, n);
+      const L* x = for_loops(from + first, n, wide);
       const C own = largest<C>(x, n);
       if (block == 0) max = own;
       const C larger = own > max ? own : max;
       exponentials(x, n, own, C(1), e + first);
       sum = sum * factor_between(max, larger) +
             sum_of_values(e + first, n) * factor_between(own, larger);
-      const Above part = above(x, first, n, own);
-      if (total.mass != 0) total.sum += total.mass * (static_cast<double>(max) - larger);
-      if (part.mass != 0) total.sum += part.mass * (static_cast<double>(own) - larger);
-      total.sum += part.sum;
-      total.mass += part.mass;
+      total.add(above(x, first, n, own), max, own, larger);
       maxima[block++] = own;
       max = larger;
     });
@@ -191,7 +168,7 @@ struct Rows {
     int64_t block = 0;
     for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
       prefetch(x + first + kAhead / static_cast<int64_t>(sizeof(T)), n);
-      exponentials(logits(x + first, n), n, max, C(1), e + first);
+      exponentials(for_loops(x + first, n, wide), n, max, C(1), e + first);
       maxima[block++] = max;
     });
   }
@@ -205,20 +182,14 @@ struct Rows {
     int64_t block = 0;
     for_blocks(past_line<T>(position * classes), classes, [&](int64_t first, int64_t n) {
       prefetch_row(next + first, n);
-      const double factor = factor_between(maxima[block++], softmax.max);
-      f(first, n, factor / softmax.sum, y + first);
+      f(first, n, softmax_factor(maxima[block++], softmax), y + first);
     });
   }
 
   // y[i] = f(i), rounded.
   template <typename F>
   void write_block(T* y, int64_t n, const F& f) {
-    if constexpr (kWidens) {
-      write_each(wide, n, false, f);
-      narrow(wide, n, y, task.stream, NothingAhead{});
-    } else {
-      write_each(y, n, task.stream, [=](int64_t i) RK_INLINE { return store<T>(f(i)); });
-    }
+    write_rounded(y, n, task.stream, wide, f);
   }
 
   void write_row(int64_t position, const SoftmaxSum<C>& softmax, const LabelTerms<C>& terms,

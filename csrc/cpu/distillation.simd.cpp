@@ -168,7 +168,8 @@ struct Distillation {
       return 0;
     } else {
       Softmaxes<C> sums;
-      double diverged = 0, above = 0;
+      double diverged = 0;
+      Above above;
       sum(past, x, t, terms.smooths(), sums, diverged, above);
       stat(0, position) = sums.student.max;
       stat(1, position) = sums.student.sum;
@@ -178,7 +179,7 @@ struct Distillation {
       if (y) write(past, x, t, y, stream, terms, sums, C(1));
       const C x_a = terms.a >= 0 ? x.one(terms.a) : C(0);
       const C x_b = terms.b >= 0 ? x.one(terms.b) : C(0);
-      const double of_labels = terms.loss(sums.student, x_a, x_b, above, loss.weight_sum);
+      const double of_labels = terms.loss(sums.student, x_a, x_b, above.sum, loss.weight_sum);
       const double t_squared = task.temperature * task.temperature;
       return task.alpha * t_squared * loss.share * diverged + (1.0 - task.alpha) * of_labels;
     }
@@ -194,9 +195,9 @@ struct Distillation {
   }
 
   void sum(int64_t past, const LogitsRow<C>& x_row, const LogitsRow<C>& t_row, bool smooths,
-           Softmaxes<C>& sums, double& diverged, double& above) {
+           Softmaxes<C>& sums, double& diverged, Above& above) {
     C max = kLowest<C>, teacher_max = kLowest<C>;
-    double student = 0, student_at_t = 0, teacher = 0, z = 0, mass = 0;
+    double student = 0, student_at_t = 0, teacher = 0, z = 0;
     int64_t block = 0;
     for_blocks(past, classes, [&](int64_t first, int64_t n) {
       prefetch(x_row.address(first) + kAhead, x_row.bytes(n));
@@ -232,15 +233,7 @@ struct Distillation {
       teacher = teacher * factor + part_sum * part_factor;
 
       if (smooths) {
-        const C* w = weight ? weight + first : nullptr;
-        const double part_mass = w ? sum_of_values(w, n) : static_cast<double>(n);
-        const double part_above =
-            w ? sum_of<C>(n, [=](int64_t i) RK_INLINE { return w[i] * (x[i] - own); })
-              : sum_of<C>(n, [=](int64_t i) RK_INLINE { return x[i] - own; });
-        if (mass != 0) above += mass * (static_cast<double>(max) - larger);
-        if (part_mass != 0) above += part_mass * (static_cast<double>(own) - larger);
-        above += part_above;
-        mass += part_mass;
+        above.add(Above::of(x, weight ? weight + first : nullptr, n, own), max, own, larger);
       }
       max = larger;
       teacher_max = teacher_larger;
@@ -262,22 +255,9 @@ struct Distillation {
   };
 
   Factors factors_of(int64_t block, const Softmaxes<C>& sums) const {
-    const C max = maxima[block], teacher_max = teacher_maxima[block];
-    const auto over = [](double factor, C sum) { return factor / sum; };
-    return {over(factor_between(max, sums.student.max), sums.student.sum),
-            over(factor_between(max, sums.student.max, scale), sums.student_at_t.sum),
-            over(factor_between(teacher_max, sums.teacher.max, scale), sums.teacher.sum)};
-  }
-
-  // y[i] = f(i), rounded.
-  template <typename Y, typename F>
-  void write_block(Y* y, int64_t n, bool stream, const F& f) {
-    if constexpr (sizeof(loop_t<Y>) != sizeof(Y)) {
-      write_each(wide, n, false, f);
-      narrow(wide, n, y, stream, NothingAhead{});
-    } else {
-      write_each(y, n, stream, [=](int64_t i) RK_INLINE { return store<Y>(f(i)); });
-    }
+    return {softmax_factor(maxima[block], sums.student),
+            softmax_factor(maxima[block], sums.student_at_t, scale),
+            softmax_factor(teacher_maxima[block], sums.teacher, scale)};
   }
 
   template <typename Y>
@@ -298,11 +278,11 @@ struct Distillation {
       const C *own = e + first, *student = e_student + first, *teacher = e_teacher + first;
       if (weight && smooth != 0) {
         const C* w = weight + first;
-        write_block(y + first, n, stream, [=](int64_t i) RK_INLINE {
+        write_rounded(y + first, n, stream, wide, [=](int64_t i) RK_INLINE {
           return (student[i] * k_student - teacher[i] * k_teacher) + (own[i] * k - w[i] * smooth);
         });
       } else {
-        write_block(y + first, n, stream, [=](int64_t i) RK_INLINE {
+        write_rounded(y + first, n, stream, wide, [=](int64_t i) RK_INLINE {
           return (student[i] * k_student - teacher[i] * k_teacher) + (own[i] * k - smooth);
         });
       }

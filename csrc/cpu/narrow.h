@@ -61,6 +61,28 @@ RK_STAGE void narrow(const compute_t<T>* from, int64_t count, T* to, bool stream
   write_each(to, count, stream, Narrowed<T>{from}, ahead);
 }
 
+// As what loops take: where they lie, or widened into `buffer`.
+template <typename T>
+RK_HD const loop_t<T>* for_loops(const T* from, int64_t count, compute_t<T>* buffer) {
+  if constexpr (sizeof(loop_t<T>) != sizeof(T)) {
+    widen(from, count, buffer, NothingAhead{});
+    return buffer;
+  } else {
+    return from;
+  }
+}
+
+// y[i] = f(i), rounded, by way of `buffer` where loops do not take a T.
+template <typename T, typename F>
+RK_HD void write_rounded(T* y, int64_t count, bool stream, compute_t<T>* buffer, const F& f) {
+  if constexpr (sizeof(loop_t<T>) != sizeof(T)) {
+    write_each(buffer, count, false, f);
+    narrow(buffer, count, y, stream, NothingAhead{});
+  } else {
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(f(i)); });
+  }
+}
+
 // Elements [first, first + count) of an array as C: where they lie, or widened into `buffer`.
 template <typename C>
 const C* read_as(const void* array, DType dtype, int64_t first, int64_t count, C* buffer) {

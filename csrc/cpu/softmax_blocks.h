@@ -65,10 +65,42 @@ RK_HD C factor_between(C from, C to, C scale = 1) {
   return from == to ? C(1) : exponential_below((from - to) * scale);
 }
 
+// What makes softmax of exponentials relative to `own`.
+template <typename C>
+RK_HD double softmax_factor(C own, const SoftmaxSum<C>& sum, C scale = 1) {
+  const double factor = factor_between(own, sum.max, scale);
+  return factor / sum.sum;
+}
+
 template <typename C>
 RK_HD double sum_of_values(const C* e, int64_t count) {
   return sum_of<C>(count, [=](int64_t i) RK_INLINE { return e[i]; });
 }
+
+// Of some classes, relative to a largest logit: sum_c w_c (x_c - max), and sum_c w_c.
+struct Above {
+  double sum = 0, mass = 0;
+
+  // `w` is null where all weights are 1.
+  template <typename C, typename T>
+  static RK_HD Above of(const T* x, const C* w, int64_t count, C max) {
+    if (!w) {
+      return {sum_of<C>(count, [=](int64_t i) RK_INLINE { return load(x[i]) - max; }),
+              static_cast<double>(count)};
+    }
+    return {sum_of<C>(count, [=](int64_t i) RK_INLINE { return w[i] * (load(x[i]) - max); }),
+            sum_of_values(w, count)};
+  }
+
+  // What is relative to `max` and a part relative to `own` become relative to `larger`.
+  template <typename C>
+  RK_HD void add(const Above& part, C max, C own, C larger) {
+    if (mass != 0) sum += mass * (static_cast<double>(max) - larger);
+    if (part.mass != 0) sum += part.mass * (static_cast<double>(own) - larger);
+    sum += part.sum;
+    mass += part.mass;
+  }
+};
 
 // Asks for p[0, count) to be in the second-level cache when its turn comes, a row from now.
 template <typename T>

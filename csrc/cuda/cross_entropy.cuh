@@ -18,9 +18,9 @@
 
 #include <algorithm>
 
-#include "cross_entropy/planes.cuh"
 #include "cross_entropy/rescale.cuh"
-#include "cross_entropy/rows.cuh"
+#include "cross_entropy/short_rows.cuh"
+#include "cross_entropy/walk.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
@@ -42,6 +42,7 @@ void for_density(const CrossEntropy<T>& a, const F& f) {
 
 template <typename T>
 LossPlan plan_loss(const CrossEntropy<T>& a, int64_t shared_bytes, int64_t most_blocks) {
+  using Loss = CrossEntropyLoss<true, T>;  // which needs most of what is shared
   const int64_t vectors = a.most_vectors();
   LossPlan plan = LossPlan::of_small_blocks(LossPlan::Way::planes, a.positions, 1, kPlaneThreads);
   if (!a.in_rows()) {
@@ -57,40 +58,15 @@ LossPlan plan_loss(const CrossEntropy<T>& a, int64_t shared_bytes, int64_t most_
                                      power_of_two_from(vectors, kWarp), kShortThreads);
   } else {
     int threads = 4 * kWarp;
-    while (threads < kLongThreads && threads * kLongLoads < vectors) threads *= 2;
+    while (threads < Loss::kRowThreads && threads * kLongLoads < vectors) threads *= 2;
     plan = {LossPlan::Way::long_rows, threads, threads};
     if (a.gradient) {
-      plan.kept = std::min(vectors, (shared_bytes - kLongSharedBytes<T, true>) / kVectorBytes);
+      const int64_t there = shared_bytes - static_cast<int64_t>(sizeof(RowShared<Loss>));
+      plan.kept = std::min(vectors, there / kVectorBytes);
     }
   }
   plan.set_blocks(a.positions, most_blocks);
   return plan;
-}
-
-template <bool kDense, typename T>
-void launch_loss_kernel(const CrossEntropy<T>& a, const LossPlan& plan, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.threads);
-  const auto launch = [&](auto kernel, int64_t shared_bytes, auto... arguments) {
-    allow_shared_bytes(kernel, shared_bytes);
-    RK_LAUNCH(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, a, arguments...);
-  };
-  switch (plan.way) {
-    case LossPlan::Way::short_rows:
-      launch(short_rows_kernel<kDense, T>, sizeof(LossShared), plan.lanes,
-             static_cast<int>(a.most_vectors()));
-      break;
-    case LossPlan::Way::long_rows:
-      launch(long_rows_kernel<kDense, T>, kLongSharedBytes<T, kDense> + plan.kept * kVectorBytes,
-             plan.kept);
-      break;
-    case LossPlan::Way::planes:
-      launch(planes_kernel<kDense, T>,
-             static_cast<int64_t>(sizeof(LossShared)) +
-                 plan.kept * plan.threads * static_cast<int64_t>(sizeof(T)),
-             plan.kept);
-      break;
-  }
-  check_launch("cross_entropy");
 }
 
 // The loss, its statistics and its gradient, whatever of them has a place. allocate(bytes) returns
@@ -100,7 +76,15 @@ void launch_cross_entropy(CrossEntropy<T> a, Allocate&& allocate, cudaStream_t s
                           int64_t most_blocks = kMostLossBlocks) {
   const LossPlan plan = plan_loss(a, most_shared_bytes(), most_blocks);
   prepare_loss(a, plan.blocks, allocate, stream);
-  for_density(a, [&]<bool kDense>() { launch_loss_kernel<kDense>(a, plan, stream); });
+  for_density(a, [&]<bool kDense>() {
+    if (plan.way != LossPlan::Way::short_rows) {
+      return launch_walk<CrossEntropyLoss<kDense, T>>(a, plan, stream);
+    }
+    RK_LAUNCH((short_rows_kernel<kDense, T>), dim3(static_cast<unsigned>(plan.blocks)),
+              dim3(plan.threads), sizeof(LossShared), stream, a, plan.lanes,
+              static_cast<int>(a.most_vectors()));
+  });
+  check_launch("cross_entropy");
 }
 
 // The gradient, by grad_output. Of labels from the statistics. Of probabilities the softmax is made

@@ -19,8 +19,7 @@
 
 #include <algorithm>
 
-#include "distillation/planes.cuh"
-#include "distillation/rows.cuh"
+#include "distillation/walk.cuh"
 
 RK_NAMESPACE_BEGIN
 namespace cuda {
@@ -32,24 +31,23 @@ constexpr int64_t kMostDistillationBlocks = int64_t{1} << 16;
 template <typename S, typename T>
 LossPlan plan_distillation(const DistillationArguments<S, T>& a, int64_t shared_bytes,
                            int64_t most_blocks) {
-  using C = compute_t<S>;
-  using Kept = KeptRow<S, T>;
+  using Loss = DistillationLoss<S, T>;
   using Way = LossPlan::Way;
   LossPlan plan = LossPlan::of_small_blocks(Way::planes, a.positions, 1, kPlaneThreads);
   if (a.in_rows() && a.classes > kDistillationWarpClasses) {
     constexpr int kVectors = 2;  // of a thread
     const int64_t threads = ceil_div(ceil_div(a.classes, kVectors * a.kCount), kWarp) * kWarp;
-    const auto block =
-        static_cast<int>(std::clamp<int64_t>(threads, 4 * kWarp, kDistillationThreads<C>));
+    const auto block = static_cast<int>(std::clamp<int64_t>(threads, 4 * kWarp, Loss::kRowThreads));
     plan = {Way::long_rows, block, block};
     if (a.gradient) {
-      const int64_t wanted = ceil_div(a.classes, Kept::kRoomUnit);
-      const int64_t there = (shared_bytes - static_cast<int64_t>(sizeof(DistillationShared<C>))) /
-                            Kept::bytes(Kept::kRoomUnit);
-      plan.kept = std::clamp<int64_t>(there, 0, wanted) * Kept::kRoomUnit;
+      constexpr int kUnit = Loss::KeptRow::kRoomUnit;
+      const int64_t there = (shared_bytes - static_cast<int64_t>(sizeof(RowShared<Loss>))) /
+                            Loss::KeptRow::bytes(kUnit);
+      plan.kept = std::clamp<int64_t>(there, 0, ceil_div(a.classes, kUnit)) * kUnit;
     }
   } else if (a.in_rows() && a.classes > kDistillationFewClasses) {
-    plan = LossPlan::of_small_blocks(Way::short_rows, a.positions, kWarp, kWarpRows * kWarp);
+    plan =
+        LossPlan::of_small_blocks(Way::short_rows, a.positions, kWarp, Loss::kRowsABlock * kWarp);
   }
   plan.set_blocks(a.positions, most_blocks);
   return plan;
@@ -60,21 +58,10 @@ LossPlan plan_distillation(const DistillationArguments<S, T>& a, int64_t shared_
 template <typename S, typename T, typename Allocate>
 void launch_distillation(DistillationArguments<S, T> a, Allocate&& allocate, cudaStream_t stream,
                          int64_t most_blocks = kMostDistillationBlocks) {
-  using C = compute_t<S>;
-  a.known = DistillationFactors<C>(a.temperature, a.alpha, a.mean_of());
+  a.known = DistillationFactors<compute_t<S>>(a.temperature, a.alpha, a.mean_of());
   const LossPlan plan = plan_distillation(a, most_shared_bytes(), most_blocks);
   prepare_loss(a, plan.blocks, allocate, stream);
-  const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.threads);
-  if (plan.way == LossPlan::Way::planes) {
-    RK_LAUNCH((distillation_planes_kernel<S, T>), grid, block, sizeof(LossShared), stream, a);
-  } else {
-    const auto kernel = distillation_rows_kernel<S, T>;
-    const int64_t bytes =
-        static_cast<int64_t>(sizeof(DistillationShared<C>)) + KeptRow<S, T>::bytes(plan.kept);
-    allow_shared_bytes(kernel, bytes);
-    RK_LAUNCH(kernel, grid, block, static_cast<size_t>(bytes), stream, a, plan.lanes,
-              static_cast<int>(plan.kept));
-  }
+  launch_walk<DistillationLoss<S, T>>(a, plan, stream);
   check_launch("distillation");
 }
 

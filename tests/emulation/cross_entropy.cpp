@@ -4,35 +4,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <optional>
 #include <vector>
 
-#include "driver.h"
+#include "loss.h"
 
 namespace {
 
+using driver::below;
 using driver::bfloat16;
 using driver::Buffer;
 using driver::float16;
+using driver::is_near;
+using driver::kIgnored;
+using driver::kInfinity;
+using driver::kNaN;
+using driver::Memory;
+using driver::Real;
+using driver::uniform;
 using reg_kernels::ChannelValues;
 using reg_kernels::compute_t;
 using reg_kernels::DType;
 using reg_kernels::Reduction;
-using Real = long double;
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kIgnored = -100;
-
-uint64_t draws = 0x9e3779b97f4a7c15ull;
-
-int64_t below(int64_t n) {  // in [0, n)
-  draws = draws * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int64_t>((draws >> 33) % static_cast<uint64_t>(n));
-}
-
-double uniform() { return static_cast<double>(below(1 << 24)) / (1 << 24); }
 
 enum class Kind { labels, pair, shares, probabilities, wide_probabilities };
 enum class Logits { usual, huge, excluded, all_excluded, infinite };
@@ -112,10 +104,7 @@ struct Problem {
 
   bool is_ignored(int64_t p) const { return of.ignores && p % of.ignores == of.ignores - 1; }
 
-  int64_t at(int64_t p, int64_t c) const {
-    const int64_t n = p / of.S, s = p % of.S;
-    return of.classes_last ? p * of.C + c : (n * of.C + c) * of.S + s;
-  }
+  int64_t at(int64_t p, int64_t c) const { return driver::place(of, p, c); }
   Real logit(int64_t p, int64_t c) const { return reg_kernels::load(x.data()[at(p, c)]); }
   Real w(int64_t c) const { return of.weighted ? Real(weight.data()[c]) : Real(1); }
   Real probability(int64_t p, int64_t c) const {
@@ -135,25 +124,16 @@ struct Problem {
   reg_kernels::cuda::CrossEntropy<T> arguments() const {
     reg_kernels::cuda::CrossEntropy<T> a{};
     a.x = x.data();
-    a.positions = of.positions();
-    a.classes = of.C;
-    a.length = of.classes_last ? 1 : of.S;
-    a.labels.positions = of.S;
-    a.labels.classes = of.C;
-    a.labels.ignore_index = kIgnored;
-    a.labels.smoothing = of.traced ? 2.0 : of.smoothing;
-    a.labels.traced_smoothing = of.traced ? &of.smoothing : nullptr;
+    driver::set_case(a, of);
     if (!of.has_probabilities()) a.labels.labels = labels.data();
     if (of.has_partner()) a.labels.partner_labels = partner_labels.data();
     a.labels.one_lam_for_all = of.kind != Kind::shares;
-    a.labels.one_lam = 0.3;
     if (of.kind == Kind::shares) {
       a.labels.lam = {const_cast<float*>(lam.data()), DType::float32};
     }
     if (of.kind == Kind::probabilities) a.probabilities = probabilities.data();
     if (of.kind == Kind::wide_probabilities) a.probabilities_c = wide_probabilities.data();
     if (of.weighted) a.weight = weight.data();
-    a.reduction = of.reduction;
     return a;
   }
 };
@@ -192,7 +172,7 @@ Expected expected_of(const Problem<T>& problem) {
         if (label == kIgnored) continue;
         counts = true;
         const Real lam = of.kind == Kind::shares ? Real(problem.lam[p / of.S])
-                         : of.has_partner()      ? Real(0.3)
+                         : of.has_partner()      ? Real(driver::kLam)
                                                  : Real(1);
         const Real share = (side ? 1 - lam : lam) / totals[side];
         q[label] += share * keep * problem.w(label);
@@ -219,13 +199,6 @@ Expected expected_of(const Problem<T>& problem) {
   return result;
 }
 
-// Whether `actual` is within `error`; where the expected value is not finite, whether it is that.
-bool is_near(Real actual, Real expected, Real error) {
-  if (std::isnan(expected)) return std::isnan(actual);
-  if (std::isinf(expected)) return actual == expected;
-  return std::fabs(actual - expected) <= error;
-}
-
 template <typename T>
 constexpr double kRounding = std::is_same_v<T, double>    ? 0x1p-53
                              : std::is_same_v<T, float>   ? 0x1p-24
@@ -241,15 +214,6 @@ struct Run {
   std::string name = std::string(driver::kName<T>) + " " + problem.of.text();
 
   explicit Run(const Problem<T>& problem) : problem(problem) {}
-
-  // Device memory as the allocator hands it out: whatever is in it.
-  struct Memory {
-    std::optional<Buffer<double>> buffer;
-    void* operator()(int64_t bytes) {
-      buffer.emplace((bytes + 7) / 8, 0);
-      return buffer->data();
-    }
-  };
 
   void near(const char* what, int64_t i, Real actual, Real wanted, Real error) const {
     driver::expect(is_near(actual, wanted, error), [&] {
@@ -458,7 +422,7 @@ void test_assertions() {
             Buffer<float> loss(3, 0);
             auto a = problem.arguments();
             (none ? a.losses : a.sum.loss) = loss.data();
-            Run<float>::Memory memory;
+            Memory memory;
             reg_kernels::cuda::launch_cross_entropy(a, memory, nullptr);
           },
           none ? "a.labels.is_valid(a.labels.partner_labels[position])" : "options.is_valid(label)",

@@ -4,17 +4,23 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <optional>
 #include <vector>
 
-#include "driver.h"
+#include "loss.h"
 
 namespace {
 
+using driver::below;
 using driver::bfloat16;
 using driver::Buffer;
 using driver::float16;
+using driver::is_near;
+using driver::kIgnored;
+using driver::kInfinity;
+using driver::kNaN;
+using driver::Memory;
+using driver::Real;
+using driver::uniform;
 using reg_kernels::compute_t;
 using reg_kernels::DType;
 using reg_kernels::LabelOptions;
@@ -22,28 +28,13 @@ using reg_kernels::load;
 using reg_kernels::Reduction;
 using reg_kernels::cuda::DistillationArguments;
 
-using Real = long double;
-
-constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
-constexpr int64_t kIgnored = -100;
-
-uint64_t draws = 0x9e3779b97f4a7c15ull;
-
-int64_t below(int64_t n) {  // in [0, n)
-  draws = draws * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int64_t>((draws >> 33) % static_cast<uint64_t>(n));
-}
-
-double uniform() { return static_cast<double>(below(1 << 24)) / (1 << 24); }
-
 enum class Lams { none, number, one, each };  // none: one label
 enum class Excluded { none, by_student, by_teacher, by_both, all_by_student, all_by_teacher };
 enum class Ignored { none, some, all };
 
 struct Case {
-  int64_t N, C, L;
-  bool last = false;  // channels last
+  int64_t N, C, S;
+  bool classes_last = false;  // where S is not 1
   double temperature = 2.0, alpha = 0.5;
   Reduction reduction = Reduction::mean;
   Lams lams = Lams::none;
@@ -58,22 +49,17 @@ struct Case {
   int64_t most_blocks = 4;
   int shared_bytes = 227 * 1024;
 
-  int64_t positions() const { return N * L; }
-  int64_t numel() const { return N * C * L; }
-  bool classes_last() const { return last || L == 1; }
-  // Where class c of a position lies.
-  int64_t at(int64_t position, int64_t c) const {
-    if (classes_last()) return position * C + c;
-    return position / L * C * L + c * L + position % L;
-  }
+  int64_t positions() const { return N * S; }
+  int64_t numel() const { return N * C * S; }
+  int64_t at(int64_t position, int64_t c) const { return driver::place(*this, position, c); }
 
   std::string text() const {
     const char* reductions[] = {"none", "mean", "sum"};
     const auto number = [](const char* name, auto value) {
       return std::string(" ") + name + " " + std::to_string(value);
     };
-    return "(" + std::to_string(N) + ", " + std::to_string(C) + ", " + std::to_string(L) + ")" +
-           (last ? " last" : "") + number("T", temperature) + number("alpha", alpha) + " " +
+    return "(" + std::to_string(N) + ", " + std::to_string(C) + ", " + std::to_string(S) + ")" +
+           (classes_last ? " last" : "") + number("T", temperature) + number("alpha", alpha) + " " +
            reductions[static_cast<int>(reduction)] + number("lams", static_cast<int>(lams)) +
            (weighted ? " weighted" : "") + (labelled ? "" : " unlabelled") +
            (traced ? " traced" : "") + number("smoothing", smoothing) +
@@ -81,17 +67,6 @@ struct Case {
            number("excluded", static_cast<int>(excluded)) + number("x+", x_shift) +
            number("teacher+", teacher_shift) + number("gradient+", gradient_shift) +
            number("blocks", most_blocks) + number("shared", shared_bytes);
-  }
-};
-
-// Device memory to the byte, of which nothing may be assumed.
-struct Allocator {
-  std::vector<std::unique_ptr<unsigned char[]>> blocks;
-
-  void* operator()(int64_t bytes) {
-    blocks.emplace_back(new unsigned char[bytes]);
-    std::memset(blocks.back().get(), 0xa5, bytes);
-    return blocks.back().get();
   }
 };
 
@@ -142,17 +117,14 @@ struct Problem {
 
   double lam_of(int64_t position) const {
     if (of.lams == Lams::none) return 1.0;
-    return lam ? lam[of.lams == Lams::each ? position / of.L : 0] : 0.3;
+    return lam ? lam[of.lams == Lams::each ? position / of.S : 0] : driver::kLam;
   }
 
   DistillationArguments<S, T> arguments() const {
     DistillationArguments<S, T> a{};
     a.x = x.data();
     a.teacher = teacher.data();
-    a.positions = of.positions();
-    a.classes = of.C;
-    a.length = of.classes_last() ? 1 : of.L;
-    a.reduction = of.reduction;
+    driver::set_case(a, of);
     // Where the two lie in memory, what is said here does not count.
     a.temperature = of.traced ? 7.0 : of.temperature;
     a.alpha = of.traced ? 2.0 : of.alpha;
@@ -162,12 +134,6 @@ struct Problem {
     a.labels.partner_labels = partner_labels.get();
     a.labels.lam = {lam.get(), DType::float32};
     a.labels.one_lam_for_all = of.lams != Lams::each;
-    a.labels.one_lam = 0.3;
-    a.labels.positions = of.L;
-    a.labels.classes = of.C;
-    a.labels.ignore_index = kIgnored;
-    a.labels.smoothing = of.traced ? 2.0 : of.smoothing;
-    a.labels.traced_smoothing = of.traced ? &of.smoothing : nullptr;
     return a;
   }
 
@@ -295,15 +261,9 @@ constexpr Real kError = sizeof(C) == 8 ? 4e-14L : 4e-6L;
 template <typename S>
 constexpr Real kRounding = sizeof(S) == 2 ? 4e-3L : Real(0);  // of a bfloat16
 
-bool close(Real actual, Real expected, Real allowed) {
-  if (std::isnan(expected)) return std::isnan(actual);
-  if (std::isinf(expected)) return actual == expected;
-  return std::fabs(actual - expected) <= allowed;
-}
-
 template <typename Describe>
 void expect_close(Real actual, Real expected, Real allowed, const Describe& describe) {
-  driver::expect(close(actual, expected, allowed), [&] {
+  driver::expect(is_near(actual, expected, allowed), [&] {
     return describe() + ": " + std::to_string(actual) + ", expected " + std::to_string(expected) +
            " within " + std::to_string(allowed);
   });
@@ -347,12 +307,12 @@ void test(const Case& of) {
     losses.emplace_back(summed ? 1 : positions, 0);
     stats.emplace_back(5 * positions, 0);
     gradients.emplace_back(of.numel(), of.gradient_shift);
-    Allocator allocator;
+    Memory memory;
     auto a = problem.arguments();
     (summed ? a.sum.loss : a.losses) = losses[run].data();
     a.stats = stats[run].data();
     if (run < 2) a.gradient = gradients[run].data();
-    reg_kernels::cuda::launch_distillation(a, allocator, nullptr, of.most_blocks);
+    reg_kernels::cuda::launch_distillation(a, memory, nullptr, of.most_blocks);
   }
   driver::expect_same_bits(losses[1], losses[0].data(), [&] { return describe() + " again"; });
   driver::expect_same_bits(gradients[1], gradients[0].data(),
@@ -392,13 +352,13 @@ void test(const Case& of) {
     std::vector<Real> factors(positions);
     for (int64_t p = 0; p < positions; ++p) factors[p] = grad_output.data()[summed ? 0 : p];
     Buffer<S> gradient(of.numel(), of.gradient_shift);
-    Allocator allocator;
+    Memory memory;
     auto a = problem.arguments();
     a.stats = stats[0].data();
     a.gradient = gradient.data();
     a.grad_output = {grad_output.data(), sizeof(C) == 8 ? DType::float64 : DType::float32};
     a.one_grad_output = summed;
-    reg_kernels::cuda::launch_distillation_backward(a, allocator, nullptr, of.most_blocks);
+    reg_kernels::cuda::launch_distillation_backward(a, memory, nullptr, of.most_blocks);
     if (run == 0) {
       driver::expect_same_bits(gradient, gradients[0].data(),
                                [&] { return describe() + " from the stats"; });
@@ -526,11 +486,11 @@ void test_assertions() {
         Buffer<float> loss(1, 0), stats(5 * of.positions(), 0);
         driver::expect_assertion(
             [&] {
-              Allocator allocator;
+              Memory memory;
               auto a = problem.arguments();
               a.sum.loss = loss.data();
               a.stats = stats.data();
-              reg_kernels::cuda::launch_distillation(a, allocator, nullptr);
+              reg_kernels::cuda::launch_distillation(a, memory, nullptr);
             },
             partner ? "a.labels.is_valid(a.labels.partner_labels[position])"
                     : "a.labels.is_valid(a.labels.labels[position])",

@@ -33,6 +33,15 @@ inline constexpr const char* kName<float16> = "float16";
 template <>
 inline constexpr const char* kName<bfloat16> = "bfloat16";
 
+inline uint64_t draws = 0x9e3779b97f4a7c15ull;
+
+inline int64_t below(int64_t n) {  // in [0, n)
+  draws = draws * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<int64_t>((draws >> 33) % static_cast<uint64_t>(n));
+}
+
+inline double uniform() { return static_cast<double>(below(1 << 24)) / (1 << 24); }  // in [0, 1)
+
 // `count` elements, `shift` of them past a 16-byte boundary. On the heap and to the byte: ASan sees
 // an access past the end, and before the beginning where shift is 0. Otherwise `untouched` tells.
 template <typename T>

@@ -14,24 +14,17 @@
 
 namespace {
 
+using driver::below;
 using driver::bfloat16;
 using driver::Buffer;
 using driver::float16;
+using driver::uniform;
 using reg_kernels::ChannelLayout;
 using reg_kernels::compute_t;
 using reg_kernels::DType;
 using reg_kernels::MixupBlend;
 using reg_kernels::MixupBox;
 using reg_kernels::cuda::mixup_compute_t;
-
-uint64_t draws = 0x9e3779b97f4a7c15ull;
-
-int64_t below(int64_t n) {  // in [0, n)
-  draws = draws * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int64_t>((draws >> 33) % static_cast<uint64_t>(n));
-}
-
-double uniform() { return static_cast<double>(below(1 << 24)) / (1 << 24); }
 
 template <typename T>
 const char* name_of() {

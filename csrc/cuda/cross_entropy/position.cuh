@@ -39,6 +39,7 @@ template <typename T, bool kDense>
 struct ClassSums {
   using C = compute_t<T>;
 
+  static constexpr C dense = 0, mass = 0;
   SoftmaxSum<C> softmax;
 
   __device__ void raise_to(C max) {
@@ -145,14 +146,13 @@ __device__ __forceinline__ Position<compute_t<T>> read_position(const CrossEntro
       {-1, -1, 0, 0, static_cast<C>(1.0 / static_cast<double>(a.mean_of())), 0, false}, 0, 0, true};
 }
 
-// The loss of a position, and its statistics in their place. Without `dense` targets that and
-// `mass` do not matter.
-template <typename T>
+// The loss of a position, and its statistics in their place.
+template <bool kDense, typename T>
 __device__ __forceinline__ double finish_position(const CrossEntropy<T>& a, int64_t position,
                                                   const Position<compute_t<T>>& target,
-                                                  const SoftmaxSum<compute_t<T>>& softmax,
-                                                  compute_t<T> dense, compute_t<T> mass) {
+                                                  const ClassSums<T, kDense>& sums) {
   using C = compute_t<T>;
+  const SoftmaxSum<C>& softmax = sums.softmax;
   if (a.stats) {
     a.stats[position] = softmax.max;
     a.stats[a.positions + position] = softmax.sum;
@@ -160,9 +160,9 @@ __device__ __forceinline__ double finish_position(const CrossEntropy<T>& a, int6
   double loss;
   if (a.has_probabilities()) {
     const double log_sum = logarithm(softmax.sum);
-    loss = static_cast<double>(target.terms.smooth) * (mass * log_sum - dense);
+    loss = static_cast<double>(target.terms.smooth) * (sums.mass * log_sum - sums.dense);
   } else {
-    loss = target.terms.loss(softmax, target.x_a, target.x_b, dense, a.target_sums().weights);
+    loss = target.terms.loss(softmax, target.x_a, target.x_b, sums.dense, a.target_sums().weights);
   }
   if (a.losses) a.losses[position] = static_cast<C>(loss);
   return loss;
@@ -256,6 +256,20 @@ struct CrossEntropyGradient {
     C e[1] = {softmax_exponential<T>(load(x.v[0]) - slope.max)}, q[1] = {};
     if constexpr (kDense) q[0] = classwise.at(c, stride);
     return slopes<kDense, T>(slope, c, e, q).v[0];
+  }
+
+  template <int kCount>
+  __device__ void write_row(T* y, int64_t c, const Vector<T, kCount>& x) const {
+    store_classes(y, c, classes, of_row(c, x));
+  }
+  template <int kCount>
+  __device__ void write_planes(T* y, int64_t c, int64_t stride,
+                               const Vector<T, 1> (&x)[kCount]) const {
+    RK_UNROLL
+    for (int k = 0; k < kCount; ++k) {
+      if (c + k >= classes) continue;
+      y[(c + k) * stride] = of_class(c + k, stride, x[k]);
+    }
   }
 };
 

@@ -208,10 +208,15 @@ struct DistillationLogits {
 
   explicit __device__ DistillationLogits(const DistillationPair<S, T, kCount>& pair) {
     RK_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      x[j] = load(pair.x.v[j]);
-      teacher[j] = static_cast<C>(load(pair.teacher.v[j]));
-    }
+    for (int j = 0; j < kCount; ++j) set(j, pair.x.v[j], pair.teacher.v[j]);
+  }
+  explicit __device__ DistillationLogits(const DistillationPair<S, T, 1> (&pairs)[kCount]) {
+    RK_UNROLL
+    for (int j = 0; j < kCount; ++j) set(j, pairs[j].x.v[0], pairs[j].teacher.v[0]);
+  }
+  __device__ void set(int j, S of_x, T of_teacher) {
+    x[j] = load(of_x);
+    teacher[j] = static_cast<C>(load(of_teacher));
   }
 
   __device__ void add_to(DistillationSums<S>& sums, const DistillationArguments<S, T>& a,
@@ -254,24 +259,34 @@ struct DistillationGradient {
   __device__ Vector<S, kCount> of_row(int64_t c, const DistillationPair<S, T, kCount>& pair) const {
     Vector<C, kCount> w{};
     if (weight) w = load_classes<kCount>(weight, c, classes, C(0));
-    return of(c, pair, [&](int j) { return weight ? w.v[j] : C(1); });
+    return of(c, DistillationLogits(pair), [&](int j) { return weight ? w.v[j] : C(1); });
   }
 
   // Of classes that it has.
   template <int kCount>
   __device__ Vector<S, kCount> of_whole(int64_t c,
-                                        const DistillationPair<S, T, kCount>& pair) const {
-    return of(c, pair, [&](int j) { return weight ? weight[c + j] : C(1); });
+                                        const DistillationLogits<S, T, kCount>& logits) const {
+    return of(c, logits, [&](int j) { return weight ? weight[c + j] : C(1); });
   }
   __device__ S of_class(int64_t c, int64_t, const DistillationPair<S, T, 1>& pair) const {
-    return of_whole(c, pair).v[0];
+    return of_whole(c, DistillationLogits(pair)).v[0];
+  }
+  template <int kCount>
+  __device__ void write_row(S* y, int64_t c, const DistillationPair<S, T, kCount>& pair) const {
+    store_anywhere(y + c, of_whole(c, DistillationLogits(pair)));
+  }
+  template <int kCount>
+  __device__ void write_planes(S* y, int64_t c, int64_t stride,
+                               const DistillationPair<S, T, 1> (&pairs)[kCount]) const {
+    const auto slopes = of_whole(c, DistillationLogits<S, T, kCount>(pairs));
+    RK_UNROLL
+    for (int k = 0; k < kCount; ++k) y[(c + k) * stride] = slopes.v[k];
   }
 
  private:
   template <int kCount, typename W>
-  __device__ Vector<S, kCount> of(int64_t c, const DistillationPair<S, T, kCount>& pair,
+  __device__ Vector<S, kCount> of(int64_t c, const DistillationLogits<S, T, kCount>& logits,
                                   const W& w) const {
-    const DistillationLogits<S, T, kCount> logits(pair);
     C slope[kCount];
     RK_UNROLL
     for (int j = 0; j < kCount; ++j) slope[j] = slopes.at(logits.x[j], logits.teacher[j], w(j));

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cross_entropy_math.h"
 #include "device_assert.cuh"
@@ -100,12 +101,28 @@ struct LogitRow {
         classes(classes),
         shift(static_cast<int>(reinterpret_cast<uintptr_t>(data) / sizeof(T) % kCount)) {}
 
+  // The row of a loss's logits whose class 0 is element `first`.
+  template <typename Arguments>
+  __device__ LogitRow(const Arguments& a, int64_t first) : LogitRow(a.x + first, a.classes) {}
+
   __device__ int64_t vectors() const { return ceil_div(classes + shift, kCount); }
   __device__ int64_t first_class(int64_t vector) const { return vector * kCount - shift; }
   __device__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 
-  __device__ Vector<T, kCount> load(int64_t vector) const {
-    return load_logits<kCount>(data, first_class(vector), classes);
+  template <int kWidth = kCount>
+  __device__ Vector<T, kWidth> load(int64_t vector) const {
+    return load_logits<kWidth>(data, first_class(vector), classes);
+  }
+
+  // Calls f of the length, as a constant, and the number of every kLoads-th vector of those that
+  // `thread` of `threads` takes: fewer than 2^31.
+  template <int kLoads, typename F>
+  __device__ void each(int thread, int threads, const F& f) const {
+    const auto count = static_cast<int>(vectors());
+    RK_NO_UNROLL
+    for (int vector = thread; vector < count; vector += kLoads * threads) {
+      f(std::integral_constant<int, kCount>{}, vector);
+    }
   }
 };
 

@@ -44,11 +44,10 @@ __device__ __forceinline__ T* in_global_memory(T* address) {
   return address;
 }
 
-// The vector at `data` in global memory, aligned to its size or to 16 bytes; a vector of one needs
-// no more than that.
+// The vector at `data`, aligned to its size or to 16 bytes; a vector of one needs no more than
+// that.
 template <int kCount, typename E, typename T = std::remove_const_t<E>>
-__device__ __forceinline__ Vector<T, kCount> load_whole(E* data) {
-  data = in_global_memory(data);
+__device__ __forceinline__ Vector<T, kCount> vector_at(E* data) {
   if constexpr (kCount == 1) {
     return {{*data}};
   } else {
@@ -60,8 +59,7 @@ __device__ __forceinline__ Vector<T, kCount> load_whole(E* data) {
 }
 
 template <typename T, int kCount>
-__device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& value) {
-  data = in_global_memory(data);
+__device__ __forceinline__ void put_vector(T* data, const Vector<T, kCount>& value) {
   if constexpr (kCount == 1) {
     *data = value.v[0];
   } else {
@@ -69,6 +67,17 @@ __device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& va
     const auto bits = bit_cast<B>(value);
     *reinterpret_cast<B*>(data) = bits;
   }
+}
+
+// The same in global memory.
+template <int kCount, typename E>
+__device__ __forceinline__ auto load_whole(E* data) {
+  return vector_at<kCount>(in_global_memory(data));
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_whole(T* data, const Vector<T, kCount>& value) {
+  put_vector(in_global_memory(data), value);
 }
 
 // The same in one STG.128 or STG.64, come what may: nvcc takes some plain stores apart into STG.32.
