@@ -216,14 +216,8 @@ def _keep(
 # The formulas, by operations that torch.func and forward mode can transform, unfused.
 
 
-def _training_by_torch(
-    overload: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor]:
+def _training_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor]:
+    input, weight, bias, residual, *rest = arguments
     how = Training(*rest)
     running = how.tracked[:2] if len(how.tracked) > 1 else (None, None)
     counter = how.tracked[-1] if len(how.tracked) % 2 else None
@@ -239,14 +233,8 @@ def _training_by_torch(
     return (y,)
 
 
-def _inference_by_torch(
-    overload: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-) -> Tensor:
+def _inference_by_torch(overload: Any, *arguments: Any) -> Tensor:
+    input, weight, bias, residual, *rest = arguments
     how = Inference(*rest)
     y = F.batch_norm(input, how.running_mean, how.running_var, weight, bias, False, 0.0, how.eps)
     return reference.activate(y if residual is None else y + residual, how.activation, how.slope)
