@@ -19,7 +19,7 @@ from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import check_backward, check_inference, check_training, values_a_channel
 from ._modes import below_autograd
-from ._registry import Op, register, register_by_numbers
+from ._registry import register, register_by_numbers
 from ._route import Route
 
 # Schemas, fakes. What a form of the op takes behind its values has one name from here to the
@@ -159,7 +159,7 @@ class _Training(torch.autograd.Function):
             return None, None, None, None, None
         input, weight, bias, residual, *tensors = ctx.saved_tensors
         tensors, numbers = tensors[:4], tensors[4:]
-        backward, overload, strides, how = ctx.call
+        overload, backward, strides, how = ctx.call
         _, wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
         results = backward.run_like(
             overload,
@@ -205,12 +205,13 @@ def _keep(
 ) -> None:
     """What a backward is given: tensors, and what it takes behind them."""
     ctx.set_materialize_grads(False)
+    route, overload, _ = call
     input, weight, bias, residual = values
     _, activation, _, p = how
     if not needs_preactivation(activation, tensors[2] is not None, p):
         residual = None
     ctx.save_for_backward(input, weight, bias, residual, *tensors)
-    ctx.call = (call[0].backward, call[1], output.stride(), how)
+    ctx.call = (overload, route.backward, output.stride(), how)
 
 
 # The formulas, by operations that torch.func and forward mode can transform, unfused.
@@ -295,48 +296,33 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
-_FORWARD_RETURNS = "(Tensor output, Tensor mean, Tensor invstd, Tensor gate)"
-_BACKWARD_RETURNS = (
-    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
-)
 _BACKWARD = register(
     "batch_norm_backward",
-    f"({_BACKWARD_ARGUMENTS}) -> {_BACKWARD_RETURNS}",
+    f"({_BACKWARD_ARGUMENTS}) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     fake=_fake_backward,
     reference=reference.batch_norm_backward,
     triton="batch_norm:batch_norm_backward",
     route=Route(5, by_torch=_backward_by_torch),
     check=check_backward,
 )
-_BACKWARD_BY_NUMBERS = register_by_numbers(
-    _BACKWARD,
-    f"({_BACKWARD_ARGUMENTS}, Tensor numbers) -> {_BACKWARD_RETURNS}",
-    *("slope", "p"),
-    route=_BACKWARD.route,
-)
-
-
-def _training_route(backward: Op) -> Route:
-    return Route(
-        *(4, _Training),
-        by_torch=_training_by_torch,
-        backward=backward,
-        moves=lambda values, rest: rest[0],
-    )
-
-
-def _inference_route(backward: Op) -> Route:
-    return Route(4, _Inference, by_torch=_inference_by_torch, backward=backward)
-
-
+_BACKWARD_BY_NUMBERS = register_by_numbers(_BACKWARD, "slope", "p")
 TRAINING = register(
     "batch_norm",
-    f"({_TRAINING}) -> {_FORWARD_RETURNS}",
+    f"({_TRAINING}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor gate)",
     fake=_fake,
     reference=reference.batch_norm,
     triton="batch_norm:batch_norm",
-    route=_training_route(_BACKWARD),
+    route=Route(
+        *(4, _Training),
+        by_torch=_training_by_torch,
+        backward=_BACKWARD,
+        moves=lambda values, rest: rest[0],
+    ),
     check=check_training,
+)
+TRAINING_BY_NUMBERS = register_by_numbers(
+    TRAINING, "momentum", "eps", "slope", "p", backward=_BACKWARD_BY_NUMBERS
 )
 INFERENCE = register(
     "batch_norm_inference",
@@ -344,18 +330,7 @@ INFERENCE = register(
     fake=_fake_inference,
     reference=reference.batch_norm_inference,
     triton="batch_norm:batch_norm_inference",
-    route=_inference_route(_BACKWARD),
+    route=Route(4, _Inference, by_torch=_inference_by_torch, backward=_BACKWARD),
     check=check_inference,
 )
-TRAINING_BY_NUMBERS = register_by_numbers(
-    TRAINING,
-    f"({_TRAINING}, Tensor numbers) -> {_FORWARD_RETURNS}",
-    *("momentum", "eps", "slope", "p"),
-    route=_training_route(_BACKWARD_BY_NUMBERS),
-)
-INFERENCE_BY_NUMBERS = register_by_numbers(
-    INFERENCE,
-    f"({_INFERENCE}, Tensor numbers) -> Tensor",
-    *("eps", "slope"),
-    route=_inference_route(_BACKWARD_BY_NUMBERS),
-)
+INFERENCE_BY_NUMBERS = register_by_numbers(INFERENCE, "eps", "slope", backward=_BACKWARD_BY_NUMBERS)

@@ -47,7 +47,7 @@ class _Loss(torch.autograd.Function):
         tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(input, stats, *tensors)
         ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
-        ctx.call = (route.backward, overload, input.stride())
+        ctx.call = (overload, route.backward, input.stride())
         # An output of the op, but of no use to its caller: a backward writes over it.
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
         ctx.gradient = gradient if keeps_gradient else None
@@ -58,7 +58,7 @@ class _Loss(torch.autograd.Function):
         if grad_loss is None:
             return None, None
         input, stats, *tensors = ctx.saved_tensors
-        backward, overload, strides = ctx.call
+        overload, backward, strides = ctx.call
         if ctx.gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
             gradient = ctx.gradient
             with below_autograd():
@@ -186,8 +186,8 @@ def run(
     ):
         if on_cpu:
             check_values(name, call)
-        loss = op.route.by_torch(overload, input, *rest, False)[0]
-    elif looks is not None:
+        looks = FUNC  # the formula is for them as well
+    if looks is not None:
         loss = op.route.call(looks, overload, (input,), (*rest, False))[0]
     else:
         # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;

@@ -9,6 +9,7 @@ implementation it runs, and nothing is chosen behind the dispatcher's back.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class Op:
     """A registered op."""
 
     name: str
+    schema: str = field(repr=False)
     overloads: dict[str, Any] = field(repr=False)  # implementation name -> torch.ops overload
     fake: Callable[..., Any] = field(repr=False, compare=False)
     # A Route, or what is called as one is: above(overload, *arguments).
@@ -155,7 +157,7 @@ def _define(
         overloads[implementation] = overload
         _IMPLEMENTATIONS[overload] = implementation
         _library.impl(qualified, _bind(route, overload), "Autograd")
-    return Op(name, overloads, fake, route, check)
+    return Op(name, schema, overloads, fake, route, check)
 
 
 def _bind(route: Callable[..., Any], overload: Any) -> Callable[..., Any]:
@@ -166,13 +168,13 @@ def _bind(route: Callable[..., Any], overload: Any) -> Callable[..., Any]:
     return lambda *args: route(overload, *args, *defaults[len(args) - first :])
 
 
-def register_by_numbers(op: Op, schema: str, *numbers: str, route: Callable[..., Any]) -> Op:
+def register_by_numbers(op: Op, *numbers: str, backward: Op | None = None) -> Op:
     """The op once more as `<name>_by_numbers`, for compiled programs, of which a float would be a
     constant, and each new value a recompile.
 
     Its schema has one more argument at the end, `numbers`: a tensor of the values of the arguments
     that are named here, in their order, and perhaps more behind them. The floats themselves count
-    no longer, but by being None or 0.
+    no longer, but by being None or 0. `backward`: the op of its gradient, if it is none itself.
     """
     names = op.argument_names
     places = [names.index(number) for number in numbers]
@@ -188,9 +190,11 @@ def register_by_numbers(op: Op, schema: str, *numbers: str, route: Callable[...,
 
         return run
 
+    route = copy.copy(op.route)
+    route.backward = backward
     twin = _define(
         f"{op.name}_by_numbers",
-        schema,
+        op.schema.replace(") -> ", ", Tensor numbers) -> "),
         {implementation: kernel_of(overload) for implementation, overload in op.overloads.items()},
         lambda *args: op.fake(*args[:-1]),
         route,

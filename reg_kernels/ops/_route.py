@@ -23,6 +23,7 @@ from .._layout import (
     as_torch_returns,
     dense_like,
     has_samples_outermost,
+    is_channels_last,
     is_dense,
     keeps_channels_last,
     with_strides,
@@ -31,13 +32,6 @@ from .._numbers import integer, traced_numbers
 from ._checks import check_dtype, check_in_place, refuse
 from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    for x in tensors:
-        if x is not None and x.requires_grad:
-            return torch.is_grad_enabled()
-    return False
 
 
 class Route:
@@ -132,14 +126,14 @@ def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> A
 
 
 def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor:
-    """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last; in the order
-    of `like`, where that is in one already."""
+    """x, (N, C, ...), as kernels take it, contiguous or dense with the channels last: itself where
+    it is. In the order of `like`, which is so already, if it is given."""
     if looks is TRACE:  # what is traced for one order has to bring any other into it
         channels_last = asked(TRACE, keeps_channels_last, x if like is None else like)
         return _layout.ordered(x, channels_last).resolve_neg()
     if like is not None:
         return with_strides(x, like.stride())
-    if not x.is_contiguous():
+    if not (x.is_contiguous() or is_channels_last(x)):
         x = _layout.ordered(x, keeps_channels_last(x))
     return x.resolve_neg()
 

@@ -104,13 +104,13 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         route, overload, rest = call
         ctx.save_for_backward(*tensors)
-        ctx.call = (route.backward, overload, *rest)
+        ctx.call = (overload, route.backward, *rest)
         with below_autograd():
             return overload(list(tensors), *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        backward, overload, power = ctx.call
+        overload, backward, power = ctx.call
         inputs = (list(ctx.saved_tensors), grad_output)
         if is_batched(grad_output):  # for which a list has no rule
             return None, *reference.penalty_backward(*inputs, power)
