@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ._numbers import integer, number
+from ._numbers import check_shares, integer, number, probability, refuse
 
 _FIELDS = ("labels", "partner_labels", "lam", "label_smoothing")
 
@@ -149,42 +149,30 @@ class MixedTarget(Mapping[str, Any]):
                 shares is neither 1 nor N, or, on the CPU, a share is outside [0, 1].
             IndexError: on the CPU, a label is not in [0, num_classes).
         """
-        num_classes = integer("MixedTarget.to_dense", "num_classes", num_classes)
-        smoothing = number("MixedTarget.to_dense", "label_smoothing", self.label_smoothing)
+        name = "MixedTarget.to_dense"
+        num_classes = integer(name, "num_classes", num_classes)
+        smoothing = probability(name, "label_smoothing", self.label_smoothing)
         lam = self.lam
         if not isinstance(lam, Tensor):
-            lam = number("MixedTarget.to_dense", "lam", lam)
+            lam = number(name, "lam", lam)
         if num_classes < 1:
-            raise ValueError(
-                f"MixedTarget.to_dense: num_classes must be at least 1, got {num_classes}"
-            )
-        if not 0.0 <= smoothing <= 1.0:
-            raise ValueError(
-                f"MixedTarget.to_dense: label_smoothing must be in [0, 1], got {smoothing}"
-            )
+            refuse(name, "num_classes", "at least 1", num_classes, ValueError)
         labels, partners = self.labels.long(), self.partner_labels.long()
         samples = labels.shape[0] if labels.dim() else 1
         shares = lam.numel() if isinstance(lam, Tensor) else 1
         if shares not in (1, samples):
-            raise ValueError(
-                f"MixedTarget.to_dense: lam must be one number, or one for each of the {samples} "
-                f"samples, got {shares}"
-            )
+            must = f"one number, or one for each of the {samples} samples"
+            refuse(name, "lam", must, shares, ValueError)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             for each in (labels, partners):
                 wrong = each[(each < 0) | (each >= num_classes)]
                 if wrong.numel():
-                    raise IndexError(
-                        f"MixedTarget.to_dense: labels must be in [0, {num_classes}), "
-                        f"got {int(wrong[0])}"
-                    )
-            got: object
+                    must = f"in [0, {num_classes})"
+                    refuse(name, "labels", must, int(wrong[0]), IndexError)
             if isinstance(lam, Tensor):
-                within, got = bool(((lam >= 0) & (lam <= 1)).all()), lam.tolist()
+                check_shares(name, lam)
             else:
-                within, got = 0.0 <= lam <= 1.0, lam
-            if not within:
-                raise ValueError(f"MixedTarget.to_dense: lam must be in [0, 1], got {got}")
+                probability(name, "lam", lam)
         # In float64, so that a probability is rounded once.
         options: Any = {"dtype": torch.float64, "device": labels.device}
         lam = lam.to(**options) if isinstance(lam, Tensor) else lam

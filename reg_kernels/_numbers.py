@@ -1,15 +1,25 @@
-"""Numbers that an argument may be, and those that vary in a program that is being compiled."""
+"""Numbers that an argument may be, what a refused call says, and numbers that vary in a program
+that is being compiled."""
 
 from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ._dtypes import named
+
+
+def refuse(
+    op: str, argument: str, must: str, got: Any, kind: type[Exception] = RuntimeError
+) -> NoReturn:
+    """Raises what every refused call says: op, argument, what it must be, what it is."""
+    if torch.compiler.is_compiling():  # which cannot put a number that varies into words
+        raise kind(f"{op}: {argument} must be {must}")
+    raise kind(f"{op}: {argument} must be {must}, got {got}")
 
 
 def number(op: str, argument: str, value: Any, expected: str = "a number") -> float:
@@ -36,6 +46,21 @@ def integer(op: str, argument: str, value: Any) -> int:
         return operator.index(value)
     except (TypeError, RuntimeError):
         raise TypeError(f"{op}: {argument} must be an integer, got {_shown(value)}") from None
+
+
+def probability(op: str, argument: str, value: Any, kind: type[Exception] = ValueError) -> float:
+    """`value` as a float; raises unless it is a probability or a share. NaN is none."""
+    if type(value) is not float:
+        value = number(op, argument, value)
+    if not 0.0 <= value <= 1.0:
+        refuse(op, argument, "in [0, 1]", value, kind)
+    return value
+
+
+def check_shares(op: str, lam: Tensor) -> None:
+    """Raises unless all are in [0, 1]; looks at the values, so waits for a GPU."""
+    if not bool(((lam >= 0) & (lam <= 1)).all()):
+        refuse(op, "lam", "in [0, 1]", lam.tolist(), ValueError)
 
 
 # A float is a constant of a compiled program, and each new value a recompile; when a second value

@@ -42,13 +42,14 @@ def draw_state(device: torch.device, host: Tensor | None = None) -> Tensor:
     captured it is drawn on the device, so that each replay draws anew. What comes on the host is
     written to `host`, if one is given.
     """
-    if device != _CPU and device.type == "cuda" and _generator_is_at_hand():
+    if device == _CPU:
+        if host is not None:
+            return host.random_()
+        if torch._C._len_torch_dispatch_stack() == 0:  # nobody records the call
+            return torch.empty_like(_template()).random_()  # torch.empty takes a fifth longer
+    elif device.type == "cuda" and _generator_is_at_hand():
         state = _advance_cuda_generator(device)
         return state if host is None else host.copy_(state)
-    if host is not None and device == _CPU:
-        return host.random_()
-    if device == _CPU and torch._C._len_torch_dispatch_stack() == 0:  # nobody records the call
-        return torch.empty_like(_template()).random_()  # torch.empty takes a fifth longer
     return torch.empty(2, dtype=torch.int64, device=device).random_()
 
 

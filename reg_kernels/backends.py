@@ -157,14 +157,17 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
 
     Raises:
         BackendUnavailable: the forced implementation cannot run here.
+        RuntimeError: none can, for the dtype is not one of the kernels'.
         ValueError: there is no implementation of that name.
     """
     if name is not None:
         check_name(name, "backend")
     elif _forced is not None:
         name = check_name(_forced, _ENVIRONMENT)
+    elif (name := _automatic(device_type, dtype)) is not None:
+        return name
     else:
-        return _automatic(device_type, dtype)
+        raise RuntimeError(f"{op}: dtype must be one of {SUPPORTED}, got {named(dtype)}")
     if (reason := why_not(name, device_type, dtype)) is not None:
         others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
         remedy = (
@@ -177,10 +180,10 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str, dtype: torch.dtype) -> str:
+def _automatic(device_type: str, dtype: torch.dtype) -> str | None:
     return _first_that_runs(device_type, dtype)
 
 
 @functools.cache
-def _first_that_runs(device_type: str, dtype: torch.dtype) -> str:
-    return next(n for n in NAMES if why_not(n, device_type, dtype) is None)
+def _first_that_runs(device_type: str, dtype: torch.dtype) -> str | None:
+    return next((n for n in NAMES if why_not(n, device_type, dtype) is None), None)

@@ -66,6 +66,13 @@ def test_unknown_names():
     assert "ValueError: REG_KERNELS_BACKEND must be one of native" in result.stderr
 
 
+def test_a_dtype_that_none_can_run():
+    must = r"^dropout: dtype must be one of float64, float32, float16, bfloat16, got int32$"
+    for device in ("cpu", "cuda", "xpu"):
+        with pytest.raises(RuntimeError, match=must):
+            backends.choose("dropout", device, torch.int32)
+
+
 def test_the_environment_forces_one():
     result = python(
         "import torch, reg_kernels.functional as F\n"

@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from .. import backends
 from .._dtypes import named
 from .._mixed_target import MixedTarget
-from .._numbers import integer, number
+from .._numbers import integer, number, probability
 from ..ops._checks import check_tensor
 from ..ops._modes import is_fake
 from ..ops.mixup import blend
@@ -111,9 +111,9 @@ class Mixup:
     ) -> None:
         mixup_alpha = number("Mixup", "mixup_alpha", mixup_alpha)
         cutmix_alpha = number("Mixup", "cutmix_alpha", cutmix_alpha)
-        prob = number("Mixup", "prob", prob)
-        switch_prob = number("Mixup", "switch_prob", switch_prob)
-        label_smoothing = number("Mixup", "label_smoothing", label_smoothing)
+        prob = probability("Mixup", "prob", prob)
+        switch_prob = probability("Mixup", "switch_prob", switch_prob)
+        label_smoothing = probability("Mixup", "label_smoothing", label_smoothing)
         if cutmix_minmax is not None:
             cutmix_minmax = _checked_minmax(cutmix_minmax)
             cutmix_alpha = 1.0
@@ -124,13 +124,6 @@ class Mixup:
             raise ValueError(
                 "Mixup: mixup_alpha or cutmix_alpha must be positive, or cutmix_minmax given"
             )
-        for name, value in (
-            ("prob", prob),
-            ("switch_prob", switch_prob),
-            ("label_smoothing", label_smoothing),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Mixup: {name} must be in [0, 1], got {value}")
         if mode not in MODES:
             raise ValueError(f"Mixup: mode must be one of {', '.join(MODES)}, got {mode!r}")
         if num_classes is not None:

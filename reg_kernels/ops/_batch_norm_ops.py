@@ -7,11 +7,10 @@ so, one bit an element. Shapes: input [N, C, ...] of M values a channel, channel
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._activation import PIECEWISE_LINEAR, has_gate, needs_preactivation
@@ -21,7 +20,7 @@ from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import check_backward, check_inference, check_training, values_a_channel
 from ._modes import below_autograd
 from ._registry import register, register_by_numbers
-from ._route import count_changes, wants_gradient, without_functorch
+from ._route import Route
 
 # Schemas, fakes. What a form of the op takes behind its values has one name from here to the
 # kernel, with the names of its schema.
@@ -43,7 +42,7 @@ class Training(NamedTuple):
     slope: float
     p: float
     rng_state: Tensor | None
-    keep_gate: bool = False
+    keep_gate: bool
 
 
 _TRAINING = (
@@ -86,6 +85,7 @@ class Backward(NamedTuple):
     wants_input: bool
     wants_parameters: bool
     wants_residual: bool
+    numbers: Tensor | None = None  # of the op by numbers
 
 
 _BACKWARD_ARGUMENTS = (
@@ -136,129 +136,117 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # Gradient
 
 
-def _called(overload: Any, arguments: tuple[Any, ...], numbers: Tensor | None) -> Any:
-    """The result of an overload, or of one by numbers."""
-    with below_autograd():
-        return overload(*arguments) if numbers is None else overload(*arguments, numbers)
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Either forward, of which `how` tells, a training one with `keep_gate`; its backward is
-    `batch_norm_backward` in the same implementation."""
-
+class _Training(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        overload: Any,
-        how: Any,  # Training or Inference
-        numbers: Tensor | None,
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        training = isinstance(how, Training)
-        outputs = _called(overload, (input, weight, bias, residual, *how), numbers)
-        if training:
-            count_changes(*how.tracked)
-            output, *statistics, gate = outputs
-            ctx.mark_non_differentiable(*statistics, gate)
-            gate = gate if gate.numel() else None
-            p, rng_state = how.p, how.rng_state
-        else:
-            # By value: a later training step may move the running ones before the backward.
-            mean = how.running_mean.to(torch.float64, copy=True)
-            eps = how.eps if numbers is None else numbers[0]
-            statistics = [mean, (how.running_var.double() + eps).rsqrt()]
-            output, gate, p, rng_state = outputs, None, 0.0, None
-        needed = needs_preactivation(how.activation, gate is not None, p)
-        ctx.save_for_backward(
-            *(input, weight, bias, residual if needed else None, *statistics, gate, rng_state),
-            numbers,
-        )
-        ctx.call = (overload, training, how.activation, how.slope, p)
-        ctx.strides = output.stride()
+    def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Any:
+        route, overload, rest = call
+        # A gate is of use to a gradient alone, so it is kept here, whatever the call says.
+        tracked, momentum, eps, activation, slope, p, rng_state, _, *numbers = rest
+        rest = (tracked, momentum, eps, activation, slope, p, rng_state, True, *numbers)
+        with below_autograd():
+            outputs = overload(*values, *rest)
+        route.count_changes(values, rest)
+        output, mean, invstd, gate = outputs
+        ctx.mark_non_differentiable(mean, invstd, gate)
+        gate = gate if gate.numel() else None
+        tensors = (mean, invstd, gate, rng_state, *numbers)
+        _keep(ctx, call, values, output, tensors, (True, activation, slope, p))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        nothing = (None, None, None)
         if grad_output is None:
-            return (None, None, None, None, *nothing)
-        input, weight, bias, residual, mean, invstd, gate, rng_state, numbers = ctx.saved_tensors
-        overload, training, activation, slope, p = ctx.call
-        wants_input, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
-        op = _BACKWARD if numbers is None else _BACKWARD_BY_NUMBERS
-        a = Backward(
-            with_strides(grad_output, ctx.strides),  # the kernels walk all tensors in one order
-            # What hooks bring back of the saved tensors may lie in another order.
-            with_strides(input, ctx.strides),
-            weight,
-            bias,
-            None if residual is None else with_strides(residual, ctx.strides),
-            *(mean, invstd, gate, rng_state, training, activation, slope, p),
-            wants_input,
-            wants_weight or wants_bias,
-            wants_residual,
+            return None, None, None, None, None
+        input, weight, bias, residual, *tensors = ctx.saved_tensors
+        tensors, numbers = tensors[:4], tensors[4:]
+        overload, backward, strides, how = ctx.call
+        _, wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+        results = backward.run_like(
+            overload,
+            (
+                with_strides(grad_output, strides),  # the kernels walk all in one order
+                # What hooks bring back of the saved tensors may lie in another order.
+                with_strides(input, strides),
+                weight,
+                bias,
+                None if residual is None else with_strides(residual, strides),
+            ),
+            (
+                *(*tensors, *how, wants_input, wants_weight or wants_bias, wants_residual),
+                *[x[-2:] for x in numbers],  # slope and p, of either forward
+            ),
         )
-        slope_and_p = None if numbers is None else numbers[-2:]  # of either forward
-        results = _backward(op.like(overload), a, slope_and_p)
         wanted = (wants_input, wants_weight, wants_bias, wants_residual)
-        return *(r if w else None for r, w in zip(results, wanted, strict=True)), *nothing
+        return None, *(r if w else None for r, w in zip(results, wanted, strict=True))
 
 
-apply = without_functorch(_BatchNorm)
+class _Inference(_Training):
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Tensor:
+        _, overload, rest = call
+        with below_autograd():
+            output = overload(*values, *rest)
+        running_mean, running_var, eps, activation, slope, *numbers = rest
+        # By value: a later training step may move the running ones before the backward.
+        mean = running_mean.to(torch.float64, copy=True)
+        invstd = (running_var.double() + (numbers[0][0] if numbers else eps)).rsqrt()
+        tensors = (mean, invstd, None, None, *numbers)
+        _keep(ctx, call, values, output, tensors, (False, activation, slope, 0.0))
+        return output
 
 
-def forward(
-    kind: Callable[..., Training | Inference],
-    overload: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *rest: Any,
-    numbers: Tensor | None = None,
-) -> Any:
-    """Either forward, `rest` being what its `kind` holds, above its implementation."""
-    values, how = (input, weight, bias, residual), kind(*rest)
-    if wants_gradient(*values):
-        if isinstance(how, Training):
-            how = how._replace(keep_gate=True)
-        return _BatchNorm.apply(*values, overload, how, numbers)
-    return run(overload, values, how, numbers)
-
-
-def run(
-    overload: Any,
+def _keep(
+    ctx: Any,
+    call: tuple[Any, ...],
     values: tuple[Tensor | None, ...],
-    how: Training | Inference,
-    numbers: Tensor | None,
-) -> Any:
-    """Either forward without a gradient."""
-    outputs = _called(overload, (*values, *how), numbers)
-    if isinstance(how, Training):
-        count_changes(*how.tracked)
-    return outputs
+    output: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    how: tuple[Any, ...],
+) -> None:
+    """What a backward is given: tensors, and what it takes behind them."""
+    ctx.set_materialize_grads(False)
+    route, overload, _ = call
+    input, weight, bias, residual = values
+    _, activation, _, p = how
+    if not needs_preactivation(activation, tensors[2] is not None, p):
+        residual = None
+    ctx.save_for_backward(input, weight, bias, residual, *tensors)
+    ctx.call = (overload, route.backward, output.stride(), how)
 
 
-def _above_backward(overload: Any, *arguments: Any, numbers: Tensor | None = None) -> Any:
-    """The backward above its implementation."""
-    return _backward(overload, Backward(*arguments), numbers)
+# The formulas, by operations that torch.func and forward mode can transform, unfused.
 
 
-def _backward(overload: Any, a: Backward, numbers: Tensor | None) -> Any:
-    if wants_gradient(a.grad_output, a.input, a.weight, a.bias, a.residual):
-        return _backward_by_torch(overload, a, numbers)
-    return _called(overload, a, numbers)
+def _training_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor]:
+    input, weight, bias, residual, *rest = arguments
+    how = Training(*rest)
+    running = how.tracked[:2] if len(how.tracked) > 1 else (None, None)
+    counter = how.tracked[-1] if len(how.tracked) % 2 else None
+    momentum = how.momentum
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
+    y = F.batch_norm(input, running[0], running[1], weight, bias, True, momentum, how.eps)
+    if counter is not None:
+        counter.add_(1)
+    y = reference.activate(y if residual is None else y + residual, how.activation, how.slope)
+    if how.rng_state is not None:
+        y = y * reference_dropout(torch.ones_like(y), how.p, how.rng_state)
+    return (y,)
 
 
-def _backward_by_torch(overload: Any, a: Any, numbers: Tensor | None) -> tuple[Tensor, ...]:
+def _inference_by_torch(overload: Any, *arguments: Any) -> Tensor:
+    input, weight, bias, residual, *rest = arguments
+    how = Inference(*rest)
+    y = F.batch_norm(input, how.running_mean, how.running_var, weight, bias, False, 0.0, how.eps)
+    return reference.activate(y if residual is None else y + residual, how.activation, how.slope)
+
+
+def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients as torch's own derivative of the formula, which it can derive again."""
-    if numbers is not None:
-        slope, p = numbers.tolist()
-        a = a._replace(slope=slope, p=p)
+    a: Any = Backward(*arguments)
+    if a.numbers is not None:
+        slope, p = a.numbers.tolist()
+        a = a._replace(slope=slope, p=p, numbers=None)
         overload = _BACKWARD.like(overload)
     input = a.input
     compute = torch.promote_types(input.dtype, torch.float32)
@@ -287,7 +275,7 @@ def _backward_by_torch(overload: Any, a: Any, numbers: Tensor | None) -> tuple[T
             wants_residual=True,
         )
         with torch.no_grad():
-            d = overload(*of_ones)[3]
+            d = overload(*of_ones[:-1])[3]
         y = z * d.to(compute)
     else:
         y = reference.activate(z, a.activation, a.slope)
@@ -308,18 +296,33 @@ def _backward_by_torch(overload: Any, a: Any, numbers: Tensor | None) -> tuple[T
     return tuple(results)
 
 
-_FORWARD_RETURNS = "(Tensor output, Tensor mean, Tensor invstd, Tensor gate)"
-_BACKWARD_RETURNS = (
-    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
+_BACKWARD = register(
+    "batch_norm_backward",
+    f"({_BACKWARD_ARGUMENTS}) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    fake=_fake_backward,
+    reference=reference.batch_norm_backward,
+    triton="batch_norm:batch_norm_backward",
+    route=Route(5, by_torch=_backward_by_torch),
+    check=check_backward,
 )
+_BACKWARD_BY_NUMBERS = register_by_numbers(_BACKWARD, "slope", "p")
 TRAINING = register(
     "batch_norm",
-    f"({_TRAINING}) -> {_FORWARD_RETURNS}",
+    f"({_TRAINING}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor gate)",
     fake=_fake,
     reference=reference.batch_norm,
     triton="batch_norm:batch_norm",
-    autograd=functools.partial(forward, Training),
+    route=Route(
+        *(4, _Training),
+        by_torch=_training_by_torch,
+        backward=_BACKWARD,
+        moves=lambda values, rest: rest[0],
+    ),
     check=check_training,
+)
+TRAINING_BY_NUMBERS = register_by_numbers(
+    TRAINING, "momentum", "eps", "slope", "p", backward=_BACKWARD_BY_NUMBERS
 )
 INFERENCE = register(
     "batch_norm_inference",
@@ -327,28 +330,7 @@ INFERENCE = register(
     fake=_fake_inference,
     reference=reference.batch_norm_inference,
     triton="batch_norm:batch_norm_inference",
-    autograd=functools.partial(forward, Inference),
+    route=Route(4, _Inference, by_torch=_inference_by_torch, backward=_BACKWARD),
     check=check_inference,
 )
-_BACKWARD = register(
-    "batch_norm_backward",
-    f"({_BACKWARD_ARGUMENTS}) -> {_BACKWARD_RETURNS}",
-    fake=_fake_backward,
-    reference=reference.batch_norm_backward,
-    triton="batch_norm:batch_norm_backward",
-    autograd=_above_backward,
-    check=check_backward,
-)
-TRAINING_BY_NUMBERS = register_by_numbers(
-    TRAINING,
-    f"({_TRAINING}, Tensor numbers) -> {_FORWARD_RETURNS}",
-    *("momentum", "eps", "slope", "p"),
-)
-INFERENCE_BY_NUMBERS = register_by_numbers(
-    INFERENCE, f"({_INFERENCE}, Tensor numbers) -> Tensor", "eps", "slope"
-)
-_BACKWARD_BY_NUMBERS = register_by_numbers(
-    _BACKWARD,
-    f"({_BACKWARD_ARGUMENTS}, Tensor numbers) -> {_BACKWARD_RETURNS}",
-    *("slope", "p"),
-)
+INFERENCE_BY_NUMBERS = register_by_numbers(INFERENCE, "eps", "slope", backward=_BACKWARD_BY_NUMBERS)

@@ -18,18 +18,11 @@ from torch.overrides import handle_torch_function
 
 from .._dtypes import DTYPES, SUPPORTED, named
 from .._layout import has_samples_outermost, is_channels_last
-from .._numbers import number
+from .._numbers import check_shares as check_shares
+from .._numbers import probability as probability
+from .._numbers import refuse as refuse
 
 _DTYPES = frozenset(DTYPES)
-
-
-def refuse(
-    op: str, argument: str, must: str, got: Any, kind: type[Exception] = RuntimeError
-) -> NoReturn:
-    """Raises what every refused call says: op, argument, what it must be, what it is."""
-    if torch.compiler.is_compiling():  # which cannot put a number that varies into words
-        raise kind(f"{op}: {argument} must be {must}")
-    raise kind(f"{op}: {argument} must be {must}, got {got}")
 
 
 def hand_over(
@@ -103,21 +96,6 @@ def check_flag(op: str, argument: str, x: Any) -> None:
 def check_reduction(op: str, reduction: Any) -> None:
     if reduction not in ("none", "mean", "sum"):
         refuse(op, "reduction", "'none', 'mean' or 'sum'", repr(reduction), ValueError)
-
-
-def probability(op: str, argument: str, value: Any, kind: type[Exception] = ValueError) -> float:
-    """`value` as a float; raises unless it is a probability or a share. NaN is none."""
-    if type(value) is not float:
-        value = number(op, argument, value)
-    if not 0.0 <= value <= 1.0:
-        refuse(op, argument, "in [0, 1]", value, kind)
-    return value
-
-
-def check_shares(op: str, lam: Tensor) -> None:
-    """Raises unless all are in [0, 1]; looks at the values, so waits for a GPU."""
-    if not bool(((lam >= 0) & (lam <= 1)).all()):
-        refuse(op, "lam", "in [0, 1]", lam.tolist(), ValueError)
 
 
 def checked_shares(op: str, lam: Tensor, input: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .._layout import with_strides
 from ._loss_checks import NONE, CheckedLoss, check_values
 from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
 from ._registry import Op, define_part, implementation_of, register
-from ._route import wants_gradient, without_functorch
+from ._route import Route, formula
 
 # What every loss op is told of its target, after the target's type; `lam` is for a pair of labels,
 # and where it is None `one_lam` counts for every sample. A compiled program passes a smoothing that
@@ -35,20 +35,19 @@ _rescale = define_part("rescale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 
 class _Loss(torch.autograd.Function):
-    """A loss op; `args` are the op's arguments after the input, one object to autograd."""
+    """A loss op's call."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, backward: Op, overload: Any, args: tuple[Any, ...]) -> Any:
+    def forward(ctx: Any, call: tuple[Any, ...], input: Tensor) -> Any:
+        route, overload, (*rest, keeps_gradient) = call
         with below_autograd():
-            loss, stats, gradient = overload(input, *args)
+            loss, stats, gradient = overload(input, *rest, keeps_gradient)
         ctx.mark_non_differentiable(stats, gradient)
         ctx.set_materialize_grads(False)
-        *rest, keeps_gradient = args
         tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(input, stats, *tensors)
-        ctx.args = [None if isinstance(x, Tensor) else x for x in rest]
-        ctx.backward = backward.like(overload)
-        ctx.strides = input.stride()
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
+        ctx.call = (overload, route.backward, input.stride())
         # An output of the op, but of no use to its caller: a backward writes over it.
         # Not among what is saved: it is multiplied in place, which a second backward must not see.
         ctx.gradient = gradient if keeps_gradient else None
@@ -56,33 +55,29 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        nothing = (None, None, None)
         if grad_loss is None:
-            return None, *nothing
+            return None, None
         input, stats, *tensors = ctx.saved_tensors
+        overload, backward, strides = ctx.call
         if ctx.gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
             gradient = ctx.gradient
             with below_autograd():
-                _multiply(gradient, grad_loss, implementation_of(ctx.backward))
+                _multiply(gradient, grad_loss, implementation_of(overload))
             ctx.gradient = None  # given away
-            return gradient, *nothing
+            return None, gradient
         # What hooks bring back of the saved tensors may lie in another order than the kernels walk.
-        input = with_strides(input, ctx.strides)
+        input = with_strides(input, strides)
         tensors = [
-            with_strides(t, ctx.strides) if t is not None and t.shape == input.shape else t
+            with_strides(t, strides) if t is not None and t.shape == input.shape else t
             for t in tensors
         ]
-        args = [x if t is None else t for x, t in zip(ctx.args, tensors, strict=True)]
-        grad_loss = grad_loss.contiguous()
-        return ctx.backward(grad_loss, input, stats, *args), *nothing
+        rest = [x if t is None else t for x, t in zip(ctx.rest, tensors, strict=True)]
+        return None, backward.run_like(overload, (grad_loss.contiguous(), input), (stats, *rest))
 
 
 def _is_one_number(factor: Tensor) -> bool:
     """A real one: neither a factor for each position nor a batch of them, nor what is traced."""
     return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
-
-
-_apply = without_functorch(_Loss)
 
 
 def _multiply(x: Tensor, factor: Tensor, implementation: str) -> None:
@@ -105,8 +100,8 @@ def register_loss(
     reference: Callable[..., Any],
     by_torch: Callable[..., Any],
     check: Callable[..., None],
-) -> tuple[Op, Op]:
-    """A loss op and its backward.
+) -> Op:
+    """A loss op, and its backward.
 
     Args:
         name: the op's name.
@@ -128,18 +123,6 @@ def register_loss(
             torch.empty_like(input) if keep_gradient else input.new_empty(0),
         )
 
-    def above(overload: Any, input: Tensor, *args: Any) -> Any:
-        if wants_gradient(input):
-            return _Loss.apply(input, backward, overload, args)
-        with below_autograd():
-            return overload(input, *args)
-
-    def above_backward(overload: Any, grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
-        if wants_gradient(grad_output, input):
-            return by_torch(grad_output, input, *args)
-        with below_autograd():
-            return overload(grad_output, input, *args)
-
     def launching(function: str, place: int, of_nothing: Callable[..., Any]) -> Callable[..., Any]:
         """Triton's `function`, not where its argument in this place, the logits, is empty."""
 
@@ -158,71 +141,63 @@ def register_loss(
     def backward_by_torch(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
         return with_strides(by_torch(grad_output, input, *args), input.stride())
 
-    forward = register(
-        name,
-        f"(Tensor input, {arguments}, bool keep_gradient) -> (Tensor, Tensor, Tensor)",
-        fake=fake,
-        reference=forward_by_torch,
-        triton=launching(name, 0, forward_by_torch),
-        autograd=above,
-        check=functools.partial(check, of_backward=False),
-    )
     backward = register(
         f"{name}_backward",
         f"(Tensor grad_output, Tensor input, Tensor stats, {arguments}) -> Tensor",
         fake=lambda grad_output, input, *args: torch.empty_like(input),
         reference=backward_by_torch,
         triton=launching(f"{name}_backward", 1, backward_by_torch),
-        autograd=above_backward,
+        route=Route(2, by_torch=formula(by_torch)),
         check=functools.partial(check, of_backward=True),
     )
+    forward = register(
+        name,
+        f"(Tensor input, {arguments}, bool keep_gradient) -> (Tensor, Tensor, Tensor)",
+        fake=fake,
+        reference=forward_by_torch,
+        triton=launching(name, 0, forward_by_torch),
+        route=Route(1, _Loss, by_torch=formula(reference), backward=backward),
+        check=functools.partial(check, of_backward=False),
+    )
     place = forward.argument_names.index("reduction") - 1
-    return forward, backward
+    return forward
 
 
 def run(
-    ops: tuple[Op, Op],
+    op: Op,
     name: str,
     call: CheckedLoss,
     first: tuple[Any, ...],
     last: tuple[Any, ...],
     backend: str | None,
-    reference: Callable[..., Any],
 ) -> Tensor:
     """The loss of a checked call, in its result's type; `first` and `last` are the arguments that
     the op has before and after TARGET."""
-    forward, backward = ops
-    input, options = call.input, call.options
-    args = (*first, *call.arguments, *last)
-    looks = call.looks
-    overload = forward.overload(input.device, input.dtype, backend, looks)
-    on_cpu = shows_values(input, looks)
+    input, options, looks = call.input, call.options, call.looks
+    rest = (*first, *call.arguments, *last)
+    overload = op.overload(input.device, input.dtype, backend, looks)
+    on_cpu = looks is not FUNC and shows_values(input, looks)
     # Neither weights nor probabilities have a gradient by the kernels.
     weight, labels = options.weight, call.target.labels
-    wants_more = weight is not None and weight.requires_grad
     if (
-        wants_more
+        (weight is not None and weight.requires_grad)
         or (labels is not None and labels.requires_grad)
-        or (looks is not COMPILE and (input.numel() == 0 or looks is FUNC))
+        or (looks is not COMPILE and input.numel() == 0)
     ):
-        if on_cpu and looks is not FUNC:
+        if on_cpu:
             check_values(name, call)
-        loss = reference(input, *args, False)[0]
-    elif looks is not None:
-        loss = overload(input, *args, False)[0]
+        looks = FUNC  # the formula is for them as well
+    if looks is not None:
+        loss = op.route.call(looks, overload, (input,), (*rest, False))[0]
     else:
-        wanted = input.requires_grad and torch.is_grad_enabled()
         # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;
         # nor where each position has a factor of its own.
-        keeps = wanted and options.reduction != NONE and input.dtype != torch.float16
+        keeps = input.requires_grad and torch.is_grad_enabled()
+        keeps = keeps and options.reduction != NONE and input.dtype != torch.float16
         if on_cpu and implementation_of(overload) != "native":
             check_values(name, call)
         try:
-            if wanted:
-                loss = _apply(input, backward, overload, (*args, keeps))[0]
-            else:
-                with below_autograd():
-                    loss = overload(input, *args, False)[0]
+            loss = op.route.call(None, overload, (input,), (*rest, keeps))[0]
         except RuntimeError:
             if on_cpu:  # the kernel refused, before it wrote anything: say why
                 check_values(name, call)

@@ -87,14 +87,12 @@ def checked_call(
     check_reduction(name, reduction)
     if type(ignore_index) is not int:
         ignore_index = integer(name, "ignore_index", ignore_index)
-    if type(label_smoothing) is not float:
-        label_smoothing = number(name, "label_smoothing", label_smoothing)
     mixed = isinstance(target, MixedTarget)
     if mixed:
-        of_target = number(name, "label_smoothing", target.label_smoothing)
-        label_smoothing = _one_smoothing(name, of_target, label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        refuse(name, "label_smoothing", "in [0, 1]", label_smoothing, RuntimeError)
+        both = (target.label_smoothing, label_smoothing)
+        label_smoothing = _one_smoothing(name, *(number(name, "label_smoothing", x) for x in both))
+    if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0:
+        label_smoothing = probability(name, "label_smoothing", label_smoothing, RuntimeError)
     batched = input.dim() > 1
     if not batched:
         input = input.unsqueeze(0)

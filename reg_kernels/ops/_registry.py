@@ -9,6 +9,7 @@ implementation it runs, and nothing is chosen behind the dispatcher's back.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -31,9 +32,11 @@ class Op:
     """A registered op."""
 
     name: str
+    schema: str = field(repr=False)
     overloads: dict[str, Any] = field(repr=False)  # implementation name -> torch.ops overload
     fake: Callable[..., Any] = field(repr=False, compare=False)
-    autograd: Callable[..., Any] = field(repr=False, compare=False)
+    # A Route, or what is called as one is: above(overload, *arguments).
+    route: Any = field(repr=False, compare=False)
     # Raises RuntimeError where a kernel must not be given these arguments.
     check: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     _chosen: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
@@ -64,6 +67,10 @@ class Op:
         """This op's overload of the implementation that another op's overload is."""
         return self.overloads[_IMPLEMENTATIONS[overload]]
 
+    def run_like(self, overload: Any, inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
+        """This op by its route, in the implementation that another op's overload is."""
+        return self.route.call(None, self.like(overload), inputs, rest)
+
 
 def register(
     name: str,
@@ -72,7 +79,7 @@ def register(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     triton: str | Callable[..., Any],
-    autograd: Callable[..., Any],
+    route: Callable[..., Any],
     native: Callable[..., Any] | None = None,
     check: Callable[[str, Any], None] | None = None,
 ) -> Op:
@@ -85,8 +92,8 @@ def register(
         reference: the implementation in plain PyTorch.
         triton: "module:function" below reg_kernels.triton, imported at the first call; or what
             calls one.
-        autograd: called as autograd(overload, *args) above the implementation, to record a
-            gradient where one is wanted.
+        route: called as route(overload, *args) above the implementation: a Route, or another one
+            that records a gradient where one is wanted.
         native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
             it, which `define_part` declares.
         check: called as check(name, arguments), the schema's by their names, before what is not
@@ -108,7 +115,7 @@ def register(
             kernels[implementation] = functools.partial(
                 _checked, by_position, kernels[implementation]
             )
-    OPS[name] = _define(name, schema, kernels, fake, autograd, by_position)
+    OPS[name] = _define(name, schema, kernels, fake, route, by_position)
     return OPS[name]
 
 
@@ -130,7 +137,7 @@ def _define(
     schema: str,
     kernels: dict[str, Callable[..., Any] | None],
     fake: Callable[..., Any],
-    autograd: Callable[..., Any],
+    route: Callable[..., Any],
     check: Callable[..., None] | None = None,
 ) -> Op:
     """An op of these implementations, by their names."""
@@ -149,21 +156,25 @@ def _define(
         overload = getattr(packet, suffix.removeprefix(".") or "default")
         overloads[implementation] = overload
         _IMPLEMENTATIONS[overload] = implementation
-        _library.impl(qualified, _bind(autograd, overload), "Autograd")
-    return Op(name, overloads, fake, autograd, check)
+        _library.impl(qualified, _bind(route, overload), "Autograd")
+    return Op(name, schema, overloads, fake, route, check)
 
 
-def _bind(function: Callable[..., Any], overload: Any) -> Callable[..., Any]:
-    return lambda *args: function(overload, *args)
+def _bind(route: Callable[..., Any], overload: Any) -> Callable[..., Any]:
+    """The route of all arguments: the dispatcher leaves defaults at their end away."""
+    schema = overload._schema.arguments
+    defaults = [x.default_value for x in schema if x.has_default_value()]
+    first = len(schema) - len(defaults)
+    return lambda *args: route(overload, *args, *defaults[len(args) - first :])
 
 
-def register_by_numbers(op: Op, schema: str, *numbers: str) -> Op:
+def register_by_numbers(op: Op, *numbers: str, backward: Op | None = None) -> Op:
     """The op once more as `<name>_by_numbers`, for compiled programs, of which a float would be a
     constant, and each new value a recompile.
 
     Its schema has one more argument at the end, `numbers`: a tensor of the values of the arguments
     that are named here, in their order, and perhaps more behind them. The floats themselves count
-    no longer, but by being None or 0. The op's `autograd` is given it by its name.
+    no longer, but by being None or 0. `backward`: the op of its gradient, if it is none itself.
     """
     names = op.argument_names
     places = [names.index(number) for number in numbers]
@@ -179,12 +190,14 @@ def register_by_numbers(op: Op, schema: str, *numbers: str) -> Op:
 
         return run
 
+    route = copy.copy(op.route)
+    route.backward = backward
     twin = _define(
         f"{op.name}_by_numbers",
-        schema,
+        op.schema.replace(") -> ", ", Tensor numbers) -> "),
         {implementation: kernel_of(overload) for implementation, overload in op.overloads.items()},
         lambda *args: op.fake(*args[:-1]),
-        lambda overload, *args: op.autograd(overload, *args[:-1], numbers=args[-1]),
+        route,
     )
     return replace(twin, name=op.name)  # by which the choice of an implementation goes
 

@@ -1,9 +1,10 @@
 """What every op does between its public function and its kernel, once.
 
-`Linear` registers an op that is linear in its input, fresh and in place, from one declaration, and
-has its gradient. `draw` runs those of them whose multipliers are random, the random elementwise
-family: dropout and what is like it. The rest is for any op: what its result looks like, the order
-its kernels walk, that autograd hears of what was written.
+A `Route` takes an op's calls to the kernel, by who looks at them, and its gradient with them.
+`Linear` is the one of an op that is linear in its input, registered fresh and in place from one
+declaration. `draw` runs those of them whose multipliers are random, the random elementwise family:
+dropout and what is like it. The rest is for any op: the state that it draws by, the order that its
+kernels walk.
 """
 
 from __future__ import annotations
@@ -22,33 +23,98 @@ from .._layout import (
     as_torch_returns,
     dense_like,
     has_samples_outermost,
+    is_channels_last,
     is_dense,
     keeps_channels_last,
     with_strides,
 )
-from .._numbers import integer
+from .._numbers import integer, traced_numbers
 from ._checks import check_dtype, check_in_place, refuse
-from ._modes import COMPILE, TRACE, below_autograd, unrecorded, watcher
+from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
+class Route:
+    """The way of an op's calls to a kernel, by who looks at them.
+
+    What torch.compile or torch.jit.trace records is the op, for which the dispatcher then runs the
+    route itself; torch.func is given the formula in torch's own operations. Any other call goes
+    below autograd at once or, where a gradient is wanted, by the op's autograd Function.
+    """
+
+    def __init__(
+        self,
+        inputs: int = 0,
+        graph: type[torch.autograd.Function] | None = None,
+        *,
+        by_torch: Any = None,  # a function
+        backward: Any = None,
+        moves: Any = None,  # likewise
+        lists: bool = False,
+    ) -> None:
+        """
+        Args:
+            inputs: how many arguments, the op's first ones, have a gradient.
+            graph: records the gradient, by graph.apply((route, overload, the other arguments),
+                *those that have one). Without it, as of an op that is a gradient itself, the
+                formula is recorded.
+            by_torch: the formula, called as by_torch(overload, *arguments).
+            backward: what `graph` makes a gradient by, an Op or a Linear.
+            moves: called as moves(inputs, rest): what the op writes beside its results.
+            lists: whether the first argument is a list of tensors.
+        """
+        self.by_torch = by_torch
+        self.backward = backward
+        self._inputs = inputs
+        self._moves = moves
+        self._lists = lists
+        self._apply: Any = None
+        if graph is not None:
+            self._apply = graph.apply
+            # `apply` without the two microseconds that it spends on preparing for torch.func.
+            self._apply_eagerly = super(torch.autograd.Function, graph).apply  # type: ignore[misc]
+
+    def __call__(self, overload: Any, *arguments: Any) -> Any:
+        """The op as autograd sees it."""
+        inputs, rest = arguments[: self._inputs], arguments[self._inputs :]
+        return self.call(None, overload, inputs, rest, self._apply)
+
+    def call(
+        self,
+        looks: str | None,
+        overload: Any,
+        inputs: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        apply: Any = None,
+    ) -> Any:
+        """The op as a public function calls it, with all of its arguments."""
+        if looks is not None:
+            if looks is FUNC:
+                return self.by_torch(overload, *inputs, *rest)
+            return overload(*inputs, *rest)
+        tensors = (*inputs[0], *inputs[1:]) if self._lists else inputs
         for x in tensors:
             if x is not None and x.requires_grad:
-                return True
-    return False
+                if not torch.is_grad_enabled():
+                    break
+                if self._apply is None:
+                    return self.by_torch(overload, *inputs, *rest)
+                return (apply or self._apply_eagerly)((self, overload, rest), *tensors)
+        with below_autograd():
+            outputs = overload(*inputs, *rest)
+        if self._moves is not None:
+            self.count_changes(inputs, rest)
+        return outputs
+
+    def count_changes(self, inputs: Sequence[Any], rest: tuple[Any, ...]) -> None:
+        """Tells autograd of what the op has written."""
+        moved = [x for x in self._moves(inputs, rest) if not x.is_inference()]
+        torch.autograd.graph.increment_version(moved)
 
 
-def count_changes(*tensors: Tensor) -> None:
-    """Tells autograd that these were written."""
-    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
-
-
-def without_functorch(function: type[torch.autograd.Function]) -> Any:
-    """`apply` without the two microseconds that it spends on preparing for torch.func, for where
-    that is known to be away."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+def formula(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Route's `by_torch` that is the same of each implementation."""
+    return lambda overload, *arguments: function(*arguments)
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -59,13 +125,24 @@ def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> A
         return question(*arguments)
 
 
-def in_order(x: Tensor, looks: str | None) -> Tensor:
-    """x, (N, C, ...), as kernels take it: contiguous, or dense with the channels last."""
+def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor:
+    """x, (N, C, ...), as kernels take it, contiguous or dense with the channels last: itself where
+    it is. In the order of `like`, which is so already, if it is given."""
     if looks is TRACE:  # what is traced for one order has to bring any other into it
-        return _layout.ordered(x, asked(TRACE, keeps_channels_last, x)).resolve_neg()
-    if not x.is_contiguous():
+        channels_last = asked(TRACE, keeps_channels_last, x if like is None else like)
+        return _layout.ordered(x, channels_last).resolve_neg()
+    if like is not None:
+        return with_strides(x, like.stride())
+    if not (x.is_contiguous() or is_channels_last(x)):
         x = _layout.ordered(x, keeps_channels_last(x))
     return x.resolve_neg()
+
+
+def drawn_state(p: float, device: torch.device, looks: str | None) -> Tensor:
+    """The state that a call draws by, which is given none."""
+    if p == 1.0:  # nothing to draw
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
 
 # Ops that are linear in their input
@@ -80,7 +157,7 @@ def _getter(
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
-class Linear:
+class Linear(Route):
     """An op that is linear in its input, registered with its in-place twin `<name>_`.
 
     The schema of the fresh form is (Tensor input, {addends}, {arguments}, {result}) -> Tensor, and
@@ -108,6 +185,7 @@ class Linear:
         like: Callable[[Tensor], tuple[Any, ...]] = lambda input: (),
         fake: Callable[..., Tensor] = lambda input, *arguments: dense_like(input),
         adjoint: Callable[..., Tensor] | None = None,
+        by_torch: Callable[..., Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -124,25 +202,24 @@ class Linear:
             fake: what the fresh form's result looks like.
             adjoint: (overload, grad_output, input's like, output's strides, *arguments) -> the
                 gradient by the input. By default the op is its own: each element by itself.
+            by_torch: as a Route has it, by default the product with multipliers that the op makes.
         """
+        by_torch = self._product if by_torch is None else by_torch
+        super().__init__(1 + len(addends), _Linear, by_torch=by_torch, backward=self)
         tensors = "".join(f", Tensor? {name}" for name in addends)
         last = f", {result}" if result else ""
         self._adjoint = self._by_itself if adjoint is None else adjoint
         self._like = like
         self.reads_dropped = reads_dropped
-        self._addends = len(addends)
         self.fresh = register(
             name,
             f"(Tensor input{tensors}, {arguments}{last}) -> Tensor",
             fake=fake,
             reference=reference,
             triton=f"{triton}:{name}",
-            autograd=self.run,
+            route=self,
             check=functools.partial(check, in_place=False),
         )
-        schema = self.fresh.overloads["native"]._schema.arguments[1 + self._addends :]
-        self._count = len(schema)
-        self._defaults = [x.default_value for x in schema if x.has_default_value()]
         if not addends:
 
             def by_reference(input: Tensor, *arguments: Any) -> None:
@@ -154,11 +231,11 @@ class Linear:
                 fake=lambda input, *arguments: None,
                 reference=by_reference,
                 triton=f"{triton}:{name}_",
-                autograd=self.write_over,
+                route=Route(1, _Linear, backward=self, moves=lambda inputs, rest: inputs),
                 check=functools.partial(check, in_place=True),
             )
         # Those that both forms have.
-        names = (self.in_place or self.fresh).argument_names[1 + self._addends :]
+        names = (self.in_place or self.fresh).argument_names[self._inputs :]
         # What a gradient keeps of the arguments: tensors, and all that is left. One more getter
         # brings both, one behind the other, back into the arguments' order.
         others = [name for name in names if name not in keeps]
@@ -166,71 +243,55 @@ class Linear:
         self._others_of = _getter(names, others)
         self._in_order = _getter((*keeps, *others), names)
 
-    def run(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
-        """The fresh form by an overload of it, with its gradient where one is wanted."""
-        addends, arguments = rest[: self._addends], rest[self._addends :]
-        if wants_gradient(input, *addends):
-            return _Linear.apply((self, overload, None, self._all(arguments)), input, *addends)
-        with below_autograd():
-            return overload(input, *rest)
-
-    def run_eagerly(
-        self,
-        overload: Any,
-        input: Tensor,
-        arguments: tuple[Any, ...],
-        addends: tuple[Tensor | None, ...] = (),
-    ) -> Tensor:
-        """The same of all arguments where nobody but autograd looks at the call."""
-        if addends:
-            wanted = wants_gradient(input, *addends)
-        else:
-            wanted = input.requires_grad and torch.is_grad_enabled()
-        if wanted:
-            return _apply_linear((self, overload, None, arguments), input, *addends)
-        with below_autograd():
-            return overload(input, *addends, *arguments)
-
-    def write_over(self, in_place: Any, input: Tensor, *arguments: Any) -> None:
-        """The same of the in-place form."""
-        if input.requires_grad and torch.is_grad_enabled():
-            fresh = self.fresh.like(in_place)
-            _Linear.apply((self, fresh, in_place, self._all(arguments)), input)
-            return
-        with below_autograd():
-            in_place(input, *arguments)
-        count_changes(input)
-
-    def _all(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments with the defaults at their end, which the dispatcher leaves away."""
-        missing = self._count - len(arguments) if self._defaults else 0
-        return (*arguments, *self._defaults[-missing:]) if missing else arguments
+    def write_over(self, overload: Any, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        """The input, written over where nobody but autograd looks at the call; the overload is of
+        the fresh form."""
+        # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
+        self.in_place.route.call(None, self.in_place.like(overload), (input,), arguments)
+        return input
 
     def _by_itself(
         self, overload: Any, grad_output: Tensor, like: Any, strides: Any, *arguments: Any
     ) -> Tensor:
         # What was drawn follows storage order, so the gradient has to come in the output's.
         grad_output = with_strides(grad_output, strides)
-        return self.run(overload, grad_output, *[None] * self._addends, *arguments)
+        return self(overload, grad_output, *[None] * (self._inputs - 1), *arguments)
+
+    def _product(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
+        """The result as a product that torch itself can transform: grad, jvp, vmap.
+
+        Only the multipliers come from the op, in the type that it computes in; under vmap,
+        `randomness` decides whether the samples share them, by what it makes of the draw of
+        rng_state.
+        """
+        addends, arguments = rest[: self._inputs - 1], rest[self._inputs - 1 :]
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        # The input's own strides, where they are dense, since the mask follows storage order.
+        ones = torch.ones(input.shape, dtype=dtype, device=input.device)
+        if is_dense(input):
+            ones = with_strides(ones, input.stride())
+        multipliers = overload(ones, *[None] * len(addends), *arguments)
+        output = input.to(dtype) * multipliers
+        if not self.reads_dropped:
+            output = torch.where(multipliers == 0, 0, output)
+        for addend in addends:
+            if addend is not None:
+                output = output + addend.to(dtype)
+        return output.to(input.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """A Linear's call.
-
-    `call` is one object to autograd: (the Linear, the overload of its fresh form, that of its
-    in-place form or None, the arguments behind the tensors that have a gradient).
-    """
+    """A Linear's call, fresh or in place."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *addends: Tensor | None) -> Tensor:
-        op, overload, in_place, arguments = call
+        route, overload, arguments = call
         with below_autograd():
-            if in_place is None:
-                output = overload(input, *addends, *arguments)
-            else:
-                ctx.mark_dirty(input)
-                in_place(input, *arguments)
-                output = input
+            output = overload(input, *addends, *arguments)
+        op = route.backward
+        if route is not op:
+            ctx.mark_dirty(input)
+            overload, output = op.fresh.like(overload), input
         ctx.save_for_backward(*op._kept_of(arguments))
         ctx.call = (overload, op, op._others_of(arguments), op._like(input), output.stride())
         return output
@@ -244,9 +305,6 @@ class _Linear(torch.autograd.Function):
             arguments = op._in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
         return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
-
-
-_apply_linear = without_functorch(_Linear)
 
 
 # The random elementwise family
@@ -285,11 +343,8 @@ def draw(
     looks = watcher()
     if not (input.numel() if looks is None else asked(looks, input.numel)):
         return input
-    if p == 1.0:  # nothing is drawn
-        if op.reads_dropped:
-            return input.mul_(0) if inplace else input * 0
-        if state is None:
-            state = torch.zeros(2, dtype=torch.int64, device="cpu")
+    if p == 1.0 and op.reads_dropped:  # nothing is drawn
+        return input.mul_(0) if inplace else input * 0
     name, device, dtype = op.fresh.name, input.device, input.dtype
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
@@ -300,25 +355,21 @@ def draw(
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
         state = _rng.checked_state(state, device, name)
-    if looks is not None:
-        if state is None:
-            state = _rng.draw_traced_state(device)
-        return _watched(
-            *(op, looks, overload, input, (p, *options, state, element_offset), addends, inplace)
-        )
-    if inplace:
+    if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
     if state is None:
-        state = _rng.draw_state(device)
-    arguments = (p, *options, state, element_offset, None)
-    if not (input.is_contiguous() or is_dense(input)) or (inplace and input.is_neg()):
-        output = op.run(overload, input, *addends, *arguments)
-        return input.copy_(output) if inplace else as_torch_returns(output, input)
+        state = drawn_state(p, device, looks)
+    traced_p = None
+    if looks is COMPILE:
+        p, traced_p = 0.0, traced_numbers(device, p)
+    arguments = (p, *options, state, element_offset, traced_p)
+    dense = looks is None and (input.is_contiguous() or is_dense(input))
+    if inplace and dense and not input.is_neg():
+        return op.write_over(overload, input, arguments)
+    output = op.call(looks, overload, (input, *addends), arguments)
     if inplace:
-        # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        op.write_over(op.in_place.like(overload), input, *arguments)
-        return input
-    return op.run_eagerly(overload, input, arguments, addends)
+        return input.copy_(output)
+    return output if dense or looks is TRACE else as_torch_returns(output, input)
 
 
 def draw_samples(
@@ -339,54 +390,3 @@ def draw_samples(
     addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)
     y = draw(op, x, *how, False, options, addends)
     return y if fits or looks is TRACE else as_torch_returns(y, input)
-
-
-def _watched(
-    op: Linear,
-    looks: str,
-    overload: Any,
-    input: Tensor,
-    arguments: tuple[Any, ...],
-    addends: tuple[Tensor | None, ...],
-    inplace: bool,
-) -> Tensor:
-    """The call as operations that whoever looks at it can record or transform."""
-    if looks is COMPILE:
-        p, *drawn = arguments
-        # Times a tensor, a float that varies can stay one input of the program: see DRAWN.
-        traced_p = torch.ones((), dtype=torch.float64, device=input.device) * p
-        output = overload(input, *addends, 0.0, *drawn, traced_p)
-    elif looks is TRACE:
-        output = overload(input, *addends, *arguments)
-    else:
-        output = _by_torch(op, overload, input, arguments, addends)
-    if inplace:
-        return input.copy_(output)
-    return output if looks is TRACE else as_torch_returns(output, input)
-
-
-def _by_torch(
-    op: Linear,
-    overload: Any,
-    input: Tensor,
-    arguments: tuple[Any, ...],
-    addends: tuple[Tensor | None, ...],
-) -> Tensor:
-    """The same result by a product that torch itself can transform: grad, jvp, vmap.
-
-    Only the multipliers come from the op, in the type that it computes in; under vmap, `randomness`
-    decides whether the samples share them, by what it makes of the draw of rng_state.
-    """
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    # The input's own strides, where they are dense, since the mask follows storage order.
-    ones = torch.ones(input.shape, dtype=dtype, device=input.device)
-    if is_dense(input):
-        ones = with_strides(ones, input.stride())
-    multipliers = overload(ones, *[None] * len(addends), *arguments)
-    output = input.to(dtype) * multipliers
-    if not op.reads_dropped:
-        output = torch.where(multipliers == 0, 0, output)
-    for addend in addends:
-        if addend is not None:
-            output = output + addend.to(dtype)
-    return output.to(input.dtype)

@@ -13,15 +13,13 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _rng
 from .._activation import NONE
-from .._layout import keeps_channels_last, ordered, with_strides
 from .._numbers import number, traced_numbers, varies
 from ..reference import batch_norm as reference
-from ..reference.dropout import dropout as reference_dropout
 from . import _batch_norm_ops as ops
 from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
-from ._modes import FUNC, TRACE, watcher
-from ._route import asked, wants_gradient
+from ._modes import FUNC, watcher
+from ._route import asked, drawn_state, in_order
 
 _CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
 
@@ -43,44 +41,15 @@ def _empty_batch(call: BatchNormCall) -> Tensor:
     return reference.activate(output, call.activation, call.slope)
 
 
-def _by_torch(call: BatchNormCall) -> Tensor:
-    """The same by operations that torch.func and forward mode can transform, unfused."""
-    momentum, counter = call.momentum, call.num_batches_tracked
-    if momentum is None:
-        momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
-    y = torch.nn.functional.batch_norm(
-        *(call.input, call.running_mean, call.running_var, call.weight, call.bias),
-        *(call.training, momentum, call.eps),
-    )
-    if call.training and counter is not None:
-        counter.add_(1)
-    if call.residual is not None:
-        y = y + call.residual
-    y = reference.activate(y, call.activation, call.slope)
-    if call.p > 0.0:
-        assert call.rng_state is not None
-        y = y * reference_dropout(torch.ones_like(y), call.p, call.rng_state)
-    return y
-
-
-def _rng_state(call: BatchNormCall, looks: str | None) -> Tensor | None:
-    """The state that a call which drops something draws by."""
-    device = call.input.device
-    if call.rng_state is not None:
-        return call.rng_state
-    if call.p == 1.0:  # nothing to draw
-        return torch.zeros(2, dtype=torch.int64, device=device)
-    return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
-
-
 def _run(call: BatchNormCall) -> Tensor:
     looks = watcher()
     asked(looks, check_call, call)
     input, training, device = call.input, call.training, call.input.device
-    if call.rng_state is not None:
-        call = call._replace(rng_state=_rng.checked_state(call.rng_state, device, call.name))
-    drops = training and call.p != 0.0
-    by_numbers = varies(call.momentum, call.eps, call.slope, call.p if drops else 0.0)
+    rng_state = call.rng_state
+    if rng_state is not None:
+        rng_state = _rng.checked_state(rng_state, device, call.name)
+    p = call.p if training else 0.0
+    by_numbers = varies(call.momentum, call.eps, call.slope, p)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
     else:
@@ -88,25 +57,16 @@ def _run(call: BatchNormCall) -> Tensor:
     overload = op.overload(device, input.dtype, call.backend, looks)
     if asked(looks, input.numel) == 0:
         return _empty_batch(call)
-    p, rng_state = 0.0, None
-    if drops:
-        p, rng_state = call.p, _rng_state(call, looks)
-    if looks is FUNC:
-        return _by_torch(call._replace(p=p, rng_state=rng_state))
-
-    residual = call.residual
-    if looks is TRACE:  # in this order, whatever the order is of what a later run brings
-        channels_last = asked(looks, keeps_channels_last, input)
-        input = ordered(input, channels_last)
-        residual = None if residual is None else ordered(residual, channels_last)
-    else:
-        if not input.is_contiguous():
-            input = ordered(input, keeps_channels_last(input))
-        if residual is not None:
-            residual = with_strides(residual, input.stride())
-    weight, bias = call.weight, call.bias
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    if p == 0.0:
+        rng_state = None
+    elif rng_state is None:
+        rng_state = drawn_state(p, device, looks)
+    residual, weight, bias = call.residual, call.weight, call.bias
+    if looks is not FUNC:
+        input = in_order(input, looks)
+        residual = None if residual is None else in_order(residual, looks, input)
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
     values = (input, weight, bias, residual)
     momentum, eps, slope, numbers = call.momentum, call.eps, call.slope, None
     if by_numbers:
@@ -119,21 +79,17 @@ def _run(call: BatchNormCall) -> Tensor:
     moved = (call.running_mean, call.running_var, call.num_batches_tracked)
     given = [v for v in moved if v is not None]
     tracked = [v.contiguous() for v in given]
-    # A program that looks decides about the gradient, and with it the gate, when it runs.
-    wanted = looks is None and wants_gradient(*values)
-    how: ops.Training | ops.Inference
+    how: tuple[Any, ...]  # in the order of ops.Training, or of ops.Inference
     if training:
         if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
             tracked[-1] = tracked[-1].to(torch.int64)
-        how = ops.Training(tracked, momentum, eps, call.activation, slope, p, rng_state, wanted)
+        # Whether a gate is kept is up to the route.
+        how = (tracked, momentum, eps, call.activation, slope, p, rng_state, False)
     else:
-        how = ops.Inference(tracked[0], tracked[1], eps, call.activation, slope)
-    if looks is not None:
-        output = overload(*values, *how, *(() if numbers is None else (numbers,)))
-    elif wanted:
-        output = ops.apply(*values, overload, how, numbers)
-    else:
-        output = ops.run(overload, values, how, numbers)
+        how = (*tracked[:2], eps, call.activation, slope)
+    if numbers is not None:
+        how = (*how, numbers)
+    output = op.route.call(looks, overload, values, how)
     if not training:
         return output
     for own, written in zip(given, tracked, strict=True):

@@ -34,7 +34,7 @@ def _check(op: str, a: Any, of_backward: bool) -> None:
     entry.check_memory(teacher, "teacher")
 
 
-_OPS = register_loss(
+_OP = register_loss(
     "distillation",
     # As traced_smoothing, but temperature and alpha.
     f"Tensor teacher, Tensor? {TARGET}, float temperature, float alpha, Tensor? traced_softness",
@@ -132,4 +132,4 @@ def distillation_loss(
     last: tuple[Any, ...] = (temperature, alpha, None)
     if varies(temperature) or varies(alpha):
         last = (1.0, 0.0, traced_numbers(call.input.device, temperature, alpha))
-    return run(_OPS, name, call, (teacher,), last, backend, reference.distillation)
+    return run(_OP, name, call, (teacher,), last, backend)

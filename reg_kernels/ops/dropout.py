@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from .._layout import as_torch_returns, is_channels_last, is_dense, ordered
+from .._layout import as_torch_returns, is_channels_last, is_dense
 from ..reference import dropout as reference
 from ._checks import Entry, check_in_place, check_tensor, hand_over, probability
 from ._modes import TRACE, watcher
-from ._route import DRAWN, Draw, Linear, asked, draw
+from ._route import DRAWN, Draw, Linear, draw, in_order
 
 
 def _check(op: str, a: Any, in_place: bool) -> None:
@@ -125,17 +125,15 @@ def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tens
         return input
     if input.dim() < 2 and how.p < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
-    if watcher() is TRACE and input.dim() >= 2:
-        # Whatever the order is of what a later run brings.
-        output = ordered(input, asked(TRACE, is_channels_last, input))
-        output = draw(_FEATURE_DROPOUT, output, *how)
-        return input.copy_(output) if inplace else output
-    if input.dim() < 2 or input.is_contiguous() or is_channels_last(input):
+    looks = watcher()
+    if looks is not TRACE and (input.is_contiguous() or is_channels_last(input)):
         return draw(_FEATURE_DROPOUT, input, *how, inplace)
     if inplace:
         check_in_place(name, input)
-    output = draw(_FEATURE_DROPOUT, input.contiguous(), *how)
-    return input.copy_(output) if inplace else as_torch_returns(output, input)
+    output = draw(_FEATURE_DROPOUT, in_order(input, looks), *how)
+    if inplace:
+        return input.copy_(output)
+    return output if looks is TRACE else as_torch_returns(output, input)
 
 
 def dropout1d(

@@ -33,9 +33,9 @@ from ._checks import (
     probability,
     refuse,
 )
-from ._modes import COMPILE, FUNC, TRACE, below_autograd, is_fake, shows_values, watcher
+from ._modes import COMPILE, FUNC, is_fake, shows_values, watcher
 from ._registry import register
-from ._route import Linear, in_order, wants_gradient
+from ._route import Linear, Route, formula, in_order
 
 # Entries
 
@@ -127,14 +127,7 @@ def _adjoint(
     """The share of each sample."""
     weights = (lam, one_lam, *_receivers(index), boxes, scale)
     grad_output = in_order(grad_output, watcher())
-    return _above_backward(_BACKWARD.like(overload), grad_output, *weights, *like)
-
-
-def _above_backward(overload: Any, grad_output: Tensor, *rest: Any) -> Tensor:
-    if wants_gradient(grad_output):
-        return reference.mixup_backward(grad_output, *rest)  # can be differentiated again
-    with below_autograd():
-        return overload(grad_output, *rest)
+    return _BACKWARD.run_like(overload, (grad_output,), (*weights, *like))
 
 
 def _fake(input: Tensor, *rest: Any) -> Tensor:
@@ -156,6 +149,7 @@ _MIXUP = Linear(
     check=_check,
     keeps=("lam", "index", "boxes", "scale"),
     adjoint=_adjoint,
+    by_torch=formula(reference.mixup),
 )
 _BACKWARD = register(
     "mixup_backward",
@@ -164,7 +158,7 @@ _BACKWARD = register(
     fake=_fake,
     reference=reference.mixup_backward,
     triton="mixup:mixup_backward",
-    autograd=_above_backward,
+    route=Route(1, by_torch=formula(reference.mixup_backward)),
     check=_check_backward,
 )
 
@@ -366,26 +360,12 @@ def blend(
         check_in_place(name, input)
     if looks is COMPILE and lam is None:
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
-    choice = (input.device, dtype, backend, looks)
+    overload = _MIXUP.fresh.overload(input.device, dtype, backend, looks)
     weights = (lam, one_lam, index, boxes, scale, shift)
-    overload = _MIXUP.fresh.overload(*choice)
-    if looks is FUNC:
-        output = reference.mixup(input, *weights, dtype, channels_last)
-        return input.copy_(output) if inplace else output
-    x = in_order(input, looks)
-    if inplace and x is input and looks is not COMPILE:
-        in_place = _MIXUP.in_place.like(overload)
-        # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
-        if looks is TRACE:
-            in_place(input, *weights)
-        else:
-            _MIXUP.write_over(in_place, input, *weights)
-        return input
-    arguments = (*weights, dtype, channels_last)
-    if looks is None:
-        output = _MIXUP.run_eagerly(overload, x, arguments)
-    else:
-        output = overload(x, *arguments)
+    x = input if looks is FUNC else in_order(input, looks)
+    if inplace and x is input and looks is None:
+        return _MIXUP.write_over(overload, input, weights)
+    output = _MIXUP.call(looks, overload, (x,), (*weights, dtype, channels_last))
     return input.copy_(output) if inplace else output
 
 

@@ -21,6 +21,7 @@ from ..reference import optimizer_step as reference
 from ._checks import Entry, described, has_layout_of
 from ._modes import below_autograd
 from ._registry import register
+from ._route import Route
 from ._table import TablePart
 
 # Numbered as in csrc/include/reg_kernels/optimizer_step_math.h.
@@ -216,12 +217,10 @@ def _fake(*arguments: Any) -> None:
     return None
 
 
-def _above(overload: Any, algorithm: int, params: list[Tensor], *rest: Any) -> None:
-    """A step records no gradient; what saved a parameter must know that it has changed."""
-    with below_autograd():
-        overload(algorithm, params, *rest)
-    if algorithm != _AVERAGE:
-        torch.autograd.graph.increment_version(params)
+def _moved(inputs: Any, rest: tuple[Any, ...]) -> list[Tensor]:
+    """What a graph may have saved: it must know that it has changed."""
+    algorithm, params, *_ = rest
+    return [] if algorithm == _AVERAGE else params
 
 
 OP = register(
@@ -231,7 +230,7 @@ OP = register(
     "Tensor(f!)[] emas, Tensor(g!)[] compensations, int[] groups, int[] element_offsets, "
     f"{_SETTINGS}) -> ()",
     fake=_fake,
-    autograd=_above,
+    route=Route(moves=_moved),
     **{backend: _of_lists(backend) for backend in backends.NAMES},
 )
 

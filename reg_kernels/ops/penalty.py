@@ -13,9 +13,9 @@ from .._dtypes import DTYPES, named
 from .._tensor_table import TensorTable, dtype_number
 from ..reference import penalty as reference
 from ._checks import Entry, check_dtype, check_tensor, refuse
-from ._modes import FUNC, below_autograd, is_batched, watcher
+from ._modes import below_autograd, is_batched, watcher
 from ._registry import register
-from ._route import wants_gradient
+from ._route import Route, formula
 from ._table import TablePart, tables
 
 # The sum of the table's first row into number `slot` of `sums`; of |x| for power 1, x^2 for 2.
@@ -101,35 +101,20 @@ class _Penalty(torch.autograd.Function):
     """The sum over all tensors."""
 
     @staticmethod
-    def forward(ctx: Any, overload: Any, power: int, *tensors: Tensor) -> Tensor:
-        with below_autograd():
-            output = overload(list(tensors), power)
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        route, overload, rest = call
         ctx.save_for_backward(*tensors)
-        ctx.call = (_BACKWARD.like(overload), power)
-        return output
+        ctx.call = (overload, route.backward, *rest)
+        with below_autograd():
+            return overload(list(tensors), *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        overload, power = ctx.call
-        tensors = ctx.saved_tensors
-        # By operations that can be differentiated again, and have a rule for batches.
-        if torch.is_grad_enabled() or is_batched(grad_output):
-            return None, None, *reference.penalty_backward(list(tensors), grad_output, power)
-        return None, None, *overload(list(tensors), grad_output, power)
-
-
-def _above(overload: Any, tensors: list[Tensor], power: int) -> Tensor:
-    if wants_gradient(*tensors):
-        return _Penalty.apply(overload, power, *tensors)
-    with below_autograd():
-        return overload(tensors, power)
-
-
-def _above_backward(overload: Any, tensors: list[Tensor], grad: Tensor, power: int) -> list[Tensor]:
-    if wants_gradient(*tensors, grad):
-        return reference.penalty_backward(tensors, grad, power)
-    with below_autograd():
-        return overload(tensors, grad, power)
+        overload, backward, power = ctx.call
+        inputs = (list(ctx.saved_tensors), grad_output)
+        if is_batched(grad_output):  # for which a list has no rule
+            return None, *reference.penalty_backward(*inputs, power)
+        return None, *backward.run_like(overload, inputs, (power,))
 
 
 def _fake(tensors: list[Tensor], power: int) -> Tensor:
@@ -140,19 +125,24 @@ def _fake_backward(tensors: list[Tensor], grad_output: Tensor, power: int) -> li
     return [torch.empty_like(x) for x in tensors]
 
 
-_PENALTY = register(
-    "penalty",
-    "(Tensor[] tensors, int power) -> Tensor",
-    fake=_fake,
-    autograd=_above,
-    **{backend: _forward(backend) for backend in backends.NAMES},
-)
 _BACKWARD = register(
     "penalty_backward",
     "(Tensor[] tensors, Tensor grad_output, int power) -> Tensor[]",
     fake=_fake_backward,
-    autograd=_above_backward,
+    route=Route(2, by_torch=formula(reference.penalty_backward), lists=True),
     **{backend: _backward(backend) for backend in backends.NAMES},
+)
+_PENALTY = register(
+    "penalty",
+    "(Tensor[] tensors, int power) -> Tensor",
+    fake=_fake,
+    route=Route(
+        *(1, _Penalty),
+        by_torch=formula(reference.penalty),
+        backward=_BACKWARD,
+        lists=True,
+    ),
+    **{backend: _forward(backend) for backend in backends.NAMES},
 )
 
 
@@ -169,12 +159,10 @@ def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
             refuse(name, "params", "dense tensors", f"{named(x.layout)} at {i}")
         if x.dtype not in DTYPES:
             check_dtype(name, "params", x.dtype, where=f" at {i}")
-    if watcher() is FUNC:
-        return reference.penalty(tensors, power)
     # One implementation for all: where they lie on several devices, one that runs on each.
     names = {backends.choose(name, x.device.type, x.dtype, backend) for x in tensors}
     chosen = names.pop() if len(names) == 1 else "reference"
-    return _PENALTY.overloads[chosen](tensors, power)
+    return _PENALTY.route.call(watcher(), _PENALTY.overloads[chosen], (tensors,), (power,))
 
 
 def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from .. import backends
 from .._dtypes import DTYPES
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
 from ._algorithm import OPTIONS, STATE, Algorithm, option
+from ._checks import check_nonnegative, check_size
 from ._member import Counters
 from ._plan import StepPlan
 
@@ -72,12 +73,6 @@ DOCUMENTATION = r"""
     Source: I. Loshchilov, F. Hutter, "Decoupled weight decay regularization", ICLR 2019; for l1 N.
     Parikh, S. Boyd, "Proximal algorithms", 2014, section 6.5.2.
     """
-
-
-def check_nonnegative(name: str, option: str, value: Any) -> None:
-    """Raises unless value >= 0; NaN is not."""
-    if not value >= 0:
-        raise ValueError(f"{name}: {option} must be at least 0, got {value}")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -447,11 +442,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}: {moment} of {where} must be a floating-point tensor, "
                     f"got {str(kind).removeprefix('torch.')}"
                 )
-            if value.shape != p.shape:
-                raise ValueError(
-                    f"{name}: {moment} of {where} must have shape {tuple(p.shape)}, "
-                    f"got {tuple(value.shape)}"
-                )
+            check_size(name, f"{moment} of {where}", p, value)
         # amsgrad can be turned on between steps, and begins then; what is saved with it has it.
         self._algorithm.check_complete(
             where, state, *(set(self._algorithm.moments(group)) & {"max_exp_avg_sq"})

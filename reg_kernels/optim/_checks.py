@@ -17,6 +17,20 @@ def is_memoryless(value: Tensor) -> bool:
     return value.data_ptr() == 0 and value.numel() > 0
 
 
+def check_nonnegative(name: str, option: str, value: Any) -> None:
+    """Raises unless value >= 0; NaN is not."""
+    if not value >= 0:
+        raise ValueError(f"{name}: {option} must be at least 0, got {value}")
+
+
+def check_size(name: str, what: str, param: Tensor, value: Tensor) -> None:
+    """Raises unless `what` there is of a parameter has its shape."""
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{name}: {what} must have shape {tuple(param.shape)}, got {tuple(value.shape)}"
+        )
+
+
 def check_gradient(name: str, where: str, param: Tensor, grad: Tensor) -> None:
     """Raises unless a step can take a gradient."""
     if grad.layout != torch.strided:
@@ -49,11 +63,7 @@ def check_param(algorithm: Algorithm, where: str, param: Tensor, state: dict[str
         value = state.get(key)
         if not isinstance(value, Tensor):
             continue
-        if value.shape != param.shape:
-            raise ValueError(
-                f"{name}: {key} of {where} must have shape {tuple(param.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
+        check_size(name, f"{key} of {where}", param, value)
         if is_memoryless(value) and not value._is_zerotensor():
             raise RuntimeError(f"{name}: {key} of {where} must have memory of its own, got none")
     algorithm.check_complete(where, state)

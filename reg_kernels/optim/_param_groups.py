@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._checks import check_nonnegative
+
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,  # BatchNorm, InstanceNorm, ours too
     nn.LayerNorm,
@@ -51,8 +53,8 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model must be a Module, got {type(model).__name__}")
     for name, value in (("weight_decay", weight_decay), ("l1", l1)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
+        if value is not None:
+            check_nonnegative("param_groups", name, value)
     say = report or (lambda line: None)
     groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "weight_decay": weight_decay} | ({} if l1 is None else {"l1": l1}),

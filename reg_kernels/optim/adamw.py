@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._algorithm import OWN_STATE, STATE, Algorithm, Group
-from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
+from ._base import DOCUMENTATION, FusedOptimizer
+from ._checks import check_nonnegative
 
 
 def _moments(group: Group) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._algorithm import Algorithm, Group
-from ._base import DOCUMENTATION, FusedOptimizer, check_nonnegative
+from ._base import DOCUMENTATION, FusedOptimizer
+from ._checks import check_nonnegative
 
 
 def _moments(group: Group) -> tuple[str, ...]:
