@@ -102,8 +102,7 @@ struct LabelTerms {
     return total;
   }
 
-  // d loss / d x_c of a class of softmax p and weight w, and of one that may be a label.
-  RK_HD C slope(C p, C w) const { return mass * p - smooth * w; }
+  // d loss / d x_c of a class of softmax p and weight w that may be a label.
   RK_HD C slope_of_label(int64_t c, C p, C w) const {
     const C own = (c == a ? ka : C(0)) + (c == b ? kb : C(0));
     return mass * p - (own + smooth * w);
