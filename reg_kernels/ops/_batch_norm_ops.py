@@ -157,10 +157,15 @@ class _Training(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad_output is None:
             return None, None, None, None, None
-        input, weight, bias, residual, *tensors = ctx.saved_tensors
-        tensors, numbers = tensors[:4], tensors[4:]
+        input, weight, bias, residual, mean, invstd, gate, rng_state, *numbers = ctx.saved_tensors
         overload, backward, strides, how = ctx.call
         _, wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+        rest = (
+            *(mean, invstd, gate, rng_state, *how),
+            *(wants_input, wants_weight or wants_bias, wants_residual),
+        )
+        if numbers:
+            rest = (*rest, numbers[0][-2:])  # slope and p, of either forward
         results = backward.run_like(
             overload,
             (
@@ -171,10 +176,7 @@ class _Training(torch.autograd.Function):
                 bias,
                 None if residual is None else with_strides(residual, strides),
             ),
-            (
-                *(*tensors, *how, wants_input, wants_weight or wants_bias, wants_residual),
-                *[x[-2:] for x in numbers],  # slope and p, of either forward
-            ),
+            rest,
         )
         wanted = (wants_input, wants_weight, wants_bias, wants_residual)
         return None, *(r if w else None for r, w in zip(results, wanted, strict=True))
