@@ -182,15 +182,15 @@ def store_stats(ptr, stats, m, M, teacher_ptr):
 
 @triton.jit
 def load_stats(ptr, m, M, teacher_ptr):
+    ptr += m
     inside = m < M
-    largest = tl.load(ptr + m, mask=inside, other=0.0)
-    total = tl.load(ptr + M + m, mask=inside, other=1.0)
+    largest = tl.load(ptr, mask=inside, other=0.0)
+    total = tl.load(ptr + M, mask=inside, other=1.0)
     stats = Stats(largest, total)
     if teacher_ptr is not None:
-        ptr = ptr + M + M
-        softened = tl.load(ptr + m, mask=inside, other=1.0)
-        largest_t = tl.load(ptr + M + m, mask=inside, other=0.0)
-        total_t = tl.load(ptr + M + M + m, mask=inside, other=1.0)
+        softened = tl.load(ptr + M + M, mask=inside, other=1.0)
+        largest_t = tl.load(ptr + M + M + M, mask=inside, other=0.0)
+        total_t = tl.load(ptr + M + M + M + M, mask=inside, other=1.0)
         stats = Stats(largest, total, softened, largest_t, total_t)
     return stats
 
