@@ -203,7 +203,9 @@ def loss_kernel(
     x_ptr,  # [N, C, L] in either layout
     teacher_ptr,  # as x lies, or None
     target,  # TargetPointers
-    sizes,
+    C,
+    M,
+    L,
     ignore_index: tl.int64,
     one_lam: tl.float64,
     hard: tl.float64,
@@ -223,7 +225,7 @@ def loss_kernel(
 ):
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
-    positions = positions_of(sizes, TILES)
+    positions = positions_of(C, M, L, TILES)
     m, M = positions.m, positions.sizes.M
     rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
     targets = Targets(target, ignore_index, one_lam, rule)
@@ -290,7 +292,9 @@ def loss_backward_kernel(
     x_ptr,  # this and what follows as above
     teacher_ptr,
     target,
-    sizes,
+    C,
+    M,
+    L,
     ignore_index: tl.int64,
     one_lam: tl.float64,
     hard: tl.float64,
@@ -307,7 +311,7 @@ def loss_backward_kernel(
     TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
-    positions = positions_of(sizes, TILES)
+    positions = positions_of(C, M, L, TILES)
     m, C, M = positions.m, positions.sizes.C, positions.sizes.M
     rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
     targets = Targets(target, ignore_index, one_lam, rule)
