@@ -139,12 +139,8 @@ class Teacher(NamedTuple):
     traced_softness: Tensor | None
 
 
-def _of_labels(call: TargetCall) -> bool:
-    return call.target is None or not call.target.is_floating_point()
-
-
 def _kind(call: TargetCall) -> Kind:
-    of_labels = _of_labels(call)
+    of_labels = call.target is None or not call.target.is_floating_point()
     return Kind(
         OF_LABELS=of_labels,
         PAIR=call.partner is not None,
@@ -153,16 +149,18 @@ def _kind(call: TargetCall) -> Kind:
     )
 
 
-def _registers(call: TargetCall, teacher: Teacher | None) -> int:
+def _registers(call: TargetCall, kind: Kind, teacher: Teacher | None) -> int:
     """How many an element of a tile takes: an exponential, and what its class counts for or two
     exponentials at T."""
-    weighs = call.weight is not None and call.smooths
-    return 4 if weighs or teacher is not None or not _of_labels(call) else 1
+    weighs = call.weight is not None and kind.SPREADS
+    return 4 if weighs or teacher is not None or not kind.OF_LABELS else 1
 
 
-def _arguments(x: Tensor, sizes: Sizes, call: TargetCall, teacher: Teacher | None) -> Any:
+def _arguments(
+    x: Tensor, sizes: Sizes, call: TargetCall, kind: Kind, teacher: Teacher | None
+) -> tuple[Any, ...]:
     """The kernels' from x_ptr to mean_of."""
-    mean, labels = call.reduction == MEAN, call.target if _of_labels(call) else None
+    mean, labels = call.reduction == MEAN, call.target if kind.OF_LABELS else None
     totals = weight_sum = None
     if labels is not None and mean:
         totals = _label_totals(labels, call.partner, call.weight, call.ignore_index, sizes.C)
@@ -181,7 +179,7 @@ def _arguments(x: Tensor, sizes: Sizes, call: TargetCall, teacher: Teacher | Non
         mean_of = sizes.M if mean else 1
         soft_share = alpha * temperature**2 / mean_of
         softness = 1.0 - alpha, soft_share, 1.0 / temperature, traced_softness, mean_of
-    return x, logits, target, sizes, call.ignore_index, call.one_lam, *rule, *softness
+    return x, logits, target, *sizes, call.ignore_index, call.one_lam, *rule, *softness
 
 
 def _label_totals(
@@ -204,7 +202,8 @@ def launch_forward(
     x: Tensor, call: TargetCall, keep_gradient: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, what Stats has of each position, the gradient or nothing)."""
-    plan = row_plan(x, _registers(call, teacher))
+    kind = _kind(call)
+    plan = row_plan(x, _registers(call, kind, teacher))
     positions, sums = (x.shape[0], *x.shape[2:]), call.reduction != NONE
     compute = torch.promote_types(x.dtype, torch.float32)
     if sums:
@@ -215,9 +214,9 @@ def launch_forward(
     stats = x.new_empty((2 if teacher is None else 5, *positions), dtype=compute)
     with device_of(x):
         loss_kernel[(plan.programs,)](
-            *_arguments(x, plan.sizes, call, teacher),
+            *_arguments(x, plan.sizes, call, kind, teacher),
             *(loss, stats, gradient if keep_gradient else None),
-            *(sums, plan.single, _kind(call), plan.tiles),
+            *(sums, plan.single, kind, plan.tiles),
             **plan.options,
         )
     return loss.sum().to(compute) if sums else loss, stats, gradient
@@ -231,12 +230,13 @@ def launch_backward(
     teacher: Teacher | None = None,
 ) -> Tensor:
     """The gradient by x."""
-    plan = row_plan(x, _registers(call, teacher), loops=True)
+    kind = _kind(call)
+    plan = row_plan(x, _registers(call, kind, teacher), loops=True)
     gradient = dense_like(x)
     with device_of(x):
         loss_backward_kernel[(plan.programs,)](
-            *(grad_output, *_arguments(x, plan.sizes, call, teacher), stats, gradient),
-            *(grad_output.dim() > 0, _kind(call), plan.tiles),
+            *(grad_output, *_arguments(x, plan.sizes, call, kind, teacher), stats, gradient),
+            *(grad_output.dim() > 0, kind, plan.tiles),
             **plan.options,
         )
     return gradient

@@ -182,15 +182,15 @@ def store_stats(ptr, stats, m, M, teacher_ptr):
 
 @triton.jit
 def load_stats(ptr, m, M, teacher_ptr):
+    ptr += m
     inside = m < M
-    largest = tl.load(ptr + m, mask=inside, other=0.0)
-    total = tl.load(ptr + M + m, mask=inside, other=1.0)
+    largest = tl.load(ptr, mask=inside, other=0.0)
+    total = tl.load(ptr + M, mask=inside, other=1.0)
     stats = Stats(largest, total)
     if teacher_ptr is not None:
-        ptr = ptr + M + M
-        softened = tl.load(ptr + m, mask=inside, other=1.0)
-        largest_t = tl.load(ptr + M + m, mask=inside, other=0.0)
-        total_t = tl.load(ptr + M + M + m, mask=inside, other=1.0)
+        softened = tl.load(ptr + M + M, mask=inside, other=1.0)
+        largest_t = tl.load(ptr + M + M + M, mask=inside, other=0.0)
+        total_t = tl.load(ptr + M + M + M + M, mask=inside, other=1.0)
         stats = Stats(largest, total, softened, largest_t, total_t)
     return stats
 
@@ -203,7 +203,9 @@ def loss_kernel(
     x_ptr,  # [N, C, L] in either layout
     teacher_ptr,  # as x lies, or None
     target,  # TargetPointers
-    sizes,
+    C,
+    M,
+    L,
     ignore_index: tl.int64,
     one_lam: tl.float64,
     hard: tl.float64,
@@ -223,7 +225,7 @@ def loss_kernel(
 ):
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
-    positions = positions_of(sizes, TILES)
+    positions = positions_of(C, M, L, TILES)
     m, M = positions.m, positions.sizes.M
     rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
     targets = Targets(target, ignore_index, one_lam, rule)
@@ -290,7 +292,9 @@ def loss_backward_kernel(
     x_ptr,  # this and what follows as above
     teacher_ptr,
     target,
-    sizes,
+    C,
+    M,
+    L,
     ignore_index: tl.int64,
     one_lam: tl.float64,
     hard: tl.float64,
@@ -307,7 +311,7 @@ def loss_backward_kernel(
     TILES: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
-    positions = positions_of(sizes, TILES)
+    positions = positions_of(C, M, L, TILES)
     m, C, M = positions.m, positions.sizes.C, positions.sizes.M
     rule = load_rule(hard, smooth, target.smoothing, positions.sizes.C, COMPUTE)
     targets = Targets(target, ignore_index, one_lam, rule)

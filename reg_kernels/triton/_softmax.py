@@ -183,8 +183,8 @@ def load_logits(ptr, at, inside, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def positions_of(sizes, TILES: tl.constexpr):
-    sizes = known_sizes(sizes.C, sizes.M, sizes.L, TILES)
+def positions_of(C, M, L, TILES: tl.constexpr):
+    sizes = known_sizes(C, M, L, TILES)
     m0 = position_of(tl.program_id(0), TILES)
     return Positions(m0, m0 + tl.arange(0, TILES.BLOCK_M), sizes)
 
