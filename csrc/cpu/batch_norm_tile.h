@@ -1,11 +1,13 @@
 // What BatchNorm does to a tile: up to kTile elements that lie side by side.
 //
 // Everything but the plain cases goes through the first-level cache, one stage after the other, so
-// that the stages need not be compiled in every combination.
+// that the stages need not be compiled in every combination. Elements of 16 bits are widened to
+// floats first and rounded last: the loops between are those of float.
 #pragma once
 
 #include "batch_norm.h"
 #include "lanes.h"
+#include "narrow.h"
 #include "random.h"
 #include "reg_kernels/batch_norm_math.h"
 #include "reg_kernels/dropout_math.h"
@@ -56,79 +58,74 @@ struct Prefetch {
   }
 };
 
-// A task with its types, and what is done to a tile of up to kTile elements in storage order.
-template <typename T>
-struct Typed {
-  using C = compute_t<T>;
+// Up to kTile elements in storage order, as loops compute with them.
+template <typename C>
+struct Tile {
+  int64_t first, count;
+  int64_t lead;  // how many elements on from these to prefetch the same tensors, 0 for not at all
+  // What is not there or not read is null.
+  const C *x = nullptr, *residual = nullptr, *grad_output = nullptr;
+};
 
-  const BatchNormTask& task;
-  const T *x, *residual, *grad_output;
-  T *y, *grad_input, *grad_residual;
+// The loops over a tile in a type that is computed in, with what they depend on.
+template <typename C>
+struct TileLoops {
   Activation activation;
   C slope;
-  bool drops;
+  bool drops, keeps_any;
   C scale;             // of dropout
   uint16_t last_kept;  // half-word < threshold, as <= in 16 bits
+  bool training;
   RngStream rng;
   Draws draws;
 
-  explicit Typed(const BatchNormTask& task)
-      : task(task),
-        x(static_cast<const T*>(task.x)),
-        residual(static_cast<const T*>(task.residual)),
-        grad_output(static_cast<const T*>(task.grad_output)),
-        y(static_cast<T*>(task.y)),
-        grad_input(static_cast<T*>(task.grad_input)),
-        grad_residual(static_cast<T*>(task.grad_residual)),
-        activation(static_cast<Activation>(task.activation)),
+  explicit TileLoops(const BatchNormTask& task)
+      : activation(static_cast<Activation>(task.activation)),
         slope(static_cast<C>(task.slope)),
         drops(task.drops),
+        keeps_any(task.threshold != 0),
         scale(static_cast<C>(task.drops ? task.scale : 1.0)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
+        training(task.training),
         rng(kDropoutTag, task.seed, task.offset) {}
 
-  ~Typed() {
-    if (task.stream) stream_fence();
+  // Whether a backward reads x and the residual for z, what the activation is applied to.
+  bool reads_z(const uint8_t* flags) const {
+    return needs_preactivation(activation, flags != nullptr, drops);
   }
 
-  // z, what the activation is applied to. Here and below, `lead` is how many elements on from these
-  // to prefetch the same tensors, 0 for not at all.
   template <typename P>
-  RK_HD void preactivation(const P& p, int64_t first, int64_t count, int64_t lead, C* z) const {
-    const T *from = x + first, *added = residual + first;
+  RK_HD void preactivation(const P& p, const Tile<C>& tile, int64_t lead, C* z) const {
+    const C *x = tile.x, *residual = tile.residual;
     if (residual) {
       write_each(
-          z, count, false,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return p.apply(load(from[i]), i) + load(added[i]); },
-          Prefetch<T>{from, added, lead});
+          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(x[i], i) + residual[i]; },
+          Prefetch<C>{x, residual, lead});
     } else {
       write_each(
-          z, count, false,
-          [=](int64_t i) __attribute__((always_inline)) { return p.apply(load(from[i]), i); },
-          Prefetch<T>{from, nullptr, lead});
+          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(x[i], i); },
+          Prefetch<C>{x, nullptr, lead});
     }
   }
 
-  // y and, where `flags` is not null, its gate.
+  // y, which may be where x is, and, where `flags` is not null, its gate.
   template <typename P>
-  void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
-    const T* from = x + first;
-    if (!residual && !drops) {
-      const C below = slope;
-      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+  RK_STAGE void forward(const P& p, const Tile<C>& tile, C* y, bool stream, uint8_t* flags) {
+    const int64_t count = tile.count;
+    const C below = slope;
+    if (!tile.residual && !drops) {
+      const C* x = tile.x;
+      for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
         write_each(
-            y + first, count, task.stream,
-            [=](int64_t i) __attribute__((always_inline)) {
-              return store<T>(activate<kActivation>(p.apply(load(from[i]), i), below));
-            },
-            Prefetch<T>{from, nullptr, lead});
+            y, count, stream,
+            [=](int64_t i) RK_INLINE { return activate<kActivation>(p.apply(x[i], i), below); },
+            Prefetch<C>{x, nullptr, tile.lead});
       });
       return;
     }
     alignas(64) C z[kTile];
-    preactivation(p, first, count, lead, z);
-    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+    preactivation(p, tile, tile.lead, z);
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if (flags) {
         for (int64_t i = 0; i < count; ++i) {
           flags[i] = kActivation == Activation::relu         ? !(z[i] <= C(0))
@@ -137,76 +134,64 @@ struct Typed {
         }
       }
       if constexpr (kActivation != Activation::none) {
-        const C below = slope;
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], below);
       }
     });
     if (drops) {
-      const uint16_t* drawn = draws.fill(rng, first, count);
+      const uint16_t* drawn = draws.fill(rng, tile.first, count);
       const uint16_t last = last_kept;
       const C kept = scale;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
       if (flags) {
-        const bool any = task.threshold != 0;
-        for (int64_t i = 0; i < count; ++i) flags[i] &= any && drawn[i] <= last;
+        for (int64_t i = 0; i < count; ++i) flags[i] &= keeps_any && drawn[i] <= last;
       }
     }
     const C* source = z;
-    write_each(y + first, count, task.stream,
-               [=](int64_t i) __attribute__((always_inline)) { return store<T>(source[i]); });
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return source[i]; });
   }
 
   // The gradient behind the activation, in `buffer` or where it lies already.
   template <typename P>
-  RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
-                               const uint8_t* flags, C* buffer) const {
-    const T* from = grad_output + first;
-    if constexpr (sizeof(T) == sizeof(C)) {
-      if (activation == Activation::none && !flags) return from;
-    }
+  RK_STAGE const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags,
+                             C* buffer) const {
+    const C *from = tile.grad_output, *x = tile.x;
+    const int64_t count = tile.count;
+    if (activation == Activation::none && !flags) return from;
     const C passed = scale, below = slope;
-    const Prefetch<T> ahead{from, x + first, lead};
-    if (!flags && !residual) {
-      const T* values = x + first;
-      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
-        write_each(
-            buffer, count, false,
-            [=](int64_t i) __attribute__((always_inline)) {
-              const C g = load(from[i]);
-              if constexpr (kActivation == Activation::none) return g;
-              const C z = p.apply(load(values[i]), i);
-              if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
-              return g * activation_derivative<kActivation>(z, below);
-            },
-            ahead);
+    const Prefetch<C> ahead{from, x, tile.lead};
+    if (!flags && !tile.residual) {
+      for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
+        if constexpr (kActivation != Activation::none) {
+          write_each(
+              buffer, count, false,
+              [=](int64_t i) RK_INLINE {
+                const C g = from[i], z = p.apply(x[i], i);
+                if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
+                return g * activation_derivative<kActivation>(z, below);
+              },
+              ahead);
+        }
       });
       return buffer;
     }
     if (!flags) {
-      write_each(
-          buffer, count, false,
-          [=](int64_t i) __attribute__((always_inline)) { return load(from[i]); }, ahead);
+      write_each(buffer, count, false, [=](int64_t i) RK_INLINE { return from[i]; }, ahead);
     } else if (activation == Activation::relu) {
       write_each(
           buffer, count, false,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return flags[i] ? load(from[i]) * passed : C(0); },
-          ahead);
+          [=](int64_t i) RK_INLINE { return flags[i] ? from[i] * passed : C(0); }, ahead);
     } else {
       const C stopped = activation == Activation::leaky_relu && !drops ? below : C(0);
       write_each(
           buffer, count, false,
-          [=](int64_t i) __attribute__((always_inline)) {
-            return load(from[i]) * (flags[i] ? passed : stopped);
-          },
-          ahead);
+          [=](int64_t i) RK_INLINE { return from[i] * (flags[i] ? passed : stopped); }, ahead);
     }
-    if (!needs_preactivation(activation, flags != nullptr, drops)) return buffer;
+    if (!reads_z(flags)) return buffer;
     alignas(64) C z[kTile];
-    preactivation(p, first, count, residual ? lead : 0, z);
-    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+    preactivation(p, tile, tile.residual ? tile.lead : 0, z);
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if constexpr (kActivation == Activation::relu) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) buffer[i] = z[i] <= C(0) ? C(0) : buffer[i];
@@ -220,33 +205,115 @@ struct Typed {
     return buffer;
   }
 
+  // The input's gradient, which may lie where x is, from the one behind the activation.
+  template <typename P, typename Ahead>
+  RK_STAGE void input_gradient(const P& p, const Tile<C>& tile, const C* d, C* y, bool stream,
+                               const Ahead& ahead) const {
+    const C* x = tile.x;
+    if (training) {
+      write_each(
+          y, tile.count, stream,
+          [=](int64_t i) RK_INLINE { return p.input_gradient(d[i], x[i], i); }, ahead);
+    } else {
+      write_each(
+          y, tile.count, stream, [=](int64_t i) RK_INLINE { return p.frozen_gradient(d[i], i); },
+          ahead);
+    }
+  }
+};
+
+// A task with its types, and what is done to a tile of up to kTile elements in storage order: in
+// place, or, of 16 bits, in buffers of what they are computed in.
+template <typename T>
+struct Typed {
+  using C = compute_t<T>;
+  static constexpr bool kWidens = sizeof(T) != sizeof(C);
+  static constexpr int64_t kWide = kWidens ? kTile : 1;  // of a buffer that those need alone
+
+  TileLoops<C> loops;
+  const T *x, *residual, *grad_output;
+  T *y, *grad_input, *grad_residual;
+  bool stream;
+
+  explicit Typed(const BatchNormTask& task)
+      : loops(task),
+        x(static_cast<const T*>(task.x)),
+        residual(static_cast<const T*>(task.residual)),
+        grad_output(static_cast<const T*>(task.grad_output)),
+        y(static_cast<T*>(task.y)),
+        grad_input(static_cast<T*>(task.grad_input)),
+        grad_residual(static_cast<T*>(task.grad_residual)),
+        stream(task.stream) {}
+
+  ~Typed() {
+    if (stream) stream_fence();
+  }
+
+  // Elements as they are computed with: where they lie, or widened into a buffer, which asks for
+  // those `lead` elements on.
+  static RK_HD const C* wide(const T* from, int64_t count, int64_t lead, C* buffer) {
+    if constexpr (kWidens) {
+      widen(from, count, buffer, Prefetch<T>{from, nullptr, lead});
+      return buffer;
+    } else {
+      return from;
+    }
+  }
+
+  template <typename P>
+  void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
+    alignas(64) C values[kWide], added[kWide];
+    Tile<C> tile{first, count, kWidens ? 0 : lead, wide(x + first, count, lead, values)};
+    if (residual) tile.residual = wide(residual + first, count, lead, added);
+    if constexpr (kWidens) {
+      loops.forward(p, tile, values, false, flags);
+      narrow(values, count, y + first, stream, NothingAhead{});
+    } else {
+      loops.forward(p, tile, y + first, stream, flags);
+    }
+  }
+
+  // A tile of a backward, with buffers for x, the residual and grad_output: what is read of it.
+  RK_HD Tile<C> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x, bool reads_z,
+                            C* values, C* added, C* given) const {
+    Tile<C> tile{first, count, kWidens ? 0 : lead};
+    if (reads_x) tile.x = wide(x + first, count, lead, values);
+    if (residual && reads_z) tile.residual = wide(residual + first, count, lead, added);
+    tile.grad_output = wide(grad_output + first, count, lead, given);
+    return tile;
+  }
+
+  // The gradient behind the activation, in `buffer` or where it lies already.
+  template <typename P>
+  RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
+                               const uint8_t* flags, C* buffer) const {
+    alignas(64) C values[kWide], added[kWide];
+    const bool reads_z = loops.reads_z(flags);
+    const Tile<C> tile =
+        backward_of(first, count, lead, !kWidens || reads_z, reads_z, values, added, buffer);
+    return loops.gradient(p, tile, flags, buffer);
+  }
+
   template <typename P>
   void backward_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                      const uint8_t* flags) const {
-    alignas(64) C buffer[kTile];
-    const C* d = gradient_tile(p, first, count, lead, flags, buffer);
-    const T* from = x + first;
+    alignas(64) C buffer[kTile], values[kWide], added[kWide];
+    const bool reads_z = loops.reads_z(flags);
+    const Tile<C> tile = backward_of(first, count, lead, !kWidens || reads_z || loops.training,
+                                     reads_z, values, added, buffer);
+    const C* d = loops.gradient(p, tile, flags, buffer);
     // A tile of its own has prefetched already.
-    Prefetch<T> ahead{grad_output + first, from, d == buffer ? 0 : lead};
+    Prefetch<T> ahead{grad_output + first, x + first, d == buffer ? 0 : lead};
     if (grad_residual) {
-      write_each(
-          grad_residual + first, count, task.stream,
-          [=](int64_t i) __attribute__((always_inline)) { return store<T>(d[i]); }, ahead);
+      write_each(grad_residual + first, count, stream, Narrowed<T>{d}, ahead);
       ahead.lead = 0;
     }
-    if (grad_input && task.training) {
-      write_each(
-          grad_input + first, count, task.stream,
-          [=](int64_t i) __attribute__((always_inline)) {
-            return store<T>(p.input_gradient(d[i], load(from[i]), i));
-          },
-          ahead);
-    } else if (grad_input) {
-      write_each(
-          grad_input + first, count, task.stream,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return store<T>(p.frozen_gradient(d[i], i)); },
-          ahead);
+    if (!grad_input) return;
+    if constexpr (kWidens) {
+      loops.input_gradient(p, tile, d, values, false, NothingAhead{});
+      narrow(values, count, grad_input + first, stream, NothingAhead{});
+    } else {
+      loops.input_gradient(p, tile, d, grad_input + first, stream, ahead);
     }
   }
 };
