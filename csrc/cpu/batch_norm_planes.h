@@ -131,36 +131,41 @@ void plane_moments(const BatchNormTask& task, int64_t unit) {
              });
 }
 
-template <typename T>
+template <typename C>
 struct GradientSums {
-  using C = compute_t<T>;
-  Doubles d_sum{}, dx_sum{};
+  alignas(64) double d_sum[kLanes] = {}, dx_sum[kLanes] = {};
 
   // `ahead` prefetches.
-  RK_HD void add(const C* d, const T* x, int64_t count, const Prefetch<T>& ahead, double shift) {
-    Doubles s[4] = {d_sum}, q[4] = {dx_sum};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      ahead(i, 4 * kLanes);
+  RK_HD void add(const C* d, const C* x, int64_t count, const Prefetch<C>& ahead, double shift) {
+    const int64_t rest = count / kLanes * kLanes;  // the last few, one a lane
+    alignas(64) double d_rest[kLanes] = {}, dx_rest[kLanes] = {};
+    for (int64_t i = rest; i < count; ++i) {
+      d_rest[i - rest] = static_cast<double>(d[i]);
+      dx_rest[i - rest] = d_rest[i - rest] * (static_cast<double>(x[i]) - shift);
+    }
+    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+      PartOfDoubles s[4] = {part_at(d_sum + lane)}, q[4] = {part_at(dx_sum + lane)};
+      const C *dl = d + lane, *xl = x + lane;
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        if (lane == 0) ahead(i, 4 * kLanes);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const Doubles g = value_at<Doubles>(d + i + k * kLanes);
-        s[k] += g;
-        q[k] += g * (value_at<Doubles>(x + i + k * kLanes) - shift);
+        for (int k = 0; k < 4; ++k) {
+          const PartOfDoubles g = part_at(dl + i + k * kLanes);
+          s[k] += g;
+          q[k] += g * (part_at(xl + i + k * kLanes) - shift);
+        }
       }
+      for (; i < rest; i += kLanes) {
+        const PartOfDoubles g = part_at(dl + i);
+        s[0] += g;
+        q[0] += g * (part_at(xl + i) - shift);
+      }
+      s[1] += part_at(d_rest + lane);
+      q[1] += part_at(dx_rest + lane);
+      put_value(d_sum + lane, (s[0] + s[1]) + (s[2] + s[3]));
+      put_value(dx_sum + lane, (q[0] + q[1]) + (q[2] + q[3]));
     }
-    for (; i + kLanes <= count; i += kLanes) {
-      const Doubles g = value_at<Doubles>(d + i);
-      s[0] += g;
-      q[0] += g * (value_at<Doubles>(x + i) - shift);
-    }
-    for (int j = 0; i < count; ++i, ++j) {
-      const double g = static_cast<double>(d[i]);
-      s[1][j] += g;
-      q[1][j] += g * (static_cast<double>(load(x[i])) - shift);
-    }
-    d_sum = (s[0] + s[1]) + (s[2] + s[3]);
-    dx_sum = (q[0] + q[1]) + (q[2] + q[3]);
   }
 };
 
@@ -200,12 +205,12 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
   const Typed<T> typed(task);
   const PlaneUnit part(task, unit);
-  GradientSums<T> sums;
-  alignas(64) C buffer[kTile];
+  GradientSums<C> sums;
+  TileSpace<T> space;
   int64_t current = 0;
   const auto finish = [&] {
-    part.sums[2 * current] = sum_of_lanes(sums.d_sum);
-    part.sums[2 * current + 1] = sum_of_lanes(sums.dx_sum);
+    part.sums[2 * current] = sum_of_lanes(value_at<Doubles>(sums.d_sum));
+    part.sums[2 * current + 1] = sum_of_lanes(value_at<Doubles>(sums.dx_sum));
   };
   for_plane_tiles<T, false>(
       task, unit, false,
@@ -215,10 +220,10 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
           sums = {};
           current = index;
         }
-        const C* d = typed.gradient_tile(p, first, n, kLead<T>, flags, buffer);
-        const Prefetch<T> ahead{typed.grad_output + first, typed.x + first,
-                                d == buffer ? 0 : kLead<T>};
-        sums.add(d, typed.x + first, n, ahead, static_cast<double>(p.affine.shift));
+        const Tile<C> tile = typed.backward_of(first, n, kLead<T>, true, flags, space);
+        const C* d = typed.gradient(p, tile, flags, space);
+        const Prefetch<C> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
+        sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
       });
   finish();
 }

@@ -154,8 +154,7 @@ struct TileLoops {
 
   // The gradient behind the activation, in `buffer` or where it lies already.
   template <typename P>
-  RK_STAGE const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags,
-                             C* buffer) const {
+  RK_HD const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags, C* buffer) const {
     const C *from = tile.grad_output, *x = tile.x;
     const int64_t count = tile.count;
     if (activation == Activation::none && !flags) return from;
@@ -205,10 +204,16 @@ struct TileLoops {
     return buffer;
   }
 
+  template <typename P>
+  RK_STAGE const C* gradient_apart(const P& p, const Tile<C>& tile, const uint8_t* flags,
+                                   C* buffer) const {
+    return gradient(p, tile, flags, buffer);
+  }
+
   // The input's gradient, which may lie where x is, from the one behind the activation.
   template <typename P, typename Ahead>
-  RK_STAGE void input_gradient(const P& p, const Tile<C>& tile, const C* d, C* y, bool stream,
-                               const Ahead& ahead) const {
+  RK_HD void input_gradient(const P& p, const Tile<C>& tile, const C* d, C* y, bool stream,
+                            const Ahead& ahead) const {
     const C* x = tile.x;
     if (training) {
       write_each(
@@ -222,13 +227,21 @@ struct TileLoops {
   }
 };
 
-// A task with its types, and what is done to a tile of up to kTile elements in storage order: in
-// place, or, of 16 bits, in buffers of what they are computed in.
+// Where a tile of 16 bits is widened to, and the gradient behind the activation of any tile.
+template <typename T>
+struct TileSpace {
+  static constexpr bool kWidens = sizeof(T) != sizeof(compute_t<T>);
+  static constexpr int64_t kWide = kWidens ? kTile : 1;
+
+  alignas(64) compute_t<T> d[kTile];
+  alignas(64) compute_t<T> x[kWide], residual[kWide];
+};
+
+// A task with its types, and what is done to a tile of up to kTile elements in storage order.
 template <typename T>
 struct Typed {
   using C = compute_t<T>;
-  static constexpr bool kWidens = sizeof(T) != sizeof(C);
-  static constexpr int64_t kWide = kWidens ? kTile : 1;  // of a buffer that those need alone
+  static constexpr bool kWidens = TileSpace<T>::kWidens;
 
   TileLoops<C> loops;
   const T *x, *residual, *grad_output;
@@ -262,56 +275,52 @@ struct Typed {
 
   template <typename P>
   void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
-    alignas(64) C values[kWide], added[kWide];
-    Tile<C> tile{first, count, kWidens ? 0 : lead, wide(x + first, count, lead, values)};
-    if (residual) tile.residual = wide(residual + first, count, lead, added);
+    TileSpace<T> space;
+    Tile<C> tile{first, count, kWidens ? 0 : lead, wide(x + first, count, lead, space.x)};
+    if (residual) tile.residual = wide(residual + first, count, lead, space.residual);
     if constexpr (kWidens) {
-      loops.forward(p, tile, values, false, flags);
-      narrow(values, count, y + first, stream, NothingAhead{});
+      loops.forward(p, tile, space.x, false, flags);
+      narrow(space.x, count, y + first, stream, NothingAhead{});
     } else {
       loops.forward(p, tile, y + first, stream, flags);
     }
   }
 
-  // A tile of a backward, with buffers for x, the residual and grad_output: what is read of it.
-  RK_HD Tile<C> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x, bool reads_z,
-                            C* values, C* added, C* given) const {
+  // A tile of a backward; `reads_x`: whether x is read for more than z.
+  RK_HD Tile<C> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x,
+                            const uint8_t* flags, TileSpace<T>& space) const {
+    const bool reads_z = loops.reads_z(flags);
     Tile<C> tile{first, count, kWidens ? 0 : lead};
-    if (reads_x) tile.x = wide(x + first, count, lead, values);
-    if (residual && reads_z) tile.residual = wide(residual + first, count, lead, added);
-    tile.grad_output = wide(grad_output + first, count, lead, given);
+    if (!kWidens || reads_x || reads_z) tile.x = wide(x + first, count, lead, space.x);
+    if (residual && reads_z) tile.residual = wide(residual + first, count, lead, space.residual);
+    tile.grad_output = wide(grad_output + first, count, lead, space.d);
     return tile;
   }
 
-  // The gradient behind the activation, in `buffer` or where it lies already.
+  // The gradient behind the activation, in `space.d` or where it lies already.
   template <typename P>
-  RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
-                               const uint8_t* flags, C* buffer) const {
-    alignas(64) C values[kWide], added[kWide];
-    const bool reads_z = loops.reads_z(flags);
-    const Tile<C> tile =
-        backward_of(first, count, lead, !kWidens || reads_z, reads_z, values, added, buffer);
-    return loops.gradient(p, tile, flags, buffer);
+  RK_HD const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags,
+                          TileSpace<T>& space) const {
+    if constexpr (kWidens) return loops.gradient_apart(p, tile, flags, space.d);
+    return loops.gradient(p, tile, flags, space.d);
   }
 
   template <typename P>
   void backward_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                      const uint8_t* flags) const {
-    alignas(64) C buffer[kTile], values[kWide], added[kWide];
-    const bool reads_z = loops.reads_z(flags);
-    const Tile<C> tile = backward_of(first, count, lead, !kWidens || reads_z || loops.training,
-                                     reads_z, values, added, buffer);
-    const C* d = loops.gradient(p, tile, flags, buffer);
+    TileSpace<T> space;
+    const Tile<C> tile = backward_of(first, count, lead, loops.training, flags, space);
+    const C* d = gradient(p, tile, flags, space);
     // A tile of its own has prefetched already.
-    Prefetch<T> ahead{grad_output + first, x + first, d == buffer ? 0 : lead};
+    Prefetch<T> ahead{grad_output + first, x + first, d == space.d ? 0 : lead};
     if (grad_residual) {
       write_each(grad_residual + first, count, stream, Narrowed<T>{d}, ahead);
       ahead.lead = 0;
     }
     if (!grad_input) return;
     if constexpr (kWidens) {
-      loops.input_gradient(p, tile, d, values, false, NothingAhead{});
-      narrow(values, count, grad_input + first, stream, NothingAhead{});
+      loops.input_gradient(p, tile, d, space.x, false, NothingAhead{});
+      narrow(space.x, count, grad_input + first, stream, NothingAhead{});
     } else {
       loops.input_gradient(p, tile, d, grad_input + first, stream, ahead);
     }

@@ -17,6 +17,17 @@ constexpr int kLanes = 8;
 // The compiler makes whatever registers there are of it.
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 
+// Those of them that one register holds: loops with many sums take these in turn, since sums that
+// find no register go through memory.
+#if defined(__AVX512F__)
+constexpr int kPartLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kPartLanes = 4;
+#else
+constexpr int kPartLanes = 2;
+#endif
+typedef double PartOfDoubles __attribute__((vector_size(kPartLanes * sizeof(double))));
+
 #if defined(__AVX2__)
 
 // Eight floats, as the elements of any narrower type become first.
@@ -70,6 +81,23 @@ RK_HD V value_at(const T* p) {
     return v;
 #endif
   }
+}
+
+// kPartLanes elements at p.
+RK_HD PartOfDoubles part_at(const double* p) {
+  PartOfDoubles v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+RK_HD PartOfDoubles part_at(const float* p) {
+#if defined(__AVX512F__)
+  return widen(load_floats(p));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  return PartOfDoubles{static_cast<double>(p[0]), static_cast<double>(p[1])};
+#endif
 }
 
 template <typename V>
