@@ -68,33 +68,48 @@ template <typename T>
 constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
 
 struct PivotSums {
-  Doubles sum{}, squares{};
+  alignas(64) double sums[4][kLanes] = {}, squares[4][kLanes] = {};
 
   template <typename T>
   RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
-    Doubles s[4] = {sum}, q[4] = {squares};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      prefetch(x + i + lead, 4 * kLanes);
+    // What the lanes take in turn stays in the first-level cache meanwhile.
+    constexpr int64_t kAtOnce = kPartLanes == kLanes ? kStretch : kTile;
+    const int64_t whole = count / (4 * kLanes) * (4 * kLanes);
+    for (int64_t begin = 0; begin < whole; begin += kAtOnce) {
+      const int64_t end = min(begin + kAtOnce, whole);
+      for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+        PartOfDoubles s[4], q[4];
+        for (int k = 0; k < 4; ++k) {
+          s[k] = part_at(sums[k] + lane);
+          q[k] = part_at(squares[k] + lane);
+        }
+        for (int64_t i = begin; i < end; i += 4 * kLanes) {
+          if (lane == 0) prefetch(x + i + lead, 4 * kLanes);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const Doubles d = value_at<Doubles>(x + i + k * kLanes) - pivot;
-        s[k] += d;
-        q[k] += d * d;
+          for (int k = 0; k < 4; ++k) {
+            const PartOfDoubles d = part_at(x + i + k * kLanes + lane) - pivot;
+            s[k] += d;
+            q[k] += d * d;
+          }
+        }
+        for (int k = 0; k < 4; ++k) {
+          put_value(sums[k] + lane, s[k]);
+          put_value(squares[k] + lane, q[k]);
+        }
       }
     }
-    for (; i + kLanes <= count; i += kLanes) {
-      const Doubles d = value_at<Doubles>(x + i) - pivot;
-      s[0] += d;
-      q[0] += d * d;
-    }
-    for (int j = 0; i < count; ++i, ++j) {
+    for (int64_t i = whole; i < count; ++i) {
+      const int k = i < count / kLanes * kLanes ? 0 : 1;  // the last few are a chain of their own
       const double d = static_cast<double>(load(x[i])) - pivot;
-      s[1][j] += d;
-      q[1][j] += d * d;
+      sums[k][i % kLanes] += d;
+      squares[k][i % kLanes] += d * d;
     }
-    sum = (s[0] + s[1]) + (s[2] + s[3]);
-    squares = (q[0] + q[1]) + (q[2] + q[3]);
+  }
+
+  static double total(const double (&of)[4][kLanes]) {
+    Doubles v[4];
+    memcpy(v, of, sizeof(v));
+    return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3]));
   }
 };
 
@@ -107,8 +122,7 @@ Moments<double> stretch_moments(const T* x, int64_t count, double base) {
   for (int pass = 0; pass < (sizeof(T) == sizeof(double) ? 2 : 1); ++pass) {
     PivotSums sums;
     sums.add(x, count, kLead<T>, pivot);
-    result =
-        moments_of_sums(count, pivot - base, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
+    result = moments_of_sums(count, pivot - base, sums.total(sums.sums), sums.total(sums.squares));
     pivot = finite_or_zero(base + result.mean);
   }
   return result;
@@ -131,21 +145,23 @@ void plane_moments(const BatchNormTask& task, int64_t unit) {
              });
 }
 
-template <typename C>
+template <typename L>
 struct GradientSums {
+  using C = compute_t<L>;
   alignas(64) double d_sum[kLanes] = {}, dx_sum[kLanes] = {};
 
   // `ahead` prefetches.
-  RK_HD void add(const C* d, const C* x, int64_t count, const Prefetch<C>& ahead, double shift) {
+  RK_HD void add(const C* d, const L* x, int64_t count, const Prefetch<L>& ahead, double shift) {
     const int64_t rest = count / kLanes * kLanes;  // the last few, one a lane
     alignas(64) double d_rest[kLanes] = {}, dx_rest[kLanes] = {};
     for (int64_t i = rest; i < count; ++i) {
       d_rest[i - rest] = static_cast<double>(d[i]);
-      dx_rest[i - rest] = d_rest[i - rest] * (static_cast<double>(x[i]) - shift);
+      dx_rest[i - rest] = d_rest[i - rest] * (static_cast<double>(load(x[i])) - shift);
     }
     for (int lane = 0; lane < kLanes; lane += kPartLanes) {
       PartOfDoubles s[4] = {part_at(d_sum + lane)}, q[4] = {part_at(dx_sum + lane)};
-      const C *dl = d + lane, *xl = x + lane;
+      const C* dl = d + lane;
+      const L* xl = x + lane;
       int64_t i = 0;
       for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
         if (lane == 0) ahead(i, 4 * kLanes);
@@ -203,9 +219,10 @@ RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gr
 template <typename T>
 void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
+  using L = loop_t<T>;
   const Typed<T> typed(task);
   const PlaneUnit part(task, unit);
-  GradientSums<C> sums;
+  GradientSums<L> sums;
   TileSpace<T> space;
   int64_t current = 0;
   const auto finish = [&] {
@@ -220,9 +237,9 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
           sums = {};
           current = index;
         }
-        const Tile<C> tile = typed.backward_of(first, n, kLead<T>, true, flags, space);
-        const C* d = typed.gradient(p, tile, flags, space);
-        const Prefetch<C> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
+        const Tile<L> tile = typed.backward_of(first, n, kLead<T>, true, flags, space);
+        const C* d = typed.loops.gradient(p, tile, flags, space.d);
+        const Prefetch<L> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
         sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
       });
   finish();

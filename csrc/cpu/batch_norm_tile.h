@@ -1,8 +1,8 @@
 // What BatchNorm does to a tile: up to kTile elements that lie side by side.
 //
 // Everything but the plain cases goes through the first-level cache, one stage after the other, so
-// that the stages need not be compiled in every combination. Elements of 16 bits are widened to
-// floats first and rounded last: the loops between are those of float.
+// that the stages need not be compiled in every combination. A float16 is widened first and rounded
+// last: the loops between are those of float.
 #pragma once
 
 #include "batch_norm.h"
@@ -58,73 +58,44 @@ struct Prefetch {
   }
 };
 
-// Up to kTile elements in storage order, as loops compute with them.
-template <typename C>
+// Up to kTile elements in storage order, as loops read them: an L is the type of the tensors, or
+// float, to which a float16 has been widened.
+template <typename L>
 struct Tile {
   int64_t first, count;
   int64_t lead;  // how many elements on from these to prefetch the same tensors, 0 for not at all
   // What is not there or not read is null.
-  const C *x = nullptr, *residual = nullptr, *grad_output = nullptr;
+  const L *x = nullptr, *residual = nullptr, *grad_output = nullptr;
 };
 
-// The loops over a tile in a type that is computed in, with what they depend on.
+// What is done to a tile in the type that it is computed in.
 template <typename C>
-struct TileLoops {
+struct TileStages {
   Activation activation;
   C slope;
   bool drops, keeps_any;
   C scale;             // of dropout
   uint16_t last_kept;  // half-word < threshold, as <= in 16 bits
-  bool training;
   RngStream rng;
   Draws draws;
 
-  explicit TileLoops(const BatchNormTask& task)
+  explicit TileStages(const BatchNormTask& task)
       : activation(static_cast<Activation>(task.activation)),
         slope(static_cast<C>(task.slope)),
         drops(task.drops),
         keeps_any(task.threshold != 0),
         scale(static_cast<C>(task.drops ? task.scale : 1.0)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
-        training(task.training),
         rng(kDropoutTag, task.seed, task.offset) {}
 
-  // Whether a backward reads x and the residual for z, what the activation is applied to.
-  bool reads_z(const uint8_t* flags) const {
+  // Whether a backward needs z, what the activation is applied to.
+  bool needs_z(const uint8_t* flags) const {
     return needs_preactivation(activation, flags != nullptr, drops);
   }
 
-  template <typename P>
-  RK_HD void preactivation(const P& p, const Tile<C>& tile, int64_t lead, C* z) const {
-    const C *x = tile.x, *residual = tile.residual;
-    if (residual) {
-      write_each(
-          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(x[i], i) + residual[i]; },
-          Prefetch<C>{x, residual, lead});
-    } else {
-      write_each(
-          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(x[i], i); },
-          Prefetch<C>{x, nullptr, lead});
-    }
-  }
-
-  // y, which may be where x is, and, where `flags` is not null, its gate.
-  template <typename P>
-  RK_STAGE void forward(const P& p, const Tile<C>& tile, C* y, bool stream, uint8_t* flags) {
-    const int64_t count = tile.count;
+  // z becomes y; where `flags` is not null, with its gate.
+  RK_STAGE void activate_and_drop(int64_t first, int64_t count, C* z, uint8_t* flags) {
     const C below = slope;
-    if (!tile.residual && !drops) {
-      const C* x = tile.x;
-      for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
-        write_each(
-            y, count, stream,
-            [=](int64_t i) RK_INLINE { return activate<kActivation>(p.apply(x[i], i), below); },
-            Prefetch<C>{x, nullptr, tile.lead});
-      });
-      return;
-    }
-    alignas(64) C z[kTile];
-    preactivation(p, tile, tile.lead, z);
     for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if (flags) {
         for (int64_t i = 0; i < count; ++i) {
@@ -138,115 +109,195 @@ struct TileLoops {
         for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], below);
       }
     });
-    if (drops) {
-      const uint16_t* drawn = draws.fill(rng, tile.first, count);
-      const uint16_t last = last_kept;
-      const C kept = scale;
+    if (!drops) return;
+    const uint16_t* drawn = draws.fill(rng, first, count);
+    const uint16_t last = last_kept;
+    const C kept = scale;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
-      if (flags) {
-        for (int64_t i = 0; i < count; ++i) flags[i] &= keeps_any && drawn[i] <= last;
-      }
+    for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
+    if (flags) {
+      for (int64_t i = 0; i < count; ++i) flags[i] &= keeps_any && drawn[i] <= last;
     }
-    const C* source = z;
-    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return source[i]; });
   }
 
-  // The gradient behind the activation, in `buffer` or where it lies already.
-  template <typename P>
-  RK_HD const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags, C* buffer) const {
-    const C *from = tile.grad_output, *x = tile.x;
-    const int64_t count = tile.count;
-    if (activation == Activation::none && !flags) return from;
-    const C passed = scale, below = slope;
-    const Prefetch<C> ahead{from, x, tile.lead};
-    if (!flags && !tile.residual) {
-      for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
-        if constexpr (kActivation != Activation::none) {
-          write_each(
-              buffer, count, false,
-              [=](int64_t i) RK_INLINE {
-                const C g = from[i], z = p.apply(x[i], i);
-                if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
-                return g * activation_derivative<kActivation>(z, below);
-              },
-              ahead);
-        }
-      });
-      return buffer;
-    }
-    if (!flags) {
-      write_each(buffer, count, false, [=](int64_t i) RK_INLINE { return from[i]; }, ahead);
-    } else if (activation == Activation::relu) {
+  // What the gate lets through of a gradient, which may be where it goes to.
+  template <typename Ahead>
+  RK_HD void pass_gate(const C* grad, int64_t count, const uint8_t* flags, C* d,
+                       const Ahead& ahead) const {
+    const C passed = scale;
+    if (activation == Activation::relu) {
       write_each(
-          buffer, count, false,
-          [=](int64_t i) RK_INLINE { return flags[i] ? from[i] * passed : C(0); }, ahead);
+          d, count, false, [=](int64_t i) RK_INLINE { return flags[i] ? grad[i] * passed : C(0); },
+          ahead);
     } else {
-      const C stopped = activation == Activation::leaky_relu && !drops ? below : C(0);
+      const C stopped = activation == Activation::leaky_relu && !drops ? slope : C(0);
       write_each(
-          buffer, count, false,
-          [=](int64_t i) RK_INLINE { return from[i] * (flags[i] ? passed : stopped); }, ahead);
+          d, count, false,
+          [=](int64_t i) RK_INLINE { return grad[i] * (flags[i] ? passed : stopped); }, ahead);
     }
-    if (!reads_z(flags)) return buffer;
-    alignas(64) C z[kTile];
-    preactivation(p, tile, tile.residual ? tile.lead : 0, z);
+  }
+
+  // d times the activation's derivative at z.
+  RK_STAGE void chain(const C* z, int64_t count, C* d) const {
+    const C below = slope;
     for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if constexpr (kActivation == Activation::relu) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) buffer[i] = z[i] <= C(0) ? C(0) : buffer[i];
+        for (int64_t i = 0; i < count; ++i) d[i] = z[i] <= C(0) ? C(0) : d[i];
       } else if constexpr (kActivation != Activation::none) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          buffer[i] *= activation_derivative<kActivation>(z[i], below);
-        }
+        for (int64_t i = 0; i < count; ++i) d[i] *= activation_derivative<kActivation>(z[i], below);
       }
     });
+  }
+};
+
+// The loops over a tile that read its tensors.
+template <typename L>
+struct TileLoops : TileStages<compute_t<L>> {
+  using C = compute_t<L>;
+  using Stages = TileStages<C>;
+  using Stages::activation, Stages::slope, Stages::drops;
+  static constexpr bool kWidens = sizeof(L) != sizeof(C);
+
+  using Stages::Stages;
+
+  template <typename P>
+  RK_HD void preactivation(const P& p, const Tile<L>& tile, int64_t lead, C* z) const {
+    const L *x = tile.x, *residual = tile.residual;
+    if (residual) {
+      write_each(
+          z, tile.count, false,
+          [=](int64_t i) RK_INLINE { return p.apply(load(x[i]), i) + load(residual[i]); },
+          Prefetch<L>{x, residual, lead});
+    } else {
+      write_each(
+          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(load(x[i]), i); },
+          Prefetch<L>{x, nullptr, lead});
+    }
+  }
+
+  // y, which may be where x is, and, where `flags` is not null, its gate.
+  template <typename P>
+  RK_STAGE void forward(const P& p, const Tile<L>& tile, L* y, bool stream, uint8_t* flags) {
+    if (tile.residual || drops) {
+      alignas(64) C z[kTile];
+      preactivation(p, tile, tile.lead, z);
+      Stages::activate_and_drop(tile.first, tile.count, z, flags);
+      write_each(y, tile.count, stream, Narrowed<L>{z});
+      return;
+    }
+    const L* x = tile.x;
+    const C below = slope;
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
+      write_each(
+          y, tile.count, stream,
+          [=](int64_t i)
+              RK_INLINE { return store<L>(activate<kActivation>(p.apply(load(x[i]), i), below)); },
+          Prefetch<L>{x, nullptr, tile.lead});
+    });
+  }
+
+  // The gradient behind the activation where nothing else changes it.
+  template <Activation kActivation, typename P>
+  RK_HD void differentiate(const P& p, const Tile<L>& tile, C* d) const {
+    const L *grad = tile.grad_output, *x = tile.x;
+    const C below = slope;
+    write_each(
+        d, tile.count, false,
+        [=](int64_t i) RK_INLINE {
+          const C g = load(grad[i]), z = p.apply(load(x[i]), i);
+          if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
+          return g * activation_derivative<kActivation>(z, below);
+        },
+        Prefetch<L>{grad, x, tile.lead});
+  }
+
+  // The gradient behind the activation, in `buffer` or where it lies already. What is short beside
+  // a call is inlined.
+  template <typename P>
+  RK_HD const C* gradient(const P& p, const Tile<L>& tile, const uint8_t* flags, C* buffer) const {
+    const L* grad = tile.grad_output;
+    const bool needs_z = Stages::needs_z(flags);
+    const Prefetch<L> ahead{grad, tile.x, tile.lead};
+    if (flags) {
+      if constexpr (kWidens) {
+        widen(grad, tile.count, buffer, ahead);
+        Stages::pass_gate(buffer, tile.count, flags, buffer, NothingAhead{});
+      } else {
+        Stages::pass_gate(grad, tile.count, flags, buffer, ahead);
+      }
+    } else if (!needs_z) {
+      if constexpr (!kWidens) return grad;
+      widen(grad, tile.count, buffer, ahead);
+    }
+    if (!needs_z) return buffer;
+    if (activation == Activation::relu && !flags && !tile.residual) {
+      differentiate<Activation::relu>(p, tile, buffer);
+    } else if (activation == Activation::leaky_relu && !flags && !tile.residual) {
+      differentiate<Activation::leaky_relu>(p, tile, buffer);
+    } else {
+      gradient_by_z(p, tile, flags != nullptr, buffer);
+    }
     return buffer;
   }
 
   template <typename P>
-  RK_STAGE const C* gradient_apart(const P& p, const Tile<C>& tile, const uint8_t* flags,
-                                   C* buffer) const {
-    return gradient(p, tile, flags, buffer);
+  RK_STAGE void gradient_by_z(const P& p, const Tile<L>& tile, bool gated, C* d) const {
+    if (!gated && !tile.residual && activation == Activation::silu) {
+      return differentiate<Activation::silu>(p, tile, d);
+    }
+    if (!gated && !tile.residual) return differentiate<Activation::gelu>(p, tile, d);
+    if (!gated) {
+      write_each(d, tile.count, false, Widened<L>{tile.grad_output},
+                 Prefetch<L>{tile.grad_output, tile.x, tile.lead});
+    }
+    alignas(64) C z[kTile];
+    preactivation(p, tile, tile.residual ? tile.lead : 0, z);
+    Stages::chain(z, tile.count, d);
   }
 
   // The input's gradient, which may lie where x is, from the one behind the activation.
-  template <typename P, typename Ahead>
-  RK_HD void input_gradient(const P& p, const Tile<C>& tile, const C* d, C* y, bool stream,
-                            const Ahead& ahead) const {
-    const C* x = tile.x;
+  template <typename P>
+  RK_HD void input_gradient(const P& p, bool training, const Tile<L>& tile, const C* d, L* y,
+                            bool stream, const Prefetch<L>& ahead) const {
+    const L* x = tile.x;
     if (training) {
       write_each(
           y, tile.count, stream,
-          [=](int64_t i) RK_INLINE { return p.input_gradient(d[i], x[i], i); }, ahead);
+          [=](int64_t i) RK_INLINE { return store<L>(p.input_gradient(d[i], load(x[i]), i)); },
+          ahead);
     } else {
       write_each(
-          y, tile.count, stream, [=](int64_t i) RK_INLINE { return p.frozen_gradient(d[i], i); },
-          ahead);
+          y, tile.count, stream,
+          [=](int64_t i) RK_INLINE { return store<L>(p.frozen_gradient(d[i], i)); }, ahead);
     }
   }
 };
 
-// Where a tile of 16 bits is widened to, and the gradient behind the activation of any tile.
+// What a backward keeps of a tile: the gradient behind the activation, and the elements that loops
+// do not read where they lie.
 template <typename T>
 struct TileSpace {
-  static constexpr bool kWidens = sizeof(T) != sizeof(compute_t<T>);
+  using C = compute_t<T>;
+  static constexpr bool kWidens = sizeof(loop_t<T>) != sizeof(T);
   static constexpr int64_t kWide = kWidens ? kTile : 1;
 
-  alignas(64) compute_t<T> d[kTile];
-  alignas(64) compute_t<T> x[kWide], residual[kWide];
+  alignas(64) C d[kTile];
+  alignas(64) C x[kWide], residual[kWide];
 };
 
 // A task with its types, and what is done to a tile of up to kTile elements in storage order.
 template <typename T>
 struct Typed {
   using C = compute_t<T>;
+  using L = loop_t<T>;
   static constexpr bool kWidens = TileSpace<T>::kWidens;
 
-  TileLoops<C> loops;
+  TileLoops<L> loops;
   const T *x, *residual, *grad_output;
   T *y, *grad_input, *grad_residual;
-  bool stream;
+  bool training, stream;
 
   explicit Typed(const BatchNormTask& task)
       : loops(task),
@@ -256,15 +307,16 @@ struct Typed {
         y(static_cast<T*>(task.y)),
         grad_input(static_cast<T*>(task.grad_input)),
         grad_residual(static_cast<T*>(task.grad_residual)),
+        training(task.training),
         stream(task.stream) {}
 
   ~Typed() {
     if (stream) stream_fence();
   }
 
-  // Elements as they are computed with: where they lie, or widened into a buffer, which asks for
-  // those `lead` elements on.
-  static RK_HD const C* wide(const T* from, int64_t count, int64_t lead, C* buffer) {
+  // Elements as loops read them: where they lie, or widened into a buffer, which asks for those
+  // `lead` elements on.
+  static RK_HD const L* as_read(const T* from, int64_t count, int64_t lead, C* buffer) {
     if constexpr (kWidens) {
       widen(from, count, buffer, Prefetch<T>{from, nullptr, lead});
       return buffer;
@@ -275,54 +327,48 @@ struct Typed {
 
   template <typename P>
   void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
-    TileSpace<T> space;
-    Tile<C> tile{first, count, kWidens ? 0 : lead, wide(x + first, count, lead, space.x)};
-    if (residual) tile.residual = wide(residual + first, count, lead, space.residual);
+    alignas(64) C wide[TileSpace<T>::kWide], added[TileSpace<T>::kWide];
+    Tile<L> tile{first, count, kWidens ? 0 : lead, as_read(x + first, count, lead, wide)};
+    if (residual) tile.residual = as_read(residual + first, count, lead, added);
     if constexpr (kWidens) {
-      loops.forward(p, tile, space.x, false, flags);
-      narrow(space.x, count, y + first, stream, NothingAhead{});
+      loops.forward(p, tile, wide, false, flags);
+      narrow(wide, count, y + first, stream, NothingAhead{});
     } else {
       loops.forward(p, tile, y + first, stream, flags);
     }
   }
 
   // A tile of a backward; `reads_x`: whether x is read for more than z.
-  RK_HD Tile<C> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x,
+  RK_HD Tile<L> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x,
                             const uint8_t* flags, TileSpace<T>& space) const {
-    const bool reads_z = loops.reads_z(flags);
-    Tile<C> tile{first, count, kWidens ? 0 : lead};
-    if (!kWidens || reads_x || reads_z) tile.x = wide(x + first, count, lead, space.x);
-    if (residual && reads_z) tile.residual = wide(residual + first, count, lead, space.residual);
-    tile.grad_output = wide(grad_output + first, count, lead, space.d);
+    const bool needs_z = loops.needs_z(flags);
+    Tile<L> tile{first, count, kWidens ? 0 : lead};
+    if (!kWidens || reads_x || needs_z) tile.x = as_read(x + first, count, lead, space.x);
+    if (residual && needs_z) tile.residual = as_read(residual + first, count, lead, space.residual);
+    tile.grad_output = as_read(grad_output + first, count, lead, space.d);
     return tile;
-  }
-
-  // The gradient behind the activation, in `space.d` or where it lies already.
-  template <typename P>
-  RK_HD const C* gradient(const P& p, const Tile<C>& tile, const uint8_t* flags,
-                          TileSpace<T>& space) const {
-    if constexpr (kWidens) return loops.gradient_apart(p, tile, flags, space.d);
-    return loops.gradient(p, tile, flags, space.d);
   }
 
   template <typename P>
   void backward_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                      const uint8_t* flags) const {
     TileSpace<T> space;
-    const Tile<C> tile = backward_of(first, count, lead, loops.training, flags, space);
-    const C* d = gradient(p, tile, flags, space);
+    const Tile<L> tile = backward_of(first, count, lead, training, flags, space);
+    const C* d = loops.gradient(p, tile, flags, space.d);
     // A tile of its own has prefetched already.
-    Prefetch<T> ahead{grad_output + first, x + first, d == space.d ? 0 : lead};
+    int64_t ahead = d == space.d ? 0 : lead;
     if (grad_residual) {
-      write_each(grad_residual + first, count, stream, Narrowed<T>{d}, ahead);
-      ahead.lead = 0;
+      write_each(grad_residual + first, count, stream, Narrowed<T>{d},
+                 Prefetch<T>{grad_output + first, x + first, ahead});
+      ahead = 0;
     }
     if (!grad_input) return;
     if constexpr (kWidens) {
-      loops.input_gradient(p, tile, d, space.x, false, NothingAhead{});
+      loops.input_gradient(p, training, tile, d, space.x, false, {});
       narrow(space.x, count, grad_input + first, stream, NothingAhead{});
     } else {
-      loops.input_gradient(p, tile, d, grad_input + first, stream, ahead);
+      loops.input_gradient(p, training, tile, d, grad_input + first, stream,
+                           {tile.grad_output, tile.x, ahead});
     }
   }
 };

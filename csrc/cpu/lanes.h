@@ -90,15 +90,26 @@ RK_HD PartOfDoubles part_at(const double* p) {
   return v;
 }
 
-RK_HD PartOfDoubles part_at(const float* p) {
 #if defined(__AVX512F__)
+template <typename T>
+RK_HD PartOfDoubles part_at(const T* p) {
   return widen(load_floats(p));
-#elif defined(__AVX2__)
-  return _mm256_cvtps_pd(_mm_loadu_ps(p));
-#else
-  return PartOfDoubles{static_cast<double>(p[0]), static_cast<double>(p[1])};
-#endif
 }
+#elif defined(__AVX2__)
+RK_HD PartOfDoubles part_at(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+RK_HD PartOfDoubles part_at(const float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+RK_HD PartOfDoubles part_at(const bfloat16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
+}
+#else
+template <typename T>
+RK_HD PartOfDoubles part_at(const T* p) {
+  return PartOfDoubles{static_cast<double>(load(p[0])), static_cast<double>(load(p[1]))};
+}
+#endif
 
 template <typename V>
 RK_HD void put_value(double* p, const V& v) {
