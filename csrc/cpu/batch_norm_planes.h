@@ -74,23 +74,29 @@ struct PivotSums {
   RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
     // What the lanes take in turn stays in the first-level cache meanwhile.
     constexpr int64_t kAtOnce = kPartLanes == kLanes ? kStretch : kTile;
-    const int64_t whole = count / (4 * kLanes) * (4 * kLanes);
-    for (int64_t begin = 0; begin < whole; begin += kAtOnce) {
-      const int64_t end = min(begin + kAtOnce, whole);
+    const int64_t whole = count / (4 * kLanes) * (4 * kLanes), eights = count / kLanes * kLanes;
+    for (int64_t begin = 0, end = -1; end < whole; begin = end) {
+      end = min(begin + kAtOnce, whole);
       for (int lane = 0; lane < kLanes; lane += kPartLanes) {
         PartOfDoubles s[4], q[4];
         for (int k = 0; k < 4; ++k) {
           s[k] = part_at(sums[k] + lane);
           q[k] = part_at(squares[k] + lane);
         }
+        const T* from = x + lane;
         for (int64_t i = begin; i < end; i += 4 * kLanes) {
           if (lane == 0) prefetch(x + i + lead, 4 * kLanes);
 #pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) {
-            const PartOfDoubles d = part_at(x + i + k * kLanes + lane) - pivot;
+            const PartOfDoubles d = part_at(from + i + k * kLanes) - pivot;
             s[k] += d;
             q[k] += d * d;
           }
+        }
+        for (int64_t i = end; end == whole && i < eights; i += kLanes) {
+          const PartOfDoubles d = part_at(from + i) - pivot;
+          s[0] += d;
+          q[0] += d * d;
         }
         for (int k = 0; k < 4; ++k) {
           put_value(sums[k] + lane, s[k]);
@@ -98,11 +104,10 @@ struct PivotSums {
         }
       }
     }
-    for (int64_t i = whole; i < count; ++i) {
-      const int k = i < count / kLanes * kLanes ? 0 : 1;  // the last few are a chain of their own
+    for (int64_t i = eights; i < count; ++i) {
       const double d = static_cast<double>(load(x[i])) - pivot;
-      sums[k][i % kLanes] += d;
-      squares[k][i % kLanes] += d * d;
+      sums[1][i - eights] += d;
+      squares[1][i - eights] += d * d;
     }
   }
 

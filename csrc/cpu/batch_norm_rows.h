@@ -193,27 +193,27 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
       const ChannelColumns<C> p = constants.from(j);
       const int64_t first = row * stride + part.first_column + j;
       const C* d[kRowsAtOnce];
-      const L *x[kRowsAtOnce], *g[kRowsAtOnce];
+      const L* x[kRowsAtOnce];
       for (int64_t r = 0; r < rows; ++r) {
         const uint8_t* gate = flags ? flags + r * part.columns + j : nullptr;
         const Tile<L> tile =
             typed.backward_of(first + r * stride, n, lead, true, gate, space_of[r]);
         d[r] = typed.loops.gradient(p, tile, gate, space_of[r].d);
         x[r] = tile.x;
-        g[r] = tile.grad_output;
       }
       double *s = d_sum + j, *q = dx_sum + j;
       if (rows == kRowsAtOnce) {
         const C *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
-        const L *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *first_grad = g[0];
+        const L *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+        // Where a gradient is read from where it lies, rows are `stride` apart.
         const bool fetch = d0 != space_of[0].d;
         for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
-          if (fetch) {  // as in add_rows: they lie `stride` apart then
+          if (fetch) {  // as in add_rows
             const int64_t two = (i & kLanes ? 2 * stride : 0) + i + lead;
             prefetch(x0 + two, 1);
             prefetch(x0 + two + stride, 1);
-            prefetch(first_grad + two, 1);
-            prefetch(first_grad + two + stride, 1);
+            prefetch(d0 + two, 1);
+            prefetch(d0 + two + stride, 1);
           }
           const V shift = value_at<V>(p.shift + i);
           const V g0 = value_at<V>(d0 + i), g1 = value_at<V>(d1 + i);
