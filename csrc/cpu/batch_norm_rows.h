@@ -186,7 +186,7 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
 
   // `rows` rows, at most kRowsAtOnce; `flags` of the first one's first column, or null.
   const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
-                       double* d_sum, double* dx_sum) {
+                       double* d_sum, double* dx_sum) RK_STAGE {
     const int64_t lead = rows_ahead<T>(columns) * stride;
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = min(kTile, columns - j);
@@ -266,7 +266,7 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const StripConstants<C> constants(task, part, kForward ? 3 : 6);
   alignas(64) uint8_t space[kBlock + 8];
 
-  const auto map = [&](int64_t row, int64_t rows, int64_t columns) {
+  const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
     uint8_t* bits = part.bits(task, row);
     const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
