@@ -191,19 +191,16 @@ def isa_table(data: dict[str, Any]) -> Table:
     )
 
 
-def goal_table(data: dict[str, Any], missed: bool = False) -> Table:
-    """Where each figure that has a goal stands; of those that are `missed` alone, if so asked."""
+def goal_table(data: dict[str, Any]) -> Table:
+    """Where each figure that has a goal stands."""
     rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             for goal in row.get("goals", []):
                 verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
                 text = f"{row['name']}: {goal['text']}"
-                if not missed or verdict == "MISSED":
-                    rows.append((case["label"], text, _value(goal), verdict))
-    columns = 3 if missed else 4
-    names = ("benchmark", "goal", "measured", "")
-    return Table("goals", names[:columns], [row[:columns] for row in rows])
+                rows.append((case["label"], text, _value(goal), verdict))
+    return Table("goals", ("benchmark", "goal", "measured", ""), rows)
 
 
 def overview_cases(data: dict[str, Any]) -> list[Case]:
@@ -251,13 +248,15 @@ def short_table(data: dict[str, Any]) -> Table:
 
 
 def headline(data: dict[str, Any], shown: Container[str] = SHOWN) -> str:
-    """What a reader wants first: networks, the benchmarks that have goals, and which are missed."""
-    missed = goal_table(data, missed=True)
+    """What a reader wants first: networks, and the benchmarks that were found worth a goal."""
+    results = result_table(data, shown, has_goals)
+    without_goals = results._replace(
+        columns=results.columns[:-1], rows=[row[:-1] for row in results.rows]
+    )
     return _page(
         _conditions_in_markdown(data),
         rate_table(data, shown).markdown(),
-        result_table(data, shown, has_goals).markdown(),
-        f"Goals that were missed:\n\n{missed.markdown()}" if missed.rows else "",
+        without_goals.markdown(),
     )
 
 
