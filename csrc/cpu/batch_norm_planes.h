@@ -193,8 +193,8 @@ struct GradientSums {
 // Calls f(p, first, count, flags, index) for the tiles of a unit, with the flags of the gate where
 // there is one: unpacked before, or, for a forward, packed after f has set them.
 template <typename T, bool kForward, typename F>
-RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gradient,
-                           const F& f) {
+RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, int64_t tile,
+                           bool with_gradient, const F& f) {
   using C = compute_t<T>;
   const PlaneUnit part(task, unit);
   alignas(64) uint8_t space[kBlock + 8];
@@ -206,7 +206,7 @@ RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gr
                  // Tiles end at blocks, whose gates are whole bytes.
                  const int64_t block = first / kBlock * kBlock;
                  const int64_t next = min(block + kBlock, part.end);
-                 const int64_t n = min(min(kTile, end - first), next - first);
+                 const int64_t n = min(min(tile, end - first), next - first);
                  const bool opens = first == block || first == part.begin;
                  const int64_t opened = max(block, part.begin);
                  if (task.gate && !kForward && opens) {
@@ -235,7 +235,7 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
     part.sums[2 * current + 1] = sum_of_lanes(value_at<Doubles>(sums.dx_sum));
   };
   for_plane_tiles<T, false>(
-      task, unit, false,
+      task, unit, kTile, false,
       [&](const OneChannel<C>& p, int64_t first, int64_t n, const uint8_t* flags, int64_t index) {
         if (index != current) {
           finish();
@@ -255,7 +255,7 @@ void map_planes(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
   Typed<T> typed(task);
   for_plane_tiles<T, kForward>(
-      task, unit, !kForward,
+      task, unit, kForward ? typed.forward_tile_size() : kTile, !kForward,
       [&](const OneChannel<C>& p, int64_t first, int64_t n, uint8_t* flags, int64_t) {
         if constexpr (kForward) {
           typed.forward_tile(p, first, n, kLead<T>, flags);

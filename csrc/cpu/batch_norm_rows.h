@@ -264,6 +264,7 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const RowUnit part(task, unit);
   Typed<T> typed(task);
   const StripConstants<C> constants(task, part, kForward ? 3 : 6);
+  const int64_t tile = kForward ? typed.forward_tile_size() : kTile;
   alignas(64) uint8_t space[kBlock + 8];
 
   const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
@@ -272,8 +273,8 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
     if (!kForward && bits) unpack_bits(bits, count, space);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += kTile) {
-        const int64_t n = min(kTile, columns - j);
+      for (int64_t j = 0; j < columns; j += tile) {
+        const int64_t n = min(tile, columns - j);
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
         uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
         if constexpr (kForward) {

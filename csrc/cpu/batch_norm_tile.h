@@ -58,8 +58,14 @@ struct Prefetch {
   }
 };
 
-// `value` where the flag is 1, and 0 where it is 0: by its bits, since g++ 12 makes no vector code
-// of a choice by bytes between elements of 16 bits (7 times as slow).
+// `value` where the flag is 1, and 0 where it is 0. By its bits where there are no masks: g++ 12
+// makes no vector code there of a choice by bytes between elements of 16 bits (7 times as slow).
+#if defined(__AVX512F__)
+template <typename C>
+RK_HD C passed_by(uint8_t flag, C value) {
+  return flag ? value : C(0);
+}
+#else
 RK_HD float passed_by(uint8_t flag, float value) {
   return bit_cast<float>(bit_cast<uint32_t>(value) & (0u - flag));
 }
@@ -67,9 +73,10 @@ RK_HD float passed_by(uint8_t flag, float value) {
 RK_HD double passed_by(uint8_t flag, double value) {
   return bit_cast<double>(bit_cast<uint64_t>(value) & (uint64_t{0} - flag));
 }
+#endif
 
-// Up to kTile elements in storage order, as loops read them: an L is the type of the tensors, or
-// float, to which a float16 has been widened.
+// Elements in storage order, up to kTile where they go through a buffer, as loops read them: an L
+// is the type of the tensors, or float, to which a float16 has been widened.
 template <typename L>
 struct Tile {
   int64_t first, count;
@@ -343,6 +350,11 @@ struct Typed {
     } else {
       return from;
     }
+  }
+
+  // What goes through no buffer may be longer than a tile, and takes fewer calls then.
+  int64_t forward_tile_size() const {
+    return kWidens || residual || loops.drops ? kTile : kColumns;
   }
 
   template <typename P>

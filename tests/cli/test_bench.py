@@ -673,7 +673,8 @@ def test_the_pages_get_the_results(
     assert "(../bench/results/one/report.md)" in figures
     if NATIVE:
         assert "| dropout forward float32 8 KiB | native |" in figures
-        assert "native: at least as fast as light" in figures
+        goals = (tmp_path / "bench/results/one/report.md").read_text()
+        assert "native: at least as fast as light" in goals and "at least" not in figures
     assert "| reference |" not in figures
     assert pages("--check") == 0
 
