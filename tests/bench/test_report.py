@@ -170,7 +170,11 @@ def test_a_user_is_shown_the_implementation_that_runs(figures: Any):
     seconds = {"native": [1e-3] * 3, "native[avx2]": [3e-3] * 3, "eager": [2e-3] * 3}
     wrong = case("wrong", seconds)
     wrong["contenders"][0] = {"name": "native", "wrong": "off by one"}
-    figures["benchmarks"] = [case("right", seconds), wrong, case("eager alone", {"eager": [1.0] * 3})]
+    figures["benchmarks"] = [
+        case("right", seconds),
+        wrong,
+        case("eager alone", {"eager": [1.0] * 3}),
+    ]
     assert _report.short_table(figures).rows == [
         ("right", "1 ms", "2 ms", "", "2×"),
         ("wrong", "WRONG VALUES", "", "", ""),
