@@ -106,6 +106,7 @@ def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch
     monkeypatch.setattr(
         backends, "build_facts", lambda: {"native_missing": "not built", "cuda_missing": "no"}
     )
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)  # no triton
     forget_what_can_run()
     try:
         assert backends.why_not("native", "cpu", torch.float32) == "not built"
