@@ -26,6 +26,7 @@ def print_table(
     rows: Iterable[tuple[str, ...]],
     words: int = 2,
     narrow: bool = False,
+    width: int | None = None,
 ) -> None:
     """Prints a table; what a row's first cell shares with the row above is left out.
 
@@ -35,17 +36,20 @@ def print_table(
         rows: their cells.
         words: so many first columns are words, to the left; the others are figures.
         narrow: no frame, and no cell broken into lines.
+        width: columns of the terminal that it takes at the most; words are broken for it.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < words else "right", no_wrap=narrow)
+        whole = narrow or (width is not None and i >= words)
+        table.add_column(column, justify="left" if i < words else "right", no_wrap=whole)
     above = None
     for first, *others in rows:
         style = "bold red" if any(word in cell for word in _BAD for cell in others) else ""
         cells = ["" if first == above else first, *others]
         table.add_row(*(Text(cell) for cell in cells), style=style)
         above = first
-    _console().print(table)
+    console = _console()
+    console.print(table, width=min(width or console.width, console.width))
 
 
 def progress() -> Progress:

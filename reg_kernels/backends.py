@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ._dtypes import SUPPORTED, named
 NAMES = ("native", "triton", "reference")
 
 _ENVIRONMENT = "REG_KERNELS_BACKEND"
+_NOT_BUILT = "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
 # By `backend(...)`, for the whole process; a name from the environment is checked when it is used.
 _forced: str | None = os.environ.get(_ENVIRONMENT) or None
 
@@ -68,10 +70,7 @@ def build_facts() -> dict[str, str | None]:
     try:
         return json.loads((Path(__file__).parent / "_build.json").read_text())
     except FileNotFoundError:
-        reason = (
-            "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
-        )
-        return {"native_missing": reason, "cuda_missing": reason}
+        return {"native_missing": _NOT_BUILT, "cuda_missing": _NOT_BUILT}
 
 
 @functools.cache
@@ -186,4 +185,18 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _first_that_runs(device_type: str, dtype: torch.dtype) -> str | None:
-    return next((n for n in NAMES if why_not(n, device_type, dtype) is None), None)
+    first = next((n for n in NAMES if why_not(n, device_type, dtype) is None), None)
+    if first == "reference" and device_type == "cpu":
+        _warn_of_slow_reference()
+    return first
+
+
+@functools.cache
+def _warn_of_slow_reference() -> None:
+    """Warns, once a process, that the CPU kernels are missing, unless the build left them out."""
+    if build_facts()["native_missing"] in (None, _NOT_BUILT):
+        warnings.warn(
+            f"reg_kernels, imported from {Path(__file__).parent}, runs its slow reference on the "
+            f"CPU: {_load_native()}",
+            stacklevel=2,
+        )

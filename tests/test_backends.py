@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -97,7 +98,12 @@ def test_a_forced_one_that_cannot_run_raises_with_reason_and_remedy():
 
 
 def forget_what_can_run():
-    for function in (backends._load_native, backends._load_cuda, backends._first_that_runs):
+    for function in (
+        backends._load_native,
+        backends._load_cuda,
+        backends._first_that_runs,
+        backends._warn_of_slow_reference,
+    ):
         function.cache_clear()
     for op in OPS.values():
         op._chosen.clear()
@@ -107,13 +113,41 @@ def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch
     monkeypatch.setattr(
         backends, "build_facts", lambda: {"native_missing": "not built", "cuda_missing": "no"}
     )
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)  # no triton
     forget_what_can_run()
     try:
         assert backends.why_not("native", "cpu", torch.float32) == "not built"
-        assert backends.choose("dropout", "cpu", torch.float32) != "native"
-        assert F.dropout(torch.ones(100), 0.5).unique().tolist() == [0.0, 2.0]
+        with warnings.catch_warnings(action="error"):  # a build may leave them out
+            assert backends.choose("dropout", "cpu", torch.float32) != "native"
+            assert F.dropout(torch.ones(100), 0.5).unique().tolist() == [0.0, 2.0]
         with pytest.raises(reg_kernels.BackendUnavailable, match="not built"):
             F.dropout(torch.ones(3), backend="native")
+    finally:
+        monkeypatch.undo()
+        forget_what_can_run()
+
+
+def test_the_reference_that_nobody_asked_for_is_warned_of_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))  # no _build.json there
+    monkeypatch.setattr(backends, "build_facts", backends.build_facts.__wrapped__)
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)  # no triton
+    x = torch.ones(3)
+    forget_what_can_run()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            F.dropout(x, backend="reference")
+            with reg_kernels.backend("reference"):
+                F.dropout(x)
+            assert not caught
+            F.dropout(x)
+            F.dropout(x.double())
+            F.l2_penalty([x])
+        assert [str(each.message) for each in caught] == [
+            f"reg_kernels, imported from {tmp_path}, runs its slow reference on the CPU: "
+            "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
+        ]
     finally:
         monkeypatch.undo()
         forget_what_can_run()

@@ -68,33 +68,53 @@ template <typename T>
 constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
 
 struct PivotSums {
-  Doubles sum{}, squares{};
+  alignas(64) double sums[4][kLanes] = {}, squares[4][kLanes] = {};
 
   template <typename T>
   RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
-    Doubles s[4] = {sum}, q[4] = {squares};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      prefetch(x + i + lead, 4 * kLanes);
+    // What the lanes take in turn stays in the first-level cache meanwhile.
+    constexpr int64_t kAtOnce = kPartLanes == kLanes ? kStretch : kTile;
+    const int64_t whole = count / (4 * kLanes) * (4 * kLanes), eights = count / kLanes * kLanes;
+    for (int64_t begin = 0, end = -1; end < whole; begin = end) {
+      end = min(begin + kAtOnce, whole);
+      for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+        PartOfDoubles s[4], q[4];
+        for (int k = 0; k < 4; ++k) {
+          s[k] = part_at(sums[k] + lane);
+          q[k] = part_at(squares[k] + lane);
+        }
+        const T* from = x + lane;
+        for (int64_t i = begin; i < end; i += 4 * kLanes) {
+          if (lane == 0) prefetch(x + i + lead, 4 * kLanes);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const Doubles d = value_at<Doubles>(x + i + k * kLanes) - pivot;
-        s[k] += d;
-        q[k] += d * d;
+          for (int k = 0; k < 4; ++k) {
+            const PartOfDoubles d = part_at(from + i + k * kLanes) - pivot;
+            s[k] += d;
+            q[k] += d * d;
+          }
+        }
+        for (int64_t i = end; end == whole && i < eights; i += kLanes) {
+          const PartOfDoubles d = part_at(from + i) - pivot;
+          s[0] += d;
+          q[0] += d * d;
+        }
+        for (int k = 0; k < 4; ++k) {
+          put_value(sums[k] + lane, s[k]);
+          put_value(squares[k] + lane, q[k]);
+        }
       }
     }
-    for (; i + kLanes <= count; i += kLanes) {
-      const Doubles d = value_at<Doubles>(x + i) - pivot;
-      s[0] += d;
-      q[0] += d * d;
-    }
-    for (int j = 0; i < count; ++i, ++j) {
+    for (int64_t i = eights; i < count; ++i) {
       const double d = static_cast<double>(load(x[i])) - pivot;
-      s[1][j] += d;
-      q[1][j] += d * d;
+      sums[1][i - eights] += d;
+      squares[1][i - eights] += d * d;
     }
-    sum = (s[0] + s[1]) + (s[2] + s[3]);
-    squares = (q[0] + q[1]) + (q[2] + q[3]);
+  }
+
+  static double total(const double (&of)[4][kLanes]) {
+    Doubles v[4];
+    memcpy(v, of, sizeof(v));
+    return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3]));
   }
 };
 
@@ -107,8 +127,7 @@ Moments<double> stretch_moments(const T* x, int64_t count, double base) {
   for (int pass = 0; pass < (sizeof(T) == sizeof(double) ? 2 : 1); ++pass) {
     PivotSums sums;
     sums.add(x, count, kLead<T>, pivot);
-    result =
-        moments_of_sums(count, pivot - base, sum_of_lanes(sums.sum), sum_of_lanes(sums.squares));
+    result = moments_of_sums(count, pivot - base, sums.total(sums.sums), sums.total(sums.squares));
     pivot = finite_or_zero(base + result.mean);
   }
   return result;
@@ -131,44 +150,51 @@ void plane_moments(const BatchNormTask& task, int64_t unit) {
              });
 }
 
-template <typename T>
+template <typename L>
 struct GradientSums {
-  using C = compute_t<T>;
-  Doubles d_sum{}, dx_sum{};
+  using C = compute_t<L>;
+  alignas(64) double d_sum[kLanes] = {}, dx_sum[kLanes] = {};
 
   // `ahead` prefetches.
-  RK_HD void add(const C* d, const T* x, int64_t count, const Prefetch<T>& ahead, double shift) {
-    Doubles s[4] = {d_sum}, q[4] = {dx_sum};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      ahead(i, 4 * kLanes);
+  RK_HD void add(const C* d, const L* x, int64_t count, const Prefetch<L>& ahead, double shift) {
+    const int64_t rest = count / kLanes * kLanes;  // the last few, one a lane
+    alignas(64) double d_rest[kLanes] = {}, dx_rest[kLanes] = {};
+    for (int64_t i = rest; i < count; ++i) {
+      d_rest[i - rest] = static_cast<double>(d[i]);
+      dx_rest[i - rest] = d_rest[i - rest] * (static_cast<double>(load(x[i])) - shift);
+    }
+    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+      PartOfDoubles s[4] = {part_at(d_sum + lane)}, q[4] = {part_at(dx_sum + lane)};
+      const C* dl = d + lane;
+      const L* xl = x + lane;
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        if (lane == 0) ahead(i, 4 * kLanes);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const Doubles g = value_at<Doubles>(d + i + k * kLanes);
-        s[k] += g;
-        q[k] += g * (value_at<Doubles>(x + i + k * kLanes) - shift);
+        for (int k = 0; k < 4; ++k) {
+          const PartOfDoubles g = part_at(dl + i + k * kLanes);
+          s[k] += g;
+          q[k] += g * (part_at(xl + i + k * kLanes) - shift);
+        }
       }
+      for (; i < rest; i += kLanes) {
+        const PartOfDoubles g = part_at(dl + i);
+        s[0] += g;
+        q[0] += g * (part_at(xl + i) - shift);
+      }
+      s[1] += part_at(d_rest + lane);
+      q[1] += part_at(dx_rest + lane);
+      put_value(d_sum + lane, (s[0] + s[1]) + (s[2] + s[3]));
+      put_value(dx_sum + lane, (q[0] + q[1]) + (q[2] + q[3]));
     }
-    for (; i + kLanes <= count; i += kLanes) {
-      const Doubles g = value_at<Doubles>(d + i);
-      s[0] += g;
-      q[0] += g * (value_at<Doubles>(x + i) - shift);
-    }
-    for (int j = 0; i < count; ++i, ++j) {
-      const double g = static_cast<double>(d[i]);
-      s[1][j] += g;
-      q[1][j] += g * (static_cast<double>(load(x[i])) - shift);
-    }
-    d_sum = (s[0] + s[1]) + (s[2] + s[3]);
-    dx_sum = (q[0] + q[1]) + (q[2] + q[3]);
   }
 };
 
 // Calls f(p, first, count, flags, index) for the tiles of a unit, with the flags of the gate where
 // there is one: unpacked before, or, for a forward, packed after f has set them.
 template <typename T, bool kForward, typename F>
-RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gradient,
-                           const F& f) {
+RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, int64_t tile,
+                           bool with_gradient, const F& f) {
   using C = compute_t<T>;
   const PlaneUnit part(task, unit);
   alignas(64) uint8_t space[kBlock + 8];
@@ -180,7 +206,7 @@ RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gr
                  // Tiles end at blocks, whose gates are whole bytes.
                  const int64_t block = first / kBlock * kBlock;
                  const int64_t next = min(block + kBlock, part.end);
-                 const int64_t n = min(min(kTile, end - first), next - first);
+                 const int64_t n = min(min(tile, end - first), next - first);
                  const bool opens = first == block || first == part.begin;
                  const int64_t opened = max(block, part.begin);
                  if (task.gate && !kForward && opens) {
@@ -198,27 +224,28 @@ RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, bool with_gr
 template <typename T>
 void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
+  using L = loop_t<T>;
   const Typed<T> typed(task);
   const PlaneUnit part(task, unit);
-  GradientSums<T> sums;
-  alignas(64) C buffer[kTile];
+  GradientSums<L> sums;
+  TileSpace<T> space;
   int64_t current = 0;
   const auto finish = [&] {
-    part.sums[2 * current] = sum_of_lanes(sums.d_sum);
-    part.sums[2 * current + 1] = sum_of_lanes(sums.dx_sum);
+    part.sums[2 * current] = sum_of_lanes(value_at<Doubles>(sums.d_sum));
+    part.sums[2 * current + 1] = sum_of_lanes(value_at<Doubles>(sums.dx_sum));
   };
   for_plane_tiles<T, false>(
-      task, unit, false,
+      task, unit, kTile, false,
       [&](const OneChannel<C>& p, int64_t first, int64_t n, const uint8_t* flags, int64_t index) {
         if (index != current) {
           finish();
           sums = {};
           current = index;
         }
-        const C* d = typed.gradient_tile(p, first, n, kLead<T>, flags, buffer);
-        const Prefetch<T> ahead{typed.grad_output + first, typed.x + first,
-                                d == buffer ? 0 : kLead<T>};
-        sums.add(d, typed.x + first, n, ahead, static_cast<double>(p.affine.shift));
+        const Tile<L> tile = typed.backward_of(first, n, kLead<T>, true, flags, space);
+        const C* d = typed.loops.gradient(p, tile, flags, space.d);
+        const Prefetch<L> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
+        sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
       });
   finish();
 }
@@ -228,7 +255,7 @@ void map_planes(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
   Typed<T> typed(task);
   for_plane_tiles<T, kForward>(
-      task, unit, !kForward,
+      task, unit, kForward ? typed.forward_tile_size() : kTile, !kForward,
       [&](const OneChannel<C>& p, int64_t first, int64_t n, uint8_t* flags, int64_t) {
         if constexpr (kForward) {
           typed.forward_tile(p, first, n, kLead<T>, flags);

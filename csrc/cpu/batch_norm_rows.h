@@ -175,55 +175,60 @@ void row_moments(const BatchNormTask& task, int64_t unit) {
 template <typename T>
 void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
+  using L = loop_t<T>;
   const BatchNormPlan& plan = task.plan;
   const RowUnit part(task, unit);
   const Typed<T> typed(task);
   const StripConstants<C> constants(task, part, 3);
-  alignas(64) C buffer[kRowsAtOnce][kTile];
+  TileSpace<T> space_of[kRowsAtOnce];
   alignas(64) uint8_t space[kBlock + 8];
   const int64_t stride = plan.columns;
 
   // `rows` rows, at most kRowsAtOnce; `flags` of the first one's first column, or null.
   const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
-                       double* d_sum, double* dx_sum) {
+                       double* d_sum, double* dx_sum) RK_STAGE {
     const int64_t lead = rows_ahead<T>(columns) * stride;
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = min(kTile, columns - j);
       const ChannelColumns<C> p = constants.from(j);
       const int64_t first = row * stride + part.first_column + j;
       const C* d[kRowsAtOnce];
+      const L* x[kRowsAtOnce];
       for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* tile = flags ? flags + r * part.columns + j : nullptr;
-        d[r] = typed.gradient_tile(p, first + r * stride, n, lead, tile, buffer[r]);
+        const uint8_t* gate = flags ? flags + r * part.columns + j : nullptr;
+        const Tile<L> tile =
+            typed.backward_of(first + r * stride, n, lead, true, gate, space_of[r]);
+        d[r] = typed.loops.gradient(p, tile, gate, space_of[r].d);
+        x[r] = tile.x;
       }
-      const T *x = typed.x + first, *g = typed.grad_output + first;
       double *s = d_sum + j, *q = dx_sum + j;
       if (rows == kRowsAtOnce) {
         const C *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
-        const bool fetch = d0 != buffer[0];
-        for_lanes(n, [=]<typename V>(V, int64_t i) __attribute__((always_inline)) {
-          if (fetch) {
-            const int64_t two = (i & kLanes ? 2 * stride : 0) + i + lead;  // as in add_rows
-            prefetch(x + two, 1);
-            prefetch(x + two + stride, 1);
-            prefetch(g + two, 1);
-            prefetch(g + two + stride, 1);
+        const L *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+        // Where a gradient is read from where it lies, rows are `stride` apart.
+        const bool fetch = d0 != space_of[0].d;
+        for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
+          if (fetch) {  // as in add_rows
+            const int64_t two = (i & kLanes ? 2 * stride : 0) + i + lead;
+            prefetch(x0 + two, 1);
+            prefetch(x0 + two + stride, 1);
+            prefetch(d0 + two, 1);
+            prefetch(d0 + two + stride, 1);
           }
           const V shift = value_at<V>(p.shift + i);
           const V g0 = value_at<V>(d0 + i), g1 = value_at<V>(d1 + i);
           const V g2 = value_at<V>(d2 + i), g3 = value_at<V>(d3 + i);
-          const V x0 = value_at<V>(x + i) - shift, x1 = value_at<V>(x + stride + i) - shift;
-          const V x2 = value_at<V>(x + 2 * stride + i) - shift;
-          const V x3 = value_at<V>(x + 3 * stride + i) - shift;
+          const V u0 = value_at<V>(x0 + i) - shift, u1 = value_at<V>(x1 + i) - shift;
+          const V u2 = value_at<V>(x2 + i) - shift, u3 = value_at<V>(x3 + i) - shift;
           put_value(s + i, value_at<V>(s + i) + ((g0 + g1) + (g2 + g3)));
-          put_value(q + i, value_at<V>(q + i) + ((g0 * x0 + g1 * x1) + (g2 * x2 + g3 * x3)));
+          put_value(q + i, value_at<V>(q + i) + ((g0 * u0 + g1 * u1) + (g2 * u2 + g3 * u3)));
         });
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
         const C* dr = d[r];
-        const T* xr = x + r * stride;
-        for_lanes(n, [=]<typename V>(V, int64_t i) __attribute__((always_inline)) {
+        const L* xr = x[r];
+        for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
           const V gr = value_at<V>(dr + i);
           put_value(s + i, value_at<V>(s + i) + gr);
           put_value(q + i,
@@ -259,16 +264,17 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const RowUnit part(task, unit);
   Typed<T> typed(task);
   const StripConstants<C> constants(task, part, kForward ? 3 : 6);
+  const int64_t tile = kForward ? typed.forward_tile_size() : kTile;
   alignas(64) uint8_t space[kBlock + 8];
 
-  const auto map = [&](int64_t row, int64_t rows, int64_t columns) {
+  const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
     uint8_t* bits = part.bits(task, row);
     const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
     if (!kForward && bits) unpack_bits(bits, count, space);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += kTile) {
-        const int64_t n = min(kTile, columns - j);
+      for (int64_t j = 0; j < columns; j += tile) {
+        const int64_t n = min(tile, columns - j);
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
         uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
         if constexpr (kForward) {

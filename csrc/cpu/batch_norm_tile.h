@@ -1,11 +1,13 @@
 // What BatchNorm does to a tile: up to kTile elements that lie side by side.
 //
 // Everything but the plain cases goes through the first-level cache, one stage after the other, so
-// that the stages need not be compiled in every combination.
+// that the stages need not be compiled in every combination. A float16 is widened first and rounded
+// last: the loops between are those of float.
 #pragma once
 
 #include "batch_norm.h"
 #include "lanes.h"
+#include "narrow.h"
 #include "random.h"
 #include "reg_kernels/batch_norm_math.h"
 #include "reg_kernels/dropout_math.h"
@@ -56,79 +58,62 @@ struct Prefetch {
   }
 };
 
-// A task with its types, and what is done to a tile of up to kTile elements in storage order.
-template <typename T>
-struct Typed {
-  using C = compute_t<T>;
+// `value` where the flag is 1, and 0 where it is 0. By its bits where there are no masks: g++ 12
+// makes no vector code there of a choice by bytes between elements of 16 bits (7 times as slow).
+#if defined(__AVX512F__)
+template <typename C>
+RK_HD C passed_by(uint8_t flag, C value) {
+  return flag ? value : C(0);
+}
+#else
+RK_HD float passed_by(uint8_t flag, float value) {
+  return bit_cast<float>(bit_cast<uint32_t>(value) & (0u - flag));
+}
 
-  const BatchNormTask& task;
-  const T *x, *residual, *grad_output;
-  T *y, *grad_input, *grad_residual;
+RK_HD double passed_by(uint8_t flag, double value) {
+  return bit_cast<double>(bit_cast<uint64_t>(value) & (uint64_t{0} - flag));
+}
+#endif
+
+// Elements in storage order, up to kTile where they go through a buffer, as loops read them: an L
+// is the type of the tensors, or float, to which a float16 has been widened.
+template <typename L>
+struct Tile {
+  int64_t first, count;
+  int64_t lead;  // how many elements on from these to prefetch the same tensors, 0 for not at all
+  // What is not there or not read is null.
+  const L *x = nullptr, *residual = nullptr, *grad_output = nullptr;
+};
+
+// What is done to a tile in the type that it is computed in.
+template <typename C>
+struct TileStages {
   Activation activation;
   C slope;
-  bool drops;
+  bool drops, keeps_any;
   C scale;             // of dropout
   uint16_t last_kept;  // half-word < threshold, as <= in 16 bits
   RngStream rng;
   Draws draws;
 
-  explicit Typed(const BatchNormTask& task)
-      : task(task),
-        x(static_cast<const T*>(task.x)),
-        residual(static_cast<const T*>(task.residual)),
-        grad_output(static_cast<const T*>(task.grad_output)),
-        y(static_cast<T*>(task.y)),
-        grad_input(static_cast<T*>(task.grad_input)),
-        grad_residual(static_cast<T*>(task.grad_residual)),
-        activation(static_cast<Activation>(task.activation)),
+  explicit TileStages(const BatchNormTask& task)
+      : activation(static_cast<Activation>(task.activation)),
         slope(static_cast<C>(task.slope)),
         drops(task.drops),
+        keeps_any(task.threshold != 0),
         scale(static_cast<C>(task.drops ? task.scale : 1.0)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         rng(kDropoutTag, task.seed, task.offset) {}
 
-  ~Typed() {
-    if (task.stream) stream_fence();
+  // Whether a backward needs z, what the activation is applied to.
+  bool needs_z(const uint8_t* flags) const {
+    return needs_preactivation(activation, flags != nullptr, drops);
   }
 
-  // z, what the activation is applied to. Here and below, `lead` is how many elements on from these
-  // to prefetch the same tensors, 0 for not at all.
-  template <typename P>
-  RK_HD void preactivation(const P& p, int64_t first, int64_t count, int64_t lead, C* z) const {
-    const T *from = x + first, *added = residual + first;
-    if (residual) {
-      write_each(
-          z, count, false,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return p.apply(load(from[i]), i) + load(added[i]); },
-          Prefetch<T>{from, added, lead});
-    } else {
-      write_each(
-          z, count, false,
-          [=](int64_t i) __attribute__((always_inline)) { return p.apply(load(from[i]), i); },
-          Prefetch<T>{from, nullptr, lead});
-    }
-  }
-
-  // y and, where `flags` is not null, its gate.
-  template <typename P>
-  void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
-    const T* from = x + first;
-    if (!residual && !drops) {
-      const C below = slope;
-      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
-        write_each(
-            y + first, count, task.stream,
-            [=](int64_t i) __attribute__((always_inline)) {
-              return store<T>(activate<kActivation>(p.apply(load(from[i]), i), below));
-            },
-            Prefetch<T>{from, nullptr, lead});
-      });
-      return;
-    }
-    alignas(64) C z[kTile];
-    preactivation(p, first, count, lead, z);
-    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+  // z becomes what the activation makes of it; where `flags` is not null, with its gate.
+  RK_HD void activate_tile(int64_t count, C* z, uint8_t* flags) const {
+    const C below = slope;
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if (flags) {
         for (int64_t i = 0; i < count; ++i) {
           flags[i] = kActivation == Activation::relu         ? !(z[i] <= C(0))
@@ -137,116 +122,285 @@ struct Typed {
         }
       }
       if constexpr (kActivation != Activation::none) {
-        const C below = slope;
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], below);
       }
     });
-    if (drops) {
-      const uint16_t* drawn = draws.fill(rng, first, count);
-      const uint16_t last = last_kept;
-      const C kept = scale;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
-      if (flags) {
-        const bool any = task.threshold != 0;
-        for (int64_t i = 0; i < count; ++i) flags[i] &= any && drawn[i] <= last;
-      }
-    }
-    const C* source = z;
-    write_each(y + first, count, task.stream,
-               [=](int64_t i) __attribute__((always_inline)) { return store<T>(source[i]); });
   }
 
-  // The gradient behind the activation, in `buffer` or where it lies already.
-  template <typename P>
-  RK_HD const C* gradient_tile(const P& p, int64_t first, int64_t count, int64_t lead,
-                               const uint8_t* flags, C* buffer) const {
-    const T* from = grad_output + first;
-    if constexpr (sizeof(T) == sizeof(C)) {
-      if (activation == Activation::none && !flags) return from;
+  // Elements of z are dropped, and where `flags` is not null their gates are closed.
+  RK_STAGE void drop_tile(int64_t first, int64_t count, C* z, uint8_t* flags) {
+    const uint16_t* drawn = draws.fill(rng, first, count);
+    const uint16_t last = last_kept;
+    const C kept = scale;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
+    if (flags) {
+      for (int64_t i = 0; i < count; ++i) flags[i] &= keeps_any && drawn[i] <= last;
     }
-    const C passed = scale, below = slope;
-    const Prefetch<T> ahead{from, x + first, lead};
-    if (!flags && !residual) {
-      const T* values = x + first;
-      for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
-        write_each(
-            buffer, count, false,
-            [=](int64_t i) __attribute__((always_inline)) {
-              const C g = load(from[i]);
-              if constexpr (kActivation == Activation::none) return g;
-              const C z = p.apply(load(values[i]), i);
-              if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
-              return g * activation_derivative<kActivation>(z, below);
-            },
-            ahead);
-      });
-      return buffer;
-    }
-    if (!flags) {
-      write_each(
-          buffer, count, false,
-          [=](int64_t i) __attribute__((always_inline)) { return load(from[i]); }, ahead);
-    } else if (activation == Activation::relu) {
-      write_each(
-          buffer, count, false,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return flags[i] ? load(from[i]) * passed : C(0); },
-          ahead);
-    } else {
-      const C stopped = activation == Activation::leaky_relu && !drops ? below : C(0);
-      write_each(
-          buffer, count, false,
-          [=](int64_t i) __attribute__((always_inline)) {
-            return load(from[i]) * (flags[i] ? passed : stopped);
-          },
-          ahead);
-    }
-    if (!needs_preactivation(activation, flags != nullptr, drops)) return buffer;
-    alignas(64) C z[kTile];
-    preactivation(p, first, count, residual ? lead : 0, z);
-    for_activation(activation, [&]<Activation kActivation>() __attribute__((always_inline)) {
+  }
+
+  // d times the activation's derivative at z.
+  RK_HD void chain(const C* z, int64_t count, C* d) const {
+    const C below = slope;
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if constexpr (kActivation == Activation::relu) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) buffer[i] = z[i] <= C(0) ? C(0) : buffer[i];
+        for (int64_t i = 0; i < count; ++i) d[i] = z[i] <= C(0) ? C(0) : d[i];
       } else if constexpr (kActivation != Activation::none) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          buffer[i] *= activation_derivative<kActivation>(z[i], below);
-        }
+        for (int64_t i = 0; i < count; ++i) d[i] *= activation_derivative<kActivation>(z[i], below);
       }
     });
+  }
+};
+
+// The loops over a tile that read its tensors.
+template <typename L>
+struct TileLoops : TileStages<compute_t<L>> {
+  using C = compute_t<L>;
+  using Stages = TileStages<C>;
+  using Stages::activation, Stages::slope, Stages::drops;
+  static constexpr bool kWidens = sizeof(L) != sizeof(C);
+
+  using Stages::Stages;
+
+  template <typename P>
+  RK_HD void preactivation(const P& p, const Tile<L>& tile, int64_t lead, C* z) const {
+    const L *x = tile.x, *residual = tile.residual;
+    if (residual) {
+      write_each(
+          z, tile.count, false,
+          [=](int64_t i) RK_INLINE { return p.apply(load(x[i]), i) + load(residual[i]); },
+          Prefetch<L>{x, residual, lead});
+    } else {
+      write_each(
+          z, tile.count, false, [=](int64_t i) RK_INLINE { return p.apply(load(x[i]), i); },
+          Prefetch<L>{x, nullptr, lead});
+    }
+  }
+
+  // y, which may be where x is, and, where `flags` is not null, its gate.
+  template <typename P>
+  RK_STAGE void forward(const P& p, const Tile<L>& tile, L* y, bool stream, uint8_t* flags) {
+    if (tile.residual || drops) {
+      alignas(64) C z[kTile];
+      preactivation(p, tile, tile.lead, z);
+      Stages::activate_tile(tile.count, z, flags);
+      if (drops) Stages::drop_tile(tile.first, tile.count, z, flags);
+      write_each(y, tile.count, stream, Narrowed<L>{z});
+      return;
+    }
+    const L* x = tile.x;
+    const C below = slope;
+    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
+      write_each(
+          y, tile.count, stream,
+          [=](int64_t i)
+              RK_INLINE { return store<L>(activate<kActivation>(p.apply(load(x[i]), i), below)); },
+          Prefetch<L>{x, nullptr, tile.lead});
+    });
+  }
+
+  // The gradient behind the activation where nothing else changes it.
+  template <Activation kActivation, typename P>
+  RK_HD void differentiate(const P& p, const Tile<L>& tile, C* d) const {
+    const L *grad = tile.grad_output, *x = tile.x;
+    const C below = slope;
+    write_each(
+        d, tile.count, false,
+        [=](int64_t i) RK_INLINE {
+          const C g = load(grad[i]), z = p.apply(load(x[i]), i);
+          if constexpr (kActivation == Activation::relu) return z <= C(0) ? C(0) : g;
+          return g * activation_derivative<kActivation>(z, below);
+        },
+        Prefetch<L>{grad, x, tile.lead});
+  }
+
+  // What the gate lets through of a gradient.
+  RK_HD void pass_gate(const Tile<L>& tile, const uint8_t* flags, C* d) const {
+    const L* grad = tile.grad_output;
+    const Prefetch<L> ahead{grad, tile.x, tile.lead};
+    const C passed = Stages::scale;
+    if (activation == Activation::leaky_relu && !drops) {
+      const C stopped = slope;
+      write_each(
+          d, tile.count, false,
+          [=](int64_t i) RK_INLINE {
+            return load(grad[i]) * (passed_by(flags[i], passed) + passed_by(!flags[i], stopped));
+          },
+          ahead);
+    } else if (activation == Activation::relu) {
+      write_each(
+          d, tile.count, false,
+          [=](int64_t i) RK_INLINE { return passed_by(flags[i], load(grad[i]) * passed); }, ahead);
+    } else {
+      write_each(
+          d, tile.count, false,
+          [=](int64_t i) RK_INLINE { return load(grad[i]) * passed_by(flags[i], passed); }, ahead);
+    }
+  }
+
+  template <Activation kActivation, typename P>
+  RK_STAGE void differentiate_apart(const P& p, const Tile<L>& tile, C* d) const {
+    differentiate<kActivation>(p, tile, d);
+  }
+
+  // The gradient behind the activation, in `buffer` or where it lies already. What is short beside
+  // a call is inlined.
+  template <typename P>
+  RK_HD const C* gradient(const P& p, const Tile<L>& tile, const uint8_t* flags, C* buffer) const {
+    const L* grad = tile.grad_output;
+    const bool needs_z = Stages::needs_z(flags);
+    if (flags) {
+      pass_gate(tile, flags, buffer);
+    } else if (!needs_z) {
+      if constexpr (!kWidens) return grad;
+      widen(grad, tile.count, buffer, Prefetch<L>{grad, tile.x, tile.lead});
+    }
+    if (!needs_z) return buffer;
+    if (flags || tile.residual) {
+      gradient_by_z(p, tile, flags != nullptr, buffer);
+    } else if (activation == Activation::relu) {
+      differentiate<Activation::relu>(p, tile, buffer);
+    } else if (activation == Activation::leaky_relu) {
+      differentiate<Activation::leaky_relu>(p, tile, buffer);
+    } else if (activation == Activation::silu) {
+      differentiate_apart<Activation::silu>(p, tile, buffer);
+    } else {
+      differentiate_apart<Activation::gelu>(p, tile, buffer);
+    }
     return buffer;
+  }
+
+  template <typename P>
+  RK_STAGE void gradient_by_z(const P& p, const Tile<L>& tile, bool gated, C* d) const {
+    if (!gated) {
+      write_each(d, tile.count, false, Widened<L>{tile.grad_output},
+                 Prefetch<L>{tile.grad_output, tile.x, tile.lead});
+    }
+    alignas(64) C z[kTile];
+    preactivation(p, tile, tile.residual ? tile.lead : 0, z);
+    Stages::chain(z, tile.count, d);
+  }
+
+  // The input's gradient, which may lie where x is, from the one behind the activation.
+  template <typename P>
+  RK_HD void input_gradient(const P& p, bool training, const Tile<L>& tile, const C* d, L* y,
+                            bool stream, const Prefetch<L>& ahead) const {
+    const L* x = tile.x;
+    if (training) {
+      write_each(
+          y, tile.count, stream,
+          [=](int64_t i) RK_INLINE { return store<L>(p.input_gradient(d[i], load(x[i]), i)); },
+          ahead);
+    } else {
+      write_each(
+          y, tile.count, stream,
+          [=](int64_t i) RK_INLINE { return store<L>(p.frozen_gradient(d[i], i)); }, ahead);
+    }
+  }
+};
+
+// What a backward keeps of a tile: the gradient behind the activation, and the elements that loops
+// do not read where they lie.
+template <typename T>
+struct TileSpace {
+  using C = compute_t<T>;
+  static constexpr bool kWidens = sizeof(loop_t<T>) != sizeof(T);
+  static constexpr int64_t kWide = kWidens ? kTile : 1;
+
+  alignas(64) C d[kTile];
+  alignas(64) C x[kWide], residual[kWide];
+};
+
+// A task with its types, and what is done to a tile of up to kTile elements in storage order.
+template <typename T>
+struct Typed {
+  using C = compute_t<T>;
+  using L = loop_t<T>;
+  static constexpr bool kWidens = TileSpace<T>::kWidens;
+
+  TileLoops<L> loops;
+  const T *x, *residual, *grad_output;
+  T *y, *grad_input, *grad_residual;
+  bool training, stream;
+
+  explicit Typed(const BatchNormTask& task)
+      : loops(task),
+        x(static_cast<const T*>(task.x)),
+        residual(static_cast<const T*>(task.residual)),
+        grad_output(static_cast<const T*>(task.grad_output)),
+        y(static_cast<T*>(task.y)),
+        grad_input(static_cast<T*>(task.grad_input)),
+        grad_residual(static_cast<T*>(task.grad_residual)),
+        training(task.training),
+        stream(task.stream) {}
+
+  ~Typed() {
+    if (stream) stream_fence();
+  }
+
+  // Elements as loops read them: where they lie, or widened into a buffer, which asks for those
+  // `lead` elements on.
+  static RK_HD const L* as_read(const T* from, int64_t count, int64_t lead, C* buffer) {
+    if constexpr (kWidens) {
+      widen(from, count, buffer, Prefetch<T>{from, nullptr, lead});
+      return buffer;
+    } else {
+      return from;
+    }
+  }
+
+  // What goes through no buffer may be longer than a tile, and takes fewer calls then.
+  int64_t forward_tile_size() const {
+    return kWidens || residual || loops.drops ? kTile : kColumns;
+  }
+
+  template <typename P>
+  void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {
+    alignas(64) C wide[TileSpace<T>::kWide], added[TileSpace<T>::kWide];
+    Tile<L> tile{first, count, kWidens ? 0 : lead, as_read(x + first, count, lead, wide)};
+    if (residual) tile.residual = as_read(residual + first, count, lead, added);
+    if constexpr (kWidens) {
+      loops.forward(p, tile, wide, false, flags);
+      narrow(wide, count, y + first, stream, NothingAhead{});
+    } else {
+      loops.forward(p, tile, y + first, stream, flags);
+    }
+  }
+
+  // A tile of a backward; `reads_x`: whether x is read for more than z.
+  RK_HD Tile<L> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x,
+                            const uint8_t* flags, TileSpace<T>& space) const {
+    const bool needs_z = loops.needs_z(flags);
+    Tile<L> tile{first, count, kWidens ? 0 : lead};
+    if (!kWidens || reads_x || needs_z) tile.x = as_read(x + first, count, lead, space.x);
+    if (residual && needs_z) tile.residual = as_read(residual + first, count, lead, space.residual);
+    tile.grad_output = as_read(grad_output + first, count, lead, space.d);
+    return tile;
   }
 
   template <typename P>
   void backward_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                      const uint8_t* flags) const {
-    alignas(64) C buffer[kTile];
-    const C* d = gradient_tile(p, first, count, lead, flags, buffer);
-    const T* from = x + first;
+    TileSpace<T> space;
+    const Tile<L> tile = backward_of(first, count, lead, training, flags, space);
+    const C* d = loops.gradient(p, tile, flags, space.d);
     // A tile of its own has prefetched already.
-    Prefetch<T> ahead{grad_output + first, from, d == buffer ? 0 : lead};
+    int64_t ahead = d == space.d ? 0 : lead;
     if (grad_residual) {
-      write_each(
-          grad_residual + first, count, task.stream,
-          [=](int64_t i) __attribute__((always_inline)) { return store<T>(d[i]); }, ahead);
-      ahead.lead = 0;
+      write_each(grad_residual + first, count, stream, Narrowed<T>{d},
+                 Prefetch<T>{grad_output + first, x + first, ahead});
+      ahead = 0;
     }
-    if (grad_input && task.training) {
-      write_each(
-          grad_input + first, count, task.stream,
-          [=](int64_t i) __attribute__((always_inline)) {
-            return store<T>(p.input_gradient(d[i], load(from[i]), i));
-          },
-          ahead);
-    } else if (grad_input) {
-      write_each(
-          grad_input + first, count, task.stream,
-          [=](int64_t i)
-              __attribute__((always_inline)) { return store<T>(p.frozen_gradient(d[i], i)); },
-          ahead);
+    if (!grad_input) return;
+    if constexpr (kWidens) {
+      loops.input_gradient(p, training, tile, d, space.x, false, {});
+      narrow(space.x, count, grad_input + first, stream, NothingAhead{});
+    } else {
+      loops.input_gradient(p, training, tile, d, grad_input + first, stream,
+                           {tile.grad_output, tile.x, ahead});
     }
   }
 };

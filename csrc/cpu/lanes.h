@@ -17,6 +17,17 @@ constexpr int kLanes = 8;
 // The compiler makes whatever registers there are of it.
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 
+// Those of them that one register holds: loops with many sums take these in turn, since sums that
+// find no register go through memory.
+#if defined(__AVX512F__)
+constexpr int kPartLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kPartLanes = 4;
+#else
+constexpr int kPartLanes = 2;
+#endif
+typedef double PartOfDoubles __attribute__((vector_size(kPartLanes * sizeof(double))));
+
 #if defined(__AVX2__)
 
 // Eight floats, as the elements of any narrower type become first.
@@ -71,6 +82,34 @@ RK_HD V value_at(const T* p) {
 #endif
   }
 }
+
+// kPartLanes elements at p.
+RK_HD PartOfDoubles part_at(const double* p) {
+  PartOfDoubles v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+#if defined(__AVX512F__)
+template <typename T>
+RK_HD PartOfDoubles part_at(const T* p) {
+  return widen(load_floats(p));
+}
+#elif defined(__AVX2__)
+RK_HD PartOfDoubles part_at(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+RK_HD PartOfDoubles part_at(const float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+RK_HD PartOfDoubles part_at(const bfloat16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
+}
+#else
+template <typename T>
+RK_HD PartOfDoubles part_at(const T* p) {
+  return PartOfDoubles{static_cast<double>(load(p[0])), static_cast<double>(load(p[1]))};
+}
+#endif
 
 template <typename V>
 RK_HD void put_value(double* p, const V& v) {

@@ -10,6 +10,7 @@ from ._measure import COMPILE, COPY, EAGER, format_bytes
 from ._results import Ratio, counts_bytes, has_goals, is_kernel, is_ours, speed_over
 
 SHOWN = ("native", "triton")  # what pages show: the other implementations are in the JSON
+SHORT = ("benchmark", "ours", EAGER, COMPILE, "ratio")
 
 Case = dict[str, Any]
 Row = tuple[str, ...]
@@ -190,19 +191,16 @@ def isa_table(data: dict[str, Any]) -> Table:
     )
 
 
-def goal_table(data: dict[str, Any], missed: bool = False) -> Table:
-    """Where each figure that has a goal stands; of those that are `missed` alone, if so asked."""
+def goal_table(data: dict[str, Any]) -> Table:
+    """Where each figure that has a goal stands."""
     rows: list[Row] = []
     for case in data["benchmarks"]:
         for row in case["contenders"]:
             for goal in row.get("goals", []):
                 verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
                 text = f"{row['name']}: {goal['text']}"
-                if not missed or verdict == "MISSED":
-                    rows.append((case["label"], text, _value(goal), verdict))
-    columns = 3 if missed else 4
-    names = ("benchmark", "goal", "measured", "")
-    return Table("goals", names[:columns], [row[:columns] for row in rows])
+                rows.append((case["label"], text, _value(goal), verdict))
+    return Table("goals", ("benchmark", "goal", "measured", ""), rows)
 
 
 def overview_cases(data: dict[str, Any]) -> list[Case]:
@@ -224,32 +222,41 @@ def _importance(case: Case) -> tuple[bool, int]:
 
 def overview_table(data: dict[str, Any]) -> Table:
     """A row an op: what somebody wants to know first."""
-    cases = overview_cases(data)
-    rows: list[Row] = []
-    for case, found, row in _measured({"benchmarks": cases}, lambda case: True, SHOWN):
-        eager, compiled = (found.get(name, {}) for name in (EAGER, COMPILE))
-        over = speed_over(row, EAGER)
-        rows.append(
-            (
-                case["label"].replace(" float32", ","),
-                *(_time(of) if "median" in of else "" for of in (row, eager, compiled)),
-                _times(over) if over else "",
-            )
+    rows = [
+        (case["label"].replace(" float32", ","), *_short(row, found))
+        for case, found, row in _measured(
+            {"benchmarks": overview_cases(data)}, lambda case: True, SHOWN
         )
-    return Table("overview", ("benchmark", "ours", EAGER, COMPILE, "ratio"), rows, words=1)
+    ]
+    return Table("overview", SHORT, rows, words=1)
+
+
+def short_table(data: dict[str, Any]) -> Table:
+    """A row a benchmark: the implementation that its op takes here, beside eager and compile."""
+    rows: list[Row] = []
+    for case in data["benchmarks"]:
+        found = {row["name"]: row for row in case["contenders"]}
+        ours = (row for name, row in found.items() if is_ours(case, name))
+        row = next((row for row in ours if "median" in row or "wrong" in row), None)
+        if row is not None:
+            cells = ("WRONG VALUES", "", "", "") if "wrong" in row else _short(row, found)
+            rows.append((case["label"], *cells))
+    return Table("times", SHORT, rows, words=1)
 
 
 # Pages
 
 
 def headline(data: dict[str, Any], shown: Container[str] = SHOWN) -> str:
-    """What a reader wants first: networks, the benchmarks that have goals, and which are missed."""
-    missed = goal_table(data, missed=True)
+    """What a reader wants first: networks, and the benchmarks that were found worth a goal."""
+    results = result_table(data, shown, has_goals)
+    without_goals = results._replace(
+        columns=results.columns[:-1], rows=[row[:-1] for row in results.rows]
+    )
     return _page(
         _conditions_in_markdown(data),
         rate_table(data, shown).markdown(),
-        result_table(data, shown, has_goals).markdown(),
-        f"Goals that were missed:\n\n{missed.markdown()}" if missed.rows else "",
+        without_goals.markdown(),
     )
 
 
@@ -364,6 +371,14 @@ def _beside(row: Case, found: dict[str, Case], other: str) -> str:
     """The other's time, and how many times faster ours is."""
     over = speed_over(row, other)
     return f"{_time(found[other])}, {_times(over)}" if over else ""
+
+
+def _short(row: Case, found: dict[str, Case]) -> Row:
+    """Ours, eager's and compile's time, and how many times faster than eager ours is."""
+    columns = (row, found.get(EAGER, {}), found.get(COMPILE, {}))
+    times = (_time(of) if "median" in of else "" for of in columns)
+    over = speed_over(row, EAGER)
+    return (*times, _times(over) if over else "")
 
 
 def _times(ratio: Ratio) -> str:

@@ -1,9 +1,11 @@
 """Times the ops against PyTorch eager and torch.compile, beside a copy of the same bytes.
 
 The contenders of a benchmark run interleaved in one process, after a check of their values. Shown
-are median times, the share of the copy's bandwidth, how many times faster the op is than PyTorch's,
-with quartiles, and how each figure stands against its goal. In FILE, {device} stands for the
-device, as in --json 'runs/{device}.json'. Exit code 1: a contender computed something else.
+are median times of the implementation that the op takes here and of PyTorch's, and the ratio: how
+many times faster the op is than eager, with quartiles. --details shows the other implementations
+and instruction sets, the share of the copy's bandwidth, peers, memory, and how each figure stands
+against its goal. In FILE, {device} stands for the device, as in --json 'runs/{device}.json'. Exit
+code 1: a contender computed something else.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .check import device_argument
 
 DTYPES = {named(dtype): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
+WIDTH = 100  # columns of the table that everybody sees
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -45,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick",
         action="store_true",
         help="few rounds, float32 and no torch.compile: a look, in a minute",
+    )
+    parser.add_argument(
+        "--details",
+        action="store_true",
+        help="show every implementation and instruction set, peers, memory and goals",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as many as torch takes)"
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return _run.INTERRUPTED
-    _print(data)
+    _print(data, args.details)
     if json_path is not None:
         text = _results.to_json(data)
         write_output("--json", json_path, lambda path: path.write_text(text))
@@ -124,7 +132,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     for name in ("device", "threads", "time_limit", "json", "plot"):
         if (value := getattr(args, name)) is not None:
             words.append(f"--{name.replace('_', '-')}={value}")
-    return words + [f"--{name}" for name in ("all", "quick") if getattr(args, name)]
+    return words + [f"--{name}" for name in ("all", "quick", "details") if getattr(args, name)]
 
 
 def _output(option: str, path: Path | None, device: torch.device) -> Path | None:
@@ -135,10 +143,14 @@ def _output(option: str, path: Path | None, device: torch.device) -> Path | None
     return output_file(option, Path(name))
 
 
-def _print(data: dict[str, Any]) -> None:
+def _print(data: dict[str, Any], details: bool) -> None:
     _console.print_lines(_report.conditions(data))
-    for table in (_report.result_table, _report.peer_table, _report.goal_table):
-        title, columns, rows, _, words = table(data)
-        if rows:
-            _console.print_table(title, columns, rows, words)
+    if details:
+        for table in (_report.result_table, _report.peer_table, _report.goal_table):
+            title, columns, rows, _, words = table(data)
+            if rows:
+                _console.print_table(title, columns, rows, words)
+    else:
+        title, columns, rows, _, words = _report.short_table(data)
+        _console.print_table(title, columns, rows, words, width=WIDTH)
     _console.print_lines(_report.notes(data))

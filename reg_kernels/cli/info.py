@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -33,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
 def implementations(device: str) -> Iterator[tuple[str, str]]:
     """Each implementation, and whether it runs on a kind of device: no op is an exception."""
-    used = backends.choose("info", device, torch.float32)
+    with warnings.catch_warnings(action="ignore"):  # that native is missing stands below
+        used = backends.choose("info", device, torch.float32)
     for name in backends.NAMES:
         reason = backends.why_not(name, device, torch.float32)
-        yield name, f"no: {reason}" if reason else "used" if name == used else "can run"
+        slowly = " (slow, plain PyTorch)" if name == "reference" else ""
+        yield name, f"no: {reason}" if reason else f"used{slowly}" if name == used else "can run"
 
 
 def devices() -> list[str]:

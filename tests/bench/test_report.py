@@ -166,6 +166,21 @@ def test_the_overview_has_a_row_an_op(figures: Any):
     assert rows[2][1:] == ("1 ms", "2 ms", "", "2×")
 
 
+def test_a_user_is_shown_the_implementation_that_runs(figures: Any):
+    seconds = {"native": [1e-3] * 3, "native[avx2]": [3e-3] * 3, "eager": [2e-3] * 3}
+    wrong = case("wrong", seconds)
+    wrong["contenders"][0] = {"name": "native", "wrong": "off by one"}
+    figures["benchmarks"] = [
+        case("right", seconds),
+        wrong,
+        case("eager alone", {"eager": [1.0] * 3}),
+    ]
+    assert _report.short_table(figures).rows == [
+        ("right", "1 ms", "2 ms", "", "2×"),
+        ("wrong", "WRONG VALUES", "", "", ""),
+    ]
+
+
 def test_lesser_instruction_sets_are_in_a_table_of_their_own(figures: Any):
     seconds = {"copy": [1e-3] * 3, "native": [1e-3] * 3, "native[avx2]": [2e-3] * 3}
     figures["benchmarks"].append(case("penalty l1", seconds))
