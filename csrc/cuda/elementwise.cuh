@@ -1,9 +1,10 @@
 // The random elementwise family on raw pointers, for CUDA and for its emulation on the CPU: kernels
 // of an op, Op, that its header elementwise/<op>.h describes.
 //
-// Reads x, writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32),
-// forward and backward alike; one more with a residual, and of what is dropped x is not read where
-// the op says so. What is drawn is drawn again from rng_state, never stored.
+// Reads x and writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32), in
+// the forward as in the backward. A residual adds sizeof(T). Without kReadsDropped a dropped
+// element of x need not be read. Draws are never stored: the backward draws them again from
+// rng_state.
 //
 // Layout: x, y and the residual share one dense layout and are walked in storage order. A thread
 // draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
@@ -22,14 +23,14 @@ namespace cuda {
 
 constexpr int kElementwiseThreads = 256;
 constexpr int kVectorsInFlight = 4;  // loads of a thread before its first use of one
-// Blocks a multiprocessor. Left alone, the 16-bit kernels take 105 registers and leave room for two
-// blocks; held to four, dropout's take 64 and spill nothing (five spills). With a residual, or with
-// draws that are numbers, four spill.
+// Blocks that a multiprocessor is to hold. Without this bound the 16-bit kernels take 105 registers
+// and leave room for two blocks. Bound to four, dropout's take 64 and spill nothing; bound to five,
+// they spill. Kernels with a residual, or whose draws are numbers, spill when bound to four.
 template <typename Op>
 constexpr int kElementwiseBlocks = kMultiplies<Op> ? 4 : 3;
 
-// The op's number as a kernel argument: by value, or as the number itself where a compiled program
-// holds that on the device, so that a new one needs no new program.
+// The op's number as a kernel argument: a value, or a pointer where a compiled program holds the
+// number on the device, so that a new number needs no new program.
 struct RateArgument {
   const double* number_on_device;  // or null: then `value`
   DropoutRate value;
@@ -69,7 +70,8 @@ __device__ __forceinline__ compute_t<T> scale_of(const DropoutRate& rate,
   return static_cast<compute_t<T>>(rate.scale);
 }
 
-// The draws of kCount elements that lie side by side: of ops that keep or drop, a bit of each.
+// The draws of kCount elements that lie side by side: a bit each where the op keeps or
+// drops.
 template <typename Draw, int kCount>
 struct Drawn {
   static constexpr int kBits = 8 * sizeof(Draw), kEach = 32 / kBits;
@@ -79,7 +81,7 @@ struct Drawn {
     return static_cast<Draw>(w[j / kEach] >> j % kEach * kBits);
   }
 
-  // The same of a j that is known at run time alone, of a group: no word goes to memory for it.
+  // The same, of a whole group, for a j that is known only at run time. w[j] would put w in memory.
   __device__ uint32_t pick(uint32_t j) const {
     static_assert(kCount * sizeof(Draw) == sizeof(PhiloxWords), "these are a group's");
     const uint32_t i = j / kEach;
@@ -116,7 +118,8 @@ __device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, ui
 template <typename T>
 constexpr int kElementsABlock = kElementwiseThreads * kVectorsInFlight * kVector<T>;
 
-// The draws of a warp's vector k of those that its lanes' groups consist of.
+// The draws of this lane's vector k, of the kVectors that a group spans. Another lane may have
+// drawn them.
 template <int kVectors, typename Draw, int kGroupCount>
 __device__ __forceinline__ Drawn<Draw, kGroupCount / kVectors> of_vector(
     const Drawn<Draw, kGroupCount>& group, int k, int lane) {
@@ -140,7 +143,7 @@ __device__ __forceinline__ Drawn<Draw, kGroupCount / kVectors> of_vector(
   }
 }
 
-// The op on a vector of x, the one from `first` on.
+// Applies the op to `vector`: the elements of x from `first` on.
 template <typename Op, bool kWhole, typename T>
 __device__ __forceinline__ void map_vector(const Span<const T>& x, int64_t first, Vector<T>& vector,
                                            const Drawn<typename Op::Draw, kVector<T>>& drawn,
@@ -224,8 +227,9 @@ __global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks<Op>)
   }
 }
 
-// The draws of a vector's elements from `first` on, each its channel's. Mostly one draw serves the
-// whole vector: it lies in one channel, or, with the channels last, in one group of them.
+// The draws of a vector's elements, from `first` on: each element has its channel's draw. Mostly
+// the whole vector needs one group: it lies in one channel or, with the channels last, in channels
+// of one group.
 template <typename Op, typename T, typename Index>
 __device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channels(
     const ChannelLayout& layout, Index first, uint64_t mask_offset, uint32_t threshold,
@@ -244,7 +248,7 @@ __device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channel
   Drawn<typename Op::Draw, kVector<T>> result{};
   uint64_t drawn_group = mask_index / kDraws;
   [[maybe_unused]] constexpr int kTimes =
-      kKeepsOrDrops<Op> ? 1 : kVector<T>;  // what has words needs each j known
+      kKeepsOrDrops<Op> ? 1 : kVector<T>;  // draws in words need a j that the compiler knows
   RK_UNROLL_BY(kTimes)
   for (int j = 0; j < kVector<T>; ++j) {
     mask_index = mask_offset + cursor.mask_index();
@@ -279,7 +283,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   store_vector<false>(y, first, vector);
 }
 
-// y[i] of x[i] and draw element_offset + i, for i < numel in storage order; y may be x.
+// Computes y[i] from x[i] and draw element_offset + i, for i < numel in storage order; y may be x.
 template <typename Op, typename T>
 void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
                      int64_t element_offset, RateArgument rate, RngState rng, cudaStream_t stream) {
@@ -297,8 +301,8 @@ void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t nume
   }
 }
 
-// The same of draw mask_offset + n * C + c, (n, c) the channel that element i of the (N, C, L)
-// tensor lies in.
+// The same with draw mask_offset + n * C + c, where (n, c) is the channel of element i in the
+// (N, C, L) tensor.
 template <typename Op, typename T>
 void launch_channels(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
                      ChannelLayout layout, int64_t mask_offset, RateArgument rate, RngState rng,

@@ -1,4 +1,4 @@
-"""What the launchers of the losses share: tiles, what targets are to a kernel, results."""
+"""The launchers of the losses: they plan the tiles, lay out the arguments and launch."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from ._launch import ASSERTING, ceil_div, device_of, next_power_of_2, processors
 from ._loss_kernels import loss_backward_kernel, loss_kernel
 from ._softmax import Kind, TargetPointers, label_totals_kernel
 
-NONE, MEAN = 0, 1  # of the reductions, torch's numbers
+NONE, MEAN = 0, 1  # torch's numbers of these reductions
 
-
-# A tile that holds all classes of its positions has so many registers: where it holds only one,
-# where the classes lie side by side, where the positions do. Of positions a thread has few, as it
-# has to know a dozen numbers of each. Nothing spills: tests/triton/.
-KEPT = 32768
-SMALL = 2048
-PLANES = 4096
+# The most registers of a tile that holds all classes of its positions. A thread has few positions,
+# since it holds a dozen numbers of each. Nothing spills: tests/triton/.
+KEPT = 32768  # of one position
+SMALL = 2048  # of several positions, where the classes lie side by side
+PLANES = 4096  # where the positions lie side by side
 POSITIONS = 4  # of a thread
 LOOPED = 4096  # elements of a tile where the classes take several
-SECTOR = 32  # bytes of positions side by side that a tile has at least
-LABELS = 4096  # labels at a time, where they are summed up
+SECTOR = 32  # the fewest bytes of positions side by side in a tile
+LABELS = 4096  # labels that label_totals_kernel sums up at a time
 LABEL_PROGRAMS = 128
 
 
 class RowPlan(NamedTuple):
-    """How many programs take which tiles."""
+    """How many programs a launch has, and which tiles they take."""
 
     programs: int
     single: bool  # one tile holds all classes of its positions
@@ -45,8 +43,8 @@ def row_plan(x: Tensor, registers: int, loops: bool = False) -> RowPlan:
     """The tiles of logits (N, C, ...), contiguous or with the channels last.
 
     Args:
-        registers: how many of 32 bits an element of a tile takes, in float32.
-        loops: whether the kernel walks tiles of the classes in any case.
+        registers: how many 32-bit registers an element of a tile takes in float32.
+        loops: whether the kernel walks tile by tile even where one tile could hold all classes.
     """
     samples, classes = x.shape[:2]
     length = x.numel() // (samples * classes)
@@ -56,6 +54,7 @@ def row_plan(x: Tensor, registers: int, loops: bool = False) -> RowPlan:
     kept = looped * registers if loops else KEPT
     return _row_plan(
         *(samples * length, classes, length, classes_last, x.element_size(), registers),
+        # kept, small, looped:
         *((kept, SMALL, looped) if classes_last else (min(kept, PLANES), PLANES, looped // 2)),
         processors(x),
     )
@@ -79,7 +78,7 @@ def _row_plan(
     unit = math.gcd(classes if classes_last else length, 16 // itemsize)
     if classes_last:
         narrowest = 1
-        lanes = min(32, max(1, block_c // unit))  # that share a position
+        lanes = min(32, max(1, block_c // unit))  # threads that share a position
     else:
         narrowest = min(SECTOR // itemsize, most)
         unit = math.gcd(unit, narrowest, POSITIONS)
@@ -113,7 +112,7 @@ def _row_plan(
 
 
 class TargetCall(NamedTuple):
-    """What the ops are told of a target, in the order of their schemas."""
+    """The arguments of an op that describe its target, in the order of its schema."""
 
     target: Tensor | None
     partner: Tensor | None
@@ -131,7 +130,7 @@ class TargetCall(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What an op of distillation is told besides, in the order of its schema."""
+    """The further arguments of an op of distillation, in the order of its schema."""
 
     logits: Tensor
     temperature: float
@@ -150,8 +149,8 @@ def _kind(call: TargetCall) -> Kind:
 
 
 def _registers(call: TargetCall, kind: Kind, teacher: Teacher | None) -> int:
-    """How many an element of a tile takes: an exponential, and what its class counts for or two
-    exponentials at T."""
+    """How many registers an element of a tile takes: it holds an exponential, and with some targets
+    also what its class counts for, or with a teacher two exponentials at T."""
     weighs = call.weight is not None and kind.SPREADS
     return 4 if weighs or teacher is not None or not kind.OF_LABELS else 1
 
@@ -159,7 +158,7 @@ def _registers(call: TargetCall, kind: Kind, teacher: Teacher | None) -> int:
 def _arguments(
     x: Tensor, sizes: Sizes, call: TargetCall, kind: Kind, teacher: Teacher | None
 ) -> tuple[Any, ...]:
-    """The kernels' from x_ptr to mean_of."""
+    """The kernels' arguments from x_ptr to mean_of."""
     mean, labels = call.reduction == MEAN, call.target if kind.OF_LABELS else None
     totals = weight_sum = None
     if labels is not None and mean:
@@ -168,7 +167,13 @@ def _arguments(
         weight_sum = call.weight.sum(dtype=torch.float64)
     lam = call.lam if call.partner is not None else None
     target = TargetPointers(
-        *(call.target, call.partner, lam, call.weight, weight_sum, totals, call.traced_smoothing)
+        target=call.target,
+        partner=call.partner,
+        lam=lam,
+        weight=call.weight,
+        weight_sum=weight_sum,
+        totals=totals,
+        smoothing=call.traced_smoothing,
     )
     rule = 1.0 - call.label_smoothing, call.label_smoothing / sizes.C
     if teacher is None:
@@ -185,7 +190,7 @@ def _arguments(
 def _label_totals(
     labels: Tensor, partner: Tensor | None, weight: Tensor | None, ignore_index: int, classes: int
 ) -> Tensor:
-    """What means of the losses of labels, and of partner labels, divide by: float64 [2] or [1]."""
+    """The divisors of the means over labels and over partner labels: float64 [2] or [1]."""
     programs = min(LABEL_PROGRAMS, ceil_div(labels.numel(), LABELS))
     pairs = 1 if partner is None else 2
     totals = torch.empty(pairs, programs, dtype=torch.float64, device=labels.device)
@@ -201,7 +206,7 @@ def _label_totals(
 def launch_forward(
     x: Tensor, call: TargetCall, keep_gradient: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, what Stats has of each position, the gradient or nothing)."""
+    """Returns (loss, the Stats of each position, gradient); the last is empty unless it is kept."""
     kind = _kind(call)
     plan = row_plan(x, _registers(call, kind, teacher))
     positions, sums = (x.shape[0], *x.shape[2:]), call.reduction != NONE
@@ -216,7 +221,10 @@ def launch_forward(
         loss_kernel[(plan.programs,)](
             *_arguments(x, plan.sizes, call, kind, teacher),
             *(loss, stats, gradient if keep_gradient else None),
-            *(sums, plan.single, kind, plan.tiles),
+            SUMS=sums,
+            SINGLE=plan.single,
+            KIND=kind,
+            TILES=plan.tiles,
             **plan.options,
         )
     return loss.sum().to(compute) if sums else loss, stats, gradient
@@ -229,14 +237,16 @@ def launch_backward(
     call: TargetCall,
     teacher: Teacher | None = None,
 ) -> Tensor:
-    """The gradient by x."""
+    """The gradient with respect to x."""
     kind = _kind(call)
     plan = row_plan(x, _registers(call, kind, teacher), loops=True)
     gradient = dense_like(x)
     with device_of(x):
         loss_backward_kernel[(plan.programs,)](
             *(grad_output, *_arguments(x, plan.sizes, call, kind, teacher), stats, gradient),
-            *(grad_output.dim() > 0, kind, plan.tiles),
+            GRAD_PER_POSITION=grad_output.dim() > 0,
+            KIND=kind,
+            TILES=plan.tiles,
             **plan.options,
         )
     return gradient

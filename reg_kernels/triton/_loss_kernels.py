@@ -1,10 +1,11 @@
 """The losses of logits and their gradients: one pair of kernels, with a teacher or without.
 
-A program has a block of positions and all of their classes: in one tile (SINGLE), whose
-exponentials it keeps for the gradient, or tile by tile, and the gradient's then from the last on.
+A program takes a block of positions with all of their classes. Either one tile holds them all
+(SINGLE), and the program keeps its exponentials for the gradient. Or the program walks tile by
+tile, and for the gradient again from the last tile to the first.
 
-The loops are `while`, as in batch_norm.py. What a jit function returns has no None in it: Triton
-takes none there.
+The loops are `while`, as in batch_norm.py. No jit function returns a None, nor a tuple with one:
+Triton refuses that.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ UNSPECIALISED = ["ignore_index", "mean_of"]  # no recompiling by value
 
 @triton.jit
 def divergence_terms(e_t, above_t, above):
-    """What classes add to Z, times T; divergence_term in distillation_math.h."""
+    """What each class adds to Z, times T; divergence_term in distillation_math.h."""
     return e_t * (bounded(above_t) - above)
 
 
 @triton.jit
 def divergence(total_t, softened, z):
-    """KL of positions by the sums at T of the teacher and of the student."""
+    """The KL of positions, from the teacher's and the student's sums at T."""
     return z / total_t + tl.log(softened / total_t)
 
 
 class Softness(NamedTuple):
-    """What temperature and alpha make of a loss."""
+    """The factors that temperature and alpha give to the parts of a loss."""
 
-    share: Any  # of a position's labels: 1 - alpha, and of probabilities what a mean makes of 1
-    soft_share: Any  # of a position's divergence: alpha T^2, or what a mean makes of it
+    share: Any  # of its labels' loss: 1 - alpha; of probabilities under a mean, 1 / positions
+    soft_share: Any  # of its divergence: alpha T^2; under a mean, that / positions
     inverse_t: Any
 
 
 @triton.jit
 def load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE: tl.constexpr):
-    """Softness of arguments, or of a temperature and an alpha that lie in memory."""
+    """The Softness from the arguments, or from a temperature and an alpha in memory."""
     if softness_ptr is None:
         softness = Softness(
             number(share, COMPUTE), number(soft_share, COMPUTE), number(inverse_t, COMPUTE)
@@ -85,24 +86,25 @@ def load_softness(share, soft_share, inverse_t, softness_ptr, mean_of, COMPUTE: 
 
 
 class Sums(NamedTuple):
-    """What a walk gathers of classes. Of positions, [BLOCK_M]: the largest, and the pivot. Of each
-    place in a tile, which a tile more is added to: the rest; what one tile alone has of it is what
-    its gradient is made of. 0 for what is not wanted."""
+    """What a walk over classes gathers. The largest and the pivot have one value a position,
+    [BLOCK_M]. The others have one for each place in a tile, to which every tile adds its own; after
+    a single tile they are that tile's values, and the gradient is made of them. What is not wanted
+    is 0."""
 
     largest: Any
     largest_t: Any  # of the teacher's
-    pivot: Any  # where each class counts for something: about the largest
+    pivot: Any  # the first tile's largest, where KIND.SPREADS
     totals: Any  # exponentials, relative to the largest
-    softs: Any  # those at T
-    softs_t: Any
-    zs_t: Any  # of the divergence
-    zs: Any  # v (x - pivot): less about the size of all, since sums of 1e4 would round 1 away
-    counts: Any  # v
+    softs: Any  # the exponentials at T
+    softs_t: Any  # the teacher's
+    zs_t: Any  # what the divergence sums up: divergence_terms
+    zs: Any  # v (x - pivot): without the pivot, sums near 1e4 would round 1 away
+    counts: Any  # v of Terms
 
 
 @triton.jit
 def no_sums(teacher_ptr, KIND: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr):
-    """Of no class."""
+    """The Sums of no class."""
     BLOCK_M: tl.constexpr = TILES.BLOCK_M
     zeros = zero_tile(TILES, COMPUTE)
     largest = tl.full([BLOCK_M], float("-inf"), COMPUTE)
@@ -118,7 +120,7 @@ def no_sums(teacher_ptr, KIND: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.co
 
 @triton.jit
 def with_tile(
-    sums,  # of the tiles before it; where SINGLE nothing
+    sums,  # of the tiles before, or None where SINGLE
     c0,
     x_ptr,
     teacher_ptr,
@@ -129,12 +131,12 @@ def with_tile(
     KIND: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The sums with those of the classes from c0 on."""
+    """The sums after the tile of the classes from c0 on."""
     COMPUTE: tl.constexpr = compute_type(x_ptr.dtype.element_ty)
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
     at, inside = tile_at(positions.m0, c0, positions.sizes, TILES)
     x = load_logits(x_ptr, at, inside, COMPUTE)
-    if teacher_ptr is not None:  # asked for before anything waits
+    if teacher_ptr is not None:  # loaded before anything waits for x
         t = load_logits(teacher_ptr, at, inside, COMPUTE)
     largest = tl.max(x, AXIS)
     largest = bounded(largest if SINGLE else tl.maximum(sums.largest, largest))
@@ -147,7 +149,7 @@ def with_tile(
     if SINGLE:
         totals = tl.exp(above)
     else:
-        # What has been summed up, relative to the larger maxima.
+        # The sums of the tiles before, made relative to the new maxima.
         rise = sums.largest - largest
         totals = sums.totals * tl.expand_dims(tl.exp(rise), AXIS) + tl.exp(above)
     if teacher_ptr is not None:
@@ -157,7 +159,7 @@ def with_tile(
             rise_t = sums.largest_t - largest_t
             softs = sums.softs * tl.expand_dims(tl.exp(rise * inverse_t), AXIS) + softs
             before = tl.expand_dims(tl.exp(rise_t * inverse_t), AXIS)
-            # Where there is nothing yet, the rise is infinite.
+            # In the first tile the rise is infinite.
             shift = sums.softs_t * tl.expand_dims(rise_t - rise, AXIS)
             shift = tl.where(sums.softs_t > 0.0, shift, 0.0)
             zs_t = (sums.zs_t + shift) * before + zs_t
@@ -177,7 +179,7 @@ def with_tile(
 def store_stats(ptr, stats, m, M, teacher_ptr):
     for i in tl.static_range(2 if teacher_ptr is None else 5):
         tl.store(ptr + m, stats[i], mask=m < M)
-        ptr += M  # a multiple of M may be more than its type holds
+        ptr += M  # i * M might overflow M's type
 
 
 @triton.jit
@@ -213,10 +215,10 @@ def loss_kernel(
     share: tl.float64,
     soft_share: tl.float64,
     inverse_t: tl.float64,
-    softness_ptr,  # float64 [2], T and alpha, or None: else they count instead of the three
-    mean_of,  # positions of a mean, or 1
-    loss_ptr,  # [M], or float64 [programs]
-    stats_ptr,
+    softness_ptr,  # float64 [2], T and alpha, used instead of the three above; or None
+    mean_of,  # the number of positions under a mean, else 1
+    loss_ptr,  # [M], or float64 [programs] where SUMS
+    stats_ptr,  # Stats
     gradient_ptr,  # as x lies, or None
     SUMS: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -237,7 +239,9 @@ def loss_kernel(
     if SINGLE:
         sums = with_tile(
             *(None, 0, x_ptr, teacher_ptr, softness.inverse_t, targets, positions),
-            *(True, KIND, TILES),
+            SINGLE=True,
+            KIND=KIND,
+            TILES=TILES,
         )
     else:
         sums = no_sums(teacher_ptr, KIND, COMPUTE, TILES)
@@ -245,7 +249,9 @@ def loss_kernel(
         while c0 < positions.sizes.C:
             sums = with_tile(
                 *(sums, c0, x_ptr, teacher_ptr, softness.inverse_t, targets, positions),
-                *(False, KIND, TILES),
+                SINGLE=False,
+                KIND=KIND,
+                TILES=TILES,
             )
             c0 += TILES.BLOCK_C
 
@@ -270,8 +276,11 @@ def loss_kernel(
     if gradient_ptr is not None:
         soft = softness.soft_share * softness.inverse_t
         slopes = Slopes(
-            *(x_ptr, teacher_ptr, gradient_ptr, stats, terms.mass / stats.total),
-            *(soft / stats.softened, soft / stats.total_t, softness.inverse_t),
+            *(x_ptr, teacher_ptr, gradient_ptr, stats),
+            hard=terms.mass / stats.total,
+            soft=soft / stats.softened,
+            soft_t=soft / stats.total_t,
+            inverse_t=softness.inverse_t,
         )
         if SINGLE:
             at, inside = tile_at(positions.m0, 0, positions.sizes, TILES)
@@ -289,7 +298,7 @@ def loss_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def loss_backward_kernel(
     grad_output_ptr,  # [M], or one number
-    x_ptr,  # this and what follows as above
+    x_ptr,  # from here on as in loss_kernel
     teacher_ptr,
     target,
     C,
@@ -332,7 +341,10 @@ def loss_backward_kernel(
     stats = load_stats(stats_ptr, m, M, teacher_ptr)
     soft = factor * softness.soft_share * softness.inverse_t
     slopes = Slopes(
-        *(x_ptr, teacher_ptr, gradient_ptr, stats, terms.mass / stats.total),
-        *(soft / stats.softened, soft / stats.total_t, softness.inverse_t),
+        *(x_ptr, teacher_ptr, gradient_ptr, stats),
+        hard=terms.mass / stats.total,
+        soft=soft / stats.softened,
+        soft_t=soft / stats.total_t,
+        inverse_t=softness.inverse_t,
     )
     store_gradients(slopes, targets, terms, positions, KIND, TILES)

@@ -59,8 +59,8 @@ class StepForm(NamedTuple):
     S: tl.dtype  # of moments
     ROUNDING: int
     BLOCK: int  # elements at a time
-    REST: int  # the same of what cannot be moved in vectors
-    STEPS: int  # that the last program adds to at a time
+    REST: int  # elements at a time, where they cannot be moved in vectors
+    STEPS: int  # step counters at a time, when the last program adds to them
 
 
 class Arrays(NamedTuple):
@@ -85,7 +85,7 @@ class Stream(NamedTuple):
 
 @triton.jit
 def group_of(numbers, flags):
-    """A Group of a kernel's arguments, which the interpreter takes for float32."""
+    """The Group of a kernel's arguments. The interpreter takes the numbers for float32."""
     return Group(*[tl.full([], x, tl.float64) for x in numbers], flags)
 
 
@@ -134,7 +134,7 @@ def update_block(
         lost_ptr = pointer_to(arrays.compensation, T, ALIGNED) + i
         has_lost = inside & (arrays.compensation != 0)
         p += tl.load(lost_ptr, mask=has_lost, other=0.0).to(COMPUTE)
-    # What may not be there is branched around. Masks would take a quarter more registers.
+    # A branch skips each array that may be absent. Masks would take a quarter more registers.
     if FORM.ALGORITHM == ADAM:
         v_ptr = pointer_to(arrays.second_moment, S, ALIGNED) + i
         v = tl.load(v_ptr, mask=inside, other=0.0).to(COMPUTE)
@@ -182,7 +182,7 @@ def average_block(
     BLOCK: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Takes the average of one block of a chunk on, and leaves the parameter as it is."""
+    """Updates the average of one block of a chunk, and leaves the parameter as it is."""
     COMPUTE: tl.constexpr = compute_type(FORM.T)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = (at < count) & (arrays.ema != 0)
@@ -277,7 +277,7 @@ def step_chunk(
     addresses = addresses | arrays.max_second_moment | arrays.ema | arrays.compensation
     vectored = vectored_elements(chunk.rest, addresses)
     rest = chunk.rest - vectored
-    # What is left comes first: the loop over vectors, which needs many registers, is then the last.
+    # The rest goes first, so that the loop over vectors, which needs many registers, is the last.
     block = 0
     while block * FORM.REST < rest:
         step_block(arrays, rule, stream, vectored, block, rest, False, FORM.REST, FORM)

@@ -1,5 +1,5 @@
-"""What an optimizer's step does to numbers: a group's to begin with, then a tensor's elements, on
-values. optimizer_step_math.h has the same.
+"""The arithmetic of an optimizer's step, on loaded values: first on a group's numbers, then on a
+tensor's elements. optimizer_step_math.h has the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Group(NamedTuple):
 
 
 class StepRule(NamedTuple):
-    """What a tensor's elements are updated with, in the type that they are computed in:
+    """The numbers that update a tensor's elements, in the type that the update computes in:
     OptimizerRule of optimizer_step_math.h."""
 
     gradient: Any
@@ -94,10 +94,10 @@ def gradient_factor(squares_ptr, squares_count, max_norm, grad_scale_ptr):
 
 @triton.jit
 def step_rule(group, step, factor, ALGORITHM: tl.constexpr, COMPUTE: tl.constexpr):
-    """optimizer_constants of optimizer_step_math.h and what OptimizerRule makes of them. `step`
-    counts this update, from 1 on; `factor` is what scaling and clipping multiply by."""
+    """The StepRule of a tensor: optimizer_constants and OptimizerRule of optimizer_step_math.h.
+    `step` is the number of this update, from 1 on; `factor` is that of scaling and clipping."""
     decay = group.flags % 4
-    # What of the decays is in force: decoupled_lr follows the schedule of lr, not lr itself.
+    # The decay that applies. With DECOUPLED_LR it follows the schedule of lr, not lr itself.
     rate = tl.where(decay == DECOUPLED_LR, group.lr / group.decay_lr, group.lr)
     l2 = tl.where(decay == L2, group.weight_decay, 0.0)
     keep = tl.where(decay == L2, 1.0, 1.0 - rate * group.weight_decay)
@@ -113,21 +113,21 @@ def step_rule(group, step, factor, ALGORITHM: tl.constexpr, COMPUTE: tl.constexp
         from_gradient = step == 1
         momentum_rest = (1.0 - group.beta2).to(COMPUTE)
     return StepRule(
-        tl.where(group.flags & MAXIMIZE != 0, -factor, factor).to(COMPUTE),
-        l2.to(COMPUTE),
-        keep.to(COMPUTE),
-        (rate * group.l1).to(COMPUTE),
-        group.beta1.to(COMPUTE),
-        momentum_rest,
-        group.beta2.to(COMPUTE),
-        (1.0 - group.beta2).to(COMPUTE),
-        bias2.to(COMPUTE),
-        group.eps.to(COMPUTE),
-        step_size.to(COMPUTE),
-        (1.0 - group.ema_decay).to(COMPUTE),
-        l2 != 0.0,
-        from_gradient,
-        group.flags & NESTEROV != 0,
+        gradient=tl.where(group.flags & MAXIMIZE != 0, -factor, factor).to(COMPUTE),
+        l2=l2.to(COMPUTE),
+        keep=keep.to(COMPUTE),
+        threshold=(rate * group.l1).to(COMPUTE),
+        momentum=group.beta1.to(COMPUTE),
+        momentum_rest=momentum_rest,
+        beta2=group.beta2.to(COMPUTE),
+        beta2_rest=(1.0 - group.beta2).to(COMPUTE),
+        bias2=bias2.to(COMPUTE),
+        eps=group.eps.to(COMPUTE),
+        step_size=step_size.to(COMPUTE),
+        ema_rest=(1.0 - group.ema_decay).to(COMPUTE),
+        coupled=l2 != 0.0,
+        from_gradient=from_gradient,
+        nesterov=group.flags & NESTEROV != 0,
     )
 
 
@@ -142,46 +142,46 @@ def multiply_add(a, b, c):
 
 @triton.jit
 def square_root(x):
-    """Rounded to nearest, and of what is subnormal too: of float32, tl.sqrt does neither."""
+    """Rounded to nearest, also for subnormal numbers. In float32 tl.sqrt does neither."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def quotient(a, b):
-    """Rounded to nearest, as `/` is not in float32."""
+    """a / b, rounded to nearest. In float32 the operator `/` is not."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def regularised_gradient(rule, g, p):
-    """The gradient that the moments take; apart, since 0 p is not 0 where p is infinite."""
+    """The gradient that the moments take. Without L2, p has no part: 0 inf is NaN."""
     g = g * rule.gradient
     return tl.where(rule.coupled, multiply_add(p, rule.l2, g), g)
 
 
 @triton.jit
 def adam_moments(rule, g, m, v):
-    """(m, v) after the step, of the regularised gradient."""
+    """(m, v) after the step, from the regularised gradient."""
     m = multiply_add(g - m, rule.momentum_rest, tl.where(rule.from_gradient, g, m))
     return m, multiply_add(rule.beta2_rest * g, g, v * rule.beta2)
 
 
 @triton.jit
 def larger_moment(v, v_max):
-    """amsgrad's: the maximum so far. NaN wins, as in torch.maximum."""
+    """The maximum so far, for amsgrad. NaN wins, as in torch.maximum."""
     return tl.where((v <= v_max) | (v_max != v_max), v_max, v)
 
 
 @triton.jit
 def adam_values(rule, p, m, v):
-    """The parameter after the step, by the moments after it."""
+    """The parameter after the step, from the moments after it."""
     denominator = quotient(square_root(v), rule.bias2 + tl.zeros_like(v)) + rule.eps
     return p * rule.keep - quotient(rule.step_size * m, denominator)
 
 
 @triton.jit
 def sgd_momentum(rule, g, m):
-    """(direction, m) after the step, of the regularised gradient."""
+    """(direction, m) after the step, from the regularised gradient."""
     moved = multiply_add(g, rule.momentum_rest, m * rule.momentum)
     m = tl.where(rule.from_gradient, g, moved)
     return tl.where(rule.nesterov, multiply_add(m, rule.momentum, g), m), m
@@ -206,10 +206,11 @@ def ema_values(rule, ema, p):
 
 @triton.jit
 def stochastic_bfloat16(p, half_word):
-    """float32 as one of the two bfloat16 beside it; store_stochastic of optimizer_step_math.h.
+    """Rounds float32 to one of the two bfloat16 beside it, as store_stochastic does
+    (optimizer_step_math.h).
 
-    By its bits from end to end, so that no conversion rounds again. An infinity's low bits are zero
-    and carry nothing; a NaN becomes the quiet one.
+    It works on the bits to the end, so that no conversion rounds again. An infinity's low bits are
+    zero and carry nothing; a NaN becomes the quiet one.
     """
     rounded = (p.to(tl.uint32, bitcast=True) + half_word.to(tl.uint32)) >> 16
     rounded = tl.where(p != p, 0x7FC0, rounded)

@@ -1,8 +1,8 @@
 """What the losses of logits share: the softmax's sum, what labels make of it, and their tiles.
 
 Shapes: logits [N, C, L] of M = N L positions; a tile of them has its classes along axis 1 - M_AXIS
-(_channels.py). What a position has is a vector [BLOCK_M], what a class has one [BLOCK_C]; to be
-broadcast over a tile, the first is expanded at axis 1 - M_AXIS, the second at M_AXIS.
+(_channels.py). A value of each position is a vector [BLOCK_M], a value of each class a vector
+[BLOCK_C]. To broadcast over a tile, the first is expanded at axis 1 - M_AXIS, the second at M_AXIS.
 
 The loops are `while`, as in batch_norm.py.
 """
@@ -25,7 +25,7 @@ LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
 
 @triton.jit
 def bounded(largest):
-    """At least the lowest finite value: -inf - -inf would be a NaN where exp(-inf) is wanted."""
+    """At least the lowest finite value: -inf - -inf would be NaN where exp(-inf) is wanted."""
     lowest: tl.constexpr = LOWEST_DOUBLE if largest.dtype == tl.float64 else LOWEST_FLOAT
     return tl.maximum(largest, lowest)
 
@@ -37,7 +37,7 @@ def number(value, COMPUTE: tl.constexpr):
 
 
 class Kind(NamedTuple):
-    """What a target is, that kernels are compiled for: one constexpr, KIND."""
+    """The kind of target that a kernel is compiled for: one constexpr, KIND."""
 
     OF_LABELS: bool
     PAIR: bool
@@ -46,22 +46,22 @@ class Kind(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What smoothing leaves of a label, and what it gives to each class."""
+    """How much smoothing leaves to the label, and how much it gives to each class."""
 
     hard: Any
     smooth: Any
 
 
 class TargetPointers(NamedTuple):
-    """What kernels are told of a target, one argument; None for what there is not."""
+    """A target as one argument of a kernel; what the target lacks is None."""
 
     target: Any  # int64 labels [M], or probabilities as x lies
     partner: Any  # int64 [M]
-    lam: Any  # [N] or [1]; without it one_lam counts
+    lam: Any  # [N] or [1]; one_lam is used where it is None
     weight: Any  # [C]
-    weight_sum: Any  # float64 [1]; without it, it is C
-    totals: Any  # float64, what means of labels divide by
-    smoothing: Any  # float64 [1], which counts instead of the rule's two numbers
+    weight_sum: Any  # float64 [1]; where it is None, the sum is C
+    totals: Any  # float64 [2] or [1], the divisors of the means over labels
+    smoothing: Any  # float64 [1], used instead of the rule's two numbers
 
 
 class Targets(NamedTuple):
@@ -74,7 +74,7 @@ class Targets(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Those of a program, m from m0 on."""
+    """The positions of a program: m, from m0 on."""
 
     m0: Any
     m: Any
@@ -82,28 +82,28 @@ class Positions(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the targets of positions make of their logits, [BLOCK_M] each; cross_entropy_math.h.
+    """The coefficients of positions' losses, [BLOCK_M] each; cross_entropy_math.h.
 
-    With what a class counts for, v: its weight, or that times its probability where these are the
-    target, and V the sum of all v:
+    v_c is what class c counts for: its weight, or where the target is probabilities, its weight
+    times its probability. V is the sum of all v_c:
         loss = ka l(a) + kb l(b) + smooth sum_c v_c l(c),  l(c) = log sum - (x_c - max)
         d loss / d x_c = mass p_c - smooth v_c - [c = a] ka - [c = b] kb
     """
 
     a: Any  # labels; -1 for one that is ignored or absent
     b: Any
-    weight_a: Any  # v of their classes
+    weight_a: Any  # v_a, and v_b below
     weight_b: Any
     ka: Any
     kb: Any
     smooth: Any
     mass: Any  # ka + kb + smooth V
-    least: Any  # share of a label that counts
+    least: Any  # the smallest share of a label that is not ignored
 
 
 @triton.jit
 def label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum):
-    """Of labels, their weights and shares."""
+    """The Terms of labels, from their weights and shares."""
     least = tl.minimum(tl.where(a >= 0, share_a, 1.0), tl.where(b >= 0, share_b, 1.0))
     share_a = tl.where(a >= 0, share_a, 0.0)
     share_b = tl.where(b >= 0, share_b, 0.0)
@@ -116,7 +116,7 @@ def label_terms(a, b, weight_a, weight_b, share_a, share_b, rule, weight_sum):
 
 @triton.jit
 def probability_terms(mass, share):
-    """Of class probabilities, `mass` being V."""
+    """The Terms of class probabilities; `mass` is V."""
     zero = mass * 0.0
     none = zero.to(tl.int32) - 1
     return Terms(none, none, zero, zero, zero, zero, zero + share, share * mass, zero + 1.0)
@@ -124,8 +124,8 @@ def probability_terms(mass, share):
 
 @triton.jit
 def target_loss(terms, total, above_a, above_b, z, mass, KIND: tl.constexpr):
-    """The loss of positions, by their labels' logits less the largest, V and
-    z = sum_c v_c (x_c - max)."""
+    """The loss of positions. above_a and above_b are their labels' logits less the largest, `mass`
+    is V, and z = sum_c v_c (x_c - max)."""
     log_total = tl.log(total)
     loss = total * 0.0
     if KIND.OF_LABELS:
@@ -135,7 +135,7 @@ def target_loss(terms, total, above_a, above_b, z, mass, KIND: tl.constexpr):
     if KIND.SPREADS:
         of_all = mass * log_total - z
         loss += tl.where(terms.smooth != 0.0, terms.smooth * of_all, 0.0)
-        # A loss of no share is still a part: NaN of an infinite one.
+        # A share of 0 is multiplied all the same: 0 times an infinite loss is NaN.
         loss += tl.where(terms.least == 0.0, 0.0 * of_all, 0.0)
     return loss
 
@@ -148,9 +148,10 @@ def tile_gradients(
     KIND: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """The gradient of the loss by the logits of a tile, as if no class were a label's.
+    """The gradient with respect to the logits of a tile, as if no class were a label.
 
-    Comparing each class with its position's labels would take half as many registers again.
+    store_label_gradients writes those of the labels afterwards. Comparing each class with its
+    position's labels here would take half as many registers again.
     """
     if KIND.SPREADS:
         slope -= tl.expand_dims(terms.smooth, AXIS) * v
@@ -164,7 +165,7 @@ def tile_gradients(
 
 @triton.jit
 def label_gradients(slope, label, weight, terms, KIND: tl.constexpr):
-    """The gradient by the logits of labels, one a position."""
+    """The gradient with respect to the labels' logits, one a position."""
     if KIND.SPREADS:
         slope -= terms.smooth * weight
     slope -= tl.where(label == terms.a, terms.ka, 0.0)
@@ -178,7 +179,7 @@ def label_gradients(slope, label, weight, terms, KIND: tl.constexpr):
 
 @triton.jit
 def load_logits(ptr, at, inside, COMPUTE: tl.constexpr):
-    """-inf outside, which adds nothing to a softmax."""
+    """Logits; outside they are -inf, which adds nothing to a softmax."""
     return tl.load(ptr + at, mask=inside, other=float("-inf")).to(COMPUTE)
 
 
@@ -191,7 +192,7 @@ def positions_of(C, M, L, TILES: tl.constexpr):
 
 @triton.jit
 def load_rule(hard, smooth, smoothing_ptr, C, COMPUTE: tl.constexpr):
-    """The Rule of arguments, or of a smoothing that lies in memory."""
+    """The Rule from the arguments, or from a smoothing in memory."""
     if smoothing_ptr is None:
         rule = Rule(number(hard, COMPUTE), number(smooth, COMPUTE))
     else:
@@ -202,7 +203,7 @@ def load_rule(hard, smooth, smoothing_ptr, C, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE: tl.constexpr):
-    """(labels, their weights) of positions m: -1 and 0 of one that counts for nothing."""
+    """(labels, their weights) of positions m; (-1, 0) where a label does not count."""
     label = tl.load(labels_ptr + m, mask=m < M, other=ignore_index)
     counts = label != ignore_index
     valid = (label >= 0) & (label < C)
@@ -217,7 +218,7 @@ def load_label(labels_ptr, weight_ptr, m, C, M, ignore_index, COMPUTE: tl.conste
 
 @triton.jit
 def load_total(totals_ptr, number: tl.constexpr, COMPUTE: tl.constexpr):
-    """What a mean of labels, or of partner labels, divides by; 1 without a mean."""
+    """The divisor of the mean over labels, or over partner labels; 1 without a mean."""
     if totals_ptr is None:
         total = tl.full([], 1.0, COMPUTE)
     else:
@@ -234,7 +235,7 @@ def load_label_terms(
     KIND: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The Terms of positions."""
+    """The Terms of positions whose targets are labels."""
     ptr, ignore_index = targets.ptr, targets.ignore_index
     m, C, M = positions.m, positions.sizes.C, positions.sizes.M
     if ptr.target is None:
@@ -275,7 +276,7 @@ def load_above(ptr, at, label, largest):
 
 @triton.jit
 def load_counts(targets, at, c0, inside, sizes, KIND: tl.constexpr, TILES: tl.constexpr):
-    """v of Terms of the tile at class c0, 0 outside."""
+    """v of Terms, for the tile that begins at class c0; 0 outside."""
     ptr, rule = targets.ptr, targets.rule
     COMPUTE: tl.constexpr = rule.hard.dtype
     if KIND.OF_LABELS:
@@ -292,7 +293,7 @@ def load_counts(targets, at, c0, inside, sizes, KIND: tl.constexpr, TILES: tl.co
 
 @triton.jit
 def load_factor(grad_output_ptr, m, M, PER_POSITION: tl.constexpr, COMPUTE: tl.constexpr):
-    """grad_output of positions m, or of all."""
+    """grad_output of each position m, or the one number for all."""
     if PER_POSITION:
         factor = tl.load(grad_output_ptr + m, mask=m < M, other=0.0).to(COMPUTE)
     else:
@@ -302,7 +303,7 @@ def load_factor(grad_output_ptr, m, M, PER_POSITION: tl.constexpr, COMPUTE: tl.c
 
 @triton.jit
 def load_weight_sum(weight_sum_ptr, C, COMPUTE: tl.constexpr):
-    """V of labels."""
+    """V of Terms, where the targets are labels."""
     if weight_sum_ptr is None:
         weight_sum = tl.full([], C, COMPUTE)
     else:
@@ -316,7 +317,7 @@ def store_loss(ptr, loss, totals_ptr, m, M, KIND: tl.constexpr, SUMS: tl.constex
     if SUMS:
         loss = tl.sum(tl.where(m < M, loss, 0.0).to(tl.float64), 0)
         if totals_ptr is not None:
-            # 0 / 0, although no position has a part in it.
+            # Where all labels are ignored a mean is 0 / 0, although the positions only gave zeros.
             loss += 0.0 / load_total(totals_ptr, 0, tl.float64)
             if KIND.PAIR:
                 loss += 0.0 / load_total(totals_ptr, 1, tl.float64)
@@ -329,7 +330,7 @@ def store_loss(ptr, loss, totals_ptr, m, M, KIND: tl.constexpr, SUMS: tl.constex
 def load_loss(
     x_ptr, terms, largest, total, z, mass, positions, KIND: tl.constexpr, TILES: tl.constexpr
 ):
-    """target_loss, of the logits of labels as they lie in memory."""
+    """target_loss, with the labels' logits loaded from memory."""
     above_a, above_b = 0.0, 0.0
     if KIND.OF_LABELS:
         above_a = load_above(x_ptr, labels_at(terms.a, positions, TILES), terms.a, largest)
@@ -342,7 +343,7 @@ def load_loss(
 
 
 class Stats(NamedTuple):
-    """What is known of positions after the forward, [2, M] in memory or with a teacher [5, M]."""
+    """What the forward stores of each position: [2, M], or with a teacher [5, M]."""
 
     largest: Any
     total: Any
@@ -352,15 +353,15 @@ class Stats(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What gradients by logits are made of: exponentials and their factors, [BLOCK_M] each."""
+    """What the gradients are computed from; the factors are [BLOCK_M] each."""
 
     x_ptr: Any
     teacher_ptr: Any  # or None: then there is nothing at T
     gradient_ptr: Any
     stats: Any
-    hard: Any  # of the student's exponentials: mass over their sum
-    soft: Any  # of the exponentials at T
-    soft_t: Any  # of the teacher's at T
+    hard: Any  # factor of the student's exponentials: mass over their sum
+    soft: Any  # factor of the student's exponentials at T
+    soft_t: Any  # factor of the teacher's at T
     inverse_t: Any
 
 
@@ -368,7 +369,7 @@ class Slopes(NamedTuple):
 def store_label_gradient(
     slopes, label, weight, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr
 ):
-    """The gradients by the logits of labels, over what lies there."""
+    """Writes the gradients of the labels' logits over what lies there."""
     at = labels_at(label, positions, TILES)
     x = load_above(slopes.x_ptr, at, label, slopes.stats.largest)
     gradient = label_gradients(tl.exp(x) * slopes.hard, label, weight, terms, KIND)
@@ -382,8 +383,8 @@ def store_label_gradient(
 
 @triton.jit
 def store_label_gradients(slopes, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr):
-    """The same of both labels. Where they are the same both write the same."""
-    tl.debug_barrier()  # the tiles are stored, by whichever threads
+    """The same for both labels of a position. If they are equal, both write the same value."""
+    tl.debug_barrier()  # other threads may have stored the tile there
     store_label_gradient(slopes, terms.a, terms.weight_a, terms, positions, KIND, TILES)
     if KIND.PAIR:
         store_label_gradient(slopes, terms.b, terms.weight_b, terms, positions, KIND, TILES)
@@ -391,14 +392,14 @@ def store_label_gradients(slopes, terms, positions, KIND: tl.constexpr, TILES: t
 
 @triton.jit
 def soft_gradients(soft, soft_t, slopes, AXIS: tl.constexpr):
-    """The divergence's gradient by the logits of a tile, by its exponentials at T."""
+    """The divergence's gradient with respect to a tile's logits, from its exponentials at T."""
     scale, scale_t = tl.expand_dims(slopes.soft, AXIS), tl.expand_dims(slopes.soft_t, AXIS)
     return soft * scale - soft_t * scale_t
 
 
 @triton.jit
 def store_gradients(slopes, targets, terms, positions, KIND: tl.constexpr, TILES: tl.constexpr):
-    """The gradients by all logits, tile by tile from the last."""
+    """Writes the gradients of all logits, tile by tile from the last."""
     COMPUTE: tl.constexpr = slopes.stats.largest.dtype
     AXIS: tl.constexpr = 1 - TILES.M_AXIS
     ptr, sizes = slopes.gradient_ptr, positions.sizes

@@ -1,4 +1,4 @@
-"""A table of tensors as kernels read it: the place of a chunk, pointers, who is the last to finish.
+"""A table of tensors as kernels read it: a chunk's place, pointers, and which program ends last.
 
 csrc/include/reg_kernels/tensor_table.h states the layout.
 """
@@ -39,7 +39,7 @@ def chunks_of(table: Tensor, count: int) -> int:
 
 
 def type_of(number: int) -> tl.dtype:
-    """Triton's of a dtype that the table's functions number."""
+    """Triton's type for the number that the table's functions give to a dtype."""
     return _TYPES.get(DTYPES[number], tl.bfloat16)
 
 
@@ -49,8 +49,8 @@ class Chunk(NamedTuple):
     table_ptr: Any
     count: Any  # of tensors
     tensor: Any
-    first: Any  # its element that the chunk begins with
-    rest: Any  # elements of the chunk
+    first: Any  # the tensor's element that the chunk begins with
+    rest: Any  # how many elements the chunk has
 
 
 @triton.jit
@@ -63,21 +63,21 @@ def chunk_at(table_ptr, count, number):
 
 @triton.jit
 def row_at(chunk, ROW: tl.constexpr):
-    """What a row of the table has for the chunk's tensor."""
+    """The entry of the chunk's tensor in a row of the table."""
     return tl.load(chunk.table_ptr + ROW * chunk.count + chunk.tensor)
 
 
 @triton.jit
 def address_at(chunk, ROW: tl.constexpr, T: tl.constexpr):
-    """Where the chunk begins in an array of type T of the tensor's; 0 where there is none."""
+    """The address at which the chunk begins in the tensor's array of type T; 0 without an array."""
     address = row_at(chunk, ROW)
     return tl.where(address != 0, address + chunk.first * T.itemsize, 0)
 
 
 @triton.jit
 def pointer_to(address, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """ALIGNED tells the compiler, which knows nothing of an address from memory, that it is one of
-    16 bytes; else it would move single elements."""
+    """ALIGNED tells the compiler that the address is a multiple of 16 bytes. It knows nothing of an
+    address that comes from memory, and would move single elements."""
     ptr = address.to(tl.pointer_type(T), bitcast=True)
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
@@ -88,16 +88,16 @@ def pointer_to(address, T: tl.constexpr, ALIGNED: tl.constexpr):
 def vectored_elements(count, addresses):
     """How many elements, from the first on, go in vectors of 16 bytes: all but up to 15, or none.
 
-    `addresses` is a bitwise or of the arrays' addresses. The compiler sees what the result is a
-    multiple of, and so that of a mask it makes whole vectors are in or out.
+    `addresses` is a bitwise or of the arrays' addresses. The compiler sees that the result is a
+    multiple of 16, so that a mask made of it has whole vectors in or out.
     """
     return tl.where(addresses % 16 == 0, count // 16, 0) * 16
 
 
 @triton.jit
 def is_last_program(scratch_ptr):
-    """True in the last program of the grid to come here: what the others have stored before is then
-    there, and nobody reads any more what it overwrites.
+    """True in the last program of the grid to come here. That program sees what the others stored
+    before, and may overwrite what they read.
 
     The ticket, in the first bytes of scratch, is 0 before the launch and again after it: the next
     launch and a graph's replay need nothing set up.

@@ -1,5 +1,5 @@
-// What cross-entropy does in the walks of loss_forward.cuh: of classes that lie apart, or of long
-// rows, a block each.
+// What cross-entropy does in the walks of loss_forward.cuh: over classes that lie apart, and over
+// long rows, each of which a whole block takes.
 #pragma once
 
 #include <type_traits>
@@ -10,7 +10,7 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// The first `kept` vectors of a row.
+// Keeps the first `kept` vectors of a row.
 template <typename T>
 struct KeptVectors {
   T* data;
@@ -46,10 +46,10 @@ struct CrossEntropyLoss {
   static constexpr int kRowThreads = 512, kRowBlocks = kDense ? 1 : 2;
   static constexpr int kRowLoads = kLongLoads, kRowsABlock = 1;
   struct RowScratch {
-    Sums sums[2][kRowThreads / kWarp];  // in turn, so that one barrier a row is enough
+    Sums sums[2][kRowThreads / kWarp];  // rows use them in turn: one barrier a row is enough
   };
 
-  const T* x = nullptr;  // of the position's class 0
+  const T* x = nullptr;  // at the position's class 0
   DenseTarget<T> classwise;
 
   explicit __device__ CrossEntropyLoss(const Arguments& a) : classwise(a.weight) {}
@@ -82,7 +82,7 @@ struct CrossEntropyLoss {
     }
   }
 
-  // Vectors `stride` apart.
+  // Adds kRowLoads vectors of the row: number `vector` and the next ones, `stride` apart.
   __device__ void add_row(Sums& sums, const Arguments&, const Row& row, int vector, int stride,
                           const Vector<T> (&x)[kRowLoads]) const {
     constexpr int kCount = kVector<T>;

@@ -9,9 +9,10 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// Both rows of a position, in vectors of as many elements of each type. What lies outside of a row
-// has no place in its sums: from `head` to `tail` both rows lie on vector boundaries; elsewhere
-// each class goes by itself.
+// The student's and the teacher's row of a position. Their vectors have the same number of
+// elements, whatever the types. From `head` to `tail` both rows lie on vector boundaries and go in
+// vectors. Before and after, each class goes by itself, so that nothing outside the row comes into
+// its sums.
 template <typename S, typename T>
 struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
   static constexpr int kCount = DistillationArguments<S, T>::kCount;
@@ -33,7 +34,8 @@ struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
   }
   __device__ int64_t first_class(int64_t c) const { return c; }
 
-  // Calls f of a count, as a constant, and a class for what `thread` of `threads` is to do.
+  // Calls f(count, c) for each part of `thread`, one of `threads`: f takes `count` classes from c
+  // on. The count is a constant of the compiler.
   template <int, typename F>
   __device__ void each(int thread, int threads, const F& f) const {
     for (int64_t c = head + thread * kCount; c < tail; c += threads * kCount) {
@@ -46,11 +48,12 @@ struct DistillationRow : LogitRow<S, DistillationArguments<S, T>::kCount> {
   }
 };
 
-// What a thread keeps of a row in shared memory, as far as there is room: vectors, or single logits
-// where a row has no vectors. A thread has the same places in every row, and nobody else has them.
+// Keeps a thread's part of a row in shared memory, as far as there is room: vectors, or single
+// logits where the row has no vectors. A thread has the same places in every row, and no other
+// thread uses them.
 template <typename S, typename T>
 struct KeptPairs {
-  static constexpr int kRoomUnit = 8;  // elements: whole vectors of any type
+  static constexpr int kRoomUnit = 8;  // elements: a multiple of every type's vector
 
   S* x;
   T* teacher;
@@ -88,12 +91,12 @@ struct DistillationLoss {
   using Sums = DistillationSums<S>;
   using C = compute_t<S>;
 
-  static constexpr int kPlaneBlocks = 0;  // as many as come of it
+  static constexpr int kPlaneBlocks = 0;  // the compiler is left to choose
   static constexpr bool kPadsPlanes = false, kKeepsPlanes = false;
 
   using Row = DistillationRow<S, T>;
   using KeptRow = KeptPairs<S, T>;
-  using RowTarget = const Position<C>&;  // where it lies: there are no registers for it
+  using RowTarget = const Position<C>&;  // in shared memory: no registers are left
   static constexpr int kRowThreads = sizeof(C) == 8 ? 512 : 768, kRowBlocks = 0;
   static constexpr int kRowLoads = 1, kRowsABlock = 4;
   struct RowScratch {
@@ -107,7 +110,7 @@ struct DistillationLoss {
   };
 
   const C inverse_temperature;
-  int64_t first = 0;  // where the position begins: kernels with pointers to it spilled
+  int64_t first = 0;  // where the position begins; kernels that kept pointers to it spilled
 
   explicit __device__ DistillationLoss(const Arguments& a)
       : inverse_temperature(a.factors().inverse_temperature) {}
@@ -133,8 +136,8 @@ struct DistillationLoss {
                           const DistillationPair<S, T, kCount> (&pair)[1]) const {
     DistillationLogits(pair[0]).add_to(sums, a, inverse_temperature, c);
   }
-  // What `threads` threads have seen of a row, a warp or the whole block. What they have written to
-  // shared memory before is there afterwards.
+  // Merges the sums of a row's `threads` threads: those of a warp, or of the whole block. It is a
+  // barrier too: afterwards each of them sees what the others wrote to shared memory before.
   __device__ Sums joined(Sums mine, const Arguments& a, int threads, RowScratch& scratch,
                          int) const {
     const bool smooths = a.labels.smooths();
@@ -162,7 +165,7 @@ struct DistillationLoss {
       __syncwarp();
       return mine;
     }
-    // Those who still read what is overwritten here have to come to the barrier above first.
+    // Nobody reads the last row's sums any more: since then each thread came to the barrier above.
     if (lane == 0) {
       scratch.sums[warp] = {mine.sum, mine.sum_at_t, mine.teacher_sum, mine.z, mine.smooth};
     }

@@ -1,23 +1,23 @@
-// The random elementwise family: ops that draw a number for each element, channel or sample, and
-// make each element of the result of the one in its place.
+// The random elementwise family: its ops draw a number for each element, channel or sample, and
+// compute each element of the result from the one of x in the same place.
 //
-// An op of the family is one header, elementwise/<op>.h, that is found by its place: setup.py
-// compiles csrc/cpu/elementwise.cpp, elementwise.simd.cpp and csrc/cuda/elementwise.cu with it
-// before them. It defines a struct, `using Op = ` that struct, and in it:
-//   kTag           what its draws are told from others' by
-//   kForms         the registered ops: names, and what one draw is for
-//   kNumber        the name and range of the number that says how much: a probability, a deviation
-//   Draw           what an element takes of its draw: bool, whether it is kept, where kNumber is
-//   the
-//                  probability of the contrary; or uint16_t or uint32_t, the bits
-//   kReadsDropped  whether an element that is dropped is read, and multiplied by 0; true of an op
-//                  that drops none
+// An op of the family is one header, elementwise/<op>.h. setup.py finds it by its place and
+// compiles csrc/cpu/elementwise.cpp, elementwise.simd.cpp and csrc/cuda/elementwise.cu with that
+// header included first. It defines a struct, names it with `using Op = `, and has in the struct:
+//   kTag           a number that keeps its draws apart from those of other ops
+//   kForms         the registered ops: their names, and what one draw is for
+//   kNumber        name and range of the number that says how much: a probability, a deviation
+//   Draw           what an element gets of its draw. Either bool: whether the element is kept, and
+//                  kNumber is the probability of the contrary. Or uint16_t or uint32_t: the bits
+//   kReadsDropped  whether a dropped element is read too and multiplied by 0; true for an op that
+//                  drops none
 //   kAdds          whether a residual is added, in the same pass
 //   element(x, scale), element(x, scale, residual)
-//                  what becomes of an element that is kept, rounded once at the end. One that is
-//                  dropped is as kept with a scale of 0 or, if it is not read, 0 or the residual.
+//                  the result of an element that is kept, rounded once at the end. A dropped
+//                  element that is read has a scale of 0 here; if it is not read, the result is 0,
+//                  or the residual
 //   element(x, bits, number), element(x, bits, number, residual)
-//                  the same where Draw is no bool
+//                  the same where Draw is bits
 #pragma once
 
 #include "channel_layout.h"
@@ -45,7 +45,7 @@ constexpr bool has_form(DrawnFor drawn_for) {
   return false;
 }
 
-// The bits that a draw takes of its group.
+// The type whose bits a draw takes of its group.
 template <typename Draw>
 struct DrawnBits {
   using type = Draw;
@@ -72,7 +72,7 @@ RK_HD DropoutRate rate_of(double number) {
   return {0, number};
 }
 
-// What a dropped element that is not read leaves.
+// The result of a dropped element that is not read.
 template <typename T>
 RK_HD T left_of_dropped() {
   return {};
@@ -82,7 +82,7 @@ RK_HD T left_of_dropped(T residual) {
   return residual;
 }
 
-// An element of the result; `residual` is one or nothing.
+// One element of the result; `residual` is one number, or left out.
 template <typename Op, typename T, typename... Residual>
 RK_HD T element_of(T x, typename Op::Draw draw, compute_t<T> scale, Residual... residual) {
   if constexpr (!kKeepsOrDrops<Op>) {

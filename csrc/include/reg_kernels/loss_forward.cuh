@@ -1,17 +1,17 @@
-// The losses of logits and, where there is a place for it, their gradient in the same launch: how
-// threads go through positions and the classes of each, which every loss does alike.
+// The forward of the losses of logits; where the gradient has a place, the same launch writes it.
+// This file holds how threads walk over positions and their classes, which is alike for every loss.
 //
-// `Loss` is what a loss does on the way, made of its Arguments once a thread:
-//   begin            is told where each position lies, before its classes come
-//   target           what the labels of a position ask of it
-//   load             a class of those that lie apart; one past the last is that of nothing
-//   add_planes       adds a block of those to Sums: with kPadsPlanes also of what is past the last
-//   add_row, joined  add kRowLoads vectors of a row, as Row has them; then all that its threads
-//   have
-//                    seen comes together
-//   gradient         a Gradient (loss_backward.cuh): write_planes and write_row make classes into
-//   it KeptRow          what a thread keeps of a row in shared memory: nobody else has its places
-// and finish_position makes a loss of target and sums.
+// A loss is a class `Loss`. Each thread makes one of it from the Arguments. It has:
+//   begin       takes where a position starts, before any of its classes
+//   target      reads what the labels of the position say
+//   load        loads one class where classes lie apart; past the last, one that adds nothing
+//   add_planes  adds a block of such classes to Sums; with kPadsPlanes it may reach past the last
+//   add_row     adds kRowLoads vectors of a row to Sums; Row loads them
+//   joined      merges the Sums of all threads of a row
+//   gradient    gives a Gradient (loss_backward.cuh), which writes the gradients of classes with
+//               write_planes and write_row
+//   KeptRow     keeps a thread's part of a row in shared memory, at places no other thread uses
+// The function finish_position makes the loss of a position from its target and its Sums.
 #pragma once
 
 #include <type_traits>
@@ -21,9 +21,10 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// ---- Classes apart, or but a handful: a thread takes a position.
+// ---- Classes that lie apart, or only a handful: a thread takes a position.
 
-// Calls f of a count, as a constant, and a class for all classes of a position.
+// Calls f(count, c) until all classes of a position are done: f takes `count` classes from c on.
+// The count is a constant of the compiler.
 template <typename Loss, typename F>
 __device__ __forceinline__ void for_planes(int64_t classes, const F& f) {
   constexpr int kLoads = Loss::Gradient::kClassLoads;
@@ -38,8 +39,8 @@ __device__ __forceinline__ void for_planes(int64_t classes, const F& f) {
   }
 }
 
-// Where the loss kKeepsPlanes the first `room` classes of a position, a whole number of kClassLoads
-// or all, are kept, and the rest is read a second time.
+// With kKeepsPlanes the first `room` classes of a position are kept for its gradient, and the
+// others are read a second time. `room` is a multiple of kClassLoads, or all classes.
 template <typename Loss>
 __global__ void __launch_bounds__(kPlaneThreads, Loss::kPlaneBlocks)
     planes_kernel(typename Loss::Arguments a, int64_t room) {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kPlaneThreads, Loss::kPlaneBlocks)
       }
       loss.add_planes(sums, a, c, classes, length, x);
     });
-    // Now, when the classes have no more use for registers.
+    // The target is read after the classes, which need the registers before.
     const auto target = loss.target(a, position, a.x + first, length);
     losses += finish_position(a, position, target, sums);
     if (!a.gradient) continue;
@@ -91,16 +92,16 @@ __global__ void __launch_bounds__(kPlaneThreads, Loss::kPlaneBlocks)
 
 template <typename Loss>
 struct alignas(kVectorBytes) RowShared {  // what is kept of rows follows it
-  // Of the rows that a block works on at a time, and, in turn, of those that come next: threads may
-  // still read the former.
+  // One half is of the rows that the block works on, the other of its next ones: threads may still
+  // read the first half when the second is written.
   Position<compute_t<typename Loss::Gradient::Element>> targets[2][Loss::kRowsABlock];
   typename Loss::RowScratch scratch;
-  double losses[Loss::kRowsABlock];  // of threads that have registers for more urgent things
+  double losses[Loss::kRowsABlock];  // here, since a thread needs its registers for other things
   LossShared loss;
 };
 
-// Rows of `lanes` threads each, or of the whole block where it has but one, of which the first
-// `room` of what it counts is kept.
+// A row has `lanes` threads, or the whole block where kRowsABlock is 1. KeptRow keeps the first
+// `room` vectors or classes of it, whichever it counts in.
 template <typename Loss>
 __global__ void __launch_bounds__(Loss::kRowThreads, Loss::kRowBlocks)
     rows_kernel(typename Loss::Arguments a, int lanes, int room) {
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(Loss::kRowThreads, Loss::kRowBlocks)
     const auto gradient = loss.gradient(a, position, target, sums);
     logits.template each<1>(
         thread, threads, [&]<int kCount>(std::integral_constant<int, kCount>, auto place) {
-          const int64_t c = logits.first_class(place);  // here, or it is computed several times
+          const int64_t c = logits.first_class(place);  // here: later it is computed several times
           typename Loss::Arguments::template Logits<kCount> x;
           if (kept.has(place, kCount)) {
             kept.get(place, x);
