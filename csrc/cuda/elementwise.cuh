@@ -48,6 +48,8 @@ struct RateArgument {
 template <typename Op, typename T>
 struct Addend {
   Addend(const T*, bool) {}
+
+  __device__ bool whole(const Span<const T>&, int64_t, int64_t) const { return true; }
 };
 
 template <typename Op, typename T>
@@ -59,6 +61,10 @@ struct Addend<Op, T> {
   Addend(const T* residual, bool scaled) : residual(residual), scaled(scaled) {}
 
   __device__ Span<const T> like(const Span<const T>& x) const { return {residual, x.begin, x.end}; }
+
+  __device__ bool whole(const Span<const T>& x, int64_t first, int64_t last) const {
+    return residual == nullptr || like(x).whole(first, last);
+  }
 };
 
 template <typename Op, typename T>
@@ -216,11 +222,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks<Op>)
   const RngStream stream = rng.stream(Op::kTag);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kElementsABlock<T>;
   const int64_t next = block + kElementsABlock<T>;
-  bool whole = x.whole(block, next) && y.whole(block, next);
-  if constexpr (Op::kAdds) {
-    whole = whole && (addend.residual == nullptr || addend.like(x).whole(block, next));
-  }
-  if (whole) {
+  if (x.whole(block, next) && y.whole(block, next) && addend.whole(x, block, next)) {
     elements_block<Op, true>(x, y, block, first_group, rate, stream, addend);
   } else {
     elements_block<Op, false>(x, y, block, first_group, rate, stream, addend);
