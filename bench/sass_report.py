@@ -28,7 +28,7 @@ SCHEMA = 1
 
 
 def to_json(report: dict[str, Any]) -> str:
-    """One kernel a line: a change shows as the lines of what it changed."""
+    """One kernel a line, so that a diff shows just the kernels that changed."""
 
     def lines(key: str) -> str:
         rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in report[key])

@@ -18,7 +18,7 @@ from .disassembly import Instruction, functions
 
 _USAGE = re.compile(r"Function ([\w$]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _BOUNDS = 0x05, 0x10  # EIATTR_MAX_THREADS, EIATTR_REQNTID: three words, x y z
-_WITH_SIZE = 4  # the format of an attribute that a size and so many bytes follow
+_WITH_SIZE = 4  # the format of an attribute: a size follows, and then so many bytes
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Kernel:
     name: str  # mangled
     architecture: int
     registers: int
-    stack: int  # bytes a thread: what was spilled, or has to have an address
+    stack: int  # bytes a thread: spilled registers, and values that need an address
     shared: int  # bytes, static
-    threads: int  # a block at most, by its launch bounds
+    threads: int  # the most of a block, by its launch bounds
     code: list[tuple[str, Instruction | None]]
 
 
@@ -58,7 +58,7 @@ def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def threads_of(image: bytes) -> dict[str, int]:
-    """Threads a block by launch bounds, of the kernels of a cubin that have some."""
+    """The most threads of a block, for each kernel of a cubin that has launch bounds."""
     start, entry, count, names = struct.unpack_from("<Q10xHHH", image, 40)
     sections = [struct.unpack_from("<IIQQQQ", image, start + i * entry) for i in range(count)]
     strings = sections[names][4]
@@ -80,7 +80,7 @@ def threads_of(image: bytes) -> dict[str, int]:
 
 
 def kernels(cubin: Path) -> Iterator[Kernel]:
-    """What is in a cubin; functions that kernels call are none of them."""
+    """The kernels in a cubin, without the functions that they call."""
     text = _output(tool("nvdisasm"), "-c", cubin)
     architecture = int(re.search(r"(?:\.target\s+sm_|EF_CUDA_SM)(\d+)", text)[1])
     used, threads = resources(cubin), threads_of(cubin.read_bytes())
@@ -90,7 +90,7 @@ def kernels(cubin: Path) -> Iterator[Kernel]:
 
 
 def kernels_of_object(path: Path) -> Iterator[Kernel]:
-    """Of every cubin in an object that nvcc made, which may hold several architectures."""
+    """The kernels of every cubin in an object of nvcc, which may hold several architectures."""
     with tempfile.TemporaryDirectory() as folder:
         _output(tool("cuobjdump"), "-xelf", "all", path.resolve(), cwd=Path(folder))
         for cubin in sorted(Path(folder).glob("*.cubin")):

@@ -1,5 +1,5 @@
-"""Compiles a source once for as long as nothing that went into it changes; the tests of the CUDA
-sources and the report on their machine code share what comes out."""
+"""Compiles a source only if something that goes into it has changed. The tests of the CUDA sources
+and the report on their machine code share the results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BUILD = ROOT / "build" / "emulation"
 
 
 def _cuda_sources():
-    """The CUDA sources by the ops that they are of; one of a family, <family>.cu, once for each of
-    its ops, with its header before it, as setup.py compiles it."""
+    """The CUDA sources. That of a family, <family>.cu, comes once for each op of the family and
+    includes the op's header first, as setup.py compiles it."""
     for source in (CSRC / "cuda").glob("*.cu"):
         ops = list((CSRC / "include" / "reg_kernels" / source.stem).glob("*.h"))
         for op in ops:
@@ -92,7 +92,7 @@ def digest(*parts):
 
 
 def digest_of_files(dependencies):
-    """Of the contents of all that a compiler's dependency file names."""
+    """A digest of the contents of all files that a compiler's dependency file names."""
     rule = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1]
     paths = [Path(word.replace("\\ ", " ")) for word in re.split(r"(?<!\\)\s+", rule.strip())]
     contents = [path.read_bytes() if path.exists() else b"" for path in paths]
@@ -100,8 +100,8 @@ def digest_of_files(dependencies):
 
 
 def digest_of_source(source, folders=(CSRC / "include", CSRC)):
-    """Of all that decides on what a CUDA source compiles to, but for nvcc: the flags, torch and the
-    files of ours that it includes, whether or not a condition leaves them out."""
+    """A digest of all that decides what a CUDA source compiles to, except nvcc: the flags, torch,
+    and our files that it includes, even those that a condition leaves out."""
     texts = {}
 
     def read(path):
@@ -120,9 +120,9 @@ def digest_of_source(source, folders=(CSRC / "include", CSRC)):
 
 
 def compile_once(toolchain, flags, source, suffix):
-    """The file that a compiler makes of `source`, and what it said. Made anew when the command, the
-    compiler or any file that it read has changed; a failure is never remembered. Who wants what
-    another process is making waits for it."""
+    """Returns the file that a compiler makes of `source`, and its output. The file is made anew
+    when the command, the compiler or any file that it read has changed. A failure is never
+    remembered. If another process is making the same file, this one waits for it."""
     path, version = toolchain
     command = [path, *flags, source]
     target = BUILD / f"{source.stem}-{digest(version, *command)[:16]}{suffix}"
@@ -143,8 +143,8 @@ def compile_once(toolchain, flags, source, suffix):
 
 
 def compile_cuda(source, *flags):
-    """The object made of a .cu file for every architecture, and what nvcc and ptxas said, warnings
-    as errors."""
+    """Returns the object made of a .cu file for every architecture, and what nvcc and ptxas print.
+    Warnings are errors."""
     return compile_once(
         compiler("NVCC", "nvcc"), [*NVCC_FLAGS, *flags, *INCLUDES, "-c"], source, ".o"
     )

@@ -1,12 +1,11 @@
-"""Reads what nvdisasm prints: instructions, the flow between them, loops, and what the hot path of
-each does.
+"""Reads what nvdisasm prints: instructions, the flow between them, loops, and the hot path of each.
 
-A kernel has paths that large aligned inputs never take: odd ends, element by element. So what is
-counted is one path through a loop's body, or through the kernel where no loop touches global
-memory: the one with most of the widest loads and stores, and of those the shortest. Options that
-cost no such access, an activation or a slow division, are therefore off. An inner loop that touches
-no global memory is on the path once, since how often it runs is not in the code; `inner_loops` says
-how many there are.
+A kernel has paths that large aligned inputs never take: odd ends, element by element. So one path
+is counted: through a loop's body, or through the kernel where no loop touches global memory. It is
+the path with most of the widest loads and stores, and the shortest of those. Options that cost no
+such access, like an activation or a slow division, are therefore off. An inner loop that touches no
+global memory is on the path once, since the code does not say how often it runs; `inner_loops` says
+how many such loops there are.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Instruction:
     modifiers: tuple[str, ...]
     predicated: bool
     operands: str
-    aside: bool = False  # an access to something else than the tensors' elements: an index, a label
+    aside: bool = False  # it accesses something other than elements: an index, a label
 
     @property
     def width(self) -> int:
@@ -65,7 +64,7 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """One of CLASSES; what is in no list moves or computes integers."""
+        """One of CLASSES; an instruction in no list moves or computes integers."""
         for names, kind in (
             (_MEMORY, "memory"),
             (_CONVERSION, "conversion"),
@@ -78,7 +77,7 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        """Which units execute it, as gpus.RATES names them; "issue": no unit that is a limit."""
+        """The units that execute it, as gpus.RATES names them; "issue" where none is a limit."""
         if self.name in ("SHFL", "LDS", "STS", *_LOADS, *_STORES):
             return "lsu"
         if self.name in _DOUBLE:
@@ -99,14 +98,14 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions with no branch into or out of their midst."""
+    """Instructions that are entered at the first and left after the last."""
 
     code: list[Instruction] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
 
     @functools.cached_property
     def accesses(self) -> list[Instruction]:
-        """Of global memory."""
+        """The accesses to elements in global memory."""
         return [code for code in self.code if code.width]
 
 
@@ -117,9 +116,9 @@ class Hot:
     loop: bool
     inner_loops: int
     accesses: tuple[tuple[str, int, int], ...]  # ("load" or "store", bytes, count), sorted
-    streamed: tuple[tuple[str, int, int], ...]  # those of them that stand for DRAM traffic
+    streamed: tuple[tuple[str, int, int], ...]  # the accesses that stand for DRAM traffic
     kinds: dict[str, int]  # instructions by class
-    pipes: dict[str, int]  # and by the units that execute them
+    pipes: dict[str, int]  # instructions by the units that execute them
 
     @property
     def instructions(self) -> int:
@@ -134,7 +133,7 @@ class Hot:
         return sum(width**2 * count for _, width, count in self.streamed)
 
     def moved(self, kind: str) -> int:
-        """Bytes loaded or stored of what is streamed."""
+        """The bytes that the streamed loads, or stores, move."""
         return sum(width * count for k, width, count in self.streamed if k == kind)
 
     @property
@@ -168,9 +167,8 @@ def functions(text: str) -> Iterator[tuple[str, list[tuple[str, Instruction | No
 def elements_alone(
     lines: list[tuple[str, Instruction | None]], widths: frozenset[int]
 ) -> list[tuple[str, Instruction | None]]:
-    """`lines` in which accesses of other widths than those of elements count as instructions
-    alone: by its width an int64 label is told from two floats, of which no kernel here loads
-    fewer than four at once."""
+    """`lines`, where an access whose width is none of an element's is only an instruction. So an
+    int64 label is not taken for two floats: every kernel here loads at least four at once."""
     return [
         (label, replace(code, aside=True) if code and code.width not in (0, *widths) else code)
         for label, code in lines
@@ -182,7 +180,7 @@ def _jumps(code: Instruction) -> bool:
 
 
 def _conditional(code: Instruction) -> bool:
-    """Whether what follows a branch or an exit can be next."""
+    """Whether the instruction behind a branch or an exit can be next."""
     before_target = code.operands.split("`")[0]
     return code.predicated or (code.name == "BRA" and bool(before_target.strip(" ,")))
 
@@ -226,8 +224,8 @@ def blocks_of(lines: list[tuple[str, Instruction | None]]) -> list[Block]:
 
 
 def _flow(blocks: list[Block]) -> tuple[list[int], dict[int, set[int]]]:
-    """The blocks that can be reached, each before those that follow it, and the body of each loop
-    by its head."""
+    """Returns the reachable blocks, each before those that follow it, and the body of each loop by
+    its head."""
     order, state, back = [], {0: 1}, []
     stack = [(0, iter(blocks[0].next))]
     while stack:
@@ -261,10 +259,10 @@ def _flow(blocks: list[Block]) -> tuple[list[int], dict[int, set[int]]]:
 def hot_paths(lines: list[tuple[str, Instruction | None]]) -> list[Hot]:
     """The hot paths of a function; none where nothing touches global memory.
 
-    They are those of the innermost loops that do, the wide ones: a loop whose sum of squared widths
-    is less than half of the greatest takes odd ends. What lies around those loops, or the function
-    where there is none, is the hot path instead if its sum is at least twice theirs and its
-    accesses are no narrower.
+    They are those of the innermost loops that touch it, but only of the wide ones: a loop whose sum
+    of squared widths is less than half of the greatest takes odd ends. The code around those loops,
+    or the function where there is no loop, is the hot path instead if its sum is at least twice
+    theirs and its accesses are no narrower.
     """
     blocks = blocks_of(lines)
     order, loops = _flow(blocks)
@@ -294,7 +292,7 @@ def _best_path(
     body: set[int],
     own: set[int],
 ) -> list[Instruction]:
-    """The instructions of `own` on the path from `head` that is worth most."""
+    """The instructions of `own` on the best path from `head`: most of the widest accesses."""
     accesses = [code for index in own for code in blocks[index].accesses]
     widest = {k: max((c.width for c in accesses if c.loads == k), default=0) for k in (True, False)}
     best: dict[int, tuple[int, int, int | None]] = {}
@@ -328,8 +326,9 @@ def _hot(path: list[Instruction], inner_loops: int, loop: bool) -> Hot:
     accesses = [code for code in path if code.width]
     widest = {k: max((c.width for c in accesses if c.loads == k), default=0) for k in (True, False)}
     counts = Counter((c.loads, c.width) for c in accesses if not c.predicated)
-    # Not a channel's parameters, an index or a row's target, which hit caches: narrower than the
-    # widest, but for half as wide and as many, as of an array of shorter elements beside another.
+    # A channel's parameters, an index or a row's target hit caches; such accesses are narrower than
+    # the widest. Half as wide and at least as many are streamed too: those of an array of shorter
+    # elements beside another.
     streamed = [
         c
         for c in accesses

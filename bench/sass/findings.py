@@ -1,4 +1,4 @@
-"""What the table finds fault with, and the reasons of what is left as it is."""
+"""The faults that are looked for in the table, and the reasons why some of them are left."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Finding:
 
 OF_21_CLASSES = "Open: in planes of 21 classes a tile holds all classes of its positions."
 
-# (what, pattern of "source kernel<...>", why). The first that fits counts. "Open:" begins what is a
-# true finding that nobody has mended or measured yet.
+# (what, pattern of "source kernel<...>", why). The first that fits counts. "Open:" marks a true
+# finding that nobody has mended or measured yet.
 EXPLAINED: list[tuple[str, str, str]] = [
     (
         INSTRUCTIONS,
@@ -185,7 +185,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
 
 
 def findings(row: dict[str, Any]) -> Iterator[Finding]:
-    """Of one kernel instance on one architecture."""
+    """The findings about one kernel instance on one architecture."""
     kernel, architecture = f"{row['source']} {row['kernel']}", row["architecture"]
 
     def found(what: str, detail: str) -> Finding:

@@ -1,4 +1,4 @@
-"""What GPUs can do by their published figures, and what follows for a kernel: predictions all."""
+"""GPUs by their published figures, and predictions from these for a kernel."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ GPUS = (
 # Results a multiprocessor and clock. sm_80 and sm_90: the table of the throughput of native
 # arithmetic instructions in the CUDA C++ Programming Guide; load/store units: the architectures'
 # white papers. sm_100: units of a B200's multiprocessor as the Cornell Virtual Workshop counts
-# them (128 FP32, 128 INT32, 64 FP64, 32 load/store), what it does not count as on sm_90. The
-# pipes are independent but for what `cycles` adds up.
+# them (128 FP32, 128 INT32, 64 FP64, 32 load/store), and for the others the
+# rates of sm_90. The pipes are independent of each other, except for those that `cycles` adds up.
 RATES = {
     80: {"fp32": 64, "alu": 64, "imad": 64, "fp64": 32, "mufu": 16, "conversion": 16, "lsu": 32},
     90: {"fp32": 128, "alu": 64, "imad": 64, "fp64": 64, "mufu": 16, "conversion": 64, "lsu": 32},
@@ -41,7 +41,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a multiprocessor: CUDA C++ Programming Guide, technical specifications."""
+    """The limits of a multiprocessor: CUDA C++ Programming Guide, technical specifications."""
 
     registers: int = 65536
     threads: int = 2048
@@ -54,8 +54,8 @@ LIMITS = {80: Limits(shared=164 * 1024), 90: Limits(), 100: Limits()}
 
 
 def occupancy(architecture: int, registers: int, threads: int, shared: int) -> tuple[int, str]:
-    """Resident threads in percent of a multiprocessor's, and what limits them. `shared`: bytes a
-    block."""
+    """Returns the resident threads in percent of a multiprocessor's, and what limits them. `shared`
+    is in bytes a block."""
     limits = LIMITS[architecture]
     warps = -(-threads // WARP)
     a_warp = -(-registers * WARP // 256) * 256  # registers are handed out by 256
@@ -65,7 +65,7 @@ def occupancy(architecture: int, registers: int, threads: int, shared: int) -> t
         "threads": limits.threads // (warps * WARP),
         "blocks": limits.blocks,
     }
-    # Where several limit alike, the one that cannot be mended is named.
+    # Where several limit alike, the one is named that a kernel can change least.
     limit = min(reversed(blocks), key=blocks.__getitem__)
     return 100 * min(blocks[limit] * threads, limits.threads) // limits.threads, limit
 
@@ -83,8 +83,9 @@ def cycles(architecture: int, pipes: dict[str, int]) -> tuple[float, str]:
 
 
 def share_of_bandwidth(gpu: Gpu, hot: Hot) -> tuple[float, str]:
-    """Clocks for a trip's bytes over clocks for its instructions, and the units that decide: 1 or
-    more is bound by bytes, less is bound by instructions at that share of the bandwidth."""
+    """Returns the clocks for a trip's bytes over those for its instructions, and the units that
+    take longest. A kernel at 1 or more is bound by bytes; one below is bound by instructions, at
+    that share of the bandwidth."""
     bytes_a_clock = gpu.bandwidth / gpu.multiprocessors / gpu.clock
     needed, pipe = cycles(gpu.architecture, hot.pipes)
     return hot.bytes * WARP / bytes_a_clock / needed, pipe

@@ -11,7 +11,7 @@ from .findings import Finding, findings
 from .gpus import GPUS
 from .table import key_of
 
-# Rows that stand for a kernel: its types alike, float32 or bfloat16, and indices of 32 bits.
+# A row stands for its kernel if its types are alike and among these, and its indices have 32 bits.
 _MATTERS = ("float", "bfloat16", "float32")
 _TYPE = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double|unsigned long)\b")
 
@@ -65,7 +65,7 @@ def _line(kernel: str, rows: dict[int, dict[str, Any]]) -> str:
 
 
 def _grouped(all_findings: Iterable[Finding]) -> Iterator[tuple[tuple[str, str], list[Finding]]]:
-    """By what is found and the kernel without its types."""
+    """The findings, grouped by what is found and by the kernel without its types."""
 
     def group(finding: Finding) -> tuple[str, str]:
         return finding.what, finding.kernel.split("<")[0]

@@ -1,4 +1,4 @@
-"""The table of all kernels: compiled, read, and what that predicts for each GPU."""
+"""The table of all kernels: they are compiled and read, and each GPU's time is predicted."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Row = dict[str, Any]
 
 _SIZES = {"unsigned char": 1, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "double": 8}
 _TYPES = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double)\b")
-# How many inputs of its first type a kernel reads an element of in a trip, where not one; of those
-# left out elements are not counted: what an optimizer reads is a matter of its options.
+# From how many inputs of its first type a kernel reads an element in a trip, where that is not one.
+# None: its elements are not counted. What an optimizer reads, for one, depends on its options.
 READS = {
     r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
     r"batch_norm_backward|gradient_sums|^backward_kernel|distillation|<Distillation": 2,
@@ -37,7 +37,7 @@ def jobs() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides on the machine code."""
+    """The versions of the tools that decide on the machine code."""
     release = re.search(r"V([\d.]+)", compiling.compiler("NVCC", "nvcc")[1])
     return {"nvcc": release[1], "triton": importlib.metadata.version("triton")}
 
@@ -49,14 +49,14 @@ def is_current(report: Row, source: Path) -> bool:
 
 
 def element_bytes(arguments: str) -> int | None:
-    """Of the first type among template arguments, or a dtype's own."""
+    """The bytes of the first type among template arguments, or of a dtype."""
     found = _TYPES.search(arguments)
     return _SIZES[found[1]] if found else None
 
 
 def access_bytes(arguments: str) -> frozenset[int] | None:
-    """How wide a CUDA kernel's accesses to elements are: 16 bytes of the longest of its types and
-    as many elements of the others, or one element. None where its types are not told."""
+    """The widths in bytes that a CUDA kernel's accesses to elements have: 16 bytes of its longest
+    type and as many elements of the others, or one element. None where no type is named."""
     sizes = [_SIZES[name] for name in _TYPES.findall(arguments)]
     if not sizes:
         return None
@@ -104,8 +104,8 @@ def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
     percent, limit = occupancy(kernel.architecture, kernel.registers, threads, shared)
     base, _, arguments = name.partition("<")
     if source.startswith("cuda/"):
-        base = name  # a kernel of several losses says in its arguments which one it is of
-    # Triton takes as many elements at once as a tile leaves to a thread: any width may be theirs.
+        base = name  # where losses share a kernel, its arguments name the loss
+    # In Triton a tile decides how many elements a thread takes at once: they may have any width.
     elements_counted = source.startswith("cuda/") and _reads(base) is not None
     accesses = access_bytes(arguments) if elements_counted else None
     code = kernel.code if accesses is None else elements_alone(kernel.code, accesses)
@@ -123,12 +123,12 @@ def row_of(kernel: binary.Kernel, source: str, name: str, **launch: Any) -> Row:
         "limit": limit,
         "widths": widths(kernel.code),
         "paths": len(paths),
-        "hot": paths[:1],  # the one that instructions hold up most
+        "hot": paths[:1],  # the one that its instructions slow down most
     }
 
 
 def cuda_rows(source: Path) -> list[Row]:
-    """Of every kernel instance in a .cu file, on every architecture."""
+    """The rows of every kernel instance in a .cu file, on every architecture."""
     path, result = compiling.compile_cuda(source, *compiling.torch_flags())
     if result.code != 0:
         raise RuntimeError(f"{source.name} does not compile: {result}")
@@ -138,7 +138,7 @@ def cuda_rows(source: Path) -> list[Row]:
 
 
 def launched(architecture: int, *what: str) -> Iterator[Row]:
-    """What triton_launches.py says of each kernel that it compiles."""
+    """The facts that triton_launches.py prints about each kernel that it compiles."""
     folder = FOLDER / f"sm_{architecture}"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -156,8 +156,8 @@ def launched(architecture: int, *what: str) -> Iterator[Row]:
 
 
 def digest_of_triton(op: str) -> str:
-    """Of what decides on an op's launches and their kernels, but for Triton's version: its Triton
-    source with all that this imports of our package, its cases and the calls."""
+    """A digest of all that decides an op's launches and their kernels, except Triton's version: its
+    Triton source with all of our package that this imports, its cases, and the calls."""
     package = compiling.ROOT / "reg_kernels"
     calls = Path(triton_launches.__file__).with_name("triton_calls.py")
     texts = {path: path.read_text() for path in (package / "cases" / f"{op}.py", calls)}
@@ -191,8 +191,7 @@ _IMPORTS = re.compile(r"^from (\.+)(\w*) import ([\w, ]*)", re.MULTILINE)
 
 
 def faulty_launches(op: str) -> list[Row]:
-    """Those that there are findings of, on any architecture, among the launches of all of an op's
-    calls and large cases."""
+    """The launches of an op's calls and large cases that have findings, on any architecture."""
     rows = []
     for architecture in compiling.CUDA_ARCHITECTURES:
         for facts in launched(architecture, "--cases", op):
@@ -213,7 +212,7 @@ def faulty_launches(op: str) -> list[Row]:
 
 
 def triton_rows(architecture: int, ops: Sequence[str] = triton_launches.OPS) -> list[Row]:
-    """Of every kernel that the calls of triton_calls.py launch, on one architecture."""
+    """The rows of every kernel that the calls of triton_calls.py launch, on one architecture."""
     rows = []
     for facts in launched(architecture, *ops):
         (kernel,) = binary.kernels(Path(facts["cubin"]))
@@ -223,7 +222,7 @@ def triton_rows(architecture: int, ops: Sequence[str] = triton_launches.OPS) -> 
 
 
 def tasks() -> dict[str, Callable[[], list[Row]]]:
-    """What the table is made of, the longest to compile first."""
+    """The parts of the table by name; those that take longest to compile come first."""
     sources = sorted(compiling.CUDA_SOURCES, key=lambda p: ("mixup" not in p.stem, p.stem))
     result: dict[str, Callable[[], list[Row]]] = {
         f"CUDA {source.stem}": lambda source=source: cuda_rows(source) for source in sources
@@ -236,7 +235,7 @@ def tasks() -> dict[str, Callable[[], list[Row]]]:
 
 
 def build(done: Callable[[str], None]) -> list[Row]:
-    """Every row, sorted; `done` is told of each part that is through."""
+    """Every row, sorted; `done` is called with the name of each part when it is finished."""
 
     def part(item: tuple[str, Callable[[], list[Row]]]) -> list[Row]:
         rows = item[1]()

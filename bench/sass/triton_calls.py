@@ -1,4 +1,4 @@
-"""The calls whose launches are compiled: of each op, on large inputs of one dtype."""
+"""The calls whose launches are compiled: those of each op, on large inputs of one dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
 
 BACKEND = "triton"
-Call = tuple[str, Callable[[], Any]]  # what it is called, and the call
+Call = tuple[str, Callable[[], Any]]  # its name, and the call
 
 IMAGES = (8, 64, 32, 32)
 LAYOUTS = ((False, "contiguous"), (True, "channels_last"))
@@ -53,7 +53,8 @@ class _OnDevice(Tensor):
 
 def _optimizer_step(dtype: torch.dtype) -> Iterator[Call]:
     def step(kind: Any, everything: bool = False, **options: Any) -> None:
-        """One of two groups, and of what is only averaged, with all that a launch may be handed."""
+        """One step; with `everything` it has all that a launch may be handed: two groups too, and a
+        parameter that is only averaged."""
         params = [torch.nn.Parameter(_values(dtype, 2**16).detach()) for _ in range(3)]
         for parameter in params[:2]:
             parameter.grad = torch.zeros_like(parameter)
@@ -68,7 +69,7 @@ def _optimizer_step(dtype: torch.dtype) -> Iterator[Call]:
         optimizer.step()
 
     def capture() -> None:
-        """What a step launches besides where its lr is on the device and a graph is captured."""
+        """The further launch of a step whose lr is on the device while a graph is captured."""
         from reg_kernels.triton import optimizer_step
 
         row = [0.0] * optimizer_step.NUMBERS
@@ -159,7 +160,7 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
 
 
 def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
-    """Those of the op's large cases, with their gradients."""
+    """The calls of the op's large cases, with their gradients."""
 
     def run(case: Any) -> None:
         inputs = case.inputs(torch.device("cpu"), dtype)
@@ -173,13 +174,13 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def calls(op: str, dtype: torch.dtype) -> Iterator[Call]:
-    """Those that stand for an op in the table. An op of a family that others stand for has none."""
+    """The calls that stand for an op in the table. Some have none: one op stands for a family."""
     yield from CALLS[op](dtype) if op in CALLS else ()
 
 
 def some_calls(op: str, dtype: torch.dtype, architecture: int) -> list[Call]:
-    """Of those and of its cases enough to see what spills: those in every dtype and a case in every
-    other one; on other architectures than sm_90 each in one of them."""
+    """Enough of an op's calls and cases to see what spills. On sm_90: the calls in every dtype, and
+    each case in every other dtype. On other architectures: each call and case in one dtype."""
     stand_for_it, turn = list(calls(op, dtype)), backends.DTYPES.index(dtype)
     if architecture == 90:
         return stand_for_it + list(of_cases(op, dtype))[turn % 2 :: 2]

@@ -2,9 +2,9 @@
 
 The public functions are called on CPU tensors while Triton is told that a GPU of the asked
 architecture is current: each launch compiles the kernel with the very signature, constants and
-warps that it would run with there, and runs nothing. So no list of signatures can go stale; that
-of triton_calls.py is one of calls. A program of its own, since the importing process may have
-TRITON_INTERPRET set:
+warps that it would run with there, and runs nothing. So there is no list of signatures that
+could go stale: triton_calls.py lists calls. This is a program of its own, since the process that
+imports it may have TRITON_INTERPRET set:
 
     python triton_launches.py ARCHITECTURE DIRECTORY [--cases] [OP ...]
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 OPS = sorted(p.stem for p in Path(__file__).parents[2].glob("reg_kernels/triton/[!_]*.py"))
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # as the launchers are told
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # what the launchers are told
 
 
 class _Gpu:
@@ -44,7 +44,7 @@ class _Gpu:
 
 
 def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
-    """Compiles what the calls launch; of an op each kernel that comes out the same is told once."""
+    """Compiles what the calls launch, and prints each kernel of an op only once."""
     import torch
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -53,7 +53,7 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
     from reg_kernels import backends
     from reg_kernels.triton import _launch
 
-    # The launchers then take CPU tensors, as they do for the interpreter, but for a GPU.
+    # The launchers then take CPU tensors, as for the interpreter, but compile for a GPU.
     backends.triton_interpreted = lambda: True
     _launch.processors = lambda x: MULTIPROCESSORS[architecture]
     driver.set_active(_Gpu(architecture))

@@ -8,8 +8,8 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-// Calls f(first, count, plane, index) for the parts that elements [begin, end) have in planes:
-// storage index, length, the plane n C + c, and how many planes came before it.
+// Cuts elements [begin, end) where planes end, and calls f(first, count, plane, index) for each
+// part: its storage index, its length, its plane n C + c, and how many parts came before it.
 template <typename F>
 RK_HD void for_planes(const BatchNormTask& task, int64_t begin, int64_t end, const F& f) {
   int64_t plane = begin / task.length, left = (plane + 1) * task.length - begin;
@@ -45,8 +45,9 @@ OneChannel<C> plane_constants(const BatchNormTask& task, int64_t plane, bool wit
   return p;
 }
 
-// Calls f(pair, channel, first, last) for each part of channels [begin, end) in a unit: its pair of
-// sums and the storage indices it reaches from and to. Channel by channel, in storage order.
+// Calls f(pair, channel, first, last) for each part that a unit has of a channel in [begin, end):
+// its pair of sums, and the storage indices at which it begins and ends. It goes channel by
+// channel, each in storage order.
 template <typename F>
 RK_HD void for_pairs(const BatchNormTask& task, int64_t begin, int64_t end, const F& f) {
   const BatchNormPlan& plan = task.plan;
@@ -72,7 +73,8 @@ struct PivotSums {
 
   template <typename T>
   RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
-    // What the lanes take in turn stays in the first-level cache meanwhile.
+    // The parts of the lanes read the same elements in turn, so these are few enough to stay in the
+    // first-level cache.
     constexpr int64_t kAtOnce = kPartLanes == kLanes ? kStretch : kTile;
     const int64_t whole = count / (4 * kLanes) * (4 * kLanes), eights = count / kLanes * kLanes;
     for (int64_t begin = 0, end = -1; end < whole; begin = end) {
@@ -118,8 +120,8 @@ struct PivotSums {
   }
 };
 
-// The moments of values side by side, the mean less `base`. In float64, whose own rounding they are
-// to match, the sums are made once more about the mean that the first ones gave.
+// The moments of values side by side; the mean is less `base`. Those of float64 are to be as exact
+// as its own rounding, so a second pass sums about the mean that the first one gave.
 template <typename T>
 Moments<double> stretch_moments(const T* x, int64_t count, double base) {
   double pivot = base_at(x, 1, count);
@@ -155,7 +157,7 @@ struct GradientSums {
   using C = compute_t<L>;
   alignas(64) double d_sum[kLanes] = {}, dx_sum[kLanes] = {};
 
-  // `ahead` prefetches.
+  // Adds d and d (x - shift); `ahead` prefetches.
   RK_HD void add(const C* d, const L* x, int64_t count, const Prefetch<L>& ahead, double shift) {
     const int64_t rest = count / kLanes * kLanes;  // the last few, one a lane
     alignas(64) double d_rest[kLanes] = {}, dx_rest[kLanes] = {};
@@ -190,8 +192,8 @@ struct GradientSums {
   }
 };
 
-// Calls f(p, first, count, flags, index) for the tiles of a unit, with the flags of the gate where
-// there is one: unpacked before, or, for a forward, packed after f has set them.
+// Calls f(p, first, count, flags, index) for the tiles of a unit. Where there is a gate, f gets its
+// flags: in a backward they are unpacked before, in a forward they are packed after f has set them.
 template <typename T, bool kForward, typename F>
 RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, int64_t tile,
                            bool with_gradient, const F& f) {
@@ -203,7 +205,7 @@ RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, int64_t tile
                const OneChannel<C> p = plane_constants<C>(task, plane, with_gradient);
                const int64_t end = first + count;
                while (first < end) {
-                 // Tiles end at blocks, whose gates are whole bytes.
+                 // No tile goes past its block's end: the gate of a block is whole bytes.
                  const int64_t block = first / kBlock * kBlock;
                  const int64_t next = min(block + kBlock, part.end);
                  const int64_t n = min(min(tile, end - first), next - first);

@@ -1,5 +1,5 @@
-// BatchNorm of rows: the tensor as a matrix, each channel in columns of its own. A unit is some
-// rows of a strip of columns, which are added up side by side.
+// BatchNorm of rows: the tensor is a matrix, and each channel has columns of its own. A unit is
+// some rows of a strip of columns, and adds up these columns side by side.
 #pragma once
 
 #include "batch_norm_tile.h"
@@ -32,13 +32,13 @@ struct RowUnit {
   // Rows that are worked on together: a whole number of bytes of a gate.
   int64_t block() const { return max(8, kBlock / columns / 8 * 8); }
 
-  // The byte of the gate that row `row` begins in, a multiple of 8 or the row after the last.
+  // The byte of the gate at which row `row` begins: a multiple of 8, or the row after the last.
   uint8_t* bits(const BatchNormTask& task, int64_t row) const {
     return task.gate ? task.gate + (task.plan.rows * first_column + row * columns) / 8 : nullptr;
   }
 };
 
-// Whether a unit has the elements of the incomplete row as well, and the slice of that row's sums.
+// Whether a unit also takes the elements of the incomplete row, and the slice of that row's sums.
 bool takes_rest(const BatchNormTask& task, int64_t unit) { return task.plan.rest && unit == 0; }
 int64_t rest_slice(const BatchNormPlan& plan) { return plan.units / plan.strips; }
 
@@ -85,7 +85,7 @@ RK_HD int64_t rows_ahead(int64_t columns) {
   return max(1, kAhead / (columns * static_cast<int64_t>(sizeof(T))));
 }
 
-// Columns side by side: the rows of a block, added four at a time.
+// Adds the rows of a block to the sums of its columns, four rows at a time.
 template <typename T>
 void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const double* pivot,
               double* sum, double* squares) {
@@ -115,7 +115,7 @@ void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const d
   }
 }
 
-// mean and m2 of `count` values a column, merged with those of `other_count`: Moments::merge.
+// Merges mean and m2 of `count` values a column with those of `other_count`, as Moments::merge.
 RK_HD void merge_columns(int64_t columns, int64_t count, double* mean, double* m2,
                          int64_t other_count, const double* other_mean, const double* other_m2) {
   const double share = static_cast<double>(other_count) / static_cast<double>(count + other_count);
@@ -184,7 +184,8 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   alignas(64) uint8_t space[kBlock + 8];
   const int64_t stride = plan.columns;
 
-  // `rows` rows, at most kRowsAtOnce; `flags` of the first one's first column, or null.
+  // Adds `rows` rows, at most kRowsAtOnce. `flags` begins at the first row's first column, or is
+  // null.
   const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
                        double* d_sum, double* dx_sum) RK_STAGE {
     const int64_t lead = rows_ahead<T>(columns) * stride;
@@ -205,7 +206,7 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
       if (rows == kRowsAtOnce) {
         const C *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
         const L *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-        // Where a gradient is read from where it lies, rows are `stride` apart.
+        // A gradient that is read where it lies is prefetched: its rows are `stride` apart.
         const bool fetch = d0 != space_of[0].d;
         for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
           if (fetch) {  // as in add_rows

@@ -17,11 +17,13 @@ RK_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t kColumns = 2048;  // the widest strip
-constexpr int64_t kBlock = 16384;  // elements of a block: its gate is packed, its rows have a pivot
+constexpr int64_t kBlock =
+    16384;  // elements whose gate is packed at once and whose rows share pivots
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
-// Channel constants of a tile: one set for all of its elements, or a column of each.
+// The channel constants of a tile: OneChannel has one set for all of its elements, ChannelColumns
+// one for each.
 template <typename C>
 struct OneChannel {
   ChannelAffine<C> affine;
@@ -58,8 +60,9 @@ struct Prefetch {
   }
 };
 
-// `value` where the flag is 1, and 0 where it is 0. By its bits where there are no masks: g++ 12
-// makes no vector code there of a choice by bytes between elements of 16 bits (7 times as slow).
+// `value` where the flag is 1, and 0 where it is 0. Without mask registers this works on the bits:
+// there g++ 12 makes no vector code of a choice by bytes between elements of 16 bits (7 times as
+// slow).
 #if defined(__AVX512F__)
 template <typename C>
 RK_HD C passed_by(uint8_t flag, C value) {
@@ -75,24 +78,24 @@ RK_HD double passed_by(uint8_t flag, double value) {
 }
 #endif
 
-// Elements in storage order, up to kTile where they go through a buffer, as loops read them: an L
-// is the type of the tensors, or float, to which a float16 has been widened.
+// Elements in storage order, as the loops read them, and up to kTile where they go through a
+// buffer. L is the type of the tensors, or float where a float16 has been widened.
 template <typename L>
 struct Tile {
   int64_t first, count;
-  int64_t lead;  // how many elements on from these to prefetch the same tensors, 0 for not at all
-  // What is not there or not read is null.
+  int64_t lead;  // the tensors are prefetched so many elements further on; 0: not at all
+  // A tensor that is absent or not read is null.
   const L *x = nullptr, *residual = nullptr, *grad_output = nullptr;
 };
 
-// What is done to a tile in the type that it is computed in.
+// The stages of a tile that work in the type C that it is computed in.
 template <typename C>
 struct TileStages {
   Activation activation;
   C slope;
   bool drops, keeps_any;
   C scale;             // of dropout
-  uint16_t last_kept;  // half-word < threshold, as <= in 16 bits
+  uint16_t last_kept;  // kept: half-word <= last_kept, since the threshold may not fit into 16 bits
   RngStream rng;
   Draws draws;
 
@@ -105,12 +108,12 @@ struct TileStages {
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         rng(kDropoutTag, task.seed, task.offset) {}
 
-  // Whether a backward needs z, what the activation is applied to.
+  // Whether a backward needs z, the value that the activation is applied to.
   bool needs_z(const uint8_t* flags) const {
     return needs_preactivation(activation, flags != nullptr, drops);
   }
 
-  // z becomes what the activation makes of it; where `flags` is not null, with its gate.
+  // Applies the activation to z in place and, where `flags` is not null, sets its gate.
   RK_HD void activate_tile(int64_t count, C* z, uint8_t* flags) const {
     const C below = slope;
     for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
@@ -128,7 +131,7 @@ struct TileStages {
     });
   }
 
-  // Elements of z are dropped, and where `flags` is not null their gates are closed.
+  // Drops elements of z and, where `flags` is not null, closes their gates.
   RK_STAGE void drop_tile(int64_t first, int64_t count, C* z, uint8_t* flags) {
     const uint16_t* drawn = draws.fill(rng, first, count);
     const uint16_t last = last_kept;
@@ -140,7 +143,7 @@ struct TileStages {
     }
   }
 
-  // d times the activation's derivative at z.
+  // Multiplies d by the activation's derivative at z.
   RK_HD void chain(const C* z, int64_t count, C* d) const {
     const C below = slope;
     for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
@@ -180,7 +183,7 @@ struct TileLoops : TileStages<compute_t<L>> {
     }
   }
 
-  // y, which may be where x is, and, where `flags` is not null, its gate.
+  // Writes y, which may lie where x does, and, where `flags` is not null, its gate.
   template <typename P>
   RK_STAGE void forward(const P& p, const Tile<L>& tile, L* y, bool stream, uint8_t* flags) {
     if (tile.residual || drops) {
@@ -202,7 +205,7 @@ struct TileLoops : TileStages<compute_t<L>> {
     });
   }
 
-  // The gradient behind the activation where nothing else changes it.
+  // The gradient with respect to z where the activation alone changes it.
   template <Activation kActivation, typename P>
   RK_HD void differentiate(const P& p, const Tile<L>& tile, C* d) const {
     const L *grad = tile.grad_output, *x = tile.x;
@@ -217,7 +220,7 @@ struct TileLoops : TileStages<compute_t<L>> {
         Prefetch<L>{grad, x, tile.lead});
   }
 
-  // What the gate lets through of a gradient.
+  // The part of the output's gradient that the gate lets through.
   RK_HD void pass_gate(const Tile<L>& tile, const uint8_t* flags, C* d) const {
     const L* grad = tile.grad_output;
     const Prefetch<L> ahead{grad, tile.x, tile.lead};
@@ -246,8 +249,8 @@ struct TileLoops : TileStages<compute_t<L>> {
     differentiate<kActivation>(p, tile, d);
   }
 
-  // The gradient behind the activation, in `buffer` or where it lies already. What is short beside
-  // a call is inlined.
+  // The gradient with respect to z, in `buffer`, or where the output's lies if it is the same.
+  // Loops that are short beside a call are inlined.
   template <typename P>
   RK_HD const C* gradient(const P& p, const Tile<L>& tile, const uint8_t* flags, C* buffer) const {
     const L* grad = tile.grad_output;
@@ -284,7 +287,8 @@ struct TileLoops : TileStages<compute_t<L>> {
     Stages::chain(z, tile.count, d);
   }
 
-  // The input's gradient, which may lie where x is, from the one behind the activation.
+  // Writes the input's gradient, which may lie where x does, from d, the gradient with respect to
+  // z.
   template <typename P>
   RK_HD void input_gradient(const P& p, bool training, const Tile<L>& tile, const C* d, L* y,
                             bool stream, const Prefetch<L>& ahead) const {
@@ -302,7 +306,7 @@ struct TileLoops : TileStages<compute_t<L>> {
   }
 };
 
-// What a backward keeps of a tile: the gradient behind the activation, and the elements that loops
+// The buffers of a backward's tile: d, the gradient with respect to z, and the elements that loops
 // do not read where they lie.
 template <typename T>
 struct TileSpace {
@@ -314,7 +318,7 @@ struct TileSpace {
   alignas(64) C x[kWide], residual[kWide];
 };
 
-// A task with its types, and what is done to a tile of up to kTile elements in storage order.
+// A task with its types, and its work on a tile of up to kTile elements in storage order.
 template <typename T>
 struct Typed {
   using C = compute_t<T>;
@@ -341,8 +345,8 @@ struct Typed {
     if (stream) stream_fence();
   }
 
-  // Elements as loops read them: where they lie, or widened into a buffer, which asks for those
-  // `lead` elements on.
+  // Elements as the loops read them: where they lie, or widened into a buffer. Widening prefetches
+  // the elements `lead` further on.
   static RK_HD const L* as_read(const T* from, int64_t count, int64_t lead, C* buffer) {
     if constexpr (kWidens) {
       widen(from, count, buffer, Prefetch<T>{from, nullptr, lead});
@@ -352,7 +356,7 @@ struct Typed {
     }
   }
 
-  // What goes through no buffer may be longer than a tile, and takes fewer calls then.
+  // Elements that go through no buffer may be more than a tile, which takes fewer calls.
   int64_t forward_tile_size() const {
     return kWidens || residual || loops.drops ? kTile : kColumns;
   }
@@ -370,7 +374,7 @@ struct Typed {
     }
   }
 
-  // A tile of a backward; `reads_x`: whether x is read for more than z.
+  // A tile of a backward. `reads_x`: whether x is read, also where z is not needed.
   RK_HD Tile<L> backward_of(int64_t first, int64_t count, int64_t lead, bool reads_x,
                             const uint8_t* flags, TileSpace<T>& space) const {
     const bool needs_z = loops.needs_z(flags);
@@ -387,7 +391,7 @@ struct Typed {
     TileSpace<T> space;
     const Tile<L> tile = backward_of(first, count, lead, training, flags, space);
     const C* d = loops.gradient(p, tile, flags, space.d);
-    // A tile of its own has prefetched already.
+    // The loops that write d into the buffer have prefetched already.
     int64_t ahead = d == space.d ? 0 : lead;
     if (grad_residual) {
       write_each(grad_residual + first, count, stream, Narrowed<T>{d},
@@ -416,10 +420,10 @@ RK_HD double pivot_of(double a, double b, double c) {
   return finite_or_zero(median);
 }
 
-// About the mean of some values, by the first three of `count` that lie `step` apart. The first
-// ones of a channel, or of a column of it, are also what the means of its parts are kept as
-// differences from until they are merged: a mean that is large beside the deviation costs them no
-// digits then.
+// A value near the mean of `count` values that lie `step` apart, from the first three. That of a
+// whole channel, or of a column of it, has a second use: until the means of the parts are merged,
+// they are kept as differences from it. So a mean that is large beside the deviation costs them no
+// digits.
 template <typename T>
 RK_HD double base_at(const T* x, int64_t step, int64_t count) {
   return pivot_of(load(x[0]), load(x[min(1, count - 1) * step]), load(x[min(2, count - 1) * step]));

@@ -1,5 +1,5 @@
-// Sums over many elements in double, eight at a time, in an order that no instruction set changes:
-// all of them give the same bits.
+// Sums over many elements in double, eight at a time. The order is the same on every instruction
+// set, so that all of them give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@
 RK_NAMESPACE_BEGIN
 
 constexpr int kLanes = 8;
-// The compiler makes whatever registers there are of it.
+// The compiler splits it over the registers that there are.
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 
-// Those of them that one register holds: loops with many sums take these in turn, since sums that
-// find no register go through memory.
+// How many of the lanes one register holds. Loops with many sums take one such part of the lanes
+// after the other, since sums that find no register go through memory.
 #if defined(__AVX512F__)
 constexpr int kPartLanes = 8;
 #elif defined(__AVX2__)
@@ -30,7 +30,7 @@ typedef double PartOfDoubles __attribute__((vector_size(kPartLanes * sizeof(doub
 
 #if defined(__AVX2__)
 
-// Eight floats, as the elements of any narrower type become first.
+// Loads eight elements as floats; narrower types are widened.
 RK_HD __m256 load_floats(const float* p) { return _mm256_loadu_ps(p); }
 RK_HD __m256 load_floats(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -40,7 +40,7 @@ RK_HD __m256 load_floats(const bfloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// The eight as they are stored, rounded to nearest even; a NaN as dtypes.h has it.
+// Stores eight floats as float16, rounded to nearest even; a NaN becomes the one of dtypes.h.
 RK_HD void store_floats(float16* p, __m256 floats) {
   const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q);
   const __m256 sign = _mm256_and_ps(floats, _mm256_set1_ps(-0.0f));

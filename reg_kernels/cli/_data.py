@@ -22,7 +22,7 @@ from ._errors import UsageError
 
 DIGITS = "digits"
 
-HEADER_BYTES = 10_000  # of an array in a file; a plain array's takes some hundred
+HEADER_BYTES = 10_000  # at most, of an array in a file; a plain array's takes some hundred
 _PREFIX_BYTES = 12  # magic, version and length, which come before it
 # By version: the bytes of the length, and what reads the header. Version 3 differs from 2 in the
 # encoding of fields' names alone, and an array with fields is refused.
@@ -41,7 +41,7 @@ class Images:
     x: np.ndarray  # [N, C, H, W] float32, finite
     y: np.ndarray  # [N] int64
     classes: int
-    sha256: str  # of shapes and values: two files of the same content are the same data
+    sha256: str  # of shapes and values, not of the file's bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def split(images: Images, train_size: int, seed: int) -> Split:
 
 
 class _Array:
-    """An array of an .npz file by its header, which is read at once; the values can wait."""
+    """An array of an .npz file. The header is read at once, the values only when asked for."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -152,7 +152,7 @@ class _Array:
         try:
             with self._archive.open(self._member) as file:
                 array = npy.read_array(file, allow_pickle=False, max_header_size=HEADER_BYTES)
-                file.read(1)  # the end of the member: only there is its checksum looked at
+                file.read(1)  # reaches the member's end, where its checksum is compared
         except Exception as error:
             raise _unreadable(self._where, error, self._name) from None
         return array
@@ -162,7 +162,7 @@ class _Array:
 
 
 def _read_npz(path: Path, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels as float32 [N, C, H, W] or [N, H, W] and labels; all that headers tell is checked
+    """Pixels as float32 [N, C, H, W] or [N, H, W] and labels. All that headers tell is checked
     before any value is read."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(f"{where}: must be a file, got a device, a pipe or a socket")
@@ -230,7 +230,7 @@ def _check_headers(x: _Array, y: _Array, where: str) -> None:
         )
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise UsageError(f"{where}: x must be uint8 or floating point, got {x.type}")
-    # As stored and as float32, side by side. A small file may unpack to any size.
+    # It is in memory twice: as stored, and as float32. A small file may unpack to any size.
     needed = math.prod(x.shape) * (x.dtype.itemsize + 4)
     if needed > (here := _memory()):
         raise UsageError(

@@ -29,7 +29,7 @@ from ._data import Split
 BATCH = 64
 EVALUATION_BATCH = 512
 LEARNING_RATE = 4e-3
-# Of both sets, at the end of each epoch.
+# Taken of both sets at the end of each epoch.
 MEASURES = tuple(f"{part}_{name}" for part in ("train", "test") for name in ("loss", "accuracy"))
 FORMAT = "reg_kernels train checkpoint 2"
 
@@ -67,8 +67,8 @@ class Kernels:
 
     convert: Callable[[nn.Module], nn.Module]  # swaps in the layers
     optimizer: Callable[..., torch.optim.Optimizer]  # AdamW, torch's or its twin
-    mix: Callable[[float], Mix]  # of an alpha; draws from torch's generator, which a state keeps
-    loss: Callable[[float], Loss]  # cross-entropy, of a label smoothing
+    mix: Callable[[float], Mix]  # takes an alpha; draws from torch's generator, which a state keeps
+    loss: Callable[[float], Loss]  # cross-entropy; takes a label smoothing
 
 
 def mix_by_torch(alpha: float) -> Mix:
@@ -84,7 +84,7 @@ def mix_by_torch(alpha: float) -> Mix:
 
 
 def loss_by_torch(label_smoothing: float) -> Loss:
-    """The cross-entropy of one label or of two, likewise."""
+    """The cross-entropy of one label or of two, as one writes it with PyTorch alone."""
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def loss(scores: Tensor, target: Tensor | MixedTarget) -> Tensor:
@@ -205,10 +205,10 @@ class Training:
         )
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to where `state()` was taken; raises, of any type, if `state` is no such thing.
+        """Goes to where `state()` was taken. Raises any type of exception if `state` is wrong.
 
-        Everything is compared with what this training would have there, values included where it
-        would have but one: a wrong state must not come to light after the rest of the training.
+        Everything is compared with what this training would have there, and so is each value of
+        which only one is possible: a wrong state must not come to light when all is trained.
         """
         phase, epoch = state["phase"], state["epoch"]
         if type(phase) is not int or phase not in range(len(RECIPES)):
@@ -292,13 +292,13 @@ class Training:
         net = build_net(self._train_x.shape[1], self._classes, recipe.dropout)
         model = kernels.convert(net).to(self._device)
         return _Net(
-            model,
-            kernels.optimizer(
+            model=model,
+            optimizer=kernels.optimizer(
                 model.parameters(), lr=LEARNING_RATE, weight_decay=recipe.weight_decay
             ),
-            kernels.mix(recipe.mixup) if recipe.mixup > 0 else None,
-            kernels.loss(recipe.label_smoothing),
-            torch.Generator().manual_seed(self._seed),
+            mix=kernels.mix(recipe.mixup) if recipe.mixup > 0 else None,
+            loss=kernels.loss(recipe.label_smoothing),
+            shuffle=torch.Generator().manual_seed(self._seed),
         )
 
     def _begin(self, phase: int) -> None:
@@ -358,7 +358,7 @@ def save_checkpoint(path: Path, options: dict[str, Any], state: dict[str, Any]) 
 
 
 def save(value: object, path: Path) -> None:
-    """torch.save, in which a disk that is full is an OSError as everywhere else."""
+    """As torch.save, but a full disk raises OSError as it does everywhere else."""
     blob = io.BytesIO()
     torch.save(value, blob)
     path.write_bytes(blob.getbuffer())

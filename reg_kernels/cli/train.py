@@ -137,18 +137,32 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
 
     kinds = {
-        "eager": Kernels(lambda model: model, torch.optim.AdamW, mix_by_torch, loss_by_torch),
+        "eager": Kernels(
+            convert=lambda model: model,
+            optimizer=torch.optim.AdamW,
+            mix=mix_by_torch,
+            loss=loss_by_torch,
+        ),
         "fused": Kernels(
-            lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
-            functools.partial(optim.AdamW, backend=args.backend),
-            lambda alpha: augment.Mixup(
+            convert=lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
+            optimizer=functools.partial(optim.AdamW, backend=args.backend),
+            mix=lambda alpha: augment.Mixup(
                 alpha, label_smoothing=0.0, num_classes=images.classes, backend=args.backend
             ),
-            lambda smoothing: CrossEntropyLoss(label_smoothing=smoothing, backend=args.backend),
+            loss=lambda smoothing: CrossEntropyLoss(
+                label_smoothing=smoothing, backend=args.backend
+            ),
         ),
     }
     options = _result_options(args, device, implementation, images)
-    training = Training(data, images.classes, args.epochs, args.seed, device, kinds[args.kernels])
+    training = Training(
+        data,
+        classes=images.classes,
+        epochs=args.epochs,
+        seed=args.seed,
+        device=device,
+        kernels=kinds[args.kernels],
+    )
     start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
         _resume(training, start, options)
@@ -186,7 +200,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name, least in (("train_size", 1), ("epochs", 1), ("time_epochs", 0)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
-    # scikit-learn's seeds are the narrowest of those that --seed feeds.
+    # --seed seeds several generators; scikit-learn's takes the narrowest range.
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed: must be in 0..{2**32 - 1}, got {args.seed}")
 
@@ -264,7 +278,7 @@ class _Checkpoint:
         self, path: Path, options: dict[str, Any], training: Training, on_disk: bool
     ) -> None:
         self.path = path
-        self.on_disk = on_disk  # one of this run, if an older one
+        self.on_disk = on_disk  # whether the file is of this run, perhaps of an earlier epoch
         self._options = options
         self._training = training
         self._state = training.state()
@@ -272,7 +286,7 @@ class _Checkpoint:
 
     def take(self) -> None:
         """Notes the end of an epoch; an interruption from here on goes back no further."""
-        # One assignment: Ctrl-C during the copying leaves the state before, whole.
+        # One assignment: Ctrl-C while the state is copied leaves the previous one whole.
         self._state = self._training.state()
         if time.monotonic() - self._written >= CHECKPOINT_EVERY:
             self.write()
@@ -283,7 +297,7 @@ class _Checkpoint:
         self.on_disk = True
 
     def keep(self) -> UsageError | None:
-        """Writes it as the last thing; a failure, which leaves the one before, is returned."""
+        """Writes it as the last thing. Returns a failure, which leaves the file as it was."""
         try:
             self.write()
         except UsageError as error:
@@ -302,7 +316,7 @@ def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
         raise _damaged(path) from None
     for name, here in options.items():
         there = saved.get(name)
-        # Only what prints on a line, as all of ours does, is shown.
+        # Only values that print on one line are shown; all of ours do.
         if type(there) is not type(here) or not str(there)[:100].isprintable():
             raise _damaged(path)
         if there != here:
@@ -310,7 +324,7 @@ def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
             raise UsageError(f"--resume: {path} is of another run: {name} {where}")
     try:
         training.restore(state)
-    except Exception:  # whatever a state of the wrong make trips over
+    except Exception:  # a wrong state may raise anything
         raise _damaged(path) from None
 
 

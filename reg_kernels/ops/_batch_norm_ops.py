@@ -22,17 +22,17 @@ from ._modes import below_autograd
 from ._registry import register, register_by_numbers
 from ._route import Route
 
-# Schemas, fakes. What a form of the op takes behind its values has one name from here to the
-# kernel, with the names of its schema.
+# Schemas and fakes. Each form of the op has a NamedTuple for the arguments behind its values, with
+# the names of its schema.
 
-_VALUES = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"  # what has a gradient
+_VALUES = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"  # they have a gradient
 
 
 class Training(NamedTuple):
-    """What a training forward takes behind its values.
+    """The arguments of a training forward behind its values.
 
-    `tracked` is what it moves on, of tensors alone: [running_mean, running_var], and behind them,
-    or by itself, num_batches_tracked.
+    `tracked` lists the tensors that it updates: running_mean and running_var, or
+    num_batches_tracked, or all three in this order, or none.
     """
 
     tracked: list[Tensor]
@@ -52,7 +52,7 @@ _TRAINING = (
 
 
 class Inference(NamedTuple):
-    """What an inference takes behind its values."""
+    """The arguments of an inference behind its values."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -67,7 +67,7 @@ _INFERENCE = (
 
 
 class Backward(NamedTuple):
-    """What the backward of either takes."""
+    """The arguments of the backward of either."""
 
     grad_output: Tensor
     input: Tensor
@@ -85,7 +85,7 @@ class Backward(NamedTuple):
     wants_input: bool
     wants_parameters: bool
     wants_residual: bool
-    numbers: Tensor | None = None  # of the op by numbers
+    numbers: Tensor | None = None  # only the op by numbers has them
 
 
 _BACKWARD_ARGUMENTS = (
@@ -140,7 +140,7 @@ class _Training(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Any:
         route, overload, rest = call
-        # A gate is of use to a gradient alone, so it is kept here, whatever the call says.
+        # Only a gradient needs a gate, so one is kept here, whatever the call says.
         tracked, momentum, eps, activation, slope, p, rng_state, _, *numbers = rest
         rest = (tracked, momentum, eps, activation, slope, p, rng_state, True, *numbers)
         with below_autograd():
@@ -170,7 +170,7 @@ class _Training(torch.autograd.Function):
             overload,
             (
                 with_strides(grad_output, strides),  # the kernels walk all in one order
-                # What hooks bring back of the saved tensors may lie in another order.
+                # Hooks may bring the saved tensors back in another order.
                 with_strides(input, strides),
                 weight,
                 bias,
@@ -189,7 +189,7 @@ class _Inference(_Training):
         with below_autograd():
             output = overload(*values, *rest)
         running_mean, running_var, eps, activation, slope, *numbers = rest
-        # By value: a later training step may move the running ones before the backward.
+        # Copies: a later training step may update the running ones before the backward.
         mean = running_mean.to(torch.float64, copy=True)
         invstd = (running_var.double() + (numbers[0][0] if numbers else eps)).rsqrt()
         tensors = (mean, invstd, None, None, *numbers)
@@ -205,7 +205,7 @@ def _keep(
     tensors: tuple[Tensor | None, ...],
     how: tuple[Any, ...],
 ) -> None:
-    """What a backward is given: tensors, and what it takes behind them."""
+    """Keeps what a backward needs: the tensors, and the arguments that it takes behind them."""
     ctx.set_materialize_grads(False)
     route, overload, _ = call
     input, weight, bias, residual = values
@@ -265,7 +265,7 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
         dims = [d for d in range(x.dim()) if d != 1]
         mean = values.mean(dims)
         variance = (values - reference.per_channel(mean, x)).square().mean(dims)
-        # Of the value that the forward had, eps included, and with the variance's derivative.
+        # It has the forward's value, eps included, and the variance's derivative.
         invstd = (invstd**-2 + (variance - variance.detach())).to(compute).rsqrt()
     z = reference.affine(values, mean.to(compute), invstd.to(compute), w, b) + r.to(compute)
     if a.activation in PIECEWISE_LINEAR:

@@ -1,8 +1,8 @@
 """What the losses of logits share: registration, gradient, checks of what they are given.
 
-A loss op returns (loss, stats, gradient): with `keep_gradient` its kernel writes the gradient by
-the logits in the pass that reads them, and the backward has but to multiply it, unless by 1.
-Otherwise, and at a second backward, `stats` lets the backward op make it anew, one read and one
+A loss op returns (loss, stats, gradient). With `keep_gradient` its kernel writes the gradient with
+respect to the logits in the pass that reads them, and the backward only multiplies it, unless by 1.
+Otherwise, and at a second backward, the backward op computes it from `stats`, with one read and one
 write.
 """
 
@@ -22,15 +22,15 @@ from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
 from ._registry import Op, define_part, implementation_of, register
 from ._route import Route, formula
 
-# What every loss op is told of its target, after the target's type; `lam` is for a pair of labels,
-# and where it is None `one_lam` counts for every sample. A compiled program passes a smoothing that
-# varies as a float64 tensor, traced_smoothing, which then counts instead of the float.
+# The arguments of every loss op that describe its target, without the type of the first. `lam` is
+# for a pair of labels; where it is None, `one_lam` is used for every sample. A compiled program
+# passes a smoothing that varies as a float64 tensor, traced_smoothing, used instead of the float.
 TARGET = (
     "target, Tensor? partner, Tensor? lam, float one_lam, Tensor? weight, SymInt ignore_index, "
     "float label_smoothing, int reduction, Tensor? traced_smoothing"
 )
 
-# x times the one number in `factor`, in place; where that is 1, x is not even read.
+# Multiplies x in place by the one number in `factor`; where that is 1, x is not even read.
 _rescale = define_part("rescale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 
@@ -48,8 +48,8 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(input, stats, *tensors)
         ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
         ctx.call = (overload, route.backward, input.stride())
-        # An output of the op, but of no use to its caller: a backward writes over it.
-        # Not among what is saved: it is multiplied in place, which a second backward must not see.
+        # The caller has no use for this output, so a backward writes over it. It is not among the
+        # saved tensors: it is multiplied in place, and a second backward must not see that.
         ctx.gradient = gradient if keeps_gradient else None
         return loss, stats, gradient
 
@@ -65,7 +65,7 @@ class _Loss(torch.autograd.Function):
                 _multiply(gradient, grad_loss, implementation_of(overload))
             ctx.gradient = None  # given away
             return None, gradient
-        # What hooks bring back of the saved tensors may lie in another order than the kernels walk.
+        # Hooks may bring the saved tensors back in another order than the kernels walk.
         input = with_strides(input, strides)
         tensors = [
             with_strides(t, strides) if t is not None and t.shape == input.shape else t
@@ -76,7 +76,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _is_one_number(factor: Tensor) -> bool:
-    """A real one: neither a factor for each position nor a batch of them, nor what is traced."""
+    """Whether it is a plain number: no factor for each position, no batch, nothing traced."""
     return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
 
 
@@ -101,7 +101,7 @@ def register_loss(
     by_torch: Callable[..., Any],
     check: Callable[..., None],
 ) -> Op:
-    """A loss op, and its backward.
+    """Registers a loss op and its backward.
 
     Args:
         name: the op's name.
@@ -109,8 +109,8 @@ def register_loss(
         stats: the numbers it keeps for each position.
         reference: the forward in plain PyTorch.
         by_torch: the backward, differentiable.
-        check: of either: called as check(name, arguments, of_backward=...), else as `register`
-            has it.
+        check: for both: called as check(name, arguments, of_backward=...), otherwise as for
+            `register`.
     """
 
     def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ def register_loss(
         )
 
     def launching(function: str, place: int, of_nothing: Callable[..., Any]) -> Callable[..., Any]:
-        """Triton's `function`, not where its argument in this place, the logits, is empty."""
+        """Triton's `function`; `of_nothing` where argument `place`, the logits, is empty."""
 
         def run(*args: Any) -> Any:
             if args[place].numel() == 0:
@@ -186,12 +186,12 @@ def run(
     ):
         if on_cpu:
             check_values(name, call)
-        looks = FUNC  # the formula is for them as well
+        looks = FUNC  # the formula is for these cases as well
     if looks is not None:
         loss = op.route.call(looks, overload, (input,), (*rest, False))[0]
     else:
-        # Not in float16, whose range needs grad_output's factor, a loss scale, before the rounding;
-        # nor where each position has a factor of its own.
+        # No gradient is kept in float16: grad_output's factor, a loss scale, must come before the
+        # rounding, for the range's sake. Nor is it where each position has a factor of its own.
         keeps = input.requires_grad and torch.is_grad_enabled()
         keeps = keeps and options.reduction != NONE and input.dtype != torch.float16
         if on_cpu and implementation_of(overload) != "native":

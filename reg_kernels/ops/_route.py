@@ -1,10 +1,10 @@
-"""What every op does between its public function and its kernel, once.
+"""The way from an op's public function to its kernel, in one place for all ops.
 
-A `Route` takes an op's calls to the kernel, by who looks at them, and its gradient with them.
-`Linear` is the one of an op that is linear in its input, registered fresh and in place from one
-declaration. `draw` runs those of them whose multipliers are random, the random elementwise family:
-dropout and what is like it. The rest is for any op: the state that it draws by, the order that its
-kernels walk.
+A `Route` takes an op's calls to the kernel and records their gradient; how depends on who looks at
+a call. `Linear` is the Route of an op that is linear in its input; one declaration registers the op
+and its in-place twin. `draw` calls a Linear whose multipliers are random: dropout and the rest of
+the random elementwise family. The other functions are for any op: they give a call its state to
+draw by, and bring tensors into the order that kernels walk.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from ._registry import Op, register
 
 
 class Route:
-    """The way of an op's calls to a kernel, by who looks at them.
+    """The way of an op's calls to a kernel. It depends on who looks at a call.
 
-    What torch.compile or torch.jit.trace records is the op, for which the dispatcher then runs the
-    route itself; torch.func is given the formula in torch's own operations. Any other call goes
-    below autograd at once or, where a gradient is wanted, by the op's autograd Function.
+    torch.compile and torch.jit.trace record the op, and for that the dispatcher runs the route
+    later. torch.func gets the formula in torch's own operations. Any other call goes below autograd
+    at once or, where a gradient is wanted, through the op's autograd Function.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class Route:
         *,
         by_torch: Any = None,  # a function
         backward: Any = None,
-        moves: Any = None,  # likewise
+        moves: Any = None,  # a function
         lists: bool = False,
     ) -> None:
         """
         Args:
-            inputs: how many arguments, the op's first ones, have a gradient.
-            graph: records the gradient, by graph.apply((route, overload, the other arguments),
-                *those that have one). Without it, as of an op that is a gradient itself, the
-                formula is recorded.
+            inputs: how many of the op's arguments have a gradient; they are the first ones.
+            graph: the Function that records the gradient, called as graph.apply((route, overload,
+                the other arguments), *inputs). Without it autograd records the formula; an op that
+                is a gradient itself has none.
             by_torch: the formula, called as by_torch(overload, *arguments).
-            backward: what `graph` makes a gradient by, an Op or a Linear.
-            moves: called as moves(inputs, rest): what the op writes beside its results.
+            backward: the Op or Linear that `graph` computes a gradient with.
+            moves: called as moves(inputs, rest), returns what the op writes beside its results.
             lists: whether the first argument is a list of tensors.
         """
         self.by_torch = by_torch
@@ -71,7 +71,7 @@ class Route:
         self._apply: Any = None
         if graph is not None:
             self._apply = graph.apply
-            # `apply` without the two microseconds that it spends on preparing for torch.func.
+            # This `apply` saves two microseconds: it prepares nothing for torch.func.
             self._apply_eagerly = super(torch.autograd.Function, graph).apply  # type: ignore[misc]
 
     def __call__(self, overload: Any, *arguments: Any) -> Any:
@@ -113,12 +113,12 @@ class Route:
 
 
 def formula(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Route's `by_torch` that is the same of each implementation."""
+    """A Route's `by_torch` that is the same for each implementation."""
     return lambda overload, *arguments: function(*arguments)
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
-    """What is asked of arguments, and is no part of a program that torch.jit.trace records."""
+    """Asks a question about arguments, and keeps it out of what torch.jit.trace records."""
     if looks is not TRACE:
         return question(*arguments)
     with unrecorded():
@@ -126,9 +126,10 @@ def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> A
 
 
 def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor:
-    """x, (N, C, ...), as kernels take it, contiguous or dense with the channels last: itself where
-    it is. In the order of `like`, which is so already, if it is given."""
-    if looks is TRACE:  # what is traced for one order has to bring any other into it
+    """Brings x, (N, C, ...), into an order that kernels take: contiguous, or dense with the
+    channels last. If x has such an order, it is returned itself. If `like` is given, which has one,
+    x gets that of `like`."""
+    if looks is TRACE:  # the trace of one order has to bring any other into it
         channels_last = asked(TRACE, keeps_channels_last, x if like is None else like)
         return _layout.ordered(x, channels_last).resolve_neg()
     if like is not None:
@@ -139,7 +140,7 @@ def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor
 
 
 def drawn_state(p: float, device: torch.device, looks: str | None) -> Tensor:
-    """The state that a call draws by, which is given none."""
+    """The state for a call to draw by, where its caller gave none."""
     if p == 1.0:  # nothing to draw
         return torch.zeros(2, dtype=torch.int64, device=device)
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
@@ -151,7 +152,7 @@ def drawn_state(p: float, device: torch.device, looks: str | None) -> Tensor:
 def _getter(
     names: Sequence[str], wanted: Sequence[str]
 ) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What picks those that are wanted, in their order, from values of these names."""
+    """A function that picks the wanted values, in that order, from the values of `names`."""
     places = [names.index(name) for name in wanted]
     # An itemgetter of one place does not return a sequence.
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
@@ -189,20 +190,20 @@ class Linear(Route):
     ) -> None:
         """
         Args:
-            name: the op's.
-            arguments: of both forms' schemas, behind the tensors that have a gradient.
+            name: the op's name.
+            arguments: what both forms' schemas have behind the tensors that have a gradient.
             reference: the fresh form in plain PyTorch.
-            triton: the module below reg_kernels.triton that has functions of both forms' names.
-            check: called as check(name, arguments, in_place=...), else as `register` has it.
-            keeps: the tensors among the arguments that a gradient is made with.
-            reads_dropped: whether what is multiplied by 0 counts all the same: a NaN stays one.
-            addends: tensors, or None, that the result is the sum of, beside the linear part.
-            result: arguments of the fresh form alone, that say what its result is like.
-            like: their values where the result is the input itself.
+            triton: the module below reg_kernels.triton with functions of both forms' names.
+            check: called as check(name, arguments, in_place=...), otherwise as for `register`.
+            keeps: the names of the tensors among the arguments that a gradient needs.
+            reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
+            addends: the names of optional tensors that are added to the linear part.
+            result: further arguments of the fresh form alone, which describe its result.
+            like: returns the values of those for a result that is like the input.
             fake: what the fresh form's result looks like.
             adjoint: (overload, grad_output, input's like, output's strides, *arguments) -> the
-                gradient by the input. By default the op is its own: each element by itself.
-            by_torch: as a Route has it, by default the product with multipliers that the op makes.
+                input's gradient. By default it is the op itself: each element is multiplied.
+            by_torch: as for a Route; by default the product with the op's multipliers.
         """
         by_torch = self._product if by_torch is None else by_torch
         super().__init__(1 + len(addends), _Linear, by_torch=by_torch, backward=self)
@@ -234,19 +235,19 @@ class Linear(Route):
                 route=Route(1, _Linear, backward=self, moves=lambda inputs, rest: inputs),
                 check=functools.partial(check, in_place=True),
             )
-        # Those that both forms have.
+        # The arguments that both forms have.
         names = (self.in_place or self.fresh).argument_names[self._inputs :]
-        # What a gradient keeps of the arguments: tensors, and all that is left. One more getter
-        # brings both, one behind the other, back into the arguments' order.
+        # A gradient keeps the arguments in two parts: tensors, and all that is left. The third
+        # getter brings both, one behind the other, back into the arguments' order.
         others = [name for name in names if name not in keeps]
         self._kept_of = _getter(names, keeps)
         self._others_of = _getter(names, others)
         self._in_order = _getter((*keeps, *others), names)
 
     def write_over(self, overload: Any, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        """The input, written over where nobody but autograd looks at the call; the overload is of
-        the fresh form."""
-        # Not by the dispatcher, which in inference mode leaves autograd and its versions out.
+        """Writes the result over the input and returns that, for a call that only autograd looks
+        at; the overload is the fresh form's."""
+        # Not through the dispatcher: in inference mode it leaves autograd and its versions out.
         self.in_place.route.call(None, self.in_place.like(overload), (input,), arguments)
         return input
 
@@ -311,7 +312,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Draw(NamedTuple):
-    """What a call draws its mask by: (N,) or whatever is dropped as a whole, in storage order."""
+    """How a call draws its mask: one draw for whatever is dropped as a whole, in storage order."""
 
     p: float
     rng_state: Tensor | None
@@ -319,7 +320,7 @@ class Draw(NamedTuple):
     backend: str | None
 
 
-# A compiled program passes p as a float64 tensor, traced_p, which then counts instead of p: a float
+# A compiled program passes p as a float64 tensor, traced_p, which is used instead of p: a float
 # would be a constant of the program, and each new value a recompile.
 DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 
@@ -335,8 +336,9 @@ def draw(
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
-    """A call of an op of the schema (input, {addends}, p, {options}, {DRAWN}), with a state of its
-    own where none is given; from `p` on a Draw. An input of no elements is returned itself.
+    """Calls an op of the schema (input, {addends}, p, {options}, {DRAWN}). The arguments from `p`
+    to `backend` are a Draw; without a state, the call draws by one of its own. An input without
+    elements is returned itself.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
@@ -379,12 +381,12 @@ def draw_samples(
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
-    """The same of an op whose draws are each for a sample of a batch (N, ...): it takes each as one
-    stretch of memory."""
+    """The same for an op that draws once for each sample of a batch (N, ...), and takes a sample as
+    one stretch of memory."""
     looks = watcher()
     if asked(looks, input.numel) == 0:
         return sum((x for x in addends if x is not None), input)
-    # What is traced for one layout has to bring any other into it.
+    # The trace of one layout has to bring any other into it.
     fits = looks is not TRACE and has_samples_outermost(input)
     x = input if fits else input.contiguous()
     addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)

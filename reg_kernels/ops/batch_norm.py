@@ -21,7 +21,7 @@ from ._checks import hand_over, probability
 from ._modes import FUNC, watcher
 from ._route import asked, drawn_state, in_order
 
-_CPU = torch.device("cpu")  # where a launcher reads numbers without a wait
+_CPU = torch.device("cpu")  # a launcher reads numbers there without waiting
 
 _TENSORS = ("input", "running_mean", "running_var", "weight", "bias")  # that may override a call
 
@@ -29,8 +29,8 @@ SLOPE = 0.01  # of leaky_relu below zero, torch's default
 
 
 def _empty_batch(call: BatchNormCall) -> Tensor:
-    """As torch: a batch of no values moves the counter on, not the running statistics, and every
-    parameter has a gradient, of zeros."""
+    """As in torch, a batch of no values raises the counter and leaves the running statistics, and
+    every parameter has a gradient of zeros."""
     if call.training and call.num_batches_tracked is not None:
         call.num_batches_tracked.add_(1)
     output = call.input.clone()
@@ -70,7 +70,7 @@ def _run(call: BatchNormCall) -> Tensor:
     values = (input, weight, bias, residual)
     momentum, eps, slope, numbers = call.momentum, call.eps, call.slope, None
     if by_numbers:
-        # What is left of them in their places: None, 0 or not.
+        # In their places only this is left: whether momentum is None, and whether p is 0.
         varying = (momentum, eps, slope, p) if training else (eps, slope, p)
         numbers = traced_numbers(_CPU, *varying)
         momentum = None if momentum is None else 0.0
@@ -106,7 +106,7 @@ def _checked(
     eps: Any,
     *rest: Any,
 ) -> BatchNormCall:
-    """A call of numbers that are floats, and of whatever else one has to be given."""
+    """The call, with momentum and eps made floats; `rest` are its arguments behind eps."""
     if type(momentum) is not float and momentum is not None:
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
