@@ -43,10 +43,18 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
+# torch has no name for it of other numbers of dimensions.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def ordered(x: Tensor, channels_last: bool) -> Tensor:
     """x, (N, C, ...), as kernels of channels take it, contiguous or dense with its channels
     innermost: itself where it is."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+    if not channels_last:
+        return x.contiguous()
+    if x.dim() in _CHANNELS_LAST:
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def keeps_channels_last(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,8 +196,11 @@ def _first_that_runs(device_type: str, dtype: torch.dtype) -> str | None:
 def _warn_of_slow_reference() -> None:
     """Warns, once a process, that the CPU kernels are missing, unless the build left them out."""
     if build_facts()["native_missing"] in (None, _NOT_BUILT):
+        frame, depth = sys._getframe(), 1  # up to whoever called this package
+        while frame.f_back and str(frame.f_globals.get("__package__")).startswith("reg_kernels"):
+            frame, depth = frame.f_back, depth + 1
         warnings.warn(
             f"reg_kernels, imported from {Path(__file__).parent}, runs its slow reference on the "
             f"CPU: {_load_native()}",
-            stacklevel=2,
+            stacklevel=depth,
         )

@@ -144,6 +144,7 @@ def test_the_reference_that_nobody_asked_for_is_warned_of_once(monkeypatch, tmp_
             F.dropout(x)
             F.dropout(x.double())
             F.l2_penalty([x])
+        assert [each.filename for each in caught] == [__file__]
         assert [str(each.message) for each in caught] == [
             f"reg_kernels, imported from {tmp_path}, runs its slow reference on the CPU: "
             "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"

@@ -136,7 +136,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # Gradient
 
 
-class _Training(torch.autograd.Function):
+class _BatchNormTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Any:
         route, overload, rest = call
@@ -182,7 +182,7 @@ class _Training(torch.autograd.Function):
         return None, *(r if w else None for r, w in zip(results, wanted, strict=True))
 
 
-class _Inference(_Training):
+class _BatchNormInference(_BatchNormTraining):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Tensor:
         _, overload, rest = call
@@ -316,7 +316,8 @@ TRAINING = register(
     reference=reference.batch_norm,
     triton="batch_norm:batch_norm",
     route=Route(
-        *(4, _Training),
+        inputs=4,
+        graph=_BatchNormTraining,
         by_torch=_training_by_torch,
         backward=_BACKWARD,
         moves=lambda values, rest: rest[0],
@@ -332,7 +333,7 @@ INFERENCE = register(
     fake=_fake_inference,
     reference=reference.batch_norm_inference,
     triton="batch_norm:batch_norm_inference",
-    route=Route(4, _Inference, by_torch=_inference_by_torch, backward=_BACKWARD),
+    route=Route(4, _BatchNormInference, by_torch=_inference_by_torch, backward=_BACKWARD),
     check=check_inference,
 )
 INFERENCE_BY_NUMBERS = register_by_numbers(INFERENCE, "eps", "slope", backward=_BACKWARD_BY_NUMBERS)

@@ -228,10 +228,9 @@ class Entry:
         self.check_memory(other, name)
 
     def check_drawn(self, a: Any) -> None:
-        """Raises unless p, rng_state, element_offset and traced_p can draw a mask."""
+        """Raises unless rng_state and element_offset can be drawn by, and traced_p is a number."""
         if not 0 <= a.element_offset < 2**62:
             self.refuse("element_offset", "in [0, 2^62)", a.element_offset)
-        self.check_probability(a.p)
         self.check_rng_state(a.rng_state)
         self.check_number(a.traced_p, torch.float64, "traced_p", on_host=True)
 

@@ -161,11 +161,17 @@ def _define(
 
 
 def _bind(route: Callable[..., Any], overload: Any) -> Callable[..., Any]:
-    """The route of all arguments: the dispatcher leaves defaults at their end away."""
+    """The route of all arguments: the dispatcher leaves defaults at their end away. It takes no
+    result of an op whose schema has none, as the route of one in place has."""
     schema = overload._schema.arguments
     defaults = [x.default_value for x in schema if x.has_default_value()]
     first = len(schema) - len(defaults)
-    return lambda *args: route(overload, *args, *defaults[len(args) - first :])
+
+    def run(*args: Any) -> Any:
+        outputs = route(overload, *args, *defaults[len(args) - first :])
+        return outputs if overload._schema.returns else None
+
+    return run
 
 
 def register_by_numbers(op: Op, *numbers: str, backward: Op | None = None) -> Op:

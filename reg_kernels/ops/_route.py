@@ -139,9 +139,10 @@ def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor
     return x.resolve_neg()
 
 
-def drawn_state(p: float, device: torch.device, looks: str | None) -> Tensor:
-    """The state for a call to draw by, where its caller gave none."""
-    if p == 1.0:  # nothing to draw
+def drawn_state(device: torch.device, looks: str | None, draws: bool = True) -> Tensor:
+    """The state for a call to draw by, where its caller gave none. A call that drops all draws
+    nothing."""
+    if not draws:
         return torch.zeros(2, dtype=torch.int64, device=device)
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
@@ -180,6 +181,7 @@ class Linear(Route):
         triton: str,
         check: Callable[..., None],
         keeps: tuple[str, ...],
+        drops: bool = True,
         reads_dropped: bool = True,
         addends: tuple[str, ...] = (),
         result: str = "",
@@ -196,6 +198,7 @@ class Linear(Route):
             triton: the module below reg_kernels.triton with functions of both forms' names.
             check: called as check(name, arguments, in_place=...), otherwise as for `register`.
             keeps: the names of the tensors among the arguments that a gradient needs.
+            drops: whether the number of a random op is the probability of dropping an element.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
             addends: the names of optional tensors that are added to the linear part.
             result: further arguments of the fresh form alone, which describe its result.
@@ -211,6 +214,7 @@ class Linear(Route):
         last = f", {result}" if result else ""
         self._adjoint = self._by_itself if adjoint is None else adjoint
         self._like = like
+        self.drops = drops
         self.reads_dropped = reads_dropped
         self.fresh = register(
             name,
@@ -312,15 +316,15 @@ class _Linear(torch.autograd.Function):
 
 
 class Draw(NamedTuple):
-    """How a call draws its mask: one draw for whatever is dropped as a whole, in storage order."""
+    """How a call draws: one draw for each element, or for what goes together, in storage order."""
 
-    p: float
+    number: float  # how much: a probability, a deviation
     rng_state: Tensor | None
     element_offset: int
     backend: str | None
 
 
-# A compiled program passes p as a float64 tensor, traced_p, which is used instead of p: a float
+# A compiled program passes the number as a float64 tensor, traced_p, which is used instead: a float
 # would be a constant of the program, and each new value a recompile.
 DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 
@@ -328,7 +332,7 @@ DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 def draw(
     op: Linear,
     input: Tensor,
-    p: float,
+    number: float,
     state: Tensor | None,
     element_offset: int,
     backend: str | None,
@@ -336,16 +340,17 @@ def draw(
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
-    """Calls an op of the schema (input, {addends}, p, {options}, {DRAWN}). The arguments from `p`
-    to `backend` are a Draw; without a state, the call draws by one of its own. An input without
-    elements is returned itself.
+    """Calls an op of the schema (input, {addends}, number, {options}, {DRAWN}). The arguments from
+    `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
+    without elements is returned itself.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
     looks = watcher()
     if not (input.numel() if looks is None else asked(looks, input.numel)):
         return input
-    if p == 1.0 and op.reads_dropped:  # nothing is drawn
+    draws = number != 1.0 or not op.drops
+    if not draws and op.reads_dropped:
         return input.mul_(0) if inplace else input * 0
     name, device, dtype = op.fresh.name, input.device, input.dtype
     if type(element_offset) is not int:
@@ -360,11 +365,11 @@ def draw(
     if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
     if state is None:
-        state = drawn_state(p, device, looks)
+        state = drawn_state(device, looks, draws)
     traced_p = None
     if looks is COMPILE:
-        p, traced_p = 0.0, traced_numbers(device, p)
-    arguments = (p, *options, state, element_offset, traced_p)
+        number, traced_p = 0.0, traced_numbers(device, number)
+    arguments = (number, *options, state, element_offset, traced_p)
     dense = looks is None and (input.is_contiguous() or is_dense(input))
     if inplace and dense and not input.is_neg():
         return op.write_over(overload, input, arguments)
@@ -389,6 +394,10 @@ def draw_samples(
     # The trace of one layout has to bring any other into it.
     fits = looks is not TRACE and has_samples_outermost(input)
     x = input if fits else input.contiguous()
-    addends = tuple(a if a is None else with_strides(a, x.stride()) for a in addends)
+
+    def alongside(addend: Tensor) -> Tensor:
+        return with_strides(addend, x.stride()) if fits else addend.contiguous()
+
+    addends = tuple(None if addend is None else alongside(addend) for addend in addends)
     y = draw(op, x, *how, False, options, addends)
     return y if fits or looks is TRACE else as_torch_returns(y, input)

@@ -60,7 +60,7 @@ def _run(call: BatchNormCall) -> Tensor:
     if p == 0.0:
         rng_state = None
     elif rng_state is None:
-        rng_state = drawn_state(p, device, looks)
+        rng_state = drawn_state(device, looks, draws=p != 1.0)
     residual, weight, bias = call.residual, call.weight, call.bias
     if looks is not FUNC:
         input = in_order(input, looks)

@@ -15,6 +15,7 @@ from ._route import DRAWN, Draw, Linear, draw_samples
 def _check(op: str, a: Any, in_place: bool) -> None:
     entry = Entry(op, a.input)
     entry.check_samples(a.input)
+    entry.check_probability(a.p)
     entry.check_drawn(a)
     entry.check_like(a.input, a.residual, "residual")
 

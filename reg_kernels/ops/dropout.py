@@ -35,6 +35,7 @@ def _check_channels(op: str, a: Any, in_place: bool) -> None:
 
 
 def _check_drawn(entry: Entry, a: Any) -> None:
+    entry.check_probability(a.p)
     entry.check_drawn(a)
     entry.check_floats(a.input, "input")
     entry.check_memory(a.input, "input")
@@ -121,9 +122,9 @@ def dropout(
 
 def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tensor:
     """Channel dropout of an input (N, C, ...), whatever the number of spatial dimensions."""
-    if how.p == 0.0:
+    if how.number == 0.0:
         return input
-    if input.dim() < 2 and how.p < 1.0:
+    if input.dim() < 2 and how.number < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
     looks = watcher()
     if looks is not TRACE and (input.is_contiguous() or is_channels_last(input)):

@@ -172,7 +172,8 @@ class StepLists(NamedTuple):
             call.refuse("element_offsets", f"{count} multiples of 8 in [0, 2^62)", offsets)
         if rounding not in range(len(ROUNDINGS)):
             call.refuse("rounding", "0, 1 or 2", rounding)
-        if ROUNDINGS[rounding] == "stochastic" and rng_state is None:
+        rounded = self.params[0].dtype in (torch.float16, torch.bfloat16)
+        if ROUNDINGS[rounding] == "stochastic" and rounded and rng_state is None:
             call.refuse("rng_state", "given for stochastic rounding", None)
         if rng_state is not None:
             call.check_rng_state(rng_state)

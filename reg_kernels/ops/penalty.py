@@ -137,7 +137,8 @@ _PENALTY = register(
     "(Tensor[] tensors, int power) -> Tensor",
     fake=_fake,
     route=Route(
-        *(1, _Penalty),
+        inputs=1,
+        graph=_Penalty,
         by_torch=formula(reference.penalty),
         backward=_BACKWARD,
         lists=True,

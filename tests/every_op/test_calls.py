@@ -80,6 +80,8 @@ def test_the_registered_op_has_gradients(op, backend):
     for call in kinds_of_calls(op, backend, torch.float64):
         flat, spec = tree_flatten(copied(call))
         places = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if op.removesuffix("_") in OPS and op.endswith("_"):
+            places = [0]  # what is written over; its calls are made without a gradient
 
         def function(*leaves, call=call, flat=flat, spec=spec, places=places):
             values = {i: leaf * 1 for i, leaf in zip(places, leaves, strict=True)}

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarni
 
 C = 3
 LABELS = torch.tensor([0, 2], device=DEVICE)
+STATE = torch.tensor([3, 4])
 
 
 class Scaled(torch.nn.Module):
@@ -50,6 +51,9 @@ MODULES = {
     "batch_norm_act": lambda: nn.BatchNormAct2d(C, activation="silu"),
     "residual": lambda: Scaled(
         lambda x: F.batch_norm_act(x, None, None, residual=x.cos(), training=True)
+    ),
+    "drop_path with a residual": lambda: Scaled(
+        lambda x: F.drop_path(x, 0.5, residual=x.cos(), rng_state=STATE)
     ),
     "l1_penalty": lambda: Scaled(lambda x: F.l1_penalty([x, x * 2]) * x),
     "l2_penalty": lambda: Scaled(lambda x: F.l2_penalty(x) * x),

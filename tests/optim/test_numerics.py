@@ -321,6 +321,16 @@ def below_and_above(x):
     return torch.minimum(down, up), torch.maximum(down, up)
 
 
+@pytest.mark.parametrize("backend", implementations())
+def test_stochastic_rounding_leaves_wider_types_beside_bfloat16_alone(backend):
+    ps = [torch.ones(9, dtype=dtype, device=DEVICE) for dtype in (torch.bfloat16, torch.float32)]
+    ps = [p.requires_grad_() for p in ps]
+    for p in ps:
+        p.grad = torch.full_like(p, 0.5)
+    SGD(ps, lr=0.5, rounding="stochastic", backend=backend).step()
+    assert all(torch.equal(p, torch.full_like(p, 0.75)) for p in ps)
+
+
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 @pytest.mark.parametrize("start", [1.0, -1.0, 1.9375, -0.0078125, 1e-30])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9375])

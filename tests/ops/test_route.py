@@ -1,0 +1,39 @@
+"""What the random elementwise family makes of an op that neither drops nor multiplies."""
+
+import subprocess
+import sys
+
+# In a process of its own, since an op is registered for good.
+PROGRAM = """
+import torch
+from reg_kernels.ops._route import DRAWN, Linear, draw
+
+def reference(input, width, rng_state, element_offset=0, traced=None):
+    return input + (width if traced is None else float(traced))
+
+op = Linear(
+    "shifted", f"float width, {DRAWN}", reference=reference, triton="none",
+    check=lambda *arguments, in_place: None, keeps=("rng_state", "traced_p"), drops=False,
+    adjoint=lambda overload, gradient, *arguments: gradient,
+    by_torch=lambda overload, input, *arguments: reference(input, *arguments),
+)
+
+def shifted(x, width, inplace=False):
+    return draw(op, x, width, None, 0, "reference", inplace)
+
+x = torch.arange(6.0, requires_grad=True)
+for width in (0.0, 0.5, 1.0, 3.0):  # a probability of 1 would leave zeros
+    y = shifted(x, width)
+    assert torch.equal(y, x + width), (width, y)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(6))
+    assert torch.equal(shifted(x * 1, width, inplace=True), x + width)
+    assert torch.equal(torch.func.grad(lambda x: shifted(x, width).sum())(x), torch.ones(6))
+    assert torch.equal(torch.compile(shifted, backend="eager", fullgraph=True)(x, width), x + width)
+state = torch.random.get_rng_state()
+shifted(x, 1.0)
+assert not torch.equal(state, torch.random.get_rng_state())
+"""
+
+
+def test_an_op_of_a_number_that_is_no_probability():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], check=True, timeout=300)
