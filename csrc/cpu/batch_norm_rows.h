@@ -272,6 +272,14 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
     uint8_t* bits = part.bits(task, row);
     const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
+    if constexpr (kForward && !Typed<T>::kWidens) {
+      if (!typed.buffers_forward()) {
+        const int64_t first = row * plan.columns + part.first_column;
+        const Tile<T> tile{first, columns, lead, typed.x + first};
+        return typed.loops.forward_rows(constants.from(0), tile, rows, plan.columns,
+                                        typed.y + first, typed.stream);
+      }
+    }
     if (!kForward && bits) unpack_bits(bits, count, space);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; j += tile) {
