@@ -378,6 +378,7 @@ struct Typed {
       loops.forward(p, tile, wide, false, flags);
       narrow(wide, count, y + first, stream, NothingAhead{});
     } else {
+      if (!buffers_forward()) return loops.forward_rows(p, tile, 1, 0, y + first, stream);
       loops.forward(p, tile, y + first, stream, flags);
     }
   }
