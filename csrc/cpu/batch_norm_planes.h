@@ -68,55 +68,60 @@ RK_HD void for_pairs(const BatchNormTask& task, int64_t begin, int64_t end, cons
 template <typename T>
 constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
 
+// The sums of (x - pivot) and of its square: four of each a lane. They lie part by part, so that
+// they stay in registers from the first element to the total where one part has all lanes.
 struct PivotSums {
-  alignas(64) double sums[4][kLanes] = {}, squares[4][kLanes] = {};
+  struct Part {
+    PartOfDoubles sums[4] = {}, squares[4] = {};
+
+    RK_HD void add(int k, const PartOfDoubles& d) {
+      sums[k] += d;
+      squares[k] += d * d;
+    }
+  };
+  Part parts[kLanes / kPartLanes];
 
   template <typename T>
-  RK_HD void add(const T* x, int64_t count, int64_t lead, double pivot) {
-    // The parts of the lanes read the same elements in turn, so these are few enough to stay in the
-    // first-level cache.
+  RK_HD PivotSums(const T* x, int64_t count, int64_t lead, double pivot) {
+    // The parts read the same elements in turn, so these are few enough to stay in the first-level
+    // cache.
     constexpr int64_t kAtOnce = kPartLanes == kLanes ? kStretch : kTile;
     const int64_t whole = count / (4 * kLanes) * (4 * kLanes), eights = count / kLanes * kLanes;
     for (int64_t begin = 0, end = -1; end < whole; begin = end) {
       end = min(begin + kAtOnce, whole);
       for (int lane = 0; lane < kLanes; lane += kPartLanes) {
-        PartOfDoubles s[4], q[4];
-        for (int k = 0; k < 4; ++k) {
-          s[k] = part_at(sums[k] + lane);
-          q[k] = part_at(squares[k] + lane);
-        }
+        Part part = parts[lane / kPartLanes];
         const T* from = x + lane;
         for (int64_t i = begin; i < end; i += 4 * kLanes) {
           if (lane == 0) prefetch(x + i + lead, 4 * kLanes);
 #pragma GCC unroll 4
-          for (int k = 0; k < 4; ++k) {
-            const PartOfDoubles d = part_at(from + i + k * kLanes) - pivot;
-            s[k] += d;
-            q[k] += d * d;
-          }
+          for (int k = 0; k < 4; ++k) part.add(k, part_at(from + i + k * kLanes) - pivot);
         }
         for (int64_t i = end; end == whole && i < eights; i += kLanes) {
-          const PartOfDoubles d = part_at(from + i) - pivot;
-          s[0] += d;
-          q[0] += d * d;
+          part.add(0, part_at(from + i) - pivot);
         }
-        for (int k = 0; k < 4; ++k) {
-          put_value(sums[k] + lane, s[k]);
-          put_value(squares[k] + lane, q[k]);
-        }
+        parts[lane / kPartLanes] = part;
       }
     }
+    if (eights == count) return;
+    alignas(64) double rest[kLanes] = {};  // the last few, one a lane
     for (int64_t i = eights; i < count; ++i) {
-      const double d = static_cast<double>(load(x[i])) - pivot;
-      sums[1][i - eights] += d;
-      squares[1][i - eights] += d * d;
+      rest[i - eights] = static_cast<double>(load(x[i])) - pivot;
+    }
+    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+      parts[lane / kPartLanes].add(1, part_at(rest + lane));
     }
   }
 
-  static double total(const double (&of)[4][kLanes]) {
-    Doubles v[4];
-    memcpy(v, of, sizeof(v));
-    return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3]));
+  RK_HD double total(PartOfDoubles (Part::*of)[4]) const {
+    alignas(64) double lanes[kLanes];
+    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
+      const PartOfDoubles(&v)[4] = parts[lane / kPartLanes].*of;
+      put_value(lanes + lane, (v[0] + v[1]) + (v[2] + v[3]));
+    }
+    Doubles v;
+    memcpy(&v, lanes, sizeof(v));
+    return sum_of_lanes(v);
   }
 };
 
@@ -127,9 +132,9 @@ Moments<double> stretch_moments(const T* x, int64_t count, double base) {
   double pivot = base_at(x, 1, count);
   Moments<double> result{};
   for (int pass = 0; pass < (sizeof(T) == sizeof(double) ? 2 : 1); ++pass) {
-    PivotSums sums;
-    sums.add(x, count, kLead<T>, pivot);
-    result = moments_of_sums(count, pivot - base, sums.total(sums.sums), sums.total(sums.squares));
+    const PivotSums of(x, count, kLead<T>, pivot);
+    result = moments_of_sums(count, pivot - base, of.total(&PivotSums::Part::sums),
+                             of.total(&PivotSums::Part::squares));
     pivot = finite_or_zero(base + result.mean);
   }
   return result;
