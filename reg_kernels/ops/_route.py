@@ -135,7 +135,7 @@ def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor
     if like is not None:
         return with_strides(x, like.stride())
     if not (x.is_contiguous() or is_channels_last(x)):
-        x = _layout.ordered(x, keeps_channels_last(x))
+        x = _layout.ordered(x, is_channels_last(torch.empty_like(x)))
     return x.resolve_neg()
 
 
@@ -214,6 +214,7 @@ class Linear(Route):
         last = f", {result}" if result else ""
         self._adjoint = self._by_itself if adjoint is None else adjoint
         self._like = like
+        self._no_addends = (None,) * len(addends)
         self.drops = drops
         self.reads_dropped = reads_dropped
         self.fresh = register(
@@ -259,8 +260,8 @@ class Linear(Route):
         self, overload: Any, grad_output: Tensor, like: Any, strides: Any, *arguments: Any
     ) -> Tensor:
         # What was drawn follows storage order, so the gradient has to come in the output's.
-        grad_output = with_strides(grad_output, strides)
-        return self(overload, grad_output, *[None] * (self._inputs - 1), *arguments)
+        inputs = (with_strides(grad_output, strides), *self._no_addends)
+        return self.call(None, overload, inputs, arguments, self._apply)
 
     def _product(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
         """The result as a product that torch itself can transform: grad, jvp, vmap.
@@ -275,7 +276,7 @@ class Linear(Route):
         ones = torch.ones(input.shape, dtype=dtype, device=input.device)
         if is_dense(input):
             ones = with_strides(ones, input.stride())
-        multipliers = overload(ones, *[None] * len(addends), *arguments)
+        multipliers = overload(ones, *self._no_addends, *arguments)
         output = input.to(dtype) * multipliers
         if not self.reads_dropped:
             output = torch.where(multipliers == 0, 0, output)
@@ -304,12 +305,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         overload, op, others, like, strides = ctx.call
-        _, wants_input, *wants_addends = ctx.needs_input_grad
+        wants = ctx.needs_input_grad
         gradient = None
-        if wants_input:
+        if wants[1]:
             arguments = op._in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
-        return None, gradient, *(grad_output if wanted else None for wanted in wants_addends)
+        if not op._no_addends:
+            return None, gradient
+        return None, gradient, *(grad_output if wanted else None for wanted in wants[2:])
 
 
 # The random elementwise family
@@ -331,6 +334,7 @@ DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 
 def draw(
     op: Linear,
+    looks: str | None,
     input: Tensor,
     number: float,
     state: Tensor | None,
@@ -342,11 +346,10 @@ def draw(
 ) -> Tensor:
     """Calls an op of the schema (input, {addends}, number, {options}, {DRAWN}). The arguments from
     `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
-    without elements is returned itself.
+    without elements is returned itself. `looks` is watcher()'s answer.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
-    looks = watcher()
     if not (input.numel() if looks is None else asked(looks, input.numel)):
         return input
     draws = number != 1.0 or not op.drops
@@ -399,5 +402,5 @@ def draw_samples(
         return with_strides(addend, x.stride()) if fits else addend.contiguous()
 
     addends = tuple(None if addend is None else alongside(addend) for addend in addends)
-    y = draw(op, x, *how, False, options, addends)
+    y = draw(op, looks, x, *how, False, options, addends)
     return y if fits or looks is TRACE else as_torch_returns(y, input)

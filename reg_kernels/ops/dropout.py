@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from .._layout import as_torch_returns, is_channels_last, is_dense
+from .._layout import as_torch_returns, is_dense
 from ..reference import dropout as reference
 from ._checks import Entry, check_in_place, check_tensor, hand_over, probability
 from ._modes import TRACE, watcher
@@ -117,7 +117,7 @@ def dropout(
     p = _checked("dropout", input, p)
     if not training or p == 0.0:
         return input
-    return draw(_DROPOUT, input, p, rng_state, element_offset, backend, inplace)
+    return draw(_DROPOUT, watcher(), input, p, rng_state, element_offset, backend, inplace)
 
 
 def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tensor:
@@ -127,11 +127,12 @@ def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tens
     if input.dim() < 2 and how.number < 1.0:
         raise RuntimeError(f"{name}: input must have at least 2 dimensions, got {input.dim()}")
     looks = watcher()
-    if looks is not TRACE and (input.is_contiguous() or is_channels_last(input)):
-        return draw(_FEATURE_DROPOUT, input, *how, inplace)
+    x = in_order(input, looks)
+    if x is input and looks is not TRACE:
+        return draw(_FEATURE_DROPOUT, looks, input, *how, inplace)
     if inplace:
         check_in_place(name, input)
-    output = draw(_FEATURE_DROPOUT, in_order(input, looks), *how)
+    output = draw(_FEATURE_DROPOUT, looks, x, *how)
     if inplace:
         return input.copy_(output)
     return output if looks is TRACE else as_torch_returns(output, input)
