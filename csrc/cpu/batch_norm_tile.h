@@ -61,8 +61,8 @@ struct Prefetch {
 };
 
 // `value` where the flag is 1, and 0 where it is 0. But for float with mask registers this works on
-// the bits: g++ 12 makes no vector code of a choice by bytes between elements of 64 bits (6 times as
-// slow), nor, without mask registers, of 16 bits (7 times).
+// the bits: g++ 12 makes no vector code of a choice by bytes between elements of 64 bits (6 times
+// as slow), nor, without mask registers, of 16 bits (7 times).
 RK_HD float passed_by(uint8_t flag, float value) {
 #if defined(__AVX512F__)
   return flag ? value : 0.0f;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._activation import NUMBERS
 from .._dtypes import DTYPES, named
+from .._tracked import Tracked
 from ._checks import (
     Entry,
     check_device,
@@ -150,20 +151,21 @@ def _check_values(entry: Entry, a: Any, p: float) -> int:
 
 
 def check_training(op: str, a: Any) -> None:
-    entry, tracked = Entry(op, a.input), a.tracked
+    entry = Entry(op, a.input)
     count = _check_values(entry, a, a.p)
     if count <= 1:
         entry.refuse("input", "of more than 1 value a channel", f"{count} of them")
-    if len(tracked) > 3:
-        entry.refuse("tracked", "at most 3 tensors", len(tracked))
-    averages, counts = len(tracked) > 1, len(tracked) % 2 == 1
-    if a.momentum is None and averages and not counts:
+    if len(a.tracked) > 3:
+        entry.refuse("tracked", "at most 3 tensors", len(a.tracked))
+    tracked = Tracked.of(a.tracked)
+    averages, counter = tracked.running_mean is not None, tracked.num_batches_tracked
+    if a.momentum is None and averages and counter is None:
         entry.refuse("momentum", "a float, or come with num_batches_tracked", None)
     if averages:
-        _check_channels(entry, tracked[0], a.input.shape[1], "running_mean")
-        _check_channels(entry, tracked[1], a.input.shape[1], "running_var")
-    if counts:
-        entry.check_vector(tracked[-1], torch.int64, 1, "num_batches_tracked")
+        for name in ("running_mean", "running_var"):
+            _check_channels(entry, getattr(tracked, name), a.input.shape[1], name)
+    if counter is not None:
+        entry.check_vector(counter, torch.int64, 1, "num_batches_tracked")
     if a.p > 0.0:
         if a.rng_state is None:
             entry.refuse("rng_state", "given where something is dropped", None)

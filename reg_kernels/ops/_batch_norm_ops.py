@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._activation import PIECEWISE_LINEAR, has_gate, needs_preactivation
 from .._layout import dense_like, with_strides
+from .._tracked import Tracked
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import check_backward, check_inference, check_training, values_a_channel
@@ -31,8 +32,7 @@ _VALUES = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"  # they
 class Training(NamedTuple):
     """The arguments of a training forward behind its values.
 
-    `tracked` lists the tensors that it updates: running_mean and running_var, or
-    num_batches_tracked, or all three in this order, or none.
+    `tracked` lists the tensors that it updates, as Tracked.of takes them.
     """
 
     tracked: list[Tensor]
@@ -222,12 +222,11 @@ def _keep(
 def _training_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor]:
     input, weight, bias, residual, *rest = arguments
     how = Training(*rest)
-    running = how.tracked[:2] if len(how.tracked) > 1 else (None, None)
-    counter = how.tracked[-1] if len(how.tracked) % 2 else None
+    running_mean, running_var, counter = Tracked.of(how.tracked)
     momentum = how.momentum
     if momentum is None:
         momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
-    y = F.batch_norm(input, running[0], running[1], weight, bias, True, momentum, how.eps)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, how.eps)
     if counter is not None:
         counter.add_(1)
     y = reference.activate(y if residual is None else y + residual, how.activation, how.slope)

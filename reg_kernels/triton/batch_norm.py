@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .._activation import has_gate, needs_preactivation
 from .._layout import dense_like, is_channels_last
+from .._tracked import Tracked
 from ._batch_norm import GIVEN, MERGED, OWN, Chain
 from ._batch_norm_backward import backward_kernel, gradient_sums_kernel
 from ._batch_norm_forward import forward_kernel, moments_kernel
@@ -72,8 +73,7 @@ def batch_norm(
     keep_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op in training: (output, mean, invstd, gate)."""
-    running_mean, running_var = tracked[:2] if len(tracked) > 1 else (None, None)
-    num_batches_tracked = tracked[-1] if len(tracked) % 2 else None
+    updated = Tracked.of(tracked)
     plan = _plan(input, FORWARD_TILE, merges=True)
     output = dense_like(input)
     mean = input.new_empty(plan.channels, dtype=torch.float64)
@@ -92,12 +92,12 @@ def batch_norm(
         _launch_forward(
             plan,
             *(input, residual, output, gate if gated else None, weight, bias, mean, invstd),
-            *(running_mean, running_var, num_batches_tracked, partials, momentum),
-            *(eps, activation, slope, p, rng_state),
+            updated,
+            *(partials, momentum, eps, activation, slope, p, rng_state),
             statistics=OWN if partials is None else MERGED,
         )
-    if num_batches_tracked is not None and momentum is None:
-        num_batches_tracked.add_(1)  # behind all programs that read it
+    if updated.num_batches_tracked is not None and momentum is None:
+        updated.num_batches_tracked.add_(1)  # behind all programs that read it
     return output, mean, invstd, gate
 
 
@@ -121,8 +121,8 @@ def batch_norm_inference(
         _launch_forward(
             plan,
             *(input, residual, output, None, weight, bias, None, None),
-            *(running_mean, running_var, None, None, 0.0),
-            *(eps, activation, slope, 0.0, None),
+            Tracked(running_mean, running_var, None),
+            *(None, 0.0, eps, activation, slope, 0.0, None),
             statistics=GIVEN,
         )
     return output
@@ -138,9 +138,7 @@ def _launch_forward(
     bias: Tensor | None,
     mean: Tensor | None,
     invstd: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    tracked: Tracked,
     partials: Tensor | None,
     momentum: float | None,
     eps: float,
@@ -153,7 +151,7 @@ def _launch_forward(
     state_ptr, seed, offset = state_arguments(rng_state if p > 0.0 else None)
     forward_kernel[(plan.programs,)](
         *(input, residual, output, gate, weight, bias, mean, invstd),
-        *(running_mean, running_var, num_batches_tracked, partials, state_ptr),
+        *(*tracked, partials, state_ptr),
         *(*plan.sizes, 0.0 if momentum is None else momentum, eps, slope, p, seed, offset),
         STATISTICS=statistics.value,
         AVERAGES=momentum is None,
