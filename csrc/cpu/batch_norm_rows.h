@@ -85,6 +85,16 @@ RK_HD int64_t rows_ahead(int64_t columns) {
   return max(1, kAhead / (columns * static_cast<int64_t>(sizeof(T))));
 }
 
+// Prefetches as much as columns [j, j + kLanes) have of four rows `stride` apart, the first one's
+// columns at `first`. Over all columns that is each row whole, one after the other: where the walk
+// jumps from row to row as it reads, the hardware's prefetchers lose their way (0.7 of the time).
+template <typename T>
+RK_HD void prefetch_rows(const T* first, int64_t j, int64_t columns, int64_t stride) {
+  const int64_t i = kRowsAtOnce * j;
+  const int64_t row = (i >= columns) + (i >= 2 * columns) + (i >= 3 * columns);
+  prefetch(first + i + row * (stride - columns), kRowsAtOnce * kLanes);
+}
+
 // Adds the rows of a block to the sums of its columns, four rows at a time.
 template <typename T>
 void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const double* pivot,
@@ -94,10 +104,7 @@ void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const d
   for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
     const T *a = x + r * stride, *b = a + stride, *c = b + stride, *d = c + stride;
     for_lanes(columns, [=]<typename V>(V, int64_t j) __attribute__((always_inline)) {
-      const T* two =
-          (j & kLanes ? c : a) + j + ahead;  // every line of two rows, then of the others
-      prefetch(two, 1);
-      prefetch(two + stride, 1);
+      prefetch_rows(a + ahead, j, columns, stride);
       const V p = value_at<V>(pivot + j);
       const V u = value_at<V>(a + j) - p, v = value_at<V>(b + j) - p;
       const V w = value_at<V>(c + j) - p, z = value_at<V>(d + j) - p;
@@ -209,12 +216,9 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
         // A gradient that is read where it lies is prefetched: its rows are `stride` apart.
         const bool fetch = d0 != space_of[0].d;
         for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
-          if (fetch) {  // as in add_rows
-            const int64_t two = (i & kLanes ? 2 * stride : 0) + i + lead;
-            prefetch(x0 + two, 1);
-            prefetch(x0 + two + stride, 1);
-            prefetch(d0 + two, 1);
-            prefetch(d0 + two + stride, 1);
+          if (fetch) {
+            prefetch_rows(x0 + lead, i, n, stride);
+            prefetch_rows(d0 + lead, i, n, stride);
           }
           const V shift = value_at<V>(p.shift + i);
           const V g0 = value_at<V>(d0 + i), g1 = value_at<V>(d1 + i);

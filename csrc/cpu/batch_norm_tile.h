@@ -385,7 +385,7 @@ struct Typed {
                             const uint8_t* flags, TileSpace<T>& space) const {
     const bool needs_z = loops.needs_z(flags);
     Tile<L> tile{first, count, kWidens ? 0 : lead};
-    if (!kWidens || reads_x || needs_z) tile.x = as_read(x + first, count, lead, space.x);
+    if (reads_x || needs_z) tile.x = as_read(x + first, count, lead, space.x);
     if (residual && needs_z) tile.residual = as_read(residual + first, count, lead, space.residual);
     tile.grad_output = as_read(grad_output + first, count, lead, space.d);
     return tile;
@@ -395,13 +395,13 @@ struct Typed {
   void backward_tile(const P& p, int64_t first, int64_t count, int64_t lead,
                      const uint8_t* flags) const {
     TileSpace<T> space;
-    const Tile<L> tile = backward_of(first, count, lead, training, flags, space);
+    const Tile<L> tile = backward_of(first, count, lead, training && grad_input, flags, space);
     const C* d = loops.gradient(p, tile, flags, space.d);
     // The loops that write d into the buffer have prefetched already.
     int64_t ahead = d == space.d ? 0 : lead;
     if (grad_residual) {
       write_each(grad_residual + first, count, stream, Narrowed<T>{d},
-                 Prefetch<T>{grad_output + first, x + first, ahead});
+                 Prefetch<L>{tile.grad_output, tile.x, ahead});
       ahead = 0;
     }
     if (!grad_input) return;
