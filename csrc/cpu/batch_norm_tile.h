@@ -113,11 +113,13 @@ struct TileStages {
   // Applies the activation to z in place and, where `flags` is not null, sets its gate.
   RK_HD void activate_tile(int64_t count, C* z, uint8_t* flags) const {
     const C below = slope;
+    const uint8_t open = drops;  // whatever z is: a backward finds its sign itself
     for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
       if (flags) {
+#pragma omp simd  // flags are bytes, which the compiler takes for a part of anything
         for (int64_t i = 0; i < count; ++i) {
           flags[i] = kActivation == Activation::relu         ? !(z[i] <= C(0))
-                     : kActivation == Activation::leaky_relu ? drops || z[i] > C(0)
+                     : kActivation == Activation::leaky_relu ? open | (z[i] > C(0))
                                                              : true;
         }
       }
@@ -136,7 +138,9 @@ struct TileStages {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
     if (flags) {
-      for (int64_t i = 0; i < count; ++i) flags[i] &= keeps_any && drawn[i] <= last;
+      const uint8_t any = keeps_any;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) flags[i] &= any & (drawn[i] <= last);
     }
   }
 
