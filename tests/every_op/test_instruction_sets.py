@@ -5,7 +5,7 @@ for one instruction set alone (values kept in memory, scalar code for a choice) 
 on either, and the tests of values cannot see it. Of each pair of instruction sets the narrower may
 take at most twice the time that its vectors explain, and the wider may not lose more than a little.
 
-Timed is the processor's time of one thread, on inputs that a second-level cache holds, the
+Timed is the processor's time of this thread, on inputs that a second-level cache holds, the
 instruction sets in turns. What a call costs beside its loops is taken off: that of a small one.
 """
 
@@ -38,11 +38,10 @@ ROUNDS, SAMPLE = 5, 150e-6  # seconds of a sample, of several calls where they a
 PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before each try; whoever disturbs it may be gone then
 NOISE = 0.05  # of a call's time
 
-# Names as of CALLS. What these x86 processors have had since 2013 and the baseline lacks: its own
-# instructions explain so many times more.
-NO_CONVERSION = 3.0  # float16 by a dozen integer instructions a value
-NO_MULTIPLY_ADD = 4.0  # by way of double, in float64 by a call of libm: losses, optimizers
-FUSED = ("cross_entropy", "distillation", "AdamW", "SGDW")
+# What the baseline of x86 lacks, and so may take as many times longer again.
+NO_CONVERSION = 3.0  # of float16, which is a dozen integer instructions a value
+NO_MULTIPLY_ADD = 4.0  # in float by way of double, in double a call for each value
+FUSED = ("cross_entropy", "distillation", "AdamW", "SGDW")  # which multiply and add so
 
 # (name, dtype, direction, slower, faster): what was measured. These are to be mended: where one is,
 # the test fails until it is taken from here.
@@ -264,10 +263,10 @@ class Clock:
             _C.set_isa(isa)
             self._call()  # wakes the caches
             calls = self._calls.setdefault(isa, 1)
-            begin = time.process_time()
+            begin = time.thread_time()
             for _ in range(calls):
                 self._call()
-            taken = (time.process_time() - begin) / calls
+            taken = (time.thread_time() - begin) / calls
             self.least[isa] = min(self.least[isa], taken)
             self._calls[isa] = max(1, int(SAMPLE / self.least[isa]))
 
