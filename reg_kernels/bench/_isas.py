@@ -7,7 +7,9 @@ best, as users' calls do; one that is held to a further one is called `native[av
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -26,13 +28,15 @@ def here() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def held_to(isa: str) -> Iterator[None]:
+def held_to(isa: str, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Native CPU code runs `isa`, within what a contender has around its samples."""
     from .. import _C
 
     previous = _C.isa()
     _C.set_isa(isa)
     try:
-        yield
+        with within():
+            yield
     finally:
         _C.set_isa(previous)
 

@@ -367,7 +367,7 @@ def _by_isa(entry: Contender | Skipped, isas: Sequence[str]) -> list[Contender |
             entry,
             name=entry.name if isa == isas[0] else _isas.further(isa),
             isa=isa,
-            within=functools.partial(_isas.held_to, isa),
+            within=functools.partial(_isas.held_to, isa, entry.within),
         )
         for isa in isas
     ]
