@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench
-from reg_kernels.bench import _environment
+from reg_kernels.bench import _environment, _isas
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = bench.Scope(DEVICE, (torch.float32, torch.bfloat16))
 BUDGET = bench.Budget(seconds=1.0, least=5, most=20, sample=1e-3)
 NAMES = (
-    *("copy", *backends.NAMES, "native[avx2]", "native[baseline]"),
+    *("copy", *backends.NAMES, *map(_isas.further, _isas.here()[1:])),
     *("eager", "compile", "fused", "foreach", "optimi", "liger", "timm"),
 )
 
@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 marks=pytest.mark.benchmark(timer=CLOCK, group=case.label),
             )
             for module in metafunc.module.MODULES
-            for case in importlib.import_module(module).cases(SCOPE)
+            for case in bench.on_each_isa(importlib.import_module(module).cases(SCOPE))
             for name in NAMES
         ],
         indirect=True,

@@ -1,5 +1,6 @@
 """Measures every op, whole networks and growth curves, and writes a report of it.
 
+The native code of what has goals is measured by each instruction set of the machine.
 `report.json`, `report.md` and the charts go to a folder of bench/results/ that is named after the
 device; `python -m bench.readme_table` then renews the pages' results from them. It takes less than
 15 minutes on two cores. Nothing is written before the end, nor when it is interrupted.
@@ -158,7 +159,8 @@ def measure(device_type: str, time_limit: float | None, quick: bool) -> dict[str
     for case in growth.cases(scope):
         curves.setdefault(case.series, []).append(case)
     points = bench.take_turns(curves.values())
-    cases = bench.take_turns((bench.all_cases(scope), models.cases(scope), points))
+    kernels = bench.on_each_isa(bench.all_cases(scope))
+    cases = bench.take_turns((kernels, models.cases(scope), points))
     usual = _run.QUICK if quick else _run.full_budget(device)
     options = {"quick": quick, "all": False, "op": None, "dtype": None}
     return _run.measure_all(

@@ -6,11 +6,13 @@ Each public module here holds the benchmarks of the op of the same name, as a fu
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import pkgutil
 from collections.abc import Iterable
 
+from . import _isas
 from ._measure import (
     Benchmark,
     Budget,
@@ -35,6 +37,7 @@ __all__ = [
     "contenders",
     "measure",
     "modules",
+    "on_each_isa",
     "take_turns",
 ]
 
@@ -52,6 +55,12 @@ def all_cases(scope: Scope) -> list[Benchmark]:
     return take_turns(
         importlib.import_module(f".{name}", __name__).cases(scope) for name in modules()
     )
+
+
+def on_each_isa(cases: Iterable[Benchmark]) -> list[Benchmark]:
+    """`cases`, those with goals by each instruction set of this machine."""
+    isas = _isas.here()
+    return [dataclasses.replace(case, isas=isas) if case.goals else case for case in cases]
 
 
 def take_turns(lists: Iterable[list[Benchmark]]) -> list[Benchmark]:

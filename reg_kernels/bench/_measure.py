@@ -24,6 +24,7 @@ takes where that is not the benchmark ("host_median"), what the GPU takes where 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import statistics
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 
 from .._dtypes import named
+from . import _isas
 from ._clock import Clock, captured, clock
 from ._memory import kept_bytes, peak_bytes
 
@@ -94,6 +96,7 @@ class Contender:
     check: Callable[[], None]  # raises WrongValues; it is called first, so it also compiles
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around each sample
     may_fail: bool = False  # an exception in the check skips the contender and is no error
+    isa: str | None = None  # the instruction set of native CPU code
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure of one contender; `figure` is a key of its result."""
+    """A bound on one figure of an implementation, whatever instruction set it is held to; `figure`
+    is a key of its result."""
 
     contender: str
     text: str
@@ -156,6 +160,7 @@ class Benchmark:
     items: int = 0  # how many items a call processes, where their rate is what counts
     unit: str = ""  # of the items
     series: str = ""  # the growth curve that the benchmark is a point of
+    isas: tuple[str, ...] = ()  # that native CPU code is measured by; none: the best
 
     @property
     def label(self) -> str:
@@ -217,6 +222,8 @@ def measure(
         if isinstance(entry, Skipped):
             row["skipped"] = entry.reason
             continue
+        if entry.isa is not None:
+            row["isa"] = entry.isa
         try:
             with entry.within():
                 entry.check()
@@ -253,7 +260,7 @@ def measure(
             if row["name"] in peaks and peer in peaks:
                 row[f"peak_above_{peer}_bytes"] = peaks[row["name"]] - peaks[peer]
     for goal in case.goals:
-        for row in (row for row in rows if row["name"] == goal.contender):
+        for row in (r for r in rows if _isas.implementation(r["name"]) == goal.contender):
             row.setdefault("goals", []).append(goal.result(row.get(goal.figure)))
     return {
         "label": case.label,
@@ -346,7 +353,24 @@ def contenders(case: Benchmark, device: torch.device) -> list[Contender | Skippe
     """The copy and the contenders of the benchmark, with their tensors."""
     pool = pool_size(case, device)
     copy = [] if case.bytes is None else [_copy_contender(case, device, pool, case.bytes)]
-    return [*copy, *case.prepare(device, pool)]
+    entries = case.prepare(device, pool)
+    isas = (case.isas or _isas.here()[:1]) if device.type == "cpu" else ()
+    return [*copy, *(each for entry in entries for each in _by_isa(entry, isas))]
+
+
+def _by_isa(entry: Contender | Skipped, isas: Sequence[str]) -> list[Contender | Skipped]:
+    """The native code once for each instruction set: the same function, and so the same tensors."""
+    if entry.name != _isas.NATIVE or isinstance(entry, Skipped) or not isas:
+        return [entry]
+    return [
+        replace(
+            entry,
+            name=entry.name if isa == isas[0] else _isas.further(isa),
+            isa=isa,
+            within=functools.partial(_isas.held_to, isa, entry.within),
+        )
+        for isa in isas
+    ]
 
 
 def pool_size(case: Benchmark, device: torch.device) -> int:

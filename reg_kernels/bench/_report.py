@@ -6,8 +6,9 @@ from collections.abc import Callable, Container, Iterator
 from math import prod
 from typing import Any, NamedTuple
 
+from ._isas import implementation
 from ._measure import COMPILE, COPY, EAGER, format_bytes
-from ._results import Ratio, counts_bytes, has_goals, is_kernel, is_ours, speed_over
+from ._results import Ratio, counts_bytes, has_goals, is_kernel, is_ours, isa_of, speed_over
 
 SHOWN = ("native", "triton")  # what pages show: the other implementations are in the JSON
 SHORT = ("benchmark", "ours", EAGER, COMPILE, "ratio")
@@ -170,37 +171,52 @@ def small_table(data: dict[str, Any]) -> Table:
 
 
 def isa_table(data: dict[str, Any]) -> Table:
-    """The native CPU code by instruction set, of what moves bytes."""
-    cases = [case for case in data["benchmarks"] if counts_bytes(case) and not case["series"]]
-    names: list[str] = []
-    for row in (row for case in cases for row in case["contenders"] if "median" in row):
-        if row["name"].startswith("native") and row["name"] not in names:
-            names.append(row["name"])
+    """The native CPU code by instruction set, of what has goals."""
+    isas = _isas_of(data)
     rows: list[Row] = []
-    for case in cases:
-        found = {row["name"]: _time(row) for row in case["contenders"] if "median" in row}
-        rows.append((case["label"], *(found.get(name, "") for name in names)))
-    if len(names) < 2:
-        rows.clear()
+    for case in filter(has_goals, data["benchmarks"]):
+        found = {isa_of(row, data): row for row in case["contenders"] if "median" in row}
+        cells: list[str] = []
+        for isa in isas:
+            over = speed_over(found.get(isa, {}), EAGER)
+            copy = speed_over(found.get(isa, {}), COPY)
+            cells.append(_times(over) if over else "")
+            cells.append(f"{copy.median:.2f}" if copy and counts_bytes(case) else "")
+        if any(cells):
+            rows.append((case["label"], *cells))
     return Table(
         "instruction sets",
-        ("benchmark", *names),
+        ("benchmark", *(f"{isa}: {what}" for isa in isas for what in (EAGER, COPY))),
         rows,
-        "The native code as it runs here, and held to lesser instruction sets.",
+        "The native code held to each instruction set: how many times faster than eager it is, "
+        "with quartiles, and its share of the copy's bytes/s.",
         words=1,
     )
 
 
 def goal_table(data: dict[str, Any]) -> Table:
-    """Where each figure that has a goal stands."""
-    rows: list[Row] = []
+    """Where each figure that has a goal stands, by instruction set or, where there are none, by
+    implementation."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for case in data["benchmarks"]:
         for row in case["contenders"]:
+            column = isa_of(row, data) or row["name"]
             for goal in row.get("goals", []):
-                verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-                text = f"{row['name']}: {goal['text']}"
-                rows.append((case["label"], text, _value(goal), verdict))
-    return Table("goals", ("benchmark", "goal", "measured", ""), rows)
+                verdict = {True: " met", False: " MISSED", None: ""}[goal["met"]]
+                cells = rows.setdefault((case["label"], goal["text"]), {})
+                cells[column] = _value(goal) + verdict
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    return Table(
+        "goals",
+        ("benchmark", "goal", *columns),
+        [(*place, *(cells.get(column, "") for column in columns)) for place, cells in rows.items()],
+    )
+
+
+def _isas_of(data: dict[str, Any]) -> list[str]:
+    """The instruction sets that native CPU code was measured by, the first of them the first."""
+    rows = (row for case in data["benchmarks"] for row in case["contenders"] if "median" in row)
+    return list(dict.fromkeys(isa for row in rows if (isa := isa_of(row, data))))
 
 
 def overview_cases(data: dict[str, Any]) -> list[Case]:
@@ -232,15 +248,18 @@ def overview_table(data: dict[str, Any]) -> Table:
 
 
 def short_table(data: dict[str, Any]) -> Table:
-    """A row a benchmark: the implementation that its op takes here, beside eager and compile."""
+    """A row a benchmark: the implementation that its op takes here, beside eager and compile; one
+    for each instruction set where there are several."""
     rows: list[Row] = []
     for case in data["benchmarks"]:
         found = {row["name"]: row for row in case["contenders"]}
-        ours = (row for name, row in found.items() if is_ours(case, name))
-        row = next((row for row in ours if "median" in row or "wrong" in row), None)
-        if row is not None:
+        ours = [row for name, row in found.items() if is_ours(case, name)]
+        ours = [row for row in ours if "median" in row or "wrong" in row]
+        chosen = [r for r in ours if implementation(r["name"]) == implementation(ours[0]["name"])]
+        for row in chosen:
+            label = f"{case['label']}, {isa_of(row, data)}" if len(chosen) > 1 else case["label"]
             cells = ("WRONG VALUES", "", "", "") if "wrong" in row else _short(row, found)
-            rows.append((case["label"], *cells))
+            rows.append((label, *cells))
     return Table("times", SHORT, rows, words=1)
 
 
@@ -257,6 +276,7 @@ def headline(data: dict[str, Any], shown: Container[str] = SHOWN) -> str:
         _conditions_in_markdown(data),
         rate_table(data, shown).markdown(),
         without_goals.markdown(),
+        isa_table(data).markdown(),
     )
 
 
@@ -291,7 +311,7 @@ def conditions(data: dict[str, Any]) -> list[str]:
     ]
     if device["type"] == "cpu":
         warm = "keeps freed memory" if data["allocator"] else "as it is by default"
-        isa = device["isa"] or "no native code"
+        isa = next(iter(_isas_of(data)), device["isa"]) or "no native code"
         lines.append(f"{data['threads']} threads, {isa}, malloc {warm}")
     if data.get("options", {}).get("quick"):
         lines.append("few rounds, float32 and no torch.compile: a look, and no measurement")

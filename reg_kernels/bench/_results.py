@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from . import _isas
 from ._measure import COMPILE, COPY, EAGER
 
 SCHEMA = 3
@@ -31,7 +32,7 @@ _DEFAULTS = {
 }
 _OF_CASE = ("label", "op", "dtype", "shape", "bytes", *_DEFAULTS)
 _OF_CONTENDER = (
-    *("name", "median", "speed_over", "kept_bytes", "peak_bytes"),
+    *("name", "isa", "median", "speed_over", "kept_bytes", "peak_bytes"),
     *("host_median", "device_median", "graph_median", "graph_note"),
     *("goals", "skipped", "wrong"),
 )
@@ -77,6 +78,11 @@ def key_of(case: dict[str, Any]) -> str:
     """What tells a benchmark from the others of its report."""
     series = case.get("series", "")
     return f"{series}: {case['label']}" if series else case["label"]
+
+
+def isa_of(row: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """The instruction set of a contender; older reports leave it to its name and the device."""
+    return row.get("isa") or _isas.of_name(row["name"], data["device"].get("isa"))
 
 
 def speed_over(row: dict[str, Any], other: str) -> Ratio | None:

@@ -112,8 +112,7 @@ def our_ways(
     dtype: torch.dtype,
     size: int,
 ) -> Iterator[Way | Skipped]:
-    """Our implementations of `op`, and those that cannot run here. The native ones differ in the
-    instruction set alone and share one function."""
+    """Our implementations of `op`, and those that cannot run here."""
     with backends.backend(None):
         automatic = backends.choose(op, device.type, dtype)
     forced = backends.forced_by() is not None
@@ -129,9 +128,6 @@ def our_ways(
         # The automatic choice is called as users call it: a name would cost one more check.
         function = make(None if name == automatic and not forced else name)
         yield Way(name, function, True, contextlib.nullcontext, False)
-        if name == "native" and device.type == "cpu":
-            for lower in lower_isas():
-                yield Way(f"native[{lower}]", function, True, functools.partial(isa, lower), False)
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
@@ -139,26 +135,6 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     return x
-
-
-def lower_isas() -> tuple[str, ...]:
-    """The instruction sets below the one that the CPU kernels use, the higher ones first."""
-    from .. import _C
-
-    isas = _C.isas()
-    return tuple(reversed(isas[: isas.index(_C.isa())]))
-
-
-@contextlib.contextmanager
-def isa(name: str) -> Iterator[None]:
-    from .. import _C
-
-    previous = _C.isa()
-    _C.set_isa(name)
-    try:
-        yield
-    finally:
-        _C.set_isa(previous)
 
 
 def _repeatable_backward() -> Any:

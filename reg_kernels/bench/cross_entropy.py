@@ -42,6 +42,9 @@ from ._ways import Inputs, Makers, Way, ways
 
 LAM = 0.3
 
+_COPY = Goal("native", "at most 1.6 of copy_'s time", "time_over_copy", 1.6)
+_HOST = Goal("native", "at most eager's time", "time_over_eager", 1)
+
 _SEGMENTATION = (8, 21, 512, 512)
 
 
@@ -105,10 +108,13 @@ def _points(scope: Scope) -> Iterator[Point]:
 def _goals(
     device: torch.device, kind: Kind, direction: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[Goal, ...]:
+    on_cpu = device.type == "cpu"
+    if on_cpu and direction == BOTH and shape == SMALL:
+        return (_HOST,)
     if direction != BOTH or not has_goals(device, dtype, shape):
         return ()
     if kind is PAIR:
-        return (faster(4), faster(2.5, COMPILE))
+        return (faster(4), faster(2.5, COMPILE), *((_COPY,) if on_cpu else ()))
     return (faster(2), faster(1.4, COMPILE)) if kind is SMOOTHED else ()
 
 

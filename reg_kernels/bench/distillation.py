@@ -28,12 +28,19 @@ from ._logits import (
     loss_inputs,
     vocabulary,
 )
-from ._measure import BOTH, COMPILE, FORWARD, Benchmark, Contender, Scope, Skipped, faster
+from ._measure import BOTH, COMPILE, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, faster
 from ._ways import Makers, ways
 
 ALPHA = 0.5
 
 _GOALS = (faster(3), faster(1.3, COMPILE))
+# The copy is of as many bytes as the loss moves, one and a half times those of a copy of logits.
+_COPY = Goal(
+    "native",
+    "at most 1.67 of copy_'s time: 2.5 of that for one tensor of logits",
+    "time_over_copy",
+    2.5 / 1.5,
+)
 
 
 def cases(scope: Scope) -> list[Benchmark]:
@@ -62,6 +69,9 @@ def _case(
     host: bool = False,
 ) -> Benchmark:
     requires_grad = direction == BOTH
+    goals: tuple[Goal, ...] = ()
+    if requires_grad and has_goals(scope.device, dtype, shape):
+        goals = (*_GOALS, _COPY) if scope.device.type == "cpu" else _GOALS
     size = torch.Size(shape).numel() * dtype.itemsize
 
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
@@ -103,7 +113,7 @@ def _case(
         prepare=prepare,
         requires_grad=requires_grad,
         host=host,
-        goals=_GOALS if requires_grad and has_goals(scope.device, dtype, shape) else (),
+        goals=goals,
     )
 
 

@@ -2,15 +2,16 @@
 
 The contenders of a benchmark run interleaved in one process, after a check of their values. Shown
 are median times of the implementation that the op takes here and of PyTorch's, and the ratio: how
-many times faster the op is than eager, with quartiles. --details shows the other implementations
-and instruction sets, the share of the copy's bandwidth, peers, memory, and how each figure stands
-against its goal. In FILE, {device} stands for the device, as in --json 'runs/{device}.json'. Exit
-code 1: a contender computed something else.
+many times faster the op is than eager, with quartiles. --details shows the other implementations,
+the share of the copy's bandwidth, peers, memory, and how each figure stands against its goal; --isa
+holds native CPU code to other instruction sets than the best one here. In FILE, {device} stands for
+the device, as in --json 'runs/{device}.json'. Exit code 1: a contender computed something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from .. import _console, _extras, backends, bench
 from .._dtypes import named
-from ..bench import _environment, _plots, _report, _results, _run
+from ..bench import _environment, _isas, _plots, _report, _results, _run
 from ._errors import UsageError
 from ._files import output_file, write_output
 from .check import device_argument
@@ -52,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--details",
         action="store_true",
-        help="show every implementation and instruction set, peers, memory and goals",
+        help="show every implementation, peers, memory and goals",
+    )
+    parser.add_argument(
+        "--isa",
+        action="append",
+        help="hold native CPU code to this instruction set, such as avx2; may be given again, and "
+        "then each is measured (default: the best that the machine has)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as many as torch takes)"
@@ -83,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     for name in args.op or ():
         if name not in ops:
             raise UsageError(f"--op must be one of {', '.join(ops)}, got {name!r}")
-    cases = [case for case in cases if not args.op or case.op in args.op]
+    isas = _chosen_isas(args, device)
+    cases = [
+        dataclasses.replace(case, isas=isas) for case in cases if not args.op or case.op in args.op
+    ]
     json_path = _output("--json", args.json, device)
     plot_path = _output("--plot", args.plot, device)
     if plot_path is not None:
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     _run.warm_allocator(device, ["-m", "reg_kernels", "bench", *_arguments(args)])
 
     budget = _run.QUICK if args.quick else _run.full_budget(device)
-    options = {"quick": args.quick, "all": args.all, "op": args.op, "dtype": args.dtype}
+    options = {name: getattr(args, name) for name in ("quick", "all", "op", "dtype", "isa")}
     try:
         data = _run.measure_all(cases, device, lambda case: budget, options, args.time_limit)
     except KeyboardInterrupt:
@@ -123,10 +133,26 @@ def _scope(args: argparse.Namespace, device: torch.device) -> bench.Scope:
     )
 
 
+def _chosen_isas(args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
+    """What --isa names; nothing where it is not given."""
+    if args.isa is None:
+        return ()
+    if device.type != "cpu":
+        raise UsageError(f"--isa: instruction sets are the CPU's, got --device {device.type}")
+    if not (here := _isas.here()):
+        raise UsageError("--isa: the native CPU code is not built")
+    for name in args.isa:
+        if name not in here:
+            raise UsageError(
+                f"--isa must be one that this machine has, {', '.join(here)}, got {name!r}"
+            )
+    return tuple(dict.fromkeys(args.isa))
+
+
 def _arguments(args: argparse.Namespace) -> list[str]:
     """The command line that `args` came from, in a form that means the same."""
     words = []
-    for name in ("op", "dtype"):
+    for name in ("op", "dtype", "isa"):
         for value in getattr(args, name) or ():
             words += [f"--{name}", value]
     for name in ("device", "threads", "time_limit", "json", "plot"):

@@ -137,6 +137,7 @@ def test_the_cases_cover_what_is_promised(device: torch.device):
         f"mixup from uint8 forward {size} no grad": [
             "at least 12 times eager's speed",
             "at least 1.4 times torch.compile's speed",
+            *["at most 0.96 of copy_'s time: 0.6 of that for the result"][: device == CPU],
         ],
         f"mixup cutmix forward {size} no grad": [],
         f"mixup forward+backward {size}": [],

@@ -91,7 +91,7 @@ def test_a_report_has_figures_tables_and_charts(figures: Any, tmp_path: Path):
     row = "500 ms | 32 images | 16 images, 2× | 1 MiB (1 MiB) |"
     assert f"| model resnet18 | native | {row}" in page
     assert "| dropout by size | 4096 | 4.1 µs |  | 8.19 µs, 2× |" in page
-    assert "| dropout forward | native: twice | 1.5 | MISSED |" in page
+    assert "| dropout forward | twice | 1.5 MISSED |" in page
     # A network is in its own table alone, and so is a curve.
     assert page.count("| model resnet18 ") == 1 and page.count("| dropout 4096 ") == 0
 
@@ -167,7 +167,7 @@ def test_the_overview_has_a_row_an_op(figures: Any):
 
 
 def test_a_user_is_shown_the_implementation_that_runs(figures: Any):
-    seconds = {"native": [1e-3] * 3, "native[avx2]": [3e-3] * 3, "eager": [2e-3] * 3}
+    seconds = {"native": [1e-3] * 3, "native[baseline]": [3e-3] * 3, "eager": [2e-3] * 3}
     wrong = case("wrong", seconds)
     wrong["contenders"][0] = {"name": "native", "wrong": "off by one"}
     figures["benchmarks"] = [
@@ -176,19 +176,40 @@ def test_a_user_is_shown_the_implementation_that_runs(figures: Any):
         case("eager alone", {"eager": [1.0] * 3}),
     ]
     assert _report.short_table(figures).rows == [
-        ("right", "1 ms", "2 ms", "", "2×"),
-        ("wrong", "WRONG VALUES", "", "", ""),
+        ("right, avx2", "1 ms", "2 ms", "", "2×"),
+        ("right, baseline", "3 ms", "2 ms", "", "0.67×"),
+        ("wrong, avx2", "WRONG VALUES", "", "", ""),
+        ("wrong, baseline", "3 ms", "2 ms", "", "0.67×"),
     ]
+    figures["benchmarks"] = [case("right", {k: v for k, v in seconds.items() if "[" not in k})]
+    assert _report.short_table(figures).rows == [("right", "1 ms", "2 ms", "", "2×")]
 
 
-def test_lesser_instruction_sets_are_in_a_table_of_their_own(figures: Any):
-    seconds = {"copy": [1e-3] * 3, "native": [1e-3] * 3, "native[avx2]": [2e-3] * 3}
-    figures["benchmarks"].append(case("penalty l1", seconds))
-    assert _report.isa_table(figures).rows == [
-        ("dropout forward", "1 ms", ""),
-        ("penalty l1", "1 ms", "2 ms"),
+def test_what_has_goals_is_shown_by_instruction_set(figures: Any):
+    """Older reports name them by their contenders alone: `native` is the device's own."""
+    seconds = {"copy": [1e-3] * 3, "native": [1e-3] * 3, "native[baseline]": [2e-3] * 3}
+    further = case("penalty l1", {**seconds, "eager": [3e-3] * 3})
+    further["contenders"][1]["isa"] = "avx2"
+    for row, (value, met) in zip(further["contenders"][1:3], ((2, True), (1, False)), strict=True):
+        row["goals"] = [{"text": "twice", "figure": "f", "value": value, "met": met}]
+    figures["benchmarks"] += [further, case("of no goal", seconds)]
+    table = _report.isa_table(figures)
+    names = ("avx2: eager", "avx2: copy", "baseline: eager", "baseline: copy")
+    assert table.columns == ("benchmark", *names)
+    assert table.rows == [
+        ("dropout forward", "3× (2.6–3)", "1.00", "", ""),
+        ("penalty l1", "3×", "1.00", "1.5×", "0.50"),
     ]
-    assert "native[avx2]" not in _report.result_table(figures, _report.SHOWN).markdown()
+    assert table.markdown() in _report.headline(figures)
+    assert _report.goal_table(figures).columns[2:] == ("avx2", "baseline")
+    assert _report.goal_table(figures).rows == [
+        ("dropout forward", "twice", "1.5 MISSED", ""),
+        ("penalty l1", "twice", "2 met", "1 MISSED"),
+    ]
+    assert "native[baseline]" not in _report.result_table(figures, _report.SHOWN).markdown()
+    further["contenders"][1]["isa"] = "sse4"  # what --isa asked for
+    figures["benchmarks"] = [further]
+    assert "2 threads, sse4, malloc" in "\n".join(_report.conditions(figures))
 
 
 def test_without_matplotlib_there_are_no_charts(

@@ -16,7 +16,16 @@ import pytest
 import torch
 
 from reg_kernels import backends, bench
-from reg_kernels.bench import _clock, _measure, _peers, drop_path, dropout, mixup, optimizer_step
+from reg_kernels.bench import (
+    _clock,
+    _isas,
+    _measure,
+    _peers,
+    drop_path,
+    dropout,
+    mixup,
+    optimizer_step,
+)
 from reg_kernels.bench._measure import BACKWARD, FORWARD
 from reg_kernels.bench.optimizer_step import Kind
 
@@ -109,6 +118,18 @@ def test_every_contender_drops_samples(drawn: Any, dtype: torch.dtype):
         assert ("compile" in [e.name for e in found if isinstance(e, bench.Contender)]) is (
             scope.compiled
         )
+
+
+def test_goals_are_for_each_instruction_set():
+    cases = bench.all_cases(DEFAULT)
+    for plain, by_isa in zip(cases, bench.on_each_isa(cases), strict=True):
+        assert by_isa.isas == (_isas.here() if plain.goals else ())
+    goal = bench.Goal("native", "slow", "time_over_eager", -1.0)
+    entries = [bench.Contender(name, lambda i: None, lambda: None) for name in ("native", "eager")]
+    (timed,) = bench.on_each_isa([case(*entries, goals=(goal,))])
+    for row in bench.measure(timed, CPU, TINY)["contenders"]:
+        missed = [goal["met"] for goal in row.get("goals", ())]
+        assert missed == ([] if row["name"] == "eager" else [False]), row["name"]
 
 
 # Peers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tomllib
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reg_kernels import _extras, bench
+from reg_kernels import _extras
 from reg_kernels.bench import _environment
 from reg_kernels.cli import COMMANDS, main
 
@@ -71,7 +70,6 @@ def test_a_plot_names_the_extra_that_it_lacks(
     monkeypatch.setitem(sys.modules, "sklearn", None)  # which a chart is drawn without
     for name, value in _environment.ALLOCATOR.items():
         monkeypatch.setenv(name, value)  # or it would become another process
-    monkeypatch.setattr(bench, "all_cases", lambda scope: [argparse.Namespace(op="dropout")])
     words = ["--device", "cpu", "--op", "dropout", "--plot", str(tmp_path / "chart.png")]
     assert main(["bench", *words]) == 2
     remedy = _extras.remedy("train")
