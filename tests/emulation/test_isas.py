@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import setup
-import toolchain
 from bench.sass import compiling
+
+import toolchain
 from support import isas
 
 ISAS = toolchain.HERE / "isas"
