@@ -35,11 +35,14 @@ void call_leaves() {
   ElementwiseTask task{};
   task.seed = 0x9e3779b97f4a7c15ull;
   task.offset = 0x0000000500000007ull;
-  for (const uint32_t threshold : {0u, 20000u, 65536u}) {
+  // Between the ends, such that what the draw of element 5 is compared with is itself.
+  const RngStream stream(Op::kTag, task.seed, task.offset);
+  const uint32_t own = half_word(stream(0), 5);
+  for (const uint32_t threshold : {0u, own, own + 1, 65536u}) {
     task.threshold = threshold;
     task.scale = threshold ? 65536.0 / threshold : 0.0;
     // A shard can begin anywhere; the last one's groups carry into the counter's second word.
-    for (const int64_t offset : {int64_t{0}, int64_t{5}, (int64_t{8} << 32) - 700}) {
+    for (const int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{8} << 32) - 700}) {
       task.mask_offset = offset;
       for_types([&]<typename T>(T) {
         if (has_form<Op>(DrawnFor::element)) {

@@ -41,18 +41,25 @@ void for_types(const F& f) {
   }
 }
 
-// Every bit pattern there is, NaNs among them.
+// Every bit pattern there is, NaNs among them; of float many that lie in the middle of two float16
+// or of two bfloat16.
 template <typename T>
-Buffer<T> any_values(int64_t count, int64_t shift = 0) {
-  Buffer<T> values(count, shift);
+Buffer<T> any_values(int64_t count) {
+  Buffer<T> values(count, 0);
   values.fill_with_bits(static_cast<uint64_t>(below(1 << 30)));
+  if constexpr (std::is_same_v<T, float>) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t kept[] = {~0u, ~0xfffu, ~0x7fffu};
+      values.data()[i] = bit_cast<float>(bit_cast<uint32_t>(values.data()[i]) & kept[i % 3]);
+    }
+  }
   return values;
 }
 
 // Numbers in [-range, range), zeros of both signs and subnormal numbers among them.
 template <typename T>
-Buffer<T> numbers(int64_t count, double range = 8.0, int64_t shift = 0) {
-  Buffer<T> values(count, shift);
+Buffer<T> numbers(int64_t count, double range = 8.0) {
+  Buffer<T> values(count, 0);
   for (int64_t i = 0; i < count; ++i) {
     double value = (driver::uniform() * 2.0 - 1.0) * range;
     switch (below(32)) {
