@@ -174,9 +174,15 @@ RK_HD V value_at(const T* p) {
   if constexpr (sizeof(V) == sizeof(double)) {
     return static_cast<double>(load(*p));
   } else {
+    if constexpr (sizeof(T) < sizeof(float)) {  // several parts by one instruction
 #if defined(__AVX2__) || defined(__aarch64__)
-    if constexpr (sizeof(T) < sizeof(double)) return widen(load_floats(p));
+      return widen(load_floats(p));
+#else
+      double lanes[kLanes];
+      for (int j = 0; j < kLanes; ++j) lanes[j] = static_cast<double>(load(p[j]));
+      return value_at<V>(lanes);
 #endif
+    }
     return V::of([=](int k) __attribute__((always_inline)) { return part_at(p + k * kPartLanes); });
   }
 }

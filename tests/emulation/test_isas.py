@@ -28,20 +28,18 @@ FLAGS = (*setup.CXX_FLAGS, "-Werror", *toolchain.INCLUDES)
 
 
 def compile_object(compiler, source, *options):
-    path, version = compiler
-    target, result = compiling.compile_once(
-        (path, version), [*FLAGS, *map(str, options), "-c"], source, ".o"
-    )
+    flags = [*FLAGS, *options, "-c"]
+    target, result = compiling.compile_once(compiler, flags, source, ".o")
     assert result.code == 0, f"{source.name} does not compile: {result}"
     return target
 
 
 def program_of(op, compiler, objects, folder, *options):
-    """The program of an op that calls the leaves in `objects`."""
+    """The program that calls an op's leaves, linked with the objects that have them."""
     source, of_op = OPS[op]
     source = ISAS / source.name.replace(".simd", "")
     calls = compile_object(compiler, source, *of_op, "-O1")
-    program = folder / f"{op}-{len(objects)}"
+    program = folder / op
     result = toolchain.run([compiler[0], calls, *objects, "-o", program, *options])
     assert result.code == 0, str(result)
     return program
@@ -101,12 +99,13 @@ def test_arm(op, here, tmp_path):
             f"{' and '.join(missing)} not found: apt-get install g++-aarch64-linux-gnu qemu-user"
         )
     compiler = compiling.compiler("CXX_AARCH64", ARM[0])
-    names, note = setup.instruction_sets(compiler[0])
-    assert (list(names), note) == (["neon"], None)
+    (built,), note = setup.instruction_sets(compiler[0])
+    assert (built, note) == ("neon", None)
     source, of_op = OPS[op]
+    options = setup.ISA_FLAGS["__aarch64__"][built]
     objects = [
-        compile_object(compiler, source, *of_op, *names["neon"], "-DRK_ISA=neon"),
-        compile_object(compiler, setup.CSRC / "cpu" / "isa.cpp", "-DRK_BUILT_ISAS=neon"),
+        compile_object(compiler, source, *of_op, *options, f"-DRK_ISA={built}"),
+        compile_object(compiler, setup.CSRC / "cpu" / "isa.cpp", f"-DRK_BUILT_ISAS={built}"),
     ]
     program = program_of(op, compiler, objects, tmp_path, "-static")
-    check_same(digests(ARM[1], program, "neon"), here(op, isas()[-1]), "neon")
+    check_same(digests(ARM[1], program, built), here(op, isas()[-1]), built)
