@@ -115,8 +115,8 @@ void call_leaves();
 
 }  // namespace isas
 
-// The C library's own functions differ in the last bit from one library to the next, and so do
-// float64's exponentials. These stand in for them in both programs: of their shape, within 1e-9.
+// The C library's own functions, float64's exponentials among them, differ in the last bit from one
+// library to the next. These stand in for them in every program: of their shape, which is enough.
 extern "C" {
 
 double exp(double x) noexcept {
