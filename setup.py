@@ -19,7 +19,6 @@ is written to reg_kernels/_build.json, which `reg-kernels info` reads.
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -43,10 +42,15 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",  # vector types are passed between inlined functions alone
 ]
+# The instruction sets of each architecture, which the compiler's own macro tells, the least capable
+# one first; csrc/cpu/isa.h names the same.
 ISA_FLAGS = {
-    "baseline": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "__x86_64__": {
+        "baseline": [],
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
+    "__aarch64__": {"neon": []},
 }
 # What either finds ends the process. Of UBSan's checks without those that ASan or the entries make
 # as well, and for this machine's instruction set alone: the compiler takes an hour for all of them.
@@ -99,29 +103,35 @@ def find_compiler():
 
 
 def instruction_sets(compiler):
-    """The names of those that the CPU kernels are built for."""
-    only_native = setting("REG_KERNELS_ISA", "all", ("all", "native")) == "native"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return ["baseline"]
-    if not (only_native or is_sanitized()):
-        return list(ISA_FLAGS)
+    """{instruction set that the CPU kernels are built for: the compiler's options}, and what there
+    is to say of it, or None."""
 
-    def macros(options):
+    def macros(*options):
         """What the compiler takes to be there."""
         command = [*compiler.split(), *options, "-dM", "-E", "-x", "c++", os.devnull]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        words = (line.split()[1] for line in lines.splitlines())
-        return {
-            word for word in words if re.fullmatch(r"__(AVX|BMI|F16C|FMA|LZCNT|MOVBE).*__", word)
-        }
+        return {line.split()[1] for line in lines.splitlines()}
 
-    here = macros(["-march=native"])
-    return [
-        max(
-            (isa for isa, flags in ISA_FLAGS.items() if macros(flags) <= here),
-            key=list(ISA_FLAGS).index,
+    only_native = setting("REG_KERNELS_ISA", "all", ("all", "native")) == "native"
+    target = macros()
+    known = [isas for architecture, isas in ISA_FLAGS.items() if architecture in target]
+    if not known:
+        names = " and ".join(architecture.strip("_") for architecture in ISA_FLAGS)
+        return {"baseline": []}, (
+            f"portable code alone: {compiler} compiles for none of the architectures whose "
+            f"instruction sets are known ({names})"
         )
-    ]
+    isas = known[0]
+    if not (only_native or is_sanitized()) or len(isas) == 1:
+        return isas, None
+
+    def features(*options):
+        pattern = r"__(AVX|BMI|F16C|FMA|LZCNT|MOVBE).*__"
+        return {word for word in macros(*options) if re.fullmatch(pattern, word)}
+
+    here = features("-march=native")
+    best = [isa for isa, flags in isas.items() if features(*flags) <= here][-1]
+    return {best: isas[best]}, None
 
 
 def find_nvcc(torch):
@@ -173,11 +183,17 @@ def compilations(folder, pattern):
             yield source, f"{folder}.{source.stem}", []
 
 
+def build_folder(torch):
+    """Where ninja's file and the objects lie."""
+    name = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    return ROOT / "build" / (name + ("-sanitized" if is_sanitized() else ""))
+
+
 def quoted(words):
     return " ".join(f"'{word}'" if " " in str(word) else str(word) for word in words)
 
 
-def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
+def write_ninja(path, torch, compiler, isas, nvcc, extension, cuda_library):
     """One file for ninja: it rebuilds what changed, headers included."""
     from ninja import ninja_syntax
 
@@ -214,12 +230,10 @@ def write_ninja(path, torch, compiler, nvcc, extension, cuda_library):
             objects.append(str(target))
 
         compile_cxx(CSRC / "module.cpp", "module", *facts)
-        isas = instruction_sets(compiler)
         for source, name, of_op in compilations("cpu", "*.cpp"):
             if source.name.endswith(".simd.cpp"):
-                for isa in isas:
-                    options = [*ISA_FLAGS[isa], f"-DRK_ISA={isa}"]
-                    compile_cxx(source, f"{name}.{isa}", *of_op, *options)
+                for isa, options in isas.items():
+                    compile_cxx(source, f"{name}.{isa}", *of_op, *options, f"-DRK_ISA={isa}")
             elif source.stem == "isa":
                 compile_cxx(source, name, f"-DRK_BUILT_ISAS={','.join(isas)}")
             else:
@@ -269,6 +283,8 @@ class Build(build_ext):
         for part in ("native", "cuda"):
             missing = facts[f"{part}_missing"]
             print(f"reg_kernels: {part}: {'built' if missing is None else 'not built: ' + missing}")
+        if facts["native_note"]:
+            print(f"reg_kernels: native: {facts['native_note']}")
 
     def compile(self, package):
         cuda_library = package / "libreg_kernels_cuda.so"
@@ -277,29 +293,30 @@ class Build(build_ext):
             for stale in (extension, cuda_library):
                 stale.unlink(missing_ok=True)
             reason = "installed with REG_KERNELS_BUILD=none"
-            return {"native_missing": reason, "cuda_missing": reason}
+            return {"native_missing": reason, "native_note": None, "cuda_missing": reason}
         torch = import_torch()
         compiler = find_compiler()
         nvcc, cuda_missing = find_nvcc(torch)
         if nvcc is None:
             cuda_library.unlink(missing_ok=True)
-        build = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-        build = ROOT / "build" / (build + ("-sanitized" if is_sanitized() else ""))
+        isas, note = instruction_sets(compiler)
+        build = build_folder(torch)
         build.mkdir(parents=True, exist_ok=True)
         ninja_file = build / "build.ninja"
-        write_ninja(ninja_file, torch, compiler, nvcc, extension, cuda_library)
+        write_ninja(ninja_file, torch, compiler, isas, nvcc, extension, cuda_library)
         command = ["ninja", "-f", ninja_file, "-j", os.environ.get("MAX_JOBS", "2")]
         try:
             subprocess.run([sys.executable, "-m", *command], check=True)
         except subprocess.CalledProcessError as error:
             fail(f"the native build failed (exit code {error.returncode}): the lines above say why")
-        return {"native_missing": None, "cuda_missing": cuda_missing}
+        return {"native_missing": None, "native_note": note, "cuda_missing": cuda_missing}
 
     def get_outputs(self):
         return []  # setuptools' list would name an object that this command does not make
 
 
-setup(
-    ext_modules=[Extension("reg_kernels._C", sources=[])],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":  # tests import this file for what it knows of compilers
+    setup(
+        ext_modules=[Extension("reg_kernels._C", sources=[])],
+        cmdclass={"build_ext": Build},
+    )

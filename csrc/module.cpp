@@ -6,18 +6,11 @@
 
 #include <cstdint>
 #include <exception>
-#include <string_view>
-#include <utility>
 
 #include "cpu/isa.h"
 #include "reg_kernels/philox.h"
 
-using reg_kernels::Isa;
-
 namespace {
-
-constexpr std::pair<Isa, const char*> kIsaNames[] = {
-    {Isa::baseline, "baseline"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}};
 
 // What f returns, or null with Python's exception for what it throws.
 template <typename F>
@@ -32,13 +25,14 @@ PyObject* guarded(PyObject* exception, const F& f) {
 
 PyObject* isa(PyObject*, PyObject*) {
   return guarded(PyExc_RuntimeError, [] {
-    return PyUnicode_FromString(kIsaNames[static_cast<int>(reg_kernels::current_isa())].second);
+    return PyUnicode_FromString(
+        reg_kernels::kIsas[static_cast<int>(reg_kernels::current_isa())].name);
   });
 }
 
 PyObject* isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
-  for (const auto& [isa, name] : kIsaNames) {
+  for (const auto& [isa, name] : reg_kernels::kIsas) {
     if (names == nullptr || !reg_kernels::has_isa(isa)) continue;
     PyObject* one = PyUnicode_FromString(name);
     if (one == nullptr || PyList_Append(names, one) != 0) Py_CLEAR(names);
@@ -50,15 +44,10 @@ PyObject* isas(PyObject*, PyObject*) {
 PyObject* set_isa(PyObject*, PyObject* argument) {
   const char* wanted = PyUnicode_AsUTF8(argument);
   if (wanted == nullptr) return nullptr;
-  for (const auto& [isa, name] : kIsaNames) {
-    if (std::string_view(wanted) != name) continue;
-    return guarded(PyExc_ValueError, [isa = isa] {
-      reg_kernels::set_isa(isa);
-      return Py_NewRef(Py_None);
-    });
-  }
-  return PyErr_Format(PyExc_ValueError,
-                      "set_isa: name must be one of baseline, avx2, avx512, got %s", wanted);
+  return guarded(PyExc_ValueError, [=] {
+    reg_kernels::set_isa(wanted);
+    return Py_NewRef(Py_None);
+  });
 }
 
 PyObject* philox4x32(PyObject*, PyObject* arguments) {

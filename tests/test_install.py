@@ -98,7 +98,21 @@ def test_without_nvcc_the_cpu_kernels_are_built(tree):
     result = run(tree, "-c", code)
     isa, only = result.stdout.split()
     assert isa == only
-    assert "ValueError: set_isa: name must be one of baseline, avx2, avx512" in result.stderr
+    had = f"set_isa: name must be one that was built and that this CPU has ({only}), got any"
+    assert had in result.stderr
+
+    # A compiler whose target nobody knows: the same one, but for what it says of that.
+    compiler = tree / "g++-unknown"
+    compiler.write_text(
+        f'#!/bin/sh\n{shutil.which("g++")} "$@" | sed "/__x86_64__\\|__aarch64__/d"\n'
+    )
+    compiler.chmod(0o755)
+    result = build(tree, CXX=str(compiler), REG_KERNELS_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    note = f"portable code alone: {compiler} compiles for none of the architectures whose"
+    assert f"reg_kernels: native: {note}" in result.stdout
+    assert "native CPU: baseline (of baseline), built by g++-unknown" in info(tree)
+    assert note in info(tree)
 
 
 def bare_path(tmp_path, *programs):

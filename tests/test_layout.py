@@ -30,7 +30,10 @@ FAMILIES = {
 
 # What there has to be of an op, and of what its loops are: of its family, or of the op itself.
 OF_AN_OP = ("reference/{}.py", "ops/{}.py", "cases/{}.py", "bench/{}.py")
-OF_LOOPS = ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "tests/emulation/{}.cpp")
+OF_LOOPS = (
+    *("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh"),
+    *("tests/emulation/{}.cpp", "tests/emulation/isas/{}.cpp"),
+)
 # And of an op that shares its loops with none. One of a family is held by its cases to be right in
 # every implementation, wherever that stands, and has other files where there is more to say.
 OF_A_LONE_OP = (

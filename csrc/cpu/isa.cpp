@@ -1,7 +1,9 @@
 #include "isa.h"
 
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
+#include <string>
 
 namespace reg_kernels {
 namespace {
@@ -14,18 +16,19 @@ bool is_built(Isa isa) {
   return false;
 }
 
-// The levels that setup.py's flags name, whole: the compiler may use any part of them.
-bool has_machine(Isa isa) {
+// The levels that setup.py's flags name, whole: the compiler may use any part of them. Every 64-bit
+// Arm processor has NEON.
+bool has_machine([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx512) return __builtin_cpu_supports("x86-64-v4");
   if (isa == Isa::avx2) return __builtin_cpu_supports("x86-64-v3");
 #endif
-  return isa == Isa::baseline;
+  return true;
 }
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
-    if (has_isa(isa)) return isa;
+  for (int64_t i = std::size(kIsas); i-- > 0;) {
+    if (has_isa(kIsas[i].isa)) return kIsas[i].isa;
   }
   throw std::runtime_error(
       "reg_kernels: built for an instruction set that this CPU lacks (REG_KERNELS_ISA): build it "
@@ -43,13 +46,18 @@ bool has_isa(Isa isa) { return is_built(isa) && has_machine(isa); }
 
 Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
 
-void set_isa(Isa isa) {
-  if (!has_isa(isa)) {
-    throw std::invalid_argument(
-        "set_isa: name must be that of an instruction set that was built "
-        "and that this CPU has");
+void set_isa(const char* name) {
+  std::string names;
+  for (const NamedIsa& each : kIsas) {
+    if (!has_isa(each.isa)) continue;
+    if (std::string(name) == each.name) {
+      chosen().store(each.isa, std::memory_order_relaxed);
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(each.name);
   }
-  chosen().store(isa, std::memory_order_relaxed);
+  throw std::invalid_argument("set_isa: name must be one that was built and that this CPU has (" +
+                              names + "), got " + name);
 }
 
 }  // namespace reg_kernels

@@ -8,9 +8,28 @@
 
 #include "reg_kernels/portable.h"
 
+// Calls X(name, more...) for each instruction set of this architecture, the least capable one
+// first; setup.py has the compiler's options for each. An architecture that neither knows runs the
+// portable code, `baseline`.
+#if defined(__x86_64__)
+#define RK_FOR_ISAS(X, ...) X(baseline, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__)
+#elif defined(__aarch64__)
+#define RK_FOR_ISAS(X, ...) X(neon, __VA_ARGS__)
+#else
+#define RK_FOR_ISAS(X, ...) X(baseline, __VA_ARGS__)
+#endif
+
 namespace reg_kernels {
 
-enum class Isa { baseline, avx2, avx512 };
+#define RK_ISA_AND_COMMA(isa, ...) isa,
+enum class Isa { RK_FOR_ISAS(RK_ISA_AND_COMMA) };
+
+#define RK_ISA_AND_NAME(isa, ...) {Isa::isa, #isa},
+struct NamedIsa {
+  Isa isa;
+  const char* name;
+};
+constexpr NamedIsa kIsas[] = {RK_FOR_ISAS(RK_ISA_AND_NAME)};
 
 // The best that there is, or what set_isa was told; throws std::runtime_error where this machine
 // has none of those that were built.
@@ -19,9 +38,9 @@ Isa current_isa();
 // Whether it was built (REG_KERNELS_ISA) and this machine has it.
 bool has_isa(Isa isa);
 
-// Takes a less capable one, for tests and measurements; throws std::invalid_argument for one that
-// there is not.
-void set_isa(Isa isa);
+// Takes a less capable one, for tests and measurements; throws std::invalid_argument for a name
+// that is of none that there is.
+void set_isa(const char* name);
 
 // Declares `result name arguments` in each instruction set's namespace. Weak, so that one that was
 // not built is null: what else is compiled does not depend on which are.
@@ -29,21 +48,11 @@ void set_isa(Isa isa);
   namespace isa {                                        \
   result __attribute__((weak)) name arguments;           \
   }
-
-#if defined(__x86_64__)
-#define RK_DECLARE_LEAF(result, name, arguments)        \
-  RK_DECLARE_LEAF_IN(baseline, result, name, arguments) \
-  RK_DECLARE_LEAF_IN(avx2, result, name, arguments)     \
-  RK_DECLARE_LEAF_IN(avx512, result, name, arguments)
-// The leaf of this name for the current instruction set.
-#define RK_LEAF(name)                                                        \
-  (::reg_kernels::current_isa() == ::reg_kernels::Isa::avx512 ? avx512::name \
-   : ::reg_kernels::current_isa() == ::reg_kernels::Isa::avx2 ? avx2::name   \
-                                                              : baseline::name)
-#else
 #define RK_DECLARE_LEAF(result, name, arguments) \
-  RK_DECLARE_LEAF_IN(baseline, result, name, arguments)
-#define RK_LEAF(name) (baseline::name)
-#endif
+  RK_FOR_ISAS(RK_DECLARE_LEAF_IN, result, name, arguments)
+
+// The leaf of this name for the current instruction set.
+#define RK_LEAF_IN(isa, name) ::reg_kernels::current_isa() == ::reg_kernels::Isa::isa ? &isa::name:
+#define RK_LEAF(name) (RK_FOR_ISAS(RK_LEAF_IN, name) nullptr)
 
 }  // namespace reg_kernels

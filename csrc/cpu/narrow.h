@@ -24,15 +24,15 @@ struct Narrowed {
   RK_HD T operator()(int64_t i) const { return store<T>(from[i]); }
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
 
 // The instructions for float16, which no compiler finds in the arithmetic of dtypes.h.
 RK_HD void write_eight(const Widened<float16>& widened, int64_t i, float* y) {
-  _mm256_storeu_ps(y, load_floats(widened.from + i));
+  store_floats(y, load_floats(widened.from + i));
 }
 
 RK_HD void write_eight(const Narrowed<float16>& narrowed, int64_t i, float16* y) {
-  store_floats(y, _mm256_loadu_ps(narrowed.from + i));
+  store_floats(y, load_floats(narrowed.from + i));
 }
 
 #endif

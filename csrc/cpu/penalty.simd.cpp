@@ -9,17 +9,21 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-typedef int64_t Words __attribute__((vector_size(sizeof(Doubles))));
+// The sign's bit taken off: a choice between vectors is taken to pieces.
+RK_HD Doubles absolute(const Doubles& x) {
+  typedef int64_t Words __attribute__((vector_size(sizeof(PartOfDoubles))));
+  return Doubles::of([&](int k) RK_INLINE {
+    return reinterpret_cast<PartOfDoubles>(reinterpret_cast<Words>(x.parts[k]) & INT64_MAX);
+  });
+}
+RK_HD double absolute(double x) { return x < 0.0 ? -x : x; }
 
 template <Penalty kPenalty, typename V>
 RK_HD V term(const V& x) {
   if constexpr (kPenalty == Penalty::l2) {
     return x * x;
-  } else if constexpr (sizeof(V) == sizeof(double)) {
-    return x < 0.0 ? -x : x;
   } else {
-    // The sign's bit taken off: a choice between vectors is taken to pieces.
-    return reinterpret_cast<V>(reinterpret_cast<const Words&>(x) & INT64_MAX);
+    return absolute(x);
   }
 }
 
@@ -33,6 +37,7 @@ double sum(const void* data, int64_t begin, int64_t end) {
   int64_t i = 0;
   for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
     prefetch(x + i + kAhead / static_cast<int64_t>(sizeof(T)), kChains * kLanes);
+#pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       total[c] += term<kPenalty>(value_at<Doubles>(x + i + c * kLanes));
     }

@@ -1,12 +1,11 @@
-// The elements of a tile, one by one or, where they are each multiplied by 0 or a scale and AVX-512
-// knows a shorter way, four cache lines at once with the same bits.
+// The elements of a tile, one by one or, where they are each multiplied by 0 or a scale and there
+// is a shorter way with the same bits, several at once: four cache lines with AVX-512, eight
+// float16 with NEON.
 #pragma once
 
+#include "lanes.h"
 #include "reg_kernels/elementwise.h"
-
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
+#include "stream.h"
 
 RK_NAMESPACE_BEGIN
 
@@ -132,6 +131,22 @@ RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   if (_mm512_cmpge_epu16_mask(most, all_words(0xf800))) return false;
   for (int j = 0; j < kLinesAtOnce; ++j) _mm512_storeu_si512(y + j * kWords, products[j]);
   return true;
+}
+
+#elif defined(__aarch64__)
+
+// By the instructions that convert, which the compiler does not find in dtypes.h's arithmetic.
+template <typename Op>
+  requires kMultiplies<Op>
+RK_HD void write_eight(const Tile<Op, float16>& tile, int64_t i, float16* y) {
+  const Floats x = load_floats(tile.x + i);
+  const uint16x8_t drawn = vld1q_u16(tile.drawn + i);
+  const int16x8_t kept = vreinterpretq_s16_u16(vcleq_u16(drawn, vdupq_n_u16(tile.last_kept)));
+  const int32x4_t scale = vreinterpretq_s32_f32(vdupq_n_f32(tile.scale));
+  const auto multiplier = [&](int32x4_t mask)
+                              RK_INLINE { return vreinterpretq_f32_s32(vandq_s32(scale, mask)); };
+  store_floats(y, {vmulq_f32(x.low, multiplier(vmovl_s16(vget_low_s16(kept)))),
+                   vmulq_f32(x.high, multiplier(vmovl_high_s16(kept)))});
 }
 
 #endif

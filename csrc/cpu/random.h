@@ -1,9 +1,9 @@
 // Many Philox draws at once, for the CPU kernels of one instruction set.
 //
-// One lane of a 64-bit vector holds one counter's word, valid in its low 32 bits: the widening
-// multiply reads just those, so whatever a shift or a product leaves above them does no harm, and a
-// round is two multiplies, two shifts and two xors. The four words are interleaved at the end by
-// starting the lanes in the order that the unpack instructions undo.
+// On x86 one lane of a 64-bit vector holds one counter's word, valid in its low 32 bits: the
+// widening multiply reads just those, so whatever a shift or a product leaves above them does no
+// harm, and a round is two multiplies, two shifts and two xors. The four words are interleaved at
+// the end by starting the lanes in the order that the unpack instructions undo.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 RK_NAMESPACE_BEGIN
@@ -27,7 +29,8 @@ struct PhiloxLanes {
   static RK_HD V lane_order() { return _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); }
   static RK_HD V add(V a, V b) { return _mm512_add_epi64(a, b); }
   static RK_HD V multiply(V a, V b) { return _mm512_mul_epu32(a, b); }
-  static RK_HD V high(V a) { return _mm512_srli_epi64(a, 32); }
+  static RK_HD V low(V product) { return product; }
+  static RK_HD V high(V product) { return _mm512_srli_epi64(product, 32); }
   static RK_HD V xor3(V a, V b, V c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
   static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm512_mask_shuffle_epi32(w0, 0xAAAA, w1, _MM_PERM_CCAA);
@@ -47,7 +50,8 @@ struct PhiloxLanes {
   static RK_HD V lane_order() { return _mm256_set_epi64x(3, 1, 2, 0); }
   static RK_HD V add(V a, V b) { return _mm256_add_epi64(a, b); }
   static RK_HD V multiply(V a, V b) { return _mm256_mul_epu32(a, b); }
-  static RK_HD V high(V a) { return _mm256_srli_epi64(a, 32); }
+  static RK_HD V low(V product) { return product; }
+  static RK_HD V high(V product) { return _mm256_srli_epi64(product, 32); }
   static RK_HD V xor3(V a, V b, V c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
   static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm256_blend_epi32(w0, _mm256_shuffle_epi32(w1, 0xA0), 0xAA);
@@ -57,13 +61,36 @@ struct PhiloxLanes {
   }
 };
 
+#elif defined(__aarch64__)
+
+// A lane is a word: a widening multiply takes half of a vector's words, and what it makes of both
+// halves is parted into low and high words. Stores that interleave four vectors do the rest.
+struct PhiloxLanes {
+  static constexpr int kLanes = 4;
+  static constexpr int kChains = 2;
+  using V = uint32x4_t;
+  static RK_HD V splat(uint64_t x) { return vdupq_n_u32(static_cast<uint32_t>(x)); }
+  static RK_HD V lane_order() { return V{0, 1, 2, 3}; }
+  static RK_HD V add(V a, V b) { return vaddq_u32(a, b); }
+  static RK_HD uint32x4x2_t multiply(V a, V b) {
+    return {{vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), vget_low_u32(b))),
+             vreinterpretq_u32_u64(vmull_high_u32(a, b))}};
+  }
+  static RK_HD V low(uint32x4x2_t product) { return vuzp1q_u32(product.val[0], product.val[1]); }
+  static RK_HD V high(uint32x4x2_t product) { return vuzp2q_u32(product.val[0], product.val[1]); }
+  static RK_HD V xor3(V a, V b, V c) { return veorq_u32(veorq_u32(a, b), c); }
+  static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
+    vst4q_u32(reinterpret_cast<uint32_t*>(out), {{w0, w1, w2, w3}});
+  }
+};
+
 #endif
 
 constexpr int64_t kGroupBytes = sizeof(PhiloxWords);
 // A multiple of every instruction set's step; draws are made in whole batches of so many groups.
 constexpr int64_t kGroupBatch = 32;
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
 
 // `draw_groups` for groups whose counters differ in the low word alone. The high word then does
 // not change in the loop, nor does what the first two rounds make of it and of the offset, and the
@@ -93,11 +120,11 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
 #pragma GCC unroll 10
     for (int r = 0; r < kPhiloxRounds; ++r) {
       for (int i = 0; i < kChains; ++i) {
-        const V p0 = L::multiply(c[i][0], m0), p1 = L::multiply(c[i][2], m1);
+        const auto p0 = L::multiply(c[i][0], m0), p1 = L::multiply(c[i][2], m1);
         c[i][0] = L::xor3(L::high(p1), c[i][1], k0[r]);
         c[i][2] = L::xor3(L::high(p0), c[i][3], k1[r]);
-        c[i][1] = p1;
-        c[i][3] = p0;
+        c[i][1] = L::low(p1);
+        c[i][3] = L::low(p0);
       }
     }
     for (int i = 0; i < kChains; ++i) {
@@ -116,7 +143,7 @@ RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, c
   constexpr int kGroupWords = kGroupBytes / sizeof(Word);
   Word* to = reinterpret_cast<Word*>(out);
   int64_t group = 0;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
   if ((first >> 32) == ((first + count - 1) >> 32)) {
     draw_below_carry(stream, first, count, out);
     group = count;

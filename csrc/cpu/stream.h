@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Of the lambdas that loops are made of: a call in one would not become vector code.
@@ -37,6 +39,13 @@ RK_HD void stream_line(void* target, const void* source) {
   for (int i = 0; i < 4; ++i) {
     const __m128i* from = static_cast<const __m128i*>(source) + i;
     _mm_stream_si128(static_cast<__m128i*>(target) + i, _mm_load_si128(from));
+  }
+#elif defined(__aarch64__)
+  typedef uint8_t Half[kLine / 2];
+  for (int i = 0; i < 2; ++i) {
+    const uint8_t* from = static_cast<const Half*>(source)[i];
+    const uint8x16_t low = vld1q_u8(from), high = vld1q_u8(from + 16);
+    asm("stnp %q1, %q2, %0" : "=Q"(static_cast<Half*>(target)[i]) : "w"(low), "w"(high));
   }
 #else
   memcpy(target, source, kLine);
@@ -127,7 +136,8 @@ RK_HD void write_each(T* y, int64_t count, bool stream, const F& f) {
   write_each(y, count, stream, f, NothingAhead{});
 }
 
-// Makes this thread's streamed stores visible before whatever it signals next.
+// Makes this thread's streamed stores visible before whatever it signals next. On Arm they are
+// ordered as any other.
 RK_HD void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -62,6 +62,8 @@ def facts() -> dict[str, str]:
             f"{_C.isa()} (of {', '.join(_C.isas())}), built by {_C.compiler} "
             f"for torch 2.11 and later (headers of {_C.torch_version_built_with})"
         )
+        if note := backends.build_facts().get("native_note"):
+            result["native CPU"] += f"; {note}"
     else:
         result["native CPU"] = f"missing: {missing}"
     missing = backends.why_not("native", "cuda", torch.float32)
