@@ -94,7 +94,7 @@ MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const Mi
   task.layout = layout;
   task.to_channels_last = mixup_layout(y, call.op).channels_last;
   task.numel = task.layout.channels * task.layout.length;
-  const int64_t tile = kTile / static_cast<int64_t>(x.element_size());
+  const int64_t tile = kTile / static_cast<int64_t>(std::max(x.element_size(), y.element_size()));
   task.tile = tile;
   task.tiles = ceil_div(task.numel, task.tile);
   if (task.to_channels_last != task.layout.channels_last) {
@@ -103,7 +103,7 @@ MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const Mi
   }
   // In place, the line that a store would read is the one just loaded: nothing to save.
   task.stream = task.x != task.y &&
-                y.numel() * static_cast<int64_t>(y.element_size()) > last_level_cache_bytes();
+                y.numel() * static_cast<int64_t>(y.element_size()) >= last_level_cache_bytes() / 2;
   return task;
 }
 
