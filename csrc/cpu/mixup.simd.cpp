@@ -6,8 +6,7 @@
 // written, past the caches where y is larger than they are.
 #include "mixup.h"
 
-#include "lanes.h"
-#include "stream.h"
+#include "narrow.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -133,47 +132,45 @@ void add_share(const MixupTask& task, const Source<T>& source, int64_t begin, in
   });
 }
 
-// `values` of the elements from `first` on, of one channel, to y.
+// `values` of the elements from `first` on, of one channel, to y, which may be where they are.
 template <typename T, typename C>
-void write(const MixupTask& task, const C* values, int64_t first, int64_t channel, int64_t count,
-           T* y) {
+void write(const MixupTask& task, C* values, int64_t first, int64_t channel, int64_t count, T* y,
+           bool stream) {
   const C* scale = static_cast<const C*>(task.scale);
   const C* shift = static_cast<const C*>(task.shift);
-  if (scale == nullptr) {
-    write_each(y, count, task.stream,
-               [=](int64_t i) __attribute__((always_inline)) { return store<T>(values[i]); });
+  if constexpr (sizeof(T) < sizeof(C) && sizeof(C) == sizeof(float)) {
+    if (scale) write(task, values, first, channel, count, values, false);
+    narrow(values, count, y, stream, NothingAhead{});
+  } else if (scale == nullptr) {
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(values[i]); });
   } else if (task.constant) {
     const C k = scale[channel], d = shift ? shift[channel] : C(0);
-    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-      return store<T>(values[i] * k + d);
-    });
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(values[i] * k + d); });
   } else {
     scale += first;
     if (shift == nullptr) {
-      write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-        return store<T>(values[i] * scale[i]);
-      });
+      write_each(y, count, stream,
+                 [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i]); });
       return;
     }
     shift += first;
-    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-      return store<T>(values[i] * scale[i] + shift[i]);
-    });
+    write_each(y, count, stream,
+               [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i] + shift[i]); });
   }
 }
 
 // Elements from `first` on of a sample whose first element is at y.
 template <typename T, typename C>
-void write_sample(const MixupTask& task, const C* values, int64_t first, int64_t count, T* y) {
-  if (task.scale == nullptr) return write(task, values, 0, 0, count, y + first);
+void write_sample(const MixupTask& task, C* values, int64_t first, int64_t count, T* y) {
+  if (task.scale == nullptr) return write(task, values, 0, 0, count, y + first, task.stream);
   if (!task.constant) {
     const int64_t period = task.to_channels_last ? task.layout.channels : task.numel;
-    return write(task, values, first % period, 0, count, y + first);
+    return write(task, values, first % period, 0, count, y + first, task.stream);
   }
   while (count > 0) {  // channel by channel
     const int64_t channel = first / task.layout.length;
     const int64_t n = min(count, (channel + 1) * task.layout.length - first);
-    write(task, values, 0, channel, n, y + first);
+    write(task, values, 0, channel, n, y + first, task.stream);
     values += n;
     first += n;
     count -= n;
@@ -183,7 +180,7 @@ void write_sample(const MixupTask& task, const C* values, int64_t first, int64_t
 // The tiles of a batch of T, computed in C.
 template <typename T, typename C, bool kBackward>
 struct Tiles {
-  using Write = void (*)(const MixupTask&, const C*, int64_t, int64_t, int64_t);
+  using Write = void (*)(const MixupTask&, C*, int64_t, int64_t, int64_t);
 
   const MixupTask& task;
   const Write write;
@@ -210,8 +207,7 @@ struct Tiles {
   }
 
   template <typename To>
-  static void write_as(const MixupTask& task, const C* values, int64_t first, int64_t count,
-                       int64_t n) {
+  static void write_as(const MixupTask& task, C* values, int64_t first, int64_t count, int64_t n) {
     write_sample(task, values, first, count, static_cast<To*>(task.y) + n * task.numel);
   }
 
