@@ -75,8 +75,7 @@ class _Loss(torch.autograd.Function):
         overload, route, others, strides = ctx.call
         gradient = ctx.gradient
         if gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
-            with below_autograd():
-                _multiply(gradient, grad_loss, implementation_of(overload))
+            _multiply(gradient, grad_loss, overload)
             ctx.gradient = None  # given away
             return None, gradient
         # Hooks may bring the saved tensors back in another order than the kernels walk.
@@ -103,17 +102,21 @@ def _is_one_number(factor: Tensor) -> bool:
     return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
 
 
-def _multiply(x: Tensor, factor: Tensor, implementation: str) -> None:
+def _multiply(x: Tensor, factor: Tensor, overload: Any) -> None:
     if x.device.type == "cpu":
         number = factor.item()
         if number != 1.0:
-            x.mul_(number)
-    elif implementation == "native":
-        _rescale(x, factor)
-    elif implementation == "triton":
-        importlib.import_module("reg_kernels.triton.cross_entropy").rescale_(x, factor)
-    else:
-        x.mul_(factor)
+            with below_autograd():
+                x.mul_(number)
+        return
+    implementation = implementation_of(overload)
+    with below_autograd():
+        if implementation == "native":
+            _rescale(x, factor)
+        elif implementation == "triton":
+            importlib.import_module("reg_kernels.triton.cross_entropy").rescale_(x, factor)
+        else:
+            x.mul_(factor)
 
 
 def register_loss(
@@ -204,7 +207,6 @@ def run(
     input, options, looks = call.input, call.options, call.looks
     rest = (*first, *call.arguments, *last)
     overload = op.overload(input.device, input.dtype, backend, looks)
-    on_cpu = looks is not FUNC and shows_values(input, looks)
     # Neither weights nor probabilities have a gradient by the kernels.
     weight, labels = options.weight, call.target.labels
     if (
@@ -212,8 +214,7 @@ def run(
         or (labels is not None and labels.requires_grad)
         or (looks is not COMPILE and input.numel() == 0)
     ):
-        if on_cpu:
-            check_values(name, call)
+        _look_at_values(name, call)
         looks = FUNC  # the formula is for these cases as well
     if looks is not None:
         loss = op.route.call(looks, overload, (input,), (*rest, False))[0]
@@ -222,13 +223,18 @@ def run(
         # rounding, for the range's sake. Nor is it where each position has a factor of its own.
         keeps = input.requires_grad and torch.is_grad_enabled()
         keeps = keeps and options.reduction != NONE and input.dtype != torch.float16
-        if on_cpu and implementation_of(overload) != "native":
-            check_values(name, call)
+        if implementation_of(overload) != "native":
+            _look_at_values(name, call)
         try:
             loss = op.route.call(None, overload, (input,), (*rest, keeps))[0]
-        except RuntimeError:
-            if on_cpu:  # the kernel refused, before it wrote anything: say why
-                check_values(name, call)
+        except RuntimeError:  # where the kernel refused, it wrote nothing: say why
+            _look_at_values(name, call)
             raise
     loss = loss if loss.dtype == call.result else loss.to(call.result)
     return loss if call.batched or loss.dim() == 0 else loss.squeeze(0)
+
+
+def _look_at_values(name: str, call: CheckedLoss) -> None:
+    """Raises what torch raises for labels and shares, where they can be looked at."""
+    if call.looks is not FUNC and shows_values(call.input, call.looks):
+        check_values(name, call)
