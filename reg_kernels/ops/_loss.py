@@ -47,7 +47,7 @@ def _run_and_save(ctx: Any, call: tuple[Any, ...], input: Tensor) -> tuple[Tenso
     """The op's results; saves what a backward needs."""
     route, overload, rest = call
     with below_autograd():
-        outputs = overload(input, *rest)
+        outputs = overload._op(input, *rest)
     _, stats, gradient = outputs
     ctx.save_for_backward(input, stats, *route.kept.tensors_of(rest))
     ctx.call = (overload, route, route.kept.others_of(rest), input.stride())

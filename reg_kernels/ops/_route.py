@@ -104,7 +104,7 @@ class Route:
                     return self.by_torch(overload, *inputs, *rest)
                 return (apply or self._apply_eagerly)((self, overload, rest), *tensors)
         with below_autograd():
-            outputs = overload(*inputs, *rest)
+            outputs = overload._op(*inputs, *rest)  # what its __call__ does, a Python call less
         if self._moves is not None:
             self.count_changes(inputs, rest)
         return outputs
@@ -309,7 +309,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *addends: Tensor | None) -> Tensor:
         route, overload, arguments = call
         with below_autograd():
-            output = overload(input, *addends, *arguments)
+            output = overload._op(input, *addends, *arguments)
         op = route.backward
         if route is not op:
             ctx.mark_dirty(input)
