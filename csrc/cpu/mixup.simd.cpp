@@ -1,15 +1,14 @@
 // Mixup's loops, compiled once for each instruction set (isa.h).
 //
 // Reads x and writes y once: sizeof(from) + sizeof(to) bytes an element, since a sample's tile is
-// still in the cache when it is read again as another one's partner. Each chunk is blended into a
-// buffer in the first-level cache, in the type that is computed in, then scaled, shifted, cast and
-// written, past the caches where y is larger than they are.
+// still in the cache when it is read again as another one's partner. A tile is blended into y
+// itself where y takes the blend as it is computed; else chunk by chunk into a buffer in the
+// first-level cache, then scaled, shifted, cast and written, past the caches where y is large.
 #include "mixup.h"
 
 #include "narrow.h"
 
 RK_NAMESPACE_BEGIN
-namespace {
 
 #if defined(__AVX2__)
 RK_HD __m256 load_floats(const uint8_t* p) {
@@ -18,9 +17,12 @@ RK_HD __m256 load_floats(const uint8_t* p) {
 }
 #endif
 
+namespace {
+
 // Items that a tile is asked for before it is read: an item reads its own and the next one's, so
 // that what lies two ahead is the first new one. Further ahead was a little faster (2026-11-24,
-// EPYC: 2 to 4 items of 4 to 32 KiB within a tenth, 4 of 16 KiB first).
+// EPYC: 2 to 4 items of 4 to 32 KiB within a tenth, 4 of 16 KiB first). Only where y is streamed:
+// what the caches hold came slower for being asked for.
 constexpr int64_t kItemsAhead = 4;
 
 // A sample's way into the buffer: elements are counted in x's storage order within the sample.
