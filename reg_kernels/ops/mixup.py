@@ -240,6 +240,9 @@ def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> A
     if values is None:
         return None
     channels = input.shape[1] if input.dim() > 1 else 0
+    as_it_is = type(values) is tuple and all([type(value) is float for value in values])
+    if as_it_is and len(values) == channels > 0:  # nearly always
+        return values
     if not isinstance(values, (Tensor, numbers.Real)) and hasattr(values, "tolist"):  # numpy's
         values = values.tolist()
     if isinstance(values, Tensor):
