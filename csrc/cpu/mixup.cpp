@@ -9,8 +9,9 @@
 namespace reg_kernels {
 namespace {
 
-constexpr int64_t kGrain = 32768;   // elements a thread takes at the least
-constexpr int64_t kTile = 16384;    // bytes: some of them lie in the second-level cache
+constexpr int64_t kGrain = 32768;  // elements a thread takes at the least
+constexpr int64_t kTile =
+    16384;  // bytes of the wider of x and y: several fit the second-level cache
 constexpr int64_t kPositions = 16;  // of a tile at the least, where the layout changes
 constexpr int64_t kLongPlane = 64;  // elements of a channel from which on it is scaled by itself
 
@@ -94,16 +95,18 @@ MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const Mi
   task.layout = layout;
   task.to_channels_last = mixup_layout(y, call.op).channels_last;
   task.numel = task.layout.channels * task.layout.length;
-  const int64_t tile = kTile / static_cast<int64_t>(x.element_size());
+  const int64_t tile = kTile / static_cast<int64_t>(std::max(x.element_size(), y.element_size()));
   task.tile = tile;
   task.tiles = ceil_div(task.numel, task.tile);
   if (task.to_channels_last != task.layout.channels_last) {
     task.tile = std::max(kPositions, tile / std::max<int64_t>(1, task.layout.channels));
     task.tiles = ceil_div(task.layout.length, task.tile);
   }
-  // In place, the line that a store would read is the one just loaded: nothing to save.
+  // In place, the line that a store would read is the one just loaded: nothing to save. From half
+  // of the cache on, since x and y together do not stay in it while tiles of all samples take
+  // turns.
   task.stream = task.x != task.y &&
-                y.numel() * static_cast<int64_t>(y.element_size()) > last_level_cache_bytes();
+                y.numel() * static_cast<int64_t>(y.element_size()) >= last_level_cache_bytes() / 2;
   return task;
 }
 

@@ -1,19 +1,28 @@
 // Mixup's loops, compiled once for each instruction set (isa.h).
 //
 // Reads x and writes y once: sizeof(from) + sizeof(to) bytes an element, since a sample's tile is
-// still in the cache when it is read again as another one's partner. Each chunk is blended into a
-// buffer in the first-level cache, in the type that is computed in, then scaled, shifted, cast and
-// written, past the caches where y is larger than they are.
+// still in the cache when it is read again as another one's partner. A tile is blended into y
+// itself where y takes the blend as it is computed; else chunk by chunk into a buffer in the
+// first-level cache, then scaled, shifted, cast and written, past the caches where y is large.
 #include "mixup.h"
 
-#include "stream.h"
+#include "narrow.h"
 
 RK_NAMESPACE_BEGIN
+
+#if defined(__AVX2__)
+RK_HD __m256 load_floats(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+#endif
+
 namespace {
 
 // Items that a tile is asked for before it is read: an item reads its own and the next one's, so
 // that what lies two ahead is the first new one. Further ahead was a little faster (2026-11-24,
-// EPYC: 2 to 4 items of 4 to 32 KiB within a tenth, 4 of 16 KiB first).
+// EPYC: 2 to 4 items of 4 to 32 KiB within a tenth, 4 of 16 KiB first). Only where y is streamed:
+// what the caches hold came slower for being asked for.
 constexpr int64_t kItemsAhead = 4;
 
 // A sample's way into the buffer: elements are counted in x's storage order within the sample.
@@ -47,6 +56,31 @@ void for_parts(const MixupTask& task, const MixupBox& box, int64_t begin, int64_
   if (outside < end) f(outside, end - outside, false);
 }
 
+// Element i of a blend, for write_each.
+template <typename T, typename C>
+struct Blended {
+  const T *own, *partner;
+  MixupWeights<C> weights;
+
+  RK_HD C operator()(int64_t i) const {
+    return weights.blend(static_cast<C>(load(own[i])), static_cast<C>(load(partner[i])));
+  }
+};
+
+#if defined(__AVX2__)
+
+// Widened straight from memory: g++ 12 takes a conversion of bytes or halves to pieces.
+template <typename T>
+  requires(sizeof(T) < sizeof(float))
+RK_HD void write_eight(const Blended<T, float>& b, int64_t i, float* y) {
+  const __m256 own = _mm256_mul_ps(_mm256_set1_ps(b.weights.own), load_floats(b.own + i));
+  const __m256 partner =
+      _mm256_mul_ps(_mm256_set1_ps(b.weights.partner), load_floats(b.partner + i));
+  _mm256_storeu_ps(y, _mm256_add_ps(own, partner));
+}
+
+#endif
+
 // Elements [begin, begin + count) of a mixed sample into `values`.
 template <typename T, typename C>
 void blend(const MixupTask& task, const Source<T>& source, int64_t begin, int64_t count,
@@ -63,10 +97,7 @@ void blend(const MixupTask& task, const Source<T>& source, int64_t begin, int64_
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) to[i] = load(own[i]);
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        to[i] = weights.blend(static_cast<C>(load(own[i])), static_cast<C>(load(partner[i])));
-      }
+      write_each(to, n, false, Blended<T, C>{own, partner, weights});
     }
   });
 }
@@ -103,46 +134,45 @@ void add_share(const MixupTask& task, const Source<T>& source, int64_t begin, in
   });
 }
 
-// `values` of the elements from `first` on, of one channel, to y.
+// `values` of the elements from `first` on, of one channel, to y, which may be where they are.
 template <typename T, typename C>
-void write(const MixupTask& task, const C* values, int64_t first, int64_t channel, int64_t count,
-           T* y) {
+void write(const MixupTask& task, C* values, int64_t first, int64_t channel, int64_t count, T* y,
+           bool stream) {
   const C* scale = static_cast<const C*>(task.scale);
   const C* shift = static_cast<const C*>(task.shift);
-  if (scale == nullptr) {
-    write_each(y, count, task.stream,
-               [=](int64_t i) __attribute__((always_inline)) { return store<T>(values[i]); });
+  if constexpr (sizeof(T) < sizeof(C) && sizeof(C) == sizeof(float)) {
+    if (scale) write(task, values, first, channel, count, values, false);
+    narrow(values, count, y, stream, NothingAhead{});
+  } else if (scale == nullptr) {
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(values[i]); });
   } else if (task.constant) {
     const C k = scale[channel], d = shift ? shift[channel] : C(0);
-    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-      return store<T>(values[i] * k + d);
-    });
+    write_each(y, count, stream, [=](int64_t i) RK_INLINE { return store<T>(values[i] * k + d); });
   } else {
     scale += first;
     if (shift == nullptr) {
-      write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-        return store<T>(values[i] * scale[i]);
-      });
+      write_each(y, count, stream,
+                 [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i]); });
       return;
     }
     shift += first;
-    write_each(y, count, task.stream, [=](int64_t i) __attribute__((always_inline)) {
-      return store<T>(values[i] * scale[i] + shift[i]);
-    });
+    write_each(y, count, stream,
+               [=](int64_t i) RK_INLINE { return store<T>(values[i] * scale[i] + shift[i]); });
   }
 }
 
 // Elements from `first` on of a sample whose first element is at y.
 template <typename T, typename C>
-void write_sample(const MixupTask& task, const C* values, int64_t first, int64_t count, T* y) {
+void write_sample(const MixupTask& task, C* values, int64_t first, int64_t count, T* y) {
+  if (task.scale == nullptr) return write(task, values, 0, 0, count, y + first, task.stream);
   if (!task.constant) {
     const int64_t period = task.to_channels_last ? task.layout.channels : task.numel;
-    return write(task, values, first % period, 0, count, y + first);
+    return write(task, values, first % period, 0, count, y + first, task.stream);
   }
   while (count > 0) {  // channel by channel
     const int64_t channel = first / task.layout.length;
     const int64_t n = min(count, (channel + 1) * task.layout.length - first);
-    write(task, values, 0, channel, n, y + first);
+    write(task, values, 0, channel, n, y + first, task.stream);
     values += n;
     first += n;
     count -= n;
@@ -152,11 +182,13 @@ void write_sample(const MixupTask& task, const C* values, int64_t first, int64_t
 // The tiles of a batch of T, computed in C.
 template <typename T, typename C, bool kBackward>
 struct Tiles {
-  using Write = void (*)(const MixupTask&, const C*, int64_t, int64_t, int64_t);
+  using Write = void (*)(const MixupTask&, C*, int64_t, int64_t, int64_t);
 
   const MixupTask& task;
   const Write write;
   const int64_t to_size;
+  // Whether y takes values as they are computed: they are staged where they belong.
+  const bool direct;
   // Where the layout changes, a tile of all channels: as x has them, and as y does.
   C* const staged;
   C* const turned;
@@ -167,6 +199,7 @@ struct Tiles {
         to_size(task.to == DType::float64   ? 8
                 : task.to == DType::float32 ? 4
                                             : 2),
+        direct(task.scale == nullptr && !task.stream && to_size == sizeof(C)),
         staged(turns() ? new C[2 * task.tile * task.layout.channels] : nullptr),
         turned(turns() ? staged + task.tile * task.layout.channels : nullptr) {}
 
@@ -176,8 +209,7 @@ struct Tiles {
   }
 
   template <typename To>
-  static void write_as(const MixupTask& task, const C* values, int64_t first, int64_t count,
-                       int64_t n) {
+  static void write_as(const MixupTask& task, C* values, int64_t first, int64_t count, int64_t n) {
     write_sample(task, values, first, count, static_cast<To*>(task.y) + n * task.numel);
   }
 
@@ -223,13 +255,16 @@ struct Tiles {
   void run(int64_t n, const Source<T>& source, int64_t tile, const T* ahead) const {
     if (turns()) return turn(n, source, tile * task.tile);
     const int64_t begin = tile * task.tile, end = min(begin + task.tile, task.numel);
-    C values[kMixupChunk];
+    if (direct) {
+      return stage(n, source, begin, end - begin, static_cast<C*>(task.y) + n * task.numel + begin);
+    }
+    alignas(kLine) C values[kMixupChunk];
     // Chunks end where a line of y does: what is streamed are whole lines.
     const auto address = reinterpret_cast<uintptr_t>(task.y) + (n * task.numel + begin) * to_size;
     int64_t count = kMixupChunk - static_cast<int64_t>(address % kLine) / to_size;
     for (int64_t first = begin; first < end; first += count, count = kMixupChunk) {
       count = min(count, end - first);
-      prefetch(ahead + first, count);
+      if (task.stream) prefetch(ahead + first, count);
       stage(n, source, first, count, values);
       write(task, values, first, count, n);
     }

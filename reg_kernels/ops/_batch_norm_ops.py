@@ -136,21 +136,29 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # Gradient
 
 
+def _train(
+    ctx: Any, call: tuple[Any, ...], values: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """The op's results; keeps what a backward needs."""
+    route, overload, rest = call
+    # Only a gradient needs a gate, so one is kept here, whatever the call says.
+    tracked, momentum, eps, activation, slope, p, rng_state, _, *numbers = rest
+    rest = (tracked, momentum, eps, activation, slope, p, rng_state, True, *numbers)
+    with below_autograd():
+        outputs = overload._op(*values, *rest)
+    route.count_changes(values, rest)
+    output, mean, invstd, gate = outputs
+    gate = gate if gate.numel() else None
+    tensors = (mean, invstd, gate, rng_state, *numbers)
+    _keep(ctx, call, values, output, tensors, (True, activation, slope, p))
+    return outputs
+
+
 class _BatchNormTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Any:
-        route, overload, rest = call
-        # Only a gradient needs a gate, so one is kept here, whatever the call says.
-        tracked, momentum, eps, activation, slope, p, rng_state, _, *numbers = rest
-        rest = (tracked, momentum, eps, activation, slope, p, rng_state, True, *numbers)
-        with below_autograd():
-            outputs = overload(*values, *rest)
-        route.count_changes(values, rest)
-        output, mean, invstd, gate = outputs
-        ctx.mark_non_differentiable(mean, invstd, gate)
-        gate = gate if gate.numel() else None
-        tensors = (mean, invstd, gate, rng_state, *numbers)
-        _keep(ctx, call, values, output, tensors, (True, activation, slope, p))
+        outputs = _train(ctx, call, values)
+        ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
@@ -182,12 +190,20 @@ class _BatchNormTraining(torch.autograd.Function):
         return None, *(r if w else None for r, w in zip(results, wanted, strict=True))
 
 
+class _BatchNormAlone(_BatchNormTraining):
+    """The same for an eager call, which wants the output alone: each result takes a microsecond."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Any:
+        return _train(ctx, call, values)[:1]
+
+
 class _BatchNormInference(_BatchNormTraining):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor | None) -> Tensor:
         _, overload, rest = call
         with below_autograd():
-            output = overload(*values, *rest)
+            output = overload._op(*values, *rest)
         running_mean, running_var, eps, activation, slope, *numbers = rest
         # Copies: a later training step may update the running ones before the backward.
         mean = running_mean.to(torch.float64, copy=True)
@@ -317,6 +333,7 @@ TRAINING = register(
     route=Route(
         inputs=4,
         graph=_BatchNormTraining,
+        eager=_BatchNormAlone,
         by_torch=_training_by_torch,
         backward=_BACKWARD,
         moves=lambda values, rest: rest[0],

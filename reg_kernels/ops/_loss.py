@@ -20,7 +20,7 @@ from .._layout import with_strides
 from ._loss_checks import NONE, CheckedLoss, check_values
 from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
 from ._registry import Op, define_part, implementation_of, register
-from ._route import Route, formula
+from ._route import Kept, Route, formula
 
 # The arguments of every loss op that describe its target, without the type of the first. `lam` is
 # for a pair of labels; where it is None, `one_lam` is used for every sample. A compiled program
@@ -34,35 +34,48 @@ TARGET = (
 _rescale = define_part("rescale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 
+_OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
+
+
+class _LossRoute(Route):
+    """A loss op's Route; `kept` is how it keeps the arguments between the input and the last."""
+
+    kept: Kept
+
+
+def _run_and_save(ctx: Any, call: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's results; saves what a backward needs."""
+    route, overload, rest = call
+    with below_autograd():
+        outputs = overload._op(input, *rest)
+    _, stats, gradient = outputs
+    ctx.save_for_backward(input, stats, *route.kept.tensors_of(rest))
+    ctx.call = (overload, route, route.kept.others_of(rest), input.stride())
+    # The caller has no use for this output, so a backward writes over it. It is not among the
+    # saved tensors: it is multiplied in place, and a second backward must not see that.
+    ctx.gradient = gradient if rest[-1] else None
+    return outputs
+
+
 class _Loss(torch.autograd.Function):
     """A loss op's call."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], input: Tensor) -> Any:
-        route, overload, (*rest, keeps_gradient) = call
-        with below_autograd():
-            loss, stats, gradient = overload(input, *rest, keeps_gradient)
-        ctx.mark_non_differentiable(stats, gradient)
+        outputs = _run_and_save(ctx, call, input)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        tensors = [x if isinstance(x, Tensor) else None for x in rest]
-        ctx.save_for_backward(input, stats, *tensors)
-        ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
-        ctx.call = (overload, route.backward, input.stride())
-        # The caller has no use for this output, so a backward writes over it. It is not among the
-        # saved tensors: it is multiplied in place, and a second backward must not see that.
-        ctx.gradient = gradient if keeps_gradient else None
-        return loss, stats, gradient
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad_loss is None:
             return None, None
         input, stats, *tensors = ctx.saved_tensors
-        overload, backward, strides = ctx.call
-        if ctx.gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
-            gradient = ctx.gradient
-            with below_autograd():
-                _multiply(gradient, grad_loss, implementation_of(overload))
+        overload, route, others, strides = ctx.call
+        gradient = ctx.gradient
+        if gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
+            _multiply(gradient, grad_loss, overload)
             ctx.gradient = None  # given away
             return None, gradient
         # Hooks may bring the saved tensors back in another order than the kernels walk.
@@ -71,8 +84,17 @@ class _Loss(torch.autograd.Function):
             with_strides(t, strides) if t is not None and t.shape == input.shape else t
             for t in tensors
         ]
-        rest = [x if t is None else t for x, t in zip(ctx.rest, tensors, strict=True)]
-        return None, backward.run_like(overload, (grad_loss.contiguous(), input), (stats, *rest))
+        rest = route.kept.in_order((*tensors, *others))
+        inputs = (grad_loss.contiguous(), input)
+        return None, route.backward.run_like(overload, inputs, (stats, *rest))
+
+
+class _LossAlone(_Loss):
+    """The same for an eager call, which wants the loss alone: each result takes a microsecond."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], input: Tensor) -> Any:
+        return _run_and_save(ctx, call, input)[:1]
 
 
 def _is_one_number(factor: Tensor) -> bool:
@@ -80,17 +102,21 @@ def _is_one_number(factor: Tensor) -> bool:
     return factor.dim() == 0 and type(factor) is Tensor and not is_batched(factor)
 
 
-def _multiply(x: Tensor, factor: Tensor, implementation: str) -> None:
+def _multiply(x: Tensor, factor: Tensor, overload: Any) -> None:
     if x.device.type == "cpu":
         number = factor.item()
         if number != 1.0:
-            x.mul_(number)
-    elif implementation == "native":
-        _rescale(x, factor)
-    elif implementation == "triton":
-        importlib.import_module("reg_kernels.triton.cross_entropy").rescale_(x, factor)
-    else:
-        x.mul_(factor)
+            with below_autograd():
+                x.mul_(number)
+        return
+    implementation = implementation_of(overload)
+    with below_autograd():
+        if implementation == "native":
+            _rescale(x, factor)
+        elif implementation == "triton":
+            importlib.import_module("reg_kernels.triton.cross_entropy").rescale_(x, factor)
+        else:
+            x.mul_(factor)
 
 
 def register_loss(
@@ -150,16 +176,21 @@ def register_loss(
         route=Route(2, by_torch=formula(by_torch)),
         check=functools.partial(check, of_backward=True),
     )
+    route = _LossRoute(1, _Loss, eager=_LossAlone, by_torch=formula(reference), backward=backward)
     forward = register(
         name,
         f"(Tensor input, {arguments}, bool keep_gradient) -> (Tensor, Tensor, Tensor)",
         fake=fake,
         reference=forward_by_torch,
         triton=launching(name, 0, forward_by_torch),
-        route=Route(1, _Loss, by_torch=formula(reference), backward=backward),
+        route=route,
         check=functools.partial(check, of_backward=False),
     )
-    place = forward.argument_names.index("reduction") - 1
+    names = forward.argument_names[1:-1]
+    place = names.index("reduction")
+    schema = forward.overloads["native"]._schema.arguments
+    tensors = [x.name for x in schema[1:] if x.type.isSubtypeOf(_OPTIONAL_TENSOR)]
+    route.kept = Kept(names, tensors)
     return forward
 
 
@@ -176,7 +207,6 @@ def run(
     input, options, looks = call.input, call.options, call.looks
     rest = (*first, *call.arguments, *last)
     overload = op.overload(input.device, input.dtype, backend, looks)
-    on_cpu = looks is not FUNC and shows_values(input, looks)
     # Neither weights nor probabilities have a gradient by the kernels.
     weight, labels = options.weight, call.target.labels
     if (
@@ -184,8 +214,7 @@ def run(
         or (labels is not None and labels.requires_grad)
         or (looks is not COMPILE and input.numel() == 0)
     ):
-        if on_cpu:
-            check_values(name, call)
+        _look_at_values(name, call)
         looks = FUNC  # the formula is for these cases as well
     if looks is not None:
         loss = op.route.call(looks, overload, (input,), (*rest, False))[0]
@@ -194,13 +223,18 @@ def run(
         # rounding, for the range's sake. Nor is it where each position has a factor of its own.
         keeps = input.requires_grad and torch.is_grad_enabled()
         keeps = keeps and options.reduction != NONE and input.dtype != torch.float16
-        if on_cpu and implementation_of(overload) != "native":
-            check_values(name, call)
+        if implementation_of(overload) != "native":
+            _look_at_values(name, call)
         try:
             loss = op.route.call(None, overload, (input,), (*rest, keeps))[0]
-        except RuntimeError:
-            if on_cpu:  # the kernel refused, before it wrote anything: say why
-                check_values(name, call)
+        except RuntimeError:  # where the kernel refused, it wrote nothing: say why
+            _look_at_values(name, call)
             raise
     loss = loss if loss.dtype == call.result else loss.to(call.result)
     return loss if call.batched or loss.dim() == 0 else loss.squeeze(0)
+
+
+def _look_at_values(name: str, call: CheckedLoss) -> None:
+    """Raises what torch raises for labels and shares, where they can be looked at."""
+    if call.looks is not FUNC and shows_values(call.input, call.looks):
+        check_values(name, call)

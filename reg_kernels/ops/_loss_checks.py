@@ -26,7 +26,7 @@ from ._checks import (
     probability,
     refuse,
 )
-from ._modes import watcher
+from ._modes import COMPILE, watcher
 from ._route import in_order
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # torch's numbers
@@ -96,7 +96,8 @@ def checked_call(
     batched = input.dim() > 1
     if not batched:
         input = input.unsqueeze(0)
-    compute = torch.promote_types(input.dtype, torch.float32)
+    looks = watcher()
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     device = input.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)
     result = compute if autocasts else input.dtype
@@ -131,10 +132,9 @@ def checked_call(
         check_device(name, "weight", weight, input)
         weight = weight.to(compute).contiguous()
     traced = None
-    if varies(label_smoothing):
+    if looks is COMPILE and varies(label_smoothing):
         traced, label_smoothing = traced_numbers(input.device, label_smoothing), 0.0
     options = Options(weight, ignore_index, label_smoothing, _REDUCTIONS[reduction], traced)
-    looks = watcher()
     input = in_order(input, looks)
     if checked.labels is not None and checked.labels.is_floating_point():
         # The kernels walk both in one order.
@@ -166,15 +166,19 @@ def _checked_labels(name: str, argument: str, input: Tensor, labels: Any, batche
     if labels.dtype not in (torch.int64, torch.uint8):
         must = "int64 class indices, or probabilities of the input's shape"
         refuse(name, argument, must, f"{named(labels.dtype)} of shape {tuple(labels.shape)}")
-    given = tuple(labels.shape)
+    given = labels.shape
     if not batched and given != (1,):
         labels = labels.unsqueeze(0)
-    expected = (input.shape[0], *input.shape[2:])
+    sizes = input.shape
+    expected = (sizes[0], *sizes[2:])
     if labels.shape != expected:
+        given = tuple(given)
         other_batch = given[:1] != expected[:1] and (batched or len(given) == 1)
         kind = ValueError if other_batch else RuntimeError
         raise kind(f"{name}: {argument} must have shape {expected if batched else ()}, got {given}")
-    return labels.long().contiguous()
+    if labels.dtype != torch.int64:
+        labels = labels.long()
+    return labels.contiguous()
 
 
 def _checked_probabilities(name: str, input: Tensor, target: Tensor) -> Tensor:

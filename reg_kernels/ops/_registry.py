@@ -24,7 +24,8 @@ from ._modes import COMPILE, below_autograd
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
 OPS: dict[str, Op] = {}
-_IMPLEMENTATIONS: dict[Any, str] = {}  # overload -> the implementation that it is
+# The implementation that an overload is, by its id: hashing one is a call into Python.
+_IMPLEMENTATIONS: dict[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Op:
 
     def like(self, overload: Any) -> Any:
         """This op's overload of the implementation that another op's overload is."""
-        return self.overloads[_IMPLEMENTATIONS[overload]]
+        return self.overloads[_IMPLEMENTATIONS[id(overload)]]
 
     def run_like(self, overload: Any, inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
         """This op by its route, in the implementation that another op's overload is."""
@@ -155,7 +156,7 @@ def _define(
         packet = getattr(torch.ops.reg_kernels, name)
         overload = getattr(packet, suffix.removeprefix(".") or "default")
         overloads[implementation] = overload
-        _IMPLEMENTATIONS[overload] = implementation
+        _IMPLEMENTATIONS[id(overload)] = implementation
         _library.impl(qualified, _bind(route, overload), "Autograd")
     return Op(name, schema, overloads, fake, route, check)
 
@@ -210,7 +211,7 @@ def register_by_numbers(op: Op, *numbers: str, backward: Op | None = None) -> Op
 
 def implementation_of(overload: Any) -> str:
     """The implementation that an overload is."""
-    return _IMPLEMENTATIONS[overload]
+    return _IMPLEMENTATIONS[id(overload)]
 
 
 def define_part(name: str, schema: str) -> Any:

@@ -47,6 +47,7 @@ class Route:
         inputs: int = 0,
         graph: type[torch.autograd.Function] | None = None,
         *,
+        eager: type[torch.autograd.Function] | None = None,
         by_torch: Any = None,  # a function
         backward: Any = None,
         moves: Any = None,  # a function
@@ -58,6 +59,8 @@ class Route:
             graph: the Function that records the gradient, called as graph.apply((route, overload,
                 the other arguments), *inputs). Without it autograd records the formula; an op that
                 is a gradient itself has none.
+            eager: likewise for calls that nothing but autograd looks at, which may leave out
+                results that only a recorded op has to have. By default `graph` itself.
             by_torch: the formula, called as by_torch(overload, *arguments).
             backward: the Op or Linear that `graph` computes a gradient with.
             moves: called as moves(inputs, rest), returns what the op writes beside its results.
@@ -72,7 +75,7 @@ class Route:
         if graph is not None:
             self._apply = graph.apply
             # This `apply` saves two microseconds: it prepares nothing for torch.func.
-            self._apply_eagerly = super(torch.autograd.Function, graph).apply  # type: ignore[misc]
+            self._apply_eagerly = super(torch.autograd.Function, eager or graph).apply  # type: ignore[misc]
 
     def __call__(self, overload: Any, *arguments: Any) -> Any:
         """The op as autograd sees it."""
@@ -101,7 +104,7 @@ class Route:
                     return self.by_torch(overload, *inputs, *rest)
                 return (apply or self._apply_eagerly)((self, overload, rest), *tensors)
         with below_autograd():
-            outputs = overload(*inputs, *rest)
+            outputs = overload._op(*inputs, *rest)  # what its __call__ does, a Python call less
         if self._moves is not None:
             self.count_changes(inputs, rest)
         return outputs
@@ -147,7 +150,7 @@ def drawn_state(device: torch.device, looks: str | None, draws: bool = True) -> 
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
 
-# Ops that are linear in their input
+# What a gradient keeps
 
 
 def _getter(
@@ -157,6 +160,24 @@ def _getter(
     places = [names.index(name) for name in wanted]
     # An itemgetter of one place does not return a sequence.
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
+class Kept:
+    """How a gradient keeps arguments: in two parts, tensors and all that is left.
+
+    Attributes:
+        tensors_of, others_of: each picks its part of the arguments.
+        in_order: brings both parts, one behind the other, back into the arguments' order.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[str]) -> None:
+        others = [name for name in names if name not in tensors]
+        self.tensors_of = _getter(names, tensors)
+        self.others_of = _getter(names, others)
+        self.in_order = _getter((*tensors, *others), names)
+
+
+# Ops that are linear in their input
 
 
 class Linear(Route):
@@ -242,12 +263,7 @@ class Linear(Route):
             )
         # The arguments that both forms have.
         names = (self.in_place or self.fresh).argument_names[self._inputs :]
-        # A gradient keeps the arguments in two parts: tensors, and all that is left. The third
-        # getter brings both, one behind the other, back into the arguments' order.
-        others = [name for name in names if name not in keeps]
-        self._kept_of = _getter(names, keeps)
-        self._others_of = _getter(names, others)
-        self._in_order = _getter((*keeps, *others), names)
+        self._kept = Kept(names, keeps)
 
     def write_over(self, overload: Any, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """Writes the result over the input and returns that, for a call that only autograd looks
@@ -293,13 +309,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *addends: Tensor | None) -> Tensor:
         route, overload, arguments = call
         with below_autograd():
-            output = overload(input, *addends, *arguments)
+            output = overload._op(input, *addends, *arguments)
         op = route.backward
         if route is not op:
             ctx.mark_dirty(input)
             overload, output = op.fresh.like(overload), input
-        ctx.save_for_backward(*op._kept_of(arguments))
-        ctx.call = (overload, op, op._others_of(arguments), op._like(input), output.stride())
+        ctx.save_for_backward(*op._kept.tensors_of(arguments))
+        ctx.call = (overload, op, op._kept.others_of(arguments), op._like(input), output.stride())
         return output
 
     @staticmethod
@@ -308,7 +324,7 @@ class _Linear(torch.autograd.Function):
         wants = ctx.needs_input_grad
         gradient = None
         if wants[1]:
-            arguments = op._in_order((*ctx.saved_tensors, *others))
+            arguments = op._kept.in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
         if not op._no_addends:
             return None, gradient

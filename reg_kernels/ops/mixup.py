@@ -34,7 +34,7 @@ from ._checks import (
     refuse,
 )
 from ._modes import COMPILE, FUNC, is_fake, shows_values, watcher
-from ._registry import register
+from ._registry import implementation_of, register
 from ._route import Linear, Route, formula, in_order
 
 # Entries
@@ -240,6 +240,9 @@ def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> A
     if values is None:
         return None
     channels = input.shape[1] if input.dim() > 1 else 0
+    as_it_is = type(values) is tuple and all([type(value) is float for value in values])
+    if as_it_is and len(values) == channels > 0:  # nearly always
+        return values
     if not isinstance(values, (Tensor, numbers.Real)) and hasattr(values, "tolist"):  # numpy's
         values = values.tolist()
     if isinstance(values, Tensor):
@@ -339,9 +342,6 @@ def blend(
     index = _checked_index(name, input, index)
     boxes = _checked_boxes(name, input, boxes)
     looks = watcher()
-    on_cpu = shows_values(input, looks)
-    if on_cpu and looks is not FUNC:
-        _check_values(name, input, lam, index, boxes)
     if dtype is None:
         dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
     compute = reference.computed_in(input.dtype, dtype)
@@ -355,17 +355,31 @@ def blend(
             )
         if channels_last != keeps_channels_last(input):
             raise RuntimeError(f"{name}: inplace cannot change the memory format")
-        if on_cpu:
-            _check_permutation(name, index)
         check_in_place(name, input)
+    overload = _MIXUP.fresh.overload(input.device, dtype, backend, looks)
+
+    def check_values() -> None:
+        if shows_values(input, looks):
+            if looks is not FUNC:
+                _check_values(name, input, lam, index, boxes)
+            if inplace:
+                _check_permutation(name, index)
+
+    refuses = looks is None and implementation_of(overload) == "native"
+    if not refuses:
+        check_values()
     if looks is COMPILE and lam is None:
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
-    overload = _MIXUP.fresh.overload(input.device, dtype, backend, looks)
     weights = (lam, one_lam, index, boxes, scale, shift)
     x = input if looks is FUNC else in_order(input, looks)
-    if inplace and x is input and looks is None:
-        return _MIXUP.write_over(overload, input, weights)
-    output = _MIXUP.call(looks, overload, (x,), (*weights, dtype, channels_last))
+    try:
+        if inplace and x is input and looks is None:
+            return _MIXUP.write_over(overload, input, weights)
+        output = _MIXUP.call(looks, overload, (x,), (*weights, dtype, channels_last))
+    except RuntimeError:
+        if refuses:  # before the kernel wrote anything: say why
+            check_values()
+        raise
     return input.copy_(output) if inplace else output
 
 
