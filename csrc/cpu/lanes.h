@@ -178,9 +178,10 @@ RK_HD V value_at(const T* p) {
 #if defined(__AVX2__) || defined(__aarch64__)
       return widen(load_floats(p));
 #else
-      double lanes[kLanes];
-      for (int j = 0; j < kLanes; ++j) lanes[j] = static_cast<double>(load(p[j]));
-      return value_at<V>(lanes);
+      float floats[kLanes];
+#pragma omp simd
+      for (int j = 0; j < kLanes; ++j) floats[j] = load(p[j]);
+      return value_at<V>(floats);
 #endif
     }
     return V::of([=](int k) __attribute__((always_inline)) { return part_at(p + k * kPartLanes); });

@@ -1,6 +1,6 @@
 // The elements of a tile, one by one or, where they are each multiplied by 0 or a scale and there
 // is a shorter way with the same bits, several at once: four cache lines with AVX-512, eight
-// float16 with NEON.
+// float16 with AVX2 or NEON.
 #pragma once
 
 #include "lanes.h"
@@ -133,9 +133,23 @@ RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   return true;
 }
 
-#elif defined(__aarch64__)
+#elif defined(__AVX2__)
 
 // By the instructions that convert, which the compiler does not find in dtypes.h's arithmetic.
+template <typename Op>
+  requires kMultiplies<Op>
+RK_HD void write_eight(const Tile<Op, float16>& tile, int64_t i, float16* y) {
+  const __m128i drawn = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.drawn + i));
+  const __m128i last = _mm_set1_epi16(static_cast<short>(tile.last_kept));
+  const __m128i kept = _mm_cmpeq_epi16(_mm_min_epu16(drawn, last), drawn);
+  const __m256 mask = _mm256_castsi256_ps(_mm256_cvtepi16_epi32(kept));
+  const __m256 multiplier = _mm256_and_ps(_mm256_set1_ps(tile.scale), mask);
+  store_floats(y, _mm256_mul_ps(load_floats(tile.x + i), multiplier));
+}
+
+#elif defined(__aarch64__)
+
+// As with AVX2.
 template <typename Op>
   requires kMultiplies<Op>
 RK_HD void write_eight(const Tile<Op, float16>& tile, int64_t i, float16* y) {
