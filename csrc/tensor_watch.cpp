@@ -52,6 +52,7 @@ const Torch* torch() {
 // What `describe` writes of a tensor; its shape and its strides are behind it.
 struct Facts {
   const void* data;
+  const char* inside;  // of what torch keeps of the tensor, to be asked for: nothing is read there
   DLDevice device;
   DLDataType dtype;
   int32_t dimensions;
@@ -144,6 +145,17 @@ Gradient take_gradient(const Torch& torch, PyObject* param, const Facts& like, P
   return negated == Py_False ? Gradient::fits : Gradient::odd;
 }
 
+// Asks for a parameter and its state, `width` tensors that are next among the described.
+void ask_for(PyObject* state, PyObject** tensors, Py_ssize_t width, Described& described) {
+  __builtin_prefetch(state);
+  for (Py_ssize_t i = 0; i < width; ++i) {
+    const Facts* facts = described.next();
+    if (facts == nullptr) return;
+    __builtin_prefetch(tensors[i]);
+    for (int byte = -64; byte <= 128; byte += 64) __builtin_prefetch(facts->inside + byte);
+  }
+}
+
 PyObject** items(PyObject* list) { return reinterpret_cast<PyListObject*>(list)->ob_item; }
 
 }  // namespace
@@ -156,7 +168,7 @@ PyObject* describe(PyObject*, PyObject* tensors) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
     DLTensor x;
     if (torch->tell(PyList_GET_ITEM(tensors, i), &x) != 0) return nullptr;
-    const Facts facts{x.data, x.device, x.dtype, x.ndim};
+    const Facts facts{x.data, reinterpret_cast<const char*>(x.shape), x.device, x.dtype, x.ndim};
     const auto append = [&](const void* data, size_t bytes) {
       const auto* chars = static_cast<const char*>(data);
       made.insert(made.end(), chars, chars + bytes);
@@ -184,10 +196,15 @@ PyObject* look(PyObject*, PyObject* arguments) {
     PyBuffer_Release(&row);
     return PyErr_Format(PyExc_ValueError, "look: lists must be of one length");
   }
-  Described described(facts);
+  constexpr Py_ssize_t kAhead = 8;  // parameters
+  Described described(facts), ahead(facts);
   PyObject* odd = PyList_New(0);
   bool same = odd != nullptr;
-  for (Py_ssize_t i = 0; i < count && same; ++i) {
+  for (Py_ssize_t i = -kAhead; i < count && same; ++i) {
+    if (i + kAhead < count) {
+      ask_for(items(states)[i + kAhead], items(known) + width * (i + kAhead), width, ahead);
+    }
+    if (i < 0) continue;
     PyObject** tensors = items(known) + width * i;
     const Facts* of_param = described.next();
     const Facts* of_dense = described.next();

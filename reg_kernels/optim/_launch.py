@@ -67,9 +67,9 @@ class Launch:
         # Of a step, as the kernels take them; between steps None each: zero_grad() is to free them.
         self.grads: list[Any] = [] if self.averages else [None] * len(members)
         row = memoryview(bytearray()) if self.averages else self.step.table.row("grad")
-        known = [x for m in members for x in (m.param, m.dense, *map(m.state.get, names))]
+        known = [x for m in members for x in (m.param, m.dense, *(m.state[n] for n in names))]
         states = [m.state for m in members]
-        self._watched = (known, describe(known), states, names, self.grads, row)
+        self._watched: tuple[Any, ...] = known, describe(known), states, names, self.grads, row
         if not self.is_current():
             raise RuntimeError(f"{algorithm.optimizer}: parameters changed while a step began")
 

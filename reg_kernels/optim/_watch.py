@@ -7,7 +7,7 @@ built, and say what they do.
 from __future__ import annotations
 
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,14 @@ from torch import Tensor
 from .._tensor_table import addresses
 from ._member import fits
 
-_dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
+_LAYOUT = (attrgetter("shape"), Tensor.stride, attrgetter("dtype"), attrgetter("device"))
 # `p.grad`, without looking the name up for each.
 gradient: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 
-def describe(tensors: list[Tensor]) -> Any:
+def _facts(tensors: list[Tensor]) -> Any:
     """Where tensors lie, and how: what `look` compares with what there is then."""
-    strides = list(map(Tensor.stride, tensors))
-    return [
-        addresses(tensors),
-        strides,
-        *(list(map(f, tensors)) for f in (_shape, _dtype, _device)),
-    ]
+    return [addresses(tensors), *(list(map(of, tensors)) for of in _LAYOUT)]
 
 
 def look(
@@ -57,7 +52,7 @@ def look(
     for i, name in enumerate(names, start=2):
         if not all(map(is_, (s.get(name) for s in states), known[i::width])):
             return None
-    if describe(known) != facts:
+    if _facts(known) != facts:
         return None
     if not grads:
         return []
@@ -81,11 +76,17 @@ def holds(container: list[Any] | dict[Any, Any], expected: list[Any]) -> bool:
     return len(values) == len(expected) and all(map(is_, values, expected))
 
 
-if not TYPE_CHECKING:
+def _in_c() -> Any:
+    """The three of csrc/tensor_watch.cpp, or None where they are not there."""
     try:
         from .. import _C
 
         _C.describe([])  # raises where torch has no DLPack exchange
-        describe, look, holds = _C.describe, _C.look, _C.holds
     except (ImportError, AttributeError, RuntimeError):
-        pass
+        return None
+    return _C.describe, _C.look, _C.holds
+
+
+IN_PYTHON = (_facts, look, holds)
+IN_C = _in_c()
+describe, look, holds = IN_C or IN_PYTHON
