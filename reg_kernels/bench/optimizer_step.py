@@ -208,7 +208,7 @@ def _case(
         prepare=prepare,
         # What launches many small kernels is bound by the host, and a training step waits for it.
         wall=shapes not in (_LARGE, _LARGE_GPU, _TYPICAL),
-        cold=device.type == "cpu" and shapes in (_FEW, _MANY),
+        cold=device.type == "cpu" and (shapes is _FEW or shapes is _MANY),
         peers=PEERS[:2] if kind.option else PEERS,
         goals=_goals(device, kind, shapes),
     )
