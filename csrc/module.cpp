@@ -88,7 +88,8 @@ PyMethodDef methods[] = {
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_C",
-                          "Build facts and test hooks of reg_kernels' native code.",
+                          "Build facts, test hooks, and what an optimizer's step asks of Python's "
+                          "objects.",
                           -1,
                           methods,
                           nullptr,

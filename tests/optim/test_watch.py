@@ -17,20 +17,21 @@ NAMES = ("exp_avg", "step")
 
 
 class Watched:
-    """Three parameters as a plan watches them: one of two dimensions, one of a single element and
-    one that is not dense, beside the dense tensor that stands for it."""
+    """Four parameters as a plan watches them: one of two dimensions, one of a single element, one
+    that is not dense, beside the dense tensor that stands for it, and one of no elements."""
 
     def __init__(self, way):
         self.describe, self.look_at, _ = way
-        self.params = [torch.randn(4, 4), torch.randn(1, 1), torch.randn(5, 8)[:, ::2]]
-        self.dense = [*self.params[:2], self.params[2].contiguous()]
+        strided, empty = torch.randn(5, 8)[:, ::2], torch.randn(0, 3)
+        self.params = [torch.randn(4, 4), torch.randn(1, 1), strided, empty]
+        self.dense = [*self.params[:2], strided.contiguous(), empty]
         self.states = [
             {"step": torch.zeros(()), "note": "a word", "exp_avg": torch.zeros_like(dense)}
             for dense in self.dense
         ]
         self.give(*map(torch.randn_like, self.dense))
-        self.grads = [None] * 3
-        self.row = torch.zeros(3, dtype=torch.int64)
+        self.grads = [None] * 4
+        self.row = torch.zeros(4, dtype=torch.int64)
         self.known = [
             x
             for p, dense, state in zip(self.params, self.dense, self.states, strict=True)
@@ -155,7 +156,7 @@ def test_a_gradient_that_lies_as_a_strided_parameter_is_odd(way):
 @on_each
 def test_where_no_gradient_is_wanted_none_is_looked_at(way):
     w = Watched(way)
-    w.give(None, None, None)
+    w.give(None, None, None, None)
     assert w.look(grads=False) == []
     _set(w.params[1], torch.ones(1, 1))
     assert w.look(grads=False) is None
