@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kUnit = 512;  // elements: the loops' tile
 
-// Asks for the beginnings of a tensor's arrays, which a short tensor's are whole. Where tensors are
-// many their memory has left the caches since the last step, and would be waited for array by array.
+// Asks for the first lines of a tensor's arrays, for a short tensor all of them. Where tensors are
+// many, their memory has left the caches since the last step and is waited for tensor by tensor.
 void ask_for(const TensorTable& table, int64_t tensor) {
   constexpr int kBytes = 256;
   for (int row = 0; row <= static_cast<int>(TableRow::step); ++row) {
