@@ -229,7 +229,8 @@ def write_ninja(path, torch, compiler, isas, nvcc, extension, cuda_library):
             ninja.build(str(target), "cxx", str(source), variables={"flags": quoted(options)})
             objects.append(str(target))
 
-        compile_cxx(CSRC / "module.cpp", "module", *facts)
+        for source in sorted(CSRC.glob("*.cpp")):
+            compile_cxx(source, source.stem, *facts)
         for source, name, of_op in compilations("cpu", "*.cpp"):
             if source.name.endswith(".simd.cpp"):
                 for isa, options in isas.items():

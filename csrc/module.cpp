@@ -1,6 +1,7 @@
 // reg_kernels._C: loading it registers the CPU kernels; what it holds is build facts and the hooks
-// that tests and measurements need. Nothing here is called in a training step: Python's own
-// interface is enough, and compiles in a tenth of the time that a library over it takes.
+// that tests and measurements need, and what an optimizer's step asks Python's objects
+// (tensor_watch.h). Python's own interface is enough, and compiles in a tenth of the time that a
+// library over it takes.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -9,6 +10,7 @@
 
 #include "cpu/isa.h"
 #include "reg_kernels/philox.h"
+#include "tensor_watch.h"
 
 namespace {
 
@@ -68,11 +70,15 @@ PyMethodDef methods[] = {
     {"philox4x32", philox4x32, METH_VARARGS,
      "One Philox4x32-10 block, of key, counter_low and counter_high, as "
      "csrc/include/reg_kernels/philox.h draws it."},
+    {"describe", reg_kernels::describe, METH_O, "As reg_kernels/optim/_watch.py has it."},
+    {"look", reg_kernels::look, METH_VARARGS, "Likewise."},
+    {"holds", reg_kernels::holds, METH_VARARGS, "Likewise."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_C",
-                          "Build facts and test hooks of reg_kernels' native code.",
+                          "Build facts, test hooks, and what an optimizer's step asks of Python's "
+                          "objects.",
                           -1,
                           methods,
                           nullptr,

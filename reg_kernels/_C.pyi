@@ -1,5 +1,9 @@
 """What csrc/module.cpp has beside the kernels, which torch reaches by its dispatcher."""
 
+from typing import Any
+
+from torch import Tensor
+
 compiler: str
 torch_version_built_with: str
 
@@ -7,3 +11,15 @@ def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
 def philox4x32(key: int, counter_low: int, counter_high: int) -> tuple[int, int, int, int]: ...
+
+# As reg_kernels/optim/_watch.py has them.
+def describe(tensors: list[Tensor]) -> bytes: ...
+def look(
+    known: list[Tensor],
+    facts: bytes,
+    states: list[dict[str, Any]],
+    names: tuple[str, ...],
+    grads: list[Tensor | None],
+    row: memoryview,
+) -> list[int] | None: ...
+def holds(container: list[Any] | dict[Any, Any], expected: list[Any]) -> bool: ...

@@ -1,8 +1,8 @@
 """A list of tensors in one int64 buffer, for the kernels that take whole lists.
 
 csrc/include/reg_kernels/tensor_table.h states the layout. Building a table looks at every tensor;
-afterwards `set_row` replaces what has moved. On CUDA the buffer is on the device, and what is
-written to it goes there in stream order, without a synchronisation.
+afterwards `row` is there to be written to where something has moved. On CUDA the buffer is on the
+device, and `send` brings a row there in stream order, without a synchronisation.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TensorTable:
             numbers.extend(columns[name])
         for tensor, of_tensor in enumerate(chunks):
             numbers.extend([tensor] * of_tensor)
-        self._rows = {name: columns[name] for name in ROWS}
+        self._numbers = memoryview(numbers)
         self._host = _tensor_of(numbers)
         self.data = self._host if device.type == "cpu" else self._host.to(device, non_blocking=True)
         self.seal = self._make_seal(dtypes, rows)
@@ -85,6 +85,7 @@ class TensorTable:
             pin_memory=device.type == "cuda",
         )
         self._captured: list[Tensor] = []
+        self._sent: dict[str, bytes] = {}
 
     def _make_seal(self, dtypes: Sequence[torch.dtype], rows: dict[str, Sequence[int]]) -> int:
         """As csrc/torch/tensor_table.h states it."""
@@ -96,21 +97,29 @@ class TensorTable:
         mixed = data.data_ptr() * a + data.numel() * b + self.count * c + kind * d
         return mixed % 2**64 >> _SEAL_BITS + 1 << _SEAL_BITS | kind
 
-    def set_row(self, name: str, values: list[int]) -> None:
-        """Replaces a row, where its values differ from what is there."""
-        capturing = self.data.is_cuda and torch.cuda.is_current_stream_capturing()
+    def row(self, name: str) -> memoryview:
+        """A row of the numbers, to be written to; `send` it then."""
+        first = ROWS.index(name) * self.count
+        return self._numbers[first : first + self.count]
+
+    def send(self, name: str) -> None:
+        """Lets the kernels see what was written to a row."""
+        if self.data is self._host:
+            return
+        capturing = torch.cuda.is_current_stream_capturing()
+        numbers = self.row(name).tobytes()
         # What a graph writes at its replays is not known here: then nothing counts as there.
-        if self._rows[name] == values and not capturing and not self._captured:
+        if self._sent.get(name) == numbers and not capturing and not self._captured:
             return
         first = ROWS.index(name) * self.count
-        row = _tensor_of(array("q", values))
+        row = self._host[first : first + self.count]
         if capturing:
             if self._captured:  # by an earlier graph, which still copies from there
                 self._for_capture = self._for_capture.clone().pin_memory()
             row = self._for_capture.copy_(row)
             self._captured.append(row)
         self.data[first : first + self.count].copy_(row, non_blocking=True)
-        self._rows[name] = values
+        self._sent[name] = numbers
 
 
 def work_units(numel: int) -> int:

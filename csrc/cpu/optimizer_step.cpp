@@ -9,6 +9,16 @@ namespace {
 
 constexpr int64_t kUnit = 512;  // elements: the loops' tile
 
+// Asks for the first lines of a tensor's arrays, for a short tensor all of them. Where tensors are
+// many, their memory has left the caches since the last step and is waited for tensor by tensor.
+void ask_for(const TensorTable& table, int64_t tensor) {
+  constexpr int kBytes = 256;
+  for (int row = 0; row <= static_cast<int>(TableRow::step); ++row) {
+    const auto* array = table.address<const char>(static_cast<TableRow>(row), tensor);
+    for (int byte = 0; array && byte < kBytes; byte += 64) __builtin_prefetch(array + byte);
+  }
+}
+
 // The norm's square is summed up by launch, in their order.
 double norm_of(const double* parts, int64_t count) {
   double total = 0;
@@ -55,7 +65,9 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64
     float step = 0;
     OptimizerConstants constants{};
   };
+  constexpr int64_t kAhead = 2;  // tensors
   const auto update = [&](Known& known, int64_t i, int64_t begin, int64_t end) {
+    if (begin == 0 && i + kAhead < count) ask_for(table, i + kAhead);
     const auto* step = table.address<const float>(TableRow::step, i);
     const float next = step ? *step + 1.0f : 1.0f;
     const int64_t group = table.at(TableRow::group, i);

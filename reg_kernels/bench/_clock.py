@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 _MOST_HOST_CALLS = 2000
 _MOST_QUEUED_CALLS = 100  # more could fill the launch queue, which would make the host wait
 _MOST_EVENT_CALLS = 20  # likewise, with several launches a call
 _SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
+_LEAST_EVICTION = 64 * 2**20  # bytes that are written to empty a CPU's caches
 _CAPTURE_WARM_UP = 3  # calls before a capture, which end autotuning and lazy loading
 
 Call = Callable[[int], object]  # on input number i of a pool
@@ -23,12 +27,17 @@ class Clock:
 
     seconds: Callable[[Call, int, int], float]
     most_calls: int
+    beside: float = 0.0  # seconds that a sample takes untimed
 
 
-def clock(device: torch.device, *, host: bool = False, wall: bool = False) -> Clock:
+def clock(
+    device: torch.device, *, host: bool = False, wall: bool = False, cold: bool = False
+) -> Clock:
     """The clock for calls on `device`. It times the device; with `host` the host alone; with `wall`
-    until both are done. A CPU is its own host."""
+    until both are done. A CPU is its own host; with `cold` its caches are emptied before a call."""
     if device.type != "cuda":
+        if cold:
+            return Clock(_cold_seconds, 1, beside=_host_seconds(_evict, 1, 0))
         return Clock(_host_seconds, _MOST_HOST_CALLS)
     if not host and not wall:
         return Clock(_event_seconds, _MOST_EVENT_CALLS)
@@ -48,6 +57,26 @@ def _host_seconds(call: Call, calls: int, first: int) -> float:
     for i in range(first, first + calls):
         call(i)
     return (time.perf_counter() - begin) / calls
+
+
+def _cold_seconds(call: Call, calls: int, first: int) -> float:
+    seconds = 0.0
+    for i in range(first, first + calls):
+        _evict(i)
+        seconds += _host_seconds(call, 1, i)
+    return seconds / calls
+
+
+def _evict(i: int) -> None:
+    """Writes twice what the last-level cache holds, from all threads: their own caches go too."""
+    _eviction_buffer().add_(1)
+
+
+@functools.cache
+def _eviction_buffer() -> Tensor:
+    names = getattr(os, "sysconf_names", {})
+    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in names else 0
+    return torch.zeros(max(_LEAST_EVICTION, 2 * cache), dtype=torch.uint8, device="cpu")
 
 
 def _event_seconds(call: Call, calls: int, first: int) -> float:

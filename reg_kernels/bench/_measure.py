@@ -12,6 +12,9 @@ begins with untimed calls of its own, two where they are short, which leaves 1.0
 and reading twice the last-level cache before it instead changes nothing. Samples of short calls
 hold several, which shares out what is left.
 
+A benchmark whose tensors a training step has thrown out of the caches says that it is "cold": there
+a sample is one call, and twice the last-level cache is written before it, untimed.
+
 On a GPU a sample is timed by CUDA events around several calls that the host queued while the GPU
 was kept busy, so that it holds no launch gaps; the calls walk a pool of inputs larger than the L2
 cache. Where the host's time counts as well, the clock runs until the GPU has done the last call.
@@ -154,6 +157,7 @@ class Benchmark:
     requires_grad: bool = True
     host: bool = False  # what is timed is the host, whatever the device does
     wall: bool = False  # what is timed is the host and the device together
+    cold: bool = False  # a CPU's caches are emptied before each call
     tensors: int = 0  # how many tensors a call takes, where it takes a list; `shape` is of all
     peers: tuple[str, ...] = ()  # names of further contenders that are not ours
     goals: tuple[Goal, ...] = ()
@@ -179,6 +183,8 @@ class Benchmark:
             words.append(self.layout)
         if not self.requires_grad:
             words.append("no grad")
+        if self.cold:
+            words.append("cold caches")
         if self.host:
             words.append("host time")
         return " ".join(words)
@@ -233,7 +239,7 @@ def measure(
             row["skipped" if entry.may_fail else "wrong"] = _message(error)
         else:
             running.append(entry)
-    timed_by = clock(device, host=case.host, wall=case.wall)
+    timed_by = clock(device, host=case.host, wall=case.wall, cold=case.cold)
     samples, calls = _interleave(running, timed_by, budget, after_round)
     for row in rows:
         if (seconds := samples.get(row["name"])) is None:
@@ -273,6 +279,7 @@ def measure(
         "requires_grad": case.requires_grad,
         "host": case.host,
         "wall": case.wall,
+        "cold": case.cold,
         "tensors": case.tensors,
         "peers": list(case.peers),
         "bytes": case.bytes,
@@ -425,6 +432,7 @@ def _interleave(
         calls[contender.name] = max(1, min(wanted, timed_by.most_calls))
         lead_in[contender.name] = (guess <= _LEAD_IN_TWICE) + (guess <= _LEAD_IN)
         round_seconds += guess * (calls[contender.name] + lead_in[contender.name])
+        round_seconds += timed_by.beside
     rounds = max(budget.least, min(budget.most, int(budget.seconds / max(round_seconds, 1e-9))))
 
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}

@@ -24,6 +24,7 @@ _FACTS = ("schema", "commit", "date", "device", "versions")  # of the report and
 _DEFAULTS = {
     "host": False,
     "wall": False,
+    "cold": False,
     "tensors": 0,
     "peers": [],
     "items": 0,

@@ -223,7 +223,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = None  # a plan that cannot be made leaves none
             self._plan = self._planned()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        squares = self._plan.launches.run(self.max_grad_norm, self.backend, grad_scale, found_inf)
+        launches = self._plan.launches
+        try:
+            squares = launches.run(self.max_grad_norm, self.backend, grad_scale, found_inf)
+        finally:
+            launches.let_go()
         self._norm = None if squares is None else (squares, grad_scale)
         return loss
 

@@ -4,16 +4,13 @@ state still lie where they did, and their running.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _rng
-from .._tensor_table import addresses
 from ..ops.optimizer_step import (
     MOST_GROUPS,
     ROUNDINGS,
@@ -24,26 +21,9 @@ from ..ops.optimizer_step import (
 )
 from ..ops.penalty import sum_into
 from ._algorithm import Algorithm, Group, option
-from ._checks import is_memoryless
-from ._member import Member, fits
-
-_stride, _numel, _is_contiguous = Tensor.stride, Tensor.numel, Tensor.is_contiguous
-_is_neg = Tensor.is_neg
-_dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
-gradient: Any = vars(torch._C.TensorBase)[
-    "grad"
-].__get__  # `p.grad`, without looking the name up for each
-
-
-def same(some: Any, others: Any) -> bool:
-    """Whether two iterables of one length hold the same objects."""
-    return all(map(is_, some, others))
-
-
-def _layout(params: list[Tensor]) -> tuple[list[Any], ...]:
-    """The shapes and dtypes of parameters, which can change in place, as what `Launch._where`
-    returns can."""
-    return list(map(_shape, params)), list(map(_dtype, params))
+from ._checks import check_gradient
+from ._member import Member
+from ._watch import describe, gradient, look
 
 
 class Launch:
@@ -51,7 +31,6 @@ class Launch:
 
     def __init__(self, algorithm: Algorithm, members: list[Member]) -> None:
         self.members = members
-        self.params = [m.param for m in members]
         self.groups: list[Group] = []
         for m in members:
             if not any(m.group is g for g in self.groups):
@@ -63,39 +42,19 @@ class Launch:
         self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
         self._algorithm = algorithm
 
-        names = first.state_names
-        self._states = [m.state for m in members]
-        self._getters = [itemgetter(name) for name in names]
-        self._state_addresses = self._where_the_state_is()
         # What is not dense goes through buffers that are, made here once.
         self._staged = [(m.param, m.dense) for m in members if m.dense is not m.param]
-        dense = [m.dense for m in members]
-        self._layout = _layout(self.params)
-        self._devices = [self.device] * len(members)
-        self._contiguous = all(map(_is_contiguous, self.params))
-        self._places = self._where(self.params)
-        self._without_elements = list(map(_numel, self.params)).count(0)
         self._buffers: dict[int, Tensor] = {}
-        self._staged_grads: list[int] = []
-        self._grad_addresses: list[int] = []
-        self.grads: list[Tensor] = []  # of a step, as the kernels take them
-        # Gradients are held between steps only if they outlive them anyway, which the first one
-        # tells: zero_grad() is to free them.
-        self._held: list[Tensor] = []
-        self._given: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []  # from gradients into their buffers
-        self._first_given: weakref.ref[Tensor] | None = None
 
-        if not self.averages:
-            self.grads = list(map(gradient, self.params))
-            self._note_layout(self.grads, addresses(self.grads))
-            self._take(self.grads)
+        dense = [m.dense for m in members]
+        names = first.state_names
         by_name = {name: [m.state[name] for m in members] for name in names}
         rows = ("first_moments", "second_moments", "max_second_moments")
         index = {id(g): i for i, g in enumerate(self.groups)}
         lists = StepLists(
             params=dense,
-            grads=self.grads,
+            grads=[] if self.averages else [gradient(m.param) for m in members],
             steps=[m.step for m in members if m.step is not None],
             emas=by_name.get("ema", ()),
             compensations=by_name.get("compensation", ()),
@@ -105,78 +64,32 @@ class Launch:
         )
         self.step = PreparedStep("average" if self.averages else algorithm.kind, lists)
 
+        # Of a step, as the kernels take them; between steps None each: zero_grad() is to free them.
+        self.grads: list[Any] = [] if self.averages else [None] * len(members)
+        row = memoryview(bytearray()) if self.averages else self.step.table.row("grad")
+        known = [x for m in members for x in (m.param, m.dense, *(m.state[n] for n in names))]
+        states = [m.state for m in members]
+        self._watched: tuple[Any, ...] = known, describe(known), states, names, self.grads, row
+        if not self.is_current():
+            raise RuntimeError(f"{algorithm.optimizer}: parameters changed while a step began")
+
     def is_current(self) -> bool:
-        """Whether it still holds; takes in gradients that have come to lie elsewhere."""
-        params = self.params
-        if self._where(params) != self._places:
+        """Whether it still holds; takes in the gradients, wherever they lie now."""
+        odd = look(*self._watched)
+        if odd is None:
             return False
-        if self.averages:
-            alike = _layout(params) == self._layout
-            return alike and self._where_the_state_is() == self._state_addresses
-        grads = list(map(gradient, params))
-        where = addresses(grads)
-        # The objects of the last step, held since then, are the same gradients. Of others not even
-        # the id says that they are new: all is looked at.
-        if not (self._held and same(grads, self._held) and where == self._grad_addresses):
-            if _layout(params) != self._layout or not self._note_layout(grads, where):
-                return False
-            self._grad_addresses = where
-        self._take(grads)
-        self.step.table.set_row("grad", addresses(self.grads) if self._staged_grads else where)
-        return self._where_the_state_is() == self._state_addresses
-
-    def _where(self, tensors: list[Tensor]) -> tuple[Any, ...]:
-        """The addresses, numbers of elements and strides of tensors.
-
-        Strides are tuples, of which a step would make so many that the garbage collector runs.
-        """
-        order: Any = self._contiguous and all(map(_is_contiguous, tensors))
-        if not order:
-            order = list(map(_stride, tensors))
-        return addresses(tensors), list(map(_numel, tensors)), order
-
-    def _where_the_state_is(self) -> list[list[int]]:
-        """The addresses of all state, new ones where a tensor was replaced or given other data."""
-        return [addresses(map(getter, self._states)) for getter in self._getters]
-
-    def _note_layout(self, grads: list[Tensor], where: list[int]) -> bool:
-        """Finds out which gradients have to go through buffers: those of other strides or dtype
-        than their parameters, and zeros that have no memory. False where one is not its parameter's
-        gradient at all, or was freed."""
-        shapes, dtypes = self._layout
-        if list(map(_shape, grads)) != shapes or list(map(_device, grads)) != self._devices:
-            return False
-        all_there = where.count(0) == self._without_elements
-        if not all_there and any(is_memoryless(g) and not g._is_zerotensor() for g in grads):
-            return False
-        alike = (
-            all_there
-            and self._contiguous
-            and all(map(_is_contiguous, grads))
-            and list(map(_dtype, grads)) == dtypes
-            and not (self._staged or any(map(_is_neg, grads)))
-        )
-        if alike:  # found out without a look at each by itself
-            self._staged_grads = []
-            return True
-        self._staged_grads = [
-            i
-            for i, (grad, m) in enumerate(zip(grads, self.members, strict=True))
-            if not fits(grad, m.dense, self.dtype)
-        ]
-        return True
-
-    def _take(self, grads: list[Tensor]) -> None:
-        """Takes the gradients of a step."""
-        self._given, self.grads, self._copies = grads, grads, []
-        if not self._staged_grads:
-            return
-        self.grads = list(grads)
-        for i in self._staged_grads:
+        row = self._watched[-1]
+        for i in odd:
+            member, grad = self.members[i], self.grads[i]
+            check_gradient(self._algorithm.optimizer, "a parameter", member.param, grad)
             if i not in self._buffers:
-                self._buffers[i] = torch.empty_like(self.members[i].dense)
-            self._copies.append((self._buffers[i], grads[i]))
+                self._buffers[i] = torch.empty_like(member.dense)
             self.grads[i] = self._buffers[i]
+            self._copies.append((self.grads[i], grad))
+            row[i] = self.grads[i].data_ptr()
+        if not self.averages:
+            self.step.table.send("grad")
+        return True
 
     def load(self) -> None:
         """Brings what is staged up to date."""
@@ -186,16 +99,15 @@ class Launch:
             dense.copy_(param)
 
     def store(self) -> None:
-        """Writes back what is staged, and lets the gradients go."""
-        if self.averages:
-            return
-        for param, dense in self._staged:
-            param.copy_(dense)
-        first = self._given[0]
-        persisted = self._first_given is not None and self._first_given() is first
-        self._held = self._given if persisted else []
-        self._first_given = weakref.ref(first)
-        self._given, self.grads, self._copies = [], [], []
+        """Writes back what is staged."""
+        if not self.averages:
+            for param, dense in self._staged:
+                param.copy_(dense)
+
+    def let_go(self) -> None:
+        """Lets the gradients go."""
+        self.grads[:] = [None] * len(self.grads)
+        self._copies.clear()
 
     def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
         """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
@@ -289,6 +201,11 @@ class Launches:
             launch.step.run(launch.grads, implementation, settings)
             launch.store()
         return squares
+
+    def let_go(self) -> None:
+        """Lets the gradients go."""
+        for launch in self.all:
+            launch.let_go()
 
     def _norm(self, chosen: list[str]) -> Tensor:
         """The parts of the squared norm: one a launch; of the first one's device."""

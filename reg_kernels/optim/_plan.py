@@ -1,8 +1,7 @@
 """What an optimizer keeps between steps.
 
 A plan is made when the parameters that have a gradient, their state or their options change, and
-looks at everything once. Each step then checks, without touching a tensor, that it still holds:
-in the end by comparing lists of objects and of addresses.
+looks at everything once. Each step then asks each tensor once whether it still holds (_watch.py).
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from .. import backends
 from ._algorithm import Algorithm, Group, option
 from ._checks import check_gradient, check_param
-from ._launch import Launches, gradient, same
+from ._launch import Launches
 from ._member import Counters, Member
+from ._watch import gradient, holds
 
 State = dict[Tensor, dict[str, Any]]  # an optimizer's
 
@@ -73,14 +73,11 @@ class StepPlan:
         if len(groups) != len(self._groups):
             return False
         for group, (planned, params, options) in zip(groups, self._groups, strict=True):
-            now = group["params"]
-            if group is not planned or len(now) != len(params) or not same(now, params):
+            if group is not planned or not holds(group["params"], params):
                 return False
             if _options(group) != options:
                 return False
-        if state is not self._state or len(state) != len(self._values):
-            return False
-        if not same(state.values(), self._values):
+        if state is not self._state or not holds(state, self._values):
             return False
         if not all(map(is_, map(gradient, self._idle), repeat(None))):
             return False

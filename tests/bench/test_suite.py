@@ -289,7 +289,9 @@ class Cuda:
         monkeypatch.setattr(_measure, "pool_size", lambda case, device: 1)
         monkeypatch.setattr(_measure, "peak_bytes", lambda call, device: 0)
 
-    def _clock(self, device: torch.device, host: bool = False, wall: bool = False) -> Any:
+    def _clock(
+        self, device: torch.device, host: bool = False, wall: bool = False, cold: bool = False
+    ) -> Any:
         def seconds(call: Callable[[int], object], calls: int, first: int) -> float:
             call(first)
             return 3.0 if wall else 2.0 if host else 1.0

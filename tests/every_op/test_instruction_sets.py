@@ -45,19 +45,7 @@ FUSED = ("cross_entropy", "distillation", "AdamW", "SGDW")  # which multiply and
 
 # (name, dtype, direction, slower, faster): what was measured. These are to be mended: where one is,
 # the test fails until it is taken from here.
-_SUMS = "its sums in float64"
-KNOWN = {
-    ("dropout", torch.float16, "forward", "avx2", "avx512"): "33.3 and 8.1 µs; 13.7 in bfloat16",
-    ("dropout", torch.float16, "backward", "avx2", "avx512"): "33.7 and 8.1 µs; 13.7 in bfloat16",
-    ("l1_penalty", torch.float64, "forward", "avx2", "baseline"): f"18.4 and 12.6 µs: {_SUMS}",
-    ("l2_penalty", torch.float64, "forward", "avx2", "baseline"): f"19.9 and 13.0 µs: {_SUMS}",
-    ("l1_penalty", torch.float32, "forward", "avx2", "baseline"): f"35.3 and 25.4 µs: {_SUMS}",
-    ("l2_penalty", torch.float32, "forward", "avx2", "baseline"): f"33.6 and 24.9 µs: {_SUMS}",
-    ("l1_penalty", torch.bfloat16, "forward", "avx2", "baseline"): f"33.0 and 24.3 µs: {_SUMS}",
-    ("l2_penalty", torch.bfloat16, "forward", "avx2", "baseline"): f"33.0 and 24.6 µs: {_SUMS}",
-    ("l1_penalty", torch.float16, "forward", "avx2", "avx512"): f"33.4 and 8.4 µs: {_SUMS}",
-    ("l2_penalty", torch.float16, "forward", "avx2", "avx512"): f"31.8 and 8.5 µs: {_SUMS}",
-}
+KNOWN: dict[tuple[str, torch.dtype, str, str, str], str] = {}
 MENDED = 0.65  # of the bound, below which one is
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from array import array
 
 import pytest
 import torch
@@ -457,7 +458,8 @@ def test_the_tables_layout():
     works = [work_units(n) for n in sizes]
     assert rows["first_work"] == [sum(works[:i]) for i in range(5)]
     assert table.data[len(ROWS) * 5 :].tolist() == [0, 2, 3, 3, 4]
-    table.set_row("grad", [5, 4, 3, 2, 1])
+    table.row("grad")[:] = array("q", [5, 4, 3, 2, 1])
+    table.send("grad")
     assert table.data[:5].tolist() == [5, 4, 3, 2, 1]
     assert table.data[5:10].tolist() == [10, 11, 12, 13, 14]
     assert work_units(0) == 64
@@ -482,7 +484,8 @@ def test_a_prepared_step_is_the_op(backend):
     grads = [torch.full_like(g, 0.5) for g in lists.grads]
     lists.grads = grads
     expected = lists.run(backend)
-    prepared.table.set_row("grad", [g.data_ptr() for g in grads])
+    prepared.table.row("grad")[:] = array("q", [g.data_ptr() for g in grads])
+    prepared.table.send("grad")
     prepared.run(grads, backend, lists.common())
     for x, y in zip(lists.lists.params, expected["params"], strict=True):
         assert torch.equal(x, y)

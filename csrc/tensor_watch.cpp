@@ -1,0 +1,246 @@
+// One pass over an optimizer's parameters, their gradients and their state: each Python object, and
+// what torch keeps of it, is touched once. After a forward and a backward hardly any of it is in a
+// cache, and what counts is how often memory is waited for.
+//
+// torch's C++ classes may change between versions; its DLPack exchange may not. That is a table of
+// C functions with a version, one of which says of a Python tensor where it lies and how it is laid
+// out, and makes nothing. A gradient comes by the descriptor that `p.grad` comes by.
+#include "tensor_watch.h"
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+// A C header that stands for itself; torch keeps it from whoever builds for the stable ABI.
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+
+namespace reg_kernels {
+namespace {
+
+struct Torch {
+  int (*tell)(void* tensor, DLTensor* out) = nullptr;
+  PyObject* grad = nullptr;    // the descriptor of Tensor.grad
+  PyObject* is_neg = nullptr;  // the method
+};
+
+// null with an exception where this torch has no such exchange.
+const Torch* torch() {
+  static Torch found;
+  if (found.tell) return &found;
+  PyObject* module = PyImport_ImportModule("torch");
+  PyObject* type = module ? PyObject_GetAttrString(module, "Tensor") : nullptr;
+  PyObject* capsule = type ? PyObject_GetAttrString(type, "__dlpack_c_exchange_api__") : nullptr;
+  const auto* api = capsule ? static_cast<const DLPackExchangeAPI*>(
+                                  PyCapsule_GetPointer(capsule, "dlpack_exchange_api"))
+                            : nullptr;
+  if (api && (api->header.version.major != DLPACK_MAJOR_VERSION ||
+              api->dltensor_from_py_object_no_sync == nullptr)) {
+    PyErr_SetString(PyExc_RuntimeError, "torch's DLPack exchange is of another version");
+  } else if (api) {
+    found.grad = PyObject_GetAttrString(type, "grad");
+    found.is_neg = found.grad ? PyObject_GetAttrString(type, "is_neg") : nullptr;
+    if (found.is_neg) found.tell = api->dltensor_from_py_object_no_sync;
+  }
+  Py_XDECREF(capsule);
+  Py_XDECREF(type);
+  Py_XDECREF(module);
+  return found.tell ? &found : nullptr;
+}
+
+// What `describe` writes of a tensor; its shape and its strides are behind it.
+struct Facts {
+  const void* data;
+  const char* inside;  // of what torch keeps of the tensor, to be asked for: nothing is read there
+  DLDevice device;
+  DLDataType dtype;
+  int32_t dimensions;
+
+  const int64_t* shape() const { return reinterpret_cast<const int64_t*>(this + 1); }
+  const int64_t* strides() const { return shape() + dimensions; }
+  size_t bytes() const { return sizeof(Facts) + 2 * dimensions * sizeof(int64_t); }
+
+  // Whether x is of the same dtype, shape and device.
+  bool are_kind_of(const DLTensor& x) const {
+    return x.ndim == dimensions && x.dtype.code == dtype.code && x.dtype.bits == dtype.bits &&
+           x.device.device_type == device.device_type && x.device.device_id == device.device_id &&
+           memcmp(x.shape, shape(), dimensions * sizeof(int64_t)) == 0;
+  }
+
+  // Whether x is what was described.
+  bool are_of(const DLTensor& x) const {
+    return x.data == data && are_kind_of(x) &&
+           memcmp(x.strides, strides(), dimensions * sizeof(int64_t)) == 0;
+  }
+
+  // Whether kernels take x beside what was described, wherever it lies.
+  bool fit(const DLTensor& x) const {
+    if (!are_kind_of(x)) return false;
+    int64_t elements = 1;
+    bool alike = true;
+    for (int32_t i = 0; i < dimensions; ++i) {
+      elements *= x.shape[i];
+      alike &= x.shape[i] == 1 || x.strides[i] == strides()[i];
+    }
+    return elements == 0 || (alike && x.data != nullptr);
+  }
+};
+static_assert(sizeof(Facts) % sizeof(int64_t) == 0);
+
+// The facts of one tensor after the other; null where there are no more.
+class Described {
+ public:
+  explicit Described(PyObject* bytes)
+      : at_(PyBytes_AS_STRING(bytes)), end_(at_ + PyBytes_GET_SIZE(bytes)) {}
+
+  const Facts* next() {
+    const auto* facts = reinterpret_cast<const Facts*>(at_);
+    if (at_ + sizeof(Facts) > end_ || at_ + facts->bytes() > end_) return nullptr;
+    at_ += facts->bytes();
+    return facts;
+  }
+
+ private:
+  const char *at_, *end_;
+};
+
+// Whether a parameter's state is that of `known` tensors, which are next among the described.
+bool is_state(const Torch& torch, PyObject* state, PyObject* names, PyObject** known,
+              Described& described) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+    const Facts* facts = described.next();
+    DLTensor x;
+    if (facts == nullptr ||
+        PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names, i)) != known[i] ||
+        torch.tell(known[i], &x) != 0 || !facts->are_of(x)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+enum class Gradient { none, odd, fits };
+
+// Takes in the gradient of a parameter: the object and where it lies.
+Gradient take_gradient(const Torch& torch, PyObject* param, const Facts& like, PyObject** into,
+                       int64_t* address) {
+  PyObject* grad =
+      Py_TYPE(torch.grad)
+          ->tp_descr_get(torch.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
+  if (grad == nullptr || grad == Py_None) {
+    Py_XDECREF(grad);
+    return Gradient::none;
+  }
+  PyObject* before = std::exchange(*into, grad);
+  Py_XDECREF(before);
+  DLTensor x;
+  PyObject* negated = nullptr;
+  if (torch.tell(grad, &x) == 0) {
+    *address = reinterpret_cast<int64_t>(x.data);
+    if (like.fit(x)) negated = PyObject_CallOneArg(torch.is_neg, grad);
+  }
+  PyErr_Clear();  // of what has no address, a sparse one for example
+  Py_XDECREF(negated);
+  return negated == Py_False ? Gradient::fits : Gradient::odd;
+}
+
+// Asks for a parameter and its state, `width` tensors that are next among the described.
+void ask_for(PyObject* state, PyObject** tensors, Py_ssize_t width, Described& described) {
+  __builtin_prefetch(state);
+  for (Py_ssize_t i = 0; i < width; ++i) {
+    const Facts* facts = described.next();
+    if (facts == nullptr) return;
+    __builtin_prefetch(tensors[i]);
+    for (int byte = -64; byte <= 128; byte += 64) __builtin_prefetch(facts->inside + byte);
+  }
+}
+
+PyObject** items(PyObject* list) { return reinterpret_cast<PyListObject*>(list)->ob_item; }
+
+}  // namespace
+
+PyObject* describe(PyObject*, PyObject* tensors) {
+  const Torch* torch = reg_kernels::torch();
+  if (torch == nullptr) return nullptr;
+  if (!PyList_Check(tensors)) return PyErr_Format(PyExc_TypeError, "describe: expected a list");
+  std::vector<char> made;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+    DLTensor x;
+    if (torch->tell(PyList_GET_ITEM(tensors, i), &x) != 0) return nullptr;
+    const Facts facts{x.data, reinterpret_cast<const char*>(x.shape), x.device, x.dtype, x.ndim};
+    const auto append = [&](const void* data, size_t bytes) {
+      const auto* chars = static_cast<const char*>(data);
+      made.insert(made.end(), chars, chars + bytes);
+    };
+    append(&facts, sizeof(facts));
+    append(x.shape, x.ndim * sizeof(int64_t));
+    append(x.strides, x.ndim * sizeof(int64_t));
+  }
+  return PyBytes_FromStringAndSize(made.data(), static_cast<Py_ssize_t>(made.size()));
+}
+
+PyObject* look(PyObject*, PyObject* arguments) {
+  const Torch* torch = reg_kernels::torch();
+  PyObject *known, *facts, *states, *names, *grads;
+  Py_buffer row;
+  if (torch == nullptr ||
+      !PyArg_ParseTuple(arguments, "O!O!O!O!O!w*:look", &PyList_Type, &known, &PyBytes_Type, &facts,
+                        &PyList_Type, &states, &PyTuple_Type, &names, &PyList_Type, &grads, &row)) {
+    return nullptr;
+  }
+  const Py_ssize_t count = PyList_GET_SIZE(states), width = 2 + PyTuple_GET_SIZE(names);
+  const Py_ssize_t gradients = PyList_GET_SIZE(grads);  // none where there are only averages
+  if (PyList_GET_SIZE(known) != count * width || (gradients != 0 && gradients != count) ||
+      row.len != static_cast<Py_ssize_t>(gradients * sizeof(int64_t))) {
+    PyBuffer_Release(&row);
+    return PyErr_Format(PyExc_ValueError, "look: lists must be of one length");
+  }
+  constexpr Py_ssize_t kAhead = 8;  // parameters
+  Described described(facts), ahead(facts);
+  PyObject* odd = PyList_New(0);
+  bool same = odd != nullptr;
+  for (Py_ssize_t i = -kAhead; i < count && same; ++i) {
+    if (i + kAhead < count) {
+      ask_for(items(states)[i + kAhead], items(known) + width * (i + kAhead), width, ahead);
+    }
+    if (i < 0) continue;
+    PyObject** tensors = items(known) + width * i;
+    const Facts* of_param = described.next();
+    const Facts* of_dense = described.next();
+    DLTensor x;
+    same = of_dense != nullptr && torch->tell(tensors[0], &x) == 0 && of_param->are_of(x) &&
+           is_state(*torch, items(states)[i], names, tensors + 2, described);
+    if (!same || gradients == 0) continue;
+    const Gradient found = take_gradient(*torch, tensors[0], *of_dense, items(grads) + i,
+                                         static_cast<int64_t*>(row.buf) + i);
+    PyObject* place = found == Gradient::odd ? PyLong_FromSsize_t(i) : nullptr;
+    same = found != Gradient::none && (place == nullptr || PyList_Append(odd, place) == 0);
+    Py_XDECREF(place);
+  }
+  PyBuffer_Release(&row);
+  PyErr_Clear();  // a new plan looks closer, and says what is wrong
+  if (same) return odd;
+  Py_XDECREF(odd);
+  return Py_NewRef(Py_None);
+}
+
+PyObject* holds(PyObject*, PyObject* arguments) {
+  PyObject *container, *expected;
+  if (!PyArg_ParseTuple(arguments, "OO!:holds", &container, &PyList_Type, &expected)) {
+    return nullptr;
+  }
+  const Py_ssize_t count = PyList_GET_SIZE(expected);
+  if (PyList_Check(container)) {
+    return PyBool_FromLong(PyList_GET_SIZE(container) == count &&
+                           memcmp(items(container), items(expected), count * sizeof(void*)) == 0);
+  }
+  bool same = PyDict_Check(container) && PyDict_GET_SIZE(container) == count;
+  PyObject* value;
+  for (Py_ssize_t at = 0, i = 0; same && PyDict_Next(container, &at, nullptr, &value); ++i) {
+    same = value == items(expected)[i];
+  }
+  return PyBool_FromLong(same);
+}
+
+}  // namespace reg_kernels
