@@ -10,8 +10,8 @@ namespace reg_kernels {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // elements a thread takes at the least
-constexpr int64_t kTile =
-    16384;  // bytes of the wider of x and y: several fit the second-level cache
+// Bytes of the wider of x and y: several fit the second-level cache.
+constexpr int64_t kTile = 16384;
 constexpr int64_t kPositions = 16;  // of a tile at the least, where the layout changes
 constexpr int64_t kLongPlane = 64;  // elements of a channel from which on it is scaled by itself
 

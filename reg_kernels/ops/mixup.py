@@ -365,15 +365,19 @@ def blend(
             if inplace:
                 _check_permutation(name, index)
 
-    refuses = looks is None and implementation_of(overload) == "native"
+    x = input if looks is FUNC else in_order(input, looks)
+    in_place = inplace and x is input and looks is None
+    # The native op looks at the values itself, but at none where there are no elements, and a copy
+    # takes any index.
+    refuses = looks is None and in_place == inplace and input.numel() > 0
+    refuses = refuses and implementation_of(overload) == "native"
     if not refuses:
         check_values()
     if looks is COMPILE and lam is None:
         lam, one_lam = traced_numbers(input.device, one_lam), 1.0
     weights = (lam, one_lam, index, boxes, scale, shift)
-    x = input if looks is FUNC else in_order(input, looks)
     try:
-        if inplace and x is input and looks is None:
+        if in_place:
             return _MIXUP.write_over(overload, input, weights)
         output = _MIXUP.call(looks, overload, (x,), (*weights, dtype, channels_last))
     except RuntimeError:

@@ -177,6 +177,28 @@ def test_bad_input_raises_and_changes_nothing(argument, value, error, message):
         assert torch.equal(x, before)
 
 
+@on_cpu
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of", ["every second column", "a part of the channels", "no elements"])
+def test_values_are_looked_at_in_whatever_memory_the_input_has(of, backend):
+    x = {
+        "every second column": lambda: draw(3, 2, 4, 10)[..., ::2],
+        "a part of the channels": lambda: draw(3, 4, 4, 5)[:, 1:3],
+        "no elements": lambda: draw(3, 2, 0, 5),
+    }[of]()
+    before = x.clone()
+    repeated = torch.tensor([0, 1, 1], device=DEVICE)
+    for wrong, error in (
+        (lambda: F.mixup(x, 0.5, repeated, inplace=True, backend=backend), ValueError),
+        (lambda: F.mixup(x, 0.5, repeated + 5, backend=backend), IndexError),
+        (lambda: F.mixup(x, torch.tensor(7.0, device=DEVICE), backend=backend), ValueError),
+        (lambda: F.cutmix(x, WHOLE + 90, backend=backend), ValueError),
+    ):
+        with pytest.raises(error):
+            wrong()
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("function", [F.mixup, F.cutmix])
 def test_bad_batches(function):
     name = function.__name__
