@@ -37,8 +37,8 @@ def clock(
     until both are done. A CPU is its own host; with `cold` its caches are emptied before a call."""
     if device.type != "cuda":
         if cold:
-            # The first time makes the buffer as well.
-            return Clock(_cold_seconds, 1, beside=min(_host_seconds(_evict, 1, i) for i in range(2)))
+            times = [_host_seconds(_evict, 1, i) for i in range(2)]  # the first makes the buffer
+            return Clock(_cold_seconds, 1, beside=min(times))
         return Clock(_host_seconds, _MOST_HOST_CALLS)
     if not host and not wall:
         return Clock(_event_seconds, _MOST_EVENT_CALLS)
