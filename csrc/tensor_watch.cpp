@@ -19,15 +19,15 @@
 namespace reg_kernels {
 namespace {
 
-struct Torch {
+struct Exchange {
   int (*tell)(void* tensor, DLTensor* out) = nullptr;
   PyObject* grad = nullptr;    // the descriptor of Tensor.grad
   PyObject* is_neg = nullptr;  // the method
 };
 
 // null with an exception where this torch has no such exchange.
-const Torch* torch() {
-  static Torch found;
+const Exchange* find_exchange() {
+  static Exchange found;
   if (found.tell) return &found;
   PyObject* module = PyImport_ImportModule("torch");
   PyObject* type = module ? PyObject_GetAttrString(module, "Tensor") : nullptr;
@@ -105,15 +105,22 @@ class Described {
   const char *at_, *end_;
 };
 
+// Whether `value` is what a state has under that name.
+bool has(PyObject* state, PyObject* name, PyObject* value) {
+  if (PyDict_Check(state)) return PyDict_GetItemWithError(state, name) == value;
+  PyObject* found = PyObject_GetItem(state, name);
+  Py_XDECREF(found);
+  return found == value;
+}
+
 // Whether a parameter's state is that of `known` tensors, which are next among the described.
-bool is_state(const Torch& torch, PyObject* state, PyObject* names, PyObject** known,
+bool is_state(const Exchange& exchange, PyObject* state, PyObject* names, PyObject** known,
               Described& described) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
     const Facts* facts = described.next();
     DLTensor x;
-    if (facts == nullptr ||
-        PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names, i)) != known[i] ||
-        torch.tell(known[i], &x) != 0 || !facts->are_of(x)) {
+    if (facts == nullptr || !has(state, PyTuple_GET_ITEM(names, i), known[i]) ||
+        exchange.tell(known[i], &x) != 0 || !facts->are_of(x)) {
       return false;
     }
   }
@@ -123,25 +130,25 @@ bool is_state(const Torch& torch, PyObject* state, PyObject* names, PyObject** k
 enum class Gradient { none, odd, fits };
 
 // Takes in the gradient of a parameter: the object and where it lies.
-Gradient take_gradient(const Torch& torch, PyObject* param, const Facts& like, PyObject** into,
-                       int64_t* address) {
+Gradient take_gradient(const Exchange& exchange, PyObject* param, const Facts& like,
+                       PyObject** into, int64_t* address) {
   PyObject* grad =
-      Py_TYPE(torch.grad)
-          ->tp_descr_get(torch.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
+      Py_TYPE(exchange.grad)
+          ->tp_descr_get(exchange.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
   if (grad == nullptr || grad == Py_None) {
     Py_XDECREF(grad);
     return Gradient::none;
   }
-  PyObject* before = std::exchange(*into, grad);
-  Py_XDECREF(before);
   DLTensor x;
   PyObject* negated = nullptr;
-  if (torch.tell(grad, &x) == 0) {
+  if (exchange.tell(grad, &x) == 0) {
     *address = reinterpret_cast<int64_t>(x.data);
-    if (like.fit(x)) negated = PyObject_CallOneArg(torch.is_neg, grad);
+    if (like.fit(x)) negated = PyObject_CallOneArg(exchange.is_neg, grad);
   }
   PyErr_Clear();  // of what has no address, a sparse one for example
   Py_XDECREF(negated);
+  // At last: is_neg lets other threads run, and what is let go here may run code.
+  Py_XDECREF(std::exchange(*into, grad));
   return negated == Py_False ? Gradient::fits : Gradient::odd;
 }
 
@@ -161,13 +168,13 @@ PyObject** items(PyObject* list) { return reinterpret_cast<PyListObject*>(list)-
 }  // namespace
 
 PyObject* describe(PyObject*, PyObject* tensors) {
-  const Torch* torch = reg_kernels::torch();
-  if (torch == nullptr) return nullptr;
+  const Exchange* exchange = find_exchange();
+  if (exchange == nullptr) return nullptr;
   if (!PyList_Check(tensors)) return PyErr_Format(PyExc_TypeError, "describe: expected a list");
   std::vector<char> made;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
     DLTensor x;
-    if (torch->tell(PyList_GET_ITEM(tensors, i), &x) != 0) return nullptr;
+    if (exchange->tell(PyList_GET_ITEM(tensors, i), &x) != 0) return nullptr;
     const Facts facts{x.data, reinterpret_cast<const char*>(x.shape), x.device, x.dtype, x.ndim};
     const auto append = [&](const void* data, size_t bytes) {
       const auto* chars = static_cast<const char*>(data);
@@ -181,10 +188,10 @@ PyObject* describe(PyObject*, PyObject* tensors) {
 }
 
 PyObject* look(PyObject*, PyObject* arguments) {
-  const Torch* torch = reg_kernels::torch();
+  const Exchange* exchange = find_exchange();
   PyObject *known, *facts, *states, *names, *grads;
   Py_buffer row;
-  if (torch == nullptr ||
+  if (exchange == nullptr ||
       !PyArg_ParseTuple(arguments, "O!O!O!O!O!w*:look", &PyList_Type, &known, &PyBytes_Type, &facts,
                         &PyList_Type, &states, &PyTuple_Type, &names, &PyList_Type, &grads, &row)) {
     return nullptr;
@@ -209,13 +216,14 @@ PyObject* look(PyObject*, PyObject* arguments) {
     const Facts* of_param = described.next();
     const Facts* of_dense = described.next();
     DLTensor x;
-    same = of_dense != nullptr && torch->tell(tensors[0], &x) == 0 && of_param->are_of(x) &&
-           is_state(*torch, items(states)[i], names, tensors + 2, described);
+    same = of_dense != nullptr && exchange->tell(tensors[0], &x) == 0 && of_param->are_of(x) &&
+           is_state(*exchange, items(states)[i], names, tensors + 2, described);
     if (!same || gradients == 0) continue;
-    const Gradient found = take_gradient(*torch, tensors[0], *of_dense, items(grads) + i,
+    const Gradient found = take_gradient(*exchange, tensors[0], *of_dense, items(grads) + i,
                                          static_cast<int64_t*>(row.buf) + i);
     PyObject* place = found == Gradient::odd ? PyLong_FromSsize_t(i) : nullptr;
-    same = found != Gradient::none && (place == nullptr || PyList_Append(odd, place) == 0);
+    same = found == Gradient::fits ||
+           (found == Gradient::odd && place != nullptr && PyList_Append(odd, place) == 0);
     Py_XDECREF(place);
   }
   PyBuffer_Release(&row);

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ _MOST_QUEUED_CALLS = 100  # more could fill the launch queue, which would make t
 _MOST_EVENT_CALLS = 20  # likewise, with several launches a call
 _SLEEP = 4_000_000  # cycles that the GPU waits, some 2 ms, while the host queues a sample
 _LEAST_EVICTION = 64 * 2**20  # bytes that are written to empty a CPU's caches
+_LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # in KiB, as "32768K"
 _CAPTURE_WARM_UP = 3  # calls before a capture, which end autotuning and lazy loading
 
 Call = Callable[[int], object]  # on input number i of a pool
@@ -75,8 +76,10 @@ def _evict(i: int) -> None:
 
 @functools.cache
 def _eviction_buffer() -> Tensor:
-    names = getattr(os, "sysconf_names", {})
-    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in names else 0
+    try:
+        cache = int(_LAST_LEVEL_CACHE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):  # where nobody says
+        cache = 0
     return torch.zeros(max(_LEAST_EVICTION, 2 * cache), dtype=torch.uint8, device="cpu")
 
 

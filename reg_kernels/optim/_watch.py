@@ -82,7 +82,7 @@ def _in_c() -> Any:
         from .. import _C
 
         _C.describe([])  # raises where torch has no DLPack exchange
-    except (ImportError, AttributeError, RuntimeError):
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
         return None
     return _C.describe, _C.look, _C.holds
 

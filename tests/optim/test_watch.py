@@ -1,5 +1,8 @@
 """What an optimizer's step asks of its tensors, in C and in Python: whether anything has moved."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -208,3 +211,66 @@ def test_steps_are_the_same_by_python(monkeypatch):
     monkeypatch.setattr(_plan, "holds", holds)
     for x, y in zip(run(), expected, strict=True):
         assert torch.equal(x, y)
+
+
+def run(program: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+STEP = """
+import collections, torch
+from reg_kernels.optim import AdamW, _watch
+p = torch.nn.Parameter(torch.ones(8))
+optimizer = AdamW([p])
+for _ in range(3):
+    p.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[p] = collections.UserDict(optimizer.state[p])
+assert (p < 1).all()
+"""
+
+
+def test_a_state_may_be_any_mapping():
+    run(STEP)
+
+
+@pytest.mark.skipif(_watch.IN_C is None, reason="not built")
+@pytest.mark.parametrize("exchange", ["3", "None"])
+def test_a_torch_without_the_exchange_is_asked_in_python(exchange):
+    run(
+        f"import torch\ntorch.Tensor.__dlpack_c_exchange_api__ = {exchange}\n{STEP}"
+        "assert _watch.IN_C is None\n"
+    )
+
+
+def test_threads_that_step_at_once_do_not_read_freed_gradients():
+    run("""
+import sys, threading, time, torch
+from reg_kernels.optim import AdamW
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+params = [torch.nn.Parameter(torch.randn(64)) for _ in range(200)]
+optimizer = AdamW(params)
+end = time.monotonic() + 2
+
+def give():
+    for p in params:
+        p.grad = torch.ones(64)
+
+def repeat(f):
+    while time.monotonic() < end:
+        try:
+            f()
+        except (RuntimeError, IndexError):  # they get into each other's way, which is their affair
+            pass
+
+give()
+threads = [threading.Thread(target=repeat, args=(f,)) for f in [optimizer.step] * 3 + [give]]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+""")
