@@ -79,7 +79,7 @@ struct PivotSums {
       squares[k] += d * d;
     }
   };
-  Part parts[kLanes / kPartLanes];
+  Part parts[Doubles::kParts];
 
   template <typename T>
   RK_HD PivotSums(const T* x, int64_t count, int64_t lead, double pivot) {
@@ -108,20 +108,14 @@ struct PivotSums {
     for (int64_t i = eights; i < count; ++i) {
       rest[i - eights] = static_cast<double>(load(x[i])) - pivot;
     }
-    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
-      parts[lane / kPartLanes].add(1, part_at(rest + lane));
-    }
+    for (int k = 0; k < Doubles::kParts; ++k) parts[k].add(1, part_at(rest + k * kPartLanes));
   }
 
   RK_HD double total(PartOfDoubles (Part::*of)[4]) const {
-    alignas(64) double lanes[kLanes];
-    for (int lane = 0; lane < kLanes; lane += kPartLanes) {
-      const PartOfDoubles(&v)[4] = parts[lane / kPartLanes].*of;
-      put_value(lanes + lane, (v[0] + v[1]) + (v[2] + v[3]));
-    }
-    Doubles v;
-    memcpy(&v, lanes, sizeof(v));
-    return sum_of_lanes(v);
+    return sum_of_lanes(Doubles::of([&](int part) RK_INLINE {
+      const PartOfDoubles(&v)[4] = parts[part].*of;
+      return (v[0] + v[1]) + (v[2] + v[3]);
+    }));
   }
 };
 

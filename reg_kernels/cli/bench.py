@@ -144,7 +144,8 @@ def _chosen_isas(args: argparse.Namespace, device: torch.device) -> tuple[str, .
     for name in args.isa:
         if name not in here:
             raise UsageError(
-                f"--isa must be one that this machine has, {', '.join(here)}, got {name!r}"
+                "--isa must be one that was built (REG_KERNELS_ISA) and that this machine has, "
+                f"{', '.join(here)}, got {name!r}"
             )
     return tuple(dict.fromkeys(args.isa))
 

@@ -326,7 +326,7 @@ class _Linear(torch.autograd.Function):
         if wants[1]:
             arguments = op._kept.in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
-        if not op._no_addends:
+        if not op._no_addends:  # most ops: the short way
             return None, gradient
         return None, gradient, *(grad_output if wanted else None for wanted in wants[2:])
 

@@ -66,10 +66,10 @@ class Launch:
 
         # Of a step, as the kernels take them; between steps None each: zero_grad() is to free them.
         self.grads: list[Any] = [] if self.averages else [None] * len(members)
-        row = memoryview(bytearray()) if self.averages else self.step.table.row("grad")
+        self._row = memoryview(bytearray()) if self.averages else self.step.table.row("grad")
         known = [x for m in members for x in (m.param, m.dense, *(m.state[n] for n in names))]
         states = [m.state for m in members]
-        self._watched: tuple[Any, ...] = known, describe(known), states, names, self.grads, row
+        self._watched = known, describe(known), states, names, self.grads, self._row
         if not self.is_current():
             raise RuntimeError(f"{algorithm.optimizer}: parameters changed while a step began")
 
@@ -78,7 +78,6 @@ class Launch:
         odd = look(*self._watched)
         if odd is None:
             return False
-        row = self._watched[-1]
         for i in odd:
             member, grad = self.members[i], self.grads[i]
             check_gradient(self._algorithm.optimizer, "a parameter", member.param, grad)
@@ -86,7 +85,7 @@ class Launch:
                 self._buffers[i] = torch.empty_like(member.dense)
             self.grads[i] = self._buffers[i]
             self._copies.append((self.grads[i], grad))
-            row[i] = self.grads[i].data_ptr()
+            self._row[i] = self.grads[i].data_ptr()
         if not self.averages:
             self.step.table.send("grad")
         return True
