@@ -5,8 +5,11 @@ from .ops.cross_entropy import cross_entropy
 from .ops.distillation import distillation_loss
 from .ops.drop_path import drop_path
 from .ops.dropout import dropout, dropout1d, dropout2d, dropout3d
+from .ops.gaussian_noise import gaussian_noise
 from .ops.mixup import cutmix, mixup
 from .ops.penalty import l1_penalty, l2_penalty
+from .ops.salt_and_pepper import salt_and_pepper
+from .ops.uniform_noise import uniform_noise
 
 __all__ = [
     "batch_norm",
@@ -19,7 +22,10 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "gaussian_noise",
     "l1_penalty",
     "l2_penalty",
     "mixup",
+    "salt_and_pepper",
+    "uniform_noise",
 ]

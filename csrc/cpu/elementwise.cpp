@@ -27,7 +27,8 @@ ElementwiseTask make_task(const ElementwiseCall& a, const ChannelLayout& layout)
   task.dtype = dtype_of(a.x, call.op);
   task.mask_offset = a.element_offset;
   task.threshold = rate.threshold;
-  task.scale = a.scaled ? rate.scale : 1.0;
+  task.scale = rate.scale;
+  std::copy_n(a.options, kMostOptions, task.options);
   task.seed = static_cast<uint64_t>(state[0]);
   task.offset = static_cast<uint64_t>(state[1]);
   // In place, the line that a store would read is the one just loaded: nothing to save.

@@ -15,6 +15,29 @@ namespace {
 
 using Drawn = drawn_t<Op>;
 
+// Makes normal numbers of words, as bits, each pair in its place.
+template <typename Word>
+RK_STAGE void make_normals(Word* words, int64_t pairs) {
+#pragma omp simd
+  for (int64_t i = 0; i < pairs; ++i) {
+    const NormalPair pair = normal_pair(words[2 * i], words[2 * i + 1]);
+    words[2 * i] = bit_cast<uint32_t>(pair.first);
+    words[2 * i + 1] = bit_cast<uint32_t>(pair.second);
+  }
+}
+
+// A tile's draws as the op takes them.
+template <typename Op>
+struct DrawsFor : DrawsOf<drawn_t<Op>> {
+  RK_HD const drawn_t<Op>* fill(const RngStream& stream, int64_t first, int64_t count) {
+    const drawn_t<Op>* of_first = DrawsOf<drawn_t<Op>>::fill(stream, first, count);
+    if constexpr (kDrawsNormals<Op>) {
+      make_normals(this->drawn, ceil_div(of_first - this->drawn + count, 2));
+    }
+    return of_first;
+  }
+};
+
 template <typename T>
 struct Elements {
   const T* x;
@@ -22,7 +45,7 @@ struct Elements {
   const T* residual;
   bool stream;
   RngStream rng;
-  compute_t<T> scale;
+  factor_t<Op, T> factor;
   LineScale<T, kMultiplies<Op>> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
@@ -34,8 +57,8 @@ struct Elements {
         residual(static_cast<const T*>(task.residual)),
         stream(task.stream),
         rng(Op::kTag, task.seed, task.offset),
-        scale(static_cast<compute_t<T>>(task.scale)),
-        lines(scale),
+        factor(FactorOf<Op, T>::from(task.scale, task.options)),
+        lines(factor),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         any_kept(task.threshold != 0) {}
 
@@ -48,7 +71,7 @@ struct Elements {
     if constexpr (kSkipsDropped<Op>) {
       if (!any_kept) return apply_one(first, count, 0);
     }
-    const Tile<Op, T> tile{x + first, drawn, last_kept, scale, &lines};
+    const Tile<Op, T> tile{x + first, drawn, last_kept, factor, &lines};
     if constexpr (Op::kAdds) {
       if (residual != nullptr) return write(first, count, TileBeside{tile, residual + first});
     }
@@ -57,8 +80,7 @@ struct Elements {
 
   // The same with one draw for all of them.
   void apply_one(int64_t first, int64_t count, Drawn drawn) const {
-    typename Op::Draw draw = drawn;
-    if constexpr (kKeepsOrDrops<Op>) draw = drawn <= last_kept && any_kept;
+    const auto draw = draw_of<Op>(drawn, last_kept, any_kept);
     if constexpr (Op::kAdds) {
       if (residual != nullptr) return apply_one_to(first, count, draw, residual + first);
     }
@@ -71,11 +93,11 @@ struct Elements {
     write_each(y + first, count, stream, f);
   }
 
-  template <typename... Residual>
-  RK_HD void apply_one_to(int64_t first, int64_t count, typename Op::Draw draw,
+  template <typename Draw, typename... Residual>
+  RK_HD void apply_one_to(int64_t first, int64_t count, Draw draw,
                           const Residual*... residual) const {
     const T* from = x + first;
-    compute_t<T> m = scale;
+    factor_t<Op, T> m = factor;
     if constexpr (kSkipsDropped<Op>) {
       if (!draw) {
         return write(first, count, [=]([[maybe_unused]] int64_t i) RK_INLINE {
@@ -96,7 +118,7 @@ struct Elements {
 template <typename T>
 void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  DrawsOf<Drawn> draws;
+  DrawsFor<Op> draws;
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = min(kTile, end - first);
     of.apply(first, count, draws.fill(of.rng, task.mask_offset + first, count));
@@ -107,7 +129,7 @@ void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
 template <typename T>
 void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  DrawsOf<Drawn> draws;
+  DrawsFor<Op> draws;
   const int64_t length = task.length, first = begin / length, last = ceil_div(end, length);
   const Drawn* drawn = nullptr;
   for (int64_t plane = first; plane < last; ++plane) {
@@ -124,7 +146,7 @@ void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
 template <typename T>
 void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
-  DrawsOf<Drawn> draws;
+  DrawsFor<Op> draws;
   const int64_t channels = task.channels;
   if (channels > kTile) {
     for (int64_t row = begin; row < end; ++row) {

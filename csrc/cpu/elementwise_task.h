@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
-#include "reg_kernels/dtypes.h"
+#include "reg_kernels/elementwise.h"
 
 namespace reg_kernels {
 
@@ -17,6 +17,7 @@ struct ElementwiseTask {
   int64_t mask_offset;  // mask index of element 0, of channel (0, 0) or of sample 0
   uint32_t threshold;   // DropoutRate
   double scale;
+  double options[kMostOptions];
   uint64_t seed, offset;  // rng_state
   bool stream;            // whether y is large enough for streaming stores
 

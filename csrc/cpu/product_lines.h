@@ -12,8 +12,21 @@ RK_NAMESPACE_BEGIN
 // What the shorter ways know of a scale before the first element, where an op has any use for it.
 template <typename T, bool kMultiplies>
 struct LineScale {
-  explicit LineScale(compute_t<T>) {}
+  template <typename Factor>
+  explicit LineScale(const Factor&) {}
 };
+
+// What an element's op gets of its draw.
+template <typename Op>
+RK_HD typename Op::Draw draw_of(drawn_t<Op> drawn, uint16_t last_kept, bool any_kept = true) {
+  if constexpr (kKeepsOrDrops<Op>) {
+    return drawn <= last_kept && any_kept;
+  } else if constexpr (kDrawsNormals<Op>) {
+    return {bit_cast<float>(drawn)};
+  } else {
+    return drawn;
+  }
+}
 
 // Element i of a tile: x[i] with what was drawn for it.
 template <typename Op, typename T>
@@ -21,14 +34,11 @@ struct Tile {
   const T* x;
   const drawn_t<Op>* drawn;
   uint16_t last_kept;
-  compute_t<T> scale;
+  factor_t<Op, T> factor;
   const LineScale<T, kMultiplies<Op>>* lines;
 
-  RK_HD typename Op::Draw draw(int64_t i) const {
-    if constexpr (kKeepsOrDrops<Op>) return drawn[i] <= last_kept;
-    return drawn[i];
-  }
-  RK_HD T operator()(int64_t i) const { return element_of<Op>(x[i], draw(i), scale); }
+  RK_HD typename Op::Draw draw(int64_t i) const { return draw_of<Op>(drawn[i], last_kept); }
+  RK_HD T operator()(int64_t i) const { return element_of<Op>(x[i], draw(i), factor); }
 };
 
 // The same with a residual.
@@ -38,7 +48,7 @@ struct TileBeside {
   const T* residual;
 
   RK_HD T operator()(int64_t i) const {
-    return element_of<Op>(tile.x[i], tile.draw(i), tile.scale, residual[i]);
+    return element_of<Op>(tile.x[i], tile.draw(i), tile.factor, residual[i]);
   }
 };
 
@@ -111,7 +121,7 @@ template <typename Op>
   requires kMultiplies<Op>
 RK_HD bool write_lines(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   const __m512i last = all_words(tile.last_kept);
-  const __m512 scale = _mm512_set1_ps(tile.scale);
+  const __m512 scale = _mm512_set1_ps(tile.factor);
   __m512i products[kLinesAtOnce];
   __m512i most = all_words(0);  // 2 |x|, as bits
   for (int j = 0; j < kLinesAtOnce; ++j) {
@@ -143,7 +153,7 @@ RK_HD void write_eight(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   const __m128i last = _mm_set1_epi16(static_cast<short>(tile.last_kept));
   const __m128i kept = _mm_cmpeq_epi16(_mm_min_epu16(drawn, last), drawn);
   const __m256 mask = _mm256_castsi256_ps(_mm256_cvtepi16_epi32(kept));
-  const __m256 multiplier = _mm256_and_ps(_mm256_set1_ps(tile.scale), mask);
+  const __m256 multiplier = _mm256_and_ps(_mm256_set1_ps(tile.factor), mask);
   store_floats(y, _mm256_mul_ps(load_floats(tile.x + i), multiplier));
 }
 
@@ -156,7 +166,7 @@ RK_HD void write_eight(const Tile<Op, float16>& tile, int64_t i, float16* y) {
   const Floats x = load_floats(tile.x + i);
   const uint16x8_t drawn = vld1q_u16(tile.drawn + i);
   const int16x8_t kept = vreinterpretq_s16_u16(vcleq_u16(drawn, vdupq_n_u16(tile.last_kept)));
-  const int32x4_t scale = vreinterpretq_s32_f32(vdupq_n_f32(tile.scale));
+  const int32x4_t scale = vreinterpretq_s32_f32(vdupq_n_f32(tile.factor));
   const auto multiplier = [&](int32x4_t mask)
                               RK_INLINE { return vreinterpretq_f32_s32(vandq_s32(scale, mask)); };
   store_floats(y, {vmulq_f32(x.low, multiplier(vmovl_s16(vget_low_s16(kept)))),

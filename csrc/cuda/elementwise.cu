@@ -24,12 +24,12 @@ void run(const ElementwiseCall& a) {
   for_dtype(a.x, a.call.op, [&]<typename T>(T) {
     T* const y = static_cast<T*>(a.call.written(a.y, "input"));
     const T* const x = static_cast<const T*>(a.call.data(a.x, "input"));
-    const cuda::Addend<Op, T> addend(static_cast<const T*>(a.residual_data()), a.scaled);
+    const cuda::Beside<Op, T> beside(static_cast<const T*>(a.residual_data()), a.options);
     if (a.drawn_for == DrawnFor::element) {
-      cuda::launch_elements<Op>(x, y, addend, a.x.numel(), a.element_offset, rate, rng,
+      cuda::launch_elements<Op>(x, y, beside, a.x.numel(), a.element_offset, rate, rng,
                                 launch.stream);
     } else {
-      cuda::launch_channels<Op>(x, y, addend, a.x.numel(), layout, a.element_offset, rate, rng,
+      cuda::launch_channels<Op>(x, y, beside, a.x.numel(), layout, a.element_offset, rate, rng,
                                 launch.stream);
     }
   });

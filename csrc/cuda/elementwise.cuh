@@ -13,6 +13,9 @@
 // lane drew: its draws come by shuffle. Where a vector spans two groups, its lane draws both.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "reg_kernels/elementwise.h"
 #include "reg_kernels/launch.cuh"
 #include "reg_kernels/rng_state.cuh"
@@ -44,21 +47,37 @@ struct RateArgument {
   }
 };
 
-// What is added, as a kernel argument: nothing, unless the op adds a residual.
+// An op's options as a kernel argument.
+template <int kCount>
+struct OptionValues {
+  double at[kCount];
+
+  explicit OptionValues(const double* options) { std::copy_n(options, kCount, at); }
+  __device__ const double* data() const { return at; }
+};
+template <>
+struct OptionValues<0> {
+  explicit OptionValues(const double*) {}
+  __device__ const double* data() const { return nullptr; }
+};
+
+// What comes beside x, as a kernel argument: the options and, where the op adds one, a residual.
 template <typename Op, typename T>
-struct Addend {
-  Addend(const T*, bool) {}
+struct Beside {
+  OptionValues<Op::Options::kCount> options;
+
+  Beside(const T*, const double* options) : options(options) {}
 
   __device__ bool whole(const Span<const T>&, int64_t, int64_t) const { return true; }
 };
 
 template <typename Op, typename T>
   requires Op::kAdds
-struct Addend<Op, T> {
+struct Beside<Op, T> {
   const T* residual;  // or null
-  bool scaled;        // whether what is kept is scaled up
+  OptionValues<Op::Options::kCount> options;
 
-  Addend(const T* residual, bool scaled) : residual(residual), scaled(scaled) {}
+  Beside(const T* residual, const double* options) : residual(residual), options(options) {}
 
   __device__ Span<const T> like(const Span<const T>& x) const { return {residual, x.begin, x.end}; }
 
@@ -68,12 +87,9 @@ struct Addend<Op, T> {
 };
 
 template <typename Op, typename T>
-__device__ __forceinline__ compute_t<T> scale_of(const DropoutRate& rate,
-                                                 const Addend<Op, T>& addend) {
-  if constexpr (Op::kAdds) {
-    if (!addend.scaled) return 1;
-  }
-  return static_cast<compute_t<T>>(rate.scale);
+__device__ __forceinline__ factor_t<Op, T> factor_of(const DropoutRate& rate,
+                                                     const Beside<Op, T>& beside) {
+  return FactorOf<Op, T>::from(rate.scale, beside.options.data());
 }
 
 // The draws of kCount elements that lie side by side: a bit each where the op keeps or
@@ -108,17 +124,33 @@ struct Drawn<bool, kCount> {
 
 template <typename Op>
 constexpr int kDrawsAGroup = sizeof(PhiloxWords) / sizeof(drawn_t<Op>);
+// What is kept of draws until an element's turn: a bool or bits.
 template <typename Op>
-using DrawnGroup = Drawn<typename Op::Draw, kDrawsAGroup<Op>>;
+using kept_t = std::conditional_t<kKeepsOrDrops<Op>, bool, drawn_t<Op>>;
+template <typename Op>
+using DrawnGroup = Drawn<kept_t<Op>, kDrawsAGroup<Op>>;
+
+template <typename Op>
+__device__ __forceinline__ typename Op::Draw draw_of(kept_t<Op> kept) {
+  if constexpr (kDrawsNormals<Op>)
+    return {bit_cast<float>(kept)};
+  else
+    return kept;
+}
 
 template <typename Op>
 __device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, uint64_t group,
                                                      uint32_t threshold) {
   const PhiloxWords words = stream(group);
-  if constexpr (kKeepsOrDrops<Op>)
+  if constexpr (kKeepsOrDrops<Op>) {
     return {keep_bits(words, threshold)};
-  else
+  } else if constexpr (kDrawsNormals<Op>) {
+    const NormalPair pairs[] = {normal_pair(words.w[0], words.w[1]),
+                                normal_pair(words.w[2], words.w[3])};
+    return bit_cast<DrawnGroup<Op>>(pairs);
+  } else {
     return bit_cast<DrawnGroup<Op>>(words);
+  }
 }
 
 template <typename T>
@@ -152,21 +184,22 @@ __device__ __forceinline__ Drawn<Draw, kGroupCount / kVectors> of_vector(
 // Applies the op to `vector`: the elements of x from `first` on.
 template <typename Op, bool kWhole, typename T>
 __device__ __forceinline__ void map_vector(const Span<const T>& x, int64_t first, Vector<T>& vector,
-                                           const Drawn<typename Op::Draw, kVector<T>>& drawn,
-                                           compute_t<T> scale, const Addend<Op, T>& addend) {
+                                           const Drawn<kept_t<Op>, kVector<T>>& drawn,
+                                           const factor_t<Op, T>& factor,
+                                           const Beside<Op, T>& beside) {
   if constexpr (Op::kAdds) {
-    if (addend.residual != nullptr) {
-      const Vector<T> residual = load_vector<kWhole>(addend.like(x), first);
+    if (beside.residual != nullptr) {
+      const Vector<T> residual = load_vector<kWhole>(beside.like(x), first);
       RK_UNROLL
       for (int j = 0; j < kVector<T>; ++j) {
-        vector.v[j] = element_of<Op>(vector.v[j], drawn[j], scale, residual.v[j]);
+        vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factor, residual.v[j]);
       }
       return;
     }
   }
   RK_UNROLL
   for (int j = 0; j < kVector<T>; ++j) {
-    vector.v[j] = element_of<Op>(vector.v[j], drawn[j], scale);
+    vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factor);
   }
 }
 
@@ -175,12 +208,12 @@ template <typename Op, bool kWhole, typename T>
 __device__ __forceinline__ void elements_block(const Span<const T>& x, const Span<T>& y,
                                                int64_t block, uint64_t first_group,
                                                const DropoutRate& rate, const RngStream& stream,
-                                               const Addend<Op, T>& addend) {
+                                               const Beside<Op, T>& beside) {
   constexpr int kDraws = kDrawsAGroup<Op>;
   constexpr int kVectors = kDraws > kVector<T> ? kDraws / kVector<T> : 1;  // vectors a group
   constexpr int kGroups = kDraws < kVector<T> ? kVector<T> / kDraws : 1;   // groups a vector
   constexpr int kSteps = kVectorsInFlight / kVectors;  // times that a thread draws
-  const compute_t<T> scale = scale_of(rate, addend);
+  const factor_t<Op, T> factor = factor_of(rate, beside);
   const int lane = threadIdx.x % kWarp;
   const int64_t warp_step = block / (kVectors * kVector<T>)+threadIdx.x / kWarp * (kSteps * kWarp);
 
@@ -195,20 +228,20 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
   for (int step = 0; step < kSteps; ++step) {
     const uint64_t group =
         first_group + warp_step * kGroups + step * kWarp * kGroups + lane * kGroups;
-    Drawn<typename Op::Draw, kDraws * kGroups> drawn;
+    Drawn<kept_t<Op>, kDraws * kGroups> drawn;
     if constexpr (kGroups == 1) {
       drawn = draw_group<Op>(stream, group, rate.threshold);
     } else {
       const DrawnGroup<Op> halves[] = {draw_group<Op>(stream, group, rate.threshold),
                                        draw_group<Op>(stream, group + 1, rate.threshold)};
       static_assert(kGroups == 2, "a vector spans two groups at most");
-      drawn = bit_cast<Drawn<typename Op::Draw, kDraws * kGroups>>(halves);
+      drawn = bit_cast<Drawn<kept_t<Op>, kDraws * kGroups>>(halves);
     }
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       const int v = step * kVectors + k;
       const auto draws = of_vector<kVectors>(drawn, k, lane);
-      map_vector<Op, kWhole>(x, element(v), vectors[v], draws, scale, addend);
+      map_vector<Op, kWhole>(x, element(v), vectors[v], draws, factor, beside);
       store_vector<kWhole>(y, element(v), vectors[v]);
     }
   }
@@ -217,15 +250,15 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks<Op>)
     elements_kernel(Span<const T> x, Span<T> y, uint64_t first_group, RateArgument rate_argument,
-                    RngState rng, Addend<Op, T> addend) {
+                    RngState rng, Beside<Op, T> beside) {
   const DropoutRate rate = rate_argument.read<Op>();
   const RngStream stream = rng.stream(Op::kTag);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kElementsABlock<T>;
   const int64_t next = block + kElementsABlock<T>;
-  if (x.whole(block, next) && y.whole(block, next) && addend.whole(x, block, next)) {
-    elements_block<Op, true>(x, y, block, first_group, rate, stream, addend);
+  if (x.whole(block, next) && y.whole(block, next) && beside.whole(x, block, next)) {
+    elements_block<Op, true>(x, y, block, first_group, rate, stream, beside);
   } else {
-    elements_block<Op, false>(x, y, block, first_group, rate, stream, addend);
+    elements_block<Op, false>(x, y, block, first_group, rate, stream, beside);
   }
 }
 
@@ -233,7 +266,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, kElementwiseBlocks<Op>)
 // the whole vector needs one group: it lies in one channel or, with the channels last, in channels
 // of one group.
 template <typename Op, typename T, typename Index>
-__device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channels(
+__device__ __forceinline__ Drawn<kept_t<Op>, kVector<T>> draws_of_channels(
     const ChannelLayout& layout, Index first, uint64_t mask_offset, uint32_t threshold,
     const RngStream& stream) {
   constexpr uint32_t kDraws = kDrawsAGroup<Op>;
@@ -247,7 +280,7 @@ __device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channel
       if (position + kVector<T> <= kDraws) return {drawn.bits >> position};
     }
   }
-  Drawn<typename Op::Draw, kVector<T>> result{};
+  Drawn<kept_t<Op>, kVector<T>> result{};
   uint64_t drawn_group = mask_index / kDraws;
   [[maybe_unused]] constexpr int kTimes =
       kKeepsOrDrops<Op> ? 1 : kVector<T>;  // draws in words need a j that the compiler knows
@@ -268,26 +301,26 @@ __device__ __forceinline__ Drawn<typename Op::Draw, kVector<T>> draws_of_channel
 template <typename Op, typename T, typename Index>
 __global__ void __launch_bounds__(kElementwiseThreads)
     channels_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, uint64_t mask_offset,
-                    RateArgument rate_argument, RngState rng, Addend<Op, T> addend) {
+                    RateArgument rate_argument, RngState rng, Beside<Op, T> beside) {
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * kVector<T>;
   if (first >= x.end) return;
   Vector<T> vector{};
   if constexpr (!kSkipsDropped<Op>) vector = load_vector<false>(x, first);
   const DropoutRate rate = rate_argument.read<Op>();
-  const compute_t<T> scale = scale_of(rate, addend);
+  const factor_t<Op, T> factor = factor_of(rate, beside);
   const auto drawn = draws_of_channels<Op, T>(layout, static_cast<Index>(first), mask_offset,
                                               rate.threshold, rng.stream(Op::kTag));
   if constexpr (kSkipsDropped<Op>) {
     if ((drawn.bits & ((1u << kVector<T>)-1u)) != 0) vector = load_vector<false>(x, first);
   }
-  map_vector<Op, false>(x, first, vector, drawn, scale, addend);
+  map_vector<Op, false>(x, first, vector, drawn, factor, beside);
   store_vector<false>(y, first, vector);
 }
 
 // Computes y[i] from x[i] and draw element_offset + i, for i < numel in storage order; y may be x.
 template <typename Op, typename T>
-void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
+void launch_elements(const T* x, T* y, const Beside<Op, T>& beside, int64_t numel,
                      int64_t element_offset, RateArgument rate, RngState rng, cudaStream_t stream) {
   if constexpr (has_form<Op>(DrawnFor::element)) {
     if (numel == 0) return;
@@ -298,7 +331,7 @@ void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t nume
     const dim3 grid(static_cast<unsigned>(ceil_div(lead + numel, kElementsABlock<T>)));
     const auto kernel = elements_kernel<Op, T>;
     RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out,
-              static_cast<uint64_t>(element_offset / kDrawsAGroup<Op>), rate, rng, addend);
+              static_cast<uint64_t>(element_offset / kDrawsAGroup<Op>), rate, rng, beside);
     check_launch(Op::kForms[0].name);
   }
 }
@@ -306,7 +339,7 @@ void launch_elements(const T* x, T* y, const Addend<Op, T>& addend, int64_t nume
 // The same with draw mask_offset + n * C + c, where (n, c) is the channel of element i in the
 // (N, C, L) tensor.
 template <typename Op, typename T>
-void launch_channels(const T* x, T* y, const Addend<Op, T>& addend, int64_t numel,
+void launch_channels(const T* x, T* y, const Beside<Op, T>& beside, int64_t numel,
                      ChannelLayout layout, int64_t mask_offset, RateArgument rate, RngState rng,
                      cudaStream_t stream) {
   if (numel == 0) return;
@@ -317,7 +350,7 @@ void launch_channels(const T* x, T* y, const Addend<Op, T>& addend, int64_t nume
   const auto kernel = numel < (int64_t{1} << 31) ? channels_kernel<Op, T, uint32_t>
                                                  : channels_kernel<Op, T, uint64_t>;
   RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out, layout,
-            static_cast<uint64_t>(mask_offset), rate, rng, addend);
+            static_cast<uint64_t>(mask_offset), rate, rng, beside);
   check_launch(Op::kForms[0].name);
 }
 

@@ -15,8 +15,8 @@ struct ElementwiseCall {
   const Tensor& x;
   const Tensor& y;  // x itself, in place
   const OptionalTensor& residual;
-  double number;  // Op::kNumber
-  bool scaled;    // whether what is kept is scaled up
+  double number;                 // Op::kNumber
+  double options[kMostOptions];  // Op::Options
   const Tensor& rng_state;
   int64_t element_offset;
   const OptionalTensor& traced_number;  // which counts instead, if there
@@ -36,17 +36,21 @@ struct ElementwiseCall {
 };
 
 // The functions that are registered for an op's forms, of which `run` runs each.
-template <typename Op, void (*run)(const ElementwiseCall&)>
-struct Elementwise {
+template <typename Op, void (*run)(const ElementwiseCall&), typename Options = Op::Options>
+struct Elementwise;
+
+template <typename Op, void (*run)(const ElementwiseCall&), typename... Option>
+struct Elementwise<Op, run, Types<Option...>> {
   template <int kForm>
-  static Tensor fresh(const Tensor& input, double number, const Tensor& rng_state,
-                      int64_t element_offset, const OptionalTensor& traced) {
-    return added<kForm>(input, {}, number, true, rng_state, element_offset, traced);
+  static Tensor fresh(const Tensor& input, double number, Option... options,
+                      const Tensor& rng_state, int64_t element_offset,
+                      const OptionalTensor& traced) {
+    return added<kForm>(input, {}, number, options..., rng_state, element_offset, traced);
   }
 
   template <int kForm>
   static Tensor added(const Tensor& input, const OptionalTensor& residual, double number,
-                      bool scaled, const Tensor& rng_state, int64_t element_offset,
+                      Option... options, const Tensor& rng_state, int64_t element_offset,
                       const OptionalTensor& traced) {
     constexpr Form form = Op::kForms[kForm];
     const Call call(form.name, input);
@@ -54,17 +58,36 @@ struct Elementwise {
     if constexpr (form.drawn_for == DrawnFor::sample) sample_layout(input, call.op);
     const Tensor x = form.drawn_for == DrawnFor::element ? dense(call, input) : input;
     Tensor y = empty_like_dense(x);
-    run({call, form.drawn_for, x, y, residual, number, scaled, rng_state, element_offset, traced});
+    run({call,
+         form.drawn_for,
+         x,
+         y,
+         residual,
+         number,
+         {static_cast<double>(options)...},
+         rng_state,
+         element_offset,
+         traced});
     return y;
   }
 
   template <int kForm>
-  static void in_place(const Tensor& input, double number, const Tensor& rng_state,
-                       int64_t element_offset, const OptionalTensor& traced) {
+  static void in_place(const Tensor& input, double number, Option... options,
+                       const Tensor& rng_state, int64_t element_offset,
+                       const OptionalTensor& traced) {
     constexpr Form form = Op::kForms[kForm];
     const Call call(form.in_place, input);
     if constexpr (form.drawn_for == DrawnFor::element) check_dense(input, call.op, "input");
-    run({call, form.drawn_for, input, input, {}, number, true, rng_state, element_offset, traced});
+    run({call,
+         form.drawn_for,
+         input,
+         input,
+         {},
+         number,
+         {static_cast<double>(options)...},
+         rng_state,
+         element_offset,
+         traced});
   }
 
   template <typename Library, int kForm = 0>

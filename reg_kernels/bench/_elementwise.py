@@ -1,13 +1,13 @@
 """What the benchmarks of the random elementwise family share: inputs, contenders and their checks.
 
-Of an input no element is 0, so that one in a result was dropped; of a residual neither, and a place
-where the result is the residual was dropped.
+All elements of an input and of a residual lie in [1, 2). So one that is 0 in a result was dropped,
+as was one that is the residual.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Drawn(NamedTuple):
     as_one: int | None = None  # dimensions from this one on are kept or dropped together
     variant: str = ""
     residual: bool = False
+    # Of an op that does not keep or drop, what raises WrongValues by (name, inputs, y) and by
+    # (name, inputs, y, grad_output, gradients).
+    check_forward: Callable[..., None] | None = None
+    check_backward: Callable[..., None] | None = None
 
 
 def benchmark(
@@ -81,11 +85,18 @@ def _contender(way: Way, drawn: Drawn, direction: str, inputs: Inputs) -> Conten
     scale = rate(P)[1] if way.ours else 1 / (1 - P)
     name = " ".join(filter(None, (drawn.op, drawn.variant))) + f", {way.name}"
 
+    def forward(name: str, given: tuple[Tensor, ...], y: Tensor) -> None:
+        check_forward(name, drawn.as_one, given, y, scale)
+
+    def backward(name: str, *values: Any) -> None:
+        check_backward(name, *values, scale)
+
     def check() -> None:
         y = of.outputs()[0] if direction == BACKWARD else of.forward(0)
-        check_forward(name, drawn.as_one, inputs.arguments[0], y, scale)
+        (drawn.check_forward or forward)(name, inputs.arguments[0], y)
         if direction == BACKWARD:
-            check_backward(name, inputs.arguments[0], y, inputs.grads[0], of.backward(0), scale)
+            values = (inputs.arguments[0], y, inputs.grads[0], of.backward(0))
+            (drawn.check_backward or backward)(name, *values)
 
     return Contender(way.name, of.of(direction), check, way.within, way.may_fail)
 

@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function
 from .._dtypes import DTYPES, SUPPORTED, named
 from .._layout import has_samples_outermost, is_channels_last
 from .._numbers import check_shares as check_shares
+from .._numbers import number as number
 from .._numbers import probability as probability
 from .._numbers import refuse as refuse
 

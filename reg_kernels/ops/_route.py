@@ -233,7 +233,7 @@ class Linear(Route):
         super().__init__(1 + len(addends), _Linear, by_torch=by_torch, backward=self)
         tensors = "".join(f", Tensor? {name}" for name in addends)
         last = f", {result}" if result else ""
-        self._adjoint = self._by_itself if adjoint is None else adjoint
+        self._adjoint = self.by_itself if adjoint is None else adjoint
         self._like = like
         self._no_addends = (None,) * len(addends)
         self.drops = drops
@@ -272,9 +272,10 @@ class Linear(Route):
         self.in_place.route.call(None, self.in_place.like(overload), (input,), arguments)
         return input
 
-    def _by_itself(
+    def by_itself(
         self, overload: Any, grad_output: Tensor, like: Any, strides: Any, *arguments: Any
     ) -> Tensor:
+        """The adjoint of an op that multiplies each element: the op of the gradient."""
         # What was drawn follows storage order, so the gradient has to come in the output's.
         inputs = (with_strides(grad_output, strides), *self._no_addends)
         return self.call(None, overload, inputs, arguments, self._apply)
@@ -287,19 +288,23 @@ class Linear(Route):
         rng_state.
         """
         addends, arguments = rest[: self._inputs - 1], rest[self._inputs - 1 :]
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        # The input's own strides, where they are dense, since the mask follows storage order.
-        ones = torch.ones(input.shape, dtype=dtype, device=input.device)
-        if is_dense(input):
-            ones = with_strides(ones, input.stride())
+        ones = filled(input, 1.0)
         multipliers = overload(ones, *self._no_addends, *arguments)
-        output = input.to(dtype) * multipliers
+        output = input.to(ones.dtype) * multipliers
         if not self.reads_dropped:
             output = torch.where(multipliers == 0, 0, output)
         for addend in addends:
             if addend is not None:
-                output = output + addend.to(dtype)
+                output = output + addend.to(ones.dtype)
         return output.to(input.dtype)
+
+
+def filled(input: Tensor, value: float) -> Tensor:
+    """A tensor of one value in the type that an input is computed in, which draws as the input
+    does: with its strides, where those are dense, since draws follow storage order."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    x = torch.full(input.shape, value, dtype=dtype, device=input.device)
+    return with_strides(x, input.stride()) if is_dense(input) else x
 
 
 class _Linear(torch.autograd.Function):

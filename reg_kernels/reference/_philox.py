@@ -5,6 +5,8 @@ J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,64 @@ def half_words(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
 
     Element e takes half-word e % 8 of group e // 8: word (e % 8) // 2, low half first.
     """
-    device = rng_state.device
+    drawn = _groups(rng_state, tag, first // _GROUP, -(-(first % _GROUP + count) // _GROUP))
+    halves = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1)
+    return halves.reshape(-1)[first % _GROUP :][:count]
+
+
+def words(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
+    """The same of whole words: element e takes word e % 4 of group e // 4, 0 to 2^32 - 1."""
+    drawn = _groups(rng_state, tag, first // 4, -(-(first % 4 + count) // 4))
+    return drawn.reshape(-1)[first % 4 :][:count]
+
+
+def normals(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
+    """The same as normal numbers, float32: two of each two words, as normal.h has it."""
+    drawn = words(rng_state, tag, first - first % 2, count + 2)
+    pairs = drawn[: len(drawn) // 2 * 2].view(-1, 2)
+    return torch.stack(_normal_pair(*pairs.unbind(1)), dim=-1).reshape(-1)[first % 2 :][:count]
+
+
+def _groups(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
+    """The words of `count` groups: [count, 4]."""
     key = rng_state[0] ^ (tag - 2**64 if tag >= 2**63 else tag)
-    lead = first % _GROUP
-    groups = torch.arange(-(-(lead + count) // _GROUP), device=device) + first // _GROUP
-    words = torch.stack(philox4x32(key, groups, rng_state[1].expand_as(groups)), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return halves.reshape(-1)[lead : lead + count]
+    groups = torch.arange(count, device=rng_state.device) + first
+    return torch.stack(philox4x32(key, groups, rng_state[1].expand_as(groups)), dim=-1)
+
+
+def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Each product and each sum is an operation of its own, and so rounded by itself."""
+    k = _signed(radius | 1).float().view(torch.int32)
+    negative, bits = k < 0, k & 0x7FFFFFFF
+    e = (0x4F3504F3 - bits) >> 23
+    v = (bits + (e << 23) - (31 << 23)).view(torch.float32) - 1
+    square = e.float() * 1.386294361 + _polynomial(v, _LOGARITHM) * v
+    r = square.double().sqrt().float()  # torch's root of a float is off by an ulp at times
+    t = _signed(angle).float() * 2.0**-32
+    z = t * t
+    sine = _polynomial(z, _SINE) * t
+    cosine = _polynomial(z, _COSINE)
+    cosine = torch.where(negative, -cosine, cosine)
+    swapped = angle % 2 == 1
+    return r * torch.where(swapped, sine, cosine), r * torch.where(swapped, cosine, sine)
+
+
+def _signed(word: Tensor) -> Tensor:
+    return (word - ((word >> 31) << 32)).to(torch.int32)
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Horner's scheme, the highest coefficient first."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+# -2 ln(1 + v) / v, sin(pi t / 2) / t and cos(pi t / 2); the last two in t^2.
+_LOGARITHM = (
+    *(2.021379322e-01, -3.244517148e-01, 3.450166285e-01, -3.980033100e-01),
+    *(4.993981719e-01, -6.667011976e-01, 1.000007272e00, -1.999999881e00),
+)
+_SINE = (-4.601657856e-03, 7.968003303e-02, -6.459634900e-01, 1.570796371e00)
+_COSINE = (-2.042624913e-02, 2.536063492e-01, -1.233698010e00, 1.0)

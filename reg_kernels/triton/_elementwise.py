@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._layout import dense_like, is_dense
 from ._launch import ceil_div, device_of, next_power_of_2, state_arguments
-from ._random import half_word_at, half_words, load_state, word_at, words
+from ._random import half_word_at, half_words, load_state, normal_at, normals, word_at, words
+from ._random import product_apart as product_apart
 from ._types import compute_type
 
 TILE = 2048  # elements a program: 16 bytes a thread and load, in bf16 with 8 warps
@@ -35,11 +37,15 @@ class DrawnBy(NamedTuple):
 class Element(NamedTuple):
     """An op of the family, that kernels are compiled for: one constexpr, OP."""
 
-    VALUES: Any  # jit function of (x, drawn, threshold, scale), x in the type of computing
+    # Jit function of (x, drawn, threshold, scale) and, of an op that has them, three further
+    # numbers; x in the type of computing.
+    VALUES: Any
     TAG: int  # `_rng.tag`
     READS_DROPPED: bool = True
     DROPS: bool = True  # else p is no probability, but the number that comes as the scale
     BITS: int = 16  # of a draw, or 32
+    NORMAL: bool = False  # whether draws are normal numbers, of 32 bits each
+    OPTIONS: bool = False  # whether there are numbers behind p
 
     @property
     def cache_key(self) -> str:
@@ -77,13 +83,6 @@ def load_rate(p_ptr, p):
 
 
 @triton.jit
-def product_apart(x, factor):
-    """x factor, which no compiler joins with a sum after it in one rounding: it adds -0 to the
-    product, which nobody can know. One joins pairs of float32 even where it is told not to."""
-    return tl.fma(x, factor, -(factor - factor))
-
-
-@triton.jit
 def load_draws(p_ptr, p, state_ptr, seed, offset, TAG: tl.constexpr, DROPS: tl.constexpr = True):
     seed, offset = load_state(state_ptr, seed, offset)
     if DROPS:
@@ -101,6 +100,7 @@ def map_elements(
     inside,
     drawn,  # broadcasts to the elements
     draws,
+    options,  # three numbers, or None each
     OP: tl.constexpr,
 ):
     """y of the elements at `at`. What is dropped unread leaves the residual as it is."""
@@ -108,7 +108,13 @@ def map_elements(
     COMPUTE: tl.constexpr = compute_type(DTYPE)
     reads = inside if OP.READS_DROPPED else inside & (drawn < draws.threshold)
     x = tl.load(operands.x + at, mask=reads).to(COMPUTE)
-    y = OP.VALUES(x, drawn, draws.threshold, draws.scale)
+    if OP.OPTIONS:
+        first = tl.full([1], options[0], tl.float64)
+        second = tl.full([1], options[1], tl.float64)
+        third = tl.full([1], options[2], tl.float64)
+        y = OP.VALUES(x, drawn, draws.threshold, draws.scale, first, second, third)
+    else:
+        y = OP.VALUES(x, drawn, draws.threshold, draws.scale)
     if operands.residual is not None:
         residual = tl.load(operands.residual + at, mask=inside).to(COMPUTE)
         sums = residual + y
@@ -126,6 +132,9 @@ def elements_kernel(
     state_ptr,  # int64 [2], or None: else it counts instead of the two
     seed: tl.int64,
     offset: tl.int64,
+    option_0: tl.float64,  # the numbers behind p in the op's schema, or None
+    option_1: tl.float64,
+    option_2: tl.float64,
     OP: tl.constexpr,
     LEAD: tl.constexpr,  # position of element 0 in its group: 0 keeps the accesses aligned
     BLOCK: tl.constexpr,
@@ -134,12 +143,15 @@ def elements_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCK
     A_GROUP: tl.constexpr = 128 // OP.BITS
     first_group = (element_offset - LEAD + block) // A_GROUP
-    if OP.BITS == 32:
+    if OP.NORMAL:
+        drawn = normals(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
+    elif OP.BITS == 32:
         drawn = words(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
     else:
         drawn = half_words(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
     i = block - LEAD + tl.arange(0, BLOCK)
-    map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, OP)
+    options = (option_0, option_1, option_2)
+    map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, options, OP)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -155,6 +167,9 @@ def rows_kernel(
     state_ptr,
     seed: tl.int64,
     offset: tl.int64,
+    option_0: tl.float64,  # the numbers behind p in the op's schema, or None
+    option_1: tl.float64,
+    option_2: tl.float64,
     OP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -166,25 +181,37 @@ def rows_kernel(
     r = (program // blocks_l) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     l = program % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
     index = element_offset + n * R + r
-    if OP.BITS == 32:
+    if OP.NORMAL:
+        drawn = normal_at(draws.key, draws.offset, index)[:, None]
+    elif OP.BITS == 32:
         drawn = word_at(draws.key, draws.offset, index)[:, None]
     else:
         drawn = half_word_at(draws.key, draws.offset, index)[:, None]
     i = n * R * L + r[:, None] * stride_r + l[None, :] * stride_l
     inside = (r[:, None] < R) & (l[None, :] < L)
-    map_elements(operands, i, inside, drawn, draws, OP)
+    options = (option_0, option_1, option_2)
+    map_elements(operands, i, inside, drawn, draws, options, OP)
 
 
-def _arguments(draw: DrawnBy) -> tuple[Any, ...]:
-    """The kernels' from element_offset to offset: what decides the mask, by value or by pointer."""
+NO_OPTIONS = (None, None, None)
+
+
+def _arguments(draw: DrawnBy, options: tuple[Any, ...] = NO_OPTIONS) -> tuple[Any, ...]:
+    """The kernels' from element_offset to the options: what decides the mask, by value or by
+    pointer, and what else the op is told."""
     p, rng_state, element_offset, traced_p = draw
     if traced_p is not None and traced_p.device.type == "cpu":
         p, traced_p = float(traced_p), None
-    return element_offset, traced_p, p, *state_arguments(rng_state)
+    return element_offset, traced_p, p, *state_arguments(rng_state), *options
 
 
 def launch_elements(
-    op: Element, x: Tensor, y: Tensor, draw: DrawnBy, residual: Tensor | None = None
+    op: Element,
+    x: Tensor,
+    y: Tensor,
+    draw: DrawnBy,
+    residual: Tensor | None = None,
+    options: tuple[Any, ...] = NO_OPTIONS,
 ) -> None:
     """y of the dense x, a draw for each element in storage order."""
     if x.numel() == 0:
@@ -192,7 +219,7 @@ def launch_elements(
     lead = draw.element_offset % (128 // op.BITS)
     with device_of(x):
         elements_kernel[(ceil_div(lead + x.numel(), TILE),)](
-            *(Operands(x, residual, y), x.numel(), *_arguments(draw), op, lead, TILE),
+            *(Operands(x, residual, y), x.numel(), *_arguments(draw, options), op, lead, TILE),
             num_warps=8,
         )
 
@@ -228,3 +255,22 @@ def launch_rows(
             *(op, block_r, block_l),
             num_warps=8,
         )
+
+
+# Ops whose draws are each for an element, of any shape: what their modules have as functions of
+# their names.
+
+
+def fresh(
+    op: Element, input: Tensor, draw: DrawnBy, options: tuple[Any, ...] = NO_OPTIONS
+) -> Tensor:
+    """The op's result as a fresh tensor; any layout."""
+    x = input if is_dense(input) else input.contiguous()
+    y = dense_like(x)
+    launch_elements(op, x, y, draw, None, options)
+    return y
+
+
+def over(op: Element, input: Tensor, draw: DrawnBy, options: tuple[Any, ...] = NO_OPTIONS) -> None:
+    """The same over a dense input."""
+    launch_elements(op, input, input, draw, None, options)

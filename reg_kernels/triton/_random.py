@@ -46,6 +46,61 @@ def word_at(key, offset, index):
 
 
 @triton.jit
+def product_apart(x, factor):
+    """x factor, which no compiler joins with a sum after it in one rounding: it adds -0 to the
+    product, which nobody can know. One joins pairs of float32 even where it is told not to."""
+    return tl.fma(x, factor, -(factor - factor))
+
+
+@triton.jit
+def normals(key, offset, first_group, GROUPS: tl.constexpr):
+    """The same of normal numbers, four a group: float32 [4 GROUPS], in order."""
+    group = first_group + tl.arange(0, GROUPS).to(tl.int64)
+    w0, w1, w2, w3 = philox(key, offset, group)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * GROUPS])
+
+
+@triton.jit
+def normal_at(key, offset, index):
+    """The same of one number."""
+    w0, w1, w2, w3 = philox(key, offset, index // 4)
+    later = index % 4 >= 2
+    first, second = normal_pair(tl.where(later, w2, w0), tl.where(later, w3, w1))
+    return tl.where(index % 2 == 0, first, second)
+
+
+@triton.jit
+def normal_pair(radius, angle):
+    """Two normal numbers of two words, by the steps of csrc/include/reg_kernels/normal.h."""
+    k = (radius | 1).to(tl.int32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    bits = k & 0x7FFFFFFF
+    e = (0x4F3504F3 - bits) >> 23
+    v = (bits + (e << 23) - (31 << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = product_apart(v, 2.021379322e-01) + -3.244517148e-01
+    p = product_apart(p, v) + 3.450166285e-01
+    p = product_apart(p, v) + -3.980033100e-01
+    p = product_apart(p, v) + 4.993981719e-01
+    p = product_apart(p, v) + -6.667011976e-01
+    p = product_apart(p, v) + 1.000007272e00
+    p = product_apart(p, v) + -1.999999881e00
+    r = tl.sqrt_rn(product_apart(e.to(tl.float32), 1.386294361) + product_apart(p, v))
+    t = angle.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    z = product_apart(t, t)
+    sine = product_apart(z, -4.601657856e-03) + 7.968003303e-02
+    sine = product_apart(sine, z) + -6.459634900e-01
+    sine = product_apart(sine, z) + 1.570796371e00
+    sine = sine * t
+    cosine = product_apart(z, -2.042624913e-02) + 2.536063492e-01
+    cosine = product_apart(cosine, z) + -1.233698010e00
+    cosine = product_apart(cosine, z) + 1.0
+    cosine = tl.where(k < 0, -cosine, cosine)
+    swapped = (angle & 1) == 1
+    return r * tl.where(swapped, sine, cosine), r * tl.where(swapped, cosine, sine)
+
+
+@triton.jit
 def half_word_runs(key, offset, first, RUN: tl.constexpr):
     """Draws runs of RUN mask elements from each of `first` on: [A, RUN B] of int64 [A, B].
 

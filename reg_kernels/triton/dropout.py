@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import dense_like, is_channels_last, is_dense
+from .._layout import is_channels_last
 from .._rng import TAG_DROPOUT
-from ._elementwise import DrawnBy, Element, launch_elements, launch_rows
+from ._elementwise import DrawnBy, Element, fresh, launch_rows, over
 
 
 @triton.jit
@@ -24,10 +24,6 @@ def dropout_values(x, half_word, threshold, scale):
 
 
 DROPOUT = Element(dropout_values, TAG_DROPOUT)
-
-
-def _launch(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
-    launch_elements(DROPOUT, x, y, DrawnBy(*drawn))
 
 
 def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
@@ -41,16 +37,12 @@ def _launch_features(x: Tensor, y: Tensor, drawn: tuple[Any, ...]) -> None:
 
 
 def dropout(input: Tensor, *drawn: Any) -> Tensor:
-    """The op's result as a fresh tensor; any shape, any layout. `drawn`: what DrawnBy has."""
-    x = input if is_dense(input) else input.contiguous()
-    y = dense_like(x)
-    _launch(x, y, drawn)
-    return y
+    """The op; `drawn`: what DrawnBy has."""
+    return fresh(DROPOUT, input, DrawnBy(*drawn))
 
 
 def dropout_(input: Tensor, *drawn: Any) -> None:
-    """The same over a dense input."""
-    _launch(input, input, drawn)
+    over(DROPOUT, input, DrawnBy(*drawn))
 
 
 def feature_dropout(input: Tensor, *drawn: Any) -> Tensor:

@@ -41,6 +41,8 @@ CACHES = 32 * 2**20
 LADDERS = [
     *(("dropout", ""), ("dropout1d", ""), ("dropout2d", ""), ("dropout3d", "")),
     *(("drop_path", ""), ("drop_path", "with residual")),
+    *(("gaussian_noise", ""), ("gaussian_noise", "multiplicative")),
+    *(("uniform_noise", ""), ("salt_and_pepper", "")),
     *(("batch_norm", ""), ("batch_norm_inference", "")),
     *(("batch_norm_act", "relu+dropout"), ("batch_norm_act", "residual+relu")),
     *(("optimizer_step", name) for name in ("AdamW", "Adam", "SGDW", "SGD")),

@@ -17,6 +17,7 @@ using reg_kernels::ChannelLayout;
 using reg_kernels::compute_t;
 using reg_kernels::DrawnFor;
 using reg_kernels::DropoutRate;
+using reg_kernels::factor_t;
 using reg_kernels::has_form;
 using reg_kernels::Op;
 using reg_kernels::cuda::RateArgument;
@@ -33,27 +34,50 @@ constexpr uint64_t kSeed = 0x9e3779b97f4a7c15ull, kRngOffset = 0x000000050000000
 
 // The op's number: of one that keeps or drops, the probability that has this threshold.
 double number_of(uint32_t threshold) {
-  return reg_kernels::kKeepsOrDrops<Op> ? 1.0 - threshold / 65536.0 : threshold / 1024.0;
+  if (Op::kNumber.most == 1.0) return 1.0 - threshold / 65536.0;
+  return threshold / 1024.0;
 }
 
-// What is multiplied by: the number itself, where the op does not keep or drop.
+// The op's options; of one that keeps or drops, whether what is kept is scaled.
+struct OptionValues {
+  double at[reg_kernels::kMostOptions];
+};
+OptionValues options_of(bool scaled) { return {{scaled ? 1.0 : 0.0, -1.5, 0.375}}; }
+
+// What an element is told: the op's number and options or, of one that keeps or drops, the scale.
 template <typename T>
-compute_t<T> scale_of(uint32_t threshold) {
-  if (!reg_kernels::kKeepsOrDrops<Op>) return static_cast<compute_t<T>>(number_of(threshold));
-  return static_cast<compute_t<T>>(threshold ? 65536.0 / threshold : 0.0);
+factor_t<Op, T> factor_of(uint32_t threshold, bool scaled) {
+  if constexpr (reg_kernels::kKeepsOrDrops<Op>) {
+    if (!scaled) return 1;
+    return static_cast<compute_t<T>>(threshold ? 65536.0 / threshold : 0.0);
+  } else {
+    factor_t<Op, T> numbers{};
+    numbers.number = static_cast<compute_t<T>>(number_of(threshold));
+    if constexpr (Op::Options::kCount > 0) {
+      for (int i = 0; i < Op::Options::kCount; ++i) {
+        numbers.options[i] = static_cast<compute_t<T>>(options_of(scaled).at[i]);
+      }
+    }
+    return numbers;
+  }
 }
 
 // The contract of philox.h, one element at a time.
 class Draws {
  public:
   uint32_t at(int64_t element) {
-    constexpr int64_t kAGroup = sizeof(Op::Draw) == 4 ? 4 : 8;
+    constexpr int64_t kAGroup = sizeof(reg_kernels::drawn_t<Op>) == 4 ? 4 : 8;
     const uint64_t group = static_cast<uint64_t>(element / kAGroup);
     if (!drawn_ || group != group_) {
       const uint64_t key = kSeed ^ static_cast<uint64_t>(Op::kTag);
       words_ = reg_kernels::philox4x32(key, group, kRngOffset);
       group_ = group;
       drawn_ = true;
+    }
+    if constexpr (reg_kernels::kDrawsNormals<Op>) {
+      const uint32_t* const w = words_.w + element % 4 / 2 * 2;
+      const reg_kernels::NormalPair pair = reg_kernels::normal_pair(w[0], w[1]);
+      return reg_kernels::bit_cast<uint32_t>(element % 2 ? pair.second : pair.first);
     }
     if (kAGroup == 4) return words_.w[element % 4];
     const uint32_t word = words_.w[element % 8 / 2];
@@ -68,13 +92,16 @@ class Draws {
 
 // One element as the op's header has it; `residual` is one or nothing.
 template <typename T, typename... Residual>
-T element(T x, uint32_t drawn, uint32_t threshold, compute_t<T> scale, Residual... residual) {
-  if constexpr (!reg_kernels::kKeepsOrDrops<Op>) {
-    return Op::element(x, static_cast<Op::Draw>(drawn), scale, residual...);
+T element(T x, uint32_t drawn, uint32_t threshold, const factor_t<Op, T>& factor,
+          Residual... residual) {
+  if constexpr (reg_kernels::kDrawsNormals<Op>) {
+    return Op::element(x, {reg_kernels::bit_cast<float>(drawn)}, factor, residual...);
+  } else if constexpr (!reg_kernels::kKeepsOrDrops<Op>) {
+    return Op::element(x, static_cast<Op::Draw>(drawn), factor, residual...);
   } else if constexpr (Op::kReadsDropped) {
-    return Op::element(x, drawn < threshold ? scale : 0, residual...);
+    return Op::element(x, drawn < threshold ? factor : 0, residual...);
   } else {
-    if (drawn < threshold) return Op::element(x, scale, residual...);
+    if (drawn < threshold) return Op::element(x, factor, residual...);
     T left{};
     ((left = residual), ...);
     return left;
@@ -83,11 +110,12 @@ T element(T x, uint32_t drawn, uint32_t threshold, compute_t<T> scale, Residual.
 
 // The same beside a residual, where there is one.
 template <typename T>
-T element_at(T x, const T* residual, uint32_t drawn, uint32_t threshold, compute_t<T> scale) {
+T element_at(T x, const T* residual, uint32_t drawn, uint32_t threshold,
+             const factor_t<Op, T>& factor) {
   if constexpr (Op::kAdds) {
-    if (residual) return element(x, drawn, threshold, scale, *residual);
+    if (residual) return element(x, drawn, threshold, factor, *residual);
   }
-  return element(x, drawn, threshold, scale);
+  return element(x, drawn, threshold, factor);
 }
 
 // How a launch is made, apart from its sizes.
@@ -101,7 +129,7 @@ struct Variant {
   std::string text() const {
     return "x+" + std::to_string(x_shift) + " y+" + std::to_string(y_shift) +
            (on_device ? " on device" : "") + (in_place ? " in place" : "") +
-           (adds ? " with a residual" : "") + (scaled ? "" : " not scaled");
+           (adds ? " with a residual" : "") + (scaled ? "" : " option 0 off");
   }
 };
 
@@ -128,6 +156,7 @@ reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_
                           : std::is_same_v<T, driver::float16> ? reg_kernels::DType::float16
                                                                : reg_kernels::DType::bfloat16;
   const bool stream = variant.y_shift % 2;  // either way
+  const OptionValues options = options_of(variant.scaled);
   return {x,
           y,
           residual,
@@ -135,7 +164,8 @@ reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_
           kDType,
           offset,
           rate.threshold,
-          variant.scaled ? rate.scale : 1.0,
+          rate.scale,
+          {options.at[0], options.at[1], options.at[2]},
           kSeed,
           kRngOffset,
           stream,
@@ -178,14 +208,14 @@ void test_elements(int64_t numel, int64_t offset, uint32_t threshold,
   Buffer<T> values(numel, 0);
   values.fill_with_bits(numel);
   for (const Variant& variant : variants) {
-    const auto scale = variant.scaled ? scale_of<T>(threshold) : compute_t<T>(1);
+    const auto factor = factor_of<T>(threshold, variant.scaled);
     const Buffer<T> residual = residual_of<T>(numel, variant.y_shift);
     const T* const added = variant.adds ? residual.data() : nullptr;
     Draws draws;
     std::vector<T> expected;
     for (int64_t i = 0; i < numel; ++i) {
       expected.push_back(element_at(values.data()[i], added ? added + i : nullptr,
-                                    draws.at(offset + i), threshold, scale));
+                                    draws.at(offset + i), threshold, factor));
     }
     Buffer<T> x(numel, variant.x_shift);
     std::copy_n(values.data(), numel, x.data());
@@ -197,8 +227,8 @@ void test_elements(int64_t numel, int64_t offset, uint32_t threshold,
     run(
         x, expected, threshold, variant,
         [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-          reg_kernels::cuda::launch_elements<Op, T>(in, out, {added, variant.scaled}, numel, offset,
-                                                    rate, rng, nullptr);
+          reg_kernels::cuda::launch_elements<Op, T>(in, out, {added, options_of(variant.scaled).at},
+                                                    numel, offset, rate, rng, nullptr);
         },
         [&] { return describe("elements"); });
     if (variant.on_device) continue;
@@ -215,7 +245,7 @@ void test_elements(int64_t numel, int64_t offset, uint32_t threshold,
 template <typename T>
 void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t offset,
                    uint32_t threshold, const Variant& variant) {
-  const auto scale = variant.scaled ? scale_of<T>(threshold) : compute_t<T>(1);
+  const auto factor = factor_of<T>(threshold, variant.scaled);
   const int64_t numel = N * C * L;
   Draws draws;
   Buffer<T> x(numel, variant.x_shift);
@@ -228,7 +258,8 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
       const uint32_t drawn = draws.at(offset + n * C + c);
       for (int64_t l = 0; l < L; ++l) {
         const int64_t i = channels_last ? (n * L + l) * C + c : (n * C + c) * L + l;
-        expected[i] = element_at(x.data()[i], added ? added + i : nullptr, drawn, threshold, scale);
+        expected[i] =
+            element_at(x.data()[i], added ? added + i : nullptr, drawn, threshold, factor);
       }
     }
   }
@@ -245,8 +276,8 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
       x, expected, threshold, variant,
       [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
         reg_kernels::cuda::launch_channels<Op, T>(unread ? nullptr : in, out,
-                                                  {added, variant.scaled}, numel, layout, offset,
-                                                  rate, rng, nullptr);
+                                                  {added, options_of(variant.scaled).at}, numel,
+                                                  layout, offset, rate, rng, nullptr);
       },
       [&] { return describe("channels"); });
   if (variant.on_device) return;
@@ -274,8 +305,9 @@ void test_dtype_of_elements() {
   }
   for (const uint32_t threshold : kThresholds) {
     test_elements<T>(8200, 0, threshold, {{0, 0, true, false}, {0, 0, false, true}});
-    test_elements<T>(129, 5, threshold,
-                     {{1, 0, true, false, Op::kAdds, !Op::kAdds}, {0, 1, false, true}});
+    test_elements<T>(
+        129, 5, threshold,
+        {{1, 0, true, false, Op::kAdds, Op::Options::kCount == 0}, {0, 1, false, true}});
   }
 }
 
@@ -287,7 +319,7 @@ void test_dtype_of_channels(const std::vector<int64_t>& channels, bool channels_
       for (const int64_t N : {0, 1, 5}) {
         for (const int64_t offset : kOffsets) {
           const bool on_device = turn & 1, in_place = turn & 2;
-          const bool adds = Op::kAdds && turn & 1, scaled = !Op::kAdds || turn % 3;
+          const bool adds = Op::kAdds && turn & 1, scaled = Op::Options::kCount == 0 || turn % 3;
           ++turn;
           const uint32_t threshold = kThresholds[turn % 5];
           test_channels<T>(N, C, L, channels_last, offset, threshold,

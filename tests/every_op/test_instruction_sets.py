@@ -11,6 +11,7 @@ instruction sets in turns. What a call costs beside its loops is taken off: that
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,10 @@ def of_one_input() -> Iterator[tuple[str, Make]]:
 
     yield "dropout", on(lambda n: (n,), lambda x: F.dropout(x, 0.1))
     yield "dropout2d", on(planes, lambda x: F.dropout2d(x, 0.1))
+    for name, noise in (("gaussian_noise", F.gaussian_noise), ("uniform_noise", F.uniform_noise)):
+        relative = functools.partial(noise, multiplicative=True)  # which has a backward
+        yield name, on(lambda n: (n,), lambda x, noise=relative: noise(x, 0.1))
+    yield "salt_and_pepper", on(lambda n: (n,), lambda x: F.salt_and_pepper(x, 0.1))
     yield "drop_path", on(samples, lambda x: F.drop_path(x, 0.1))
     yield (
         "drop_path residual",

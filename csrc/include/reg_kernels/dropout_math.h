@@ -15,6 +15,7 @@ struct Number {
 };
 
 constexpr Number kProbability = {"p", 0.0, 1.0};
+constexpr Number kDeviation = {"std", 0.0, 1.7976931348623157e308};  // any finite one
 
 // A probability as the kernels use it: keep iff half-word < threshold, scale by 65536 / threshold,
 // so that the expectation is exact for the probability that is realised, 1 - threshold / 65536.

@@ -11,15 +11,16 @@ struct HalfWords {
                                     {"half_words_of_channels", nullptr, DrawnFor::channel}};
   static constexpr Number kNumber = {"width", 0.0, 1e9};
   using Draw = uint16_t;
+  using Options = Types<>;
   static constexpr bool kReadsDropped = true, kAdds = true;
 
   template <typename T>
-  static RK_HD T element(T x, uint16_t bits, compute_t<T> width) {
-    return store<T>(add_apart(load(x), width * bits));
+  static RK_HD T element(T x, uint16_t bits, const Numbers<compute_t<T>, 0>& width) {
+    return store<T>(add_apart(load(x), width.number * bits));
   }
   template <typename T>
-  static RK_HD T element(T x, uint16_t bits, compute_t<T> width, T residual) {
-    return store<T>(add_apart(add_apart(load(x), width * bits), load(residual)));
+  static RK_HD T element(T x, uint16_t bits, const Numbers<compute_t<T>, 0>& width, T residual) {
+    return store<T>(add_apart(add_apart(load(x), width.number * bits), load(residual)));
   }
 };
 

@@ -11,6 +11,7 @@ struct KeptBeside {
                                     {"kept_beside_of_channels", nullptr, DrawnFor::channel}};
   static constexpr Number kNumber = kProbability;
   using Draw = bool;
+  using Options = Types<bool>;
   static constexpr bool kReadsDropped = false, kAdds = true;
 
   template <typename T>

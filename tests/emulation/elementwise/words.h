@@ -12,14 +12,15 @@ struct Words {
                                     {"words_of_samples", nullptr, DrawnFor::sample}};
   static constexpr Number kNumber = {"width", 0.0, 1e9};
   using Draw = uint32_t;
+  using Options = Types<>;
   static constexpr bool kReadsDropped = true, kAdds = false;
 
   // As whole numbers of a half-word each, which every type has exactly.
   template <typename T>
-  static RK_HD T element(T x, uint32_t bits, compute_t<T> width) {
+  static RK_HD T element(T x, uint32_t bits, const Numbers<compute_t<T>, 0>& width) {
     const auto low = static_cast<compute_t<T>>(bits & 0xffffu);
     const auto high = static_cast<compute_t<T>>(bits >> 16);
-    return store<T>(add_apart(add_apart(load(x), width * low), high));
+    return store<T>(add_apart(add_apart(load(x), width.number * low), high));
   }
 };
 

@@ -41,6 +41,10 @@ void call_leaves() {
   for (const uint32_t threshold : {0u, own, own + 1, 65536u}) {
     task.threshold = threshold;
     task.scale = threshold ? 65536.0 / threshold : 0.0;
+    // What an op makes of further numbers: whether one is 0, or values.
+    task.options[0] = threshold == own ? 0 : 0.25;
+    task.options[1] = -1.5;
+    task.options[2] = 0.375;
     // A shard can begin anywhere; the last one's groups carry into the counter's second word.
     for (const int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{8} << 32) - 700}) {
       task.mask_offset = offset;

@@ -10,6 +10,7 @@ struct DropPath {
   static constexpr Form kForms[] = {{"drop_path", nullptr, DrawnFor::sample}};
   static constexpr Number kNumber = kProbability;
   using Draw = bool;
+  using Options = Types<bool>;  // whether what is kept is scaled
   static constexpr bool kReadsDropped = false, kAdds = true;
 
   template <typename T>

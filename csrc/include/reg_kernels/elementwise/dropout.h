@@ -11,6 +11,7 @@ struct Dropout {
                                     {"feature_dropout", "feature_dropout_", DrawnFor::channel}};
   static constexpr Number kNumber = kProbability;
   using Draw = bool;
+  using Options = Types<>;
   static constexpr bool kReadsDropped = true, kAdds = false;
 
   // A dropped element is multiplied by zero, not replaced by it: NaN, Inf and the sign of zero come

@@ -1,0 +1,46 @@
+"""What the random elementwise ops share in plain PyTorch: each element of the result is made of the
+one in its place and of a draw, and draws follow storage order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_storage_order(x: Tensor) -> tuple[Tensor, list[int]]:
+    """x with its dimensions permuted into storage order, contiguous, and the permutation."""
+    if x.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x.contiguous(), list(range(x.dim()))
+    order = sorted(range(x.dim()), key=lambda d: (x.stride(d), x.size(d)), reverse=True)
+    return x.permute(order), order
+
+
+def permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
+    """y with its dimensions as they were, in the strides of `like` where those are dense."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(like)
+    if order == sorted(order) and (y.stride() == like.stride() or not dense):
+        return y
+    y = y.permute([order.index(d) for d in range(len(order))])
+    # A tensor of its own, since autograd lets nobody write to a view that an op made. Dimensions of
+    # size 1 can have any stride.
+    return torch.empty_strided(y.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
+def by_elements(input: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """`values` of the input in storage order and in the type of computing, rounded and put back:
+    a tensor of its own."""
+    x, order = in_storage_order(input)
+    y = values(x.to(compute_dtype(input.dtype)).reshape(-1)).view(x.shape)
+    return permuted_back(y.to(x.dtype), order, input)
+
+
+def with_noise(x: Tensor, width: float, noise: Tensor, multiplicative: bool) -> Tensor:
+    """x + width noise, or x + width noise x; the width is rounded to the type of computing."""
+    scaled = noise.to(x.dtype) * width
+    return x + (scaled * x if multiplicative else scaled)

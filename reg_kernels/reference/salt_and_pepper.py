@@ -1,0 +1,36 @@
+"""Impulse noise in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._elementwise import by_elements
+from ._philox import half_words, tag
+
+
+def salt_and_pepper(
+    input: Tensor,
+    p: float,
+    salt_share: float,
+    low: float,
+    high: float,
+    rng_state: Tensor,
+    element_offset: int = 0,
+    traced_p: Tensor | None = None,
+) -> Tensor:
+    """y = high where u < salt_share, low where u < p, else x; u = half-word / 65536, one an element
+    in storage order.
+
+    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
+    """
+    p = p if traced_p is None else float(traced_p)
+    rng_state = rng_state.to(input.device)
+
+    def values(x: Tensor) -> Tensor:
+        drawn = half_words(rng_state, tag("impulses"), element_offset, x.numel())
+        u = drawn.to(x.dtype) * 2.0**-16
+        impulse = torch.where(u < salt_share, torch.full_like(x, high), torch.full_like(x, low))
+        return torch.where(u < p, impulse, x)
+
+    return by_elements(input, values)
