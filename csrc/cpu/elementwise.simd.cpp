@@ -6,6 +6,7 @@
 // first-level cache, then a plain loop applies it.
 #include "elementwise_task.h"
 
+#include "normals.h"
 #include "product_lines.h"
 #include "random.h"
 #include "stream.h"
@@ -15,26 +16,23 @@ namespace {
 
 using Drawn = drawn_t<Op>;
 
-// Makes normal numbers of words, as bits, each pair in its place.
-template <typename Word>
-RK_STAGE void make_normals(Word* words, int64_t pairs) {
-#pragma omp simd
-  for (int64_t i = 0; i < pairs; ++i) {
-    const NormalPair pair = normal_pair(words[2 * i], words[2 * i + 1]);
-    words[2 * i] = bit_cast<uint32_t>(pair.first);
-    words[2 * i + 1] = bit_cast<uint32_t>(pair.second);
+// Draws are made into the words of a tile, and normal numbers of them a little behind: what the one
+// waits for is time for the other.
+struct NormalsBehind {
+  RK_HD void operator()(char* words, int64_t bytes) const {
+    for (int64_t i = 0; i < bytes; i += kWordsAtOnce * 4) make_normals(words + i);
   }
-}
+};
 
 // A tile's draws as the op takes them.
 template <typename Op>
 struct DrawsFor : DrawsOf<drawn_t<Op>> {
   RK_HD const drawn_t<Op>* fill(const RngStream& stream, int64_t first, int64_t count) {
-    const drawn_t<Op>* of_first = DrawsOf<drawn_t<Op>>::fill(stream, first, count);
     if constexpr (kDrawsNormals<Op>) {
-      make_normals(this->drawn, ceil_div(of_first - this->drawn + count, 2));
+      return DrawsOf<drawn_t<Op>>::fill(stream, first, count, NormalsBehind{});
+    } else {
+      return DrawsOf<drawn_t<Op>>::fill(stream, first, count);
     }
-    return of_first;
   }
 };
 

@@ -90,12 +90,19 @@ constexpr int64_t kGroupBytes = sizeof(PhiloxWords);
 // A multiple of every instruction set's step; draws are made in whole batches of so many groups.
 constexpr int64_t kGroupBatch = 32;
 
+// What follows a draw, a step behind it: called as behind(words, bytes) for all of them in order.
+struct NothingBehind {
+  RK_HD void operator()(char*, int64_t) const {}
+};
+
 #if defined(__AVX2__) || defined(__aarch64__)
 
 // `draw_groups` for groups whose counters differ in the low word alone. The high word then does
 // not change in the loop, nor does what the first two rounds make of it and of the offset, and the
 // compiler takes a tenth of the work out of the loop.
-RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t count, char* out) {
+template <typename Behind>
+RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t count, char* out,
+                            const Behind& behind) {
   using L = PhiloxLanes;
   using V = L::V;
   constexpr int kChains = L::kChains, kStep = kChains * L::kLanes;
@@ -130,14 +137,18 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
     for (int i = 0; i < kChains; ++i) {
       L::store(out + (group + i * L::kLanes) * kGroupBytes, c[i][0], c[i][1], c[i][2], c[i][3]);
     }
+    if (group > 0) behind(out + (group - kStep) * kGroupBytes, kStep * kGroupBytes);
   }
+  behind(out + (count - kStep) * kGroupBytes, kStep * kGroupBytes);
 }
 
 #endif
 
 // Writes groups [first, first + count), whose half-words, and whose words, then lie in the order of
 // the elements that they are for. `count` is a multiple of kGroupBatch, `out` is 64-byte aligned.
-RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, char* out) {
+template <typename Behind>
+RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, char* out,
+                       const Behind& behind) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's low half lies first");
   typedef uint32_t __attribute__((may_alias)) Word;
   constexpr int kGroupWords = kGroupBytes / sizeof(Word);
@@ -145,8 +156,7 @@ RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, c
   int64_t group = 0;
 #if defined(__AVX2__) || defined(__aarch64__)
   if ((first >> 32) == ((first + count - 1) >> 32)) {
-    draw_below_carry(stream, first, count, out);
-    group = count;
+    return draw_below_carry(stream, first, count, out, behind);
   }
 #endif
   for (; group < count; ++group) {
@@ -154,6 +164,7 @@ RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, c
     // Word by word, or the compiler makes no vector code of it.
     for (int i = 0; i < kGroupWords; ++i) to[group * kGroupWords + i] = words.w[i];
   }
+  behind(out, count * kGroupBytes);
 }
 
 constexpr int64_t kTile = 512;  // elements: their draws are 1 or 2 KiB of the first-level cache
@@ -167,10 +178,12 @@ struct DrawsOf {
 
   // Draws `count` mask elements from index `first` on and returns the first one's draw. Inlined, so
   // that a loop over tiles spreads the key over its lanes once.
-  RK_HD const Drawn* fill(const RngStream& stream, int64_t first, int64_t count) {
+  template <typename Behind = NothingBehind>
+  RK_HD const Drawn* fill(const RngStream& stream, int64_t first, int64_t count,
+                          const Behind& behind = {}) {
     const int64_t lead = first % kAGroup;
     const int64_t groups = ceil_div(lead + count, kGroupBatch * kAGroup) * kGroupBatch;
-    draw_groups(stream, first / kAGroup, groups, reinterpret_cast<char*>(drawn));
+    draw_groups(stream, first / kAGroup, groups, reinterpret_cast<char*>(drawn), behind);
     return drawn + lead;
   }
 };

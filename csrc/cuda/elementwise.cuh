@@ -145,8 +145,8 @@ __device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, ui
   if constexpr (kKeepsOrDrops<Op>) {
     return {keep_bits(words, threshold)};
   } else if constexpr (kDrawsNormals<Op>) {
-    const NormalPair pairs[] = {normal_pair(words.w[0], words.w[1]),
-                                normal_pair(words.w[2], words.w[3])};
+    const NormalPair<OneLane> pairs[] = {normal_pair<OneLane>(words.w[0], words.w[1]),
+                                         normal_pair<OneLane>(words.w[2], words.w[3])};
     return bit_cast<DrawnGroup<Op>>(pairs);
   } else {
     return bit_cast<DrawnGroup<Op>>(words);

@@ -81,7 +81,7 @@ def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     negative, bits = k < 0, k & 0x7FFFFFFF
     e = (0x4F3504F3 - bits) >> 23
     v = (bits + (e << 23) - (31 << 23)).view(torch.float32) - 1
-    square = e.float() * 1.386294361 + _polynomial(v, _LOGARITHM) * v
+    square = e.float() * 1.386294361 + _logarithm(v) * v
     r = square.double().sqrt().float()  # torch's root of a float is off by an ulp at times
     t = _signed(angle).float() * 2.0**-32
     z = t * t
@@ -90,6 +90,14 @@ def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     cosine = torch.where(negative, -cosine, cosine)
     swapped = angle % 2 == 1
     return r * torch.where(swapped, sine, cosine), r * torch.where(swapped, cosine, sine)
+
+
+def _logarithm(v: Tensor) -> Tensor:
+    """-2 ln(1 + v) / v, by pairs and pairs of pairs."""
+    v2 = v * v
+    low = (v * 4.993981719e-01 - 6.667011976e-01) * v2 + (v * 1.000007272 - 1.999999881)
+    high = (v * 2.021379322e-01 - 3.244517148e-01) * v2 + (v * 3.450166285e-01 - 3.980033100e-01)
+    return high * (v2 * v2) + low
 
 
 def _signed(word: Tensor) -> Tensor:
@@ -104,10 +112,6 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return value
 
 
-# -2 ln(1 + v) / v, sin(pi t / 2) / t and cos(pi t / 2); the last two in t^2.
-_LOGARITHM = (
-    *(2.021379322e-01, -3.244517148e-01, 3.450166285e-01, -3.980033100e-01),
-    *(4.993981719e-01, -6.667011976e-01, 1.000007272e00, -1.999999881e00),
-)
+# sin(pi t / 2) / t and cos(pi t / 2), both in t^2.
 _SINE = (-4.601657856e-03, 7.968003303e-02, -6.459634900e-01, 1.570796371e00)
 _COSINE = (-2.042624913e-02, 2.536063492e-01, -1.233698010e00, 1.0)

@@ -78,13 +78,13 @@ def normal_pair(radius, angle):
     bits = k & 0x7FFFFFFF
     e = (0x4F3504F3 - bits) >> 23
     v = (bits + (e << 23) - (31 << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = product_apart(v, 2.021379322e-01) + -3.244517148e-01
-    p = product_apart(p, v) + 3.450166285e-01
-    p = product_apart(p, v) + -3.980033100e-01
-    p = product_apart(p, v) + 4.993981719e-01
-    p = product_apart(p, v) + -6.667011976e-01
-    p = product_apart(p, v) + 1.000007272e00
-    p = product_apart(p, v) + -1.999999881e00
+    v2 = v * v
+    p01 = product_apart(v, 1.000007272) - 1.999999881
+    p23 = product_apart(v, 4.993981719e-01) - 6.667011976e-01
+    p45 = product_apart(v, 3.450166285e-01) - 3.980033100e-01
+    p67 = product_apart(v, 2.021379322e-01) - 3.244517148e-01
+    low, high = product_apart(p23, v2) + p01, product_apart(p67, v2) + p45
+    p = product_apart(high, v2 * v2) + low
     r = tl.sqrt_rn(product_apart(e.to(tl.float32), 1.386294361) + product_apart(p, v))
     t = angle.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
     z = product_apart(t, t)

@@ -76,7 +76,7 @@ class Draws {
     }
     if constexpr (reg_kernels::kDrawsNormals<Op>) {
       const uint32_t* const w = words_.w + element % 4 / 2 * 2;
-      const reg_kernels::NormalPair pair = reg_kernels::normal_pair(w[0], w[1]);
+      const auto pair = reg_kernels::normal_pair<reg_kernels::OneLane>(w[0], w[1]);
       return reg_kernels::bit_cast<uint32_t>(element % 2 ? pair.second : pair.first);
     }
     if (kAGroup == 4) return words_.w[element % 4];
