@@ -1,4 +1,5 @@
-"""A BatchNorm and what follows it, run in one pass where its parts let it be one at that call.
+"""A BatchNorm and what follows it, or a dropped branch and its shortcut, run in one pass where its
+parts let it be one at that call.
 
 A fused module keeps its layers as they are and hands them over at each call: what was replaced,
 hooked, frozen or moved since is called by itself, and the rest goes on together.
@@ -16,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as F
 from .. import nn as twins
+from ..nn.stochastic_depth import DropsPaths
 from ..ops.batch_norm import SLOPE
 
 # The layers of a chain, by torch's; fused are their twins, and activations, which have none.
@@ -85,10 +87,17 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
     """The result of a layer and of as many of links[start:] as it can do, and the next link.
 
     Args:
-        norm: what stands where a BatchNorm did; any layer.
+        norm: what stands where a BatchNorm did, or a layer of stochastic depth; any layer.
         links: layers, which may be any, and functions with their arguments.
     """
-    if type(norm) not in TWIN_NORMS or not is_bare(norm) or _has_any_global_hook():
+    if not is_bare(norm) or _has_any_global_hook():
+        return norm(input), start
+    if isinstance(norm, DropsPaths):
+        link = links[start] if start < len(links) else None
+        if type(link) is tuple and link[0] == "+" and _fits(link[1], input):
+            return norm(input, link[1]), start + 1
+        return norm(input), start
+    if type(norm) not in TWIN_NORMS:
         return norm(input), start
     residual: Any = None
     activation: Any = None

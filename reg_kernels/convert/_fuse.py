@@ -1,4 +1,5 @@
-"""Fusing BatchNorm → (+ residual) → activation → Dropout, wherever a module's own forward has it.
+"""Fusing BatchNorm → (+ residual) → activation → Dropout, and DropPath → + shortcut, wherever a
+module's own forward has them.
 
 Every module is read by itself, its layers as single calls, so that a chain lies in one forward. Its
 layers stay what they are; the module whose forward calls them gets a class that hands them over
@@ -30,7 +31,7 @@ from ._forwards import (
     why_not_touched,
 )
 from ._fused import copies_itself, sequential_class
-from ._links import Chain, Link, is_norm, link_of, place_of
+from ._links import Chain, Link, drops_paths, is_head, is_norm, link_of, place_of
 from ._report import Conversion, qualified
 
 
@@ -51,7 +52,7 @@ def plan(model: nn.Module, conversion: Conversion) -> Fusing:
         if is_sequential(module):
             _plan_sequential(module, name, fusing, conversion)
     blocks = [(name, module) for name, module in with_forward if not is_sequential(module)]
-    forwards, failed = read_forwards(blocks, is_norm)
+    forwards, failed = read_forwards(blocks, is_head)
     for name, module, reason in failed:
         text = f"its forward cannot be traced: it {reason}; its layers are converted one by one"
         conversion.apart.append((name, qualified(type(module)), text))
@@ -69,7 +70,7 @@ def _note(
     for text, layer in parts:
         if layer is None:
             continue
-        if is_norm(layer) or place_of(layer) == DROPOUT:
+        if is_head(layer) or place_of(layer) == DROPOUT:
             fusing.members.append(layer)
         if (reason := why_not_touched(layer)) is not None:
             why = f"{text} {reason}: while it has, it is called by itself"
@@ -117,7 +118,7 @@ def _plan_block(
 ) -> None:
     taken: set[fx.Node] = set()
     for node, layer in forward.calls():
-        if not is_norm(layer):
+        if not is_head(layer):
             continue
         chain = Chain(node, layer, names[id(layer)], _links(forward, node, taken))
         reason = _cut(forward, chain)
@@ -143,14 +144,17 @@ def _plan_block(
 
 def _links(forward: Forward, node: fx.Node, taken: set[fx.Node]) -> list[Link]:
     """What follows a BatchNorm's call and is used by nothing else, in a chain's order. Where two
-    chains meet in a sum, it is the first one's."""
+    chains meet in a sum, it is the first one's. A dropped branch has its sum and nothing more."""
     links: list[Link] = []
     place = 0
+    of_a_branch = drops_paths(forward.layers[str(node.target)])
     while len(node.users) == 1:
         user = next(iter(node.users))
         link = None if user in taken else link_of(user, node, forward.layers)
         if link is None or (link.place and link.place <= place):
             break
+        if of_a_branch:
+            return [link] if link.function[:1] == ("+",) else []
         links.append(link)
         node, place = link.node, max(place, link.place)
     return links

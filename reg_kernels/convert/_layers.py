@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import backends
 from .._twins import TWINS
+from ..nn.stochastic_depth import find_twins_of_packages
 from . import _fuse
 from ._forwards import why_opaque
 from ._fused import Fused, set_class
@@ -24,14 +25,16 @@ def convert(
     backend: str | None = None,
     report: Callable[[Conversion], object] | None = None,
 ) -> nn.Module:
-    """Swaps every layer of a model that has a fused twin for that twin.
+    """Swaps every layer of a model that has a fused twin for that twin: torch's, and of timm and
+    torchvision, where they are imported, the layers of stochastic depth.
 
     A layer keeps its parameters, buffers, hooks, training flag and `state_dict` keys. It stays the
     same object (in the copy, if one is made): only its class changes. Subclasses of torch's layers
     are left alone, since their `forward` may be their own, and so are TorchScript's modules.
 
     With `fuse`, chains BatchNorm → (+ residual) → ReLU, LeakyReLU, SiLU or exact GELU → Dropout run
-    in one pass; any of the three behind the BatchNorm may be missing. `torch.fx` finds them in the
+    in one pass; any of the three behind the BatchNorm may be missing. So does the sum of a shortcut
+    and a `DropPath` or `StochasticDepth` layer's output. `torch.fx` finds them in the
     forward of one module, where nothing else uses what lies between. Only the module whose forward
     has the chain gets another class, a subclass of its own. The chain's layers are swapped as all
     others are, and are looked at again at each call: one that was replaced, taken out, frozen, or
@@ -46,7 +49,7 @@ def convert(
 
     Args:
         model: any module, itself a layer or made of layers.
-        fuse: True fuses the chains behind BatchNorm.
+        fuse: True fuses the chains behind BatchNorm, and sums of a shortcut and a dropped branch.
         inplace: True changes `model` itself. False changes a deep copy.
         backend: the implementation that the swapped layers force, "native", "triton" or
             "reference". None lets each call choose.
@@ -68,6 +71,7 @@ def convert(
         model = reg_kernels.convert(model, fuse=True, report=print)
     """
     check_model("convert", model)
+    find_twins_of_packages()
     if backend is not None:
         backends.check_name(backend, "backend")
     model = model if inplace else copied("convert", model)
@@ -160,6 +164,7 @@ def revert(
     Arguments, result and errors are those of `convert`. A forced `backend` is forgotten.
     """
     check_model("revert", model)
+    find_twins_of_packages()
     model = model if inplace else copied("revert", model)
     originals = {twin: layer for layer, twin in TWINS.items()}
     conversion = Conversion()

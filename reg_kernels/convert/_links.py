@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .. import functional
 from .._twins import TWINS
+from ..nn.stochastic_depth import DropsPaths
 from ..ops.batch_norm import SLOPE
 from ._chain import ACTIVATION, ACTIVATIONS, DROPOUT, NORMS, RESIDUAL
 from ._trace import in_place_functions
@@ -20,6 +21,18 @@ from ._trace import in_place_functions
 def is_norm(layer: object) -> bool:
     """Whether a layer is a BatchNorm that a chain may start with, torch's or its twin."""
     return any(type(layer) in (norm, TWINS[norm]) for norm in NORMS)
+
+
+def drops_paths(layer: object) -> bool:
+    """Whether it is a layer of stochastic depth, ours or one that has a twin: a shortcut may be
+    added in its pass."""
+    cls = type(layer)
+    return issubclass(TWINS.get(cls, cls), DropsPaths)  # type: ignore[arg-type]
+
+
+def is_head(layer: object) -> bool:
+    """Whether a chain may start with it."""
+    return is_norm(layer) or drops_paths(layer)
 
 
 def place_of(layer: object) -> int | None:

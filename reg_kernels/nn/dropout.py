@@ -1,4 +1,4 @@
-"""Dropout layers: torch's, with the fused ops inside, and stochastic depth."""
+"""Dropout layers: torch's, with the fused ops inside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function, has_torch_function_unary
+from torch.overrides import has_torch_function_unary
 
 from .. import backends
 from .. import functional as F
@@ -14,7 +14,7 @@ from .._twins import twin_of
 from ..ops._checks import probability
 from ._leaf import call_in_graph
 
-__all__ = ["DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
+__all__ = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
 ARGUMENTS = """
@@ -80,33 +80,3 @@ class Dropout3d(_FusedDropout, torch.nn.Dropout3d):
     __doc__ = f"{__doc__}{ARGUMENTS}"
 
     _function = staticmethod(F.dropout3d)
-
-
-class DropPath(torch.nn.Module):
-    """Drops whole samples of a branch by `functional.drop_path`: `layer(input, residual=None)`.
-
-    Args:
-        p: the probability of dropping a sample, in [0, 1].
-        scale_by_keep: True divides the kept samples by the probability of keeping one.
-        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
-    """
-
-    def __init__(self, p: float, scale_by_keep: bool = True, *, backend: str | None = None) -> None:
-        super().__init__()
-        self.p = probability(type(self).__name__, "p", p)
-        self.scale_by_keep = scale_by_keep
-        self.backend = None if backend is None else backends.check_name(backend, "backend")
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        given = (input,) if residual is None else (input, residual)
-        if has_torch_function(given) and (call := call_in_graph(self, *given)) is not None:
-            return call
-        return F.drop_path(
-            *(input, self.p, self.training),
-            residual=residual,
-            scale_by_keep=self.scale_by_keep,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, scale_by_keep={self.scale_by_keep}"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from ..reference import drop_path as reference
-from ._checks import Entry, check_batch, check_flag, check_like, hand_over, probability
+from ._checks import Entry, check_batch, check_flag, check_like, hand_over, probability, refuse
 from ._route import DRAWN, Draw, Linear, draw_samples
 
 
@@ -19,6 +19,8 @@ def _check(op: str, a: Any, in_place: bool) -> None:
     entry.check_drawn(a)
     entry.check_like(a.input, a.residual, "residual")
 
+
+MODES = ("row", "batch")
 
 _DROP_PATH = Linear(
     "drop_path",
@@ -37,10 +39,11 @@ def drop_path(
     p: float,
     training: bool = True,
     *,
-    scale_by_keep: bool = True,
     residual: Tensor | None = None,
+    mode: str = "row",
+    scale_by_keep: bool = True,
     rng_state: Tensor | None = None,
-    element_offset: int = 0,
+    sample_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Drops whole samples of a branch (stochastic depth) and adds the residual in the same pass.
@@ -52,9 +55,11 @@ def drop_path(
         input: the branch, a batch (N, ...); float64, float32, float16 or bfloat16.
         p: the probability of dropping a sample, in [0, 1].
         training: False drops nothing and scales nothing.
-        scale_by_keep: False leaves the kept samples unscaled.
         residual: a tensor of the input's shape, dtype and device that is added, or None.
-        element_offset: the place of the input's first sample in the mask; it counts samples.
+        mode: "row" draws for each sample; "batch" draws once, for all of them.
+        scale_by_keep: False leaves the kept samples unscaled.
+        sample_offset: the place of the input's first sample in the whole batch's mask. With it a
+            shard of a batch gets its part; in mode "batch" all shards have the same draw anyway.
         rng_state, backend: as in `dropout`.
 
     Returns:
@@ -62,7 +67,7 @@ def drop_path(
         is added.
 
     Raises:
-        ValueError: `p` is outside [0, 1], or `backend` is unknown.
+        ValueError: `p` is outside [0, 1], or `mode` or `backend` is unknown.
         TypeError: `input` or `residual` is no tensor, or `scale_by_keep` no bool.
         RuntimeError: `input` is no batch, `residual` unlike it, and as `dropout` raises it.
 
@@ -73,9 +78,17 @@ def drop_path(
     p = probability("drop_path", "p", p)
     check_flag("drop_path", "scale_by_keep", scale_by_keep)
     check_batch("drop_path", "input", input)
+    if mode not in MODES:
+        refuse("drop_path", "mode", "'row' or 'batch'", repr(mode), ValueError)
     if residual is not None:
         check_like("drop_path", "residual", residual, input)
     if not training or p == 0.0:
         return input if residual is None else input + residual
-    how = Draw(p, rng_state, element_offset, backend)
+    if mode == "batch":  # all of them as one sample
+        how = Draw(p, rng_state, 0, backend)
+        whole = None if residual is None else residual.unsqueeze(0)
+        return draw_samples(
+            _DROP_PATH, input.unsqueeze(0), how, (scale_by_keep,), (whole,)
+        ).squeeze(0)
+    how = Draw(p, rng_state, sample_offset, backend)
     return draw_samples(_DROP_PATH, input, how, (scale_by_keep,), (residual,))
