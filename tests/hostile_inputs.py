@@ -337,12 +337,16 @@ VALID: dict[str, Callable[[Random], Any]] = {
 
 
 def _of_a_case(op: str, r: Random) -> list[Any]:
-    """The arguments that one of the op's cases comes to call it with."""
-    case = r.choice([case for case in SMALL if case.op == op])
-    inputs = case.inputs(torch.device("cpu"), r.choice(FLOATS))
-    with Recorder() as recorder:
-        case.function(*inputs, backend="reference")
-    (call,) = [call for call in recorder.calls if call.op == op]
+    """The arguments that one of the op's cases comes to call it with. In place, what is not dense
+    goes by way of another op."""
+    calls: list[Any] = []
+    while not calls:
+        case = r.choice([case for case in SMALL if case.op == op])
+        inputs = case.inputs(torch.device("cpu"), r.choice(FLOATS))
+        with Recorder() as recorder:
+            case.function(*inputs, backend="reference")
+        calls = [call for call in recorder.calls if call.op == op]
+    (call,) = calls
     left_out = call.overload._schema.arguments[len(call.args) :]
     return [*call.args, *(argument.default_value for argument in left_out)]
 

@@ -114,7 +114,7 @@ class _Straight(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output, None
 
 
@@ -147,7 +147,7 @@ class WeightNoise(torch.nn.Module):
             return weight
         options: dict[str, Any] = {"multiplicative": self.relative, "backend": self.backend}
         noisy = F.gaussian_noise(weight.detach(), self.std, **options)
-        return _Straight.apply(weight, noisy)  # type: ignore[no-any-return]
+        return _Straight.apply(weight, noisy)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is assigned to the weight is the clean one."""
@@ -229,6 +229,8 @@ class NoisyLinear(torch.nn.Module):
 
     noise_in: Tensor
     noise_out: Tensor
+    bias_mu: torch.nn.Parameter | None
+    bias_sigma: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -261,7 +263,7 @@ class NoisyLinear(torch.nn.Module):
         bound = 1 / math.sqrt(max(1, self.in_features))
         self.weight_mu.uniform_(-bound, bound)
         self.weight_sigma.fill_(self.std_init * bound)
-        if self.bias_mu is not None:
+        if self.bias_mu is not None and self.bias_sigma is not None:
             self.bias_mu.uniform_(-bound, bound)
             self.bias_sigma.fill_(self.std_init / math.sqrt(max(1, self.out_features)))
 
