@@ -52,6 +52,10 @@ class Split:
     train_y: torch.Tensor  # [N_train] int64
     test_x: torch.Tensor  # [N_test, C, H, W] float32
     test_y: torch.Tensor  # [N_test] int64
+    mean: torch.Tensor  # [C] float32, of pixels
+    std: torch.Tensor  # likewise
+    lower: float  # the least pixel of all images
+    upper: float
 
 
 def load_images(source: str) -> Images:
@@ -105,6 +109,10 @@ def split(images: Images, train_size: int, seed: int) -> Split:
         train_y=torch.from_numpy(images.y[train]),
         test_x=standardised(test),
         test_y=torch.from_numpy(images.y[test]),
+        mean=torch.from_numpy(mean.reshape(-1).astype(np.float32)),
+        std=torch.from_numpy(std.reshape(-1).astype(np.float32)),
+        lower=float(images.x.min()),
+        upper=float(images.x.max()),
     )
 
 

@@ -1,7 +1,8 @@
 """Trains one small conv net twice, plain and regularised, and shows what regularisation does.
 
 Both nets start from the same weights and see the same batches; the regularised one has dropout,
-mixup, label smoothing and weight decay. Prints accuracies and seconds per epoch and writes
+mixup, label smoothing and weight decay and, where asked for, stochastic depth, noise on the images
+and steps of an attack on them. Prints accuracies and seconds per epoch and writes
 curves.png, metrics.json and model.pt (the regularised net's state_dict) to the --out directory.
 Ctrl-C leaves checkpoint.pt there, which --resume continues: on the CPU, to the same result bit for
 bit.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -27,16 +29,26 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.progress import Progress
+from torch import Tensor
 
-from .. import __version__, _console, augment, backends, convert, optim
+from .. import __version__, _console, augment, backends, convert, nn, optim
+from ..adversarial import PGD
 from ..nn import CrossEntropyLoss
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import remove_abandoned, write_whole
 from ._trainer import (
-    RECIPES,
+    ATTACK_STEPS,
+    ATTACKED,
+    MODELS,
+    REGULARISED,
+    Attack,
+    DropPathByTorch,
     Kernels,
+    Loss,
+    NoiseByTorch,
     Training,
+    attack_by_torch,
     load_checkpoint,
     loss_by_torch,
     mix_by_torch,
@@ -99,8 +111,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="for the split, the weights, the order, the dropout and the mixup "
+        help="for the split, the weights, the order and all that is drawn in training "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        help="two convolutions and a wide head, or residual blocks (default: conv, or residual "
+        "with --drop-path)",
+    )
+    parser.add_argument(
+        "--drop-path",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="the regularised net's stochastic depth: the last block's probability of dropping, "
+        "linear in depth (default: 0, none)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="the deviation of noise that is added to the regularised net's images, which have "
+        "a deviation of 1 (default: 0, none)",
+    )
+    parser.add_argument(
+        "--adversarial",
+        type=float,
+        default=0.0,
+        metavar="EPS",
+        help=f"the regularised net trains on images that {ATTACK_STEPS} steps of an attack moved, "
+        "each pixel by at most EPS, where digits and bytes have pixels from 0 to 1; both nets are "
+        "attacked on the test set (default: 0, none)",
     )
     parser.add_argument(
         "--out",
@@ -142,6 +185,9 @@ def _run(args: argparse.Namespace) -> int:
             optimizer=torch.optim.AdamW,
             mix=mix_by_torch,
             loss=loss_by_torch,
+            drop_path=DropPathByTorch,
+            noise=NoiseByTorch,
+            attack=attack_by_torch,
         ),
         "fused": Kernels(
             convert=lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
@@ -152,6 +198,9 @@ def _run(args: argparse.Namespace) -> int:
             loss=lambda smoothing: CrossEntropyLoss(
                 label_smoothing=smoothing, backend=args.backend
             ),
+            drop_path=lambda p: nn.DropPath(p, backend=args.backend),
+            noise=lambda std: nn.GaussianNoise(std, backend=args.backend),
+            attack=lambda eps, data: _fused_attack(eps, data, args.backend),
         ),
     }
     options = _result_options(args, device, implementation, images)
@@ -162,6 +211,13 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=device,
         kernels=kinds[args.kernels],
+        regularised=dataclasses.replace(
+            REGULARISED,
+            drop_path=args.drop_path,
+            noise=args.noise,
+            adversarial=args.adversarial,
+        ),
+        model=args.model,
     )
     start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
@@ -203,6 +259,15 @@ def _check_numbers(args: argparse.Namespace) -> None:
     # --seed seeds several generators; scikit-learn's takes the narrowest range.
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed: must be in 0..{2**32 - 1}, got {args.seed}")
+    if not 0 <= args.drop_path <= 1:
+        raise UsageError(f"--drop-path: must be in 0..1, got {args.drop_path:g}")
+    for name in ("noise", "adversarial"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            raise UsageError(f"--{name}: must be finite and at least 0, got {value:g}")
+    if args.model is None:
+        args.model = "residual" if args.drop_path > 0 else "conv"
+    if args.drop_path > 0 and args.model != "residual":
+        raise UsageError(f"--drop-path: goes with --model residual, got {args.model}")
 
 
 def _device(name: str | None) -> torch.device:
@@ -268,7 +333,29 @@ def _result_options(
         "train-size": args.train_size,
         "epochs": args.epochs,
         "seed": args.seed,
+        "model": args.model,
+        "drop-path": args.drop_path,
+        "noise": args.noise,
+        "adversarial": args.adversarial,
     }
+
+
+def _fused_attack(eps: float, data: Split, backend: str | None) -> Attack:
+    """The attack by the fused step. BatchNorm's statistics do not follow its batches."""
+
+    def attack(model: torch.nn.Module, images: Tensor, target: Any, loss: Loss) -> Tensor:
+        pgd = PGD(
+            *(model, eps, 2.5 * eps / ATTACK_STEPS, ATTACK_STEPS),
+            loss=loss,
+            lower=data.lower,
+            upper=data.upper,
+            mean=data.mean.to(images.device),
+            std=data.std.to(images.device),
+            backend=backend,
+        )
+        return pgd(images, target)
+
+    return attack
 
 
 class _Checkpoint:
@@ -391,7 +478,7 @@ def _metrics(
     implementation: str,
 ) -> dict[str, Any]:
     runs = {}
-    for recipe in RECIPES:
+    for recipe in training.recipes:
         history = training.history[recipe.name]
         final = dict(history[-1])
         final["gap"] = final["train_accuracy"] - final["test_accuracy"]
@@ -400,6 +487,9 @@ def _metrics(
             "mixup": recipe.mixup,
             "label_smoothing": recipe.label_smoothing,
             "weight_decay": recipe.weight_decay,
+            "drop_path": recipe.drop_path,
+            "noise": recipe.noise,
+            "adversarial": recipe.adversarial,
             "final": final,
             "history": [{"epoch": i, **row} for i, row in enumerate(history, start=1)],
         }
@@ -468,6 +558,11 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
                     marker="o" if len(epochs) == 1 else None,
                     label=label,
                 )
+            if measure == "accuracy" and ATTACKED in result["final"]:
+                values = [row[ATTACKED] for row in result["history"]]
+                settled += values[len(values) // 10 :]
+                label = f"{name}, test attacked ({values[-1]:.1%})"
+                axes.plot(epochs, values, ":", color=colours[name], linewidth=1.8, label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel(measure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -492,7 +587,8 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
 
 def _print_table(metrics: dict[str, Any]) -> None:
     seconds = metrics["seconds_per_epoch"]
-    columns = ["net", "train", "test", "gap"]
+    attacked = any(ATTACKED in run["final"] for run in metrics["runs"].values())
+    columns = ["net", "train", "test", "gap", *(["test attacked"] if attacked else [])]
     if seconds:
         columns += ["s/epoch PyTorch", f"s/epoch fused ({seconds['fused_implementation']})"]
     rows = []
@@ -504,6 +600,7 @@ def _print_table(metrics: dict[str, Any]) -> None:
             f"{final['test_accuracy']:.2%}",
             f"{100 * final['gap']:.2f} points",
         ]
+        cells += [f"{final[ATTACKED]:.2%}"] if attacked else []
         if seconds:
             cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
         rows.append(tuple(cells))
