@@ -244,7 +244,7 @@ HEAD = f"""# Instructions an element of the native CPU code
 
 `python -m bench.instructions` counted them by callgrind, as the difference of a call of
 {SIZES[1]:,} elements and one of {SIZES[0]:,}; float32 where a case names no dtype;
-{CLASSES:,} classes. Below a case stand the functions that they are spent in. Valgrind knows no AVX-512.
+{CLASSES:,} classes. Below a case stand the functions that it calls. Valgrind knows no AVX-512.
 
 """
 
