@@ -3,7 +3,6 @@
 #pragma once
 
 #include "batch_norm_tile.h"
-#include "bits.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -29,12 +28,12 @@ struct RowUnit {
     return task.partials + 2 * slice * task.plan.columns;
   }
 
-  // Rows that are worked on together: a whole number of bytes of a gate.
+  // Rows that share pivots.
   int64_t block() const { return max(8, kBlock / columns / 8 * 8); }
 
-  // The byte of the gate at which row `row` begins: a multiple of 8, or the row after the last.
-  uint8_t* bits(const BatchNormTask& task, int64_t row) const {
-    return task.gate ? task.gate + (task.plan.rows * first_column + row * columns) / 8 : nullptr;
+  // The gate's bit at which row `row` begins.
+  int64_t bit(const BatchNormTask& task, int64_t row) const {
+    return task.plan.rows * first_column + row * columns;
   }
 };
 
@@ -188,13 +187,12 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const Typed<T> typed(task);
   const StripConstants<C> constants(task, part, 3);
   TileSpace<T> space_of[kRowsAtOnce];
-  alignas(64) uint8_t space[kBlock + 8];
+  GateSpace gate;
   const int64_t stride = plan.columns;
 
-  // Adds `rows` rows, at most kRowsAtOnce. `flags` begins at the first row's first column, or is
-  // null.
-  const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
-                       double* d_sum, double* dx_sum) RK_STAGE {
+  // Adds `rows` rows, at most kRowsAtOnce.
+  const auto add = [&](int64_t row, int64_t rows, int64_t columns, double* d_sum,
+                       double* dx_sum) RK_STAGE {
     const int64_t lead = rows_ahead<T>(columns) * stride;
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = min(kTile, columns - j);
@@ -203,10 +201,10 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
       const C* d[kRowsAtOnce];
       const L* x[kRowsAtOnce];
       for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* gate = flags ? flags + r * part.columns + j : nullptr;
+        const uint8_t* flags = gate.read(task.gate, part.bit(task, row + r) + j, n);
         const Tile<L> tile =
-            typed.backward_of(first + r * stride, n, lead, true, gate, space_of[r]);
-        d[r] = typed.loops.gradient(p, tile, gate, space_of[r].d);
+            typed.backward_of(first + r * stride, n, lead, true, flags, space_of[r]);
+        d[r] = typed.loops.gradient(p, tile, flags, space_of[r].d);
         x[r] = tile.x;
       }
       double *s = d_sum + j, *q = dx_sum + j;
@@ -246,19 +244,14 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   for (int64_t j = 0; j < part.columns; ++j) part.first_sum[j] = part.second_sum[j] = 0.0;
   for (int64_t done = 0; done < part.rows; done += part.block()) {
     const int64_t rows = min(part.block(), part.rows - done), row = part.first_row + done;
-    const uint8_t* bits = part.bits(task, row);
-    if (bits) unpack_bits(bits, rows * part.columns, space);
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      add(row + r, min(kRowsAtOnce, rows - r), part.columns,
-          bits ? space + r * part.columns : nullptr, part.first_sum, part.second_sum);
+      add(row + r, min(kRowsAtOnce, rows - r), part.columns, part.first_sum, part.second_sum);
     }
   }
   if (takes_rest(task, unit)) {
     double* rest = RowUnit::row_sums(task, rest_slice(plan));
     for (int64_t j = 0; j < plan.rest; ++j) rest[j] = rest[stride + j] = 0.0;
-    const uint8_t* bits = part.bits(task, plan.rows);
-    if (bits) unpack_bits(bits, plan.rest, space);
-    add(plan.rows, 1, plan.rest, bits ? space : nullptr, rest, rest + stride);
+    add(plan.rows, 1, plan.rest, rest, rest + stride);
   }
 }
 
@@ -269,12 +262,8 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const RowUnit part(task, unit);
   Typed<T> typed(task);
   const StripConstants<C> constants(task, part, kForward ? 3 : 6);
-  const int64_t tile = kForward ? typed.forward_tile_size() : kTile;
-  alignas(64) uint8_t space[kBlock + 8];
 
   const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
-    uint8_t* bits = part.bits(task, row);
-    const int64_t count = (rows - 1) * part.columns + columns;
     const int64_t lead = rows_ahead<T>(columns) * plan.columns;
     if constexpr (kForward && !Typed<T>::kWidens) {
       if (!typed.buffers_forward()) {
@@ -284,25 +273,26 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
                                         typed.y + first, typed.stream);
       }
     }
-    if (!kForward && bits) unpack_bits(bits, count, space);
+    const int64_t bit = part.bit(task, row);
+    GateWriter writer(task.gate ? task.gate + bit / 8 : nullptr);
+    GateSpace gate;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += tile) {
-        const int64_t n = min(tile, columns - j);
+      for (int64_t j = 0, n; j < columns; j += n) {
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
-        uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
+        n = min(kForward ? typed.forward_tile_at(first) : kTile, columns - j);
         if constexpr (kForward) {
-          typed.forward_tile(constants.from(j), first, n, lead, flags);
+          typed.forward_tile(constants.from(j), first, n, lead, writer.next());
+          writer.wrote(n);
         } else {
+          const uint8_t* flags = gate.read(task.gate, bit + r * part.columns + j, n);
           typed.backward_tile(constants.from(j), first, n, lead, flags);
         }
       }
     }
-    if (kForward && bits) pack_bits(space, count, bits);
+    if constexpr (kForward) writer.finish();
   };
 
-  for (int64_t done = 0; done < part.rows; done += part.block()) {
-    map(part.first_row + done, min(part.block(), part.rows - done), part.columns);
-  }
+  map(part.first_row, part.rows, part.columns);
   if (takes_rest(task, unit)) map(plan.rows, 1, plan.rest);
 }
 

@@ -52,7 +52,13 @@ struct PhiloxLanes {
   static RK_HD V multiply(V a, V b) { return _mm256_mul_epu32(a, b); }
   static RK_HD V low(V product) { return product; }
   static RK_HD V high(V product) { return _mm256_srli_epi64(product, 32); }
-  static RK_HD V xor3(V a, V b, V c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+  // `a` comes last, from a multiplication, so b and c go first: left to itself g++ makes the chain
+  // from one multiplication to the next longer, and that is what the loop waits for.
+  static RK_HD V xor3(V a, V b, V c) {
+    V bc = _mm256_xor_si256(b, c);
+    asm("" : "+x"(bc));
+    return _mm256_xor_si256(a, bc);
+  }
   static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm256_blend_epi32(w0, _mm256_shuffle_epi32(w1, 0xA0), 0xAA);
     const V w23 = _mm256_blend_epi32(w2, _mm256_shuffle_epi32(w3, 0xA0), 0xAA);
@@ -164,6 +170,7 @@ template <typename Drawn>
 struct DrawsOf {
   static constexpr int64_t kAGroup = kGroupBytes / sizeof(Drawn);
   alignas(64) Drawn drawn[kTile + kGroupBatch * kAGroup];
+  int64_t current = -1;  // what take() has drawn, in tiles
 
   // Draws `count` mask elements from index `first` on and returns the first one's draw. Inlined, so
   // that a loop over tiles spreads the key over its lanes once.
@@ -172,6 +179,17 @@ struct DrawsOf {
     const int64_t groups = ceil_div(lead + count, kGroupBatch * kAGroup) * kGroupBatch;
     draw_groups(stream, first / kAGroup, groups, reinterpret_cast<char*>(drawn));
     return drawn + lead;
+  }
+
+  // The draws of mask elements from `first` to the next multiple of kTile. Those of a tile are made
+  // once for all calls that take a part of it, one after the other.
+  RK_HD const Drawn* take(const RngStream& stream, int64_t first) {
+    constexpr int64_t kGroups = kTile / kAGroup;
+    if (first / kTile != current) {
+      current = first / kTile;
+      draw_groups(stream, current * kGroups, kGroups, reinterpret_cast<char*>(drawn));
+    }
+    return drawn + first % kTile;
   }
 };
 using Draws = DrawsOf<uint16_t>;
