@@ -66,6 +66,8 @@ RK_HD void for_pairs(const BatchNormTask& task, int64_t begin, int64_t end, cons
 
 template <typename T>
 constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
+template <typename T>
+constexpr int64_t kLeadOfTwo = kAheadOfTwo / static_cast<int64_t>(sizeof(T));
 
 // The sums of (x - pivot) and of its square: four of each a lane. They lie part by part, so that
 // they stay in registers from the first element to the total where one part has all lanes.
@@ -224,21 +226,20 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
     part.sums[2 * current] = sum_of_lanes(value_at<Doubles>(sums.d_sum));
     part.sums[2 * current + 1] = sum_of_lanes(value_at<Doubles>(sums.dx_sum));
   };
-  for_plane_tiles<T>(task, part, false, backward_tile_at,
-                     [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t index) {
-                       if (index != current) {
-                         finish();
-                         sums = {};
-                         current = index;
-                       }
-                       const uint8_t* flags = gate.read(task.gate, first, n);
-                       const Tile<L> tile =
-                           typed.backward_of(first, n, kLead<T>, true, flags, space);
-                       const C* d = typed.loops.gradient(p, tile, flags, space.d);
-                       const Prefetch<L> ahead{tile.grad_output, tile.x,
-                                               d == space.d ? 0 : tile.lead};
-                       sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
-                     });
+  for_plane_tiles<T>(
+      task, part, false, backward_tile_at,
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t index) {
+        if (index != current) {
+          finish();
+          sums = {};
+          current = index;
+        }
+        const uint8_t* flags = gate.read(task.gate, first, n);
+        const Tile<L> tile = typed.backward_of(first, n, kLeadOfTwo<T>, true, flags, space);
+        const C* d = typed.loops.gradient(p, tile, flags, space.d);
+        const Prefetch<L> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
+        sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
+      });
   finish();
 }
 
@@ -248,11 +249,12 @@ void map_planes_forward(const BatchNormTask& task, int64_t unit) {
   Typed<T> typed(task);
   const PlaneUnit part(task, unit);
   GateWriter gate(task.gate ? task.gate + part.begin / 8 : nullptr);
-  for_plane_tiles<T>(task, part, false, [&](int64_t first) { return typed.forward_tile_at(first); },
-                     [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t) {
-                       typed.forward_tile(p, first, n, kLead<T>, gate.next());
-                       gate.wrote(n);
-                     });
+  for_plane_tiles<T>(
+      task, part, false, [&](int64_t first) { return typed.forward_tile_at(first); },
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t) {
+        typed.forward_tile(p, first, n, kLead<T>, gate.next());
+        gate.wrote(n);
+      });
   gate.finish();
 }
 
@@ -263,7 +265,8 @@ void map_planes_backward(const BatchNormTask& task, int64_t unit) {
   GateSpace gate;
   for_plane_tiles<T>(task, PlaneUnit(task, unit), true, backward_tile_at,
                      [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t) {
-                       typed.backward_tile(p, first, n, kLead<T>, gate.read(task.gate, first, n));
+                       typed.backward_tile(p, first, n, kLeadOfTwo<T>,
+                                           gate.read(task.gate, first, n));
                      });
 }
 

@@ -429,7 +429,8 @@ struct Typed {
   // several rows, which takes fewer calls.
   bool buffers_forward() const { return kWidens || residual || loops.drops; }
 
-  // How many elements a forward takes from `first` on: in a buffer up to where a tile of draws ends.
+  // How many elements a forward takes from `first` on: in a buffer up to where a tile of draws
+  // ends.
   int64_t forward_tile_at(int64_t first) const {
     return buffers_forward() ? kTile - first % kTile : kColumns;
   }
