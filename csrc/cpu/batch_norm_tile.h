@@ -17,6 +17,7 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
+constexpr int64_t kTile = 512;      // elements of a tile
 constexpr int64_t kColumns = 2048;  // the widest strip
 constexpr int64_t kBlock = 16384;   // elements whose rows share pivots, or that tiles end with
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
@@ -429,10 +430,9 @@ struct Typed {
   // several rows, which takes fewer calls.
   bool buffers_forward() const { return kWidens || residual || loops.drops; }
 
-  // How many elements a forward takes from `first` on: in a buffer up to where a tile of draws
-  // ends.
+  // How many elements a forward takes from `first` on: in a buffer up to where draws end.
   int64_t forward_tile_at(int64_t first) const {
-    return buffers_forward() ? kTile - first % kTile : kColumns;
+    return buffers_forward() ? min(kTile, kDrawTile - first % kDrawTile) : kColumns;
   }
 
   template <typename P>
