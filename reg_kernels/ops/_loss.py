@@ -101,13 +101,13 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad_loss is None:
             return None, None
+        input, stats, *tensors = ctx.saved_tensors
         overload, route, others, strides = ctx.call
         gradient = ctx.gradient
         if gradient is not None and _is_one_number(grad_loss) and not torch.is_grad_enabled():
             _multiply(gradient, grad_loss, overload)
             ctx.gradient = None  # given away
             return None, gradient
-        input, stats, *tensors = ctx.saved_tensors
         # Hooks may bring the saved tensors back in another order than the kernels walk.
         input = with_strides(input, strides)
         tensors = [

@@ -400,7 +400,9 @@ def draw(
         check_dtype(name, "input", dtype)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
-        state = _rng.checked_state(state, device, name)
+        state, given_state = _rng.checked_state(state, device, name), state
+        if state is not given_state:
+            key = None
     if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
     if state is None:
