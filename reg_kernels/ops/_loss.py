@@ -54,7 +54,7 @@ class _LossRoute(Route):
     def keep(
         self, key: bytes | None, overload: Any, given: tuple[Any, ...], arguments: tuple[Any, ...]
     ) -> None:
-        """Keeps how an op's arguments were made, where each tensor is one that the call was given."""
+        """Keeps how an op's arguments were made, if each tensor is one that the call was given."""
         places, others = [], []
         for x in arguments:
             place = next((i for i, y in enumerate(given) if x is y), None)
