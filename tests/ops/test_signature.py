@@ -135,7 +135,7 @@ def under(name, op, x):
     found = []
 
     def call(x):
-        found.append(signature(x))
+        found.extend((signature(x), signature(X)))  # a tensor of those around, too
         return op(x)
 
     match name:
