@@ -81,8 +81,8 @@ PyMethodDef methods[] = {
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_C",
-                          "Build facts, test hooks, and what an optimizer's step asks of Python's "
-                          "objects.",
+                          "Build facts, test hooks, and what a call and an optimizer's step ask "
+                          "of Python's objects.",
                           -1,
                           methods,
                           nullptr,

@@ -212,9 +212,12 @@ def test_another_layout_and_a_negative_view(op):
 
 @OPS
 def test_another_backend(op):
-    with reg_kernels.backend("reference"), Seen() as mode:
-        op(X)
-    assert any("reference" in name for name in mode.names)
+    x = X.clone().requires_grad_()
+    for name, suffix in ((None, "default"), ("reference", "reference"), (None, "default")):
+        with reg_kernels.backend(name):
+            overload = op(x).grad_fn.call[0]
+        assert overload._overloadname == suffix
+        assert op(x, backend=name).grad_fn.call[0] is overload
     with pytest.raises(ValueError, match="backend"):
         op(X, backend="nobody's")
 
