@@ -382,7 +382,7 @@ def draw(
     """Calls an op of the schema (input, {addends}, number, {options}, {DRAWN}). The arguments from
     `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
     without elements is returned itself. `looks` is watcher()'s answer; `key` the call's signature,
-    by which op.known keeps what draw_again goes by.
+    by which op.known keeps what draw_again goes by; an op has none that draws at some calls alone.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
@@ -416,7 +416,7 @@ def draw(
         return op.write_over(overload, input, arguments)
     inputs = (input, *addends)
     output = op.call(looks, overload, inputs, arguments)
-    if dense and draws and not inplace:
+    if dense and not inplace:
         op.known.keep(key, (overload, wants_gradient(inputs), _rng.drawer(device)))
     if inplace:
         return input.copy_(output)
