@@ -180,8 +180,8 @@ class _FusedBatchNormAct(_FusedBatchNorm):
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm_act(
-            *(input, running_mean, running_var, parameter(self, "weight"), parameter(self, "bias")),
-            *(residual,),
+            *(input, running_mean, running_var),
+            *(parameter(self, "weight"), parameter(self, "bias"), residual),
             *(training, momentum, self.eps),
             activation=self.activation,
             negative_slope=self.negative_slope,

@@ -55,7 +55,8 @@ class _LossRoute(Route):
         self, key: bytes | None, overload: Any, given: tuple[Any, ...], arguments: tuple[Any, ...]
     ) -> None:
         """Keeps how an op's arguments were made, if each tensor is one that the call was given."""
-        places, others = [], []
+        places: list[int] = []
+        others: list[Any] = []
         for x in arguments:
             place = next((i for i, y in enumerate(given) if x is y), None)
             if place is None:

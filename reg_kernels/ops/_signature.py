@@ -22,10 +22,11 @@ def _find() -> Callable[..., bytes | None]:
     try:
         from .. import _C
 
-        _C.signature(QUESTIONS)  # raises where torch has no DLPack exchange
+        function = functools.partial(_C.signature, QUESTIONS)
+        function()  # raises where torch has no DLPack exchange
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
         return lambda *arguments: None
-    return functools.partial(_C.signature, QUESTIONS)
+    return function
 
 
 # What the checks of a call's arguments go by, as bytes (csrc/call_signature.cpp): of a tensor its

@@ -90,8 +90,8 @@ def _run(name: str, *given: Any) -> Tensor:
         momentum = None if momentum is None else 0.0
         eps, slope, p = 1.0, 0.0, 0.5 if p > 0.0 else 0.0
     # The kernels write contiguous statistics and an int64; others are copied there and back.
-    moved = (call.running_mean, call.running_var, call.num_batches_tracked)
-    moved = tuple(v for v in moved if v is not None)
+    every = (call.running_mean, call.running_var, call.num_batches_tracked)
+    moved = [v for v in every if v is not None]
     tracked = [v.contiguous() for v in moved]
     how: tuple[Any, ...]  # in the order of ops.Training, or of ops.Inference
     if training:

@@ -118,8 +118,8 @@ def dropout(
         return hand_over(dropout, locals(), "input")
     key = None
     if not is_compiling():
-        how = (p, training, inplace, rng_state, element_offset, backend, forced_by())
-        key = signature(input, *how)
+        others = (rng_state, element_offset, backend, forced_by())
+        key = signature(input, p, training, inplace, *others)
         if (found := _DROPOUT.known.get(key)) is not None:
             return draw_again(_DROPOUT, found, input, p, rng_state, element_offset)
     p = _checked("dropout", input, p)
