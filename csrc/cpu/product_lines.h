@@ -165,7 +165,7 @@ RK_HD bool write_lines(const Tile<Op, bfloat16>& tile, int64_t i, bfloat16* y) {
   const __m256i infinite = _mm256_cmpeq_epi16(_mm256_max_epu16(most, all_words(0xff00)), most);
   if (!_mm256_testz_si256(infinite, infinite)) return false;
   const __m256i last = all_words(tile.last_kept);
-  const __m256 scale = _mm256_set1_ps(tile.scale);
+  const __m256 scale = _mm256_set1_ps(tile.factor);
   const auto scaled = [=](__m256i x) RK_INLINE {
     return _mm256_castps_si256(_mm256_mul_ps(_mm256_castsi256_ps(x), scale));
   };
