@@ -29,7 +29,7 @@ def salt_and_pepper(
 
     def values(x: Tensor) -> Tensor:
         drawn = half_words(rng_state, tag("impulses"), element_offset, x.numel())
-        u = drawn.to(x.dtype) * 2.0**-16
+        u = drawn.view(x.shape).to(x.dtype) * 2.0**-16
         impulse = torch.where(u < salt_share, torch.full_like(x, high), torch.full_like(x, low))
         return torch.where(u < p, impulse, x)
 
