@@ -82,7 +82,7 @@ def in_format(x: Tensor, channels_last: bool) -> Tensor:
     if not channels_last:
         return x.contiguous()
     like = torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
-    return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return x.new_empty_strided(x.shape, like.stride()).copy_(x)
 
 
 def _weights(
