@@ -7,6 +7,10 @@ the same batch. "eager" is PyTorch's layers and `torch.optim.AdamW` as people wr
 backend that is chosen automatically. Both have PyTorch's convolutions, matrix products and loss,
 which take most of the time. The question is whether the rest gets faster in their company, too.
 
+Of the deep nets ours is `nn.StochasticDepthBlock` around each branch at p = 0.5, with PyTorch's
+layers and optimizer otherwise, and eager is the net that skips nothing: what is asked is how much
+time stochastic depth saves.
+
 Shapes: images (N, C, H, W), labels (N,).
 """
 
@@ -27,6 +31,7 @@ from reg_kernels import backends, bench, optim
 from reg_kernels.bench._measure import EAGER, STEP
 from reg_kernels.bench._ways import in_layout
 from reg_kernels.cli._trainer import BATCH, REGULARISED, build_net
+from reg_kernels.nn import StochasticDepthBlock
 
 # The check compares losses after steps that move the weights. The timed steps hardly move them:
 # hundreds of real steps on one batch would lead to gradients of 0, whose squares are denormal.
@@ -143,14 +148,51 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
+class _Deep(nn.Module):
+    """A block of two 3x3 convolutions and its shortcut, with nothing behind their sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            _conv(width, width, 3),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            _conv(width, width, 3),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def deep() -> nn.Sequential:
+    """24 such blocks of 32 channels."""
+    blocks = [_Deep(32) for _ in range(24)]
+    return nn.Sequential(
+        *(_conv(3, 32, 3), *blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(32, 10),
+    )
+
+
+def skipping(mode: str, model: nn.Module) -> nn.Module:
+    """A copy of it that skips half of its branches, or the branches of half of the samples."""
+    model = copy.deepcopy(model)
+    for index, block in enumerate(model):  # type: ignore[arg-type]  # an nn.Sequential
+        if isinstance(block, _Deep):
+            model[index] = StochasticDepthBlock(block.branch, 0.5, mode)  # type: ignore[operator]
+    return model
+
+
 class Net(NamedTuple):
-    """A model and the batches that it is trained with."""
+    """A model and the batches that it is trained with; what ours is made of, and what is asked."""
 
     name: str
     make: Callable[[], nn.Module]
     classes: int
     batch: tuple[int, ...]
     batch_gpu: tuple[int, ...]
+    ours: Callable[[nn.Module], nn.Module] | None = None  # by default `converted`, with our AdamW
+    speedup: float = 1
 
     def shape(self, device: torch.device) -> tuple[int, ...]:
         return self.batch_gpu if device.type == "cuda" else self.batch
@@ -162,6 +204,13 @@ NETS = (
     Net("demo", lambda: build_net(1, _CLASSES, REGULARISED.dropout), _CLASSES, _DIGITS, _DIGITS),
     Net("resnet18", resnet18, 1000, (32, 3, 64, 64), _PHOTOS),
     Net("resnet50", resnet50, 1000, (16, 3, 64, 64), _PHOTOS),
+    *(
+        Net(
+            *(f"deep, {mode} skipped", deep, 10),
+            *((32, 3, 16, 16), (256, 3, 32, 32), functools.partial(skipping, mode), 1.3),
+        )
+        for mode in ("batch", "subset")
+    ),
 )
 _GPU_MEMORY = 40 * 2**30  # bytes that a GPU must have for the batches of photos
 
@@ -178,9 +227,10 @@ def _points(scope: bench.Scope) -> Iterator[Point]:
     on_gpu = scope.device.type == "cuda"
     dtypes = (torch.float32, torch.bfloat16) if on_gpu or scope.everything else (torch.float32,)
     dtypes = tuple(dtype for dtype in dtypes if dtype in scope.dtypes)
-    demo, *resnets = NETS
+    demo, *resnets = (net for net in NETS if net.ours is None)
     if torch.float32 in dtypes:
-        yield demo, torch.float32, "contiguous"
+        for net in (demo, *(net for net in NETS if net.ours is not None)):
+            yield net, torch.float32, "contiguous"
     if on_gpu and torch.cuda.get_device_properties(scope.device).total_memory < _GPU_MEMORY:
         return
     both = scope.everything or not on_gpu
@@ -203,8 +253,9 @@ def _case(device: torch.device, net: Net, dtype: torch.dtype, layout: str) -> be
         truth = Truth(model, images[:_IMAGES_CHECKED], labels[:_IMAGES_CHECKED], dtype)
         fused = {"fused": True} if device.type == "cuda" else {}
         eager = functools.partial(torch.optim.AdamW, **fused)
+        made = (converted, optim.AdamW) if net.ours is None else (net.ours, eager)
         return [
-            _contender(ours, Stepper(truth, images, labels, converted, optim.AdamW)),
+            _contender(ours, Stepper(truth, images, labels, *made)),
             _contender(EAGER, Stepper(truth, images, labels, copy.deepcopy, eager)),
         ]
 
@@ -220,7 +271,15 @@ def _case(device: torch.device, net: Net, dtype: torch.dtype, layout: str) -> be
         wall=True,  # small kernels by the hundred: the host's time is in a step's
         items=shape[0],
         unit="images",
-        goals=(bench.Goal(ours, "at least level with eager", "speedup_over_eager", 1, True),),
+        goals=(
+            bench.Goal(
+                ours,
+                "at least level with eager"
+                if net.speedup == 1
+                else f"at least {net.speedup:g} times eager's speed",
+                *("speedup_over_eager", net.speedup, True),
+            ),
+        ),
     )
 
 
@@ -318,8 +377,8 @@ class Truth:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """`model` itself, with every dropout's p at 0."""
+    """`model` itself, with every dropout's p at 0, and every branch's that is skipped."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, (nn.modules.dropout._DropoutNd, StochasticDepthBlock)):
             module.p = 0.0
     return model

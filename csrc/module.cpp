@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <exception>
 
+#include "call_signature.h"
 #include "cpu/isa.h"
 #include "reg_kernels/philox.h"
 #include "tensor_watch.h"
@@ -73,12 +74,15 @@ PyMethodDef methods[] = {
     {"describe", reg_kernels::describe, METH_O, "As reg_kernels/optim/_watch.py has it."},
     {"look", reg_kernels::look, METH_VARARGS, "Likewise."},
     {"holds", reg_kernels::holds, METH_VARARGS, "Likewise."},
+    {"signature",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(reg_kernels::signature)),
+     METH_FASTCALL, "As reg_kernels/ops/_signature.py has it."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_C",
-                          "Build facts, test hooks, and what an optimizer's step asks of Python's "
-                          "objects.",
+                          "Build facts, test hooks, and what a call and an optimizer's step ask "
+                          "of Python's objects.",
                           -1,
                           methods,
                           nullptr,

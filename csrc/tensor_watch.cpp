@@ -2,9 +2,7 @@
 // what torch keeps of it, is touched once. After a forward and a backward hardly any of it is in a
 // cache, and what counts is how often memory is waited for.
 //
-// torch's C++ classes may change between versions; its DLPack exchange may not. That is a table of
-// C functions with a version, one of which says of a Python tensor where it lies and how it is laid
-// out, and makes nothing. A gradient comes by the descriptor that `p.grad` comes by.
+// A gradient comes by the descriptor that `p.grad` comes by.
 #include "tensor_watch.h"
 
 #include <cstdint>
@@ -12,42 +10,10 @@
 #include <utility>
 #include <vector>
 
-// A C header that stands for itself; torch keeps it from whoever builds for the stable ABI.
-#undef TORCH_TARGET_VERSION
-#include <ATen/dlpack.h>
+#include "tensor_exchange.h"
 
 namespace reg_kernels {
 namespace {
-
-struct Exchange {
-  int (*tell)(void* tensor, DLTensor* out) = nullptr;
-  PyObject* grad = nullptr;    // the descriptor of Tensor.grad
-  PyObject* is_neg = nullptr;  // the method
-};
-
-// null with an exception where this torch has no such exchange.
-const Exchange* find_exchange() {
-  static Exchange found;
-  if (found.tell) return &found;
-  PyObject* module = PyImport_ImportModule("torch");
-  PyObject* type = module ? PyObject_GetAttrString(module, "Tensor") : nullptr;
-  PyObject* capsule = type ? PyObject_GetAttrString(type, "__dlpack_c_exchange_api__") : nullptr;
-  const auto* api = capsule ? static_cast<const DLPackExchangeAPI*>(
-                                  PyCapsule_GetPointer(capsule, "dlpack_exchange_api"))
-                            : nullptr;
-  if (api && (api->header.version.major != DLPACK_MAJOR_VERSION ||
-              api->dltensor_from_py_object_no_sync == nullptr)) {
-    PyErr_SetString(PyExc_RuntimeError, "torch's DLPack exchange is of another version");
-  } else if (api) {
-    found.grad = PyObject_GetAttrString(type, "grad");
-    found.is_neg = found.grad ? PyObject_GetAttrString(type, "is_neg") : nullptr;
-    if (found.is_neg) found.tell = api->dltensor_from_py_object_no_sync;
-  }
-  Py_XDECREF(capsule);
-  Py_XDECREF(type);
-  Py_XDECREF(module);
-  return found.tell ? &found : nullptr;
-}
 
 // What `describe` writes of a tensor; its shape and its strides are behind it.
 struct Facts {
@@ -132,9 +98,7 @@ enum class Gradient { none, odd, fits };
 // Takes in the gradient of a parameter: the object and where it lies.
 Gradient take_gradient(const Exchange& exchange, PyObject* param, const Facts& like,
                        PyObject** into, int64_t* address) {
-  PyObject* grad =
-      Py_TYPE(exchange.grad)
-          ->tp_descr_get(exchange.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
+  PyObject* grad = get(exchange.grad, param);
   if (grad == nullptr || grad == Py_None) {
     Py_XDECREF(grad);
     return Gradient::none;

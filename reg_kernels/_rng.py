@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 import torch._functorch.config
@@ -45,18 +46,28 @@ def draw_state(device: torch.device, host: Tensor | None = None) -> Tensor:
     if device == _CPU:
         if host is not None:
             return host.random_()
-        if torch._C._len_torch_dispatch_stack() == 0:  # nobody records the call
-            return torch.empty_like(_template()).random_()  # torch.empty takes a fifth longer
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return draw_host_state()
     elif device.type == "cuda" and _generator_is_at_hand():
         state = _advance_cuda_generator(device)
         return state if host is None else host.copy_(state)
     return torch.empty(2, dtype=torch.int64, device=device).random_()
 
 
+def draw_host_state() -> Tensor:
+    """The same on the CPU, for a call that no mode sees."""
+    return torch.empty_like(_template()).random_()  # torch.empty takes a fifth longer
+
+
 @functools.cache
 def _template() -> Tensor:
     """What a state on the CPU is made like."""
     return torch.empty(2, dtype=torch.int64, device=_CPU)
+
+
+def drawer(device: torch.device) -> Callable[[], Tensor]:
+    """What draws a state for inputs on a device, for calls that no mode sees."""
+    return draw_host_state if device == _CPU else functools.partial(draw_state, device)
 
 
 def _generator_is_at_hand() -> bool:

@@ -1,5 +1,6 @@
 """The choice of implementation, forced and free."""
 
+import gc
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ import setup
 from reg_kernels import backends
 from reg_kernels import functional as F
 from reg_kernels.ops._registry import OPS
+from reg_kernels.ops._signature import Known
 
 from support import run_program
 
@@ -108,6 +110,9 @@ def forget_what_can_run():
         function.cache_clear()
     for op in OPS.values():
         op._chosen.clear()
+    for each in gc.get_objects():
+        if type(each) is Known:
+            each.clear()
 
 
 def test_a_package_that_was_not_built_works_and_says_what_is_missing(monkeypatch):

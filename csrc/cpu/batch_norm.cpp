@@ -19,7 +19,7 @@ constexpr int64_t kLeastUnit = 16384, kMostUnit = 131072, kUnits = 32;
 constexpr int64_t kLeastRows = 64;   // of a unit, each column of which has sums of its own
 constexpr int64_t kLongPlane = 256;  // values side by side from which on a plane is worth a loop
 // Columns that narrower rows are folded to: a short row shares fewer lines with what is prefetched,
-// a long one wastes fewer of dropout's draws, which come by 256.
+// with dropout a long one takes fewer calls.
 constexpr int64_t kWideRow = 128, kWideDrawnRow = 256;
 constexpr int64_t kStripColumns = 1024;
 

@@ -47,13 +47,13 @@ void batch_norm_gradient_sums(const BatchNormTask& task, int64_t unit) {
 
 void batch_norm_map_forward(const BatchNormTask& task, int64_t unit) {
   for_dtype(task.dtype, [&]<typename T>(T) {
-    (task.plan.planes ? map_planes<T, true> : map_rows<T, true>)(task, unit);
+    (task.plan.planes ? map_planes_forward<T> : map_rows<T, true>)(task, unit);
   });
 }
 
 void batch_norm_map_backward(const BatchNormTask& task, int64_t unit) {
   for_dtype(task.dtype, [&]<typename T>(T) {
-    (task.plan.planes ? map_planes<T, false> : map_rows<T, false>)(task, unit);
+    (task.plan.planes ? map_planes_backward<T> : map_rows<T, false>)(task, unit);
   });
 }
 

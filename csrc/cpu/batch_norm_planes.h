@@ -3,7 +3,6 @@
 #pragma once
 
 #include "batch_norm_tile.h"
-#include "bits.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -67,6 +66,8 @@ RK_HD void for_pairs(const BatchNormTask& task, int64_t begin, int64_t end, cons
 
 template <typename T>
 constexpr int64_t kLead = kAhead / static_cast<int64_t>(sizeof(T));
+template <typename T>
+constexpr int64_t kLeadOfTwo = kAheadOfTwo / static_cast<int64_t>(sizeof(T));
 
 // The sums of (x - pivot) and of its square: four of each a lane. They lie part by part, so that
 // they stay in registers from the first element to the total where one part has all lanes.
@@ -191,33 +192,22 @@ struct GradientSums {
   }
 };
 
-// Calls f(p, first, count, flags, index) for the tiles of a unit. Where there is a gate, f gets its
-// flags: in a backward they are unpacked before, in a forward they are packed after f has set them.
-template <typename T, bool kForward, typename F>
-RK_HD void for_plane_tiles(const BatchNormTask& task, int64_t unit, int64_t tile,
-                           bool with_gradient, const F& f) {
+// How many elements a backward takes from `first` on. The sums are added up tile by tile, so where
+// one ends is a matter of bits.
+RK_HD int64_t backward_tile_at(int64_t first) { return min(kTile, kBlock - first % kBlock); }
+
+// Calls f(p, first, count, index) for the tiles of a unit, of tile_at(first) elements at the most.
+template <typename T, typename TileAt, typename F>
+RK_HD void for_plane_tiles(const BatchNormTask& task, const PlaneUnit& part, bool with_gradient,
+                           const TileAt& tile_at, const F& f) {
   using C = compute_t<T>;
-  const PlaneUnit part(task, unit);
-  alignas(64) uint8_t space[kBlock + 8];
   for_planes(task, part.begin, part.end,
              [&](int64_t first, int64_t count, int64_t plane, int64_t index) {
                const OneChannel<C> p = plane_constants<C>(task, plane, with_gradient);
-               const int64_t end = first + count;
-               while (first < end) {
-                 // No tile goes past its block's end: the gate of a block is whole bytes.
-                 const int64_t block = first / kBlock * kBlock;
-                 const int64_t next = min(block + kBlock, part.end);
-                 const int64_t n = min(min(tile, end - first), next - first);
-                 const bool opens = first == block || first == part.begin;
-                 const int64_t opened = max(block, part.begin);
-                 if (task.gate && !kForward && opens) {
-                   unpack_bits(task.gate + opened / 8, next - opened, space + (opened - block));
-                 }
-                 f(p, first, n, task.gate ? space + (first - block) : nullptr, index);
+               for (const int64_t end = first + count; first < end;) {
+                 const int64_t n = min(tile_at(first), end - first);
+                 f(p, first, n, index);
                  first += n;
-                 if (task.gate && kForward && first == next) {
-                   pack_bits(space + (opened - block), next - opened, task.gate + opened / 8);
-                 }
                }
              });
 }
@@ -230,20 +220,22 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const PlaneUnit part(task, unit);
   GradientSums<L> sums;
   TileSpace<T> space;
+  GateSpace gate;
   int64_t current = 0;
   const auto finish = [&] {
     part.sums[2 * current] = sum_of_lanes(value_at<Doubles>(sums.d_sum));
     part.sums[2 * current + 1] = sum_of_lanes(value_at<Doubles>(sums.dx_sum));
   };
-  for_plane_tiles<T, false>(
-      task, unit, kTile, false,
-      [&](const OneChannel<C>& p, int64_t first, int64_t n, const uint8_t* flags, int64_t index) {
+  for_plane_tiles<T>(
+      task, part, false, backward_tile_at,
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t index) {
         if (index != current) {
           finish();
           sums = {};
           current = index;
         }
-        const Tile<L> tile = typed.backward_of(first, n, kLead<T>, true, flags, space);
+        const uint8_t* flags = gate.read(task.gate, first, n);
+        const Tile<L> tile = typed.backward_of(first, n, kLeadOfTwo<T>, true, flags, space);
         const C* d = typed.loops.gradient(p, tile, flags, space.d);
         const Prefetch<L> ahead{tile.grad_output, tile.x, d == space.d ? 0 : tile.lead};
         sums.add(d, tile.x, n, ahead, static_cast<double>(p.affine.shift));
@@ -251,19 +243,31 @@ void plane_gradient_sums(const BatchNormTask& task, int64_t unit) {
   finish();
 }
 
-template <typename T, bool kForward>
-void map_planes(const BatchNormTask& task, int64_t unit) {
+template <typename T>
+void map_planes_forward(const BatchNormTask& task, int64_t unit) {
   using C = compute_t<T>;
   Typed<T> typed(task);
-  for_plane_tiles<T, kForward>(
-      task, unit, kForward ? typed.forward_tile_size() : kTile, !kForward,
-      [&](const OneChannel<C>& p, int64_t first, int64_t n, uint8_t* flags, int64_t) {
-        if constexpr (kForward) {
-          typed.forward_tile(p, first, n, kLead<T>, flags);
-        } else {
-          typed.backward_tile(p, first, n, kLead<T>, flags);
-        }
+  const PlaneUnit part(task, unit);
+  GateWriter gate(task.gate ? task.gate + part.begin / 8 : nullptr);
+  for_plane_tiles<T>(
+      task, part, false, [&](int64_t first) { return typed.forward_tile_at(first); },
+      [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t) {
+        typed.forward_tile(p, first, n, kLead<T>, gate.next());
+        gate.wrote(n);
       });
+  gate.finish();
+}
+
+template <typename T>
+void map_planes_backward(const BatchNormTask& task, int64_t unit) {
+  using C = compute_t<T>;
+  const Typed<T> typed(task);
+  GateSpace gate;
+  for_plane_tiles<T>(task, PlaneUnit(task, unit), true, backward_tile_at,
+                     [&](const OneChannel<C>& p, int64_t first, int64_t n, int64_t) {
+                       typed.backward_tile(p, first, n, kLeadOfTwo<T>,
+                                           gate.read(task.gate, first, n));
+                     });
 }
 
 }  // namespace

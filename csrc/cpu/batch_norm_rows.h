@@ -3,7 +3,6 @@
 #pragma once
 
 #include "batch_norm_tile.h"
-#include "bits.h"
 
 RK_NAMESPACE_BEGIN
 namespace {
@@ -29,12 +28,12 @@ struct RowUnit {
     return task.partials + 2 * slice * task.plan.columns;
   }
 
-  // Rows that are worked on together: a whole number of bytes of a gate.
+  // Rows that share pivots.
   int64_t block() const { return max(8, kBlock / columns / 8 * 8); }
 
-  // The byte of the gate at which row `row` begins: a multiple of 8, or the row after the last.
-  uint8_t* bits(const BatchNormTask& task, int64_t row) const {
-    return task.gate ? task.gate + (task.plan.rows * first_column + row * columns) / 8 : nullptr;
+  // The gate's bit at which row `row` begins.
+  int64_t bit(const BatchNormTask& task, int64_t row) const {
+    return task.plan.rows * first_column + row * columns;
   }
 };
 
@@ -79,10 +78,11 @@ struct StripConstants {
   }
 };
 
-// Rows of a strip to prefetch ahead. They may lie past the tensor's end: a prefetch never faults.
+// Rows of a strip that are `bytes` or less: how far ahead is prefetched. They may lie past the
+// tensor's end: a prefetch never faults.
 template <typename T>
-RK_HD int64_t rows_ahead(int64_t columns) {
-  return max(1, kAhead / (columns * static_cast<int64_t>(sizeof(T))));
+RK_HD int64_t rows_ahead(int64_t columns, int64_t bytes) {
+  return max(1, bytes / (columns * static_cast<int64_t>(sizeof(T))));
 }
 
 // Prefetches as much as columns [j, j + kLanes) have of four rows `stride` apart, the first one's
@@ -99,7 +99,7 @@ RK_HD void prefetch_rows(const T* first, int64_t j, int64_t columns, int64_t str
 template <typename T>
 void add_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const double* pivot,
               double* sum, double* squares) {
-  const int64_t ahead = rows_ahead<T>(columns) * stride;
+  const int64_t ahead = rows_ahead<T>(columns, kAhead) * stride;
   int64_t r = 0;
   for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
     const T *a = x + r * stride, *b = a + stride, *c = b + stride, *d = c + stride;
@@ -188,14 +188,13 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   const Typed<T> typed(task);
   const StripConstants<C> constants(task, part, 3);
   TileSpace<T> space_of[kRowsAtOnce];
-  alignas(64) uint8_t space[kBlock + 8];
+  GateSpace gate;
   const int64_t stride = plan.columns;
 
-  // Adds `rows` rows, at most kRowsAtOnce. `flags` begins at the first row's first column, or is
-  // null.
-  const auto add = [&](int64_t row, int64_t rows, int64_t columns, const uint8_t* flags,
-                       double* d_sum, double* dx_sum) RK_STAGE {
-    const int64_t lead = rows_ahead<T>(columns) * stride;
+  // Adds `rows` rows, at most kRowsAtOnce.
+  const auto add = [&](int64_t row, int64_t rows, int64_t columns, double* d_sum,
+                       double* dx_sum) RK_STAGE {
+    const int64_t lead = rows_ahead<T>(columns, kAheadOfTwo) * stride;
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = min(kTile, columns - j);
       const ChannelColumns<C> p = constants.from(j);
@@ -203,23 +202,21 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
       const C* d[kRowsAtOnce];
       const L* x[kRowsAtOnce];
       for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* gate = flags ? flags + r * part.columns + j : nullptr;
-        const Tile<L> tile =
-            typed.backward_of(first + r * stride, n, lead, true, gate, space_of[r]);
-        d[r] = typed.loops.gradient(p, tile, gate, space_of[r].d);
+        const uint8_t* flags = gate.read(task.gate, part.bit(task, row + r) + j, n);
+        const Tile<L> tile = typed.backward_of(first + r * stride, n, 0, true, flags, space_of[r]);
+        d[r] = typed.loops.gradient(p, tile, flags, space_of[r].d);
         x[r] = tile.x;
       }
       double *s = d_sum + j, *q = dx_sum + j;
       if (rows == kRowsAtOnce) {
         const C *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
         const L *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-        // A gradient that is read where it lies is prefetched: its rows are `stride` apart.
-        const bool fetch = d0 != space_of[0].d;
+        // Here and not where a row's gradient is made, even if nothing reads it here: asked for
+        // a row at a time, while this loop reads four, they come too late (0.75 of the time).
+        const T *grad_ahead = typed.grad_output + first + lead, *x_ahead = typed.x + first + lead;
         for_lanes(n, [=]<typename V>(V, int64_t i) RK_INLINE {
-          if (fetch) {
-            prefetch_rows(x0 + lead, i, n, stride);
-            prefetch_rows(d0 + lead, i, n, stride);
-          }
+          prefetch_rows(x_ahead, i, n, stride);
+          prefetch_rows(grad_ahead, i, n, stride);
           const V shift = value_at<V>(p.shift + i);
           const V g0 = value_at<V>(d0 + i), g1 = value_at<V>(d1 + i);
           const V g2 = value_at<V>(d2 + i), g3 = value_at<V>(d3 + i);
@@ -246,19 +243,14 @@ void row_gradient_sums(const BatchNormTask& task, int64_t unit) {
   for (int64_t j = 0; j < part.columns; ++j) part.first_sum[j] = part.second_sum[j] = 0.0;
   for (int64_t done = 0; done < part.rows; done += part.block()) {
     const int64_t rows = min(part.block(), part.rows - done), row = part.first_row + done;
-    const uint8_t* bits = part.bits(task, row);
-    if (bits) unpack_bits(bits, rows * part.columns, space);
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      add(row + r, min(kRowsAtOnce, rows - r), part.columns,
-          bits ? space + r * part.columns : nullptr, part.first_sum, part.second_sum);
+      add(row + r, min(kRowsAtOnce, rows - r), part.columns, part.first_sum, part.second_sum);
     }
   }
   if (takes_rest(task, unit)) {
     double* rest = RowUnit::row_sums(task, rest_slice(plan));
     for (int64_t j = 0; j < plan.rest; ++j) rest[j] = rest[stride + j] = 0.0;
-    const uint8_t* bits = part.bits(task, plan.rows);
-    if (bits) unpack_bits(bits, plan.rest, space);
-    add(plan.rows, 1, plan.rest, bits ? space : nullptr, rest, rest + stride);
+    add(plan.rows, 1, plan.rest, rest, rest + stride);
   }
 }
 
@@ -269,13 +261,9 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
   const RowUnit part(task, unit);
   Typed<T> typed(task);
   const StripConstants<C> constants(task, part, kForward ? 3 : 6);
-  const int64_t tile = kForward ? typed.forward_tile_size() : kTile;
-  alignas(64) uint8_t space[kBlock + 8];
 
   const auto map = [&](int64_t row, int64_t rows, int64_t columns) RK_STAGE {
-    uint8_t* bits = part.bits(task, row);
-    const int64_t count = (rows - 1) * part.columns + columns;
-    const int64_t lead = rows_ahead<T>(columns) * plan.columns;
+    const int64_t lead = rows_ahead<T>(columns, kForward ? kAhead : kAheadOfTwo) * plan.columns;
     if constexpr (kForward && !Typed<T>::kWidens) {
       if (!typed.buffers_forward()) {
         const int64_t first = row * plan.columns + part.first_column;
@@ -284,25 +272,26 @@ void map_rows(const BatchNormTask& task, int64_t unit) {
                                         typed.y + first, typed.stream);
       }
     }
-    if (!kForward && bits) unpack_bits(bits, count, space);
+    const int64_t bit = part.bit(task, row);
+    GateWriter writer(task.gate ? task.gate + bit / 8 : nullptr);
+    GateSpace gate;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += tile) {
-        const int64_t n = min(tile, columns - j);
+      for (int64_t j = 0, n; j < columns; j += n) {
         const int64_t first = (row + r) * plan.columns + part.first_column + j;
-        uint8_t* flags = bits ? space + r * part.columns + j : nullptr;
+        n = min(kForward ? typed.forward_tile_at(first) : kTile, columns - j);
         if constexpr (kForward) {
-          typed.forward_tile(constants.from(j), first, n, lead, flags);
+          typed.forward_tile(constants.from(j), first, n, lead, writer.next());
+          writer.wrote(n);
         } else {
+          const uint8_t* flags = gate.read(task.gate, bit + r * part.columns + j, n);
           typed.backward_tile(constants.from(j), first, n, lead, flags);
         }
       }
     }
-    if (kForward && bits) pack_bits(space, count, bits);
+    if constexpr (kForward) writer.finish();
   };
 
-  for (int64_t done = 0; done < part.rows; done += part.block()) {
-    map(part.first_row + done, min(part.block(), part.rows - done), part.columns);
-  }
+  map(part.first_row, part.rows, part.columns);
   if (takes_rest(task, unit)) map(plan.rows, 1, plan.rest);
 }
 

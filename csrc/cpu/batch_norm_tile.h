@@ -6,6 +6,7 @@
 #pragma once
 
 #include "batch_norm.h"
+#include "bits.h"
 #include "lanes.h"
 #include "narrow.h"
 #include "random.h"
@@ -16,9 +17,9 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
+constexpr int64_t kTile = 512;      // elements of a tile
 constexpr int64_t kColumns = 2048;  // the widest strip
-constexpr int64_t kBlock =
-    16384;  // elements whose gate is packed at once and whose rows share pivots
+constexpr int64_t kBlock = 16384;   // elements whose rows share pivots, or that tiles end with
 constexpr int64_t kStretch = 4096;  // values side by side that share a pivot
 constexpr int64_t kRowsAtOnce = 4;
 
@@ -58,6 +59,47 @@ struct Prefetch {
     prefetch(x + i + lead, count);
     if (also) prefetch(also + i + lead, count);
   }
+};
+
+// The flags of a gate go to and from bytes a tile at a time: those of more elements, beside what is
+// prefetched, would be more than the first-level cache holds.
+struct GateSpace {
+  alignas(64) uint8_t flags[kTile + 2 * kGroup];
+
+  // Those of elements [first, first + count), `first` counted from the gate's first bit.
+  RK_HD const uint8_t* read(const uint8_t* gate, int64_t first, int64_t count) {
+    if (!gate) return nullptr;
+    unpack_bits(gate + first / 8, first % 8 + count, flags);
+    return flags + first % 8;
+  }
+};
+
+// Writes the bits of one tile after the other. Whole bytes go out; flags short of one wait for the
+// next tile, the last ones for finish().
+class GateWriter {
+ public:
+  explicit GateWriter(uint8_t* gate) : bits_(gate) {}
+
+  // Where the next tile's flags go, gate or not.
+  RK_HD uint8_t* next() { return space_.flags + waiting_; }
+
+  RK_HD void wrote(int64_t count) {
+    if (!bits_) return;
+    const int64_t flags = waiting_ + count, whole = flags / 8;
+    pack_bits(space_.flags, whole * 8, bits_);
+    bits_ += whole;
+    waiting_ = flags % 8;
+    memcpy(space_.flags, space_.flags + whole * 8, 8);
+  }
+
+  RK_HD void finish() {
+    if (bits_) pack_bits(space_.flags, waiting_, bits_);
+  }
+
+ private:
+  uint8_t* bits_;
+  int64_t waiting_ = 0;
+  GateSpace space_;
 };
 
 // `value` where the flag is 1, and 0 where it is 0. But for float with mask registers this works on
@@ -110,37 +152,51 @@ struct TileStages {
     return needs_preactivation(activation, flags != nullptr, drops);
   }
 
-  // Applies the activation to z in place and, where `flags` is not null, sets its gate.
-  RK_HD void activate_tile(int64_t count, C* z, uint8_t* flags) const {
-    const C below = slope;
-    const uint8_t open = drops;  // whatever z is: a backward finds its sign itself
-    for_activation(activation, [&]<Activation kActivation>() RK_INLINE {
-      if (flags) {
-#pragma omp simd  // flags are bytes, which the compiler takes for a part of anything
-        for (int64_t i = 0; i < count; ++i) {
-          flags[i] = kActivation == Activation::relu         ? !(z[i] <= C(0))
-                     : kActivation == Activation::leaky_relu ? open | (z[i] > C(0))
-                                                             : true;
-        }
-      }
-      if constexpr (kActivation != Activation::none) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], below);
-      }
-    });
+  // Applies the activation and dropout to z in place. One that is linear on both sides of 0 and
+  // dropout also set the gate's flags: `flags` has room for them, gate or not.
+  RK_STAGE void finish_tile(int64_t first, int64_t count, C* z, uint8_t* flags) {
+    const uint16_t* drawn = drops ? draws.take(rng, first) : nullptr;
+    if (activation == Activation::silu) {
+      activate_smooth<Activation::silu>(count, z);
+    } else if (activation == Activation::gelu) {
+      activate_smooth<Activation::gelu>(count, z);
+    }
+    if (activation == Activation::relu) {
+      finish_linear<Activation::relu>(count, z, drawn, flags);
+    } else if (activation == Activation::leaky_relu) {
+      finish_linear<Activation::leaky_relu>(count, z, drawn, flags);
+    } else if (drops) {
+      finish_linear<Activation::none>(count, z, drawn, flags);
+    }
   }
 
-  // Drops elements of z and, where `flags` is not null, closes their gates.
-  RK_STAGE void drop_tile(int64_t first, int64_t count, C* z, uint8_t* flags) {
-    const uint16_t* drawn = draws.fill(rng, first, count);
-    const uint16_t last = last_kept;
-    const C kept = scale;
+  template <Activation kActivation>
+  RK_HD void activate_smooth(int64_t count, C* z) const {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) z[i] *= drawn[i] <= last ? kept : C(0);
-    if (flags) {
+    for (int64_t i = 0; i < count; ++i) z[i] = activate<kActivation>(z[i], C(0));
+  }
+
+  template <Activation kActivation>
+  RK_HD void finish_linear(int64_t count, C* z, const uint16_t* drawn, uint8_t* flags) const {
+    constexpr bool kRelu = kActivation == Activation::relu;
+    const C below = slope, multiplier = scale;
+    if (drawn) {
+      const uint16_t last = last_kept;
       const uint8_t any = keeps_any;
+#pragma omp simd  // flags are bytes, which the compiler takes for a part of anything
+      for (int64_t i = 0; i < count; ++i) {
+        const C value = z[i];
+        const bool kept = drawn[i] <= last;
+        flags[i] = any & (kept & !(kRelu && value <= C(0)));
+        z[i] = activate<kActivation>(value, below) * (kept ? multiplier : C(0));
+      }
+    } else {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) flags[i] &= any & (drawn[i] <= last);
+      for (int64_t i = 0; i < count; ++i) {
+        const C value = z[i];
+        flags[i] = kRelu ? !(value <= C(0)) : value > C(0);
+        z[i] = activate<kActivation>(value, below);
+      }
     }
   }
 
@@ -184,14 +240,19 @@ struct TileLoops : TileStages<compute_t<L>> {
     }
   }
 
-  // Writes y, which may lie where x does, and, where `flags` is not null, its gate.
+  // Writes y, which may lie where x does, and its gate's flags.
   template <typename P>
   RK_STAGE void forward(const P& p, const Tile<L>& tile, L* y, bool stream, uint8_t* flags) {
     if (!tile.residual && !drops) return forward_rows(p, tile, 1, 0, y, stream);
+    if constexpr (!kWidens) {
+      if (!stream) {
+        preactivation(p, tile, tile.lead, y);
+        return Stages::finish_tile(tile.first, tile.count, y, flags);
+      }
+    }
     alignas(64) C z[kTile];
     preactivation(p, tile, tile.lead, z);
-    Stages::activate_tile(tile.count, z, flags);
-    if (drops) Stages::drop_tile(tile.first, tile.count, z, flags);
+    Stages::finish_tile(tile.first, tile.count, z, flags);
     write_each(y, tile.count, stream, Narrowed<L>{z});
   }
 
@@ -368,7 +429,11 @@ struct Typed {
   // Whether a forward's elements go through a buffer. Else they may be more than a tile, and
   // several rows, which takes fewer calls.
   bool buffers_forward() const { return kWidens || residual || loops.drops; }
-  int64_t forward_tile_size() const { return buffers_forward() ? kTile : kColumns; }
+
+  // How many elements a forward takes from `first` on: in a buffer up to where draws end.
+  int64_t forward_tile_at(int64_t first) const {
+    return buffers_forward() ? min(kTile, kDrawTile - first % kDrawTile) : kColumns;
+  }
 
   template <typename P>
   void forward_tile(const P& p, int64_t first, int64_t count, int64_t lead, uint8_t* flags) {

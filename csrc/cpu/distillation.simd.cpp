@@ -63,6 +63,7 @@ struct Distillation {
   // A block of each, as it is computed with.
   alignas(64) C wide[kBlock];
   alignas(64) C wide_teacher[kBlock];
+  alignas(64) C terms[kBlock];  // of the divergence
 
   explicit Distillation(const DistillationTask& task)
       : task(task),
@@ -160,8 +161,8 @@ struct Distillation {
                               {stat(3, position), stat(4, position)}};
       int64_t block = 0;
       for_blocks(past, classes, [&](int64_t first, int64_t n) {
-        raise(x.block(first, n, wide), t.block(first, n, wide_teacher), first, n, sums.student.max,
-              sums.teacher.max, block++);
+        raise<false>(x.block(first, n, wide), t.block(first, n, wide_teacher), first, n,
+                     sums.student.max, sums.teacher.max, block++);
       });
       const C grad = static_cast<const C*>(loss.grad_output)[position * loss.grad_stride];
       write(past, x, t, y, stream, terms, sums, grad);
@@ -185,13 +186,51 @@ struct Distillation {
     }
   }
 
+  // Logits and the largest of them, and where their exponentials and terms of Z go to.
+  struct Raised {
+    const C *x, *t;
+    C max, teacher_max;
+    C *e, *e_student, *e_teacher, *terms;
+  };
+
+  static constexpr int64_t kVector = 16;
+
+  // All three in one loop: what lies between a logit and its exponentials is in registers.
+  template <bool kTerms>
+  RK_STAGE static void raise_vectors(const Raised& to, int64_t vectors, C scale) {
+#pragma omp simd
+    for (int64_t i = 0; i < vectors * kVector; ++i) {
+      const C above = to.x[i] - to.max;
+      const C student_above = above * scale;
+      const C teacher_above = (to.t[i] - to.teacher_max) * scale;
+      const C weight = exponential_below(teacher_above);
+      to.e[i] = exponential_below(above);
+      to.e_student[i] = exponential_below(student_above);
+      to.e_teacher[i] = weight;
+      if constexpr (kTerms) to.terms[i] = divergence_term(weight, teacher_above, student_above);
+    }
+  }
+
+  // What is left of a vector is filled up to one, as in `exponentials`.
+  template <bool kTerms>
   void raise(const C* x, const C* t, int64_t first, int64_t n, C max, C teacher_max,
              int64_t block) {
     maxima[block] = max;
     teacher_maxima[block] = teacher_max;
-    exponentials(x, n, max, C(1), e + first);
-    if (e_student != e) exponentials(x, n, max, scale, e_student + first);
-    exponentials(t, n, teacher_max, scale, e_teacher + first);
+    C* const to[] = {e + first, e_student + first, e_teacher + first, terms};
+    raise_vectors<kTerms>({x, t, max, teacher_max, to[0], to[1], to[2], to[3]}, n / kVector, scale);
+    const int64_t left = n % kVector, whole = n - left;
+    if (left == 0) return;
+    C last[6][kVector] = {};
+    for (int64_t i = 0; i < left; ++i) {
+      last[4][i] = x[whole + i];
+      last[5][i] = t[whole + i];
+    }
+    raise_vectors<kTerms>({last[4], last[5], max, teacher_max, last[0], last[1], last[2], last[3]},
+                          1, scale);
+    for (int which = 0; which < 3 + kTerms; ++which) {
+      for (int64_t i = 0; i < left; ++i) to[which][whole + i] = last[which][i];
+    }
   }
 
   void sum(int64_t past, const LogitsRow<C>& x_row, const LogitsRow<C>& t_row, bool smooths,
@@ -211,19 +250,15 @@ struct Distillation {
       }
       const C larger = own > max ? own : max;
       const C teacher_larger = teacher_own > teacher_max ? teacher_own : teacher_max;
-      raise(x, t, first, n, own, teacher_own, block++);
+      raise<true>(x, t, first, n, own, teacher_own, block++);
 
       student = student * factor_between(max, larger) +
                 sum_of_values(e + first, n) * factor_between(own, larger);
       student_at_t = student_at_t * factor_between(max, larger, scale) +
                      sum_of_values(e_student + first, n) * factor_between(own, larger, scale);
       // Where a largest logit changes, every term of z changes by what it and the other have moved.
-      const C s = scale;
-      const C* weights = e_teacher + first;
-      const double part = sum_of<C>(n, [=](int64_t i) RK_INLINE {
-        return divergence_term(weights[i], (t[i] - teacher_own) * s, (x[i] - own) * s);
-      });
-      const double part_sum = sum_of_values(weights, n);
+      const double part = sum_of_values(terms, n);
+      const double part_sum = sum_of_values(e_teacher + first, n);
       const double moved = moved_by(teacher_max, teacher_larger, max, larger);
       const double part_moved = moved_by(teacher_own, teacher_larger, own, larger);
       const double factor = factor_between(teacher_max, teacher_larger, scale);

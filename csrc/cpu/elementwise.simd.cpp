@@ -117,8 +117,8 @@ template <typename T>
 void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
   DrawsFor<Op> draws;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = min(kTile, end - first);
+  for (int64_t first = begin; first < end; first += kDrawTile) {
+    const int64_t count = min(kDrawTile, end - first);
     of.apply(first, count, draws.fill(of.rng, task.mask_offset + first, count));
   }
 }
@@ -131,9 +131,9 @@ void planes(const ElementwiseTask& task, int64_t begin, int64_t end) {
   const int64_t length = task.length, first = begin / length, last = ceil_div(end, length);
   const Drawn* drawn = nullptr;
   for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t i = (plane - first) % kTile;
+    const int64_t i = (plane - first) % kDrawTile;
     if (i == 0) {
-      drawn = draws.fill(of.rng, task.mask_offset + plane, min(kTile, last - plane));
+      drawn = draws.fill(of.rng, task.mask_offset + plane, min(kDrawTile, last - plane));
     }
     const int64_t from = max(begin, plane * length);
     of.apply_one(from, min(end, (plane + 1) * length) - from, drawn[i]);
@@ -146,30 +146,30 @@ void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
   DrawsFor<Op> draws;
   const int64_t channels = task.channels;
-  if (channels > kTile) {
+  if (channels > kDrawTile) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t sample = task.mask_offset + row / task.length * channels;
-      for (int64_t c = 0; c < channels; c += kTile) {
-        const int64_t count = min(kTile, channels - c);
+      for (int64_t c = 0; c < channels; c += kDrawTile) {
+        const int64_t count = min(kDrawTile, channels - c);
         of.apply(row * channels + c, count, draws.fill(of.rng, sample + c, count));
       }
     }
     return;
   }
   // The draws of a sample, repeated until a tile can start in any channel.
-  Drawn repeated[2 * kTile];
+  Drawn repeated[2 * kDrawTile];
   for (int64_t row = begin; row < end;) {
     const int64_t sample = row / task.length;
     const int64_t next = min(end, (sample + 1) * task.length);
     const Drawn* drawn = draws.fill(of.rng, task.mask_offset + sample * channels, channels);
-    const int64_t needed = channels + min(kTile, (next - row) * channels);
+    const int64_t needed = channels + min(kDrawTile, (next - row) * channels);
     for (int64_t i = 0; i < needed; i += channels) {
       const int64_t count = min(channels, needed - i);
       memcpy(repeated + i, drawn, count * sizeof(Drawn));
     }
     const int64_t last = next * channels;
-    for (int64_t first = row * channels; first < last; first += kTile) {
-      of.apply(first, min(kTile, last - first), repeated + first % channels);
+    for (int64_t first = row * channels; first < last; first += kDrawTile) {
+      of.apply(first, min(kDrawTile, last - first), repeated + first % channels);
     }
     row = next;
   }

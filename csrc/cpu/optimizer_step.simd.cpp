@@ -65,7 +65,7 @@ class TileOf {
   DType dtype_;
   int64_t first_, count_;
   C* values_;
-  alignas(kLine) C buffer_[kTile];
+  alignas(kLine) C buffer_[kDrawTile];
 };
 
 // f(i) for the elements of a tile. Nothing is asked for ahead: with three or four streams at once
@@ -147,7 +147,7 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
   // One loop over it all where nothing needs the tile again.
   const bool at_once = task.dtype == own && task.moments_dtype == own && task.ema == nullptr &&
                        task.compensation == nullptr && !(task.constants.threshold > 0);
-  const int64_t tile = at_once ? end - begin : kTile;
+  const int64_t tile = at_once ? end - begin : kDrawTile;
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = tile < end - first ? tile : end - first;
     tiles.param.open(task.param, task.dtype, first, count);
@@ -175,7 +175,7 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
     }
     if (!stochastic) tiles.param.close();
     if (lost) {
-      alignas(kLine) C exact[kTile];
+      alignas(kLine) C exact[kDrawTile];
       memcpy(exact, p, count * sizeof(C));
       tiles.param.open(task.param, task.dtype, first, count);
 #pragma omp simd
@@ -195,8 +195,8 @@ void average(const OptimizerTask& task, int64_t begin, int64_t end) {
   TileOf<C> param;
   C* ema = static_cast<C*>(task.ema);
   if (ema == nullptr) return;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = kTile < end - first ? kTile : end - first;
+  for (int64_t first = begin; first < end; first += kDrawTile) {
+    const int64_t count = kDrawTile < end - first ? kDrawTile : end - first;
     param.open(task.param, task.dtype, first, count);
     const C* p = param.values();
     C* e = ema + first;

@@ -44,15 +44,24 @@ struct PhiloxLanes {
 
 struct PhiloxLanes {
   static constexpr int kLanes = 4;
-  static constexpr int kChains = 2;  // more would not fit 16 registers
+  static constexpr int kChains = 3;  // more would not fit 16 registers
   using V = __m256i;
   static RK_HD V splat(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
   static RK_HD V lane_order() { return _mm256_set_epi64x(3, 1, 2, 0); }
   static RK_HD V add(V a, V b) { return _mm256_add_epi64(a, b); }
-  static RK_HD V multiply(V a, V b) { return _mm256_mul_epu32(a, b); }
+  // Kept where it stands: g++ would begin so many multiplications that values go to memory.
+  static RK_HD V in_order(V v) {
+    asm volatile("" : "+x"(v));
+    return v;
+  }
+  static RK_HD V multiply(V a, V b) { return in_order(_mm256_mul_epu32(a, b)); }
   static RK_HD V low(V product) { return product; }
   static RK_HD V high(V product) { return _mm256_srli_epi64(product, 32); }
-  static RK_HD V xor3(V a, V b, V c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+  // `a` comes last, from a multiplication, so b and c go first: left to itself g++ makes the chain
+  // from one multiplication to the next longer, and that is what the loop waits for.
+  static RK_HD V xor3(V a, V b, V c) {
+    return in_order(_mm256_xor_si256(a, in_order(_mm256_xor_si256(b, c))));
+  }
   static RK_HD void store(char* out, V w0, V w1, V w2, V w3) {
     const V w01 = _mm256_blend_epi32(w0, _mm256_shuffle_epi32(w1, 0xA0), 0xAA);
     const V w23 = _mm256_blend_epi32(w2, _mm256_shuffle_epi32(w3, 0xA0), 0xAA);
@@ -87,8 +96,6 @@ struct PhiloxLanes {
 #endif
 
 constexpr int64_t kGroupBytes = sizeof(PhiloxWords);
-// A multiple of every instruction set's step; draws are made in whole batches of so many groups.
-constexpr int64_t kGroupBatch = 32;
 
 // What follows a draw, a step behind it: called as behind(words, bytes) for all of them in order.
 struct NothingBehind {
@@ -96,6 +103,8 @@ struct NothingBehind {
 };
 
 #if defined(__AVX2__) || defined(__aarch64__)
+
+constexpr int64_t kGroupBatch = PhiloxLanes::kChains * PhiloxLanes::kLanes;
 
 // `draw_groups` for groups whose counters differ in the low word alone. The high word then does
 // not change in the loop, nor does what the first two rounds make of it and of the offset, and the
@@ -105,8 +114,7 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
                             const Behind& behind) {
   using L = PhiloxLanes;
   using V = L::V;
-  constexpr int kChains = L::kChains, kStep = kChains * L::kLanes;
-  static_assert(kGroupBatch % kStep == 0, "a batch is whole steps");
+  constexpr int kChains = L::kChains;
   const V m0 = L::splat(kPhiloxM0), m1 = L::splat(kPhiloxM1);
   const V group_high = L::splat(first >> 32);
   const V offset_low = L::splat(stream.offset), offset_high = L::splat(stream.offset >> 32);
@@ -116,7 +124,7 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
     k0[r] = L::splat(key0);
     k1[r] = L::splat(key1);
   }
-  for (int64_t group = 0; group < count; group += kStep) {
+  for (int64_t group = 0; group < count; group += kGroupBatch) {
     V c[kChains][4];
     for (int i = 0; i < kChains; ++i) {
       c[i][0] = L::add(L::splat(first + group + i * L::kLanes), L::lane_order());
@@ -137,11 +145,15 @@ RK_HD void draw_below_carry(const RngStream& stream, uint64_t first, int64_t cou
     for (int i = 0; i < kChains; ++i) {
       L::store(out + (group + i * L::kLanes) * kGroupBytes, c[i][0], c[i][1], c[i][2], c[i][3]);
     }
-    if (group > 0) behind(out + (group - kStep) * kGroupBytes, kStep * kGroupBytes);
+    if (group > 0) behind(out + (group - kGroupBatch) * kGroupBytes, kGroupBatch * kGroupBytes);
   }
-  behind(out + (count - kStep) * kGroupBytes, kStep * kGroupBytes);
+  behind(out + (count - kGroupBatch) * kGroupBytes, kGroupBatch * kGroupBytes);
 }
 
+#endif
+
+#if !defined(__AVX2__) && !defined(__aarch64__)
+constexpr int64_t kGroupBatch = 4;
 #endif
 
 // Writes groups [first, first + count), whose half-words, and whose words, then lie in the order of
@@ -167,14 +179,17 @@ RK_HD void draw_groups(const RngStream& stream, uint64_t first, int64_t count, c
   behind(out, count * kGroupBytes);
 }
 
-constexpr int64_t kTile = 512;  // elements: their draws are 1 or 2 KiB of the first-level cache
-static_assert(kTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
+// Elements that are drawn at once: whole batches, and whole lines of any type by four. Their draws
+// are 1 to 3 KiB of the first-level cache.
+constexpr int64_t kDrawTile = kGroupBatch % 3 == 0 ? 768 : 512;
+static_assert(kDrawTile % (kGroupBatch * kGroup) == 0, "a tile is drawn in whole batches");
 
 // A tile's draws, of 16 or 32 bits each; room for the group that a tile starts in the middle of.
 template <typename Drawn>
 struct DrawsOf {
   static constexpr int64_t kAGroup = kGroupBytes / sizeof(Drawn);
-  alignas(64) Drawn drawn[kTile + kGroupBatch * kAGroup];
+  alignas(64) Drawn drawn[kDrawTile + kGroupBatch * kAGroup];
+  int64_t current = -1;  // what take() has drawn, in tiles
 
   // Draws `count` mask elements from index `first` on and returns the first one's draw. Inlined, so
   // that a loop over tiles spreads the key over its lanes once.
@@ -185,6 +200,18 @@ struct DrawsOf {
     const int64_t groups = ceil_div(lead + count, kGroupBatch * kAGroup) * kGroupBatch;
     draw_groups(stream, first / kAGroup, groups, reinterpret_cast<char*>(drawn), behind);
     return drawn + lead;
+  }
+
+  // The draws of mask elements from `first` to the next multiple of kDrawTile. Those of a tile are
+  // made once for all calls that take a part of it, one after the other.
+  RK_HD const Drawn* take(const RngStream& stream, int64_t first) {
+    constexpr int64_t kGroups = kDrawTile / kAGroup;
+    if (first / kDrawTile != current) {
+      current = first / kDrawTile;
+      draw_groups(stream, current * kGroups, kGroups, reinterpret_cast<char*>(drawn),
+                  NothingBehind{});
+    }
+    return drawn + first % kDrawTile;
   }
 };
 using Draws = DrawsOf<uint16_t>;

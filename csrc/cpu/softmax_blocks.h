@@ -12,6 +12,14 @@ RK_NAMESPACE_BEGIN
 
 constexpr int64_t kBlock = 1024;  // logits
 
+// sums[0] becomes the sum of 2 kHalf lanes. A loop over the halves would stay one.
+template <int64_t kHalf, typename C>
+RK_HD void add_lanes(C* sums) {
+#pragma omp simd
+  for (int64_t j = 0; j < kHalf; ++j) sums[j] += sums[j + kHalf];
+  if constexpr (kHalf > 1) add_lanes<kHalf / 2>(sums);
+}
+
 // The sum of f(i) for i in [0, count), f inlined: in lanes, so that all instruction sets add up in
 // the same order.
 template <typename C, typename F>
@@ -24,22 +32,30 @@ RK_HD double sum_of(int64_t count, const F& f) {
     for (int64_t j = 0; j < kSums; ++j) sums[j] += f(i + j);
   }
   for (int64_t j = 0; i + j < count; ++j) sums[j] += f(i + j);
-  for (int64_t half = kSums / 2; half > 0; half /= 2) {
-#pragma omp simd
-    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
+  add_lanes<kSums / 2>(sums);
   return static_cast<double>(sums[0]);
 }
 
+template <typename C>
+RK_HD C larger_of(C most, C value) {
+  return value > most ? value : most;
+}
+
+// Of four parts at once: each has a chain of its own, and a vector costs little more than its
+// instruction.
 template <typename C, typename T>
 RK_HD C largest(const T* x, int64_t count) {
-  C most = kLowest<C>;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < count; ++i) {
-    const C value = load(x[i]);
-    most = value > most ? value : most;
+  const int64_t part = count / 4;
+  C a = kLowest<C>, b = a, c = a, d = a;
+#pragma omp simd reduction(max : a, b, c, d)
+  for (int64_t i = 0; i < part; ++i) {
+    a = larger_of<C>(a, load(x[i]));
+    b = larger_of<C>(b, load(x[part + i]));
+    c = larger_of<C>(c, load(x[2 * part + i]));
+    d = larger_of<C>(d, load(x[3 * part + i]));
   }
-  return most;
+  for (int64_t i = 4 * part; i < count; ++i) a = larger_of<C>(a, load(x[i]));
+  return larger_of(larger_of(a, b), larger_of(c, d));
 }
 
 // e[i] = exp((x[i] - max) / T), no x[i] being larger than max; `scale` is 1 / T. What is left of a

@@ -14,7 +14,7 @@ from .._twins import twin_of
 from ..ops._batch_norm_checks import activation_number
 from ..ops._checks import probability
 from ..ops.batch_norm import SLOPE
-from ._leaf import call_in_graph
+from ._leaf import buffer, call_in_graph, parameter
 
 __all__ = [
     "BatchNorm1d",
@@ -84,7 +84,7 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm(
-            *(input, running_mean, running_var, self.weight, self.bias),
+            *(input, running_mean, running_var, parameter(self, "weight"), parameter(self, "bias")),
             *(training, momentum, self.eps),
             num_batches_tracked=counter,
             backend=self.backend,
@@ -105,12 +105,12 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
         As torch's layers decide them: the batch's statistics in training or without any others.
         """
-        mean, var = self.running_mean, self.running_var
+        mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
         if not self.training:
             return mean, var, mean is None and var is None, 0.0, None
         if not self.track_running_stats:
             return None, None, True, 0.0, None
-        counter = self.num_batches_tracked
+        counter = buffer(self, "num_batches_tracked")
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
         return mean, var, True, momentum, counter
 
@@ -180,7 +180,8 @@ class _FusedBatchNormAct(_FusedBatchNorm):
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm_act(
-            *(input, running_mean, running_var, self.weight, self.bias, residual),
+            *(input, running_mean, running_var),
+            *(parameter(self, "weight"), parameter(self, "bias"), residual),
             *(training, momentum, self.eps),
             activation=self.activation,
             negative_slope=self.negative_slope,

@@ -13,7 +13,7 @@ from .._numbers import integer
 from .._twins import twin_of
 from ..ops._checks import check_reduction, probability
 from ..ops.distillation import checked_softness
-from ._leaf import call_in_graph
+from ._leaf import buffer, call_in_graph
 
 __all__ = ["CrossEntropyLoss", "DistillationLoss"]
 
@@ -58,7 +58,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             if call is not None:
                 return call
         return F.cross_entropy(
-            *(input, target, self.weight),
+            *(input, target, buffer(self, "weight")),
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -131,7 +131,7 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
             if call is not None:
                 return call
         return F.distillation_loss(
-            *(input, teacher, target, self.weight),
+            *(input, teacher, target, buffer(self, "weight")),
             temperature=self.temperature,
             alpha=self.alpha,
             ignore_index=self.ignore_index,

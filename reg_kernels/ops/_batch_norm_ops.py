@@ -141,11 +141,10 @@ def _train(
 ) -> tuple[Tensor, ...]:
     """The op's results; keeps what a backward needs."""
     route, overload, rest = call
-    # Only a gradient needs a gate, so one is kept here, whatever the call says.
-    tracked, momentum, eps, activation, slope, p, rng_state, _, *numbers = rest
-    rest = (tracked, momentum, eps, activation, slope, p, rng_state, True, *numbers)
+    _, _, _, activation, slope, p, rng_state, _, *numbers = rest
     with below_autograd():
-        outputs = overload._op(*values, *rest)
+        # Only a gradient needs a gate, so one is kept here, whatever the call says.
+        outputs = overload._op(*values, *rest[:7], True, *numbers)
     route.count_changes(values, rest)
     output, mean, invstd, gate = outputs
     gate = gate if gate.numel() else None
@@ -186,8 +185,14 @@ class _BatchNormTraining(torch.autograd.Function):
             ),
             rest,
         )
-        wanted = (wants_input, wants_weight, wants_bias, wants_residual)
-        return None, *(r if w else None for r, w in zip(results, wanted, strict=True))
+        of_input, of_weight, of_bias, of_residual = results
+        return (
+            None,
+            of_input if wants_input else None,
+            of_weight if wants_weight else None,
+            of_bias if wants_bias else None,
+            of_residual if wants_residual else None,
+        )
 
 
 class _BatchNormAlone(_BatchNormTraining):

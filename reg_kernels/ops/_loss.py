@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from .._layout import with_strides
 from ._loss_checks import NONE, CheckedLoss, check_values
 from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
 from ._registry import Op, define_part, implementation_of, register
-from ._route import Kept, Route, formula
+from ._route import Kept, Route, formula, wants_gradient
+from ._signature import Known
 
 # The arguments of every loss op that describe its target, without the type of the first. `lam` is
 # for a pair of labels; where it is None, `one_lam` is used for every sample. A compiled program
@@ -38,9 +40,38 @@ _OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
 
 class _LossRoute(Route):
-    """A loss op's Route; `kept` is how it keeps the arguments between the input and the last."""
+    """A loss op's Route.
+
+    Attributes:
+        kept: how it keeps the arguments between the input and the last.
+        known: calls that need no checks: each with the overload, whether a gradient is wanted, what
+            picks the op's arguments, and what they are picked from behind what the call was given.
+    """
 
     kept: Kept
+    known: Known
+
+    def keep(
+        self, key: bytes | None, overload: Any, given: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> None:
+        """Keeps how an op's arguments were made, if each tensor is one that the call was given."""
+        places: list[int] = []
+        others: list[Any] = []
+        for x in arguments:
+            place = next((i for i, y in enumerate(given) if x is y), None)
+            if place is None:
+                if isinstance(x, Tensor):
+                    return
+                place = len(given) + len(others)
+                others.append(x)
+            places.append(place)
+        self.known.keep(key, (overload, wants_gradient(arguments[:1]), itemgetter(*places), others))
+
+    def run_again(self, found: tuple[Any, ...], given: tuple[Any, ...]) -> Tensor:
+        """The loss of a call of a signature that `known` has, and `found` there."""
+        overload, gradient, pick, others = found
+        input, *rest = pick((*given, *others))
+        return self.run(overload, gradient, (input,), rest)[0]
 
 
 def _run_and_save(ctx: Any, call: tuple[Any, ...], input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,6 +222,7 @@ def register_loss(
     schema = forward.overloads["native"]._schema.arguments
     tensors = [x.name for x in schema[1:] if x.type.isSubtypeOf(_OPTIONAL_TENSOR)]
     route.kept = Kept(names, tensors)
+    route.known = Known()
     return forward
 
 
@@ -201,9 +233,12 @@ def run(
     first: tuple[Any, ...],
     last: tuple[Any, ...],
     backend: str | None,
+    given: tuple[Any, ...] = (),
+    key: bytes | None = None,
 ) -> Tensor:
     """The loss of a checked call, in its result's type; `first` and `last` are the arguments that
-    the op has before and after TARGET."""
+    the op has before and after TARGET. `key` is the signature of what the call was given, by which
+    op.route.known keeps what run_again goes by."""
     input, options, looks = call.input, call.options, call.looks
     rest = (*first, *call.arguments, *last)
     overload = op.overload(input.device, input.dtype, backend, looks)
@@ -230,6 +265,8 @@ def run(
         except RuntimeError:  # where the kernel refused, it wrote nothing: say why
             _look_at_values(name, call)
             raise
+        if call.result == loss.dtype and (call.batched or loss.dim() == 0):
+            op.route.keep(key, overload, given, (input, *rest, keeps))
     loss = loss if loss.dtype == call.result else loss.to(call.result)
     return loss if call.batched or loss.dim() == 0 else loss.squeeze(0)
 

@@ -34,6 +34,15 @@ def watcher() -> str | None:
     return None if _tracing_state() is None else TRACE
 
 
+# Nobody looks at a call, nor a mode at its ops, where each answers None, False or 0.
+QUESTIONS = (
+    _func_is_active,
+    lambda: forward_ad._current_level >= 0,
+    _tracing_state,
+    torch._C._len_torch_dispatch_stack,
+)
+
+
 def is_transformed() -> bool:
     """Whether torch.func looks at a call, torch.compile or not."""
     return _func_is_active() or forward_ad._current_level >= 0

@@ -32,6 +32,7 @@ from .._numbers import integer, traced_numbers
 from ._checks import check_dtype, check_in_place, refuse
 from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
+from ._signature import Known
 
 
 class Route:
@@ -96,13 +97,19 @@ class Route:
                 return self.by_torch(overload, *inputs, *rest)
             return overload(*inputs, *rest)
         tensors = (*inputs[0], *inputs[1:]) if self._lists else inputs
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                if not torch.is_grad_enabled():
-                    break
-                if self._apply is None:
-                    return self.by_torch(overload, *inputs, *rest)
-                return (apply or self._apply_eagerly)((self, overload, rest), *tensors)
+        if not wants_gradient(tensors):
+            return self.run(overload, False, inputs, rest)
+        if self._apply is None:
+            return self.by_torch(overload, *inputs, *rest)
+        return (apply or self._apply_eagerly)((self, overload, rest), *tensors)
+
+    def run(
+        self, overload: Any, gradient: bool, inputs: tuple[Any, ...], rest: tuple[Any, ...]
+    ) -> Any:
+        """A call that nothing but autograd looks at; `gradient`: whether one is wanted, by the op's
+        Function, of inputs that are tensors or None."""
+        if gradient:
+            return self._apply_eagerly((self, overload, rest), *inputs)
         with below_autograd():
             outputs = overload._op(*inputs, *rest)  # what its __call__ does, a Python call less
         if self._moves is not None:
@@ -113,6 +120,14 @@ class Route:
         """Tells autograd of what the op has written."""
         moved = [x for x in self._moves(inputs, rest) if not x.is_inference()]
         torch.autograd.graph.increment_version(moved)
+
+
+def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is made of these."""
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def formula(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,9 +203,11 @@ class Linear(Route):
 
     Attributes:
         fresh, in_place: the registered ops; `in_place` is None where there are addends.
+        known: calls of the fresh form whose arguments need no checks.
     """
 
     fresh: Op
+    known: Known
     in_place: Any = None  # an Op
 
     def __init__(
@@ -235,6 +252,7 @@ class Linear(Route):
         last = f", {result}" if result else ""
         self._adjoint = self.by_itself if adjoint is None else adjoint
         self._like = like
+        self.known = Known()
         self._no_addends = (None,) * len(addends)
         self.drops = drops
         self.reads_dropped = reads_dropped
@@ -364,10 +382,12 @@ def draw(
     inplace: bool = False,
     options: tuple[Any, ...] = (),
     addends: tuple[Tensor | None, ...] = (),
+    key: bytes | None = None,
 ) -> Tensor:
     """Calls an op of the schema (input, {addends}, number, {options}, {DRAWN}). The arguments from
     `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
-    without elements is returned itself. `looks` is watcher()'s answer.
+    without elements is returned itself. `looks` is watcher()'s answer; `key` the call's signature,
+    by which op.known keeps what draw_again goes by; an op has none that draws at some calls alone.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
@@ -385,7 +405,9 @@ def draw(
         check_dtype(name, "input", dtype)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
-        state = _rng.checked_state(state, device, name)
+        state, given_state = _rng.checked_state(state, device, name), state
+        if state is not given_state:
+            key = None
     if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
     if state is None:
@@ -397,10 +419,27 @@ def draw(
     dense = looks is None and (input.is_contiguous() or is_dense(input))
     if inplace and dense and not input.is_neg():
         return op.write_over(overload, input, arguments)
-    output = op.call(looks, overload, (input, *addends), arguments)
+    inputs = (input, *addends)
+    output = op.call(looks, overload, inputs, arguments)
+    if dense and not inplace:
+        op.known.keep(key, (overload, wants_gradient(inputs), _rng.drawer(device)))
     if inplace:
         return input.copy_(output)
     return output if dense or looks is TRACE else as_torch_returns(output, input)
+
+
+def draw_again(
+    op: Linear,
+    found: tuple[Any, ...],
+    input: Tensor,
+    number: float,
+    state: Tensor | None,
+    element_offset: int,
+) -> Tensor:
+    """The same for a call of a signature that op.known has, and `found` there, without options."""
+    overload, gradient, draw_state = found
+    state = draw_state() if state is None else state
+    return op.run(overload, gradient, (input,), (number, state, element_offset, None))
 
 
 def draw_samples(

@@ -5,6 +5,7 @@ What they call, and its gradient, is in _batch_norm_ops.py.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch.overrides import has_torch_function_variadic
 from .. import _rng
 from .._activation import NONE
 from .._numbers import number, traced_numbers, varies
+from ..backends import forced_by
 from ..reference import batch_norm as reference
 from . import _batch_norm_ops as ops
 from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._modes import FUNC, watcher
-from ._route import asked, drawn_state, in_order
+from ._route import asked, drawn_state, in_order, wants_gradient
+from ._signature import Known, is_compiling, signature
 
 _CPU = torch.device("cpu")  # a launcher reads numbers there without waiting
 
@@ -41,13 +44,24 @@ def _empty_batch(call: BatchNormCall) -> Tensor:
     return reference.activate(output, call.activation, call.slope)
 
 
-def _run(call: BatchNormCall) -> Tensor:
+# Training calls that need no checks: the overload, whether a gradient is wanted, and what draws.
+_KNOWN = Known()
+
+
+def _run(name: str, *given: Any) -> Tensor:
+    """A call that was given what a BatchNormCall has behind its name."""
+    key = None
+    if not is_compiling():
+        key = signature(*given, forced_by())
+        if (found := _KNOWN.get(key)) is not None:
+            return _run_again(found, *given)
+    call = _checked(name, *given)
     looks = watcher()
     asked(looks, check_call, call)
     input, training, device = call.input, call.training, call.input.device
-    rng_state = call.rng_state
+    rng_state = given_state = call.rng_state
     if rng_state is not None:
-        rng_state = _rng.checked_state(rng_state, device, call.name)
+        rng_state = given_state = _rng.checked_state(rng_state, device, call.name)
     p = call.p if training else 0.0
     by_numbers = varies(call.momentum, call.eps, call.slope, p)
     if training:
@@ -76,9 +90,9 @@ def _run(call: BatchNormCall) -> Tensor:
         momentum = None if momentum is None else 0.0
         eps, slope, p = 1.0, 0.0, 0.5 if p > 0.0 else 0.0
     # The kernels write contiguous statistics and an int64; others are copied there and back.
-    moved = (call.running_mean, call.running_var, call.num_batches_tracked)
-    given = [v for v in moved if v is not None]
-    tracked = [v.contiguous() for v in given]
+    every = (call.running_mean, call.running_var, call.num_batches_tracked)
+    moved = [v for v in every if v is not None]
+    tracked = [v.contiguous() for v in moved]
     how: tuple[Any, ...]  # in the order of ops.Training, or of ops.Inference
     if training:
         if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
@@ -92,26 +106,60 @@ def _run(call: BatchNormCall) -> Tensor:
     output = op.route.call(looks, overload, values, how)
     if not training:
         return output
-    for own, written in zip(given, tracked, strict=True):
+    for own, written in zip(moved, tracked, strict=True):
         if written is not own:
             own.copy_(written)
+    if key is not None and _are_same(
+        (input, weight, bias, residual, *tracked, momentum, eps, given_state),
+        (call.input, call.weight, call.bias, call.residual, *moved, *given[7:9], call.rng_state),
+    ):
+        _KNOWN.keep(key, (overload, wants_gradient(values), _rng.drawer(device)))
     return output[0]
 
 
-def _checked(
-    name: str,
-    tensors: tuple[Any, ...],
+def _are_same(ours: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+    return all(map(operator.is_, ours, given))
+
+
+def _run_again(
+    found: tuple[Any, ...],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     training: bool,
-    momentum: Any,
-    eps: Any,
-    *rest: Any,
-) -> BatchNormCall:
-    """The call, with momentum and eps made floats; `rest` are its arguments behind eps."""
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    slope: float,
+    p: float,
+    num_batches_tracked: Tensor | None,
+    rng_state: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """A call of a signature that _KNOWN has, and `found` there."""
+    overload, gradient, draw_state = found
+    if p == 0.0:
+        rng_state = None
+    elif rng_state is None:
+        rng_state = draw_state()
+    tracked = [] if running_mean is None else [running_mean, running_var]
+    if num_batches_tracked is not None:
+        tracked.append(num_batches_tracked)
+    how = (tracked, momentum, eps, activation, slope, p, rng_state, False)
+    return ops.TRAINING.route.run(overload, gradient, (input, weight, bias, residual), how)[0]
+
+
+def _checked(name: str, *given: Any) -> BatchNormCall:
+    """The call, with momentum and eps made floats."""
+    *tensors, training, momentum, eps = given[:9]
     if type(momentum) is not float and momentum is not None:
         momentum = number(name, "momentum", momentum, "a float or None")
     if type(eps) is not float:
         eps = number(name, "eps", eps)
-    return BatchNormCall(*(name, *tensors, training, momentum, eps, *rest))
+    return BatchNormCall(*(name, *tensors, training, momentum, eps, *given[9:]))
 
 
 def batch_norm(
@@ -170,9 +218,10 @@ def batch_norm(
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return hand_over(batch_norm, locals(), *_TENSORS, by_place=3)
-    tensors = (input, running_mean, running_var, weight, bias, None)
-    chain = (NONE, SLOPE, 0.0, num_batches_tracked, None, backend)
-    return _run(_checked("batch_norm", tensors, training, momentum, eps, *chain))
+    return _run(
+        *("batch_norm", input, running_mean, running_var, weight, bias, None),
+        *(training, momentum, eps, NONE, SLOPE, 0.0, num_batches_tracked, None, backend),
+    )
 
 
 def batch_norm_act(
@@ -243,6 +292,8 @@ def batch_norm_act(
     if type(negative_slope) is not float:
         negative_slope = number(name, "negative_slope", negative_slope)
     act = activation_number(name, activation)
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    chain = (act, negative_slope, drop, num_batches_tracked, rng_state, backend)
-    return _run(_checked(name, tensors, training, momentum, eps, *chain))
+    return _run(
+        *(name, input, running_mean, running_var, weight, bias, residual),
+        *(training, momentum, eps, act, negative_slope, drop, num_batches_tracked, rng_state),
+        backend,
+    )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import has_torch_function
 
 from .._mixed_target import MixedTarget
+from ..backends import forced_by
 from ..reference import cross_entropy as reference
 from ._checks import hand_over
 from ._loss import TARGET, register_loss, run
 from ._loss_checks import check_entry, checked_call
+from ._signature import is_compiling, signature
+
+is_autocast_enabled = torch._C._is_any_autocast_enabled  # the result's type is another one then
 
 
 def _check(op: str, arguments: Any, of_backward: bool) -> None:
@@ -85,6 +90,14 @@ def cross_entropy(
         return hand_over(cross_entropy, locals(), "input", "weight", by_place=2)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    name = "cross_entropy"
-    call = checked_call(name, input, target, weight, ignore_index, reduction, label_smoothing)
-    return run(_OP, name, call, (), (), backend)
+    given = (input, target, weight, ignore_index, reduction, label_smoothing)
+    key = None
+    if not is_compiling():
+        key = signature(*given, backend, forced_by(), is_autocast_enabled())
+        if (found := _OP.route.known.get(key)) is not None:
+            try:
+                return _OP.route.run_again(found, given)
+            except RuntimeError:
+                key = None  # the checks say what is wrong with the labels
+    call = checked_call("cross_entropy", *given)
+    return run(_OP, "cross_entropy", call, (), (), backend, given, key)

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from .._layout import as_torch_returns, is_dense
+from ..backends import forced_by
 from ..reference import dropout as reference
 from ._checks import Entry, check_in_place, check_tensor, hand_over, probability
 from ._modes import TRACE, watcher
-from ._route import DRAWN, Draw, Linear, draw, in_order
+from ._route import DRAWN, Draw, Linear, draw, draw_again, in_order
+from ._signature import is_compiling, signature
 
 
 def _check(op: str, a: Any, in_place: bool) -> None:
@@ -114,10 +116,17 @@ def dropout(
     """
     if has_torch_function_unary(input):
         return hand_over(dropout, locals(), "input")
+    key = None
+    if not is_compiling():
+        others = (rng_state, element_offset, backend, forced_by())
+        key = signature(input, p, training, inplace, *others)
+        if (found := _DROPOUT.known.get(key)) is not None:
+            return draw_again(_DROPOUT, found, input, p, rng_state, element_offset)
     p = _checked("dropout", input, p)
     if not training or p == 0.0:
         return input
-    return draw(_DROPOUT, watcher(), input, p, rng_state, element_offset, backend, inplace)
+    how = (p, rng_state, element_offset, backend, inplace)
+    return draw(_DROPOUT, watcher(), input, *how, key=key)
 
 
 def _feature_dropout(name: str, input: Tensor, how: Draw, inplace: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def _by_torch(
 
 _OP = Linear(
     "salt_and_pepper",
-    f"float p, float salt_share, float low, float high, {DRAWN}",
+    f"float p, float salt_vs_pepper, float low, float high, {DRAWN}",
     reference=reference.salt_and_pepper,
     triton="salt_and_pepper",
     check=_check,
@@ -103,10 +102,5 @@ def salt_and_pepper(
             refuse(name, argument, "a number", value, ValueError)
     if not training or p == 0.0:
         return input
-    how = Draw(_rounded(p), rng_state, element_offset, backend)
-    return drawn_over(_OP, input, how, inplace, (_rounded(p * salt), low, high))
-
-
-def _rounded(share: float) -> float:
-    """To multiples of 1/65536: a float32 has them exactly."""
-    return math.floor(share * 65536 + 0.5) / 65536
+    how = Draw(p, rng_state, element_offset, backend)
+    return drawn_over(_OP, input, how, inplace, (salt, low, high))

@@ -33,10 +33,10 @@ def permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
 
 
 def by_elements(input: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
-    """`values` of the input in storage order and in the type of computing, rounded and put back:
-    a tensor of its own."""
+    """`values` of the input in storage order and in the type of computing, rounded and put back.
+    They are to be a tensor of their own, since autograd lets nobody write to a view."""
     x, order = in_storage_order(input)
-    y = values(x.to(compute_dtype(input.dtype)).reshape(-1)).view(x.shape)
+    y = values(x.to(compute_dtype(input.dtype)))
     return permuted_back(y.to(x.dtype), order, input)
 
 

@@ -51,7 +51,7 @@ def dropout(
     rng_state = rng_state.to(input.device)
 
     def values(x: Tensor) -> Tensor:
-        return x * multipliers(x.numel(), p, rng_state, element_offset, x.dtype)
+        return x * multipliers(x.numel(), p, rng_state, element_offset, x.dtype).view(x.shape)
 
     return by_elements(input, values)
 

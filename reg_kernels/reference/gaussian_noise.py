@@ -25,6 +25,6 @@ def gaussian_noise(
 
     def values(x: Tensor) -> Tensor:
         z = normals(rng_state, tag("gaussian"), element_offset, x.numel())
-        return with_noise(x, std, z, multiplicative)
+        return with_noise(x, std, z.view(x.shape), multiplicative)
 
     return by_elements(input, values)

@@ -77,8 +77,12 @@ def computed_in(dtype: torch.dtype, other: torch.dtype) -> torch.dtype:
 
 
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
-    """x, (N, C, ...), contiguous or dense with its channels innermost."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+    """x, (N, C, ...), contiguous or dense with its channels innermost; no view, to which autograd
+    would let nobody write."""
+    if not channels_last:
+        return x.contiguous()
+    like = torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return x.new_empty_strided(x.shape, like.stride()).copy_(x)
 
 
 def _weights(

@@ -12,25 +12,26 @@ from ._philox import half_words, tag
 def salt_and_pepper(
     input: Tensor,
     p: float,
-    salt_share: float,
+    salt_vs_pepper: float,
     low: float,
     high: float,
     rng_state: Tensor,
     element_offset: int = 0,
     traced_p: Tensor | None = None,
 ) -> Tensor:
-    """y = high where u < salt_share, low where u < p, else x; u = half-word / 65536, one an element
-    in storage order.
+    """y = high where u < p salt_vs_pepper, low where u < p, else x; u = half-word / 65536, one an
+    element in storage order. Both bounds are rounded to multiples of 1/65536.
 
     `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
     """
     p = p if traced_p is None else float(traced_p)
+    salt, p = (round(share * 65536) / 65536 for share in (p * salt_vs_pepper, p))
     rng_state = rng_state.to(input.device)
 
     def values(x: Tensor) -> Tensor:
         drawn = half_words(rng_state, tag("impulses"), element_offset, x.numel())
-        u = drawn.to(x.dtype) * 2.0**-16
-        impulse = torch.where(u < salt_share, torch.full_like(x, high), torch.full_like(x, low))
+        u = drawn.view(x.shape).to(x.dtype) * 2.0**-16
+        impulse = torch.where(u < salt, torch.full_like(x, high), torch.full_like(x, low))
         return torch.where(u < p, impulse, x)
 
     return by_elements(input, values)

@@ -27,6 +27,6 @@ def uniform_noise(
     def values(x: Tensor) -> Tensor:
         drawn = words(rng_state, tag("uniforms"), element_offset, x.numel())
         u = (drawn - ((drawn >> 31) << 32)).to(x.dtype) * 2.0**-31
-        return with_noise(x, amplitude, u, multiplicative)
+        return with_noise(x, amplitude, u.view(x.shape), multiplicative)
 
     return by_elements(input, values)

@@ -280,8 +280,12 @@ def _is_last(x: Tensor) -> bool:
 def _empty(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     if not channels_last:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
-    shape = (x.shape[0], *x.shape[2:], x.shape[1])
-    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
+    strides = [1] * x.dim()
+    step = x.shape[1]
+    for d in (*range(x.dim() - 1, 1, -1), 0):
+        strides[d], step = step, step * x.shape[d]
+    # Not a view of a contiguous one: autograd lets nobody write to a view that an op made.
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
 
 
 def mixup(

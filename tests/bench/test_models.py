@@ -12,6 +12,7 @@ from torch import nn
 import reg_kernels
 from bench import models
 from reg_kernels import backends, bench
+from reg_kernels.nn import StochasticDepthBlock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = bench.Budget(seconds=0.0, least=3, most=3, sample=0.0)
@@ -148,6 +149,19 @@ def test_what_is_timed_has_dropout_and_small_steps():
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_deep_net_skips_half_of_its_branches():
+    net = models.NETS[3]
+    model = net.make()
+    ours = net.ours(model)
+    blocks = [module for module in ours.modules() if isinstance(module, StochasticDepthBlock)]
+    assert {(block.mode, block.p) for block in blocks} == {("batch", 0.5)}
+    assert len(blocks) == 24
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(ours.eval()(images), model.eval()(images))
+    models.without_dropout(ours)
+    assert all(block.p == 0 for block in blocks)
+
+
 # Which there are
 
 
@@ -155,6 +169,7 @@ def test_the_cases_cover_what_is_promised():
     cases = models.cases(bench.Scope(CPU, (torch.float32, torch.bfloat16)))
     assert [case.label for case in cases] == [
         "model demo float32 64×1×8×8",
+        *(f"model deep, {mode} skipped float32 32×3×16×16" for mode in ("batch", "subset")),
         *(
             f"model {net} float32 {batch}×3×64×64{layout}"
             for net, batch in (("resnet18", 32), ("resnet50", 16))
@@ -164,7 +179,7 @@ def test_the_cases_cover_what_is_promised():
     assert all((case.items, case.unit) == (case.shape[0], "images") for case in cases)
     assert all(case.bytes is None and case.goals for case in cases)
     full = models.cases(bench.Scope(CPU, backends.DTYPES, everything=True))
-    assert len({case.label for case in full}) == len(full) == 9
+    assert len({case.label for case in full}) == len(full) == 11
 
 
 def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
@@ -177,6 +192,7 @@ def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
     size = "128×3×224×224 channels_last"
     assert [case.label for case in models.cases(scope)] == [
         "model demo float32 64×1×8×8",
+        *(f"model deep, {mode} skipped float32 256×3×32×32" for mode in ("batch", "subset")),
         *(
             f"model {net} {size}"
             for name in ("resnet18", "resnet50")
@@ -185,4 +201,4 @@ def test_the_gpu_cases_cover_what_is_promised(monkeypatch: pytest.MonkeyPatch):
     ]
     assert all(case.wall for case in models.cases(scope))
     Properties.total_memory = 16 * 2**30
-    assert len(models.cases(scope)) == 1
+    assert len(models.cases(scope)) == 3

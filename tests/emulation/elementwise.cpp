@@ -51,14 +51,7 @@ factor_t<Op, T> factor_of(uint32_t threshold, bool scaled) {
     if (!scaled) return 1;
     return static_cast<compute_t<T>>(threshold ? 65536.0 / threshold : 0.0);
   } else {
-    factor_t<Op, T> numbers{};
-    numbers.number = static_cast<compute_t<T>>(number_of(threshold));
-    if constexpr (Op::Options::kCount > 0) {
-      for (int i = 0; i < Op::Options::kCount; ++i) {
-        numbers.options[i] = static_cast<compute_t<T>>(options_of(scaled).at[i]);
-      }
-    }
-    return numbers;
+    return reg_kernels::FactorOf<Op, T>::from(number_of(threshold), options_of(scaled).at);
   }
 }
 

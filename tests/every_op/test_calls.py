@@ -57,6 +57,21 @@ def test_it_runs_where_it_is_told_and_fakes_are_as_what_is_real(case, backend):
             assert described([y, *gradients(case, y, leaves)]) == described(found)
 
 
+@of([case for case in SMALL if case.differentiable])
+@on_each
+def test_what_it_returns_may_be_written(case, backend):
+    """It is no view that an op made, which autograd would let nobody write to."""
+    if is_interpreted(backend) and SMALL.index(case) % 3:
+        pytest.skip("takes Triton's interpreter minutes")
+    leaves = leaves_of(case, torch.float32)
+    y = case.function(*leaves, backend=backend)
+    expected = torch.autograd.grad(y.sum() * 2, leaves, retain_graph=True, allow_unused=True)
+    y.mul_(2)
+    found = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def _written(results):
     """Without a chain's gates, of bytes, which end in some that nobody reads or writes."""
     return [x for x in results if x.dtype != torch.uint8]

@@ -200,24 +200,6 @@ def test_gradient_has_the_forward_mask_whatever_its_layout(backend, layout):
     assert torch.equal(gradient, g * m.to(DEVICE))
 
 
-@pytest.mark.parametrize("function", [F.dropout, F.dropout2d])
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "permuted", "sliced"])
-@on_each
-def test_what_it_returns_may_be_written(backend, layout, function):
-    """It is no view, which autograd would let nobody write to."""
-    x = torch.randn(2, 3, 4, 5, device=DEVICE)
-    x = {
-        "contiguous": lambda: x,
-        "channels last": lambda: x.to(memory_format=torch.channels_last),
-        "permuted": lambda: x.permute(1, 0, 3, 2),
-        "sliced": lambda: x[:, 1:],
-    }[layout]().requires_grad_()
-    y = function(x, 0.5, backend=backend)
-    kept = y.detach() > 0
-    y.relu_().sum().backward()
-    assert torch.equal(x.grad, 2.0 * kept)
-
-
 # Torch's semantics
 
 

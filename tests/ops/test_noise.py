@@ -35,25 +35,36 @@ def normal_tail(x):
 # The distribution
 
 
-def test_moments_tails_and_the_distribution_function():
-    # 4e6 draws here; the figures of 1e8 are in docs/numerics.md.
-    count = 4_000_000
-    z = drawn(count)
-    # The k-th moment, and the variance of z^k that says how far off it may be.
-    for k, (moment, variance) in enumerate(
-        [(0, 1), (1, 2), (0, 15), (3, 96), (0, 945), (15, 10170)]
-    ):
-        error = abs((z ** (k + 1)).mean().item() - moment)
-        assert error < 4 * math.sqrt(variance / count), k + 1
-    for x in (1.0, 2.0, 3.0, 4.0, 5.0):
-        p = normal_tail(x)
-        beyond = (z.abs() > x).sum().item()
-        assert abs(beyond - count * p) < 4 * math.sqrt(count * p) + 1, x
-    ordered = z.sort().values
-    expected = torch.special.ndtr(ordered)
+def test_moments_and_tails_of_a_hundred_million_draws():
+    part, parts = 2**22, 24
+    count = part * parts
+    sums = torch.zeros(6, dtype=torch.float64, device=DEVICE)
+    tails = torch.zeros(5, dtype=torch.float64, device=DEVICE)
+    bounds = torch.arange(1.0, 6.0, device=DEVICE)
+    for number in range(parts):
+        z = drawn(part, number)
+        power = torch.ones_like(z)
+        for k in range(6):
+            power *= z
+            sums[k] += power.sum()
+        z.abs_()
+        tails += torch.stack([(z > bound).sum() for bound in bounds])
+    # Each moment, and the variance of that power, which says how far off its mean may be.
+    moments = [(0, 1), (1, 2), (0, 15), (3, 96), (0, 945), (15, 10170)]
+    for k, (moment, variance) in enumerate(moments):
+        assert abs(sums[k].item() / count - moment) < 4 * math.sqrt(variance / count), k + 1
+    for bound, beyond in zip(bounds.tolist(), tails.tolist(), strict=True):
+        expected = count * normal_tail(bound)
+        assert abs(beyond - expected) < 4 * math.sqrt(expected), bound
+
+
+def test_the_distribution_function():
+    count = 2**22
+    ordered = drawn(count).sort().values
     places = torch.arange(1, count + 1, dtype=torch.float64, device=DEVICE) / count
     # Kolmogorov and Smirnov's statistic passes 1.95 / sqrt(n) once in a thousand times.
-    assert (expected - places).abs().max() < 1.95 / math.sqrt(count)
+    distance = (torch.special.ndtr(ordered) - places).abs().max()
+    assert distance < 1.95 / math.sqrt(count)
 
 
 def test_draws_are_independent():

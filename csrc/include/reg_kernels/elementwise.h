@@ -21,6 +21,8 @@
 //                  or the residual. The option of such an op says whether what is kept is scaled
 //   element(x, draw, numbers), element(x, draw, numbers, residual)
 //                  the same where Draw is another one, with kNumber and the options as Numbers
+//   prepare(numbers, number, options)
+//                  where these are to be changed first: sets Numbers from what they are in double
 #pragma once
 
 #include "channel_layout.h"
@@ -104,6 +106,9 @@ struct FactorOf {
       for (int i = 0; i < Op::Options::kCount; ++i) {
         factor.options[i] = static_cast<compute_t<T>>(options[i]);
       }
+    }
+    if constexpr (requires { Op::prepare(factor, number, options); }) {
+      Op::prepare(factor, number, options);
     }
     return factor;
   }
