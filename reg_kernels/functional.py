@@ -1,5 +1,6 @@
 """The ops as functions, with the arguments of `torch.nn.functional` and a few of their own."""
 
+from .ops.adversarial_step import adversarial_step_
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.cross_entropy import cross_entropy
 from .ops.distillation import distillation_loss
@@ -9,6 +10,7 @@ from .ops.mixup import cutmix, mixup
 from .ops.penalty import l1_penalty, l2_penalty
 
 __all__ = [
+    "adversarial_step_",
     "batch_norm",
     "batch_norm_act",
     "cross_entropy",
