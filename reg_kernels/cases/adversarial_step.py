@@ -1,4 +1,4 @@
-"""Adversarial steps' inputs: each norm, per sample or not, normalised or not, at the edges of tiles.
+"""Adversarial steps' inputs: each norm, normalised or not, at the edges of tiles, in every layout.
 
 The truth is what papers write: a step, a projection by sorting, a clamp.
 """

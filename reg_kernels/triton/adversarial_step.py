@@ -55,12 +55,12 @@ class Limits(NamedTuple):
 
 
 @triton.jit
-def of_sample(values_ptr, one_for_all, otherwise, n):
-    """A number of sample n: float64 [N], or [1] where one_for_all, or `otherwise`."""
+def of_sample(values_ptr, stride, otherwise, n):
+    """A number of sample n: float64 [N], or [1] of stride 0; or `otherwise`."""
     if values_ptr is None:
-        return otherwise
+        return tl.full([], otherwise, tl.float64)
     else:
-        return tl.load(values_ptr + tl.where(one_for_all, 0, n))
+        return tl.load(values_ptr + n * stride)
 
 
 @triton.jit
@@ -69,7 +69,8 @@ def limits_at(channels_ptr, lower, upper, at, there, batch, FORM: tl.constexpr):
     COMPUTE: tl.constexpr = compute_type(batch.adv.dtype.element_ty)
     if channels_ptr is None:
         one = tl.full([FORM.BLOCK], 1.0, COMPUTE)
-        return Limits(one, one, one * lower.to(COMPUTE), one * upper.to(COMPUTE))
+        bounds = (tl.full([FORM.BLOCK], lower, COMPUTE), tl.full([FORM.BLOCK], upper, COMPUTE))
+        return Limits(one, one, bounds[0], bounds[1])
     else:
         c = at % batch.C if FORM.LAST else at // batch.L
         p = channels_ptr + c
@@ -168,8 +169,8 @@ def linf_kernel(
     clean_ptr,
     steps_ptr,  # float64 [N] or [1], or None
     radii_ptr,
-    one_step,
-    one_radius,
+    step_stride,
+    radius_stride,
     step: tl.float64,  # where there are none
     eps: tl.float64,
     lower: tl.float64,
@@ -187,9 +188,9 @@ def linf_kernel(
     n = (program // tiles).to(tl.int64)
     at = (program % tiles).to(tl.int64) * FORM.BLOCK + tl.arange(0, FORM.BLOCK)
     there = at < size
-    radius = of_sample(radii_ptr, one_radius, eps, n)
+    radius = of_sample(radii_ptr, radius_stride, eps, n)
     radius = tl.where(radius > 0, radius, 0.0).to(COMPUTE)
-    length = of_sample(steps_ptr, one_step, step, n).to(COMPUTE)
+    length = of_sample(steps_ptr, step_stride, step, n).to(COMPUTE)
     of = limits_at(channels_ptr, lower, upper, at, there, batch, FORM)
     at += n * size
     adv, grad = tl.load(adv_ptr + at, mask=there), tl.load(grad_ptr + at, mask=there)
@@ -241,8 +242,8 @@ def ball_kernel(
     clean_ptr,
     steps_ptr,
     radii_ptr,
-    one_step,
-    one_radius,
+    step_stride,
+    radius_stride,
     step: tl.float64,
     eps: tl.float64,
     lower: tl.float64,
@@ -257,9 +258,9 @@ def ball_kernel(
     COMPUTE: tl.constexpr = compute_type(adv_ptr.dtype.element_ty)
     batch = Batch(adv_ptr, grad_ptr, clean_ptr, size, C, L)
     n = tl.program_id(0).to(tl.int64)
-    radius = of_sample(radii_ptr, one_radius, eps, n)
+    radius = of_sample(radii_ptr, radius_stride, eps, n)
     radius = tl.where(radius > 0, radius, 0.0)
-    length = of_sample(steps_ptr, one_step, step, n)
+    length = of_sample(steps_ptr, step_stride, step, n)
     threshold = tl.full([], 0.0, tl.float64)
     factor = tl.full([], 1.0, tl.float64)
     norm, _ = sums(batch, n, channels_ptr, lower, upper, length, threshold, True, FORM)
@@ -323,10 +324,22 @@ def adversarial_step_(
     count = adv.shape[1] if adv.dim() >= 2 else 1
     tiles = ceil_div(size, BLOCK)
     kernel, programs = (linf_kernel, samples * tiles) if norm == 0 else (ball_kernel, samples)
-    ones = (x is not None and x.numel() == 1 for x in (step_sizes, radii))
+    strides = (int(x is not None and x.numel() > 1) for x in (step_sizes, radii))
     with device_of(adv):
         kernel[(programs,)](
-            *(adv, grad, clean, step_sizes, radii, *ones, step_size, eps, lower, upper, channels),
+            *(
+                adv,
+                grad,
+                clean,
+                step_sizes,
+                radii,
+                *strides,
+                step_size,
+                eps,
+                lower,
+                upper,
+                channels,
+            ),
             *(tiles, size, count, size // count, _form(norm, is_channels_last(adv))),
             num_warps=8,
         )
