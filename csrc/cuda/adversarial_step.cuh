@@ -238,7 +238,7 @@ __device__ __forceinline__ void ball_sample(const AdversarialStep<T>& a, int64_t
 }
 
 template <BallNorm kNorm, typename T>
-__global__ void __launch_bounds__(kBallThreads)
+__global__ void __launch_bounds__(kBallThreads, 1)
     adversarial_ball_kernel(const __grid_constant__ AdversarialStep<T> a, bool whole) {
   RK_SHARED(BallShared, shared);
   for (int64_t n = blockIdx.x; n < a.samples; n += gridDim.x) {
