@@ -81,7 +81,7 @@ _STEP = register(
 
 def checked_norm(name: str, norm: Any) -> str:
     """ "linf", "l1" or "l2" of what names it."""
-    word = norm.lower() if isinstance(norm, str) else _ORDERS.get(norm)
+    word = norm.lower().replace("_", "") if isinstance(norm, str) else _ORDERS.get(norm)
     if word not in NORMS:
         refuse(name, "norm", "'linf', 'l1' or 'l2'", repr(norm), ValueError)
     return word
@@ -133,7 +133,7 @@ def _of_samples(
     return value, 0.0
 
 
-def _channels(
+def channel_rows(
     name: str, adv: Tensor, mean: Any, std: Any, lower: float, upper: float
 ) -> Tensor | None:
     """What the op needs to count in pixels v where its input is (v - mean) / std."""
@@ -248,7 +248,7 @@ def adversarial_step_(
     looks = watcher()
     steps = _of_samples(name, "step_size", step_size, adv, looks)
     radii = _of_samples(name, "eps", eps, adv, looks)
-    channels = _channels(name, adv, mean, std, lower, upper)
+    channels = channel_rows(name, adv, mean, std, lower, upper)
     if looks is None:
         _check_written(name, adv)
     overload = _STEP.overload(adv.device, adv.dtype, backend, looks)
