@@ -36,7 +36,7 @@ def leaving_no_trace(
             stack.enter_context(torch.random.fork_rng(devices))
         for each in module.modules():
             if isinstance(each, DistributedDataParallel):
-                stack.enter_context(each.no_sync())  # it would wait for gradients that never come
+                stack.enter_context(each.no_sync())  # else it prepares for an exchange of gradients
         if not dropout:
             stack.enter_context(_without_dropout(module))
         stack.enter_context(_restored(list(module.buffers())))

@@ -264,12 +264,16 @@ def test_in_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/x", rank=0, world_size=1)
     try:
         model, (x, y) = net(nn.BatchNorm2d(8)).train(), batch()
-        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel, syncs = nn.parallel.DistributedDataParallel(model), []
+        parallel.register_forward_hook(lambda *_: syncs.append(parallel.require_backward_grad_sync))
         expected = PGD(model, random_start=False)(x, y)
         for _ in range(2):
+            syncs.clear()
             adv = PGD(parallel, random_start=False)(x, y)
+            assert syncs == [False] * 10  # nothing is exchanged for it
             torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6)
             nn.functional.cross_entropy(parallel(adv), y).backward()
+            assert syncs[-1]
         assert all(p.grad is not None for p in model.parameters())
     finally:
         torch.distributed.destroy_process_group()

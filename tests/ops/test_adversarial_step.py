@@ -94,9 +94,10 @@ def test_what_does_not_move(norm, backend):
 def test_nan_stays_where_it_is(norm, backend):
     adv, grad, clean = batch(2, 12)
     adv[0, 3] = clean[1, 4] = math.nan
-    y = adv.clone()
-    F.adversarial_step_(y, grad, clean, 0.1, 0.2, norm, 0.0, 1.0, backend=backend)
-    assert y.isnan().nonzero().tolist() == [[0, 3], [1, 4]]
+    for eps in (100.0, 0.2):  # where nothing has to be brought back, and where it has
+        y = adv.clone()
+        F.adversarial_step_(y, grad, clean, 0.1, eps, norm, 0.0, 1.0, backend=backend)
+        assert y.isnan().nonzero().tolist() == [[0, 3], [1, 4]]
     if norm != "linf":
         order = 1 if norm == "l1" else 2
         way = (y - clean).nan_to_num(0)
