@@ -53,6 +53,11 @@ RK_HD void for_tiles(const AdversarialTask& task, int64_t begin, int64_t end, co
   }
 }
 
+template <bool kInside>
+struct Inside {
+  static constexpr bool value = kInside;
+};
+
 // y[i] = what a step makes of element i.
 template <typename C, typename Numbers>
 RK_STAGE void step(const Tile<C>& tile, BallNorm norm, const SampleMove& move,
@@ -67,22 +72,36 @@ RK_STAGE void step(const Tile<C>& tile, BallNorm norm, const SampleMove& move,
     });
   } else {
     const auto own = BallMove<C>::of(move);
-    write_each(y, tile.count, false, [=](int64_t i) RK_INLINE {
-      return ball_step(adv[i], grad[i], clean[i], own, numbers.at(i));
+    const auto write = [&](auto inside) RK_INLINE {
+      write_each(y, tile.count, false, [=](int64_t i) RK_INLINE {
+        return ball_step<inside.value>(adv[i], grad[i], clean[i], own, numbers.at(i));
+      });
+    };
+    own.inside ? write(Inside<true>{}) : write(Inside<false>{});
+  }
+}
+
+// How far from clean a value may be rounded: store_within in adversarial_step_math.h.
+template <typename Numbers>
+RK_STAGE void distances(const float* exact, const float* clean, int64_t count, bool linf, float eps,
+                        const Numbers& numbers, float* y) {
+  if (linf) {
+    write_each(y, count, false, [=](int64_t i) RK_INLINE { return eps * numbers.at(i).inverse; });
+  } else {
+    write_each(y, count, false, [=](int64_t i) RK_INLINE {
+      const float away = exact[i] - clean[i];
+      return away < 0.0f ? -away : away;
     });
   }
 }
 
-// Of `values`, which are still there as `wide`, those that rounding has brought too far away.
-template <typename T, typename Numbers>
-RK_STAGE void keep_within(T* values, const float* wide, const float* exact, const T* clean,
-                          const float* wide_clean, int64_t count, bool linf, float eps,
-                          const Numbers& numbers) {
+// Of rounded values, which are still there as `wide`, those that are further away than `most`.
+template <typename T>
+RK_STAGE void keep_within(T* values, const float* wide, const T* clean, const float* wide_clean,
+                          const float* most, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float away = exact[i] - wide_clean[i];
-    const float most = linf ? eps * numbers.at(i).inverse : (away < 0.0f ? -away : away);
-    values[i].bits = kept_within(values[i].bits, wide[i], clean[i].bits, wide_clean[i], most);
+    values[i].bits = kept_within(values[i].bits, wide[i], clean[i].bits, wide_clean[i], most[i]);
   }
 }
 
@@ -183,9 +202,10 @@ void move_of(const AdversarialTask& task, int64_t n, int64_t begin, int64_t end)
       widen(clean + first, count, from, NothingAhead{});
       step(Tile<C>{own, slope, from, count}, task.norm, move, numbers, own);
       narrow(own, count, y, false, NothingAhead{});
-      widen(y, count, slope, NothingAhead{});
-      keep_within(y, slope, own, clean + first, from, count, task.norm == BallNorm::linf,
-                  static_cast<float>(move.eps), numbers);
+      distances(own, from, count, task.norm == BallNorm::linf, static_cast<float>(move.eps),
+                numbers, slope);
+      widen(y, count, own, NothingAhead{});
+      keep_within(y, own, clean + first, from, slope, count);
     }
   });
 }

@@ -232,7 +232,9 @@ __device__ __forceinline__ void ball_sample(const AdversarialStep<T>& a, int64_t
     AdversarialVectors<T, kCount> v;
     v.load_at(a, n * a.numel() + i);
     step_vector(a, v, n, i, [&](C adv, C grad, C clean, T stored, const ChannelNumbers<C>& of) {
-      return store_within<T>(ball_step(adv, grad, clean, own, of), stored, C(0), false);
+      const C y = own.inside ? ball_step<true>(adv, grad, clean, own, of)
+                             : ball_step<false>(adv, grad, clean, own, of);
+      return store_within<T>(y, stored, C(0), false);
     });
   });
 }

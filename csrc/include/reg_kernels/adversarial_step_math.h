@@ -118,14 +118,21 @@ struct BallMove {
   }
 };
 
-template <typename C>
+// kInside is move.inside, which is the same for a whole sample: what one of the two ways alone
+// reads would be read under a condition.
+template <bool kInside, typename C>
 RK_HD C ball_step(C adv, C grad, C clean, const BallMove<C>& move, ChannelNumbers<C> of) {
   const C step = move.length * pixel_gradient(grad, of.inverse);
-  const C way = (adv - clean) * of.scale + step;
-  const C above = way > C(0) ? way - move.threshold : way + move.threshold;
-  const C kept = way > move.threshold || way < -move.threshold || way != way ? above : C(0);
-  const C back = clean + move.factor * kept * of.inverse;
-  const C value = clamped(move.inside ? adv + step * of.inverse : back, of.lower, of.upper);
+  C value;
+  if constexpr (kInside) {
+    value = adv + step * of.inverse;
+  } else {
+    const C way = (adv - clean) * of.scale + step;
+    const C above = way > C(0) ? way - move.threshold : way + move.threshold;
+    const C kept = (way <= move.threshold) & (way >= -move.threshold) ? C(0) : above;
+    value = clean + move.factor * kept * of.inverse;
+  }
+  value = clamped(value, of.lower, of.upper);
   return clean == clean ? value : clean;
 }
 
