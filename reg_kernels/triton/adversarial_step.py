@@ -213,8 +213,9 @@ def sums(
 ):
     """The sum over sample n of what is counted, and how many elements are above the threshold."""
     COMPUTE: tl.constexpr = compute_type(batch.adv.dtype.element_ty)
-    total = tl.zeros([FORM.BLOCK], tl.float64)
-    above = tl.zeros([FORM.BLOCK], tl.int64)
+    BLOCK: tl.constexpr = FORM.BLOCK
+    total = tl.zeros([BLOCK], tl.float64)
+    above = tl.zeros([BLOCK], tl.int64)
     start = n * 0
     while start < batch.size:
         at = start + tl.arange(0, FORM.BLOCK)
