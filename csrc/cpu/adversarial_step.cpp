@@ -59,9 +59,10 @@ class Balls {
       : task_(task), moves_(moves), chunks_(chunks) {}
 
   void find(int64_t first, int64_t last) {
+    const bool l2 = task_.norm == BallNorm::l2;
     std::vector<int64_t> counts(last - first, 0), samples(last - first);
     for (int64_t n = first; n < last; ++n) samples[n - first] = n;
-    const bool l2 = task_.norm == BallNorm::l2;
+    if (l2) samples = not_found_at_once(samples);
     add_up(samples, true);
     for (size_t i = 0; i < samples.size(); ++i) {
       const double total = total_of(i).total;
@@ -86,21 +87,57 @@ class Balls {
   }
 
  private:
+  // In L2, what one pass over all three tensors tells; of samples that have numbers which are not
+  // finite it does not.
+  std::vector<int64_t> not_found_at_once(const std::vector<int64_t>& samples) {
+    std::vector<AdversarialProducts> parts(samples.size() * chunks_);
+    const auto leaf = RK_LEAF(adversarial_products);
+    for_chunks(samples, [&](int64_t item, int64_t n, int64_t begin, int64_t end) {
+      parts[item] = leaf(task_, n, begin, end);
+    });
+    std::vector<int64_t> left;
+    for (size_t i = 0; i < samples.size(); ++i) {
+      AdversarialProducts sum{};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        const AdversarialProducts& part = parts[static_cast<int64_t>(i) * chunks_ + chunk];
+        sum.gradients += part.gradients;
+        sum.products += part.products;
+        sum.ways += part.ways;
+      }
+      if (!std::isfinite(sum.gradients + sum.products + sum.ways)) {
+        left.push_back(samples[i]);
+        continue;
+      }
+      SampleMove& move = moves_[samples[i]];
+      move.set_gradient(std::sqrt(sum.gradients));
+      const double length = move.length;
+      const double square = sum.ways + length * (2 * sum.products + length * sum.gradients);
+      move.shorten(std::sqrt(std::max(square, 0.0)));
+    }
+    return left;
+  }
+
   // One sum a chunk, so that the order of additions depends on sizes alone.
   void add_up(const std::vector<int64_t>& samples, bool of_gradient) {
-    const int64_t items = static_cast<int64_t>(samples.size()) * chunks_;
-    sums_.resize(items);
+    sums_.resize(samples.size() * chunks_);
     const auto leaf = RK_LEAF(adversarial_sum);
-    torch::stable::parallel_for(0, items, grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t at = item % chunks_ * kAdversarialChunk;
-        sums_[item] = leaf(task_, of_gradient, samples[item / chunks_], at,
-                           std::min(at + kAdversarialChunk, task_.numel));
-      }
+    for_chunks(samples, [&](int64_t item, int64_t n, int64_t begin, int64_t end) {
+      sums_[item] = leaf(task_, of_gradient, n, begin, end);
     });
   }
 
-  int64_t grain() const { return std::max<int64_t>(1, kGrain * chunks_ / task_.numel); }
+  // Calls f(number, n, begin, end) for each chunk of the samples.
+  template <typename F>
+  void for_chunks(const std::vector<int64_t>& samples, const F& f) const {
+    const int64_t items = static_cast<int64_t>(samples.size()) * chunks_;
+    const int64_t grain = std::max<int64_t>(1, kGrain * chunks_ / task_.numel);
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t at = item % chunks_ * kAdversarialChunk;
+        f(item, samples[item / chunks_], at, std::min(at + kAdversarialChunk, task_.numel));
+      }
+    });
+  }
 
   AdversarialSum total_of(size_t i) const {
     AdversarialSum total{};

@@ -41,6 +41,16 @@ RK_DECLARE_LEAF(AdversarialSum, adversarial_sum,
                 (const AdversarialTask& task, bool of_gradient, int64_t n, int64_t begin,
                  int64_t end))
 
+// What the norm of a displacement in L2 is made of, for a step of any length: the sums of squares
+// of the gradients and of what lies between clean and adv, in pixels, and of their products.
+struct AdversarialProducts {
+  double gradients, products, ways;
+};
+
+// Of elements [begin, end), likewise, in one pass. Not finite where an element is not.
+RK_DECLARE_LEAF(AdversarialProducts, adversarial_products,
+                (const AdversarialTask& task, int64_t n, int64_t begin, int64_t end))
+
 // Elements [begin, end) of sample n of adv, one step further.
 RK_DECLARE_LEAF(void, adversarial_move,
                 (const AdversarialTask& task, int64_t n, int64_t begin, int64_t end))

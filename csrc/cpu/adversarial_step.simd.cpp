@@ -1,7 +1,7 @@
 // The loops of adversarial steps, compiled once for each instruction set (isa.h).
 //
-// A step reads adv, grad and clean, and writes adv: 4 sizeof(T) bytes an element. L1 and L2 read
-// all three before that, grad twice: the samples of a group, which a cache holds.
+// A step reads adv, grad and clean, and writes adv: 4 sizeof(T) bytes an element. L2 reads all
+// three once before that, and L1 some times: the samples of a group, which a cache holds.
 #include "adversarial_step.h"
 
 #include "narrow.h"
@@ -9,9 +9,16 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
+RK_HD Doubles every(double x) {
+  return Doubles::of([=](int) RK_INLINE { return PartOfDoubles{} + x; });
+}
+
 template <typename C>
 struct OneForAll {
   ChannelNumbers<C> numbers;
+
+  RK_HD Doubles scales(int64_t) const { return every(numbers.scale); }
+  RK_HD Doubles inverses(int64_t) const { return every(numbers.inverse); }
 
   // One by one: a copy of them all keeps them in memory.
   RK_HD ChannelNumbers<C> at(int64_t) const {
@@ -23,6 +30,9 @@ template <typename C>
 struct OneForEach {
   const C* numbers;
   int64_t row_length;
+
+  RK_HD Doubles scales(int64_t i) const { return value_at<Doubles>(numbers + i); }
+  RK_HD Doubles inverses(int64_t i) const { return value_at<Doubles>(numbers + row_length + i); }
 
   RK_HD ChannelNumbers<C> at(int64_t i) const {
     const C* of = numbers + i;
@@ -183,6 +193,49 @@ AdversarialSum sum_of(const AdversarialTask& task, bool of_gradient, int64_t n, 
   return all;
 }
 
+// Straight from memory, so that its transfers and the arithmetic go on side by side.
+template <typename T>
+AdversarialProducts products_of(const AdversarialTask& task, int64_t n, int64_t begin,
+                                int64_t end) {
+  using C = compute_t<T>;
+  const int64_t at = n * task.numel;
+  AdversarialProducts all{};
+  for_tiles<C>(task, begin, end, [&](int64_t first, int64_t count, const auto& numbers) {
+    const T* adv = static_cast<const T*>(task.adv) + at + first;
+    const T* grad = static_cast<const T*>(task.grad) + at + first;
+    const T* clean = static_cast<const T*>(task.clean) + at + first;
+    constexpr int kChains = 2;
+    Doubles gradients[kChains] = {}, products[kChains] = {}, ways[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) {
+        const int64_t j = i + c * kLanes;
+        const Doubles g = value_at<Doubles>(grad + j) * numbers.inverses(j);
+        const Doubles away = value_at<Doubles>(adv + j) - value_at<Doubles>(clean + j);
+        const Doubles way = away * numbers.scales(j);
+        gradients[c] += g * g;
+        products[c] += g * way;
+        ways[c] += way * way;
+      }
+    }
+    AdversarialProducts rest{};
+    for (; i < count; ++i) {
+      const ChannelNumbers<C> of = numbers.at(i);
+      const double g = value_at<double>(grad + i) * static_cast<double>(of.inverse);
+      const double way =
+          (value_at<double>(adv + i) - value_at<double>(clean + i)) * static_cast<double>(of.scale);
+      rest.gradients += g * g;
+      rest.products += g * way;
+      rest.ways += way * way;
+    }
+    all.gradients += sum_of_lanes(gradients[0] + gradients[1]) + rest.gradients;
+    all.products += sum_of_lanes(products[0] + products[1]) + rest.products;
+    all.ways += sum_of_lanes(ways[0] + ways[1]) + rest.ways;
+  });
+  return all;
+}
+
 template <typename T>
 void move_of(const AdversarialTask& task, int64_t n, int64_t begin, int64_t end) {
   const SampleMove& move = task.moves[n];
@@ -218,6 +271,11 @@ AdversarialSum adversarial_sum(const AdversarialTask& task, bool of_gradient, in
     const auto of = task.norm == BallNorm::l2 ? sum_of<BallNorm::l2, T> : sum_of<BallNorm::l1, T>;
     return of(task, of_gradient, n, begin, end);
   });
+}
+
+AdversarialProducts adversarial_products(const AdversarialTask& task, int64_t n, int64_t begin,
+                                         int64_t end) {
+  return for_dtype(task.dtype, [&]<typename T>(T) { return products_of<T>(task, n, begin, end); });
 }
 
 void adversarial_move(const AdversarialTask& task, int64_t n, int64_t begin, int64_t end) {

@@ -81,7 +81,9 @@ _STEP = register(
 
 def checked_norm(name: str, norm: Any) -> str:
     """ "linf", "l1" or "l2" of what names it."""
-    word = norm.lower().replace("_", "") if isinstance(norm, str) else _ORDERS.get(norm)
+    word = norm.lower().replace("_", "") if isinstance(norm, str) else ""
+    if isinstance(norm, int | float):
+        word = _ORDERS.get(norm, "")
     if word not in NORMS:
         refuse(name, "norm", "'linf', 'l1' or 'l2'", repr(norm), ValueError)
     return word

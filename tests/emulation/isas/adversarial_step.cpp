@@ -36,9 +36,14 @@ void call(BallNorm norm, bool each, int64_t numel) {
       if (!inside) move.threshold = 0.01, move.factor = 0.7;
     }
     task.moves = moves.data();
+    task.adv = adv.data();
+    task.grad = some.data();
+    const auto products =
+        RK_LEAF(adversarial_products)(task, 1, 0, std::min(numel, kAdversarialChunk));
+    Digest of_products;
+    of_products.add(&products.gradients, 3);
+    of_products.report("adversarial_products, %s, %d elements, %d", kName<T>, int(numel), each);
     for (const bool of_gradient : {true, false}) {
-      task.adv = adv.data();
-      task.grad = some.data();
       const AdversarialSum sum =
           RK_LEAF(adversarial_sum)(task, of_gradient, 1, 0, std::min(numel, kAdversarialChunk));
       Digest of_sum;
