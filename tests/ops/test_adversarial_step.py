@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reg_kernels import functional as F
+from reg_kernels.ops._registry import OPS
 
 from support import DEVICE, implementations
 
@@ -102,6 +103,17 @@ def test_nan_stays_where_it_is(norm, backend):
         order = 1 if norm == "l1" else 2
         way = (y - clean).nan_to_num(0)
         assert (torch.linalg.vector_norm(way, order, 1) <= 0.2 + 1e-6).all()
+
+
+@each_norm
+@on_each
+def test_a_radius_that_nobody_has_looked_at(norm, backend):
+    """As a tensor on a GPU."""
+    adv, grad, clean = batch(3, 9)
+    step = OPS["adversarial_step_"].overloads[backend]
+    radii = torch.tensor([-1.0, math.nan, 0.0], dtype=torch.float64, device=DEVICE)
+    step(adv, grad, clean, None, 0.1, radii, 1.0, NORMS.index(norm), -math.inf, math.inf, None)
+    torch.testing.assert_close(adv, clean, rtol=0, atol=1e-7)
 
 
 def test_an_infinite_gradient_has_a_sign():
