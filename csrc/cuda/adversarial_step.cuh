@@ -157,7 +157,7 @@ __device__ __forceinline__ Sums ball_sum(const Sums& mine, BallShared* shared) {
   const Sums total = block_sum(sums, 1, shared->scratch);
   if (threadIdx.x == 0) shared->total = total;
   __syncthreads();
-  return shared->total;  // until the next sum's own barriers
+  return shared->total;  // the next one is written behind a barrier of its own
 }
 
 // Calls f(i) for the vectors that this thread has of a sample: from element i on.
