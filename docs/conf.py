@@ -36,6 +36,7 @@ docs/installing
 docs/layers
 docs/optimizers
 docs/mixing_and_losses
+docs/adversarial
 docs/implementations
 docs/numerics
 docs/benchmarks

@@ -1,11 +1,12 @@
 """Fused regularisation kernels for PyTorch, in CUDA C++, Triton and native CPU code.
 
-`functional`, `nn` and `optim` are drop-in for torch's; `augment` mixes the samples of a batch.
+`functional`, `nn` and `optim` are drop-in for torch's; `augment` mixes the samples of a batch, and
+`adversarial` attacks them.
 `convert` swaps the layers of a model and fuses chains of them, and `revert` undoes it;
 `fold_batch_norm` prepares a model for inference. `backend` forces an implementation.
 """
 
-from . import augment, functional, nn, optim
+from . import adversarial, augment, functional, nn, optim
 from .backends import BackendUnavailable, backend
 from .convert import convert, revert
 from .convert._fold import fold_batch_norm
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "adversarial",
     "augment",
     "backend",
     "convert",

@@ -1,5 +1,6 @@
 """The ops as functions, with the arguments of `torch.nn.functional` and a few of their own."""
 
+from .ops.adversarial_step import adversarial_step_
 from .ops.batch_norm import batch_norm, batch_norm_act
 from .ops.cross_entropy import cross_entropy
 from .ops.distillation import distillation_loss
@@ -12,6 +13,7 @@ from .ops.salt_and_pepper import salt_and_pepper
 from .ops.uniform_noise import uniform_noise
 
 __all__ = [
+    "adversarial_step_",
     "batch_norm",
     "batch_norm_act",
     "cross_entropy",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import reg_kernels
-from reg_kernels import augment, optim
+from reg_kernels import adversarial, augment, optim
 from reg_kernels import functional as F
 from reg_kernels import nn as fused
 
@@ -24,6 +24,7 @@ assert_type(F.batch_norm(x, None, None, training=True), Tensor)
 assert_type(F.batch_norm_act(x, None, None, residual=x, training=True, activation="relu"), Tensor)
 assert_type(F.l1_penalty(model.parameters()), Tensor)
 assert_type(F.mixup(x, 0.3, torch.arange(4)), Tensor)
+assert_type(F.adversarial_step_(x, x, x, torch.ones(4), 0.1, "l2", 0, 1), Tensor)
 assert_type(F.cross_entropy(x, torch.zeros(4, 8, 8)), Tensor)
 
 assert_type(fused.Dropout(0.5, backend="native").forward(x), Tensor)
@@ -34,6 +35,9 @@ target = augment.MixedTarget(torch.arange(4), torch.arange(4), 0.5)
 assert_type(target.labels, Tensor)
 assert_type(target.to_dense(10), Tensor)
 mixup = augment.Mixup(0.2, num_classes=10)
+
+assert_type(adversarial.PGD(model, 8 / 255, norm="l2")(x, torch.arange(4)), Tensor)
+assert_type(adversarial.trades_loss(model, x, torch.arange(4), beta=6.0), Tensor)
 
 groups = optim.param_groups(model, weight_decay=0.1)
 optimizer: torch.optim.Optimizer = optim.AdamW(groups, lr=1e-3, max_grad_norm=1.0)

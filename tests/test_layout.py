@@ -123,7 +123,7 @@ def layer(module):
     return parts[1] if len(parts) > 1 and parts[0] == "reg_kernels" else None
 
 
-FACES = {"nn", "functional", "augment", "cli", "convert", "cases", "bench"}
+FACES = {"nn", "functional", "adversarial", "augment", "cli", "convert", "cases", "bench"}
 FORBIDDEN = {
     # from -> layers it must not import
     "reference": {"ops", "triton"} | FACES,
@@ -131,6 +131,7 @@ FORBIDDEN = {
     "ops": FACES,
     "nn": {"augment", "cli", "convert", "cases", "bench", "triton", "reference"},
     "optim": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
+    "adversarial": {"nn", "optim", "augment", "cli", "convert", "cases", "bench", "triton"},
     "augment": {"nn", "optim", "cli", "convert", "cases", "bench", "triton", "reference"},
     "functional": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
 }
@@ -165,7 +166,7 @@ def test_the_reference_imports_torch_alone():
 
 
 def test_public_names_exist_and_are_documented():
-    for part in ("", ".augment", ".functional", ".nn", ".optim"):
+    for part in ("", ".adversarial", ".augment", ".functional", ".nn", ".optim"):
         name = f"reg_kernels{part}"
         module = importlib.import_module(name)
         assert module.__doc__

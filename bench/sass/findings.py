@@ -89,6 +89,18 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
+        r"adversarial_step (adversarial_)?linf_kernel<",
+        "Open: of 2 bytes three elements are converted in, one out, and that one is held to the "
+        "ball by integers; in Triton each has the numbers of its channel besides.",
+    ),
+    (
+        INSTRUCTIONS,
+        r"adversarial_step (adversarial_)?ball_kernel<",
+        "Open: in two of a sample's three passes a square or magnitude of each element is made and "
+        "summed up in float64.",
+    ),
+    (
+        INSTRUCTIONS,
         r"batch_norm (batch_norm_kernel<b?float16|moments_kernel<bfloat16)",
         "Open: each of eight 2-byte elements in 16 bytes is converted, shifted and added to two "
         "sums. Sums of pairs would halve the additions.",
@@ -104,6 +116,12 @@ EXPLAINED: list[tuple[str, str, str]] = [
         r"mixup_(kernel|transpose_kernel)<\d, (?!(.+), \1>)|rows_kernel<DistillationLoss|"
         r"rows_backward_kernel<Distillation",
         "As many elements of the shorter type as fill 16 bytes of the longer.",
+    ),
+    (
+        NARROW,
+        r"^triton/adversarial_step linf_kernel",
+        "A step size and a radius, float64, one a program; the elements are moved 16 bytes at a "
+        "time.",
     ),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
     (NARROW, r"write_group_kernel", "It writes ten numbers."),
@@ -180,6 +198,13 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "Open: up to 16 bytes of rows that are kept whole in float64, and of probabilities.",
     ),
     (SPILLS, r"^triton/distillation loss_kernel<float16> \w+\[3x50257 ", "Open: 8 bytes."),
+    (
+        OCCUPANCY,
+        r"^triton/adversarial_step ball_kernel<float64>",
+        "Open: a tile of three tensors in float64, with the numbers of its channels; not measured "
+        "against smaller tiles.",
+    ),
+    (SPILLS, r"^triton/adversarial_step (ball|linf)_kernel<float32>", "Open: 8 bytes."),
     (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
 ]
 

@@ -144,11 +144,28 @@ def _loss(dtype: torch.dtype, loss: Callable[..., Tensor]) -> Iterator[Call]:
     yield "mixed", of(256, 1000, target=MixedTarget(labels, labels, torch.rand(256), 0.1))
 
 
+def _adversarial_step(dtype: torch.dtype) -> Iterator[Call]:
+    def step(norm: str, last: bool, **options: Any) -> None:
+        adv, grad, clean = (_values(dtype, *IMAGES, last=last).detach() for _ in range(3))
+        F.adversarial_step_(
+            adv, grad, clean, 0.1, torch.rand(8), norm, 0, 1, **options, backend=BACKEND
+        )
+
+    for norm in ("linf", "l2", "l1"):
+        yield norm, lambda norm=norm: step(norm, False)
+        for last, layout in LAYOUTS:
+            yield (
+                f"{norm} normalised {layout}",
+                lambda norm=norm, last=last: step(norm, last, mean=0.5, std=0.25),
+            )
+
+
 def _distillation(x: Tensor, target: Any, **options: Any) -> Tensor:
     return F.distillation_loss(x, x.detach(), target, **options)
 
 
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
+    "adversarial_step": _adversarial_step,
     "batch_norm": _batch_norm,
     "cross_entropy": lambda dtype: _loss(dtype, F.cross_entropy),
     "distillation": lambda dtype: _loss(dtype, _distillation),

@@ -93,7 +93,7 @@ MixupTask make_task(const Call& call, const Tensor& x, const Tensor& y, const Mi
   task.in_double = computes_in_double(x, y);
   task.blend = blend;
   task.layout = layout;
-  task.to_channels_last = mixup_layout(y, call.op).channels_last;
+  task.to_channels_last = batch_layout(y, call.op).channels_last;
   task.numel = task.layout.channels * task.layout.length;
   const int64_t tile = kTile / static_cast<int64_t>(std::max(x.element_size(), y.element_size()));
   task.tile = tile;
@@ -121,7 +121,7 @@ Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
              const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
              const OptionalTensor& shift, ScalarType dtype, bool channels_last) {
   const Call call("mixup", input);
-  const ChannelLayout layout = mixup_layout(input, call.op);
+  const ChannelLayout layout = batch_layout(input, call.op);
   for_mixup_input(input, call.op, [](auto) {});  // its dtype
   const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
   Tensor output = empty_batch(input, dtype, channels_last, call.op);
@@ -141,7 +141,7 @@ void mixup_(const Tensor& input, const OptionalTensor& lam, double one_lam,
             const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
             const OptionalTensor& shift) {
   const Call call("mixup_", input);
-  const ChannelLayout layout = mixup_layout(input, call.op);
+  const ChannelLayout layout = batch_layout(input, call.op);
   dtype_of(input, call.op);  // no bytes
   const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
   const void* const scales = mixup_constants(call, scale, input, input, "scale");
@@ -179,7 +179,7 @@ Tensor mixup_backward(const Tensor& grad_output, const OptionalTensor& lam, doub
                       const OptionalTensor& boxes, const OptionalTensor& scale, ScalarType dtype,
                       bool channels_last) {
   const Call call("mixup_backward", grad_output);
-  const ChannelLayout layout = mixup_layout(grad_output, call.op, "grad_output");
+  const ChannelLayout layout = batch_layout(grad_output, call.op, "grad_output");
   dtype_of(grad_output, call.op, "grad_output");  // no bytes
   const MixupBlend blend = mixup_blend(call, grad_output, lam, one_lam, std::nullopt, boxes);
   const MixupReceivers sorted = mixup_receivers(call, blend, receivers, starts);

@@ -11,7 +11,7 @@ Tensor mixup(const Tensor& input, const OptionalTensor& lam, double one_lam,
              const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
              const OptionalTensor& shift, ScalarType dtype, bool channels_last) {
   const Call call("mixup", input);
-  const ChannelLayout layout = mixup_layout(input, call.op);
+  const ChannelLayout layout = batch_layout(input, call.op);
   const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
   Tensor output = empty_batch(input, dtype, channels_last, call.op);
   const void* const scales = mixup_constants(call, scale, input, output, "scale");
@@ -31,7 +31,7 @@ void mixup_(const Tensor& input, const OptionalTensor& lam, double one_lam,
             const OptionalTensor& index, const OptionalTensor& boxes, const OptionalTensor& scale,
             const OptionalTensor& shift) {
   const Call call("mixup_", input);
-  const ChannelLayout layout = mixup_layout(input, call.op);
+  const ChannelLayout layout = batch_layout(input, call.op);
   const MixupBlend blend = mixup_blend(call, input, lam, one_lam, index, boxes);
   const void* const scales = mixup_constants(call, scale, input, input, "scale");
   const void* const shifts = mixup_constants(call, shift, input, input, "shift");

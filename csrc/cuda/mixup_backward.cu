@@ -12,7 +12,7 @@ Tensor mixup_backward(const Tensor& grad_output, const OptionalTensor& lam, doub
                       const OptionalTensor& boxes, const OptionalTensor& scale, ScalarType dtype,
                       bool channels_last) {
   const Call call("mixup_backward", grad_output);
-  const ChannelLayout layout = mixup_layout(grad_output, call.op, "grad_output");
+  const ChannelLayout layout = batch_layout(grad_output, call.op, "grad_output");
   const MixupBlend blend = mixup_blend(call, grad_output, lam, one_lam, std::nullopt, boxes);
   const MixupReceivers sorted = mixup_receivers(call, blend, receivers, starts);
   Tensor grad_input = empty_batch(grad_output, dtype, channels_last, call.op);

@@ -32,6 +32,13 @@ inline ChannelLayout channel_layout(const Tensor& input, const char* op,
   return layout;
 }
 
+// The layout of a batch (N, C, ...); of (N,) or (N, C) the positions of a channel are 1.
+inline ChannelLayout batch_layout(const Tensor& x, const char* op, const char* name = "input") {
+  if (x.dim() >= 2) return channel_layout(x, op, name);
+  RK_REQUIRE(x.dim() == 1 && x.is_contiguous(), op, name, "a contiguous batch", x);
+  return {1, 1, false};
+}
+
 // The layout of a batch (N, ...) that is dense with its samples outermost, as one channel of each.
 inline ChannelLayout sample_layout(const Tensor& input, const char* op) {
   const int64_t numel = input.numel();

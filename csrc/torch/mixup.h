@@ -20,13 +20,6 @@ inline bool computes_in_double(const Tensor& x, const Tensor& y) {
   return x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
 }
 
-// The layout of a batch (N, C, ...); of (N,) or (N, C) the positions of a channel are 1.
-inline ChannelLayout mixup_layout(const Tensor& x, const char* op, const char* name = "input") {
-  if (x.dim() >= 2) return channel_layout(x, op, name);
-  RK_REQUIRE(x.dim() == 1 && x.is_contiguous(), op, name, "a contiguous batch", x);
-  return {1, 1, false};
-}
-
 // An uninitialised tensor of x's shape in another dtype, contiguous or with the channels last.
 inline Tensor empty_batch(const Tensor& x, ScalarType dtype, bool channels_last, const char* op) {
   RK_REQUIRE(dtype == ScalarType::Double || dtype == ScalarType::Float ||

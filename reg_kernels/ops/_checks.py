@@ -9,7 +9,8 @@ tests/ops/test_hostile_calls.py holds the two to refuse the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -112,6 +113,36 @@ def checked_shares(op: str, lam: Tensor, input: Tensor) -> Tensor:
     return lam.detach().reshape(-1).contiguous()
 
 
+def checked_channels(name: str, argument: str, values: Any, input: Tensor) -> Any:
+    """`values` as a Tensor (C,) or a tuple of C floats; None as it is."""
+    if values is None:
+        return None
+    channels = input.shape[1] if input.dim() > 1 else 0
+    as_it_is = type(values) is tuple and all([type(value) is float for value in values])
+    if as_it_is and len(values) == channels > 0:  # nearly always
+        return values
+    if not isinstance(values, (Tensor, numbers.Real)) and hasattr(values, "tolist"):  # numpy's
+        values = values.tolist()
+    if isinstance(values, Tensor):
+        shape = tuple(values.shape)
+        check_has_no_gradient(name, argument, values)
+    elif isinstance(values, numbers.Real):
+        values, shape = (number(name, argument, values),) * max(channels, 1), ()
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        values = tuple(number(name, argument, value) for value in values)
+        shape = (len(values),)
+    else:
+        check_tensor(name, argument, values, "a number, a sequence or a Tensor")
+    if channels == 0 or shape not in ((), (1,), (channels,)):
+        raise ValueError(
+            f"{name}: {argument} must be one number for each of the {channels} channels, "
+            f"got shape {shape}"
+        )
+    if isinstance(values, Tensor):
+        return values.to(input.device).expand(channels).contiguous()
+    return values if len(values) == channels else values * channels
+
+
 def check_in_place(op: str, input: Tensor) -> None:
     """What autograd would raise as well, but only after the input had been overwritten."""
     if torch.compiler.is_compiling():  # its tracing checks before anything runs
@@ -205,6 +236,14 @@ class Entry:
             self.refuse(name, "of at least 2 dimensions", x)
         if not x.is_contiguous() and not is_channels_last(x):
             self.refuse(name, "contiguous, or dense with the channels last", x)
+
+    def check_batch(self, x: Tensor, name: str) -> None:
+        """Raises unless x is (N,), or (N, C, ...) as check_channels has it."""
+        if x.dim() >= 2:
+            self.check_channels(x, name)
+        elif x.dim() != 1 or not x.is_contiguous():
+            self.refuse(name, "a contiguous batch", x)
+        self.check_memory(x, name)
 
     def check_probability(self, p: float) -> None:
         if not 0.0 <= p <= 1.0:

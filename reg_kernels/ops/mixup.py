@@ -8,7 +8,6 @@ its input: the gradient goes to each sample by its own weight, and to the partne
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +17,16 @@ from torch.overrides import has_torch_function_unary
 
 from .._dtypes import DTYPES, SUPPORTED, named
 from .._layout import is_channels_last, keeps_channels_last
-from .._numbers import number, traced_numbers, varies
+from .._numbers import traced_numbers, varies
 from ..reference import mixup as reference
 from ._checks import (
     Entry,
     check_device,
     check_dtype,
-    check_has_no_gradient,
     check_in_place,
     check_shares,
     check_tensor,
+    checked_channels,
     checked_shares,
     hand_over,
     probability,
@@ -38,14 +37,6 @@ from ._registry import implementation_of, register
 from ._route import Linear, Route, formula, in_order
 
 # Entries
-
-
-def _check_batch(entry: Entry, x: Tensor, name: str) -> None:
-    if x.dim() >= 2:
-        entry.check_channels(x, name)
-    elif x.dim() != 1 or not x.is_contiguous():
-        entry.refuse(name, "a contiguous batch", x)
-    entry.check_memory(x, name)
 
 
 def _check_blend(entry: Entry, x: Tensor, a: Any, dtype: torch.dtype, *constants: str) -> None:
@@ -73,7 +64,7 @@ def _check_result(entry: Entry, x: Tensor, a: Any) -> None:
 
 def _check(op: str, a: Any, in_place: bool) -> None:
     entry, x = Entry(op, a.input), a.input
-    _check_batch(entry, x, "input")
+    entry.check_batch(x, "input")
     if in_place or x.dtype != torch.uint8:
         entry.check_floats(x, "input")
     if a.index is not None:
@@ -88,7 +79,7 @@ def _check(op: str, a: Any, in_place: bool) -> None:
 
 def _check_backward(op: str, a: Any) -> None:
     entry, x = Entry(op, a.grad_output), a.grad_output
-    _check_batch(entry, x, "grad_output")
+    entry.check_batch(x, "grad_output")
     entry.check_floats(x, "grad_output")
     samples = x.shape[0]
     if (a.receivers is None) != (a.starts is None):
@@ -235,42 +226,12 @@ def _check_values(
             refuse(name, "boxes", must, boxes[~fits][0].tolist(), ValueError)
 
 
-def _checked_channels(name: str, argument: str, values: Any, input: Tensor) -> Any:
-    """`values` as a Tensor (C,) or a tuple of C floats; None as it is."""
-    if values is None:
-        return None
-    channels = input.shape[1] if input.dim() > 1 else 0
-    as_it_is = type(values) is tuple and all([type(value) is float for value in values])
-    if as_it_is and len(values) == channels > 0:  # nearly always
-        return values
-    if not isinstance(values, (Tensor, numbers.Real)) and hasattr(values, "tolist"):  # numpy's
-        values = values.tolist()
-    if isinstance(values, Tensor):
-        shape = tuple(values.shape)
-        check_has_no_gradient(name, argument, values)
-    elif isinstance(values, numbers.Real):
-        values, shape = (number(name, argument, values),) * max(channels, 1), ()
-    elif isinstance(values, Sequence) and not isinstance(values, str):
-        values = tuple(number(name, argument, value) for value in values)
-        shape = (len(values),)
-    else:
-        check_tensor(name, argument, values, "a number, a sequence or a Tensor")
-    if channels == 0 or shape not in ((), (1,), (channels,)):
-        raise ValueError(
-            f"{name}: {argument} must be one number for each of the {channels} channels, "
-            f"got shape {shape}"
-        )
-    if isinstance(values, Tensor):
-        return values.to(input.device).expand(channels).contiguous()
-    return values if len(values) == channels else values * channels
-
-
 def _normalisation(
     name: str, input: Tensor, mean: Any, std: Any, compute: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """scale and shift such that a value v, 1/255 of a byte, becomes (v - mean) / std."""
-    mean = _checked_channels(name, "mean", mean, input)
-    std = _checked_channels(name, "std", std, input)
+    mean = checked_channels(name, "mean", mean, input)
+    std = checked_channels(name, "std", std, input)
     if isinstance(std, tuple) and 0.0 in std:
         raise ValueError(f"{name}: std must not be 0, got {std}")
     unit = 255.0 if input.dtype == torch.uint8 else 1.0

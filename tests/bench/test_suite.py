@@ -49,6 +49,7 @@ LADDERS = [
     *(("penalty", "l1"), ("penalty", "l2")),
     *(("mixup", ""), ("mixup", "from uint8"), ("mixup", "cutmix")),
     *(("cross_entropy", "pair"), ("distillation", "T=2")),
+    ("adversarial_step", "linf"),
 ]
 
 

@@ -204,6 +204,25 @@ def of_one_input() -> Iterator[tuple[str, Make]]:
 
         return make
 
+    def attacked(norm: str, layout: str, **options: Any) -> Make:
+        def make(dtype: torch.dtype, n: int) -> Timed:
+            shape = shapes(n)[layout]
+            clean, way, grad = (stored(torch.rand(shape), layout).detach() for _ in range(3))
+            adv, grad, clean = (x.to(dtype) for x in (clean + 0.2 * way, grad - 0.5, clean))
+            eps = {"linf": 0.1, "l2": 5.0, "l1": 50.0}[norm]
+            rest = (grad, clean, eps / 4, eps, norm, 0.0, 1.0)
+            # From the same start each time, since in L1 that decides about the turns.
+            start = adv.clone()
+            return Timed(lambda: F.adversarial_step_(adv.copy_(start), *rest, **options))
+
+        return make
+
+    for norm in ("linf", "l2", "l1"):
+        yield f"adversarial_step {norm}", attacked(norm, "planes")
+        for layout in ("planes", "channels_last"):
+            name = f"adversarial_step {norm} {layout} normalised"
+            yield name, attacked(norm, layout, mean=0.5, std=0.25)
+
     yield "mixup of bytes", from_bytes(torch.contiguous_format)
     yield "mixup of bytes channels_last", from_bytes(torch.channels_last)
 

@@ -1,0 +1,95 @@
+"""The ball around a batch: what an attack is told of it, and points in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .._numbers import refuse
+from ..ops._checks import check_batch, check_dtype
+from ..ops.adversarial_step import channel_rows, checked_bounds, checked_norm, checked_size
+
+Channels = Tensor | Sequence[float] | float | None
+
+
+class Ball(NamedTuple):
+    """What `functional.adversarial_step_` takes beside a step, by its names there."""
+
+    eps: Tensor | float
+    norm: str
+    lower: float | None
+    upper: float | None
+    mean: Channels
+    std: Channels
+    backend: str | None
+
+    @classmethod
+    def checked(cls, name: str, eps: Any, norm: Any, lower: Any, upper: Any, *rest: Any) -> Ball:
+        checked_bounds(name, lower, upper)
+        eps = eps if isinstance(eps, Tensor) else checked_size(name, "eps", eps)
+        return cls(eps, checked_norm(name, norm), lower, upper, *rest)
+
+    def step_(self, adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor | float) -> Tensor:
+        """One step, in place."""
+        return F.adversarial_step_(adv, grad, clean, step_size, **self._asdict())
+
+    def bring_in_(self, adv: Tensor, clean: Tensor) -> Tensor:
+        """adv in the ball and in the bounds: what a step of no length makes of it, in place."""
+        return self.step_(adv, clean, clean, 0.0)
+
+    def drawn(self, name: str, clean: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A new batch, each sample uniform in its ball, then brought into the bounds."""
+        dtype = torch.promote_types(clean.dtype, torch.float32)
+        x = torch.empty_like(clean, dtype=dtype)
+        shape = (-1, *[1] * (clean.dim() - 1))
+        count = max(clean.numel() // max(len(clean), 1), 1)
+
+        def drawn(like: Tensor, how: str) -> Tensor:
+            return getattr(torch.empty_like(like), how)(generator=generator)
+
+        def each(how: str) -> Tensor:
+            return drawn(x.new_empty(len(clean)).view(shape), how)
+
+        if self.norm == "linf":
+            way = x.uniform_(-1, 1, generator=generator)
+        elif self.norm == "l2":
+            # A direction, and a radius whose power d is uniform.
+            way = x.normal_(generator=generator)
+            lengths = torch.linalg.vector_norm(way.reshape(len(way), -1), dim=1).view(shape)
+            way = way / lengths.clamp(min=1e-30) * each("uniform_").pow(1 / count)
+        else:
+            # d + 1 exponentials over their sum are uniform on the simplex, and d of them below it.
+            sizes = drawn(x, "exponential_")
+            total = sizes.reshape(len(x), -1).sum(1).view(shape) + each("exponential_")
+            way = torch.where(x.uniform_(-1, 1, generator=generator) < 0, -sizes, sizes) / total
+        eps = self.eps
+        if isinstance(eps, Tensor) and eps.dim():
+            eps = eps.view(shape)
+        way = way * eps
+        bounds = checked_bounds(name, self.lower, self.upper)
+        rows = channel_rows(name, x, self.mean, self.std, *bounds)
+        if rows is not None:
+            way = way * rows[1].view(-1, *[1] * (clean.dim() - 2))
+        return self.bring_in_((clean + way).to(clean.dtype), clean)
+
+
+def check_input(name: str, input: Any) -> None:
+    check_batch(name, "input", input)
+    check_dtype(name, "input", input.dtype)
+
+
+def check_count(name: str, argument: str, value: Any) -> int:
+    if type(value) is not int:
+        refuse(name, argument, "an integer", type(value).__name__, TypeError)
+    if value < 1:
+        refuse(name, argument, "at least 1", value, ValueError)
+    return value
+
+
+def check_callable(name: str, argument: str, value: Any) -> None:
+    if not callable(value):
+        refuse(name, argument, "a module or a function", type(value).__name__, TypeError)

@@ -1,0 +1,74 @@
+"""What an attack leaves of its calls of the model: nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+
+# Of torch's and of other packages: layers that look at their flag `training`, and drop for no other
+# reason; and those that drop by the number of this name.
+_DROPPING = ("DropPath", "StochasticDepth")
+_SHARES = ("drop", "dropout")
+
+
+@contextlib.contextmanager
+def leaving_no_trace(
+    model: Any, device: torch.device, dropout: bool, preserve_rng_state: bool
+) -> Iterator[None]:
+    """Gradients are recorded inside, whatever is outside; buffers, such as running statistics, are
+    then what they were. The flags `training` are not touched, but, without dropout, those of
+    layers that drop.
+
+    Buffers are written over past their versions: a graph that has saved one finds what it saved.
+    """
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if preserve_rng_state:
+            devices = [device] if device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+        for each in module.modules():
+            if isinstance(each, DistributedDataParallel):
+                stack.enter_context(each.no_sync())  # else it prepares for an exchange of gradients
+        if not dropout:
+            stack.enter_context(_without_dropout(module))
+        stack.enter_context(_restored(list(module.buffers())))
+        yield
+
+
+@contextlib.contextmanager
+def _restored(buffers: list[Tensor]) -> Iterator[None]:
+    saved = [x.detach().clone() for x in buffers]
+    try:
+        yield
+    finally:
+        for x, before in zip(buffers, saved, strict=True):
+            x.data.copy_(before)
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    changed: list[tuple[nn.Module, str, Any]] = []
+
+    def change(layer: nn.Module, name: str, value: Any) -> None:
+        changed.append((layer, name, getattr(layer, name)))
+        setattr(layer, name, value)
+
+    try:
+        for layer in module.modules():
+            if isinstance(layer, _DropoutNd) or type(layer).__name__ in _DROPPING:
+                change(layer, "training", False)
+            for name in _SHARES:
+                if type(getattr(layer, name, None)) is float:
+                    change(layer, name, 0.0)
+        yield
+    finally:
+        for layer, name, value in reversed(changed):
+            setattr(layer, name, value)
