@@ -253,6 +253,67 @@ class TestResult:
         assert len({float(target.lam) for target in targets[STEPS:]}) == STEPS
 
 
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_a_residual_net_with_stochastic_depth_noise_and_attacks(
+    data: Path,
+    tmp_path: Path,
+    kernels: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    more = ["--kernels", kernels, "--model", "residual", "--train-size", 40]
+    regularising = ["--drop-path", 0.5, "--noise", 0.3, "--adversarial", 0.5]
+    rates = []
+    build = _trainer.build_residual_net
+
+    def building(*given: Any) -> torch.nn.Sequential:
+        rates.append([getattr(d, "drop_prob", getattr(d, "p", None)) for d in given[-1]])
+        return build(*given)
+
+    monkeypatch.setattr(_trainer, "build_residual_net", building)
+    drawn: list[dict[str, Any]] = []
+
+    def draw(path: Path, metrics: dict[str, Any]) -> None:
+        drawn.append(metrics)
+        path.write_bytes(b"picture")
+
+    monkeypatch.setattr(train, "_draw", draw)
+    assert main(command(data, tmp_path / "without", *more)) == 0
+    assert "attacked" not in capsys.readouterr().out
+    for name in ("first", "second"):
+        assert main(command(data, tmp_path / name, *more, *regularising)) == 0
+        assert "test attacked" in capsys.readouterr().out
+    assert_same_bits(tmp_path / "first", tmp_path / "second")
+    assert rates[0] == [0] * 6
+    assert rates[-1] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    runs = results(tmp_path / "first")[0]["runs"]
+    for name, run in runs.items():
+        assert run["drop_path"] == (0.5 if name == "regularised" else 0)
+        assert len(run["history"]) == EPOCHS
+        assert all(0 <= row["attacked_accuracy"] <= 1 for row in run["history"])
+    # What is looked at under attack changes nothing of the plain net's training.
+    plain = results(tmp_path / "without")[0]["runs"]["plain"]["history"]
+    for row, other in zip(runs["plain"]["history"], plain, strict=True):
+        assert {**other, "attacked_accuracy": row["attacked_accuracy"]} == row
+    assert "attacked_accuracy" in drawn[-1]["runs"]["plain"]["final"]
+
+
+def test_both_kinds_of_kernels_attack_alike(data: Path) -> None:
+    pair = split(load_images(str(data)), 70, 0)
+    model = build_net(1, 3, 0.0).eval()
+    images, labels, loss = pair.test_x, pair.test_y, _trainer.loss_by_torch(0.0)
+    attacks = [_trainer.attack_by_torch(0.3, pair), train._fused_attack(0.3, pair, None)]
+    scale = pair.std.view(1, -1, 1, 1)
+    found = []
+    for attack in attacks:
+        torch.manual_seed(0)
+        adv = attack(model, images, labels, loss)
+        assert ((adv - images) * scale).abs().max() <= 0.3 * (1 + 1e-5)
+        found.append(loss(model(adv), labels).item())
+    assert found[0] > loss(model(images), labels).item()
+    assert found == pytest.approx([found[0]] * 2, rel=0.05)
+
+
 @pytest.mark.parametrize("size", [2, _trainer.BATCH + 1])
 def test_images_of_one_pixel_train_with_no_batch_of_a_single_one(tmp_path: Path, size: int) -> None:
     y = np.arange(140) % 2
@@ -655,6 +716,13 @@ class TestRefusal:
                 "--backend: goes with --kernels fused, got native with eager",
             ),
             (["--data", "missing.npz"], "--data missing.npz: cannot be read: No such file"),
+            (["--drop-path", 1.5], "--drop-path: must be in 0..1, got 1.5"),
+            (["--noise", -1], "--noise: must be finite and at least 0, got -1"),
+            (["--adversarial", "inf"], "--adversarial: must be finite and at least 0, got inf"),
+            (
+                ["--drop-path", 0.1, "--model", "conv"],
+                "--drop-path: goes with --model residual, got conv",
+            ),
         ],
     )
     def test_options_that_cannot_be(
