@@ -63,10 +63,8 @@ RK_HD void for_tiles(const AdversarialTask& task, int64_t begin, int64_t end, co
   }
 }
 
-template <bool kInside>
-struct Inside {
-  static constexpr bool value = kInside;
-};
+template <BroughtBack>
+struct How {};
 
 // y[i] = what a step makes of element i.
 template <typename C, typename Numbers>
@@ -82,12 +80,18 @@ RK_STAGE void step(const Tile<C>& tile, BallNorm norm, const SampleMove& move,
     });
   } else {
     const auto own = BallMove<C>::of(move);
-    const auto write = [&](auto inside) RK_INLINE {
+    const auto write = [&]<BroughtBack kHow>(How<kHow>) RK_INLINE {
       write_each(y, tile.count, false, [=](int64_t i) RK_INLINE {
-        return ball_step<inside.value>(adv[i], grad[i], clean[i], own, numbers.at(i));
+        return ball_step<kHow>(adv[i], grad[i], clean[i], own, numbers.at(i));
       });
     };
-    own.inside ? write(Inside<true>{}) : write(Inside<false>{});
+    if (own.inside) {
+      write(How<BroughtBack::not_at_all>{});
+    } else if (norm == BallNorm::l2) {
+      write(How<BroughtBack::by_factor>{});
+    } else {
+      write(How<BroughtBack::by_threshold>{});
+    }
   }
 }
 

@@ -230,8 +230,10 @@ __device__ __forceinline__ void ball_sample(const AdversarialStep<T>& a, int64_t
     AdversarialVectors<T, kCount> v;
     v.load_at(a, n * a.numel() + i);
     step_vector(a, v, n, i, [&](C adv, C grad, C clean, T stored, const ChannelNumbers<C>& of) {
-      const C y = own.inside ? ball_step<true>(adv, grad, clean, own, of)
-                             : ball_step<false>(adv, grad, clean, own, of);
+      constexpr BroughtBack kBack =
+          kNorm == BallNorm::l2 ? BroughtBack::by_factor : BroughtBack::by_threshold;
+      const C y = own.inside ? ball_step<BroughtBack::not_at_all>(adv, grad, clean, own, of)
+                             : ball_step<kBack>(adv, grad, clean, own, of);
       return store_within<T>(y, stored, C(0), false);
     });
   });

@@ -37,7 +37,8 @@ class PGD:
     attack may run under autocast, no_grad or inference_mode, or while a CUDA graph is captured.
 
     Args:
-        model: a module or a function that gives logits (N, C, ...) of a batch.
+        model: what gives logits (N, C, ...) of a batch: a module or a function. What modules a
+            function calls is not known: their buffers are not put back.
         eps: the ball's radius, a number, or a tensor (N,) for each sample.
         step_size: likewise; positive, for a targeted attack too.
         steps: how many.

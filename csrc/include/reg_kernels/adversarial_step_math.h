@@ -10,6 +10,9 @@ namespace reg_kernels {
 // Of the ball around the clean input, numbered as in reg_kernels/ops/adversarial_step.py.
 enum class BallNorm { linf, l1, l2 };
 
+// What becomes of a sample's displacement: nothing, or what SampleMove has for L2 or L1.
+enum class BroughtBack { not_at_all, by_factor, by_threshold };
+
 }  // namespace reg_kernels
 
 RK_NAMESPACE_BEGIN
@@ -118,19 +121,22 @@ struct BallMove {
   }
 };
 
-// kInside is move.inside, which is the same for a whole sample: what one of the two ways alone
-// reads would be read under a condition.
-template <bool kInside, typename C>
+// One way for a whole sample: what one way alone reads would be read under a condition.
+template <BroughtBack kHow, typename C>
 RK_HD C ball_step(C adv, C grad, C clean, const BallMove<C>& move, ChannelNumbers<C> of) {
   const C step = move.length * pixel_gradient(grad, of.inverse);
   C value;
-  if constexpr (kInside) {
+  if constexpr (kHow == BroughtBack::not_at_all) {
     value = adv + step * of.inverse;
   } else {
-    const C way = (adv - clean) * of.scale + step;
-    const C above = way > C(0) ? way - move.threshold : way + move.threshold;
-    const C kept = (way <= move.threshold) & (way >= -move.threshold) ? C(0) : above;
-    value = clean + move.factor * kept * of.inverse;
+    C way = (adv - clean) * of.scale + step;
+    if constexpr (kHow == BroughtBack::by_factor) {
+      way *= move.factor;
+    } else {
+      const C above = way > C(0) ? way - move.threshold : way + move.threshold;
+      way = (way <= move.threshold) & (way >= -move.threshold) ? C(0) : above;
+    }
+    value = clean + way * of.inverse;
   }
   value = clamped(value, of.lower, of.upper);
   return clean == clean ? value : clean;
