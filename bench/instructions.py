@@ -52,10 +52,21 @@ def images(n: int) -> Tensor:
     return torch.randn(n // 4096, 4, 32, 32)
 
 
-def dropout(dtype: torch.dtype) -> Callable[[int], Call]:
+def drawn(
+    function: Callable[[Tensor, float], Tensor], dtype: torch.dtype = torch.float32
+) -> Callable[[int], Call]:
     def of(n: int) -> Call:
         x = torch.randn(n).to(dtype)
-        return lambda: fused.dropout(x, 0.1)
+        return lambda: function(x, 0.1)
+
+    return of
+
+
+def adversarial_step(norm: str) -> Callable[[int], Call]:
+    def of(n: int) -> Call:
+        adv, grad, clean = images(n), images(n), images(n)
+        bounds = {"norm": norm, "lower": -1.0, "upper": 1.0}
+        return lambda: fused.adversarial_step_(adv, grad, clean, 0.01, 0.1, **bounds)
 
     return of
 
@@ -126,8 +137,11 @@ def step(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[int], Cal
 
 
 CASES: dict[str, Callable[[int], Call]] = {
-    "dropout float32": dropout(torch.float32),
-    "dropout bfloat16": dropout(torch.bfloat16),
+    "dropout float32": drawn(fused.dropout),
+    "dropout bfloat16": drawn(fused.dropout, torch.bfloat16),
+    "gaussian_noise": drawn(fused.gaussian_noise),
+    "uniform_noise": drawn(fused.uniform_noise),
+    "salt_and_pepper": drawn(fused.salt_and_pepper),
     "batch_norm fwd+bwd": batch_norm(torch.contiguous_format),
     "batch_norm fwd+bwd, channels_last": batch_norm(torch.channels_last),
     "batch_norm + relu + dropout fwd+bwd": batch_norm(torch.contiguous_format, 0.1),
@@ -138,6 +152,8 @@ CASES: dict[str, Callable[[int], Call]] = {
     "mixup uint8 to float32": mixup(from_bytes=True),
     "l1_penalty fwd+bwd": penalty(fused.l1_penalty),
     "l2_penalty fwd+bwd": penalty(fused.l2_penalty),
+    "adversarial_step linf": adversarial_step("linf"),
+    "adversarial_step l2": adversarial_step("l2"),
     "AdamW step": step(optim.AdamW),
     "SGDW step": step(lambda p, lr: optim.SGDW(p, lr=lr, momentum=0.9)),
 }
