@@ -2,7 +2,7 @@
 // comes first) and each instruction set (isa.h).
 //
 // Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
-// streamed past the caches where it is larger than they are. A tile of draws is made into the
+// streamed past the caches where it is larger than they are. A layer scale stays in the caches. A tile of draws is made into the
 // first-level cache, then a plain loop applies it.
 #include "elementwise_task.h"
 
@@ -44,6 +44,7 @@ struct Elements {
   bool stream;
   RngStream rng;
   factor_t<Op, T> factor;
+  LayerScale layer_scale;
   LineScale<T, kMultiplies<Op>> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
@@ -56,6 +57,7 @@ struct Elements {
         stream(task.stream),
         rng(Op::kTag, task.seed, task.offset),
         factor(FactorOf<Op, T>::from(task.scale, task.options)),
+        layer_scale(task.layer_scale),
         lines(factor),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         any_kept(task.threshold != 0) {}
@@ -103,6 +105,9 @@ struct Elements {
         });
       }
     }
+    if constexpr (kScalesChannels<Op>) {
+      if (layer_scale.values != nullptr) return scale_channels(first, count, residual...);
+    }
     if constexpr (kKeepsOrDrops<Op>) {  // decided here, the loop has no branch to foresee
       if (!draw) m = 0;
       draw = true;
@@ -110,6 +115,40 @@ struct Elements {
     write(first, count, [=]([[maybe_unused]] int64_t i) RK_INLINE {
       return element_of<Op>(from[i], draw, m, residual[i]...);
     });
+  }
+
+  // The same of elements that are kept, each with its channel's factor: a tile of factors is made
+  // in the first-level cache. Tiles begin where y's lines do.
+  template <typename... Residual>
+  RK_HD void scale_channels(int64_t first, int64_t count, const Residual*... residual) const {
+    alignas(kLine) compute_t<T> factors[kTile];
+    const compute_t<T>* const factor_of = factors;
+    FactorCursor<compute_t<T>> cursor(layer_scale, first);
+    for (int64_t done = 0; done < count;) {
+      const int64_t tile = min(kTile - (first + done) % kTile, count - done);
+      fill_factors(cursor, factors, tile);
+      const T* from = x + first + done;
+      write(first + done, tile, [=, shift = done](int64_t i) RK_INLINE {
+        return element_of<Op>(from[i], true, factor_of[i], residual[shift + i]...);
+      });
+      done += tile;
+    }
+  }
+
+  RK_HD void fill_factors(FactorCursor<compute_t<T>>& cursor, compute_t<T>* factors,
+                          int64_t count) const {
+    for (int64_t i = 0; i < count;) {
+      const int64_t run = min(cursor.run(), count - i);
+      const compute_t<T>* const values = cursor.values();
+      if (cursor.same()) {
+        const compute_t<T> same = *values * factor;
+        for (int64_t j = 0; j < run; ++j) factors[i + j] = same;
+      } else {
+        for (int64_t j = 0; j < run; ++j) factors[i + j] = values[j] * factor;
+      }
+      cursor.advance(run);
+      i += run;
+    }
   }
 };
 
