@@ -2,8 +2,8 @@
 // comes first) and each instruction set (isa.h).
 //
 // Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
-// streamed past the caches where it is larger than they are. A layer scale stays in the caches. A tile of draws is made into the
-// first-level cache, then a plain loop applies it.
+// streamed past the caches where it is larger than they are. A layer scale stays in the caches. A
+// tile of draws is made into the first-level cache, then a plain loop applies it.
 #include "elementwise_task.h"
 
 #include "normals.h"

@@ -3,8 +3,8 @@
 //
 // Reads x and writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32), in
 // the forward as in the backward. A residual adds sizeof(T). Without kReadsDropped a dropped
-// element of x need not be read. A layer scale stays in the caches. Draws are never stored: the backward draws them again from
-// rng_state.
+// element of x need not be read. A layer scale stays in the caches. Draws are never stored: the
+// backward draws them again from rng_state.
 //
 // Layout: x, y and the residual share one dense layout and are walked in storage order. A thread
 // draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
