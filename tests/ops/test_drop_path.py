@@ -34,7 +34,7 @@ def test_refusals():
             F.drop_path(torch.ones(4, 5, 3), 0.5, layer_scale=torch.ones(shape))
     with pytest.raises(RuntimeError, match="drop_path: layer_scale must broadcast against"):
         F.drop_path(torch.ones(4), 0.5, layer_scale=torch.ones(4))
-    with pytest.raises(RuntimeError, match="layer_scale must be one of float64.*, got int64"):
+    with pytest.raises(RuntimeError, match=r"layer_scale must be one of float64.*, got int64"):
         F.drop_path(torch.ones(2, 3), 0.5, layer_scale=torch.ones(3).long())
     with pytest.raises(TypeError, match="layer_scale must be a Tensor or None, got float"):
         F.drop_path(torch.ones(2, 3), 0.5, layer_scale=0.1)
