@@ -9,6 +9,7 @@
 #include "normals.h"
 #include "product_lines.h"
 #include "random.h"
+#include "scale_tiles.h"
 #include "stream.h"
 
 RK_NAMESPACE_BEGIN
@@ -44,7 +45,7 @@ struct Elements {
   bool stream;
   RngStream rng;
   factor_t<Op, T> factor;
-  LayerScale layer_scale;
+  ScaleTiles<compute_t<T>, kScalesChannels<Op>> channels;
   LineScale<T, kMultiplies<Op>> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
@@ -57,7 +58,7 @@ struct Elements {
         stream(task.stream),
         rng(Op::kTag, task.seed, task.offset),
         factor(FactorOf<Op, T>::from(task.scale, task.options)),
-        layer_scale(task.layer_scale),
+        channels(task.layer_scale, factor),
         lines(factor),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         any_kept(task.threshold != 0) {}
@@ -67,7 +68,7 @@ struct Elements {
   }
 
   // Elements [first, first + count), each with its own draw.
-  void apply(int64_t first, int64_t count, const Drawn* drawn) const {
+  void apply(int64_t first, int64_t count, const Drawn* drawn) {
     if constexpr (kSkipsDropped<Op>) {
       if (!any_kept) return apply_one(first, count, 0);
     }
@@ -79,7 +80,7 @@ struct Elements {
   }
 
   // The same with one draw for all of them.
-  void apply_one(int64_t first, int64_t count, Drawn drawn) const {
+  void apply_one(int64_t first, int64_t count, Drawn drawn) {
     const auto draw = draw_of<Op>(drawn, last_kept, any_kept);
     if constexpr (Op::kAdds) {
       if (residual != nullptr) return apply_one_to(first, count, draw, residual + first);
@@ -94,8 +95,7 @@ struct Elements {
   }
 
   template <typename Draw, typename... Residual>
-  RK_HD void apply_one_to(int64_t first, int64_t count, Draw draw,
-                          const Residual*... residual) const {
+  RK_HD void apply_one_to(int64_t first, int64_t count, Draw draw, const Residual*... residual) {
     const T* from = x + first;
     factor_t<Op, T> m = factor;
     if constexpr (kSkipsDropped<Op>) {
@@ -106,7 +106,7 @@ struct Elements {
       }
     }
     if constexpr (kScalesChannels<Op>) {
-      if (layer_scale.values != nullptr) return scale_channels(first, count, residual...);
+      if (channels.any()) return scale_channels(first, count, residual...);
     }
     if constexpr (kKeepsOrDrops<Op>) {  // decided here, the loop has no branch to foresee
       if (!draw) m = 0;
@@ -117,37 +117,30 @@ struct Elements {
     });
   }
 
-  // The same of elements that are kept, each with its channel's factor: a tile of factors is made
-  // in the first-level cache. Tiles begin where y's lines do.
+  // The same of elements that are kept, each with its channel's factor. Tiles begin where y's lines
+  // do.
   template <typename... Residual>
-  RK_HD void scale_channels(int64_t first, int64_t count, const Residual*... residual) const {
-    alignas(kLine) compute_t<T> factors[kTile];
-    const compute_t<T>* const factor_of = factors;
-    FactorCursor<compute_t<T>> cursor(layer_scale, first);
+  RK_HD void scale_channels(int64_t first, int64_t count, const Residual*... residual) {
+    auto cursor = channels.cursor(first);
     for (int64_t done = 0; done < count;) {
-      const int64_t tile = min(kTile - (first + done) % kTile, count - done);
-      fill_factors(cursor, factors, tile);
-      const T* from = x + first + done;
-      write(first + done, tile, [=, shift = done](int64_t i) RK_INLINE {
-        return element_of<Op>(from[i], true, factor_of[i], residual[shift + i]...);
-      });
-      done += tile;
-    }
-  }
-
-  RK_HD void fill_factors(FactorCursor<compute_t<T>>& cursor, compute_t<T>* factors,
-                          int64_t count) const {
-    for (int64_t i = 0; i < count;) {
-      const int64_t run = min(cursor.run(), count - i);
-      const compute_t<T>* const values = cursor.values();
-      if (cursor.same()) {
-        const compute_t<T> same = *values * factor;
-        for (int64_t j = 0; j < run; ++j) factors[i + j] = same;
+      const int64_t at = first + done, left = count - done;
+      const T* const from = x + at;
+      if (channels.same()) {
+        const compute_t<T> m = channels.times(*cursor.values());
+        const int64_t run = min(cursor.run(), left);
+        write(at, run, [=, shift = done](int64_t i) RK_INLINE {
+          return element_of<Op>(from[i], true, m, residual[shift + i]...);
+        });
+        cursor.advance(run);
+        done += run;
       } else {
-        for (int64_t j = 0; j < run; ++j) factors[i + j] = values[j] * factor;
+        const int64_t tile = min(channels.kCount - at % channels.kCount, left);
+        const compute_t<T>* const m = channels.tile(at, tile);
+        write(at, tile, [=, shift = done](int64_t i) RK_INLINE {
+          return element_of<Op>(from[i], true, m[i], residual[shift + i]...);
+        });
+        done += tile;
       }
-      cursor.advance(run);
-      i += run;
     }
   }
 };
