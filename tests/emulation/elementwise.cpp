@@ -373,12 +373,13 @@ void test_dtype_of_channels(const std::vector<int64_t>& channels, bool channels_
 }
 
 // Of samples of 3 times as many elements as the channels have together: side by side, in runs that
-// a vector has several of, in longer ones than a tile, one for all.
+// a vector has several of, in longer ones than a tile, one for all; fewer than a tile, and more.
 template <typename T>
 void test_layer_scales() {
   int turn = 0;
-  for (const auto& [channels, inner] : std::vector<std::pair<int64_t, int64_t>>{
-           {1, 1}, {2, 1}, {5, 1}, {64, 1}, {701, 1}, {5, 2}, {7, 3}, {3, 49}, {3, 700}, {1, 94}}) {
+  const int64_t sizes[][2] = {{1, 1}, {2, 1},  {5, 1},    {64, 1},  {701, 1},  {5, 2},
+                              {7, 3}, {3, 49}, {2100, 1}, {7, 301}, {2, 2100}, {1, 94}};
+  for (const auto& [channels, inner] : sizes) {
     for (const uint32_t threshold : {0u, 32768u, 65536u}) {
       ++turn;
       const bool on_device = turn & 1, in_place = turn & 2, adds = turn % 3;

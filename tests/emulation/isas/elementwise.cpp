@@ -64,10 +64,10 @@ void call_leaves() {
         call<T>("channels_range", channels, task, 0, task.numel);
         call<T>("channels_range from within", channels, task, 100, task.numel - 9);
         if (kScalesChannels<Op>) {
-          for (const int64_t inner : {1, 7, 1400}) {
-            task.layer_scale = {nullptr, inner > 700 ? 1 : 200, inner};
-            task.length = 1400;
-            task.numel = 5 * task.length;
+          for (const int64_t inner : {1, 21, 42, 2100}) {  // in each way that tiles come by them
+            task.layer_scale = {nullptr, inner == 21 ? 20 : 4200 / inner, inner};
+            task.length = 4200;
+            task.numel = 2 * task.length;
             call<T>("channels_range from within", channels, task, 100, task.numel - 9);
           }
           task.layer_scale = {};
