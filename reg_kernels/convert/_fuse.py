@@ -1,5 +1,5 @@
-"""Fusing BatchNorm → (+ residual) → activation → Dropout, and DropPath → + shortcut, wherever a
-module's own forward has them.
+"""Fusing BatchNorm → (+ residual) → activation → Dropout, and (layer scale →) DropPath → + shortcut,
+wherever a module's own forward has them.
 
 Every module is read by itself, its layers as single calls, so that a chain lies in one forward. Its
 layers stay what they are; the module whose forward calls them gets a class that hands them over
@@ -33,6 +33,7 @@ from ._forwards import (
 from ._fused import copies_itself, sequential_class
 from ._links import Chain, Link, drops_paths, is_head, is_norm, link_of, place_of
 from ._report import Conversion, qualified
+from ._scaled import find_product
 
 
 @dataclass
@@ -121,6 +122,8 @@ def _plan_block(
         if not is_head(layer):
             continue
         chain = Chain(node, layer, names[id(layer)], _links(forward, node, taken))
+        if chain.links and drops_paths(layer) and _takes_one_input(node):
+            chain.product = find_product(node, forward.layers)
         reason = _cut(forward, chain)
         if reason is not None:
             conversion.apart.append((chain.name, qualified(type(layer)), reason))
@@ -169,6 +172,8 @@ def _cut(forward: Forward, chain: Chain) -> str | None:
         chain.links.clear()
         return "not fused: it is called with more than its input"
     reason = None
+    if chain.product is not None and _is_written_meanwhile(forward, chain):
+        chain.product = None
     while chain.links and _is_written_meanwhile(forward, chain):
         link = chain.links[-1]
         chain.shorten(len(chain.links) - 1)
@@ -186,18 +191,21 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
     """Whether what a chain reads may be changed between where it is read and where the chain ends,
     since from now on it is read there; or is read there after the chain has written over it."""
     layers = forward.layers
-    reads = {chain.node: chain.node.all_input_nodes[0]}
-    reads |= {link.node: link.residual for link in chain.links if link.residual is not None}
-    members = {chain.node, *(link.node for link in chain.links)}
+    reads = {chain.first: chain.first.all_input_nodes}
+    reads |= {link.node: [link.residual] for link in chain.links if link.residual is not None}
+    members = {chain.first, chain.node, *(link.node for link in chain.links)}
     # Of what may take the BatchNorm's place, an nn.Identity gives its input to what follows it.
-    own = memory_of(reads[chain.node], layers)
+    own = memory_of(chain.node.all_input_nodes[0], layers)
     shown = any(
         _is_of(chain.norm, n, layers) for n in forward.trace.graph.nodes if n.op == "get_attr"
     )
-    node, waiting, written_late = chain.node, set(), False
+    node, written_late = chain.first, False
+    waiting: set[object] = set()
+    if chain.first.op == "call_module" and chain.product is not None:
+        waiting.add("outside")  # the layer scale
     while node is not chain.links[-1].node:
         if node in reads:
-            waiting |= memory_of(reads[node], layers)
+            waiting.update(*(memory_of(n, layers) for n in reads[node]))
         if node in members:
             written_late |= node is not chain.node and changes_its_input(node, layers)
         else:

@@ -33,14 +33,14 @@ def _check(op: str, a: Any, in_place: bool) -> None:
     if a.layer_scale is not None:
         compute = torch.promote_types(a.input.dtype, torch.float32)
         entry.check_vector(a.layer_scale, compute, a.layer_scale.numel(), "layer_scale")
-        if not _broadcasts(a.layer_scale, a.input):
+        if not broadcasts(a.layer_scale, a.input):
             entry.refuse("layer_scale", _BROADCAST, a.layer_scale)
 
 
 _BROADCAST = "of one element, or broadcast along one dimension that is not the batch's"
 
 
-def _broadcasts(layer_scale: Tensor, input: Tensor) -> bool:
+def broadcasts(layer_scale: Tensor, input: Tensor) -> bool:
     """Whether it is one number, or has one for each place of one of the input's dimensions, which
     is not the batch's."""
     missing = input.dim() - layer_scale.dim()
@@ -53,7 +53,7 @@ def _check_layer_scale(layer_scale: Any, input: Tensor) -> None:
     check_tensor("drop_path", "layer_scale", layer_scale, "a Tensor or None")
     check_dtype("drop_path", "layer_scale", layer_scale.dtype)
     check_device("drop_path", "layer_scale", layer_scale, input)
-    if not _broadcasts(layer_scale, input):
+    if not broadcasts(layer_scale, input):
         own, other = tuple(layer_scale.shape), tuple(input.shape)
         raise RuntimeError(
             "drop_path: layer_scale must broadcast against the input, along one dimension that is "
