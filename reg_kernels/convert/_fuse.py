@@ -1,5 +1,5 @@
-"""Fusing BatchNorm → (+ residual) → activation → Dropout, and (layer scale →) DropPath → + shortcut,
-wherever a module's own forward has them.
+"""Fusing BatchNorm → (+ residual) → activation → Dropout, and (layer scale →) DropPath → +
+shortcut, wherever a module's own forward has them.
 
 Every module is read by itself, its layers as single calls, so that a chain lies in one forward. Its
 layers stay what they are; the module whose forward calls them gets a class that hands them over
