@@ -299,8 +299,9 @@ __device__ __forceinline__ Drawn<kept_t<Op>, kVector<T>> draws_of_channels(
   return result;
 }
 
-// One thread a vector.
-template <typename Op, typename T, typename Index>
+// One thread a vector. With a layer scale it is a kernel of its own: the others need fewer
+// registers.
+template <typename Op, typename T, typename Index, bool kScales>
 __global__ void __launch_bounds__(kElementwiseThreads)
     channels_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, uint64_t mask_offset,
                     RateArgument rate_argument, RngState rng, Beside<Op, T> beside) {
@@ -316,20 +317,18 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   if constexpr (kSkipsDropped<Op>) {
     if ((drawn.bits & ((1u << kVector<T>)-1u)) != 0) vector = load_vector<false>(x, first);
   }
-  if constexpr (kScalesChannels<Op>) {
-    if (beside.layer_scale.values != nullptr) {
-      FactorCursor<compute_t<T>, Index> cursor(beside.layer_scale, static_cast<Index>(first));
-      compute_t<T> factors[kVector<T>];
-      RK_UNROLL
-      for (int j = 0; j < kVector<T>; ++j) {
-        factors[j] = *cursor.values() * factor;
-        cursor.advance(1);
-      }
-      map_vector<Op, false>(x, first, vector, drawn, [&](int j) { return factors[j]; }, beside);
-      return store_vector<false>(y, first, vector);
+  if constexpr (kScales) {
+    FactorCursor<compute_t<T>, Index> cursor(beside.layer_scale, static_cast<Index>(first));
+    compute_t<T> factors[kVector<T>];
+    RK_UNROLL
+    for (int j = 0; j < kVector<T>; ++j) {
+      factors[j] = *cursor.values() * factor;
+      cursor.advance(1);
     }
+    map_vector<Op, false>(x, first, vector, drawn, [&](int j) { return factors[j]; }, beside);
+  } else {
+    map_vector<Op, false>(x, first, vector, drawn, [&](int) { return factor; }, beside);
   }
-  map_vector<Op, false>(x, first, vector, drawn, [&](int) { return factor; }, beside);
   store_vector<false>(y, first, vector);
 }
 
@@ -362,8 +361,15 @@ void launch_channels(const T* x, T* y, const Beside<Op, T>& beside, int64_t nume
   const Span<T> out{y, 0, numel};
   const dim3 grid(static_cast<unsigned>(ceil_div(numel, kElementwiseThreads * kVector<T>)));
   // The last vector may reach past numel, so the narrow index stops short of its own limit.
-  const auto kernel = numel < (int64_t{1} << 31) ? channels_kernel<Op, T, uint32_t>
-                                                 : channels_kernel<Op, T, uint64_t>;
+  const bool narrow = numel < (int64_t{1} << 31);
+  auto kernel =
+      narrow ? channels_kernel<Op, T, uint32_t, false> : channels_kernel<Op, T, uint64_t, false>;
+  if constexpr (kScalesChannels<Op>) {
+    if (beside.layer_scale.values != nullptr) {
+      kernel =
+          narrow ? channels_kernel<Op, T, uint32_t, true> : channels_kernel<Op, T, uint64_t, true>;
+    }
+  }
   RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out, layout,
             static_cast<uint64_t>(mask_offset), rate, rng, beside);
   check_launch(Op::kForms[0].name);
