@@ -103,7 +103,9 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
     if isinstance(norm, DropsPaths):
         link = links[start] if start < len(links) else None
         given = () if scale is None else (None, scale)
-        if type(link) is tuple and link[0] == "+" and _fits(link[1], input):
+        # What += would write over is a product that nothing else sees, or the branch's own.
+        sums = ("+",) if scale is None else ("+", "+=")
+        if type(link) is tuple and link[0] in sums and _fits(link[1], input):
             return norm(input, link[1], *given[1:]), start + 1
         return norm(input, *given), start
     if type(norm) not in TWIN_NORMS:

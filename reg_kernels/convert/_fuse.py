@@ -122,8 +122,8 @@ def _plan_block(
         if not is_head(layer):
             continue
         chain = Chain(node, layer, names[id(layer)], _links(forward, node, taken))
-        if chain.links and drops_paths(layer) and _takes_one_input(node):
-            chain.product = find_product(node, forward.layers)
+        if drops_paths(layer):
+            _begin_branch(forward, chain)
         reason = _cut(forward, chain)
         if reason is not None:
             conversion.apart.append((chain.name, qualified(type(layer)), reason))
@@ -157,10 +157,21 @@ def _links(forward: Forward, node: fx.Node, taken: set[fx.Node]) -> list[Link]:
         if link is None or (link.place and link.place <= place):
             break
         if of_a_branch:
-            return [link] if link.function[:1] == ("+",) else []
+            return [link] if link.residual is not None else []
         links.append(link)
         node, place = link.node, max(place, link.place)
     return links
+
+
+def _begin_branch(forward: Forward, chain: Chain) -> None:
+    """Puts the product with a layer scale before a dropped branch. Without one a sum in place is
+    left as it is: a layer that drops nothing returns its input, which others may see."""
+    if chain.links and _takes_one_input(chain.node):
+        chain.product = find_product(chain.node, forward.layers)
+    if chain.product is not None and _is_written_meanwhile(forward, chain):
+        chain.product = None
+    if chain.product is None and chain.links and chain.links[0].function[0] == "+=":
+        chain.links.clear()
 
 
 def _cut(forward: Forward, chain: Chain) -> str | None:
@@ -172,8 +183,6 @@ def _cut(forward: Forward, chain: Chain) -> str | None:
         chain.links.clear()
         return "not fused: it is called with more than its input"
     reason = None
-    if chain.product is not None and _is_written_meanwhile(forward, chain):
-        chain.product = None
     while chain.links and _is_written_meanwhile(forward, chain):
         link = chain.links[-1]
         chain.shorten(len(chain.links) - 1)

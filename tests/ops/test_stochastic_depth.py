@@ -329,6 +329,14 @@ class OfOperator(Scaling):
         return x + self.drop_path(self.gamma * self.branch(x))
 
 
+class InPlace(Scaling):  # the sum, as torchvision's ConvNeXt has it
+    def forward(self, x):
+        y = self.gamma * self.branch(x)
+        y = self.drop_path(y)
+        y += x
+        return y
+
+
 def called(module, *given, seed=1):
     """The result, and what drop_path was told."""
     told = []
@@ -345,7 +353,7 @@ def called(module, *given, seed=1):
         F.drop_path = call
 
 
-@pytest.mark.parametrize("kind", [OfLayer, OfMethod, OfOperator])
+@pytest.mark.parametrize("kind", [OfLayer, OfMethod, OfOperator, InPlace])
 def test_a_layer_scale_is_fused(kind):
     x, model, reports = torch.randn(50, 4), kind(), []
     fused = reg_kernels.convert(model, fuse=True, report=reports.append)
@@ -435,6 +443,13 @@ def test_a_product_is_left_that_is_none_with_a_layer_scale():
             y.add_(1)
             return x + self.drop_path(z)
 
+    class Shown(OfLayer):  # the sum in place
+        def forward(self, x):
+            y = self.branch(x)
+            z = self.drop_path(y)
+            z += x
+            return z + y
+
     class Gated(OfLayer):
         def forward(self, x):
             y = self.branch(x)
@@ -445,8 +460,10 @@ def test_a_product_is_left_that_is_none_with_a_layer_scale():
             super().__init__(Shifted(4))
 
     x = torch.randn(9, 4)
-    for kind in (Seen, Written, Gated, Other):
+    for kind in (Seen, Written, Shown, Gated, Other):
         model = kind()
-        y, (told,) = called(reg_kernels.convert(model, fuse=True), x)
-        torch.testing.assert_close(y, called(model, x)[0])
-        assert told.get("layer_scale") is None
+        for training in (True, False):
+            fused = reg_kernels.convert(model.train(training), fuse=True)
+            y, (told,) = called(fused, x)
+            torch.testing.assert_close(y, called(model, x)[0])
+            assert told.get("layer_scale") is None
