@@ -16,7 +16,7 @@ x = torch.ones(4, 3, 8, 8)
 model: nn.Module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
 
 assert_type(F.dropout(x, 0.1, training=True, inplace=False, backend="native"), Tensor)
-assert_type(F.drop_path(x, 0.1, residual=x), Tensor)
+assert_type(F.drop_path(x, 0.1, residual=x, layer_scale=x[0]), Tensor)
 assert_type(F.batch_norm(x, None, None, training=True), Tensor)
 assert_type(F.batch_norm_act(x, None, None, residual=x, training=True, activation="relu"), Tensor)
 assert_type(F.l1_penalty(model.parameters()), Tensor)

@@ -42,7 +42,10 @@ def _makers(p: float) -> Makers:
 ALONE = Drawn("drop_path", _makers(P), as_one=1)
 ADDED = ALONE._replace(variant="with residual", residual=True)
 SCALED = ADDED._replace(variant="with layer scale", layer_scale=True)
-HALF = ADDED._replace(variant="with residual, p=0.5", makers=_makers(0.5), p=0.5)
+HALVES = [
+    drawn._replace(variant=f"{drawn.variant}, p=0.5", makers=_makers(0.5), p=0.5)
+    for drawn in (ADDED, SCALED)
+]
 # Of 64 MiB in float32, where half of the branch is not read.
 _HALF_SHAPE = (256, 64, 32, 32)
 _GOALS = (
@@ -55,7 +58,9 @@ def cases(scope: Scope) -> list[Benchmark]:
     """The branch of a block alone, with the sum, and with a layer scale as well: large and in
     either direction, then smaller."""
     goals = _GOALS if scope.device.type == "cpu" else ()
-    result = [_case(scope, HALF, FORWARD, torch.float32, _HALF_SHAPE, goals=goals)]
+    result = [
+        _case(scope, half, FORWARD, torch.float32, _HALF_SHAPE, goals=goals) for half in HALVES
+    ]
     for drawn in (ADDED, SCALED, ALONE):
         case = functools.partial(_case, scope, drawn)
         result += [case(FORWARD, dtype, _SMALL, host=True) for dtype in scope.of_small_calls]

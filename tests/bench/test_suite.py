@@ -71,7 +71,7 @@ def test_every_op_is_on_the_ladder():
     assert set(LADDERS) <= found
     options = {("optimizer_step", k) for _, k in found if "+" in k}
     targets = {("cross_entropy", kind) for kind in ("smoothed", "labels", "probabilities")}
-    goals = {("drop_path", drop_path.HALF.variant)}
+    goals = {("drop_path", half.variant) for half in drop_path.HALVES}
     assert found - set(LADDERS) == options & found | targets | goals
 
 
@@ -110,7 +110,7 @@ def test_every_contender_drops_channels(op: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
 @pytest.mark.parametrize(
     "drawn",
-    [drop_path.ALONE, drop_path.ADDED, drop_path.SCALED, drop_path.HALF],
+    [drop_path.ALONE, drop_path.ADDED, drop_path.SCALED, drop_path.HALVES[1]],
     ids=lambda d: d.variant,
 )
 def test_every_contender_drops_samples(drawn: Any, dtype: torch.dtype):
