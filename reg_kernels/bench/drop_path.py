@@ -3,7 +3,7 @@
 Bytes an element, s = sizeof(dtype): forward reads what is kept of x and writes y, (2 - P) s, and
 reads the residual where there is one, s; backward reads what is kept of the gradient and writes
 another, (2 - P) s, and the residual's gradient is the output's own. A layer scale's gradient reads
-all of both, 2 s more.
+what is kept of the gradient and of x, 2 (1 - P) s more.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _case(
     layout: str = "contiguous",
     **facts: Any,
 ) -> Benchmark:
-    of_scale = 2 if drawn.layer_scale else 0
+    of_scale = 2 * (1 - drawn.p) if drawn.layer_scale else 0
     transfers = 2 - drawn.p + (drawn.residual if direction == FORWARD else of_scale)
     facts["transfers"] = transfers
     return benchmark(drawn, direction, dtype, shape, layout, scope, **facts)

@@ -21,7 +21,14 @@ from ._checks import (
     probability,
     refuse,
 )
+from ._modes import shows_values, watcher
 from ._route import DRAWN, Draw, Linear, draw_samples
+
+MODES = ("row", "batch")
+
+_BROADCAST = "of one element, or broadcast along one dimension that is not the batch's"
+# Elements of a sample that is worth calls of its own for a sum, whose products the caches hold.
+_LARGE = 2**14
 
 
 def _check(op: str, a: Any, in_place: bool) -> None:
@@ -35,9 +42,6 @@ def _check(op: str, a: Any, in_place: bool) -> None:
         entry.check_vector(a.layer_scale, compute, a.layer_scale.numel(), "layer_scale")
         if not broadcasts(a.layer_scale, a.input):
             entry.refuse("layer_scale", _BROADCAST, a.layer_scale)
-
-
-_BROADCAST = "of one element, or broadcast along one dimension that is not the batch's"
 
 
 def broadcasts(layer_scale: Tensor, input: Tensor) -> bool:
@@ -65,16 +69,21 @@ def _by_layer_scale(
     overload: Any, grad_output: Tensor, input: Tensor, layer_scale: Tensor, *arguments: Any
 ) -> Tensor:
     """The layer scale's gradient. Each sample is summed by itself, and what was dropped is left
-    out of the sum of those: its values count for nothing, be they NaN."""
+    out of the sum of those: its values count for nothing, be they NaN. Where the host sees what was
+    drawn, it is not read either."""
     compute, dims = layer_scale.dtype, input.dim()
     drawn = _DROP_PATH.drawn(overload, input.new_ones(len(input), dtype=compute), arguments)
+    shape = (*[1] * (dims - layer_scale.dim()), *layer_scale.shape)[1:]
+    looks = watcher()
+    if looks is None and shows_values(input, looks) and input.numel() >= _LARGE * len(input):
+        samples = zip(drawn.tolist(), grad_output.unbind(), input.unbind(), strict=True)
+        kept = [(g.to(compute) * x.to(compute)).sum_to_size(shape) * m for m, g, x in samples if m]
+        if kept:
+            return torch.stack(kept).sum(0).view(layer_scale.shape)
     drawn = drawn.view(-1, *[1] * (dims - 1))
-    shape = (*[1] * (dims - layer_scale.dim()), *layer_scale.shape)
-    sums = (grad_output.to(compute) * input.to(compute)).sum_to_size(len(input), *shape[1:])
+    sums = (grad_output.to(compute) * input.to(compute)).sum_to_size(len(input), *shape)
     return torch.where(drawn == 0, 0, sums * drawn).sum(0).view(layer_scale.shape)
 
-
-MODES = ("row", "batch")
 
 _DROP_PATH = Linear(
     "drop_path",

@@ -59,11 +59,12 @@ def test_a_layer_scale_of_another_dtype(backend):
 
 @pytest.mark.parametrize("backend", implementations())
 @pytest.mark.parametrize("p", [0.5, 1.0])
-def test_a_layer_scales_gradient_is_without_what_was_dropped(p, backend):
+@pytest.mark.parametrize("length", [5, 2**13])
+def test_a_layer_scales_gradient_is_without_what_was_dropped(length, p, backend):
     state = torch.tensor([3, 4])
     kept = F.drop_path(torch.ones(9, device=DEVICE), p, rng_state=state) != 0
-    x, g = torch.randn(2, 9, 5, 3, device=DEVICE)
-    scale = torch.randn(3, device=DEVICE, requires_grad=True)
+    x, g = torch.randn(2, 9, length, 3, device=DEVICE, dtype=torch.float64)
+    scale = torch.randn(3, device=DEVICE, dtype=torch.float64, requires_grad=True)
     expected = (x * g)[kept].sum((0, 1)) * 2
     for t in (x, g):
         t[~kept] = torch.nan
