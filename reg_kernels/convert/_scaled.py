@@ -121,4 +121,11 @@ def find_product(node: fx.Node, layers: dict[str, nn.Module]) -> fx.Node | None:
         found = len(nodes) == 1 and is_layer_scale(layers[str(source.target)])
     else:
         found = len(nodes) == 2 and source.target in (operator.mul, torch.mul, "mul")
+        found = found and any(map(_is_of_attributes, nodes))
     return source if found else None
+
+
+def _is_of_attributes(node: fx.Node) -> bool:
+    """Whether a value comes of the module's parameters and buffers alone, as a view of one does."""
+    computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+    return node.op == "get_attr" or (computed and all(map(_is_of_attributes, node.all_input_nodes)))

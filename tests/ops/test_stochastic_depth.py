@@ -463,7 +463,10 @@ def test_a_product_is_left_that_is_none_with_a_layer_scale():
     for kind in (Seen, Written, Shown, Gated, Other):
         model = kind()
         for training in (True, False):
-            fused = reg_kernels.convert(model.train(training), fuse=True)
+            reports = []
+            fused = reg_kernels.convert(model.train(training), fuse=True, report=reports.append)
+            assert "layer scale" not in str(reports[0])
+            assert ("+ residual" in str(reports[0])) == (kind is not Shown)
             y, (told,) = called(fused, x)
             torch.testing.assert_close(y, called(model, x)[0])
             assert told.get("layer_scale") is None
