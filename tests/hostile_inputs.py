@@ -69,6 +69,7 @@ class HostileCall:
             lambda: F.distillation_loss(x, x.detach(), labels, reduction="none"),
             lambda: F.mixup(x, 0.3, torch.tensor([1, 0, 3, 2])),
             lambda: F.l2_penalty([x]),
+            lambda: F.drop_path(x, 0.5, layer_scale=torch.ones(5, requires_grad=True)),
         ]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, self.hook):
             y = functions[self.hooked % len(functions)]()
@@ -484,7 +485,7 @@ def draw(r: Random) -> HostileCall:
         only = r.randrange(8)  # of the tensors that are saved
         seen = iter(range(1000))
         call.hook = lambda t: TENSORS[name](r, t) if next(seen) == only else t
-        call.hooked = r.randrange(7)
+        call.hooked = r.randrange(8)
         call.changes.append(f"saved tensor {only}: {name}")
         return call
     changes = min(r.choice([0, 1, 1, 1, 1, 1, 2, 2, 3]), len(arguments))

@@ -16,7 +16,7 @@ x = torch.ones(4, 3, 8, 8)
 model: nn.Module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
 
 assert_type(F.dropout(x, 0.1, training=True, inplace=False, backend="native"), Tensor)
-assert_type(F.drop_path(x, 0.1, residual=x), Tensor)
+assert_type(F.drop_path(x, 0.1, residual=x, layer_scale=x[0]), Tensor)
 assert_type(F.gaussian_noise(x, 0.1), Tensor)
 assert_type(F.uniform_noise(x, 0.1), Tensor)
 assert_type(F.salt_and_pepper(x, 0.1), Tensor)

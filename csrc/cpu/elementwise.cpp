@@ -37,6 +37,7 @@ ElementwiseTask make_task(const ElementwiseCall& a, const ChannelLayout& layout)
   task.channels = layout.channels;
   task.length = layout.length;
   task.channels_last = layout.channels_last;
+  if constexpr (kScalesChannels<Op>) task.layer_scale = a.scale_of_channels();
   return task;
 }
 

@@ -2,13 +2,14 @@
 // comes first) and each instruction set (isa.h).
 //
 // Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
-// streamed past the caches where it is larger than they are. A tile of draws is made into the
-// first-level cache, then a plain loop applies it.
+// streamed past the caches where it is larger than they are. A layer scale stays in the caches. A
+// tile of draws is made into the first-level cache, then a plain loop applies it.
 #include "elementwise_task.h"
 
 #include "normals.h"
 #include "product_lines.h"
 #include "random.h"
+#include "scale_tiles.h"
 #include "stream.h"
 
 RK_NAMESPACE_BEGIN
@@ -44,6 +45,7 @@ struct Elements {
   bool stream;
   RngStream rng;
   factor_t<Op, T> factor;
+  ScaleTiles<compute_t<T>, kScalesChannels<Op>> channels;
   LineScale<T, kMultiplies<Op>> lines;
   // half-word < threshold, as <= in 16 bits. With nothing to keep the scale is 0 and this idle.
   uint16_t last_kept;
@@ -56,6 +58,7 @@ struct Elements {
         stream(task.stream),
         rng(Op::kTag, task.seed, task.offset),
         factor(FactorOf<Op, T>::from(task.scale, task.options)),
+        channels(task.layer_scale, factor),
         lines(factor),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
         any_kept(task.threshold != 0) {}
@@ -65,7 +68,7 @@ struct Elements {
   }
 
   // Elements [first, first + count), each with its own draw.
-  void apply(int64_t first, int64_t count, const Drawn* drawn) const {
+  void apply(int64_t first, int64_t count, const Drawn* drawn) {
     if constexpr (kSkipsDropped<Op>) {
       if (!any_kept) return apply_one(first, count, 0);
     }
@@ -77,7 +80,7 @@ struct Elements {
   }
 
   // The same with one draw for all of them.
-  void apply_one(int64_t first, int64_t count, Drawn drawn) const {
+  void apply_one(int64_t first, int64_t count, Drawn drawn) {
     const auto draw = draw_of<Op>(drawn, last_kept, any_kept);
     if constexpr (Op::kAdds) {
       if (residual != nullptr) return apply_one_to(first, count, draw, residual + first);
@@ -92,8 +95,7 @@ struct Elements {
   }
 
   template <typename Draw, typename... Residual>
-  RK_HD void apply_one_to(int64_t first, int64_t count, Draw draw,
-                          const Residual*... residual) const {
+  RK_HD void apply_one_to(int64_t first, int64_t count, Draw draw, const Residual*... residual) {
     const T* from = x + first;
     factor_t<Op, T> m = factor;
     if constexpr (kSkipsDropped<Op>) {
@@ -103,6 +105,9 @@ struct Elements {
         });
       }
     }
+    if constexpr (kScalesChannels<Op>) {
+      if (channels.any()) return scale_channels(first, count, residual...);
+    }
     if constexpr (kKeepsOrDrops<Op>) {  // decided here, the loop has no branch to foresee
       if (!draw) m = 0;
       draw = true;
@@ -110,6 +115,33 @@ struct Elements {
     write(first, count, [=]([[maybe_unused]] int64_t i) RK_INLINE {
       return element_of<Op>(from[i], draw, m, residual[i]...);
     });
+  }
+
+  // The same of elements that are kept, each with its channel's factor. Tiles begin where y's lines
+  // do.
+  template <typename... Residual>
+  RK_HD void scale_channels(int64_t first, int64_t count, const Residual*... residual) {
+    auto cursor = channels.cursor(first);
+    for (int64_t done = 0; done < count;) {
+      const int64_t at = first + done, left = count - done;
+      const T* const from = x + at;
+      if (channels.same()) {
+        const compute_t<T> m = channels.times(*cursor.values());
+        const int64_t run = min(cursor.run(), left);
+        write(at, run, [=, shift = done](int64_t i) RK_INLINE {
+          return element_of<Op>(from[i], true, m, residual[shift + i]...);
+        });
+        cursor.advance(run);
+        done += run;
+      } else {
+        const int64_t tile = min(channels.kCount - at % channels.kCount, left);
+        const compute_t<T>* const m = channels.tile(at, tile);
+        write(at, tile, [=, shift = done](int64_t i) RK_INLINE {
+          return element_of<Op>(from[i], true, m[i], residual[shift + i]...);
+        });
+        done += tile;
+      }
+    }
   }
 };
 

@@ -24,6 +24,8 @@ struct ElementwiseTask {
   // Of an op whose draws are each for a channel or a sample: x is a dense (N, C, L).
   int64_t channels, length;
   bool channels_last;
+
+  LayerScale layer_scale;
 };
 
 // One function for each op, which its tag tells.

@@ -24,7 +24,14 @@ void run(const ElementwiseCall& a) {
   for_dtype(a.x, a.call.op, [&]<typename T>(T) {
     T* const y = static_cast<T*>(a.call.written(a.y, "input"));
     const T* const x = static_cast<const T*>(a.call.data(a.x, "input"));
-    const cuda::Beside<Op, T> beside(static_cast<const T*>(a.residual_data()), a.options);
+    const auto beside = [&] {
+      const auto* const residual = static_cast<const T*>(a.residual_data());
+      if constexpr (kScalesChannels<Op>) {
+        return cuda::Beside<Op, T>(residual, a.options, a.scale_of_channels());
+      } else {
+        return cuda::Beside<Op, T>(residual, a.options);
+      }
+    }();
     if (a.drawn_for == DrawnFor::element) {
       cuda::launch_elements<Op>(x, y, beside, a.x.numel(), a.element_offset, rate, rng,
                                 launch.stream);

@@ -3,8 +3,8 @@
 //
 // Reads x and writes y, nothing else: 2 * sizeof(T) bytes an element (4 B in bf16, 8 B in fp32), in
 // the forward as in the backward. A residual adds sizeof(T). Without kReadsDropped a dropped
-// element of x need not be read. Draws are never stored: the backward draws them again from
-// rng_state.
+// element of x need not be read. A layer scale stays in the caches. Draws are never stored: the
+// backward draws them again from rng_state.
 //
 // Layout: x, y and the residual share one dense layout and are walked in storage order. A thread
 // draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
@@ -61,7 +61,8 @@ struct OptionValues<0> {
   __device__ const double* data() const { return nullptr; }
 };
 
-// What comes beside x, as a kernel argument: the options and, where the op adds one, a residual.
+// What comes beside x, as a kernel argument: the options and, where the op adds one, a residual and
+// perhaps a layer scale.
 template <typename Op, typename T>
 struct Beside {
   OptionValues<Op::Options::kCount> options;
@@ -76,8 +77,10 @@ template <typename Op, typename T>
 struct Beside<Op, T> {
   const T* residual;  // or null
   OptionValues<Op::Options::kCount> options;
+  LayerScale layer_scale;
 
-  Beside(const T* residual, const double* options) : residual(residual), options(options) {}
+  Beside(const T* residual, const double* options, const LayerScale& layer_scale = {})
+      : residual(residual), options(options), layer_scale(layer_scale) {}
 
   __device__ Span<const T> like(const Span<const T>& x) const { return {residual, x.begin, x.end}; }
 
@@ -181,25 +184,24 @@ __device__ __forceinline__ Drawn<Draw, kGroupCount / kVectors> of_vector(
   }
 }
 
-// Applies the op to `vector`: the elements of x from `first` on.
-template <typename Op, bool kWhole, typename T>
+// Applies the op to `vector`: the elements of x from `first` on. Element j is told factors(j).
+template <typename Op, bool kWhole, typename T, typename Factors>
 __device__ __forceinline__ void map_vector(const Span<const T>& x, int64_t first, Vector<T>& vector,
                                            const Drawn<kept_t<Op>, kVector<T>>& drawn,
-                                           const factor_t<Op, T>& factor,
-                                           const Beside<Op, T>& beside) {
+                                           const Factors& factors, const Beside<Op, T>& beside) {
   if constexpr (Op::kAdds) {
     if (beside.residual != nullptr) {
       const Vector<T> residual = load_vector<kWhole>(beside.like(x), first);
       RK_UNROLL
       for (int j = 0; j < kVector<T>; ++j) {
-        vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factor, residual.v[j]);
+        vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factors(j), residual.v[j]);
       }
       return;
     }
   }
   RK_UNROLL
   for (int j = 0; j < kVector<T>; ++j) {
-    vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factor);
+    vector.v[j] = element_of<Op>(vector.v[j], draw_of<Op>(drawn[j]), factors(j));
   }
 }
 
@@ -241,7 +243,7 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
     for (int k = 0; k < kVectors; ++k) {
       const int v = step * kVectors + k;
       const auto draws = of_vector<kVectors>(drawn, k, lane);
-      map_vector<Op, kWhole>(x, element(v), vectors[v], draws, factor, beside);
+      map_vector<Op, kWhole>(x, element(v), vectors[v], draws, [&](int) { return factor; }, beside);
       store_vector<kWhole>(y, element(v), vectors[v]);
     }
   }
@@ -297,8 +299,9 @@ __device__ __forceinline__ Drawn<kept_t<Op>, kVector<T>> draws_of_channels(
   return result;
 }
 
-// One thread a vector.
-template <typename Op, typename T, typename Index>
+// One thread a vector. With a layer scale it is a kernel of its own: the others need fewer
+// registers.
+template <typename Op, typename T, typename Index, bool kScales>
 __global__ void __launch_bounds__(kElementwiseThreads)
     channels_kernel(Span<const T> x, Span<T> y, ChannelLayout layout, uint64_t mask_offset,
                     RateArgument rate_argument, RngState rng, Beside<Op, T> beside) {
@@ -314,7 +317,18 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   if constexpr (kSkipsDropped<Op>) {
     if ((drawn.bits & ((1u << kVector<T>)-1u)) != 0) vector = load_vector<false>(x, first);
   }
-  map_vector<Op, false>(x, first, vector, drawn, factor, beside);
+  if constexpr (kScales) {
+    FactorCursor<compute_t<T>, Index> cursor(beside.layer_scale, static_cast<Index>(first));
+    compute_t<T> factors[kVector<T>];
+    RK_UNROLL
+    for (int j = 0; j < kVector<T>; ++j) {
+      factors[j] = *cursor.values() * factor;
+      cursor.advance(1);
+    }
+    map_vector<Op, false>(x, first, vector, drawn, [&](int j) { return factors[j]; }, beside);
+  } else {
+    map_vector<Op, false>(x, first, vector, drawn, [&](int) { return factor; }, beside);
+  }
   store_vector<false>(y, first, vector);
 }
 
@@ -347,8 +361,15 @@ void launch_channels(const T* x, T* y, const Beside<Op, T>& beside, int64_t nume
   const Span<T> out{y, 0, numel};
   const dim3 grid(static_cast<unsigned>(ceil_div(numel, kElementwiseThreads * kVector<T>)));
   // The last vector may reach past numel, so the narrow index stops short of its own limit.
-  const auto kernel = numel < (int64_t{1} << 31) ? channels_kernel<Op, T, uint32_t>
-                                                 : channels_kernel<Op, T, uint64_t>;
+  const bool narrow = numel < (int64_t{1} << 31);
+  auto kernel =
+      narrow ? channels_kernel<Op, T, uint32_t, false> : channels_kernel<Op, T, uint64_t, false>;
+  if constexpr (kScalesChannels<Op>) {
+    if (beside.layer_scale.values != nullptr) {
+      kernel =
+          narrow ? channels_kernel<Op, T, uint32_t, true> : channels_kernel<Op, T, uint64_t, true>;
+    }
+  }
   RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out, layout,
             static_cast<uint64_t>(mask_offset), rate, rng, beside);
   check_launch(Op::kForms[0].name);

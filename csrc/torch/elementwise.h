@@ -15,6 +15,7 @@ struct ElementwiseCall {
   const Tensor& x;
   const Tensor& y;  // x itself, in place
   const OptionalTensor& residual;
+  const OptionalTensor& layer_scale;
   double number;                 // Op::kNumber
   double options[kMostOptions];  // Op::Options
   const Tensor& rng_state;
@@ -33,6 +34,29 @@ struct ElementwiseCall {
   }
 
   const void* residual_data() const { return data_like(call, x, residual, "residual"); }
+
+  // What a layer scale is to x in storage order: it broadcasts along one dimension, whose channels
+  // lie apart by its stride.
+  LayerScale scale_of_channels() const {
+    if (!layer_scale) return {nullptr, 1, 1};
+    const ScalarType compute = compute_type_of(dtype_of(x, call.op));
+    // One number is that of a channel which all elements lie in.
+    LayerScale scale{call.vector(*layer_scale, compute, layer_scale->numel(), "layer_scale"), 1,
+                     std::max<int64_t>(x.numel(), 1)};
+    const int64_t missing = x.dim() - layer_scale->dim();
+    bool fits = missing >= 0;
+    for (int64_t d = 0; fits && d < layer_scale->dim(); ++d) {
+      const int64_t size = layer_scale->size(d), at = d + missing;
+      if (size == 1) continue;
+      fits = at > 0 && x.size(at) == size && scale.channels == 1;
+      scale.channels = size;
+      scale.inner = x.stride(at);
+    }
+    RK_REQUIRE(fits, call.op, "layer_scale",
+               "of one element, or broadcast along one dimension that is not the batch's",
+               *layer_scale);
+    return scale;
+  }
 };
 
 // The functions that are registered for an op's forms, of which `run` runs each.
@@ -52,6 +76,15 @@ struct Elementwise<Op, run, Types<Option...>> {
   static Tensor added(const Tensor& input, const OptionalTensor& residual, double number,
                       Option... options, const Tensor& rng_state, int64_t element_offset,
                       const OptionalTensor& traced) {
+    return scaled<kForm>(input, residual, {}, number, options..., rng_state, element_offset,
+                         traced);
+  }
+
+  template <int kForm>
+  static Tensor scaled(const Tensor& input, const OptionalTensor& residual,
+                       const OptionalTensor& layer_scale, double number, Option... options,
+                       const Tensor& rng_state, int64_t element_offset,
+                       const OptionalTensor& traced) {
     constexpr Form form = Op::kForms[kForm];
     const Call call(form.name, input);
     if constexpr (form.drawn_for == DrawnFor::channel) channel_layout(input, call.op);
@@ -63,6 +96,7 @@ struct Elementwise<Op, run, Types<Option...>> {
          x,
          y,
          residual,
+         layer_scale,
          number,
          {static_cast<double>(options)...},
          rng_state,
@@ -83,6 +117,7 @@ struct Elementwise<Op, run, Types<Option...>> {
          input,
          input,
          {},
+         {},
          number,
          {static_cast<double>(options)...},
          rng_state,
@@ -94,7 +129,9 @@ struct Elementwise<Op, run, Types<Option...>> {
   static void register_in(Library& m) {
     if constexpr (kForm < static_cast<int>(std::size(Op::kForms))) {
       constexpr Form form = Op::kForms[kForm];
-      if constexpr (Op::kAdds) {
+      if constexpr (kScalesChannels<Op>) {
+        m.impl(form.name, TORCH_BOX(&scaled<kForm>));
+      } else if constexpr (Op::kAdds) {
         m.impl(form.name, TORCH_BOX(&added<kForm>));
       } else {
         m.impl(form.name, TORCH_BOX(&fresh<kForm>));

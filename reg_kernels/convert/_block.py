@@ -21,6 +21,7 @@ from ._chain import chain
 from ._forwards import Forward, is_container
 from ._fused import Fused, subclass
 from ._links import Chain, link_of
+from ._scaled import product, scaled
 from ._trace import Trace
 
 
@@ -132,7 +133,7 @@ def _replace(graph: fx.Graph, found: Chain, layers: dict[str, nn.Module]) -> Non
         # By _modules, since to ask a module for a layer takes 30 times as long.
         layers_now = graph.get_attr("_modules")
         layer = _looked_up(graph, layers_now, str(found.node.target))
-        arguments: list[Any] = [layer, found.node.all_input_nodes[0]]
+        arguments: list[Any] = [layer, _input(graph, found, layers_now)]
         previous = found.node
         for old in found.links:
             # Read again: a chain that was replaced before this one may be its residual.
@@ -147,6 +148,18 @@ def _replace(graph: fx.Graph, found: Chain, layers: dict[str, nn.Module]) -> Non
     last.replace_all_uses_with(call)
     for node in [*(link.node for link in reversed(found.links)), found.node]:
         graph.erase_node(node)
+    if found.product is not None:
+        graph.erase_node(found.product)
+
+
+def _input(graph: fx.Graph, found: Chain, layers_now: fx.Node) -> fx.Node:
+    """What the chain's layer is given, or the factors of that."""
+    if found.product is None:
+        return found.node.all_input_nodes[0]
+    if found.product.op == "call_module":
+        layer = _looked_up(graph, layers_now, str(found.product.target))
+        return graph.call_function(scaled, (found.product.args[0], layer))
+    return graph.call_function(product, found.product.args)
 
 
 def _looked_up(graph: fx.Graph, layers: fx.Node, path: str) -> fx.Node:

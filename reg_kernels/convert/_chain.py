@@ -19,6 +19,7 @@ from .. import functional as F
 from .. import nn as twins
 from ..nn.stochastic_depth import DropsPaths
 from ..ops.batch_norm import SLOPE
+from ._scaled import Product
 
 # The layers of a chain, by torch's; fused are their twins, and activations, which have none.
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -88,15 +89,25 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
 
     Args:
         norm: what stands where a BatchNorm did, or a layer of stochastic depth; any layer.
+        input: of a layer of stochastic depth also a Product.
         links: layers, which may be any, and functions with their arguments.
     """
-    if not is_bare(norm) or _has_any_global_hook():
+    by_itself = not is_bare(norm) or _has_any_global_hook()
+    scale = None
+    if type(input) is Product:
+        bare = not by_itself and isinstance(norm, DropsPaths)
+        bare = bare and (not input.of_layer or is_bare(input.by))
+        input, scale = input.parts() if bare else (input.value(), None)
+    if by_itself:
         return norm(input), start
     if isinstance(norm, DropsPaths):
         link = links[start] if start < len(links) else None
-        if type(link) is tuple and link[0] == "+" and _fits(link[1], input):
-            return norm(input, link[1]), start + 1
-        return norm(input), start
+        given = () if scale is None else (None, scale)
+        # What += would write over is a product that nothing else sees, or the branch's own.
+        sums = ("+",) if scale is None else ("+", "+=")
+        if type(link) is tuple and link[0] in sums and _fits(link[1], input):
+            return norm(input, link[1], *given[1:]), start + 1
+        return norm(input, *given), start
     if type(norm) not in TWIN_NORMS:
         return norm(input), start
     residual: Any = None

@@ -1,5 +1,5 @@
-"""Fusing BatchNorm → (+ residual) → activation → Dropout, and DropPath → + shortcut, wherever a
-module's own forward has them.
+"""Fusing BatchNorm → (+ residual) → activation → Dropout, and (layer scale →) DropPath → +
+shortcut, wherever a module's own forward has them.
 
 Every module is read by itself, its layers as single calls, so that a chain lies in one forward. Its
 layers stay what they are; the module whose forward calls them gets a class that hands them over
@@ -33,6 +33,7 @@ from ._forwards import (
 from ._fused import copies_itself, sequential_class
 from ._links import Chain, Link, drops_paths, is_head, is_norm, link_of, place_of
 from ._report import Conversion, qualified
+from ._scaled import find_product
 
 
 @dataclass
@@ -121,6 +122,8 @@ def _plan_block(
         if not is_head(layer):
             continue
         chain = Chain(node, layer, names[id(layer)], _links(forward, node, taken))
+        if drops_paths(layer):
+            _begin_branch(forward, chain)
         reason = _cut(forward, chain)
         if reason is not None:
             conversion.apart.append((chain.name, qualified(type(layer)), reason))
@@ -154,10 +157,21 @@ def _links(forward: Forward, node: fx.Node, taken: set[fx.Node]) -> list[Link]:
         if link is None or (link.place and link.place <= place):
             break
         if of_a_branch:
-            return [link] if link.function[:1] == ("+",) else []
+            return [link] if link.residual is not None else []
         links.append(link)
         node, place = link.node, max(place, link.place)
     return links
+
+
+def _begin_branch(forward: Forward, chain: Chain) -> None:
+    """Puts the product with a layer scale before a dropped branch. Without one a sum in place is
+    left as it is: a layer that drops nothing returns its input, which others may see."""
+    if chain.links and _takes_one_input(chain.node):
+        chain.product = find_product(chain.node, forward.layers)
+    if chain.product is not None and _is_written_meanwhile(forward, chain):
+        chain.product = None
+    if chain.product is None and chain.links and chain.links[0].function[0] == "+=":
+        chain.links.clear()
 
 
 def _cut(forward: Forward, chain: Chain) -> str | None:
@@ -186,18 +200,21 @@ def _is_written_meanwhile(forward: Forward, chain: Chain) -> bool:
     """Whether what a chain reads may be changed between where it is read and where the chain ends,
     since from now on it is read there; or is read there after the chain has written over it."""
     layers = forward.layers
-    reads = {chain.node: chain.node.all_input_nodes[0]}
-    reads |= {link.node: link.residual for link in chain.links if link.residual is not None}
-    members = {chain.node, *(link.node for link in chain.links)}
+    reads = {chain.first: chain.first.all_input_nodes}
+    reads |= {link.node: [link.residual] for link in chain.links if link.residual is not None}
+    members = {chain.first, chain.node, *(link.node for link in chain.links)}
     # Of what may take the BatchNorm's place, an nn.Identity gives its input to what follows it.
-    own = memory_of(reads[chain.node], layers)
+    own = memory_of(chain.node.all_input_nodes[0], layers)
     shown = any(
         _is_of(chain.norm, n, layers) for n in forward.trace.graph.nodes if n.op == "get_attr"
     )
-    node, waiting, written_late = chain.node, set(), False
+    node, written_late = chain.first, False
+    waiting: set[object] = set()
+    if chain.first.op == "call_module" and chain.product is not None:
+        waiting.add("outside")  # the layer scale
     while node is not chain.links[-1].node:
         if node in reads:
-            waiting |= memory_of(reads[node], layers)
+            waiting.update(*(memory_of(n, layers) for n in reads[node]))
         if node in members:
             written_late |= node is not chain.node and changes_its_input(node, layers)
         else:

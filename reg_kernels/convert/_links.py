@@ -70,6 +70,11 @@ class Chain:
     norm: nn.Module
     name: str  # of the BatchNorm in the model
     links: list[Link]
+    product: fx.Node | None = None  # with a layer scale, that is a dropped branch's input
+
+    @property
+    def first(self) -> fx.Node:
+        return self.node if self.product is None else self.product
 
     def shorten(self, count: int) -> None:
         """Cuts the chain to `count` links, and takes each nn.Identity off its end."""
@@ -82,7 +87,8 @@ class Chain:
         links = [k for k in self.links if k.place]
         texts = ["+ residual" if k.place == RESIDUAL else k.text for k in links]
         named = zip(texts, (k.layer for k in links), strict=True)
-        return [(str(self.node.target), self.norm), *named]
+        scale = [] if self.product is None else [("× layer scale", None)]
+        return [(str(self.node.target), self.norm), *scale, *named]
 
 
 _ADDITIONS = {operator.add, torch.add, "add", "add_", in_place_functions["iadd"]}

@@ -23,7 +23,8 @@ __all__ = ["DropPath", "StochasticDepth", "StochasticDepthBlock", "drop_path_rat
 
 
 class DropsPaths(torch.nn.Module):
-    """What the layers share: a call `layer(input, residual=None)`, and a choice of implementation.
+    """What the layers share: a call `layer(input, residual=None, layer_scale=None)`, and which
+    implementation it runs.
 
     A layer of another package becomes one by a change of its class (`convert`), so what is asked
     for here is what those have.
@@ -35,18 +36,25 @@ class DropsPaths(torch.nn.Module):
         """The probability, and the function's options."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        given = (input,) if residual is None else (input, residual)
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+    ) -> Tensor:
+        given: tuple[Any, ...] = (input,) if residual is None else (input, residual)
+        if layer_scale is not None:
+            given = (input, residual, layer_scale)
         if has_torch_function(given) and (call := call_in_graph(self, *given)) is not None:
             return call
         p, options = self._drops()
+        if layer_scale is not None:
+            options["layer_scale"] = layer_scale
         return F.drop_path(
             *(input, p, self.training), residual=residual, backend=self.backend, **options
         )
 
 
 class DropPath(DropsPaths):
-    """Drops whole samples of a branch by `functional.drop_path`: `layer(input, residual=None)`.
+    """Drops whole samples of a branch by `functional.drop_path`: `layer(input, residual=None,
+    layer_scale=None)`.
 
     Args:
         drop_prob: the probability of dropping a sample, in [0, 1].
@@ -78,7 +86,7 @@ class DropPath(DropsPaths):
 
 
 class StochasticDepth(DropsPaths):
-    """The same with torchvision's arguments: `layer(input, residual=None)`.
+    """The same with torchvision's arguments: `layer(input, residual=None, layer_scale=None)`.
 
     Args:
         p: the probability of dropping, in [0, 1].

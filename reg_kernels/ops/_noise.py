@@ -29,7 +29,8 @@ def check_elements(entry: Entry, a: Any, in_place: bool) -> None:
 class Noise(Linear):
     """An op x + width n, or x + width n x, of noise n that has its own draw for each element.
 
-    The gradient of the first is grad_output, that of the second the op of it.
+    The gradient of the first is grad_output, for which nothing is kept, that of the second the op
+    of it.
     """
 
     def __init__(self, name: str, width: str, reference: Callable[..., Tensor]) -> None:
@@ -38,14 +39,6 @@ class Noise(Linear):
             if not 0.0 <= getattr(a, width) < math.inf:
                 entry.refuse(width, "finite and at least 0", getattr(a, width))
             check_elements(entry, a, in_place)
-
-        def adjoint(
-            overload: Any, grad_output: Tensor, like: Any, strides: Any, *arguments: Any
-        ) -> Tensor:
-            relative = arguments[1]
-            if not relative:
-                return grad_output
-            return self.by_itself(overload, grad_output, like, strides, *arguments)
 
         def by_torch(
             overload: Any, input: Tensor, value: float, relative: bool, *drawn: Any
@@ -62,7 +55,7 @@ class Noise(Linear):
             check=check,
             keeps=("rng_state", "traced_p"),
             drops=False,
-            adjoint=adjoint,
+            adds_alone=lambda arguments: not arguments[1],
             by_torch=by_torch,
         )
         self.name, self.width = name, width

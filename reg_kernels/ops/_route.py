@@ -199,11 +199,13 @@ class Linear(Route):
     """An op that is linear in its input, registered with its in-place twin `<name>_`.
 
     The schema of the fresh form is (Tensor input, {addends}, {arguments}, {result}) -> Tensor, and
-    that of the twin, which is derived from it, (Tensor(a!) input, {arguments}) -> ().
+    that of the twin, which is derived from it, (Tensor(a!) input, {arguments}) -> (). A multiplier,
+    where the op has one, stands behind the addends.
 
     Attributes:
         fresh, in_place: the registered ops; `in_place` is None where there are addends.
         known: calls of the fresh form whose arguments need no checks.
+        by_multiplier: computes the multiplier's gradient, of an op that has one.
     """
 
     fresh: Op
@@ -222,10 +224,13 @@ class Linear(Route):
         drops: bool = True,
         reads_dropped: bool = True,
         addends: tuple[str, ...] = (),
+        multiplier: str = "",
+        by_multiplier: Callable[..., Tensor] | None = None,
         result: str = "",
         like: Callable[[Tensor], tuple[Any, ...]] = lambda input: (),
         fake: Callable[..., Tensor] = lambda input, *arguments: dense_like(input),
         adjoint: Callable[..., Tensor] | None = None,
+        adds_alone: Callable[[tuple[Any, ...]], bool] | None = None,
         by_torch: Callable[..., Tensor] | None = None,
     ) -> None:
         """
@@ -239,21 +244,31 @@ class Linear(Route):
             drops: whether the number of a random op is the probability of dropping an element.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
             addends: the names of optional tensors that are added to the linear part.
+            multiplier: the name of an optional tensor that the linear part is multiplied by; it
+                broadcasts against the input, in the type of computing.
+            by_multiplier: (overload, grad_output, input, multiplier, *arguments) -> the
+                multiplier's gradient.
             result: further arguments of the fresh form alone, which describe its result.
             like: returns the values of those for a result that is like the input.
             fake: what the fresh form's result looks like.
             adjoint: (overload, grad_output, input's like, output's strides, *arguments) -> the
                 input's gradient. By default it is the op itself: each element is multiplied.
             by_torch: as for a Route; by default the product with the op's multipliers.
+            adds_alone: called with the arguments behind the input, says whether the op adds to it
+                what does not depend on it: its gradient is the output's own, and nothing is kept.
         """
         by_torch = self._product if by_torch is None else by_torch
-        super().__init__(1 + len(addends), _Linear, by_torch=by_torch, backward=self)
-        tensors = "".join(f", Tensor? {name}" for name in addends)
+        beside = (*addends, multiplier) if multiplier else addends
+        super().__init__(1 + len(beside), _Linear, by_torch=by_torch, backward=self)
+        tensors = "".join(f", Tensor? {name}" for name in beside)
         last = f", {result}" if result else ""
         self._adjoint = self.by_itself if adjoint is None else adjoint
         self._like = like
         self.known = Known()
-        self._no_addends = (None,) * len(addends)
+        self._addends = (None,) * len(addends)
+        self._no_beside = (None,) * len(beside)
+        self.by_multiplier = by_multiplier
+        self.adds_alone = adds_alone
         self.drops = drops
         self.reads_dropped = reads_dropped
         self.fresh = register(
@@ -265,7 +280,7 @@ class Linear(Route):
             route=self,
             check=functools.partial(check, in_place=False),
         )
-        if not addends:
+        if not beside:
 
             def by_reference(input: Tensor, *arguments: Any) -> None:
                 input.copy_(reference(input, *arguments, *like(input)))
@@ -291,12 +306,23 @@ class Linear(Route):
         return input
 
     def by_itself(
-        self, overload: Any, grad_output: Tensor, like: Any, strides: Any, *arguments: Any
+        self,
+        overload: Any,
+        grad_output: Tensor,
+        like: Any,
+        strides: Any,
+        *arguments: Any,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """The adjoint of an op that multiplies each element: the op of the gradient."""
+        beside = self._no_beside if multiplier is None else (*self._addends, multiplier)
         # What was drawn follows storage order, so the gradient has to come in the output's.
-        inputs = (with_strides(grad_output, strides), *self._no_addends)
+        inputs = (with_strides(grad_output, strides), *beside)
         return self.call(None, overload, inputs, arguments, self._apply)
+
+    def drawn(self, overload: Any, ones: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        """What `ones` are multiplied by, as a tensor that has no gradient."""
+        return self.call(None, overload, (ones, *self._no_beside), arguments)
 
     def _product(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
         """The result as a product that torch itself can transform: grad, jvp, vmap.
@@ -305,10 +331,15 @@ class Linear(Route):
         `randomness` decides whether the samples share them, by what it makes of the draw of
         rng_state.
         """
-        addends, arguments = rest[: self._inputs - 1], rest[self._inputs - 1 :]
+        beside, arguments = rest[: self._inputs - 1], rest[self._inputs - 1 :]
+        addends, of_op = beside[: len(self._addends)], beside[len(self._addends) :]
         ones = filled(input, 1.0)
-        multipliers = overload(ones, *self._no_addends, *arguments)
-        output = input.to(ones.dtype) * multipliers
+        multipliers = overload(ones, *self._no_beside, *arguments)
+        factors = multipliers
+        for multiplier in of_op:
+            if multiplier is not None:
+                factors = multiplier * factors
+        output = input.to(ones.dtype) * factors
         if not self.reads_dropped:
             output = torch.where(multipliers == 0, 0, output)
         for addend in addends:
@@ -329,29 +360,56 @@ class _Linear(torch.autograd.Function):
     """A Linear's call, fresh or in place."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *addends: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: tuple[Any, ...], input: Tensor, *beside: Tensor | None) -> Tensor:
         route, overload, arguments = call
         with below_autograd():
-            output = overload._op(input, *addends, *arguments)
+            output = overload._op(input, *beside, *arguments)
         op = route.backward
         if route is not op:
             ctx.mark_dirty(input)
             overload, output = op.fresh.like(overload), input
-        ctx.save_for_backward(*op._kept.tensors_of(arguments))
+        if op.adds_alone is not None and op.adds_alone(arguments):
+            ctx.call = None
+            return output
+        tensors = op._kept.tensors_of(arguments)
+        ctx.multiplied = op.by_multiplier is not None and beside[-1] is not None
+        if ctx.multiplied:
+            tensors = (*tensors, beside[-1], input if ctx.needs_input_grad[-1] else None)
+        ctx.save_for_backward(*tensors)
         ctx.call = (overload, op, op._kept.others_of(arguments), op._like(input), output.stride())
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if ctx.call is None:
+            return None, grad_output
         overload, op, others, like, strides = ctx.call
         wants = ctx.needs_input_grad
+        if ctx.multiplied:
+            return _Linear._backward_multiplied(ctx, grad_output)
         gradient = None
         if wants[1]:
             arguments = op._kept.in_order((*ctx.saved_tensors, *others))
             gradient = op._adjoint(overload, grad_output, like, strides, *arguments)
-        if not op._no_addends:  # most ops: the short way
+        if not op._no_beside:  # most ops: the short way
             return None, gradient
         return None, gradient, *(grad_output if wanted else None for wanted in wants[2:])
+
+    @staticmethod
+    def _backward_multiplied(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        overload, op, others, like, strides = ctx.call
+        _, wants, *added, by_multiplier = ctx.needs_input_grad
+        *tensors, multiplier, input = ctx.saved_tensors
+        arguments = op._kept.in_order((*tensors, *others))
+        gradient = of_multiplier = None
+        if wants:
+            given = (overload, grad_output, like, strides, *arguments)
+            gradient = op.by_itself(*given, multiplier=multiplier)
+        if by_multiplier:
+            given = (overload, grad_output, input, multiplier, *arguments)
+            of_multiplier = op.by_multiplier(*given)
+        of_addends = (grad_output if wanted else None for wanted in added)
+        return None, gradient, *of_addends, of_multiplier
 
 
 # The random elementwise family
@@ -381,10 +439,10 @@ def draw(
     backend: str | None,
     inplace: bool = False,
     options: tuple[Any, ...] = (),
-    addends: tuple[Tensor | None, ...] = (),
+    beside: tuple[Tensor | None, ...] = (),
     key: bytes | None = None,
 ) -> Tensor:
-    """Calls an op of the schema (input, {addends}, number, {options}, {DRAWN}). The arguments from
+    """Calls an op of the schema (input, {beside}, number, {options}, {DRAWN}). The arguments from
     `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
     without elements is returned itself. `looks` is watcher()'s answer; `key` the call's signature,
     by which op.known keeps what draw_again goes by; an op has none that draws at some calls alone.
@@ -411,7 +469,7 @@ def draw(
     if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
     if state is None:
-        state = drawn_state(device, looks, draws)
+        state = drawn_state(device, looks, not op.drops or 0.0 < number < 1.0)
     traced_p = None
     if looks is COMPILE:
         number, traced_p = 0.0, traced_numbers(device, number)
@@ -419,7 +477,7 @@ def draw(
     dense = looks is None and (input.is_contiguous() or is_dense(input))
     if inplace and dense and not input.is_neg():
         return op.write_over(overload, input, arguments)
-    inputs = (input, *addends)
+    inputs = (input, *beside)
     output = op.call(looks, overload, inputs, arguments)
     if dense and not inplace:
         op.known.keep(key, (overload, wants_gradient(inputs), _rng.drawer(device)))
@@ -447,20 +505,19 @@ def draw_samples(
     input: Tensor,
     how: Draw,
     options: tuple[Any, ...] = (),
-    addends: tuple[Tensor | None, ...] = (),
+    residual: Tensor | None = None,
+    multiplier: Tensor | None = None,
 ) -> Tensor:
     """The same for an op that draws once for each sample of a batch (N, ...), and takes a sample as
-    one stretch of memory."""
+    one stretch of memory; beside it, a residual and a multiplier."""
     looks = watcher()
     if asked(looks, input.numel) == 0:
-        return sum((x for x in addends if x is not None), input)
+        y = input if multiplier is None else (input * multiplier).to(input.dtype)
+        return y if residual is None else y + residual
     # The trace of one layout has to bring any other into it.
     fits = looks is not TRACE and has_samples_outermost(input)
     x = input if fits else input.contiguous()
-
-    def alongside(addend: Tensor) -> Tensor:
-        return with_strides(addend, x.stride()) if fits else addend.contiguous()
-
-    addends = tuple(None if addend is None else alongside(addend) for addend in addends)
-    y = draw(op, looks, x, *how, False, options, addends)
+    if residual is not None:
+        residual = with_strides(residual, x.stride()) if fits else residual.contiguous()
+    y = draw(op, looks, x, *how, False, options, (residual, multiplier))
     return y if fits or looks is TRACE else as_torch_returns(y, input)

@@ -61,6 +61,15 @@ class Operands(NamedTuple):
     y: Any
 
 
+class LayerScale(NamedTuple):
+    """A factor for each channel, in the type of computing: that of element l of a row is
+    values[l // inner % channels]."""
+
+    values: Any
+    channels: Any
+    inner: Any
+
+
 class Draws(NamedTuple):
     """What decides a mask: the stream's key and offset, and what its draws are held to."""
 
@@ -101,6 +110,7 @@ def map_elements(
     drawn,  # broadcasts to the elements
     draws,
     options,  # three numbers, or None each
+    layer_scale,  # factors that broadcast to the elements, or None
     OP: tl.constexpr,
 ):
     """y of the elements at `at`. What is dropped unread leaves the residual as it is."""
@@ -113,6 +123,9 @@ def map_elements(
         second = tl.full([1], options[1], tl.float64)
         third = tl.full([1], options[2], tl.float64)
         y = OP.VALUES(x, drawn, draws.threshold, draws.scale, first, second, third)
+    elif layer_scale is not None:  # of an op that leaves unread what it drops
+        factor = OP.VALUES(layer_scale, drawn, draws.threshold, draws.scale)
+        y = tl.where(drawn < draws.threshold, product_apart(x, factor), 0.0)
     else:
         y = OP.VALUES(x, drawn, draws.threshold, draws.scale)
     if operands.residual is not None:
@@ -151,7 +164,7 @@ def elements_kernel(
         drawn = half_words(draws.key, draws.offset, first_group, BLOCK // A_GROUP)
     i = block - LEAD + tl.arange(0, BLOCK)
     options = (option_0, option_1, option_2)
-    map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, options, OP)
+    map_elements(operands, i, (i >= 0) & (i < numel), drawn, draws, options, None, OP)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -170,6 +183,7 @@ def rows_kernel(
     option_0: tl.float64,  # the numbers behind p in the op's schema, or None
     option_1: tl.float64,
     option_2: tl.float64,
+    layer_scale,  # (values, channels, inner) of a LayerScale, or None
     OP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -190,7 +204,12 @@ def rows_kernel(
     i = n * R * L + r[:, None] * stride_r + l[None, :] * stride_l
     inside = (r[:, None] < R) & (l[None, :] < L)
     options = (option_0, option_1, option_2)
-    map_elements(operands, i, inside, drawn, draws, options, OP)
+    if layer_scale is not None:
+        channel = l // layer_scale.inner % layer_scale.channels
+        factors = tl.load(layer_scale.values + channel)[None, :]
+        map_elements(operands, i, inside, drawn, draws, options, factors, OP)
+    else:
+        map_elements(operands, i, inside, drawn, draws, options, None, OP)
 
 
 NO_OPTIONS = (None, None, None)
@@ -234,6 +253,7 @@ def launch_rows(
     rows: int,
     rows_last: bool = False,
     residual: Tensor | None = None,
+    layer_scale: LayerScale | None = None,
 ) -> None:
     """y of the dense x (samples, rows, ...), or (samples, ..., rows) in storage where `rows_last`;
     a draw for each row of each sample."""
@@ -252,7 +272,7 @@ def launch_rows(
     with device_of(x):
         rows_kernel[(programs,)](
             *(Operands(x, residual, y), rows, length, stride_r, stride_l, *_arguments(draw)),
-            *(op, block_r, block_l),
+            *(layer_scale, op, block_r, block_l),
             num_warps=8,
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._layout import dense_like
 from .._rng import tag
-from ._elementwise import DrawnBy, Element, launch_rows, product_apart
+from ._elementwise import DrawnBy, Element, LayerScale, launch_rows, product_apart
 
 
 @triton.jit
@@ -26,8 +26,23 @@ def scaled_values(x, half_word, threshold, scale):
 KEPT, SCALED = (Element(f, tag("droppath"), False) for f in (kept_values, scaled_values))
 
 
-def drop_path(x: Tensor, residual: Tensor | None, p: float, scaled: bool, *drawn: Any) -> Tensor:
+def drop_path(
+    x: Tensor,
+    residual: Tensor | None,
+    layer_scale: Tensor | None,
+    p: float,
+    scaled: bool,
+    *drawn: Any,
+) -> Tensor:
     """The op; `drawn`: rng_state, element_offset, traced_p."""
     op, y = SCALED if scaled else KEPT, dense_like(x)
-    launch_rows(op, x, y, DrawnBy(p, *drawn), samples=1, rows=len(x), residual=residual)
+    beside = {"residual": residual, "layer_scale": None}
+    if layer_scale is not None:
+        missing = x.dim() - layer_scale.dim()
+        # One number is that of a channel which all elements lie in.
+        inner = next(
+            (x.stride(d + missing) for d, n in enumerate(layer_scale.shape) if n > 1), x.numel()
+        )
+        beside["layer_scale"] = LayerScale(layer_scale, layer_scale.numel(), inner)
+    launch_rows(op, x, y, DrawnBy(p, *drawn), samples=1, rows=len(x), **beside)
     return y

@@ -40,7 +40,7 @@ CACHES = 32 * 2**20
 # An op, and the variants that are ops of their own to who calls them.
 LADDERS = [
     *(("dropout", ""), ("dropout1d", ""), ("dropout2d", ""), ("dropout3d", "")),
-    *(("drop_path", ""), ("drop_path", "with residual")),
+    *(("drop_path", ""), ("drop_path", "with residual"), ("drop_path", "with layer scale")),
     *(("gaussian_noise", ""), ("gaussian_noise", "multiplicative")),
     *(("uniform_noise", ""), ("salt_and_pepper", "")),
     *(("batch_norm", ""), ("batch_norm_inference", "")),
@@ -72,7 +72,8 @@ def test_every_op_is_on_the_ladder():
     assert set(LADDERS) <= found
     options = {("optimizer_step", k) for _, k in found if "+" in k}
     targets = {("cross_entropy", kind) for kind in ("smoothed", "labels", "probabilities")}
-    assert found - set(LADDERS) == options & found | targets
+    goals = {("drop_path", half.variant) for half in drop_path.HALVES}
+    assert found - set(LADDERS) == options & found | targets | goals
 
 
 @pytest.mark.parametrize(("op", "variant"), LADDERS)
@@ -108,7 +109,11 @@ def test_every_contender_drops_channels(op: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)
-@pytest.mark.parametrize("drawn", [drop_path.ALONE, drop_path.ADDED], ids=lambda d: d.variant)
+@pytest.mark.parametrize(
+    "drawn",
+    [drop_path.ALONE, drop_path.ADDED, drop_path.SCALED, drop_path.HALVES[1]],
+    ids=lambda d: d.variant,
+)
 def test_every_contender_drops_samples(drawn: Any, dtype: torch.dtype):
     scope = bench.Scope(CPU, (dtype,), compiled=dtype == torch.float32)
     for direction in (FORWARD, BACKWARD):

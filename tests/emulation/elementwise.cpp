@@ -118,13 +118,26 @@ struct Variant {
   bool in_place;
   bool adds = false;  // where the op does
   bool scaled = true;
+  int64_t channels = 0;  // of a layer scale, which has as many elements between them as follows
+  int64_t inner = 1;
 
   std::string text() const {
     return "x+" + std::to_string(x_shift) + " y+" + std::to_string(y_shift) +
            (on_device ? " on device" : "") + (in_place ? " in place" : "") +
-           (adds ? " with a residual" : "") + (scaled ? "" : " option 0 off");
+           (adds ? " with a residual" : "") + (scaled ? "" : " option 0 off") +
+           (channels ? " scale " + std::to_string(channels) + " by " + std::to_string(inner) : "");
   }
 };
+
+// The factors of a variant's layer scale, of which no product with a scale is NaN.
+template <typename T>
+Buffer<compute_t<T>> scales_of(const Variant& variant) {
+  Buffer<compute_t<T>> scales(variant.channels, 1);
+  for (int64_t c = 0; c < variant.channels; ++c) {
+    scales.data()[c] = static_cast<compute_t<T>>((c % 7 - 3) / 3.0);
+  }
+  return scales;
+}
 
 // Of two NaNs a processor's sum is either one, so no residual is one.
 template <typename T>
@@ -142,7 +155,8 @@ Buffer<T> residual_of(int64_t numel, int64_t shift) {
 template <typename T>
 reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_t numel,
                                      const ChannelLayout& layout, int64_t offset,
-                                     uint32_t threshold, const Variant& variant) {
+                                     uint32_t threshold, const Variant& variant,
+                                     const reg_kernels::LayerScale& layer_scale = {}) {
   const DropoutRate rate = reg_kernels::rate_of<Op>(number_of(threshold));
   constexpr auto kDType = std::is_same_v<T, double>            ? reg_kernels::DType::float64
                           : std::is_same_v<T, float>           ? reg_kernels::DType::float32
@@ -164,7 +178,8 @@ reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_
           stream,
           layout.channels,
           layout.length,
-          layout.channels_last};
+          layout.channels_last,
+          layer_scale};
 }
 
 // Calls launch(x, y, rate, rng) as the variant says, and checks what it left in y and in x.
@@ -245,6 +260,15 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
   x.fill_with_bits(numel);
   const Buffer<T> residual = residual_of<T>(numel, variant.y_shift);
   const T* const added = variant.adds ? residual.data() : nullptr;
+  const Buffer<compute_t<T>> scales = scales_of<T>(variant);
+  const reg_kernels::LayerScale layer_scale{variant.channels ? scales.data() : nullptr,
+                                            variant.channels, variant.inner};
+  const auto factor_at = [&](int64_t i) {
+    if constexpr (reg_kernels::kScalesChannels<Op>) {
+      if (variant.channels) return scales.data()[i / variant.inner % variant.channels] * factor;
+    }
+    return factor;
+  };
   std::vector<T> expected(numel);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t c = 0; c < C; ++c) {
@@ -252,7 +276,7 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
       for (int64_t l = 0; l < L; ++l) {
         const int64_t i = channels_last ? (n * L + l) * C + c : (n * C + c) * L + l;
         expected[i] =
-            element_at(x.data()[i], added ? added + i : nullptr, drawn, threshold, factor);
+            element_at(x.data()[i], added ? added + i : nullptr, drawn, threshold, factor_at(i));
       }
     }
   }
@@ -268,9 +292,17 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
   run(
       x, expected, threshold, variant,
       [&](const T* in, T* out, const RateArgument& rate, const RngState& rng) {
-        reg_kernels::cuda::launch_channels<Op, T>(unread ? nullptr : in, out,
-                                                  {added, options_of(variant.scaled).at}, numel,
-                                                  layout, offset, rate, rng, nullptr);
+        const OptionValues options = options_of(variant.scaled);
+        const auto beside = [&] {
+          using Beside = reg_kernels::cuda::Beside<Op, T>;
+          if constexpr (reg_kernels::kScalesChannels<Op>) {
+            return Beside(added, options.at, layer_scale);
+          } else {
+            return Beside(added, options.at);
+          }
+        }();
+        reg_kernels::cuda::launch_channels<Op, T>(unread ? nullptr : in, out, beside, numel, layout,
+                                                  offset, rate, rng, nullptr);
       },
       [&] { return describe("channels"); });
   if (variant.on_device) return;
@@ -278,7 +310,8 @@ void test_channels(int64_t N, int64_t C, int64_t L, bool channels_last, int64_t 
       x, expected, threshold, variant,
       [&](const T* in, T* out, const RateArgument&, const RngState&) {
         reg_kernels::channels_range<reg_kernels::kOpTag>(
-            task_of(unread ? nullptr : in, out, added, numel, layout, offset, threshold, variant),
+            task_of(unread ? nullptr : in, out, added, numel, layout, offset, threshold, variant,
+                    layer_scale),
             0, channels_last ? N * L : numel);
       },
       [&] { return describe("loops over channels"); });
@@ -332,6 +365,26 @@ void test_dtype_of_channels(const std::vector<int64_t>& channels, bool channels_
   }
 }
 
+// Of samples of 3 times as many elements as the channels have together: side by side, in runs that
+// a vector has several of, in longer ones than a tile, one for all; fewer than a tile, and more.
+template <typename T>
+void test_layer_scales() {
+  int turn = 0;
+  const int64_t sizes[][2] = {{1, 1}, {2, 1},  {5, 1},    {64, 1},  {701, 1},  {5, 2},
+                              {7, 3}, {3, 49}, {2100, 1}, {7, 301}, {2, 2100}, {1, 94}};
+  for (const auto& [channels, inner] : sizes) {
+    for (const uint32_t threshold : {0u, 32768u, 65536u}) {
+      ++turn;
+      const bool on_device = turn & 1, in_place = turn & 2, adds = turn % 3;
+      test_channels<T>(
+          4, 1, 3 * channels * inner, false, turn, threshold,
+          {turn % 4, turn % 5, on_device, in_place, adds, turn % 4 != 0, channels, inner});
+      test_channels<T>(1, 1, 3 * channels * inner, false, 5, threshold,
+                       {0, 0, false, false, !adds, true, channels, inner});
+    }
+  }
+}
+
 template <typename T>
 void test_dtype() {
   if constexpr (has_form<Op>(DrawnFor::element)) test_dtype_of_elements<T>();
@@ -340,6 +393,7 @@ void test_dtype() {
     test_dtype_of_channels<T>({1, 3, 8, 13}, true);
   }
   if constexpr (has_form<Op>(DrawnFor::sample)) test_dtype_of_channels<T>({1}, false);
+  if constexpr (reg_kernels::kScalesChannels<Op>) test_layer_scales<T>();
 }
 
 }  // namespace

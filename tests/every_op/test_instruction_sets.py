@@ -144,6 +144,16 @@ def of_one_input() -> Iterator[tuple[str, Make]]:
         yield name, on(lambda n: (n,), lambda x, noise=relative: noise(x, 0.1))
     yield "salt_and_pepper", on(lambda n: (n,), lambda x: F.salt_and_pepper(x, 0.1))
     yield "drop_path", on(samples, lambda x: F.drop_path(x, 0.1))
+    # Its factors are one beside the other, and in runs.
+    for scale in ((-1,), (16, 1)):
+        yield (
+            f"drop_path layer scale {scale}",
+            on(
+                samples,
+                lambda x, g: F.drop_path(x, 0.1, layer_scale=g),
+                lambda x, scale=scale: (torch.ones(scale if scale[0] > 0 else x.shape[-1]),),
+            ),
+        )
     yield (
         "drop_path residual",
         on(samples, lambda x, r: F.drop_path(x, 0.1, residual=r), lambda x: (torch.rand_like(x),)),

@@ -52,6 +52,9 @@ MODULES = {
     "residual": lambda: Scaled(
         lambda x: F.batch_norm_act(x, None, None, residual=x.cos(), training=True)
     ),
+    "drop_path with a layer scale": lambda: Scaled(
+        lambda x: F.drop_path(x, 0.5, layer_scale=x[0, 0, 0].detach().cos(), rng_state=STATE)
+    ),
     "drop_path with a residual": lambda: Scaled(
         lambda x: F.drop_path(x, 0.5, residual=x.cos(), rng_state=STATE)
     ),

@@ -286,3 +286,187 @@ def test_a_sum_is_left_where_it_is_not_one_of_a_shortcut():
     hooked.drop_path.register_forward_hook(lambda layer, given, output: seen.append(len(given)))
     hooked(x)
     assert seen == [1]
+
+
+# A layer scale before the dropped branch, in the words of timm's layers and of models' own.
+
+
+class LayerScale(torch.nn.Module):
+    def __init__(self, dim, inplace=False):
+        super().__init__()
+        self.inplace = inplace
+        self.gamma = torch.nn.Parameter(torch.rand(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class LayerScale2d(LayerScale):
+    def forward(self, x):
+        gamma = self.gamma.view(1, -1, 1, 1)
+        return x.mul_(gamma) if self.inplace else x * gamma
+
+
+class Scaling(Residual):
+    def __init__(self, scale=None):
+        super().__init__(nn.DropPath(0.5))
+        self.ls = scale or LayerScale(4)
+        self.gamma = self.ls.gamma
+
+
+class OfLayer(Scaling):
+    def forward(self, x):
+        return x + self.drop_path(self.ls(self.branch(x)))
+
+
+class OfMethod(Scaling):
+    def forward(self, x):
+        return self.drop_path(self.branch(x).mul(self.gamma.reshape(1, -1))) + x
+
+
+class OfOperator(Scaling):
+    def forward(self, x):
+        return x + self.drop_path(self.gamma * self.branch(x))
+
+
+class InPlace(Scaling):  # the sum, as torchvision's ConvNeXt has it
+    def forward(self, x):
+        y = self.gamma * self.branch(x)
+        y = self.drop_path(y)
+        y += x
+        return y
+
+
+def called(module, *given, seed=1):
+    """The result, and what drop_path was told."""
+    told = []
+
+    def drop_path(*arguments, **options):
+        told.append(options)
+        return call(*arguments, **options)
+
+    call, F.drop_path = F.drop_path, drop_path
+    try:
+        torch.manual_seed(seed)
+        return module(*given), told
+    finally:
+        F.drop_path = call
+
+
+@pytest.mark.parametrize("kind", [OfLayer, OfMethod, OfOperator, InPlace])
+def test_a_layer_scale_is_fused(kind):
+    x, model, reports = torch.randn(50, 4), kind(), []
+    fused = reg_kernels.convert(model, fuse=True, report=reports.append)
+    assert "drop_path → × layer scale → + residual" in str(reports[0])
+    for training in (True, False):
+        expected, _ = called(model.train(training), x)
+        y, (told,) = called(fused.train(training), x)
+        assert told["residual"] is x and told["layer_scale"].numel() == 4
+        torch.testing.assert_close(y, expected)
+        given = [x, *model.parameters()]
+        theirs = torch.autograd.grad(expected.sum(), given[1:])
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), [*fused.parameters()]), theirs)
+    y, _ = called(torch.compile(fused, backend="aot_eager", fullgraph=True), x)
+    torch.testing.assert_close(y, expected)
+    again, (told,) = called(pickle.loads(pickle.dumps(fused)).train(), x)
+    torch.testing.assert_close(again, called(model.train(), x)[0])
+    assert "layer_scale" in told
+
+
+def test_a_layer_scale_of_images_is_fused():
+    class Images(OfLayer):
+        def __init__(self):
+            super().__init__(LayerScale2d(4))
+            self.branch = torch.nn.Conv2d(4, 4, 1)
+
+    x, model = torch.randn(9, 4, 3, 5), Images()
+    y, (told,) = called(reg_kernels.convert(model, fuse=True), x)
+    torch.testing.assert_close(y, called(model, x)[0])
+    assert told["layer_scale"].shape == (1, 4, 1, 1)
+
+
+class Shifted(LayerScale):
+    def forward(self, x):
+        return x * self.gamma + 1
+
+
+def _in_place(block):
+    block.ls.inplace = True
+
+
+def _hooked(block):
+    block.ls.register_forward_hook(lambda layer, given, output: output * 2)
+
+
+def _drop_hooked(block):
+    block.drop_path.register_forward_pre_hook(lambda layer, given: (given[0] * 2,))
+
+
+def _double(block):
+    block.ls.gamma = torch.nn.Parameter(torch.rand(4).double())
+
+
+def _a_number_a_sample(block):
+    block.ls.gamma = torch.nn.Parameter(torch.rand(9, 1))
+
+
+def _another(block):
+    block.ls = Shifted(4)
+
+
+@pytest.mark.parametrize(
+    "change", [_in_place, _hooked, _drop_hooked, _double, _a_number_a_sample, _another]
+)
+def test_a_layer_scale_that_changed_is_called_by_itself(change):
+    x, model = torch.randn(9, 4), OfLayer()
+    fused = reg_kernels.convert(model, fuse=True)
+    for block in (model, fused):
+        torch.manual_seed(3)
+        change(block)
+    expected, _ = called(model, x)
+    y, (told,) = called(fused, x)
+    assert told.get("layer_scale") is None
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_product_is_left_that_is_none_with_a_layer_scale():
+    class Seen(OfLayer):  # twice
+        def forward(self, x):
+            y = self.ls(self.branch(x))
+            return x + self.drop_path(y) + y
+
+    class Written(OfLayer):  # in between
+        def forward(self, x):
+            y = self.branch(x)
+            z = self.gamma * y
+            y.add_(1)
+            return x + self.drop_path(z)
+
+    class Shown(OfLayer):  # the sum in place
+        def forward(self, x):
+            y = self.branch(x)
+            z = self.drop_path(y)
+            z += x
+            return z + y
+
+    class Gated(OfLayer):
+        def forward(self, x):
+            y = self.branch(x)
+            return x + self.drop_path(y.sigmoid() * y)
+
+    class Other(OfLayer):
+        def __init__(self):
+            super().__init__(Shifted(4))
+
+    x = torch.randn(9, 4)
+    for kind in (Seen, Written, Shown, Gated, Other):
+        model = kind()
+        for training in (True, False):
+            reports = []
+            fused = reg_kernels.convert(model.train(training), fuse=True, report=reports.append)
+            assert "layer scale" not in str(reports[0])
+            assert ("+ residual" in str(reports[0])) == (kind is not Shown)
+            y, (told,) = called(fused, x)
+            torch.testing.assert_close(y, called(model, x)[0])
+            assert told.get("layer_scale") is None

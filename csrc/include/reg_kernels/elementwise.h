@@ -14,7 +14,8 @@
 //                  or double
 //   kReadsDropped  whether a dropped element is read too and multiplied by 0; true for an op that
 //                  drops none
-//   kAdds          whether a residual is added, in the same pass
+//   kAdds          whether a residual is added, in the same pass. An op of samples that adds one
+//                  takes a layer scale as well: a factor for each channel of what is kept
 //   element(x, scale), element(x, scale, residual)
 //                  the result of an element that is kept, rounded once at the end. A dropped
 //                  element that is read has a scale of 0 here; if it is not read, the result is 0,
@@ -30,6 +31,17 @@
 #include "dtypes.h"
 #include "normal.h"
 #include "philox.h"
+
+namespace reg_kernels {
+
+// A factor for each channel: that of element i, in storage order, is values[i / inner % channels].
+// One for all instruction sets.
+struct LayerScale {
+  const void* values;  // [channels] in the type of computing, or null: no layer scale
+  int64_t channels, inner;
+};
+
+}  // namespace reg_kernels
 
 RK_NAMESPACE_BEGIN
 
@@ -83,6 +95,39 @@ constexpr bool kSkipsDropped = !Op::kReadsDropped;
 // Whether each element is a product with 0 or the scale, and nothing else.
 template <typename Op>
 constexpr bool kMultiplies = kKeepsOrDrops<Op> && Op::kReadsDropped && !Op::kAdds;
+
+template <typename Op>
+constexpr bool kScalesChannels = Op::kAdds && has_form<Op>(DrawnFor::sample);
+
+// A walk through the factors of a layer scale from an element on.
+template <typename C, typename Index = int64_t>
+class FactorCursor {
+ public:
+  RK_HD FactorCursor(const LayerScale& of, Index element)
+      : values_(static_cast<const C*>(of.values)),
+        channels_(static_cast<Index>(of.channels)),
+        inner_(static_cast<Index>(of.inner)),
+        channel_(element / inner_ % channels_),
+        step_(element % inner_) {}
+
+  // The factors of this element and of those behind it, and how many lie side by side in `values`
+  // or, where `same`, have this one.
+  RK_HD const C* values() const { return values_ + channel_; }
+  RK_HD bool same() const { return inner_ > 1; }
+  RK_HD Index run() const { return same() ? inner_ - step_ : channels_ - channel_; }
+
+  // No further than a run goes.
+  RK_HD void advance(Index count) {
+    step_ += same() ? count : 0;
+    channel_ += same() ? (step_ == inner_) : count;
+    if (step_ == inner_) step_ = 0;
+    if (channel_ == channels_) channel_ = 0;
+  }
+
+ private:
+  const C* values_;
+  Index channels_, inner_, channel_, step_;
+};
 
 // An op's number and options in the type of computing, where it does not keep or drop.
 template <typename C, int kOptions>

@@ -18,15 +18,19 @@ void call(const char* name, const Leaf& leaf, const ElementwiseTask& given, int6
       task.x = x.data();
       task.y = y.data();
       task.residual = residual ? other.data() : nullptr;
+      const auto scales = any_values<compute_t<T>>(given.layer_scale.channels);
+      if (given.layer_scale.channels) task.layer_scale.values = scales.data();
       task.stream = stream;
       leaf(task, begin, end);
       Digest digest;
       digest.add(y);
-      digest.report("%s, %s, threshold %u, mask offset %lld, (%lld, %lld)%s%s%s", name, kName<T>,
-                    task.threshold, static_cast<long long>(task.mask_offset),
-                    static_cast<long long>(task.channels), static_cast<long long>(task.length),
-                    task.channels_last ? " channels_last" : "", residual ? ", residual" : "",
-                    stream ? ", streamed" : "");
+      digest.report(
+          "%s, %s, threshold %u, mask offset %lld, (%lld, %lld)%s%s%s, scale %lld by %lld", name,
+          kName<T>, task.threshold, static_cast<long long>(task.mask_offset),
+          static_cast<long long>(task.channels), static_cast<long long>(task.length),
+          task.channels_last ? " channels_last" : "", residual ? ", residual" : "",
+          stream ? ", streamed" : "", static_cast<long long>(task.layer_scale.channels),
+          static_cast<long long>(task.layer_scale.inner));
     }
   }
 }
@@ -59,6 +63,15 @@ void call_leaves() {
         task.numel = 5 * task.channels * task.length;
         call<T>("channels_range", channels, task, 0, task.numel);
         call<T>("channels_range from within", channels, task, 100, task.numel - 9);
+        if (kScalesChannels<Op>) {
+          for (const int64_t inner : {1, 21, 42, 2100}) {  // in each way that tiles come by them
+            task.layer_scale = {nullptr, inner == 21 ? 20 : 4200 / inner, inner};
+            task.length = 4200;
+            task.numel = 2 * task.length;
+            call<T>("channels_range from within", channels, task, 100, task.numel - 9);
+          }
+          task.layer_scale = {};
+        }
         if (has_form<Op>(DrawnFor::channel)) {
           task.channels_last = true;
           call<T>("channels_range", channels, task, 0, 5 * task.length);
