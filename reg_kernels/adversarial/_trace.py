@@ -11,13 +11,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.noise import GaussianDropout
-from ..nn.stochastic_depth import DropsPaths, StochasticDepthBlock
-
-# Layers that look at their flag `training`, and drop for no other reason, torch's and ours; other
-# packages' by the names of their classes; and those that drop by the number of this name.
-_DROPPING = (_DropoutNd, DropsPaths, StochasticDepthBlock, GaussianDropout)
-_DROPPING_ELSEWHERE = ("DropPath", "StochasticDepth")
+# Layers, or classes above them, of ours and of other packages, that look at their flag `training`
+# and drop for no other reason; and those that drop by the number of this name.
+_DROPPING = ("DropPath", "StochasticDepth", "StochasticDepthBlock", "GaussianDropout")
 _SHARES = ("drop", "dropout")
 
 
@@ -73,7 +69,8 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
     try:
         for layer in module.modules():
-            if isinstance(layer, _DROPPING) or type(layer).__name__ in _DROPPING_ELSEWHERE:
+            names = {cls.__name__ for cls in type(layer).__mro__}
+            if isinstance(layer, _DropoutNd) or not names.isdisjoint(_DROPPING):
                 change(layer, "training", False)
             for name in _SHARES:
                 if type(getattr(layer, name, None)) is float:
