@@ -30,7 +30,7 @@ class Ball(NamedTuple):
     @classmethod
     def checked(cls, name: str, eps: Any, norm: Any, lower: Any, upper: Any, *rest: Any) -> Ball:
         checked_bounds(name, lower, upper)
-        eps = eps if isinstance(eps, Tensor) else checked_size(name, "eps", eps)
+        eps = eps.detach() if isinstance(eps, Tensor) else checked_size(name, "eps", eps)
         return cls(eps, checked_norm(name, norm), lower, upper, *rest)
 
     def step_(self, adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor | float) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-# Of torch's and of other packages: layers that look at their flag `training`, and drop for no other
-# reason; and those that drop by the number of this name.
-_DROPPING = ("DropPath", "StochasticDepth")
+# Layers, or classes above them, of ours and of other packages, that look at their flag `training`
+# and drop for no other reason; and those that drop by the number of this name.
+_DROPPING = ("DropPath", "StochasticDepth", "StochasticDepthBlock", "GaussianDropout")
 _SHARES = ("drop", "dropout")
 
 
@@ -39,18 +39,24 @@ def leaving_no_trace(
                 stack.enter_context(each.no_sync())  # else it prepares for an exchange of gradients
         if not dropout:
             stack.enter_context(_without_dropout(module))
-        stack.enter_context(_restored(list(module.buffers())))
+        stack.enter_context(_restored(module))
         yield
 
 
 @contextlib.contextmanager
-def _restored(buffers: list[Tensor]) -> Iterator[None]:
-    saved = [x.detach().clone() for x in buffers]
+def _restored(module: nn.Module) -> Iterator[None]:
+    saved = [
+        (layer._buffers, name, x, x.detach().clone())
+        for layer in module.modules()
+        for name, x in layer._buffers.items()
+        if x is not None
+    ]
     try:
         yield
     finally:
-        for x, before in zip(buffers, saved, strict=True):
+        for buffers, name, x, before in saved:
             x.data.copy_(before)
+            buffers[name] = x  # a forward may have put another tensor there
 
 
 @contextlib.contextmanager
@@ -63,7 +69,8 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
     try:
         for layer in module.modules():
-            if isinstance(layer, _DropoutNd) or type(layer).__name__ in _DROPPING:
+            names = {cls.__name__ for cls in type(layer).__mro__}
+            if isinstance(layer, _DropoutNd) or not names.isdisjoint(_DROPPING):
                 change(layer, "training", False)
             for name in _SHARES:
                 if type(getattr(layer, name, None)) is float:

@@ -93,6 +93,7 @@ def trades_loss(
             lambda x: F.distillation_loss(logits_of(x), expected, reduction="sum", **options),
         )
     logits, near = logits_of(x_natural), logits_of(adv)
-    p, q = (x.float().log_softmax(1) for x in (logits, near))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p, q = (x.to(dtype).log_softmax(1) for x in (logits, near))
     divergence = (p.exp() * (p - q)).sum(1).mean()
     return F.cross_entropy(logits, y, backend=backend) + beta * divergence

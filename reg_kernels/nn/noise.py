@@ -281,7 +281,7 @@ class NoisyLinear(torch.nn.Module):
         noisy = torch.nn.functional.linear(
             input * self.noise_in, self.weight_sigma, self.bias_sigma
         )
-        return torch.addcmul(y, noisy, self.noise_out)
+        return torch.addcmul(y, noisy, self.noise_out.to(y.dtype))  # autocast's, where it is on
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *further: Any) -> None:
         for name in ("weight_epsilon", "bias_epsilon"):  # noise that torchrl's layer saves

@@ -133,8 +133,8 @@ class StochasticDepthBlock(torch.nn.Module):
     After `eval()` it is :math:`x + \text{branch}(x)`. Parameters of a branch that was not computed
     get no gradient: their `grad` stays None (after `zero_grad()`), and an optimizer does not move
     them, by weight decay or momentum neither. DistributedDataParallel then needs
-    `find_unused_parameters=True`, or the ranks the same coins (`torch.manual_seed` alike); with
-    `mode="subset"` and k above 0 it needs neither. `torch.compile` breaks its graph at the coin.
+    `find_unused_parameters=True`, even where the ranks have the same coins; with `mode="subset"`
+    and k above 0 it does not. `torch.compile` breaks its graph at the coin.
 
     Args:
         branch: a module whose output has its input's shape.

@@ -209,6 +209,30 @@ def test_dropout_as_asked(kind):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_what_drops_beside_dropout():
+    inner = nn.Conv2d(8, 8, 1)
+    kinds = [fused.StochasticDepthBlock(inner, 0.5, mode) for mode in ("batch", "subset", "row")]
+    for layer in (*kinds, fused.GaussianDropout(0.5), fused.StochasticDepth(0.5, "row")):
+        model, (x, y) = net(layer), batch()
+        random = torch.get_rng_state()
+        PGD(model, random_start=False, steps=2, dropout=False)(x, y)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert layer.training
+
+
+def test_a_buffer_that_a_forward_replaces():
+    class Counts(nn.Flatten):
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    layer = Counts()
+    layer.register_buffer("calls", torch.zeros((), device=DEVICE))
+    before = layer.calls
+    PGD(nn.Sequential(layer, nn.Linear(48, 5, device=DEVICE)), steps=2)(*batch())
+    assert layer.calls is before and before == 0
+
+
 def test_a_graph_from_before_is_not_disturbed():
     for frozen in (False, True):
         model, (x, y) = net(nn.BatchNorm2d(8)), batch()
@@ -333,6 +357,15 @@ def test_trades():
         loss.backward()
         optimizer.step()
     assert loss < 0.7 * first
+
+
+def test_trades_in_float64():
+    model, (x, y), found = net().double(), batch(), []
+    loss = trades_loss(lambda x: found.append(model(x)) or found[-1], x.double(), y, beta=2.0)
+    p, q = (logits.log_softmax(1) for logits in found[-2:])
+    divergence = nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    expected = nn.functional.cross_entropy(found[-2], y) + 2 * divergence
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
 
 
 def test_trades_gives_both_sides_a_gradient():

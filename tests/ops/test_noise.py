@@ -252,6 +252,12 @@ def test_weight_noise_leaves_the_weight_clean(relative):
     layer.load_state_dict(clean.state_dict())
 
 
+def test_noisy_linear_under_autocast():
+    layer = nn.NoisyLinear(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
 def test_weight_noise_by_parametrize_and_in_a_compiled_program():
     layer = torch.nn.Linear(8, 4)
     parametrize.register_parametrization(layer, "weight", nn.WeightNoise(0.1))
