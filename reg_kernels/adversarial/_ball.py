@@ -11,7 +11,14 @@ from torch import Tensor
 from .. import functional as F
 from .._numbers import refuse
 from ..ops._checks import check_batch, check_dtype
-from ..ops.adversarial_step import channel_rows, checked_bounds, checked_norm, checked_size
+from ..ops._modes import watcher
+from ..ops.adversarial_step import (
+    channel_rows,
+    checked_bounds,
+    checked_norm,
+    checked_size,
+    of_samples,
+)
 
 Channels = Tensor | Sequence[float] | float | None
 
@@ -43,6 +50,7 @@ class Ball(NamedTuple):
 
     def drawn(self, name: str, clean: Tensor, generator: torch.Generator | None) -> Tensor:
         """A new batch, each sample uniform in its ball, then brought into the bounds."""
+        of_samples(name, "eps", self.eps, clean, watcher())  # before anything is drawn
         dtype = torch.promote_types(clean.dtype, torch.float32)
         x = torch.empty_like(clean, dtype=dtype)
         shape = (-1, *[1] * (clean.dim() - 1))

@@ -200,6 +200,8 @@ class FGSM(PGD):
         random_start: bool = False,
         **options: Any,
     ) -> None:
+        if "steps" in options:
+            raise TypeError("FGSM: steps must be left out, since it takes one; PGD takes several")
         step_size = eps if step_size is None else step_size
         super().__init__(model, eps, step_size, 1, norm, random_start, **options)
 

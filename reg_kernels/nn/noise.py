@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_unary
 
 from .. import backends
 from .. import functional as F
-from ..ops._checks import check_flag, probability, refuse
+from ..ops._checks import check_flag, number, refuse
 from ..ops._noise import non_negative
 from ._leaf import call_in_graph
 
@@ -87,8 +87,8 @@ class GaussianDropout(_Noise):
         self, p: float = 0.5, inplace: bool = False, *, backend: str | None = None
     ) -> None:
         super().__init__(inplace, backend)
-        self.p = probability(type(self).__name__, "p", p)
-        if self.p == 1.0:
+        self.p = number(type(self).__name__, "p", p)
+        if not 0.0 <= self.p < 1.0:
             refuse(type(self).__name__, "p", "in [0, 1)", self.p, ValueError)
 
     @property
@@ -179,12 +179,17 @@ def weight_noise(
     Raises:
         ValueError: the module has no parameter of that name, or has noise on it already.
     """
+    if not isinstance(module, torch.nn.Module):
+        refuse("weight_noise", "module", "an nn.Module", type(module).__name__, TypeError)
+    if parametrize.is_parametrized(module, name):
+        refuse("weight_noise", "name", "one without a parametrization", repr(name), ValueError)
     if name not in module._parameters or module._parameters[name] is None:
         kind = type(module).__name__
         refuse("weight_noise", "name", f"that of a parameter of {kind}", repr(name), ValueError)
     noise = WeightNoise(std, relative, backend=backend)
+    # torch tries it out, and nothing is to be drawn for that.
+    parametrize.register_parametrization(module, name, noise.eval())
     noise.train(module.training)
-    parametrize.register_parametrization(module, name, noise)
     inside = f"parametrizations.{name}.original"
 
     def rename(state: dict[str, Any], old: str, new: str) -> None:

@@ -15,7 +15,14 @@ from torch.overrides import has_torch_function
 from .. import backends
 from .. import functional as F
 from .._twins import TWINS, twin_of
-from ..ops._checks import check_flag, check_like, probability, refuse
+from ..ops._checks import (
+    check_batch,
+    check_flag,
+    check_like,
+    check_tensor,
+    probability,
+    refuse,
+)
 from ..ops.drop_path import MODES
 from ._leaf import call_in_graph
 
@@ -179,20 +186,27 @@ class StochasticDepthBlock(torch.nn.Module):
 
     def _of(self, input: Tensor) -> Tensor:
         branch = self.branch(input)
+        check_tensor(type(self).__name__, "the branch's output", branch)
         if branch.dtype != input.dtype and torch.is_autocast_enabled(input.device.type):
             branch = branch.to(input.dtype)
         check_like(type(self).__name__, "the branch's output", branch, input)
         return branch
 
     def _of_a_subset(self, input: Tensor) -> Tensor:
+        check_batch(type(self).__name__, "input", input)
         samples = len(input)
         kept = round((1 - self.p) * samples)
         if kept == 0:
             return input
         # In order, so that memory is read in order.
         index = torch.randperm(samples, device=input.device)[:kept].sort().values
-        branch = self._of(input.index_select(0, index))
-        return input.index_add(0, index, branch, alpha=samples / kept)
+        # In storage order, since torch's own would make what it returns contiguous.
+        order = [0, *sorted(range(1, input.dim()), key=input.stride, reverse=True)]
+        back = sorted(range(input.dim()), key=order.__getitem__)
+        stored = input.permute(order)
+        branch = self._of(stored.index_select(0, index).permute(back))
+        stored = stored.index_add(0, index, branch.permute(order), alpha=samples / kept)
+        return stored.permute(back)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"
@@ -212,6 +226,9 @@ def drop_path_rates(rate: float, depths: int | Sequence[int]) -> list[Any]:
     decay of survival, with 0 for the first block as it is in timm).
     """
     rate = probability("drop_path_rates", "rate", rate)
+    if not isinstance(depths, int | Sequence):
+        kind = type(depths).__name__
+        refuse("drop_path_rates", "depths", "a number of blocks or a list of them", kind, TypeError)
     stages = [depths] if isinstance(depths, int) else list(depths)
     for depth in stages:
         if type(depth) is not int or depth < 0:

@@ -24,6 +24,7 @@ from ._checks import (
     check_dtype,
     check_in_place,
     check_like,
+    check_tensor,
     checked_channels,
     hand_over,
     refuse,
@@ -110,7 +111,7 @@ def checked_size(name: str, argument: str, value: Any, signed: bool = False) -> 
     return value
 
 
-def _of_samples(
+def of_samples(
     name: str, argument: str, value: Any, adv: Tensor, looks: str | None
 ) -> tuple[Tensor | None, float]:
     """`value` as the op takes it: float64 (N,) or (1,), or a float."""
@@ -145,6 +146,8 @@ def channel_rows(
         return None
     if isinstance(std, tuple) and not all(value > 0 for value in std):
         refuse(name, "std", "above 0", std, ValueError)
+    if isinstance(std, Tensor) and shows_values(std, watcher()) and not bool((std > 0).all()):
+        refuse(name, "std", "above 0", std.tolist(), ValueError)
     count = adv.shape[1]
     mean = (0.0,) * count if mean is None else mean
     std = (1.0,) * count if std is None else std
@@ -243,13 +246,14 @@ def adversarial_step_(
     name = "adversarial_step_"
     check_batch(name, "adv", adv)
     check_dtype(name, "adv", adv.dtype)
-    check_like(name, "grad", grad, adv)
-    check_like(name, "clean", clean, adv)
+    for argument, x in (("grad", grad), ("clean", clean)):
+        check_tensor(name, argument, x)
+        check_like(name, argument, x, adv)
     number_of_norm = NORMS[checked_norm(name, norm)]
     lower, upper = checked_bounds(name, lower, upper)
     looks = watcher()
-    steps = _of_samples(name, "step_size", step_size, adv, looks)
-    radii = _of_samples(name, "eps", eps, adv, looks)
+    steps = of_samples(name, "step_size", step_size, adv, looks)
+    radii = of_samples(name, "eps", eps, adv, looks)
     channels = channel_rows(name, adv, mean, std, lower, upper)
     if looks is None:
         _check_written(name, adv)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from .._numbers import integer
 from ..reference import drop_path as reference
 from ._checks import (
     Entry,
@@ -153,6 +154,9 @@ def drop_path(
     check_batch("drop_path", "input", input)
     if mode not in MODES:
         refuse("drop_path", "mode", "'row' or 'batch'", repr(mode), ValueError)
+    sample_offset = integer("drop_path", "sample_offset", sample_offset)
+    if not 0 <= sample_offset < 2**62:
+        refuse("drop_path", "sample_offset", "in [0, 2^62)", sample_offset, ValueError)
     if residual is not None:
         check_like("drop_path", "residual", residual, input)
     if layer_scale is not None:

@@ -189,6 +189,13 @@ def test_the_gradient_of_added_noise_is_the_outputs():
         ),
         (lambda x: F.salt_and_pepper(x, 0.5, high=math.nan), ValueError, "high must be a number"),
         (lambda x: nn.GaussianDropout(1.0), ValueError, r"GaussianDropout: p must be in \[0, 1\)"),
+        (lambda x: nn.GaussianDropout(-0.1), ValueError, r"GaussianDropout: p must be in \[0, 1\)"),
+        (lambda x: nn.weight_noise(3, 0.1), TypeError, "module must be an nn.Module, got int"),
+        (
+            lambda x: nn.weight_noise(nn.weight_noise(torch.nn.PReLU(), 0.1), 0.1),
+            ValueError,
+            "weight_noise: name must be one without a parametrization",
+        ),
         (lambda x: nn.GaussianNoise(-0.1), ValueError, "GaussianNoise: std must be finite"),
         (lambda x: nn.NoisyLinear(3, 2, std_init=-1.0), ValueError, "std_init must be finite"),
         (lambda x: nn.WeightNoise(0.1, "yes"), TypeError, "relative must be True or False"),

@@ -74,6 +74,24 @@ def test_one_draw_for_the_batch():
             ValueError,
             "mode must be 'batch', 'subset' or 'row', got 'rows'",
         ),
+        (lambda: nn.drop_path_rates(0.1, 2.5), TypeError, "depths must be a number of blocks or"),
+        (
+            lambda: F.drop_path(torch.ones(2), 0.5, mode="batch", sample_offset=-1),
+            ValueError,
+            r"drop_path: sample_offset must be in \[0, 2\^62\), got -1",
+        ),
+        (
+            lambda: nn.StochasticDepthBlock(torch.nn.Identity(), 0.5, "subset")(torch.ones(())),
+            RuntimeError,
+            "StochasticDepthBlock: input must be a batch",
+        ),
+        (
+            lambda: nn.StochasticDepthBlock(torch.nn.MaxPool1d(1, return_indices=True), 0.0)(
+                torch.ones(1, 2, 2)
+            ),
+            TypeError,
+            "the branch's output must be a Tensor, got tuple",
+        ),
         (
             lambda: nn.StochasticDepthBlock(torch.relu, 0.5),
             TypeError,
@@ -148,6 +166,14 @@ def test_a_subset_has_a_fixed_number_of_samples():
     none = nn.StochasticDepthBlock(Branch(), 0.96, "subset")
     assert none(x) is x
     assert none.branch.seen == []
+
+
+def test_a_subset_keeps_the_memory_format():
+    block = nn.StochasticDepthBlock(torch.nn.Conv2d(3, 3, 3, padding=1), 0.5, "subset")
+    x = torch.randn(8, 3, 4, 5).to(memory_format=torch.channels_last)
+    y = block(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (y != x).flatten(1).any(1).sum() == 4
 
 
 def test_batch_norm_in_a_subset_sees_what_is_kept():
