@@ -187,9 +187,12 @@ def weight_noise(
         kind = type(module).__name__
         refuse("weight_noise", "name", f"that of a parameter of {kind}", repr(name), ValueError)
     noise = WeightNoise(std, relative, backend=backend)
-    # torch tries it out, and nothing is to be drawn for that.
-    parametrize.register_parametrization(module, name, noise.eval())
-    noise.train(module.training)
+    training, module.training = module.training, False  # torch tries it out: no draw for that
+    try:
+        parametrize.register_parametrization(module, name, noise)
+    finally:
+        module.training = training
+    noise.train(training)
     inside = f"parametrizations.{name}.original"
 
     def rename(state: dict[str, Any], old: str, new: str) -> None:

@@ -63,9 +63,9 @@ class Operands(NamedTuple):
 
 class LayerScale(NamedTuple):
     """A factor for each channel, in the type of computing: that of element l of a row is
-    values[l // inner % channels]."""
+    data[l // inner % channels]."""
 
-    values: Any
+    data: Any  # not `values`, which a tuple in a kernel has of its own
     channels: Any
     inner: Any
 
@@ -183,7 +183,7 @@ def rows_kernel(
     option_0: tl.float64,  # the numbers behind p in the op's schema, or None
     option_1: tl.float64,
     option_2: tl.float64,
-    layer_scale,  # (values, channels, inner) of a LayerScale, or None
+    layer_scale,  # (data, channels, inner) of a LayerScale, or None
     OP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -206,7 +206,7 @@ def rows_kernel(
     options = (option_0, option_1, option_2)
     if layer_scale is not None:
         channel = l // layer_scale.inner % layer_scale.channels
-        factors = tl.load(layer_scale.values + channel)[None, :]
+        factors = tl.load(layer_scale.data + channel)[None, :]
         map_elements(operands, i, inside, drawn, draws, options, factors, OP)
     else:
         map_elements(operands, i, inside, drawn, draws, options, None, OP)
