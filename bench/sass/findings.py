@@ -42,6 +42,18 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         INSTRUCTIONS,
+        r"^cuda/(gaussian_noise|uniform_noise|salt_and_pepper) elements_kernel",
+        "Ten Philox rounds for four elements, or for eight of 16 bits, are the contract, as is the "
+        "normal pair's formula, whose products and sums are rounded apart.",
+    ),
+    (
+        NARROW,
+        r"^cuda/drop_path channels_kernel<.*true>",
+        "A layer scale's factors, one a channel, which the caches hold; the elements are moved 16 "
+        "bytes at a time.",
+    ),
+    (
+        INSTRUCTIONS,
         r"drop(out|_path) (channels|rows)_kernel",
         "Open: every vector of 16 bytes finds its channel and draws for itself, some 290 "
         "instructions in CUDA. Vectors of one channel could share both.",

@@ -356,23 +356,25 @@ template <typename Op, typename T>
 void launch_channels(const T* x, T* y, const Beside<Op, T>& beside, int64_t numel,
                      ChannelLayout layout, int64_t mask_offset, RateArgument rate, RngState rng,
                      cudaStream_t stream) {
-  if (numel == 0) return;
-  const Span<const T> in{x, 0, numel};
-  const Span<T> out{y, 0, numel};
-  const dim3 grid(static_cast<unsigned>(ceil_div(numel, kElementwiseThreads * kVector<T>)));
-  // The last vector may reach past numel, so the narrow index stops short of its own limit.
-  const bool narrow = numel < (int64_t{1} << 31);
-  auto kernel =
-      narrow ? channels_kernel<Op, T, uint32_t, false> : channels_kernel<Op, T, uint64_t, false>;
-  if constexpr (kScalesChannels<Op>) {
-    if (beside.layer_scale.values != nullptr) {
-      kernel =
-          narrow ? channels_kernel<Op, T, uint32_t, true> : channels_kernel<Op, T, uint64_t, true>;
+  if constexpr (has_form<Op>(DrawnFor::channel) || has_form<Op>(DrawnFor::sample)) {
+    if (numel == 0) return;
+    const Span<const T> in{x, 0, numel};
+    const Span<T> out{y, 0, numel};
+    const dim3 grid(static_cast<unsigned>(ceil_div(numel, kElementwiseThreads * kVector<T>)));
+    // The last vector may reach past numel, so the narrow index stops short of its own limit.
+    const bool narrow = numel < (int64_t{1} << 31);
+    auto kernel =
+        narrow ? channels_kernel<Op, T, uint32_t, false> : channels_kernel<Op, T, uint64_t, false>;
+    if constexpr (kScalesChannels<Op>) {
+      if (beside.layer_scale.values != nullptr) {
+        kernel = narrow ? channels_kernel<Op, T, uint32_t, true>
+                        : channels_kernel<Op, T, uint64_t, true>;
+      }
     }
+    RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out, layout,
+              static_cast<uint64_t>(mask_offset), rate, rng, beside);
+    check_launch(Op::kForms[0].name);
   }
-  RK_LAUNCH(kernel, grid, dim3(kElementwiseThreads), 0, stream, in, out, layout,
-            static_cast<uint64_t>(mask_offset), rate, rng, beside);
-  check_launch(Op::kForms[0].name);
 }
 
 }  // namespace cuda
