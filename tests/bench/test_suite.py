@@ -73,7 +73,8 @@ def test_every_op_is_on_the_ladder():
     options = {("optimizer_step", k) for _, k in found if "+" in k}
     targets = {("cross_entropy", kind) for kind in ("smoothed", "labels", "probabilities")}
     goals = {("drop_path", half.variant) for half in drop_path.HALVES}
-    assert found - set(LADDERS) == options & found | targets | goals
+    norms = {("adversarial_step", norm) for norm in ("l2", "l1")}
+    assert found - set(LADDERS) == options & found | targets | goals | norms
 
 
 @pytest.mark.parametrize(("op", "variant"), LADDERS)

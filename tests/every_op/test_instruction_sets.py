@@ -40,7 +40,7 @@ PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before each try; whoever disturbs 
 NOISE = 0.05  # of a call's time
 
 # What the baseline of x86 lacks, and so may take as many times longer again.
-NO_CONVERSION = 3.0  # of float16, which is a dozen integer instructions a value
+NO_CONVERSION = 4.0  # of float16, which is a dozen integer instructions a value, in and out
 NO_MULTIPLY_ADD = 4.0  # in float by way of double, in double a call for each value
 FUSED = ("cross_entropy", "distillation", "AdamW", "SGDW")  # which multiply and add so
 
