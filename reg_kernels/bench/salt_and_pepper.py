@@ -16,7 +16,7 @@ _LOW, _HIGH = 0.0, 3.0  # outside of the inputs
 
 
 def _eager(x: Tensor) -> Tensor:
-    drawn = torch.rand_like(x)
+    drawn = torch.rand_like(x, dtype=torch.float32)  # bfloat16 has too few values below P
     return torch.where(drawn < P, torch.where(drawn < P / 2, _HIGH, _LOW), x)
 
 
