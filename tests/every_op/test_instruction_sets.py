@@ -293,8 +293,10 @@ def bound(name: str, dtype: torch.dtype, slower: str, faster: str) -> float:
         return LOST_BY_WIDTH
     times = BEYOND_WIDTH * WIDTH[faster] / WIDTH[slower]
     if slower == "baseline":
-        needs = {NO_CONVERSION: dtype == torch.float16, NO_MULTIPLY_ADD: name.startswith(FUSED)}
-        times *= max([factor for factor, needed in needs.items() if needed], default=1.0)
+        if dtype == torch.float16:
+            times *= NO_CONVERSION
+        elif name.startswith(FUSED):
+            times *= NO_MULTIPLY_ADD
     return times
 
 
