@@ -206,8 +206,13 @@ NETS = (
     Net("resnet50", resnet50, 1000, (16, 3, 64, 64), _PHOTOS),
     *(
         Net(
-            *(f"deep, {mode} skipped", deep, 10),
-            *((32, 3, 16, 16), (256, 3, 32, 32), functools.partial(skipping, mode), 1.3),
+            f"deep, {mode} skipped",
+            deep,
+            classes=10,
+            batch=(32, 3, 16, 16),
+            batch_gpu=(256, 3, 32, 32),
+            ours=functools.partial(skipping, mode),
+            speedup=1.3,
         )
         for mode in ("batch", "subset")
     ),

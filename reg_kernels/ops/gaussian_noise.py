@@ -30,13 +30,12 @@ def gaussian_noise(
     Two words of 32 bits make two normal numbers, the same bits in every implementation. They reach
     6.55; of a normal distribution 6e-11 lie further out.
 
-
     Args:
         input: a tensor of any shape; float64, float32, float16, bfloat16 or uint8. 16-bit floats
             are computed in float32 and rounded once; bytes as well, and the result is rounded and
             held to [0, 255].
-        std: the standard deviation of the noise,
-            finite and at least 0, in the input's units, of which an image of bytes has 255.
+        std: the standard deviation of the noise, finite and at least 0, in the input's units, of
+            which an image of bytes has 255.
         training: False returns `input` itself.
         inplace: True writes over `input` and returns it.
         multiplicative: True multiplies the noise by the input.

@@ -24,30 +24,8 @@ def uniform_noise(
     r"""Adds uniform noise to each element, or multiplies each by 1 plus such noise.
 
     The result is :math:`x + a u`, or :math:`x + a u x` with `multiplicative`, where :math:`u` is
-    uniform from -1 to 1, of 32 bits. The gradient is as in `gaussian_noise`.
-
-
-    Args:
-        input: a tensor of any shape; float64, float32, float16, bfloat16 or uint8. 16-bit floats
-            are computed in float32 and rounded once; bytes as well, and the result is rounded and
-            held to [0, 255].
-        amplitude: half of the width of the distribution,
-            finite and at least 0, in the input's units, of which an image of bytes has 255.
-        training: False returns `input` itself.
-        inplace: True writes over `input` and returns it.
-        multiplicative: True multiplies the noise by the input.
-        rng_state, element_offset, backend: as in `dropout`.
-
-    Returns:
-        A tensor of the input's shape and dtype, with its memory layout where that is dense. `input`
-        itself where there is no noise.
-
-    Raises:
-        ValueError: `amplitude` is negative, infinite or NaN, or `backend` is unknown.
-        TypeError: `input` is no tensor, `amplitude` no number, or `multiplicative` no bool.
-        RuntimeError: as `dropout` raises it.
-
-    Source: the same contract as `dropout`'s for the draws, a whole word for each element.
+    uniform from -1 to 1, of 32 bits. Other arguments, result, gradient and errors are those of
+    `gaussian_noise`, with the amplitude :math:`a`, half of the distribution's width, for its `std`.
     """
     if has_torch_function_unary(input):
         return hand_over(uniform_noise, locals(), "input")

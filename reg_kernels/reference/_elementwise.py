@@ -32,11 +32,19 @@ def permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
-def by_elements(input: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
-    """`values` of the input in storage order and in the type of computing, rounded and put back.
-    They are to be a tensor of their own, since autograd lets nobody write to a view."""
+def by_elements(
+    input: Tensor,
+    number: float,
+    traced: Tensor | None,
+    rng_state: Tensor,
+    values: Callable[[Tensor, float, Tensor], Tensor],
+) -> Tensor:
+    """values(x, number, rng_state) of the input in storage order and in the type of computing,
+    rounded and put back. They are to be a tensor of their own, since autograd lets nobody write to
+    a view. `traced`, a float64 tensor, takes the place of `number` in a compiled program."""
+    number = number if traced is None else float(traced)
     x, order = in_storage_order(input)
-    y = values(x.to(compute_dtype(input.dtype)))
+    y = values(x.to(compute_dtype(input.dtype)), number, rng_state.to(input.device))
     return permuted_back(y.to(x.dtype), order, input)
 
 

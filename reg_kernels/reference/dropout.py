@@ -47,13 +47,11 @@ def dropout(
 
     `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
     """
-    p = p if traced_p is None else float(traced_p)
-    rng_state = rng_state.to(input.device)
 
-    def values(x: Tensor) -> Tensor:
+    def values(x: Tensor, p: float, rng_state: Tensor) -> Tensor:
         return x * multipliers(x.numel(), p, rng_state, element_offset, x.dtype).view(x.shape)
 
-    return by_elements(input, values)
+    return by_elements(input, p, traced_p, rng_state, values)
 
 
 def feature_dropout(

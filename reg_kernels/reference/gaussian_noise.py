@@ -16,15 +16,10 @@ def gaussian_noise(
     element_offset: int = 0,
     traced_p: Tensor | None = None,
 ) -> Tensor:
-    """y = x + std z or x + std z x, one normal number an element in storage order.
+    """y = x + std z or x + std z x, one normal number an element in storage order."""
 
-    `traced_p`, a float64 tensor, takes the place of `std` in a compiled program.
-    """
-    std = std if traced_p is None else float(traced_p)
-    rng_state = rng_state.to(input.device)
-
-    def values(x: Tensor) -> Tensor:
+    def values(x: Tensor, std: float, rng_state: Tensor) -> Tensor:
         z = normals(rng_state, tag("gaussian"), element_offset, x.numel())
         return with_noise(x, std, z.view(x.shape), multiplicative)
 
-    return by_elements(input, values)
+    return by_elements(input, std, traced_p, rng_state, values)

@@ -20,18 +20,13 @@ def salt_and_pepper(
     traced_p: Tensor | None = None,
 ) -> Tensor:
     """y = high where u < p salt_vs_pepper, low where u < p, else x; u = half-word / 65536, one an
-    element in storage order. Both bounds are rounded to multiples of 1/65536.
+    element in storage order. Both bounds are rounded to multiples of 1/65536."""
 
-    `traced_p`, a float64 tensor, takes the place of `p` in a compiled program.
-    """
-    p = p if traced_p is None else float(traced_p)
-    salt, p = (round(share * 65536) / 65536 for share in (p * salt_vs_pepper, p))
-    rng_state = rng_state.to(input.device)
-
-    def values(x: Tensor) -> Tensor:
+    def values(x: Tensor, p: float, rng_state: Tensor) -> Tensor:
+        salt, p = (round(share * 65536) / 65536 for share in (p * salt_vs_pepper, p))
         drawn = half_words(rng_state, tag("impulses"), element_offset, x.numel())
         u = drawn.view(x.shape).to(x.dtype) * 2.0**-16
         impulse = torch.where(u < salt, torch.full_like(x, high), torch.full_like(x, low))
         return torch.where(u < p, impulse, x)
 
-    return by_elements(input, values)
+    return by_elements(input, p, traced_p, rng_state, values)

@@ -19,14 +19,11 @@ def uniform_noise(
     """y = x + amplitude u or x + amplitude u x, u from -1 to 1, one draw of 32 bits an element in
     storage order.
 
-    `traced_p`, a float64 tensor, takes the place of `amplitude` in a compiled program.
     """
-    amplitude = amplitude if traced_p is None else float(traced_p)
-    rng_state = rng_state.to(input.device)
 
-    def values(x: Tensor) -> Tensor:
+    def values(x: Tensor, amplitude: float, rng_state: Tensor) -> Tensor:
         drawn = words(rng_state, tag("uniforms"), element_offset, x.numel())
         u = (drawn - ((drawn >> 31) << 32)).to(x.dtype) * 2.0**-31
         return with_noise(x, amplitude, u.view(x.shape), multiplicative)
 
-    return by_elements(input, values)
+    return by_elements(input, amplitude, traced_p, rng_state, values)
