@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import refuse
 from ..ops._checks import check_flag, check_tensor
@@ -234,7 +235,7 @@ def checked_logits(name: str, output: Any, input: Tensor, any: bool = False) -> 
     if not any and (
         output.dim() < 2 or len(output) != len(input) or not output.is_floating_point()
     ):
-        refuse(name, "model", must, f"{output.dtype} of shape {tuple(output.shape)}")
+        refuse(name, "model", must, f"{named(output.dtype)} of shape {tuple(output.shape)}")
     return output
 
 

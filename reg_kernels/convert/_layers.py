@@ -34,12 +34,12 @@ def convert(
 
     With `fuse`, chains BatchNorm → (+ residual) → ReLU, LeakyReLU, SiLU or exact GELU → Dropout run
     in one pass; any of the three behind the BatchNorm may be missing. So does the sum of a shortcut
-    and a `DropPath` or `StochasticDepth` layer's output. `torch.fx` finds them in the
-    forward of one module, where nothing else uses what lies between. Only the module whose forward
-    has the chain gets another class, a subclass of its own. The chain's layers are swapped as all
-    others are, and are looked at again at each call: one that was replaced, taken out, frozen, or
-    given a hook or a forward of its own is called by itself. An nn.Sequential may be rearranged as
-    before. Calls, state and gradients stay what they were, to rounding.
+    and a `DropPath` or `StochasticDepth` layer's output, with a layer scale before it. `torch.fx`
+    finds them in the forward of one module, where nothing else uses what lies between. Only the
+    module whose forward has the chain gets another class, a subclass of its own. The chain's layers
+    are swapped as all others are, and are looked at again at each call: one that was replaced,
+    taken out, frozen, or given a hook or a forward of its own is called by itself. An nn.Sequential
+    may be rearranged as before. Calls, state and gradients stay what they were, to rounding.
 
     Any other module runs its graph as its forward. It warns and runs its layers one by one from
     then on if a plain attribute changes that its forward read, if a layer is added or taken away,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._layout import is_dense
 from ..reference import gaussian_noise as gaussian
 from ..reference import uniform_noise as uniform
-from ._checks import Entry, check_flag, check_tensor, number, refuse
+from ._checks import Entry, check_dtype, check_flag, check_tensor, number, refuse
 from ._modes import watcher
 from ._route import DRAWN, Draw, Linear, draw, filled
 
@@ -90,6 +90,7 @@ def drawn_over(
 ) -> Tensor:
     """The op of an input; of an image of bytes by way of float32, rounded and held to a byte."""
     if input.dtype != torch.uint8:
+        check_dtype(op.fresh.name, "input", input.dtype, and_also="uint8")
         return draw(op, watcher(), input, *how, inplace, options)
     values = draw(op, watcher(), input.float(), *how, True, options)
     output = values.round().clamp(0, 255).to(torch.uint8)

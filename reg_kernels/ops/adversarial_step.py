@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from .._dtypes import named
 from .._numbers import number, traced_numbers, varies
 from ..reference import adversarial_step as reference
 from ._checks import (
@@ -122,7 +123,7 @@ def of_samples(
             return None, value
         return traced_numbers(adv.device, value), 0.0
     if not value.is_floating_point():
-        refuse(name, argument, "of a floating-point type", value.dtype, TypeError)
+        refuse(name, argument, "of a floating-point type", named(value.dtype), TypeError)
     if value.dim() > 1 or value.numel() not in (1, len(adv)):
         must = f"one number, or one for each of the {len(adv)} samples"
         refuse(name, argument, must, f"shape {tuple(value.shape)}", ValueError)
