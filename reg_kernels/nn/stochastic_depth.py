@@ -239,10 +239,19 @@ def drop_path_rates(rate: float, depths: int | Sequence[int]) -> list[Any]:
     return found[0] if isinstance(depths, int) else found
 
 
+class _DropPathOfX(DropPath):
+    """timm's calls its input x, and so do those who call it."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(x, residual, layer_scale)
+
+
 # The layers of packages that may be there or not: where their classes are, and which of ours does
 # their work. A twin is made when `convert` meets a package that was imported, or when pickle asks.
 _OF_PACKAGES: dict[str, tuple[str, str, type[DropsPaths]]] = {
-    "TimmDropPath": ("timm.layers.drop", "DropPath", DropPath),
+    "TimmDropPath": ("timm.layers.drop", "DropPath", _DropPathOfX),
     "TorchvisionStochasticDepth": (
         *("torchvision.ops.stochastic_depth", "StochasticDepth"),
         StochasticDepth,
@@ -261,7 +270,7 @@ def _twin(name: str) -> type[torch.nn.Module]:
     module, original, ours = _OF_PACKAGES[name]
     layer = getattr(importlib.import_module(module), original)
     if layer not in TWINS:
-        body = {"__module__": __name__, "__doc__": ours.__doc__}
+        body = {"__module__": __name__, "__doc__": layer.__doc__}
         globals()[name] = twin_of(layer)(type(name, (ours, layer), body))
     return TWINS[layer]
 

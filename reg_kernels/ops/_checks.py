@@ -62,6 +62,11 @@ def check_dtype(
         refuse(op, argument, f"one of {SUPPORTED}{also}", f"{named(dtype)}{where}", kind)
 
 
+def check_dense(op: str, argument: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        refuse(op, argument, "a dense tensor", named(x.layout))
+
+
 def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
     """Raises unless x is where the input is."""
     if x.device != input.device:
@@ -70,6 +75,7 @@ def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
 
 def check_batch(op: str, argument: str, x: Any) -> None:
     check_tensor(op, argument, x)
+    check_dense(op, argument, x)
     if x.dim() == 0:
         refuse(op, argument, "a batch (N, ...)", "no dimensions")
 
@@ -81,6 +87,7 @@ def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
         return f"{named(x.dtype)} of shape {tuple(x.shape)} on {x.device}"
 
     check_tensor(op, argument, x, "a Tensor or None")
+    check_dense(op, argument, x)
     if x.shape != input.shape or x.dtype != input.dtype or x.device != input.device:
         refuse(op, argument, f"like the input, {kind(input)}", kind(x))
 

@@ -29,7 +29,7 @@ from .._layout import (
     with_strides,
 )
 from .._numbers import integer, traced_numbers
-from ._checks import check_dtype, check_in_place, refuse
+from ._checks import check_dense, check_dtype, check_in_place, refuse
 from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
 from ._signature import Known
@@ -461,6 +461,7 @@ def draw(
         refuse(name, "element_offset", "in [0, 2^62)", element_offset, ValueError)
     if dtype not in DTYPES:
         check_dtype(name, "input", dtype)
+    check_dense(name, "input", input)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
         state, given_state = _rng.checked_state(state, device, name), state
