@@ -259,6 +259,43 @@ def test_weight_noise_leaves_the_weight_clean(relative):
     layer.load_state_dict(clean.state_dict())
 
 
+def test_a_copy_of_a_layer_with_weight_noise_has_its_own():
+    layer = nn.weight_noise(torch.nn.Linear(8, 4), 0.1)
+    clean, other = copy.deepcopy(layer), copy.deepcopy(layer)
+    x = torch.randn(3, 8)
+    assert not torch.equal(other(x), other(x))
+    other(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad is None
+    # Where the noise is taken off one of them, the others' keys stay as they are.
+    parametrize.remove_parametrizations(clean.eval(), "weight")
+    with torch.no_grad():
+        clean.weight.zero_()
+    layer.load_state_dict(clean.state_dict())
+    assert (layer.parametrizations.weight.original == 0).all()
+    clean.load_state_dict(other.state_dict())
+    assert torch.equal(clean.weight, other.parametrizations.weight.original)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_weight_noise_of_a_recurrent_layer(kind):
+    layer = kind(3, 4)
+    clean = copy.deepcopy(layer)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        nn.weight_noise(layer, 0.1, name)
+    x = torch.randn(5, 2, 3)
+    y = layer(x)[0]
+    assert not torch.equal(layer(x)[0], y) and not torch.equal(clean(x)[0], y)
+    y.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    draws = []
+    layer.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *_: draws.append(1))
+    with parametrize.cached():
+        layer(x)
+    assert draws == [1]
+    assert torch.equal(layer.eval()(x)[0], clean(x)[0])
+    copy.deepcopy(layer).load_state_dict(clean.state_dict())
+
+
 def test_noisy_linear_under_autocast():
     layer = nn.NoisyLinear(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
