@@ -10,7 +10,7 @@
 // draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
 // 256 consecutive elements, which its lanes load and store 16 bytes each, side by side. In fp32 and
 // fp64 a group spans several of those vectors, so a lane's vector belongs to a group that another
-// lane drew: its draws come by shuffle. Where a vector spans two groups, its lane draws both.
+// lane drew: its draws come by shuffle. Where a vector spans several groups, its lane draws each.
 #pragma once
 
 #include <algorithm>
@@ -234,10 +234,12 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
     if constexpr (kGroups == 1) {
       drawn = draw_group<Op>(stream, group, rate.threshold);
     } else {
-      const DrawnGroup<Op> halves[] = {draw_group<Op>(stream, group, rate.threshold),
-                                       draw_group<Op>(stream, group + 1, rate.threshold)};
-      static_assert(kGroups == 2, "a vector spans two groups at most");
-      drawn = bit_cast<Drawn<kept_t<Op>, kDraws * kGroups>>(halves);
+      DrawnGroup<Op> groups[kGroups];
+      RK_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        groups[g] = draw_group<Op>(stream, group + g, rate.threshold);
+      }
+      drawn = bit_cast<Drawn<kept_t<Op>, kDraws * kGroups>>(groups);
     }
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {

@@ -223,6 +223,7 @@ class Linear(Route):
         keeps: tuple[str, ...],
         drops: bool = True,
         reads_dropped: bool = True,
+        takes_bytes: bool = False,
         addends: tuple[str, ...] = (),
         multiplier: str = "",
         by_multiplier: Callable[..., Tensor] | None = None,
@@ -243,6 +244,7 @@ class Linear(Route):
             keeps: the names of the tensors among the arguments that a gradient needs.
             drops: whether the number of a random op is the probability of dropping an element.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
+            takes_bytes: whether a random op also takes bytes, which are computed in float32.
             addends: the names of optional tensors that are added to the linear part.
             multiplier: the name of an optional tensor that the linear part is multiplied by; it
                 broadcasts against the input, in the type of computing.
@@ -271,6 +273,7 @@ class Linear(Route):
         self.adds_alone = adds_alone
         self.drops = drops
         self.reads_dropped = reads_dropped
+        self.also_takes = "uint8" if takes_bytes else ""
         self.fresh = register(
             name,
             f"(Tensor input{tensors}, {arguments}{last}) -> Tensor",
@@ -460,7 +463,8 @@ def draw(
     if not 0 <= element_offset < 2**62:
         refuse(name, "element_offset", "in [0, 2^62)", element_offset, ValueError)
     if dtype not in DTYPES:
-        check_dtype(name, "input", dtype)
+        check_dtype(name, "input", dtype, and_also=op.also_takes)
+        dtype = torch.float32
     check_dense(name, "input", input)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
