@@ -142,6 +142,40 @@ def test_bytes_are_rounded_and_saturate(name, backend):
     over = x.clone()
     assert noise(over, inplace=True, **options) is over
     assert torch.equal(over, y)
+    # In storage order, or as any other layout.
+    assert torch.equal(noise(x.view(64, 32).t(), **options).t().flatten(), y)
+    assert torch.equal(noise(torch.stack((x, x), 1)[:, 0], **options), y)
+    assert torch.equal(noise(x[5:], element_offset=5, **options), y[5:])
+
+
+@on_each
+def test_bytes_at_the_edges(backend):
+    """Ties go to the even byte, what is no number is 0, and no noise on a byte is none."""
+    zeros = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+    values = {-0.5: 0, 0.5: 0, 1.5: 2, 2.5: 2, 254.5: 254, 255.5: 255, math.inf: 255, -math.inf: 0}
+    for value, expected in values.items():
+        y = F.salt_and_pepper(zeros, 1.0, low=value, high=value, backend=backend)
+        assert (y == expected).all(), value
+    wide = {"std": 3e38, "multiplicative": True, "backend": backend}
+    assert F.gaussian_noise(zeros, **wide).eq(0).all()  # where it overflows, 0 times infinity
+    y = F.gaussian_noise(zeros + 1, **wide)
+    assert set(y.tolist()) == {0, 255}
+    assert F.gaussian_noise(zeros[:0], 1.0, backend=backend).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_bytes_under_compile_vmap_and_threads(name):
+    noise, x = NOISES[name], torch.arange(256, dtype=torch.uint8).repeat(300)
+    y = noise(x, rng_state=rng_state())
+    with torch.no_grad():
+        compiled = torch.compile(noise, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, rng_state=rng_state()), y)
+    mapped = torch.vmap(lambda x: noise(x, rng_state=rng_state()))(x.view(3, -1))
+    assert torch.equal(mapped[0], y[: mapped.shape[1]])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert torch.equal(noise(x, rng_state=rng_state()), y)
+    torch.set_num_threads(threads)
 
 
 # What is asked for
