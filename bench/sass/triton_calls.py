@@ -186,7 +186,7 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
             _both(y)
 
     for case in all_cases():
-        if not case.small and re.fullmatch(rf"(feature_)?{op}(_|_inference|_backward)?", case.op):
+        if not case.small and re.fullmatch(rf"(feature_)?{op}(_|_inference|_backward|_add)?", case.op):
             yield f"{case.op}[{case.name}]", lambda case=case: run(case)
 
 
