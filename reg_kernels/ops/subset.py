@@ -138,6 +138,10 @@ class _Split(torch.autograd.Function):
         return None, _ADD(overload, of_gathered, of_input, *ctx.saved_tensors, 1.0), None, None
 
 
+# This `apply` saves two microseconds: it prepares nothing for torch.func.
+_split = super(torch.autograd.Function, _Split).apply  # type: ignore[misc]
+
+
 def add_of_subset(
     input: Tensor,
     branch: Callable[[Tensor], Tensor],
@@ -160,7 +164,7 @@ def add_of_subset(
         op.fresh.overload(x.device, x.dtype, backend, looks) for op in (_SUBSET, _ADD)
     )
     if looks is None and wants_gradient((x,)):
-        shortcut, gathered = _Split.apply(gather, x, *subset)
+        shortcut, gathered = _split(gather, x, *subset)
     else:
         shortcut, gathered = x, _SUBSET.call(looks, gather, (x,), (*subset, 1.0))
     branched = branch(gathered)
