@@ -29,13 +29,11 @@ void run(const SubsetCall& a, const Tensor& input, const int64_t* sources, doubl
   if (numel == 0) return;
   const bool stream =
       numel * static_cast<int64_t>(a.result.element_size()) > last_level_cache_bytes();
-  const SubsetTask task{a.x,     a.residual, a.y,   dtype_of(input, op),
-                        a.numel, sources,    scale, stream};
+  const SubsetTask task{a.x, a.residual, a.y, dtype_of(input, op), a.numel, sources, scale, stream};
   const auto leaf = RK_LEAF(subset_range);
-  torch::stable::parallel_for(0, ceil_div(numel, kUnit), kGrain / kUnit,
-                              [&](int64_t begin, int64_t end) {
-                                leaf(task, begin * kUnit, std::min(end * kUnit, numel));
-                              });
+  torch::stable::parallel_for(
+      0, ceil_div(numel, kUnit), kGrain / kUnit,
+      [&](int64_t begin, int64_t end) { leaf(task, begin * kUnit, std::min(end * kUnit, numel)); });
 }
 
 Tensor subset(const Tensor& input, const Tensor& kept, const Tensor& dropped, double scale) {

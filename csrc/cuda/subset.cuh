@@ -14,7 +14,7 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kSubsetThreads = 256;
-constexpr int kSubsetLoads = 4;  // vectors of a thread before its first use of one
+constexpr int kSubsetLoads = 2;  // vectors of a thread before its first use of one
 
 template <typename T>
 struct Subset {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void subset_tile(const Subset<T>& a, int64_t i, int64
         result.v[j] = kept ? add_scaled(beside[k].v[j], values[k].v[j], a.scale) : beside[k].v[j];
       }
     }
-    store_whole(y + at, result);
+    store_at_once(y + at, result);
   }
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def subset(input: Tensor, kept: Tensor, dropped: Tensor, scale: float) -> Tensor:
-    """y[k] = scale x[kept[k]], of x [N, ...]; kept [K] and dropped [N - K] have each sample once."""
+    """y[k] = scale x[kept[k]], of x [N, ...]; kept [K] and dropped [N - K] have each once."""
     compute = torch.promote_types(input.dtype, torch.float32)
     return (input.index_select(0, kept).to(compute) * scale).to(input.dtype)
 

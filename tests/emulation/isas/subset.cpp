@@ -14,8 +14,7 @@ void call_leaves() {
         for (const bool adds : {false, true}) {
           for (const bool stream : {false, true}) {
             Buffer<T> y(5 * numel, 0);
-            SubsetTask task{x.data(), nullptr,  y.data(), kDType<T>,
-                            numel,    kSources, scale,    stream};
+            SubsetTask task{x.data(), nullptr, y.data(), kDType<T>, numel, kSources, scale, stream};
             if (adds) task.residual = residual.data();
             RK_LEAF(subset_range)(task, 0, 3 * numel - numel / 2);
             RK_LEAF(subset_range)(task, 3 * numel - numel / 2, 5 * numel);
