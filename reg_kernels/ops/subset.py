@@ -139,7 +139,7 @@ class _Split(torch.autograd.Function):
 
 
 # This `apply` saves two microseconds: it prepares nothing for torch.func.
-_split = super(torch.autograd.Function, _Split).apply  # type: ignore[misc]
+_split = super(torch.autograd.Function, _Split).apply
 
 
 def add_of_subset(
@@ -160,9 +160,7 @@ def add_of_subset(
     # The trace of one layout has to bring any other into it.
     fits = looks is not TRACE and has_samples_outermost(input)
     x = input if fits else input.contiguous()
-    gather, add = (
-        op.fresh.overload(x.device, x.dtype, backend, looks) for op in (_SUBSET, _ADD)
-    )
+    gather, add = (op.fresh.overload(x.device, x.dtype, backend, looks) for op in (_SUBSET, _ADD))
     if looks is None and wants_gradient((x,)):
         shortcut, gathered = _split(gather, x, *subset)
     else:
