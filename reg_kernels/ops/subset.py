@@ -75,6 +75,11 @@ def _gather(overload: Any, grad_output: Tensor, like: Any, strides: Any, *argume
     return _SUBSET(_SUBSET.fresh.like(overload), with_strides(grad_output, strides), *arguments)
 
 
+def _in_order(y: Tensor, like: Tensor) -> Tensor:
+    """y, of samples like those of `like`, stored as those are."""
+    return with_strides(y, empty_samples(like, len(y)).stride())
+
+
 _ARGUMENTS = "Tensor kept, Tensor dropped, float scale"
 
 _SUBSET = Linear(
@@ -89,10 +94,6 @@ _SUBSET = Linear(
     by_torch=formula(reference.subset),
     has_in_place=False,
 )
-
-
-def _in_order(y: Tensor, like: Tensor) -> Tensor:
-    return with_strides(y, empty_samples(like, len(y)).stride())
 
 
 _ADD = Linear(
