@@ -58,5 +58,4 @@ CASES = [
     _case("subset_add", (9, 3, 4, 4), 5, _channels_last, weighted=True),
     _case("subset_add", (3, 64, 29, 27), 1, _channels_last, weighted=True),
     _case("subset_add", (33, 7, 33, 33), 16),
-    _case("subset_add", (12, 4, 32, 32), 6),
 ]
