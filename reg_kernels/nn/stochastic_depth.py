@@ -24,6 +24,7 @@ from ..ops._checks import (
     refuse,
 )
 from ..ops.drop_path import MODES
+from ..ops.subset import Subset, add_of_subset
 from ._leaf import call_in_graph
 
 __all__ = ["DropPath", "StochasticDepth", "StochasticDepthBlock", "drop_path_rates"]
@@ -147,7 +148,7 @@ class StochasticDepthBlock(torch.nn.Module):
         branch: a module whose output has its input's shape.
         p: the probability of skipping, in [0, 1].
         mode: "batch", "subset" or "row".
-        backend: of `drop_path`, for `mode="row"`.
+        backend: "native", "triton" or "reference", for the modes "row" and "subset".
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016 (the coin of a batch);
     the fixed number of samples is that of M. Oquab et al., "DINOv2", TMLR 2024.
@@ -198,15 +199,10 @@ class StochasticDepthBlock(torch.nn.Module):
         kept = round((1 - self.p) * samples)
         if kept == 0:
             return input
+        order = torch.randperm(samples, device=input.device)
         # In order, so that memory is read in order.
-        index = torch.randperm(samples, device=input.device)[:kept].sort().values
-        # In storage order, since torch's own would make what it returns contiguous.
-        order = [0, *sorted(range(1, input.dim()), key=input.stride, reverse=True)]
-        back = sorted(range(input.dim()), key=order.__getitem__)
-        stored = input.permute(order)
-        branch = self._of(stored.index_select(0, index).permute(back))
-        stored = stored.index_add(0, index, branch.permute(order), alpha=samples / kept)
-        return stored.permute(back)
+        subset = Subset(order[:kept].sort().values, order[kept:])
+        return add_of_subset(input, self._of, subset, samples / kept, self.backend)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"

@@ -259,12 +259,12 @@ class Entry:
     def check_rng_state(self, rng_state: Tensor) -> None:
         self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
 
-    def check_samples(self, x: Tensor) -> None:
+    def check_samples(self, x: Tensor, name: str = "input") -> None:
         """Raises unless x is (N, ...) of floats, dense with its samples outermost."""
         if x.dim() == 0 or not has_samples_outermost(x):
-            self.refuse("input", "a batch, dense with its samples outermost", x)
-        self.check_floats(x, "input")
-        self.check_memory(x, "input")
+            self.refuse(name, "a batch, dense with its samples outermost", x)
+        self.check_floats(x, name)
+        self.check_memory(x, name)
 
     def check_like(self, x: Tensor, other: Tensor | None, name: str) -> None:
         """Raises unless another tensor has x's dtype, shape and strides."""

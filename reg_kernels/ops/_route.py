@@ -196,14 +196,14 @@ class Kept:
 
 
 class Linear(Route):
-    """An op that is linear in its input, registered with its in-place twin `<name>_`.
+    """An op that is linear in its input, registered, mostly, with its in-place twin `<name>_`.
 
     The schema of the fresh form is (Tensor input, {addends}, {arguments}, {result}) -> Tensor, and
     that of the twin, which is derived from it, (Tensor(a!) input, {arguments}) -> (). A multiplier,
     where the op has one, stands behind the addends.
 
     Attributes:
-        fresh, in_place: the registered ops; `in_place` is None where there are addends.
+        fresh, in_place: the registered ops; `in_place` is None where there is no twin.
         known: calls of the fresh form whose arguments need no checks.
         by_multiplier: computes the multiplier's gradient, of an op that has one.
     """
@@ -233,6 +233,7 @@ class Linear(Route):
         adjoint: Callable[..., Tensor] | None = None,
         adds_alone: Callable[[tuple[Any, ...]], bool] | None = None,
         by_torch: Callable[..., Tensor] | None = None,
+        has_in_place: bool = True,
     ) -> None:
         """
         Args:
@@ -258,6 +259,7 @@ class Linear(Route):
             by_torch: as for a Route; by default the product with the op's multipliers.
             adds_alone: called with the arguments behind the input, says whether the op adds to it
                 what does not depend on it: its gradient is the output's own, and nothing is kept.
+            has_in_place: whether there is a twin in place; there is none where tensors are added.
         """
         by_torch = self._product if by_torch is None else by_torch
         beside = (*addends, multiplier) if multiplier else addends
@@ -283,7 +285,7 @@ class Linear(Route):
             route=self,
             check=functools.partial(check, in_place=False),
         )
-        if not beside:
+        if has_in_place and not beside:
 
             def by_reference(input: Tensor, *arguments: Any) -> None:
                 input.copy_(reference(input, *arguments, *like(input)))
