@@ -64,7 +64,8 @@ def words(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
 def normals(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
     """The same as normal numbers, float32: two of each two words, as normal.h has it. Those of
     words 0 and 3 of a group come first."""
-    w0, w1, w2, w3 = words(rng_state, tag, first - first % 4, count + 6).view(-1, 4).unbind(1)
+    groups = _groups(rng_state, tag, first // 4, -(-(first % 4 + count) // 4))
+    w0, w1, w2, w3 = groups.unbind(1)
     drawn = torch.stack([*_normal_pair(w0, w3), *_normal_pair(w2, w1)], dim=-1)
     return drawn.reshape(-1)[first % 4 :][:count]
 

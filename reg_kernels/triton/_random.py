@@ -78,6 +78,8 @@ INTERPRETED = tl.constexpr(not isinstance(normals, triton.JITFunction))
 @triton.jit
 def product_and_sum(a, b, c):
     """a b + c of float32, rounded once, of numbers of which float64 has the product and the sum."""
+    zero = tl.zeros_like(a)
+    b, c = b + zero, c + zero
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
     return tl.fma(a, b, c)
@@ -88,7 +90,8 @@ def normal_pair(radius, angle):
     """Two normal numbers of two words, by the steps of csrc/include/reg_kernels/normal.h."""
     k = radius.to(tl.int32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
     e = (0x4F3504F3 - k) & 0x0F800000
-    v = product_and_sum(((k + e) & 0x7FFFFFFF).to(tl.float32, bitcast=True), 4.656612873077393e-10, -1.0)
+    v = ((k + e) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    v = product_and_sum(v, 4.656612873077393e-10, -1.0)
     p = product_and_sum(v, 1.223156750e06, -1.963289500e06)
     p = product_and_sum(p, v, 2.087730500e06)
     p = product_and_sum(p, v, -2.408358500e06)
