@@ -49,7 +49,8 @@ struct PairLanes {
     return result;
 #elif defined(__x86_64__)
     const auto half = [](__m128 x, __m128 y, __m128 z) RK_INLINE {
-      return _mm_cvtpd_ps(_mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z)));
+      return _mm_cvtpd_ps(
+          _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z)));
     };
     const auto upper = [](__m128 x) RK_INLINE { return _mm_movehl_ps(x, x); };
     return _mm_movelh_ps(half(a, b, c), half(upper(a), upper(b), upper(c)));
@@ -89,8 +90,8 @@ struct PairLanes {
 #endif
 #define RK_SHUFFLED(x, y, a, b, c, d) __builtin_shufflevector(x, y, RK_BY_FOURS(a, b, c, d))
 
-// The numbers of so many words: 0 and 1 of a group from its words 0 and 3, the others from its words
-// 2 and 1.
+// The numbers of so many words: 0 and 1 of a group from its words 0 and 3, the others from its
+// words 2 and 1.
 constexpr int64_t kWordsAtOnce = 2 * PairLanes::kLanes;
 struct Normals {
   float of[kWordsAtOnce];
@@ -148,9 +149,8 @@ class NormalsBehind {
   }
 
   RK_HD void take(int chain, const PhiloxLanes& drawn, int64_t group) {
-    const auto words = [](PhiloxLanes::V v) RK_INLINE {
-      return reinterpret_cast<PairLanes::Word>(v);
-    };
+    const auto words = [](PhiloxLanes::V v)
+                           RK_INLINE { return reinterpret_cast<PairLanes::Word>(v); };
 #if defined(__AVX512F__)
     pairs_[chain].radius = words(drawn.side_by_side(drawn.words[0], drawn.words[2]));
     pairs_[chain].angle = words(drawn.side_by_side(drawn.words[3], drawn.words[1]));

@@ -41,11 +41,12 @@ struct PhiloxStart {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-// The draws of four counters side by side: words 0 and 2, which a round multiplies, in one vector, and
-// words 3 and 1, which it xors to the products' high halves, in another one. The widening multiply
-// reads every second word; a shift shows it the others. Of a product both halves are wanted, each
-// beside that of the other product: one swap of a product's halves serves two blends. Two registers
-// instead of four leave room for more draws at a time, which hide what a round waits for.
+// The draws of four counters side by side: words 0 and 2, which a round multiplies, in one vector,
+// and words 3 and 1, which it xors to the products' high halves, in another one. The widening
+// multiply reads every second word; a shift shows it the others. Of a product both halves are
+// wanted, each beside that of the other product: one swap of a product's halves serves two blends.
+// Two registers instead of four leave room for more draws at a time, which hide what a round waits
+// for.
 struct PhiloxLanes {
   static constexpr int kLanes = 4;
   using V = __m256i;
