@@ -3,7 +3,8 @@
 //
 // Reads x and the residual, where there is one, writes y: 2 or 3 * sizeof(T) bytes an element, y
 // streamed past the caches where it is larger than they are. A layer scale stays in the caches. A
-// tile of draws is made into the first-level cache, then a plain loop applies it.
+// tile of draws is made into the first-level cache, then a plain loop applies it; of normal numbers
+// on x86 a tile of results is made there, while the next words are drawn, and then copied.
 #include "elementwise_task.h"
 
 #include "normals.h"
@@ -16,24 +17,18 @@ RK_NAMESPACE_BEGIN
 namespace {
 
 using Drawn = drawn_t<Op>;
-
-// Draws are made into the words of a tile, and normal numbers of them a little behind: what the one
-// waits for is time for the other.
-struct NormalsBehind {
-  RK_HD void operator()(char* words, int64_t bytes) const {
-    for (int64_t i = 0; i < bytes; i += kWordsAtOnce * 4) make_normals(words + i);
-  }
-};
+constexpr int64_t kMadeTile = 3072;  // elements of op(x, normal) that are made at once
 
 // A tile's draws as the op takes them.
 template <typename Op>
 struct DrawsFor : DrawsOf<drawn_t<Op>> {
+  using Base = DrawsOf<drawn_t<Op>>;
   RK_HD const drawn_t<Op>* fill(const RngStream& stream, int64_t first, int64_t count) {
+    const drawn_t<Op>* const result = Base::fill(stream, first, count);
     if constexpr (kDrawsNormals<Op>) {
-      return DrawsOf<drawn_t<Op>>::fill(stream, first, count, NormalsBehind{});
-    } else {
-      return DrawsOf<drawn_t<Op>>::fill(stream, first, count);
+      make_normals(this->drawn, result + count - this->drawn);
     }
+    return result;
   }
 };
 
@@ -78,6 +73,40 @@ struct Elements {
     }
     write(first, count, tile);
   }
+
+#if defined(__AVX2__)
+  // The same of elements [first, end) as far as it goes, with normal numbers that are made and
+  // applied while the next ones are drawn. Returns where it ended.
+  int64_t apply_behind_draws(int64_t first, int64_t end, int64_t mask_offset) {
+    if ((mask_offset + first) % 4 != 0) return first;
+    return factor.options[0] != 0 ? apply_behind_draws<1>(first, end, mask_offset)
+                                  : apply_behind_draws<0>(first, end, mask_offset);
+  }
+
+  // The loop asks for no option.
+  template <int kOption>
+  int64_t apply_behind_draws(int64_t first, int64_t end, int64_t mask_offset) {
+    alignas(kLine) T made[kMadeTile];
+    factor_t<Op, T> known = factor;
+    known.options[0] = kOption;
+    const auto f = [&](int64_t i, const Normals& normals) RK_INLINE {
+#pragma omp simd
+      for (int64_t j = 0; j < kWordsAtOnce; ++j) {
+        made[i + j] = element_of<Op>(x[first + i + j], {normals.of[j]}, known);
+      }
+    };
+    constexpr int64_t kBatch = NormalsBehind<decltype(f)>::kBatch;
+    while (first + kBatch <= end) {
+      const int64_t count = min(kMadeTile, end - first) / kBatch * kBatch;
+      const uint64_t group = (mask_offset + first) / 4;
+      if (!below_carry(group, count / 4)) break;
+      NormalsBehind(f).draw(rng, group, count);
+      write(first, count, [&](int64_t i) RK_INLINE { return made[i]; });
+      first += count;
+    }
+    return first;
+  }
+#endif
 
   // The same with one draw for all of them.
   void apply_one(int64_t first, int64_t count, Drawn drawn) {
@@ -148,6 +177,9 @@ struct Elements {
 template <typename T>
 void elements(const ElementwiseTask& task, int64_t begin, int64_t end) {
   Elements<T> of(task);
+#if defined(__AVX2__)
+  if constexpr (kDrawsNormals<Op>) begin = of.apply_behind_draws(begin, end, task.mask_offset);
+#endif
   DrawsFor<Op> draws;
   for (int64_t first = begin; first < end; first += kDrawTile) {
     const int64_t count = min(kDrawTile, end - first);

@@ -150,9 +150,10 @@ __device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, ui
   if constexpr (kKeepsOrDrops<Op>) {
     return {keep_bits(words, threshold)};
   } else if constexpr (kDrawsNormals<Op>) {
-    const NormalPair<OneLane> pairs[] = {normal_pair<OneLane>(words.w[0], words.w[1]),
-                                         normal_pair<OneLane>(words.w[2], words.w[3])};
-    return bit_cast<DrawnGroup<Op>>(pairs);
+    const auto a = normal_pair<OneLane>(words.w[0], words.w[3]);
+    const auto b = normal_pair<OneLane>(words.w[2], words.w[1]);
+    const float normals[] = {a.first, a.second, b.first, b.second};
+    return bit_cast<DrawnGroup<Op>>(normals);
   } else {
     return bit_cast<DrawnGroup<Op>>(words);
   }

@@ -28,7 +28,7 @@ def gaussian_noise(
     with `multiplicative`; the noise is drawn again for it and nothing of it is kept.
 
     Two words of 32 bits make two normal numbers, the same bits in every implementation. They reach
-    6.55; of a normal distribution 6e-11 lie further out.
+    6.86; of a normal distribution 6e-11 lie further out than 6.55.
 
     Args:
         input: a tensor of any shape; float64, float32, float16, bfloat16 or uint8. 16-bit floats

@@ -62,10 +62,12 @@ def words(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
 
 
 def normals(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
-    """The same as normal numbers, float32: two of each two words, as normal.h has it."""
-    drawn = words(rng_state, tag, first - first % 2, count + 2)
-    pairs = drawn[: len(drawn) // 2 * 2].view(-1, 2)
-    return torch.stack(_normal_pair(*pairs.unbind(1)), dim=-1).reshape(-1)[first % 2 :][:count]
+    """The same as normal numbers, float32: two of each two words, as normal.h has it. Those of
+    words 0 and 3 of a group come first."""
+    groups = _groups(rng_state, tag, first // 4, -(-(first % 4 + count) // 4))
+    w0, w1, w2, w3 = groups.unbind(1)
+    drawn = torch.stack([*_normal_pair(w0, w3), *_normal_pair(w2, w1)], dim=-1)
+    return drawn.reshape(-1)[first % 4 :][:count]
 
 
 def _groups(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
@@ -76,42 +78,40 @@ def _groups(rng_state: Tensor, tag: int, first: int, count: int) -> Tensor:
 
 
 def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Each product and each sum is an operation of its own, and so rounded by itself."""
-    k = _signed(radius | 1).float().view(torch.int32)
-    negative, bits = k < 0, k & 0x7FFFFFFF
-    e = (0x4F3504F3 - bits) >> 23
-    v = (bits + (e << 23) - (31 << 23)).view(torch.float32) - 1
-    square = e.float() * 1.386294361 + _logarithm(v) * v
+    k = _signed(radius).float().view(torch.int32)
+    e = (0x4F3504F3 - k) & 0x0F800000
+    v = ((k + e) & 0x7FFFFFFF).view(torch.float32) * 2.0**-31 - 1  # exact
+    square = _product_and_sum(_polynomial(v, _LOGARITHM), v, e.float())
     r = square.double().sqrt().float()  # torch's root of a float is off by an ulp at times
     t = _signed(angle).float() * 2.0**-32
     z = t * t
-    sine = _polynomial(z, _SINE) * t
-    cosine = _polynomial(z, _COSINE)
-    cosine = torch.where(negative, -cosine, cosine)
-    swapped = angle % 2 == 1
-    return r * torch.where(swapped, sine, cosine), r * torch.where(swapped, cosine, sine)
-
-
-def _logarithm(v: Tensor) -> Tensor:
-    """-2 ln(1 + v) / v, by pairs and pairs of pairs."""
-    v2 = v * v
-    low = (v * 4.993981719e-01 - 6.667011976e-01) * v2 + (v * 1.000007272 - 1.999999881)
-    high = (v * 2.021379322e-01 - 3.244517148e-01) * v2 + (v * 3.450166285e-01 - 3.980033100e-01)
-    return high * (v2 * v2) + low
+    sine, cosine = _polynomial(z, _SINE) * t, _polynomial(z, _COSINE)
+    return r * torch.where(k < 0, -cosine, cosine), r * sine
 
 
 def _signed(word: Tensor) -> Tensor:
     return (word - ((word >> 31) << 32)).to(torch.int32)
 
 
+def _product_and_sum(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
+    """a b + c of float32, rounded once: of these numbers every product is exact in float64, and no
+    sum of theirs rounds twice."""
+    return (a.double() * b.double() + c).float()
+
+
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Horner's scheme, the highest coefficient first."""
-    value = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = value * x + coefficient
+    """Horner's scheme, the highest coefficient first; they are float32."""
+    value, *others = torch.tensor(coefficients, device=x.device).unbind()
+    for coefficient in others:
+        value = _product_and_sum(value, x, coefficient)
     return value
 
 
-# sin(pi t / 2) / t and cos(pi t / 2), both in t^2.
-_SINE = (-4.601657856e-03, 7.968003303e-02, -6.459634900e-01, 1.570796371e00)
-_COSINE = (-2.042624913e-02, 2.536063492e-01, -1.233698010e00, 1.0)
+# -log2(1 + v) / v; then sin(pi t) / t and cos(pi t), both in t^2. Times powers of two and of
+# sqrt(2 ln 2) that make up for e standing where a float has its exponent.
+_LOGARITHM = (
+    *(1.223156750e06, -1.963289500e06, 2.087730500e06, -2.408358500e06),
+    *(3.021909000e06, -4.034276500e06, 6.051146000e06, -1.210220200e07),
+)
+_SINE = (3.139158798e-05, -2.431178000e-04, 1.036640839e-03, -2.100780373e-03, 1.277122763e-03)
+_COSINE = (8.931131742e-05, -5.414370098e-04, 1.649828861e-03, -2.006096067e-03, 4.065207904e-04)

