@@ -47,7 +47,7 @@ class Op(enum.IntEnum):
 
 
 class Filter(enum.IntEnum):
-    """How BOX and WARP resample. WARP has NEAREST, BILINEAR and BICUBIC."""
+    """How BOX resamples."""
 
     NEAREST = 0
     NEAREST_EXACT = 1
@@ -55,6 +55,15 @@ class Filter(enum.IntEnum):
     BICUBIC = 3
     BILINEAR_ANTIALIAS = 6
     BICUBIC_ANTIALIAS = 7
+
+
+class WarpFilter(enum.IntEnum):
+    """How WARP resamples."""
+
+    NEAREST = 0
+    BILINEAR_FADED = 1  # torchvision's: the fill's weight is squared, which darkens rims
+    BILINEAR = 2
+    BICUBIC = 3
 
 
 class Flip(enum.IntFlag):
@@ -94,13 +103,14 @@ _FILL = ("fill0", "fill1", "fill2")
 _KEY = ("key0", "key1", "key2", "key3")  # a Philox key of 64 bits by 16 bits, the lowest first
 _REGION = ("top", "left", "height", "width")
 
+# `rest` is 1 - factor, rounded by itself: 1 minus a rounded factor is another number.
 ARGUMENTS: dict[Op, tuple[str, ...]] = {
     Op.NONE: (),
     Op.BOX: (*_REGION, "out_height", "out_width", "flips", "filter", "pad", *_FILL, "fill3"),
     Op.WARP: (*(f"m{i}" for i in range(9)), "out_height", "out_width", "filter", *_FILL),
     Op.BRIGHTNESS: ("factor",),
-    Op.CONTRAST: ("factor",),
-    Op.SATURATION: ("factor",),
+    Op.CONTRAST: ("factor", "rest"),
+    Op.SATURATION: ("factor", "rest"),
     Op.HUE: ("shift",),
     Op.GRAYSCALE: (),
     Op.INVERT: (),
@@ -109,7 +119,7 @@ ARGUMENTS: dict[Op, tuple[str, ...]] = {
     Op.POSTERIZE: ("bits",),
     Op.AUTOCONTRAST: (),
     Op.EQUALIZE: (),
-    Op.SHARPNESS: ("factor",),
+    Op.SHARPNESS: ("factor", "rest"),
     Op.BLUR: ("axes", "radius", *(f"w{k}" for k in range(LARGEST_RADIUS + 1))),
     Op.NOISE: ("mean", "std", "clip", *_KEY),
     Op.PERMUTE: ("p0", "p1", "p2"),
@@ -136,8 +146,6 @@ CHANNELS: dict[Op, tuple[int, ...]] = {
     Op.GRAYSCALE: (3,),
     Op.PERMUTE: (3,),
 }
-# Those that leave values outside of [0, B], and those that may follow one.
-UNBOUNDED = frozenset({Op.NORMALIZE, Op.NOISE, Op.ERASE})
 
 
 def column(op: Op, name: str) -> int:
