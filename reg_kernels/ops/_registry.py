@@ -98,8 +98,8 @@ def register(
             that records a gradient where one is wanted.
         native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
             it, which `define_part` declares.
-        check: called as check(name, arguments), the schema's by their names, before what csrc/ does
-            not check itself: raises RuntimeError where a kernel must not be given them. An op of lists has
+        check: called as check(name, arguments), the schema's by their names, before what is in
+            Python: raises RuntimeError where a kernel must not be given them. An op of lists has
             none here and checks by itself.
         takes: of implementations that compute in fewer types than others, those types.
     """

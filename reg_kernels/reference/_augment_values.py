@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _LUMA = (0.2989, 0.587, 0.114)
 _ROUNDED_LUMA: tuple[float, ...] = tuple(torch.tensor(_LUMA).tolist())
 
