@@ -1,8 +1,66 @@
-"""Image augmentation: schema, fake, gradient, and what its arguments have to be.
+"""Image augmentation: schema, fake and gradient of the op, and what its instructions compute.
 
 The op is an interpreter: each sample brings an image and a program, which is executed on it from
 its first pixel to the store of the result. It has no public function of its own: augment.Pipeline
 draws what the transforms need, writes the programs, and calls `run`.
+
+Values v of an image lie in [0, B], B = 255 for bytes and 1 for floats. It is computed in float32;
+each product, sum, quotient and root is rounded by itself, and sums have the order written here, so
+that all implementations have the same bits. clamp(v) is min(max(v, 0), B). A NaN goes on through
+what computes with it. After each instruction the image is float32, and rounded once, at the store:
+to the nearest even, for bytes brought into [0, 255] with NaN as 0.
+
+With `exact`, of bytes alone, each instruction leaves whole numbers as torchvision's functions of
+bytes do: T means cut to a whole number after the clamp, R rounded to nearest even and clamped.
+Where torchvision has a fused multiply-add, `fma`, this mode has it as well; else it is a product
+and a sum.
+
+BOX: a region of the image, of whole numbers, that may stick out of it where `pad` says what is
+    there, resampled to (out_height, out_width), rows first and then columns. An axis whose length
+    stays is copied, mirrored by `flips`. Else with s = length / out and i, or out - 1 - i where it
+    is mirrored:
+    nearest: place int(s i); nearest-exact: int(s (i + 0.5)); at most length - 1.
+    bilinear: c = max(s (i + 0.5) - 0.5, 0), places int(c) and the one after it.
+    bicubic: c = s (i + 0.5) - 0.5, four places by the cubic convolution of a = -0.75; both within
+    the region.
+    With antialias, m = max(s, 1), c = s (i + 0.5) and half the filter's width r = m, or 2 m for
+    bicubic, the places from max(int(c - r + 0.5), 0) to min(int(c + r + 0.5), length) - 1 weigh
+    f((place - c + 0.5) / m), the triangle or the cubic of a = -0.5, over the sum of all.
+    A place outside of the image is the fill, or by its pad one at the border, reflected without or
+    with the border. Bytes are clamped. R.
+WARP: (x + 0.5, y + 0.5) of the result under a matrix, over its third number if it is not affine,
+    is a place of the image, less 0.5 an index: nearest (half to even), bilinear or bicubic
+    (a = -0.75, within each row first). What is outside of the image is the fill; the filter
+    BILINEAR_FADED has torchvision's fill, which counts the share outside twice. Places at 2^30 and
+    beyond are the fill. Bytes are clamped. R. With `exact` the matrix takes the result's pixels,
+    for an affine one from its centre, to torchvision's grid, in which the image is from -1 to 1:
+    index = (g + 1) (side / 2) - 0.5.
+BRIGHTNESS: clamp(factor v); T.
+CONTRAST, SATURATION: clamp(fma(rest, m, factor v)); T. `rest` is 1 - factor. m is the image's mean
+    gray or the pixel's own: fma(0.114, b, fma(0.587, g, 0.2989 r)), floored with `exact`; v itself
+    of one channel. The mean is a sum of integers: of multiples of 1/65536 for floats, of 1/256 for
+    bytes and of 1 with `exact`; a NaN counts as 0.
+HUE: through hue, saturation and value in torchvision's steps. With `exact` floor(255.999 v).
+GRAYSCALE: gray. INVERT: B - v. SOLARIZE: B - v from the threshold on.
+SOLARIZE_ADD: clamp(v + addend) below the threshold; T.
+POSTERIZE: the highest bits of a byte; floor(v 2^bits) 2^-bits at most 1 - 2^-bits of a float.
+AUTOCONTRAST: clamp((v - low) / ((high - low) (1/B))) of each channel's extrema, without NaN; T.
+EQUALIZE: Pillow's table of each channel's histogram of rint(v 255/B), where NaN counts as 0.
+SHARPNESS: clamp(fma(rest, d - v, v)), d = v smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, in `exact`
+    rounded; T. The pixels at the border stay, and images of a side of 2 or less.
+BLUR: a symmetric filter by distance, down the columns, then along the rows; reflected at the
+    border. Bytes are clamped. R.
+NOISE: v + (std z + mean), z normal; clamped with `clip`. With `exact` what is added is cut, and the
+    sum clamped.
+PERMUTE: channel c is the old channel p_c.
+ERASE: a region is v_c, or normal numbers.
+NORMALIZE: v a_c + b_c.
+SALT_AND_PEPPER: a share p of the elements becomes B, of which a share `salt`, or 0. Both shares are
+    multiples of 1/65536.
+SAVE, JOIN, MIX: x = v and sum = weight v; sum += weight v and v = x; v = clamp(sum), T.
+
+Element e = (c h + y) w + x of an image of h x w draws word e % 4 of group e // 4, or half-word
+e % 8 of group e // 8, of the Philox stream of the instruction's key.
 """
 
 from __future__ import annotations
