@@ -17,9 +17,10 @@ from reg_kernels._augment_program import (
     WarpFilter,
     column,
     instruction,
+    key_arguments,
 )
 
-from augment_formulas import FILL, KINDS, M, P
+from augment_formulas import FILL, KEY, KINDS, M, P, noise
 from augment_programs import factors, image_of, on_each, run_on
 from support import DEVICE
 
@@ -108,6 +109,9 @@ def test_values_by_hand(backend):
     assert of([50, 60, 90], do(Op.AUTOCONTRAST)) == [0, 63, 254]  # of 254.99998, as theirs
     assert of([50, 60, 90], do(Op.EQUALIZE)) == [50, 60, 90]  # fewer than 255 pixels
     assert of([1, 2] * 255, do(Op.EQUALIZE)) == [0, 255] * 255
+    # Of the last level, which is not the most frequent one, (1000 - 100) // 255 = 3 make a step.
+    levels = [1] * 600 + [2] * 300 + [3] * 100
+    assert of(levels, do(Op.EQUALIZE)) == [0] * 600 + [200] * 300 + [255] * 100
     # Two to one, and to four.
     assert of([10, 20], do(Op.BOX, 0, 0, 1, 2, 1, 1, 0, Filter.BILINEAR), size=(1, 1)) == [15]
     halves = do(Op.BOX, 0, 0, 1, 2, 1, 4, 0, Filter.BILINEAR)
@@ -127,6 +131,16 @@ def test_values_by_hand(backend):
     assert of([0.0, 0.5, 1.0], normal, exact=False) == [-1.0, 0.0, 1.0]
     saved = [do(Op.SAVE, 0.5), do(Op.INVERT), do(Op.JOIN, 0.25), do(Op.MIX)]
     assert of([0, 100], *saved) == [63, 88]
+
+
+@on_each
+def test_noise_on_whole_numbers_is_cut(backend):
+    image = image_of(5, 6, seed=4).to(DEVICE)
+    row = do(Op.NOISE, 3.0, 40.0, 0, *key_arguments(KEY))
+    added = (noise(image) * 40 + 3).trunc()
+    expected = (image.cpu() + added).clamp(0, 255)
+    y = run_on(image, row, exact=True, backend=backend).cpu()
+    assert torch.equal(y, expected.to(torch.uint8))
 
 
 @on_each
