@@ -38,6 +38,7 @@ OF_VALUES = (
     *("labels must be in", "lam must be in", "index must be in", "index must be a permutation"),
     *("boxes must be (x1", "receivers and starts must be those of", "the sizes must be"),
     "kept and dropped must be such",
+    "float64, which is the reference's alone",  # that of one implementation
 )
 
 
