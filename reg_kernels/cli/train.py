@@ -638,7 +638,7 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
     sizes, seeds = metrics["images"], metrics["options"]["seeds"]
     figure.suptitle(
         f"{sizes['train']} training images, {sizes['test']} test images"
-        f"{f', means of {seeds} seeds' if seeds > 1 else ''}; "
+        f"{f', means of {seeds} seeds' if seeds > 1 else ''}\n"
         f"train minus test accuracy, in points: {gaps}"
     )
     figure.savefig(path, dpi=130)

@@ -1,0 +1,294 @@
+"""Benchmarks of image augmentation: a batch of bytes to what a net takes, drawing included.
+
+Bytes a sample: the image's region is read once, at most a byte a value, and the result is written
+once; what lies between stays in the caches. Counted is the whole image, whatever the crop needs.
+
+torchvision, kornia and AlbumentationsX do the same by their own classes, and OpenCV the affine map
+alone; each where it is installed. torchvision draws once for a batch, the others for each image.
+The first two take the batch, as floats where they need them; the others take one image after the
+other, and their results are stacked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import augment
+from ._measure import EAGER, FORWARD, Benchmark, Contender, Goal, Scope, Skipped, WrongValues
+from ._peers import peer
+from ._ways import our_ways
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE, CROP = 256, 224
+TORCHVISION, KORNIA, ALBUMENTATIONS, OPENCV = "torchvision", "kornia", "albumentationsx", "opencv"
+_MODULES = {
+    TORCHVISION: "torchvision.transforms.v2",
+    KORNIA: "kornia.augmentation",
+    ALBUMENTATIONS: "albumentations",
+    OPENCV: "cv2",
+}
+
+
+class Kind(NamedTuple):
+    """What is done to a batch."""
+
+    variant: str
+    batch: int
+    ours: Callable[[], list[Any]]  # transforms
+    peers: dict[str, Callable[[Any], Callable[[Tensor], object]]]  # of the peer's module
+    goals: tuple[Goal, ...] = ()
+    side: int = CROP  # of the result
+
+
+def _faster(limit: float, than: str) -> Goal:
+    text = f"at least {limit:g} times {than}'s speed"
+    return Goal("native", text, f"speedup_over_{than}", limit, True)
+
+
+_COPY = Goal("native", "at most 3 times a copy of its bytes", "time_over_copy", 3.0)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def _of_torchvision(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
+    """Transforms of a batch (N, C, H, W) of bytes, as its users compose them."""
+
+    def prepare(v2: Any) -> Callable[[Tensor], object]:
+        compose = v2.Compose(make(v2))
+        return lambda images: compose(images.permute(0, 3, 1, 2))
+
+    return prepare
+
+
+def _of_kornia(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
+    def prepare(module: Any) -> Callable[[Tensor], object]:
+        sequence = torch.nn.Sequential(*make(module))
+        return lambda images: sequence(_floats(images))
+
+    return prepare
+
+
+def _of_albumentations(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
+    """One image after the other, as arrays; the results as one batch."""
+
+    def prepare(module: Any) -> Callable[[Tensor], object]:
+        import numpy as np
+
+        compose = module.Compose(make(module))
+
+        def run(images: Tensor) -> Tensor:
+            arrays = [compose(image=image)["image"] for image in images.numpy()]
+            return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+        return run
+
+    return prepare
+
+
+def _of_opencv(cv2: Any) -> Callable[[Tensor], object]:
+    """The affine map of each image by the matrix that was drawn for it."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def run(images: Tensor) -> Tensor:
+        arrays = []
+        for image in images.numpy():
+            angle, scale = rng.uniform(-30, 30), rng.uniform(0.8, 1.2)
+            matrix = cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), angle, scale)
+            matrix[:, 2] += rng.uniform(-0.1, 0.1, 2) * SIDE
+            arrays.append(cv2.warpAffine(image, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR))
+        return torch.from_numpy(np.stack(arrays))
+
+    return run
+
+
+def _to_floats(v2: Any) -> list[Any]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+
+
+_JITTER = (0.4, 0.4, 0.4, 0.1)
+_AFFINE: dict[str, Any] = {"translate": (0.1, 0.1), "scale": (0.8, 1.2)}
+
+KINDS = (
+    Kind(
+        "crop, flip, normalise",
+        256,
+        lambda: [
+            augment.RandomResizedCrop(CROP),
+            augment.RandomHorizontalFlip(),
+            augment.Normalize(MEAN, STD),
+        ],
+        {
+            TORCHVISION: _of_torchvision(
+                lambda v2: [
+                    v2.RandomResizedCrop(CROP, antialias=True),
+                    v2.RandomHorizontalFlip(),
+                    *_to_floats(v2),
+                ]
+            ),
+            KORNIA: _of_kornia(
+                lambda k: [
+                    k.RandomResizedCrop((CROP, CROP)),
+                    k.RandomHorizontalFlip(),
+                    k.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+                ]
+            ),
+            ALBUMENTATIONS: _of_albumentations(
+                lambda a: [
+                    a.RandomResizedCrop((CROP, CROP)),
+                    a.HorizontalFlip(),
+                    a.Normalize(MEAN, STD),
+                ]
+            ),
+        },
+        (_faster(8, KORNIA), _faster(8, TORCHVISION), _faster(2, ALBUMENTATIONS), _COPY),
+    ),
+    Kind(
+        "affine, bilinear",
+        32,
+        lambda: [augment.RandomAffine(30, interpolation="bilinear", **_AFFINE)],
+        {
+            TORCHVISION: _of_torchvision(
+                lambda v2: [
+                    v2.RandomAffine(30, interpolation=v2.InterpolationMode.BILINEAR, **_AFFINE)
+                ]
+            ),
+            KORNIA: _of_kornia(lambda k: [k.RandomAffine(30.0, p=1.0, **_AFFINE)]),
+            ALBUMENTATIONS: _of_albumentations(
+                lambda a: [
+                    a.Affine(scale=(0.8, 1.2), translate_percent=(-0.1, 0.1), rotate=(-30, 30), p=1)
+                ]
+            ),
+            OPENCV: _of_opencv,
+        },
+        (_faster(8, KORNIA), _faster(1, OPENCV)),
+        SIDE,
+    ),
+    Kind(
+        "colour jitter",
+        32,
+        lambda: [augment.ColorJitter(*_JITTER)],
+        {
+            TORCHVISION: _of_torchvision(lambda v2: [v2.ColorJitter(*_JITTER)]),
+            KORNIA: _of_kornia(lambda k: [k.ColorJitter(*_JITTER, p=1.0)]),
+            ALBUMENTATIONS: _of_albumentations(
+                lambda a: [
+                    a.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=1)
+                ]
+            ),
+        },
+        (_faster(20, TORCHVISION), _faster(2, ALBUMENTATIONS)),
+        SIDE,
+    ),
+    Kind(
+        "blur of 23",
+        32,
+        lambda: [augment.GaussianBlur(23)],
+        {
+            TORCHVISION: _of_torchvision(lambda v2: [v2.GaussianBlur(23)]),
+            KORNIA: _of_kornia(lambda k: [k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=1.0)]),
+            ALBUMENTATIONS: _of_albumentations(
+                lambda a: [a.GaussianBlur(blur_limit=(23, 23), sigma_limit=(0.1, 2.0), p=1)]
+            ),
+        },
+        (_faster(4, TORCHVISION),),
+        SIDE,
+    ),
+    Kind(
+        "whole pipeline",
+        32,
+        lambda: [
+            augment.RandomResizedCrop(CROP),
+            augment.RandomHorizontalFlip(),
+            augment.RandAugment(2, 9),
+            augment.ColorJitter(*_JITTER),
+            augment.Normalize(MEAN, STD),
+            augment.RandomErasing(0.25),
+        ],
+        {
+            TORCHVISION: _of_torchvision(
+                lambda v2: [
+                    v2.RandomResizedCrop(CROP, antialias=True),
+                    v2.RandomHorizontalFlip(),
+                    v2.RandAugment(2, 9),
+                    v2.ColorJitter(*_JITTER),
+                    *_to_floats(v2),
+                    v2.RandomErasing(0.25),
+                ]
+            ),
+            KORNIA: _of_kornia(
+                lambda k: [
+                    k.RandomResizedCrop((CROP, CROP)),
+                    k.RandomHorizontalFlip(),
+                    k.auto.RandAugment(2, 9),
+                    k.ColorJitter(*_JITTER, p=1.0),
+                    k.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+                    k.RandomErasing(p=0.25),
+                ]
+            ),
+        },
+        (_faster(6, KORNIA), _faster(6, TORCHVISION)),
+    ),
+)
+
+
+def cases(scope: Scope) -> list[Benchmark]:
+    """Each kind of pipeline, to float32, and the first to 16 bits as well."""
+    return [_case(kind, dtype) for dtype in scope.brief for kind in KINDS]
+
+
+def sized(scope: Scope, elements: int) -> list[Benchmark]:
+    """Points of growth curves: 16 square images of three channels."""
+    side = math.isqrt(elements // 16)
+    kind = KINDS[2]._replace(batch=16, side=side, goals=(), peers={})
+    return [_case(kind, torch.float32, side)]
+
+
+def _case(kind: Kind, dtype: torch.dtype, side: int = SIDE) -> Benchmark:
+    def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (kind.batch, side, side, 3)
+        batches = [
+            torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+            for _ in range(pool)
+        ]
+        entries: list[Contender | Skipped] = []
+        for way in our_ways(
+            "augment", functools.partial(_ours, kind, dtype), device, dtype, shape[1:].numel()
+            if isinstance(shape, torch.Size)
+            else math.prod(shape)
+        ):
+            if isinstance(way, Skipped):
+                entries.append(way)
+                continue
+            check = functools.partial(_check, kind, dtype, way.function, batches[0])
+            call = functools.partial(_run, way.function, batches)
+            entries.append(Contender(way.name, call, check, way.within))
+        if device.type == "cpu":
+            entries += [_peer(name, make, batches[0]) for name, make in kind.peers.items()]
+        return entries
+
+    bytes_moved = kind.batch * 3 * (side * side + kind.side * kind.side * dtype.itemsize)
+    return Benchmark(
+        op="augment",
+        variant=kind.variant,
+        direction=FORWARD,
+        dtype=dtype,
+        shape=(kind.batch, 3, kind.side, kind.side),
+        bytes=bytes_moved,
+        prepare=prepare,
+        requires_grad=False,
+        peers=tuple(kind.peers),
+        goals=kind.goals if dtype == torch.float32 else (),
+        items=kind.batch,
+        unit="images",
+    )
