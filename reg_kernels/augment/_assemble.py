@@ -284,7 +284,7 @@ class Assembly:
 
     def of_channels(self, argument: str, numbers: Sequence[float]) -> Values:
         """Four numbers, of one for all channels or of one for each."""
-        if len(numbers) not in (1, self.channels):
+        if self.mask is None and len(numbers) not in (1, self.channels):
             must = f"one number, or one for each of the image's {self.channels} channels"
             self.refuse(argument, must, len(numbers))
         return (*numbers, *[numbers[-1]] * 4)[:4]

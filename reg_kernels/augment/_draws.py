@@ -11,6 +11,7 @@ A word w stands for the number w * 2^-32 in [0, 1), and a whole number below n i
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -121,3 +122,31 @@ def log_gammas(alpha: float | Tensor, u: Tensor) -> Tensor:
     chosen = log_v.gather(0, first).masked_fill_(~accepted.any(0, keepdim=True), 0.0)
     log_d = d.log() if isinstance(d, Tensor) else math.log(d)
     return chosen[0] + log_d + torch.log1p(-u[-1]) / alpha
+
+
+def slot_of(name: str) -> int:
+    return zlib.crc32(name.encode()) % SLOTS
+
+
+class MixDraws:
+    """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
+    a batch by that of its first sample, for a pair by that of its first one."""
+
+    def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
+        self._key = (seed, epoch)
+        self._indices = indices
+        self._words: Tensor | None = None
+
+    def _drawn(self, alpha: Tensor) -> Tensor:
+        if self._words is None:
+            groups = [slot_of("Mixup") << 8 | number for number in range(2 + GAMMA_WORDS // 2)]
+            self._words = uniform(*self._key, self._indices[: len(alpha)], groups)
+        return self._words
+
+    def uniform(self, alpha: Tensor) -> Tensor:
+        return self._drawn(alpha)[:6].to(alpha.device, non_blocking=True)
+
+    def beta(self, alpha: Tensor) -> Tensor:
+        words = self._drawn(alpha)[6:].to(alpha.device, non_blocking=True)
+        gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
+        return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

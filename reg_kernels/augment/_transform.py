@@ -24,7 +24,7 @@ class Transform:
     words: ClassVar[int] = 0  # of 32 bits that a sample draws, beside the one for `p`
     columns: tuple[str, ...] = ()  # of the parameters; `applied` comes before them
     normalizes: ClassVar[bool] = False  # its result has left the range of pixels
-    after_normalize: ClassVar[bool] = False  # it may come where values have left it
+    after_normalize: bool = False  # it may come where values have left it
 
     @property
     def needed_words(self) -> int:

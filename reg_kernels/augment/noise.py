@@ -39,7 +39,7 @@ class GaussianNoise(Transform):
         self.sigma = self._number("sigma", sigma, 0.0)
         self.clip = bool(clip)
         self._set_p(p)
-        self.after_normalize = not self.clip  # type: ignore[misc]
+        self.after_normalize = not self.clip
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         return _draws.keys(*u)

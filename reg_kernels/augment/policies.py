@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from .._augment_program import Op
 from . import _draws
 from ._assemble import Assembly
-from ._policy_ops import NUMBER, add
-from ._policy_tables import CIFAR10, IMAGENET, SVHN, Step
+from ._policy_ops import BLUR_RADIUS, NUMBER, add
+from ._policy_tables import CIFAR10, IMAGENET, SVHN
 from ._transform import Transform, Values, warp_filter
 
 RAND_OPS = (
@@ -118,10 +117,6 @@ class _Policy(Transform):
         assembly.check_channels(1, 3)
         ops, strengths = (self._stacked(values, what, count) for what in ("op", "strength"))
         add(assembly, ops, strengths, self.filter, self.fill, on)
-
-
-_OPERATIONS = """Columns: op1, op2, ..., the operations, and strength1, ...: the number of an operation
-    and what its strength means are in `reg_kernels.augment.POLICY_OPS`' order."""
 
 
 class RandAugment(_Policy):
@@ -315,12 +310,12 @@ class _Mixing(_Policy):
         assembly.check_channels(1, 3)
         count = self.width * self.depth
         ops, strengths = (self._stacked(values, what, count) for what in ("op", "strength"))
-        assembly.colour(Op.SAVE, on)
+        assembly.colour(Op.SAVE, on, values["original"])
         for chain in range(self.width):
             steps = slice(chain * self.depth, (chain + 1) * self.depth)
             self._add_chain(ops[steps], strengths[steps], values, steps, on, assembly)
             assembly.colour(Op.JOIN, on, values[f"weight{chain + 1}"])
-        assembly.colour(Op.MIX, on, values["original"], 1.0)
+        assembly.colour(Op.MIX, on)
 
     def _add_chain(
         self,
@@ -433,13 +428,7 @@ class ThreeAugment(_Policy):
 
 
 def check_blur(assembly: Assembly) -> None:
-    from ._policy_ops import BLUR_RADIUS
-
     if assembly.mask is None:
         least = int(min(assembly.height.min(), assembly.width.min()))
         if least <= BLUR_RADIUS:
             assembly.refuse("images", f"larger than {BLUR_RADIUS} pixels to be blurred", least)
-
-
-def has_steps(steps: Sequence[Step]) -> bool:
-    return any(p > 0 for _, p, _ in steps) and not math.isnan(steps[0][1])
