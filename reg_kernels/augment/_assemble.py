@@ -222,26 +222,19 @@ class Assembly:
     def _flush(self) -> None:
         last, self._pending = self._pending, None
         if isinstance(last, _Warp):
-            row = self._row(Op.WARP)
-            self._put(row, 1, last.matrix.view(-1, 9).unbind(1))
-            self._put(row, 10, (last.out_height, last.out_width, float(last.filter)))
-            self._put(row, 13, last.fill[:3])
-            self._add(row, last.on)
+            sizes = (last.out_height, last.out_width)
+            matrix = last.matrix.reshape(-1, 9).unbind(1)
+            self._add(Op.WARP, last.on, *matrix, *sizes, float(last.filter), *last.fill[:3])
         elif last is not None:
             flips: Number = 0.0
             if last.left_right is not None:
                 flips = last.left_right.double()
             if last.up_down is not None:
                 flips = flips + 2.0 * last.up_down
-            on = None
-            if last.is_whole:
-                assert isinstance(flips, Tensor)
-                on = flips > 0
-            row = self._row(Op.BOX)
+            on = flips > 0 if last.is_whole and isinstance(flips, Tensor) else None
             sizes = (last.height, last.width, last.out_height, last.out_width)
-            self._put(row, 1, (last.top, last.left, *sizes, flips, float(last.filter)))
-            self._put(row, 9, (float(last.pad), *last.fill))
-            self._add(row, on)
+            how = (flips, float(last.filter), float(last.pad), *last.fill)
+            self._add(Op.BOX, on, last.top, last.left, *sizes, *how)
 
     # All else
 
@@ -250,24 +243,22 @@ class Assembly:
         if self.mask is not None:
             return
         self._flush()
-        row = self._row(op)
-        self._put(row, 1, arguments)
-        self._add(row, on)
+        self._add(op, on, *arguments)
 
     def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
-        """Instructions that are written already, (N, K, 16) float32, and, of one of them that may
-        be a warp, the matrices."""
+        """K instructions that are written already, float64 (16, K, N); and, of warps among them, the
+        matrices (N, 3, 3) of all together."""
         if self.mask is not None:
             if matrices is None:
                 return
-            warps = rows[:, :, :1] == Op.WARP
-            rows = torch.where(warps, rows, 0.0)
-            rows[:, :, 12] = float(WarpFilter.NEAREST)
-            rows[:, :, 13:] = warps * self.mask
+            warps = rows[0] == Op.WARP
+            rows = rows * warps
+            rows[12] = float(WarpFilter.NEAREST)
+            rows[13:] = warps * self.mask
         self._flush()
         if self.tracks and matrices is not None:
             self.seen = self.seen @ matrices
-        self.rows += rows.unbind(1)
+        self.rows += rows.permute(1, 2, 0).float().unbind(0)
 
     def program(self) -> Tensor:
         """float32 (N, S, 16); S is 1 at least."""
@@ -302,22 +293,18 @@ class Assembly:
             return number
         return torch.full((self.samples,), float(number), dtype=torch.float64)
 
-    def _row(self, op: Op) -> Tensor:
-        row = torch.zeros(self.samples, WIDTH)
-        row[:, 0] = float(op)
-        return row
-
-    def _put(self, row: Tensor, first: int, arguments: Sequence[Number]) -> None:
-        for place, value in enumerate(arguments, first):
-            if isinstance(value, Tensor) or value != 0.0:
-                row[:, place] = value
-
-    def _add(self, row: Tensor, on: Tensor | None) -> None:
+    def _add(self, op: Op, on: Tensor | None, *arguments: Number) -> None:
+        if on is not None and not on.any():
+            return
+        numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
+        row = torch.tensor([float(op), *numbers, *[0.0] * (WIDTH - 1 - len(numbers))])
+        rows = row.repeat(self.samples, 1)
+        for place, x in enumerate(arguments, 1):
+            if isinstance(x, Tensor):
+                rows[:, place] = x
         if on is not None:
-            if not on.any():
-                return
-            row *= on.unsqueeze(1)
-        self.rows.append(row)
+            rows *= on.unsqueeze(1)
+        self.rows.append(rows)
 
 
 def radians(degrees: Tensor) -> Tensor:

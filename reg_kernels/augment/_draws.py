@@ -42,34 +42,32 @@ def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Te
         (_signed(low + number * _W0 & _MASK), _signed(high + number * _W1 & _MASK))
         for number in range(_ROUNDS)
     ]
-    round_keys = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1)
+    round_keys = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1).unbind(0)
     multipliers = torch.tensor([_M0, _M1]).view(2, 1, 1)
-    shape = (2, len(groups), len(indices))
-    even = torch.empty(shape, dtype=torch.int64)  # words 0 and 2
+    state = torch.empty(3, 2, len(groups), len(indices), dtype=torch.int64)
+    even, odd, product = state.unbind(0)  # words 0 and 2; 3 and 1; what the next words come from
     even[0] = indices & _MASK
     even[1] = torch.tensor(groups).unsqueeze(1)
-    odd = torch.empty(shape, dtype=torch.int64)  # words 3 and 1, then the product they come from
     odd[0] = epoch
     odd[1] = indices >> 32
-    product = torch.empty_like(even)
-    written = _halves(even)[0]
+    halves = state.view(torch.int32).view(3, 2, len(groups), len(indices), 2)
+    lower, upper = halves.unbind(-1)
+    written = lower[0]
+    first, second = written.unbind(0)
+    # Views of both buffers that products go to in turns, made once: upper words, lower words.
+    ways = [(x, *upper[n].unbind(0), *lower[3 - n].unbind(0)) for n, x in ((2, product), (1, odd))]
     for number in range(_ROUNDS):
-        torch.mul(even, multipliers, out=product)
-        upper, lower = _halves(product)[1], _halves(odd)[0]
-        torch.bitwise_xor(upper[1], lower[1], out=written[0])
-        torch.bitwise_xor(upper[0], lower[0], out=written[1])
+        target, up0, up1, low0, low1 = ways[number % 2]
+        torch.mul(even, multipliers, out=target)
+        torch.bitwise_xor(up1, low1, out=first)
+        torch.bitwise_xor(up0, low0, out=second)
         written.bitwise_xor_(round_keys[number])
-        odd, product = product, odd
+    # The last product is where the words 3 and 1 were at first: there are ten rounds.
     odd.bitwise_and_(_MASK)
     words = torch.empty(len(groups), 4, len(indices), dtype=torch.float64)
-    words[:, 0], words[:, 2], words[:, 3], words[:, 1] = even[0], even[1], odd[0], odd[1]
+    words[:, ::2] = even.transpose(0, 1)
+    words[:, 1::2] = odd.flip(0).transpose(0, 1)
     return words.mul_(2.0**-32).view(-1, len(indices))
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower and the upper words of an int64 tensor, as views."""
-    lower, upper = x.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
-    return lower, upper
 
 
 def _signed(word: int) -> int:

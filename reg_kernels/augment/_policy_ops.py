@@ -11,7 +11,6 @@ from torch import Tensor
 from .._augment_program import WIDTH, Axes, Op, WarpFilter
 from ._assemble import Assembly, Fill
 from .colour import blur_weights
-from .geometry import matrix_of
 
 # The number of an operation in columns of parameters is its place here. Beside it stands what a
 # strength v is: shears are v = tan of the angle, shifts are by v pixels, rotations counter-clockwise
@@ -25,48 +24,40 @@ OPS = (
 NUMBER = {name: number for number, name in enumerate(OPS)}
 BLUR_RADIUS = 7  # 3.5 deviations of the largest blur there is
 
-_OPCODES = {
-    "Identity": Op.NONE,
-    **dict.fromkeys(("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"), Op.WARP),
-    "Color": Op.SATURATION,
-    "GaussianBlur": Op.BLUR,
-}
-_GRAY_HAS_NONE = ("Color",)
-
-
 @functools.cache
 def _table(is_gray: bool, bound: float) -> Tensor:
-    """Of each operation: its opcode; what v makes of the rotation's angle, the shears and the
-    shifts; and of the first two arguments of other instructions, what v counts and what stands."""
-    rows = []
+    """Of each operation its opcode, whether it is a warp, and what the first two arguments are of
+    another one beside what its strength counts; and what the strength counts for the angle, the
+    shears and the shifts of a warp, and for those two arguments: (11, operations)."""
+    by_v = dict.fromkeys(("Contrast", "Color", "Sharpness"), (1.0, -1.0))
+    by_v |= {"Brightness": (1.0, 0.0), "Posterize": (1.0, 0.0)}
+    by_v |= {"Solarize": (bound, 0.0), "SolarizeAdd": (0.0, bound)}
+    stands = dict.fromkeys(("Contrast", "Color", "Sharpness"), (0.0, 1.0))
+    stands["SolarizeAdd"] = (bound * 128 / 255, 0.0)
+    stands["GaussianBlur"] = (float(Axes.BOTH), float(BLUR_RADIUS))
+    columns = []
     for name in OPS:
-        op = _OPCODES.get(name) or (Op.NONE if name == "Identity" else Op[_snake(name)])
-        if is_gray and name in _GRAY_HAS_NONE:
-            op = Op.NONE
-        by_v = {"Solarize": (bound, 0.0), "SolarizeAdd": (0.0, bound), "Posterize": (1.0, 0.0)}
-        by_v |= dict.fromkeys(("Contrast", "Color", "Sharpness"), (1.0, -1.0))
-        by_v["Brightness"] = (1.0, 0.0)
-        stands = {"SolarizeAdd": (bound * 128 / 255, 0.0)}
-        stands |= dict.fromkeys(("Contrast", "Color", "Sharpness"), (0.0, 1.0))
-        stands["GaussianBlur"] = (float(Axes.BOTH), float(BLUR_RADIUS))
-        if op == Op.NONE:
-            by_v, stands = {}, {}
-        rows.append(
+        op = _opcode(name)
+        if is_gray and name == "Color":  # gray images have none
+            op, name = Op.NONE, "Identity"
+        columns.append(
             [
-                float(op),
-                float(op == Op.WARP),
+                *(float(op), float(op == Op.WARP), *stands.get(name, (0.0, 0.0))),
                 -math.pi / 180 if name == "Rotate" else 0.0,
                 *(float(name == warp) for warp in ("ShearX", "ShearY")),
                 *(-float(name == warp) for warp in ("TranslateX", "TranslateY")),
                 *by_v.get(name, (0.0, 0.0)),
-                *stands.get(name, (0.0, 0.0)),
             ]
         )
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(columns, dtype=torch.float64).T.contiguous()
 
 
-def _snake(name: str) -> str:
-    return {"SolarizeAdd": "SOLARIZE_ADD"}.get(name, name.upper())
+def _opcode(name: str) -> Op:
+    if name in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
+        return Op.WARP
+    others = {"Identity": Op.NONE, "Color": Op.SATURATION, "SolarizeAdd": Op.SOLARIZE_ADD}
+    others["GaussianBlur"] = Op.BLUR
+    return others.get(name) or Op[name.upper()] if name != "Identity" else Op.NONE
 
 
 def add(
@@ -88,44 +79,48 @@ def add(
     if on is not None:
         ops = ops * on
     table = _table(assembly.channels == 1, assembly.bound)
-    parts = table.index_select(0, ops.reshape(-1).long()).T.contiguous()
-    opcode, is_warp, turn, shear_x, shear_y, shift_x, shift_y, *rest = parts
-    v = strengths.reshape(-1)
-    width, height = assembly.width.repeat(count), assembly.height.repeat(count)
-    angle = turn * v
+    parts = table.index_select(1, ops.reshape(-1).long())
+    opcode, is_warp = parts[0], parts[1]
+    scaled = parts[4:] * strengths.reshape(-1)
+    angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
-    x, y = width / 2, height / 2
+    size = torch.stack((assembly.height, assembly.width)).repeat(1, count)
+    y, x = size / 2
     still = 1 - cosine
-    warp = (
-        *(cosine, sine + shear_x * v, still * x - sine * y + shift_x * v),
-        *(shear_y * v - sine, cosine, sine * x + still * y + shift_y * v),
-    )
-    rows = torch.zeros(len(v), WIDTH)
-    rows[:, 1:7] = torch.stack(warp, 1)
-    rows[:, 9] = 1
-    rows[:, 10] = height
-    rows[:, 11] = width
+    rows = torch.zeros(WIDTH, len(opcode), dtype=torch.float64)
+    rows[0] = opcode
+    rows[1] = rows[5] = cosine
+    torch.add(sine, shear_x, out=rows[2])
+    rows[3] = torch.addcmul(shift_x, still, x).addcmul_(sine, y, value=-1)
+    torch.sub(shear_y, sine, out=rows[4])
+    rows[6] = torch.addcmul(shift_y, still, y).addcmul_(sine, x)
+    rows[9] = 1
+    rows[10:12] = size
     if isinstance(filter, WarpFilter):
-        rows[:, 12] = float(assembly.warp_filter(filter, fill))
+        rows[12] = float(assembly.warp_filter(filter, fill))
     else:
-        rows[:, 12] = filter.reshape(-1)
+        rows[12] = filter.reshape(-1)
     values = assembly.values("fill", fill)
     if any(values):
-        rows[:, 13:] = torch.tensor(values[:3])
-    rows *= is_warp.unsqueeze(1)
-    rows[:, 0] = opcode
-    rows[:, 1] += rest[0] * v + rest[2]
-    rows[:, 2] += rest[1] * v + rest[3]
-    if blurs:
-        is_blur = (opcode == Op.BLUR).unsqueeze(1)
-        weights = blur_weights(torch.where(is_blur[:, 0], v, 1.0), BLUR_RADIUS)
-        rows[:, 3 : 4 + BLUR_RADIUS] += weights * is_blur
-    shaped = rows.view(count, -1, WIDTH).transpose(0, 1)
+        rows[13:] = torch.tensor(values[:3], dtype=torch.float64).unsqueeze(1)
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
-        steps = matrix_of(*(part * is_warp + (k in (0, 4)) * (1 - is_warp)
-                            for k, part in enumerate(warp)))  # fmt: skip
-        matrices = steps.view(count, -1, 3, 3)[0]
-        for step in steps.view(count, -1, 3, 3)[1:]:
-            matrices = matrices @ step
-    assembly.several(shaped, matrices)
+        matrices = _product(rows[1:10], is_warp, count)
+    rows[1:] *= is_warp
+    rows[1:3] += scaled[5:]
+    rows[1:3] += parts[2:4]
+    if blurs:
+        is_blur = opcode == Op.BLUR
+        sigma = torch.where(is_blur, strengths.reshape(-1), 1.0)
+        rows[3 : 4 + BLUR_RADIUS] += blur_weights(sigma, BLUR_RADIUS) * is_blur
+    assembly.several(rows.view(WIDTH, count, -1), matrices)
+
+
+def _product(entries: Tensor, is_warp: Tensor, count: int) -> Tensor:
+    """Of the matrices' entries (9, K N), the product of the K of each sample, (N, 3, 3)."""
+    eye = torch.eye(3, dtype=torch.float64).view(9, 1)
+    steps = torch.where(is_warp > 0, entries, eye).T.reshape(count, -1, 3, 3)
+    product = steps[0]
+    for step in steps[1:]:
+        product = product @ step
+    return product

@@ -69,19 +69,35 @@ _JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE)
 _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 
-def _jitter(factors: Tensor, steps: Tensor, assembly: Assembly) -> Tensor:
-    """Instructions (N, K, 16) of factors (N, 4) and of which is used at each of K steps."""
-    opcodes = torch.tensor(_JITTER, dtype=torch.float64)
-    if assembly.channels == 1:  # gray images have no colour to change
-        opcodes[2:] = 0.0
-    rows = torch.zeros(*steps.shape, WIDTH)
-    used = factors.gather(1, steps)
-    neutral = torch.tensor(_NEUTRAL, dtype=torch.float64)[steps]
-    has_rest = (steps == 1) | (steps == 2)
-    rows[:, :, 0] = opcodes[steps] * (used != neutral)
-    rows[:, :, 1] = used
-    rows[:, :, 2] = (1 - used) * has_rest
-    return rows.mul_(rows[:, :, :1] != 0)
+def _of_steps(orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Of each order: which of the four is at each step, (4, orders); and of it, (4, 4, orders), its
+    opcode, its opcode for gray images, its neutral factor, and whether it has a rest."""
+    places = torch.tensor(orders).T.contiguous()
+    opcodes = [float(op) for op in _JITTER]
+    kinds = [opcodes, [*opcodes[:2], 0.0, 0.0], _NEUTRAL, [0.0, 1.0, 1.0, 0.0]]
+    return places, torch.stack([torch.tensor(kind, dtype=torch.float64)[places] for kind in kinds])
+
+
+def _jitter(
+    values: Values, order: Tensor, orders: tuple[Tensor, Tensor], on: Tensor | None, a: Assembly
+) -> None:
+    """Adds the four instructions, in the order of that number, of the four factors."""
+    number = order.long()
+    factors = torch.stack([values[name] for name in ("brightness", "contrast", "saturation", "hue")])
+    used = factors.gather(0, orders[0].index_select(1, number))
+    opcode, gray_opcode, neutral, has_rest = orders[1].index_select(2, number)
+    is_done = used != neutral
+    if on is not None:
+        is_done &= on
+    rows = torch.zeros(WIDTH, *used.shape, dtype=torch.float64)
+    torch.mul(gray_opcode if a.channels == 1 else opcode, is_done, out=rows[0])
+    torch.mul(used, is_done, out=rows[1])
+    torch.mul((1 - used).mul_(has_rest), is_done, out=rows[2])
+    a.several(rows)
+
+
+_JITTER_STEPS = _of_steps(_ORDERS)
+_DISTORT_STEPS = _of_steps([(0, 2, 3, 1), (0, 1, 2, 3)])  # contrast last, contrast first
 
 
 class ColorJitter(Transform):
@@ -126,11 +142,7 @@ class ColorJitter(Transform):
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
-        factors = torch.stack([values[name] for name in self.columns[:4]], 1)
-        rows = _jitter(factors, torch.tensor(_ORDERS)[values["order"].long()], assembly)
-        if on is not None:
-            rows *= on.view(-1, 1, 1)
-        assembly.several(rows)
+        _jitter(values, values["order"], _JITTER_STEPS, on, assembly)
 
 
 class RandomPhotometricDistort(Transform):
@@ -182,15 +194,10 @@ class RandomPhotometricDistort(Transform):
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
-        factors = torch.stack([values[name] for name in self.columns[:4]], 1)
-        first = torch.where(values["contrast_first"].unsqueeze(1) > 0, *_CONTRAST_PLACES)
-        assembly.several(_jitter(factors, first, assembly))
+        _jitter(values, values["contrast_first"], _DISTORT_STEPS, None, assembly)
         if assembly.channels == 3:
             order = torch.tensor(_PERMUTATIONS, dtype=torch.float64)[values["permutation"].long()]
             assembly.colour(Op.PERMUTE, values["permutation"] > 0, *order.unbind(1))
-
-
-_CONTRAST_PLACES = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 3, 1])
 
 
 class RandomChannelPermutation(Transform):
@@ -343,11 +350,11 @@ class GaussianBlur(Transform):
             plans = ((Axes.VERTICAL, along_y), (Axes.HORIZONTAL, along_x))  # type: ignore[assignment]
         for axes, radius in plans:
             weights = blur_weights(values["sigma"], radius)
-            assembly.colour(Op.BLUR, on, float(axes), float(radius), *weights.unbind(1))
+            assembly.colour(Op.BLUR, on, float(axes), float(radius), *weights)
 
 
 def blur_weights(sigma: Tensor, radius: int) -> Tensor:
-    """The weights of distances 0 to radius, (N, radius + 1), whose sum over both sides is 1."""
-    distance = torch.arange(radius + 1, dtype=torch.float64)
-    weights = torch.exp(-0.5 * (distance / sigma.unsqueeze(1)) ** 2)
-    return weights / (2 * weights.sum(1, keepdim=True) - 1)
+    """The weights of distances 0 to radius, (radius + 1, N), whose sum over both sides is 1."""
+    distance = torch.arange(radius + 1, dtype=torch.float64).unsqueeze(1)
+    weights = torch.exp(-0.5 * (distance / sigma) ** 2)
+    return weights / (2 * weights.sum(0) - weights[0])

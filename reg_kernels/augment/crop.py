@@ -29,8 +29,12 @@ def draw_rectangle(
 
 def first_valid(valid: Tensor, *candidates: Tensor) -> tuple[Tensor, ...]:
     """Whether there is a valid candidate, and of each kind the first one: of (10, N), (N,)."""
-    chosen = valid.to(torch.int8).argmax(0, keepdim=True)
-    return (valid.any(0), *(x.gather(0, chosen)[0] for x in candidates))
+    left = (valid * _LEFT).amax(0)  # how many candidates there are from the first valid one on
+    chosen = (TRIES - left).clamp_(max=TRIES - 1).unsqueeze(0)
+    return (left > 0, *(x.gather(0, chosen)[0] for x in candidates))
+
+
+_LEFT = torch.arange(TRIES, 0, -1).unsqueeze(1)
 
 
 class RandomResizedCrop(Transform):
