@@ -86,9 +86,32 @@ class _Warp:
     matrix: Tensor  # (N, 3, 3)
     filter: WarpFilter
     fill: Values
+    height: Tensor  # of the image
+    width: Tensor
     out_height: Number
     out_width: Number
     on: Tensor | None
+
+    def entries(self, is_exact: bool) -> Tensor:
+        """The matrix as an instruction has it, (9, N)."""
+        entries = self.matrix.reshape(-1, 9).T
+        if not is_exact:
+            return entries
+        return to_grid(entries, (self.height, self.width), (self.out_height, self.out_width))
+
+
+def to_grid(entries: Tensor, size: tuple[Tensor, Tensor], out: tuple[Number, Number]) -> Tensor:
+    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine one
+    from the centre of the result; rounded to float32 where it is there."""
+    height, width = size
+    is_affine = (entries[6] == 0) & (entries[7] == 0) & (entries[8] == 1)
+    y, x = (torch.where(is_affine, side / 2, 0.0) for side in out)
+    rows = []
+    for first, side in ((0, width), (3, height)):
+        a, b, c = entries[first : first + 3]
+        c = c + a * x + b * y - torch.where(is_affine, side / 2, 0.0)
+        rows.append(torch.stack((a, b, c)).float() / (0.5 * side).float())
+    return torch.cat((*rows, entries[6:].float())).double()
 
 
 def _mirrored(start: Number, length: Number, side: Number, flipped: Tensor | None) -> Number:
@@ -172,12 +195,14 @@ class Assembly:
             matrix = torch.where(on.view(-1, 1, 1), matrix, eye)
         filter, values = self.warp_filter(filter, fill), self.values("fill", fill)
         sides = (self.height, self.width) if out is None else out
-        warp = _Warp(matrix, filter, values, *sides, None if out is not None else on)
+        size = (self.height, self.width)
+        warp = _Warp(matrix, filter, values, *size, *sides, None if out is not None else on)
         if self.tracks:
             self.seen = self.seen @ matrix
         last = self._pending
         if self.fuse and isinstance(last, _Warp) and (last.filter, last.fill) == (filter, values):
             warp.matrix = last.matrix @ matrix
+            warp.height, warp.width = last.height, last.width
             warp.on = None if last.on is None or warp.on is None else last.on | warp.on
         elif self.fuse and isinstance(last, _Box) and last.is_whole:
             warp.matrix = last.matrix(self.samples) @ matrix
@@ -200,7 +225,7 @@ class Assembly:
             box = last
         elif isinstance(last, _Warp) and self.fuse and self._continues(last, box):
             matrix = last.matrix @ box.matrix(self.samples)
-            sides = (box.out_height, box.out_width)
+            sides = (last.height, last.width, box.out_height, box.out_width)
             self._pending = _Warp(matrix, last.filter, last.fill, *sides, None)
             return
         else:
@@ -223,7 +248,7 @@ class Assembly:
         last, self._pending = self._pending, None
         if isinstance(last, _Warp):
             sizes = (last.out_height, last.out_width)
-            matrix = last.matrix.reshape(-1, 9).unbind(1)
+            matrix = last.entries(self.is_exact)
             self._add(Op.WARP, last.on, *matrix, *sizes, float(last.filter), *last.fill[:3])
         elif last is not None:
             flips: Number = 0.0

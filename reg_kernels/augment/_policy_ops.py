@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._augment_program import WIDTH, Axes, Op, WarpFilter
-from ._assemble import Assembly, Fill
+from ._assemble import Assembly, Fill, to_grid
 from .colour import blur_weights
 
 # The number of an operation in columns of parameters is its place here. Beside it stands what a
@@ -106,6 +106,9 @@ def add(
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
         matrices = _product(rows[1:10], is_warp, count)
+    if assembly.is_exact:
+        height_width = (size[0], size[1])
+        rows[1:10] = to_grid(rows[1:10], height_width, height_width)
     rows[1:] *= is_warp
     rows[1:3] += scaled[5:]
     rows[1:3] += parts[2:4]
