@@ -37,6 +37,7 @@ from .noise import Cutout, GaussianNoise, Normalize, RandomErasing, SaltAndPeppe
 from .params import Params
 from .pipeline import Pipeline
 from .policies import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugmentWide
+from .text import from_text
 from .timm import from_timm
 
 __all__ = [
@@ -78,5 +79,6 @@ __all__ = [
     "ThreeAugment",
     "ToDtype",
     "TrivialAugmentWide",
+    "from_text",
     "from_timm",
 ]
