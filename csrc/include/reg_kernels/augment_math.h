@@ -61,45 +61,72 @@ RK_NAMESPACE_BEGIN
 
 constexpr RngTag kAugmentTag = rng_tag("augment1");
 
-// Rounding to whole numbers. Where there is an instruction for vectors the compiler finds it; where
-// there is none a library's function would keep a loop from becoming vector code, and sums with
-// 2^23, which leave no bits for a fraction, have the same results.
-#if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || defined(__aarch64__)
-RK_HD float rounded(float x) { return __builtin_rintf(x); }
-RK_HD float floored(float x) { return __builtin_floorf(x); }
-#else
-RK_HD float rounded(float x) {
-  const float magnitude = __builtin_fabsf(x);
-  const float whole = magnitude < 0x1p23f ? (magnitude + 0x1p23f) - 0x1p23f : magnitude;
-  return __builtin_copysignf(whole, x);
-}
-RK_HD float floored(float x) {
-  const float whole = rounded(x);
-  return whole > x ? whole - 1.0f : whole;
-}
-#endif
-RK_HD float truncated(float x) { return __builtin_copysignf(floored(__builtin_fabsf(x)), x); }
+// What is computed of a pixel is written for F = float and, on CPUs, for vectors of floats, whose
+// comparisons and choices read alike. This is what a vector has otherwise.
+template <typename F>
+struct WholeNumbers;
 
-// a - b, with a or b a product.
-RK_HD float subtract_apart(float a, float b) { return add_apart(a, -b); }
+template <>
+struct WholeNumbers<float> {
+  static RK_HD float nearest(float x) { return __builtin_rintf(x); }  // half to even
+  static RK_HD float below(float x) { return __builtin_floorf(x); }
+};
+
+template <typename F>
+RK_HD F rounded(F x) {
+  return WholeNumbers<F>::nearest(x);
+}
+template <typename F>
+RK_HD F floored(F x) {
+  return WholeNumbers<F>::below(x);
+}
+template <typename F>
+RK_HD F truncated(F x) {
+  return x < 0.0f ? -floored(-x) : floored(x);
+}
+
+// a + b or a - b, one of them a product, which is rounded by itself.
+template <typename A, typename B>
+RK_HD auto plus(A a, B b) {
+  if constexpr (sizeof(A) == sizeof(float) && sizeof(B) == sizeof(float)) {
+    return add_apart(a, b);
+  } else {
+    return a + b;
+  }
+}
+template <typename A, typename B>
+RK_HD auto minus(A a, B b) {
+  return plus(a, -b);
+}
 
 // What values lie in, and whether each operation makes them whole numbers (`exact`).
 struct ImageRange {
   float bound;  // 255 of bytes, else 1
   bool exact;
 
-  RK_HD float clamp(float v) const { return v < 0.0f ? 0.0f : v > bound ? bound : v; }
-  // NaN stays NaN in both.
-  RK_HD float clamp_truncated(float v) const {
-    const float inside = clamp(v);
+  // NaN stays NaN.
+  template <typename F>
+  RK_HD F clamp(F v) const {
+    v = v < 0.0f ? 0.0f : v;
+    return v > bound ? bound : v;
+  }
+  template <typename F>
+  RK_HD F clamp_truncated(F v) const {
+    const F inside = clamp(v);
     return exact ? floored(inside) : inside;
   }
-  RK_HD float clamp_rounded(float v) const { return clamp(exact ? rounded(v) : v); }
+  template <typename F>
+  RK_HD F clamp_rounded(F v) const {
+    return clamp(exact ? rounded(v) : v);
+  }
 };
 
-RK_HD uint8_t stored_byte(float v) {
-  const float whole = rounded(v);
-  return static_cast<uint8_t>(whole > 0.0f ? (whole < 255.0f ? whole : 255.0f) : 0.0f);
+// What a byte stores, as a whole number in [0, 255]; NaN is 0.
+template <typename F>
+RK_HD F stored_byte(F v) {
+  v = rounded(v);
+  v = v > 0.0f ? v : 0.0f;
+  return v < 255.0f ? v : 255.0f;
 }
 
 // BOX ------------------------------------------------------------------------------------------
@@ -148,23 +175,25 @@ RK_HD int padded_index(int g, int side, AugmentPad pad) {
 }
 
 // The cubic kernel of parameter a at x >= 0, up to 1 and from there to 2.
-RK_HD float cubic_near(float x, float a) {
-  return add_apart(subtract_apart((a + 2.0f) * x, a + 3.0f) * x * x, 1.0f);
+template <typename F>
+RK_HD F cubic_near(F x, float a) {
+  return plus(minus((a + 2.0f) * x, a + 3.0f) * x * x, 1.0f);
 }
-RK_HD float cubic_far(float x, float a) {
-  const float inner = subtract_apart(a * x, 5.0f * a);
-  return subtract_apart(add_apart(inner * x, 8.0f * a) * x, 4.0f * a);
+template <typename F>
+RK_HD F cubic_far(F x, float a) {
+  const F inner = minus(a * x, 5.0f * a);
+  return minus(plus(inner * x, 8.0f * a) * x, 4.0f * a);
 }
 
 // The four weights at the fraction t, without antialiasing.
+template <typename F>
 struct CubicWeights {
-  float w[4];
+  F w[4];
 
-  static RK_HD CubicWeights of(float t) {
+  static RK_HD CubicWeights of(F t) {
     constexpr float a = -0.75f;
-    const float rest = 1.0f - t;
-    return {
-        {cubic_far(t + 1.0f, a), cubic_near(t, a), cubic_near(rest, a), cubic_far(2.0f - t, a)}};
+    return {{cubic_far(t + 1.0f, a), cubic_near(t, a), cubic_near(1.0f - t, a),
+             cubic_far(2.0f - t, a)}};
   }
 };
 
@@ -214,7 +243,7 @@ struct BoxAxis {
     float fraction;
   };
   RK_HD Between between(int i) const {
-    const float centre = subtract_apart(this->centre(i), 0.5f);
+    const float centre = minus(this->centre(i), 0.5f);
     if (filter == AugmentFilter::bilinear) {
       const float at = centre > 0.0f ? centre : 0.0f;
       const int first = inside(static_cast<int>(at));
@@ -232,13 +261,12 @@ struct BoxAxis {
   };
   RK_HD Span span(int i) const {
     const float centre = this->centre(i), half = this->half();
-    const int first = inside(static_cast<int>(add_apart(subtract_apart(centre, half), 0.5f)));
-    const int end = static_cast<int>(add_apart(add_apart(centre, half), 0.5f));
+    const int first = inside(static_cast<int>(plus(minus(centre, half), 0.5f)));
+    const int end = static_cast<int>(plus(plus(centre, half), 0.5f));
     return {first, (end < length ? end : length) - first, centre};
   }
   RK_HD float unscaled_weight(const Span& span, int j) const {
-    const float at =
-        add_apart(subtract_apart(static_cast<float>(span.first + j), span.centre), 0.5f) / margin;
+    const float at = plus(minus(static_cast<float>(span.first + j), span.centre), 0.5f) / margin;
     const float x = at < 0.0f ? -at : at;
     if (filter == AugmentFilter::bilinear) return x < 1.0f ? 1.0f - x : 0.0f;
     constexpr float a = -0.5f;
@@ -252,7 +280,7 @@ struct BoxAxis {
     if (antialias) {
       const Span span = this->span(i);
       float total = 0.0f;
-      for (int j = 0; j < span.count; ++j) total = add_apart(total, unscaled_weight(span, j));
+      for (int j = 0; j < span.count; ++j) total = plus(total, unscaled_weight(span, j));
       for (int j = 0; j < span.count; ++j) f(j, span.first + j, unscaled_weight(span, j) / total);
       return;
     }
@@ -262,7 +290,7 @@ struct BoxAxis {
       f(1, inside(at.first + 1), at.fraction);
       return;
     }
-    const CubicWeights weights = CubicWeights::of(at.fraction);
+    const auto weights = CubicWeights<float>::of(at.fraction);
     for (int j = 0; j < 4; ++j) f(j, inside(at.first + j), weights.w[j]);
   }
 };
@@ -287,65 +315,67 @@ struct WarpArguments {
 };
 
 // Where in the image, in indices, output pixel (y, x) lies.
+template <typename F>
 struct WarpPoint {
-  float x, y;
+  F x, y;
 };
-RK_HD WarpPoint warp_point(const float* m, bool affine, float x, float y) {
-  const float X = x + 0.5f, Y = y + 0.5f;
-  float u = add_apart(add_apart(m[0] * X, m[1] * Y), m[2]);
-  float v = add_apart(add_apart(m[3] * X, m[4] * Y), m[5]);
+template <typename F>
+RK_HD WarpPoint<F> warp_point(const float* m, bool affine, F x, F y) {
+  const F X = x + 0.5f, Y = y + 0.5f;
+  F u = plus(plus(m[0] * X, m[1] * Y), m[2]);
+  F v = plus(plus(m[3] * X, m[4] * Y), m[5]);
   if (!affine) {
-    const float q = add_apart(add_apart(m[6] * X, m[7] * Y), m[8]);
+    const F q = plus(plus(m[6] * X, m[7] * Y), m[8]);
     u = u / q;
     v = v / q;
   }
-  return {subtract_apart(u, 0.5f), subtract_apart(v, 0.5f)};
+  return {u - 0.5f, v - 0.5f};
 }
 
-// Whether a whole number, NaN and infinities among them, is an index of a side.
-RK_HD bool is_index(float k, int side) { return k >= 0.0f && k <= static_cast<float>(side - 1); }
-
 // A pixel between four: `p` in row order, fill where there is none.
-RK_HD float between_four(const float (&p)[4], float wx, float wy) {
-  const float left = 1.0f - wx, above = 1.0f - wy;
-  const float top = add_apart(p[0] * left, p[1] * wx), bottom = add_apart(p[2] * left, p[3] * wx);
-  return add_apart(top * above, bottom * wy);
+template <typename F>
+RK_HD F between_four(const F (&p)[4], F wx, F wy) {
+  const F left = 1.0f - wx, above = 1.0f - wy;
+  const F top = plus(p[0] * left, p[1] * wx), bottom = plus(p[2] * left, p[3] * wx);
+  return plus(top * above, bottom * wy);
 }
 
 // The same as torchvision has it: `p` 0 and `in` 0 where there is none, else `in` 1.
-RK_HD float between_four_masked(const float (&p)[4], const float (&in)[4], float wx, float wy,
-                                float fill) {
-  const float left = 1.0f - wx, above = 1.0f - wy;
-  const float w[4] = {left * above, wx * above, left * wy, wx * wy};
-  float value = w[0] * p[0], mask = w[0] * in[0];
+template <typename F>
+RK_HD F between_four_masked(const F (&p)[4], const F (&in)[4], F wx, F wy, float fill) {
+  const F left = 1.0f - wx, above = 1.0f - wy;
+  const F w[4] = {left * above, wx * above, left * wy, wx * wy};
+  F value = w[0] * p[0], mask = w[0] * in[0];
   for (int k = 1; k < 4; ++k) {
-    value = add_apart(value, w[k] * p[k]);
-    mask = add_apart(mask, w[k] * in[k]);
+    value = plus(value, w[k] * p[k]);
+    mask = plus(mask, w[k] * in[k]);
   }
-  return add_apart(mask * value, (1.0f - mask) * fill);
+  return plus(mask * value, (1.0f - mask) * fill);
 }
 
 // Colour ---------------------------------------------------------------------------------------
 
-RK_HD float gray_of(float r, float g, float b) {
-  return add_apart(add_apart(0.2989f * r, 0.587f * g), 0.114f * b);
-}
-RK_HD float gray_of(float r, float g, float b, const ImageRange& range) {
-  const float gray = gray_of(r, g, b);
+template <typename F>
+RK_HD F gray_of(F r, F g, F b, const ImageRange& range) {
+  const F gray = plus(plus(0.2989f * r, 0.587f * g), 0.114f * b);
   return range.exact ? floored(gray) : gray;
 }
 
-RK_HD float blended(float a, float b, float factor, const ImageRange& range) {
-  return range.clamp_truncated(add_apart(factor * a, (1.0f - factor) * b));
+// A blend of two images; B is F or one number for all pixels.
+template <typename F, typename B>
+RK_HD F blended(F a, B b, float factor, const ImageRange& range) {
+  return range.clamp_truncated(plus(factor * a, (1.0f - factor) * b));
 }
 
 // Contrast's mean: of the grays of an image, each as a whole number, which sum up in any order.
 RK_HD float gray_unit(const ImageRange& range) {
   return range.exact ? 1.0f : range.bound == 1.0f ? 65536.0f : 256.0f;
 }
-RK_HD int32_t counted_gray(float gray, const ImageRange& range) {
-  const float inside = gray > 0.0f ? (gray < range.bound ? gray : range.bound) : 0.0f;  // not NaN
-  return static_cast<int32_t>(rounded(inside * gray_unit(range)));
+template <typename F>
+RK_HD F counted_gray(F gray, const ImageRange& range) {
+  gray = gray > 0.0f ? gray : 0.0f;  // NaN is 0
+  gray = gray < range.bound ? gray : range.bound;
+  return rounded(gray * gray_unit(range));
 }
 RK_HD float gray_mean(int64_t sum, int64_t pixels, const ImageRange& range) {
   return static_cast<float>(static_cast<double>(sum) / static_cast<double>(pixels) /
@@ -353,56 +383,64 @@ RK_HD float gray_mean(int64_t sum, int64_t pixels, const ImageRange& range) {
 }
 
 // Turns the hue of a pixel by `turn` of a whole circle: HSV and back, in torchvision's order.
-RK_HD void turn_hue(float& red, float& green, float& blue, float turn, const ImageRange& range) {
-  const float r = red / range.bound, g = green / range.bound, b = blue / range.bound;
-  float most = r > g ? r : g, least = r < g ? r : g;
+template <typename F>
+RK_HD void turn_hue(F& red, F& green, F& blue, float turn, const ImageRange& range) {
+  const F r = red / range.bound, g = green / range.bound, b = blue / range.bound;
+  F most = r > g ? r : g, least = r < g ? r : g;
   most = most > b ? most : b;
   least = least < b ? least : b;
-  const float sum = r + g + b;
-  if (sum != sum) most = sum;  // one of them is NaN, then all become so
-  const bool is_gray = most == least;
-  const float span = most - least, divisor = is_gray ? 1.0f : span;
-  const float s = span / (is_gray ? 1.0f : most);
-  const float rc = (most - r) / divisor, gc = (most - g) / divisor, bc = (most - b) / divisor;
-  const float sextant = most == r ? bc - gc : most == g ? (rc + 2.0f) - bc : (gc + 4.0f) - rc;
-  float h = add_apart(sextant * (1.0f / 6.0f), 1.0f);
+  const F sum = r + g + b;
+  most = sum == sum ? most : sum;  // where one of them is NaN all become so
+  const F span = most - least;
+  const F divisor = most == least ? 1.0f : span;
+  const F s = span / (most == least ? 1.0f : most);
+  const F rc = (most - r) / divisor, gc = (most - g) / divisor, bc = (most - b) / divisor;
+  const F below_red = most == g ? (rc + 2.0f) - bc : (gc + 4.0f) - rc;
+  F h = plus((most == r ? bc - gc : below_red) * (1.0f / 6.0f), 1.0f);
   h = h - floored(h);
   h = h + turn;
   h = h - floored(h);
-  const float h6 = h * 6.0f, sector = floored(h6), f = subtract_apart(h6, sector);
-  const auto in_unit = [](float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; };
-  const float sf = s * f, rest = 1.0f - s;
-  const float q = in_unit(subtract_apart(1.0f, sf) * most);
-  const float t = in_unit(add_apart(sf, rest) * most);
-  const float p = in_unit(rest * most);
-  // A sector of 6 is 0.
-  const float red_ = sector == 1.0f                     ? q
-                     : sector == 2.0f || sector == 3.0f ? p
-                     : sector == 4.0f                   ? t
-                                                        : most;
-  const float green_ = sector == 1.0f || sector == 2.0f   ? most
-                       : sector == 3.0f                   ? q
-                       : sector == 4.0f || sector == 5.0f ? p
-                                                          : t;
-  const float blue_ = sector == 2.0f                     ? t
-                      : sector == 3.0f || sector == 4.0f ? most
-                      : sector == 5.0f                   ? q
-                                                         : p;
-  const auto stored = [&](float x) {
-    return range.exact ? floored(x * 255.999f) : range.clamp(x * range.bound);
-  };
-  red = stored(red_);
-  green = stored(green_);
-  blue = stored(blue_);
+  const F h6 = h * 6.0f, sector = floored(h6), f = minus(h6, sector);
+  const ImageRange unit{1.0f, false};
+  const F sf = s * f, rest = 1.0f - s;
+  const F q = unit.clamp(minus(1.0f, sf) * most);
+  const F t = unit.clamp(plus(sf, rest) * most);
+  const F p = unit.clamp(rest * most);
+  // Of sectors 0 (and 6) to 5 red is v q p p t v, green t v v q p p, blue p p t v v q.
+  F x = sector == 1.0f ? q : most;
+  x = sector == 2.0f ? p : x;
+  x = sector == 3.0f ? p : x;
+  x = sector == 4.0f ? t : x;
+  F y = sector > 3.0f ? p : t;
+  y = sector == 1.0f ? most : y;
+  y = sector == 2.0f ? most : y;
+  y = sector == 3.0f ? q : y;
+  y = sector == 6.0f ? t : y;
+  F z = sector == 2.0f ? t : p;
+  z = sector == 3.0f ? most : z;
+  z = sector == 4.0f ? most : z;
+  z = sector == 5.0f ? q : z;
+  if (range.exact) {
+    red = floored(x * 255.999f);
+    green = floored(y * 255.999f);
+    blue = floored(z * 255.999f);
+  } else {
+    red = range.clamp(x * range.bound);
+    green = range.clamp(y * range.bound);
+    blue = range.clamp(z * range.bound);
+  }
 }
 
-RK_HD float solarized(float v, float threshold, const ImageRange& range) {
+template <typename F>
+RK_HD F solarized(F v, float threshold, const ImageRange& range) {
   return v >= threshold ? range.bound - v : v;
 }
 
-RK_HD float solarize_added(float v, float threshold, float addend, const ImageRange& range) {
-  const float sum = v + addend;
-  return v < threshold ? (sum < range.bound ? sum : range.bound) : v;
+template <typename F>
+RK_HD F solarize_added(F v, float threshold, float addend, const ImageRange& range) {
+  F sum = v + addend;
+  sum = sum < range.bound ? sum : range.bound;
+  return v < threshold ? sum : v;
 }
 
 // Keeps so many bits of 8.
@@ -414,9 +452,12 @@ struct Posterize {
     if (range.bound == 1.0f) return {levels, 1.0f / levels, levels - 1.0f};
     return {levels / 256.0f, 256.0f / levels, levels - 1.0f};
   }
-  RK_HD float operator()(float v) const {
-    const float level = floored(v * to_levels);
-    return (level < 0.0f ? 0.0f : level > most ? most : level) * from_levels;
+  template <typename F>
+  RK_HD F operator()(F v) const {
+    F level = floored(v * to_levels);
+    level = level < 0.0f ? 0.0f : level;
+    level = level > most ? most : level;
+    return level * from_levels;
   }
 };
 
@@ -428,16 +469,20 @@ struct Autocontrast {
   static RK_HD Autocontrast of(float lo, float hi, const ImageRange& range) {
     return {lo, (hi - lo) * (1.0f / range.bound), hi != lo};
   }
-  RK_HD float operator()(float v, const ImageRange& range) const {
+  template <typename F>
+  RK_HD F operator()(F v, const ImageRange& range) const {
     return changes ? range.clamp_truncated((v - lo) / divisor) : v;
   }
 };
 
-RK_HD int gray_level(float v, const ImageRange& range) {
-  const float level = rounded(v * (255.0f / range.bound));
-  return static_cast<int>(level > 0.0f ? (level < 255.0f ? level : 255.0f) : 0.0f);
+// A value as one of the levels 0 to 255 of a histogram, NaN as 0; and back.
+template <typename F>
+RK_HD F gray_level(F v, const ImageRange& range) {
+  F level = rounded(v * (255.0f / range.bound));
+  level = level > 0.0f ? level : 0.0f;
+  return level < 255.0f ? level : 255.0f;
 }
-RK_HD float of_gray_level(int level, const ImageRange& range) {
+RK_HD float of_gray_level(int32_t level, const ImageRange& range) {
   return static_cast<float>(level) * (range.bound / 255.0f);
 }
 
@@ -465,9 +510,10 @@ RK_HD bool equalize_table(const int32_t* histogram, int32_t* table) {
 
 // A pixel beside its smoothed value, `sum` of the nine products with these weights in row order.
 constexpr float kSmoothSide = 1.0f / 13.0f, kSmoothCentre = 5.0f / 13.0f;
-RK_HD float sharpened(float v, float sum, float factor, const ImageRange& range) {
-  const float smooth = range.clamp_rounded(sum);
-  return range.clamp_truncated(add_apart(v, (1.0f - factor) * (smooth - v)));
+template <typename F>
+RK_HD F sharpened(F v, F sum, float factor, const ImageRange& range) {
+  const F smooth = range.exact ? range.clamp(rounded(sum)) : sum;
+  return range.clamp_truncated(plus(v, (1.0f - factor) * (smooth - v)));
 }
 
 struct BlurArguments {
@@ -505,10 +551,11 @@ struct NoiseArguments {
   static RK_HD NoiseArguments of(const float* a) { return {a[1], a[2], a[3] != 0.0f}; }
   static RK_HD const float* key(const float* a) { return a + 4; }
 
-  RK_HD float operator()(float v, float normal, const ImageRange& range) const {
-    const float noise = add_apart(mean, std * normal);
+  template <typename F>
+  RK_HD F operator()(F v, F normal, const ImageRange& range) const {
+    const F noise = plus(mean, std * normal);
     if (range.exact) return range.clamp(v + truncated(noise));
-    const float noisy = v + noise;
+    const F noisy = v + noise;
     return clip ? range.clamp(noisy) : noisy;
   }
 };
@@ -541,9 +588,12 @@ struct SaltAndPepperArguments {
   }
   static RK_HD const float* key(const float* a) { return a + 3; }
 
-  RK_HD float operator()(float v, uint32_t half_word, const ImageRange& range) const {
-    const float u = static_cast<float>(half_word) * 0x1p-16f;
-    return u < share ? (u < salt ? range.bound : 0.0f) : v;
+  // Of a half-word's value.
+  template <typename F>
+  RK_HD F operator()(F v, F half_word, const ImageRange& range) const {
+    const F u = half_word * 0x1p-16f;
+    const F impulse = u < salt ? half_word * 0.0f + range.bound : half_word * 0.0f;
+    return u < share ? impulse : v;
   }
 };
 
