@@ -52,8 +52,33 @@ constexpr int kGrays = 256;  // entries of a histogram
 enum class AugmentFilter : int { nearest, nearest_exact, bilinear, bicubic };
 enum class AugmentPad : int { none, constant, edge, reflect, symmetric };
 
+constexpr int kLargestSide = 65535;  // of an image, at any point of a program
+
 constexpr int kAntialias = 4;                   // added to a filter's number
 constexpr int kFlipColumns = 1, kFlipRows = 2;  // bits of BOX's flips
+
+// The element type of images, before and after.
+enum class PixelType : int { bytes, float32, float16, bfloat16 };
+
+// What a call is about: checked, so that kernels may trust it (csrc/torch/augment.h).
+struct AugmentBatch {
+  const void* pixels;
+  PixelType from;
+  bool channels_last;     // of each image: H x W x C, else C x H x W
+  const int64_t* images;  // (N, 3): where each one's elements begin, its height and width
+  const float* program;   // (N, S, kInstruction)
+  int64_t samples, instructions;
+  int channels;
+  void* result;  // (N, C, height, width)
+  PixelType to;
+  bool to_channels_last;
+  int height, width;
+  bool exact;
+
+  const float* instruction(int64_t sample, int64_t i) const {
+    return program + (sample * instructions + i) * kInstruction;
+  }
+};
 
 }  // namespace reg_kernels
 
