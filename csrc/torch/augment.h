@@ -67,8 +67,8 @@ inline const AugmentInstruction& augment_instruction(int opcode) {
                 side("out_height"), side("out_width"), choice("filter", 3)},
                {"fill0", "fill1", "fill2"})},
       {"BRIGHTNESS", {any_float("factor")}},
-      {"CONTRAST", {any_float("factor")}},
-      {"SATURATION", {any_float("factor")}},
+      {"CONTRAST", {any_float("factor"), any_float("rest")}},
+      {"SATURATION", {any_float("factor"), any_float("rest")}},
       {"HUE", {{"shift", -0.5, 0.5, false}}},
       {"GRAYSCALE", {}},
       {"INVERT", {}},
@@ -77,7 +77,7 @@ inline const AugmentInstruction& augment_instruction(int opcode) {
       {"POSTERIZE", {choice("bits", 8)}},
       {"AUTOCONTRAST", {}},
       {"EQUALIZE", {}},
-      {"SHARPNESS", {any_float("factor")}},
+      {"SHARPNESS", {any_float("factor"), any_float("rest")}},
       {"BLUR",
        numbers({choice("axes", 2), choice("radius", kMostBlurRadius)},
                {"w0", "w1", "w2", "w3", "w4", "w5", "w6", "w7", "w8", "w9", "w10", "w11", "w12"})},
@@ -88,9 +88,9 @@ inline const AugmentInstruction& augment_instruction(int opcode) {
             any_float("v0"), any_float("v1"), any_float("v2"), any_float("v3")})},
       {"NORMALIZE", numbers({}, {"a0", "a1", "a2", "a3", "b0", "b1", "b2", "b3"})},
       {"SALT_AND_PEPPER", key({{"p", 0, 1, false}, {"salt", 0, 1, false}})},
-      {"SAVE", {}},
+      {"SAVE", {any_float("weight")}},
       {"JOIN", {any_float("weight")}},
-      {"MIX", {any_float("m0"), any_float("m1")}},
+      {"MIX", {}},
   };
   return instructions[opcode];
 }
@@ -163,7 +163,6 @@ class AugmentProgramCheck {
       }
       case AugmentOp::warp: {
         const WarpArguments warp = WarpArguments::of(a);
-        check(warp.filter != AugmentFilter::nearest_exact, "filter", "0, 2 or 3", "1");
         height_ = warp.out_height;
         width_ = warp.out_width;
         break;

@@ -50,6 +50,8 @@ constexpr int kMostBlurRadius = 12;
 constexpr int kGrays = 256;  // entries of a histogram
 
 enum class AugmentFilter : int { nearest, nearest_exact, bilinear, bicubic };
+// `faded` is torchvision's bilinear: the fill's weight is squared, which darkens rims.
+enum class WarpFilter : int { nearest, faded, bilinear, bicubic };
 enum class AugmentPad : int { none, constant, edge, reflect, symmetric };
 
 constexpr int kLargestSide = 65535;  // of an image, at any point of a program
@@ -95,6 +97,11 @@ template <>
 struct WholeNumbers<float> {
   static RK_HD float nearest(float x) { return __builtin_rintf(x); }  // half to even
   static RK_HD float below(float x) { return __builtin_floorf(x); }
+  // a b + c, rounded once: the product of two floats is a double.
+  static RK_HD float product_sum(float a, float b, float c) {
+    return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) +
+                              static_cast<double>(c));
+  }
 };
 
 template <typename F>
@@ -140,9 +147,16 @@ struct ImageRange {
     const F inside = clamp(v);
     return exact ? floored(inside) : inside;
   }
+  // Of what is resampled: floats stay as they are.
   template <typename F>
-  RK_HD F clamp_rounded(F v) const {
-    return clamp(exact ? rounded(v) : v);
+  RK_HD F resampled(F v) const {
+    if (exact) v = rounded(v);
+    return bound == 1.0f ? v : clamp(v);
+  }
+  // a b + c. torchvision has a fused multiply-add here.
+  template <typename F>
+  RK_HD F product_sum(float a, F b, F c) const {
+    return exact ? WholeNumbers<F>::product_sum(a, b, c) : plus(c, a * b);
   }
 };
 
@@ -325,14 +339,14 @@ struct BoxAxis {
 struct WarpArguments {
   float m[9];
   int out_height, out_width;
-  AugmentFilter filter;
+  WarpFilter filter;
   const float* fills;
 
   static RK_HD WarpArguments of(const float* a) {
     return {{a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]},
             static_cast<int>(a[10]),
             static_cast<int>(a[11]),
-            static_cast<AugmentFilter>(static_cast<int>(a[12])),
+            static_cast<WarpFilter>(static_cast<int>(a[12])),
             a + 13};
   }
   RK_HD bool affine() const { return m[6] == 0.0f && m[7] == 0.0f && m[8] == 1.0f; }
@@ -344,18 +358,54 @@ template <typename F>
 struct WarpPoint {
   F x, y;
 };
-template <typename F>
-RK_HD WarpPoint<F> warp_point(const float* m, bool affine, F x, F y) {
-  const F X = x + 0.5f, Y = y + 0.5f;
-  F u = plus(plus(m[0] * X, m[1] * Y), m[2]);
-  F v = plus(plus(m[3] * X, m[4] * Y), m[5]);
-  if (!affine) {
-    const F q = plus(plus(m[6] * X, m[7] * Y), m[8]);
-    u = u / q;
-    v = v / q;
+
+struct WarpPlaces {
+  const float* m;
+  bool affine, exact;
+  float centre_x, centre_y, half_width, half_height;
+
+  // For an image of height x width.
+  static RK_HD WarpPlaces of(const WarpArguments& warp, int height, int width, bool exact) {
+    return {warp.m,
+            warp.affine(),
+            exact,
+            0.5f * static_cast<float>(warp.out_width),
+            0.5f * static_cast<float>(warp.out_height),
+            0.5f * static_cast<float>(width),
+            0.5f * static_cast<float>(height)};
   }
-  return {u - 0.5f, v - 0.5f};
-}
+
+  // With `exact` in torchvision's steps, by a matrix to its grid, where the image is from -1 to 1,
+  // and for an affine one from the centre of the result.
+  template <typename F>
+  RK_HD WarpPoint<F> operator()(F x, F y) const {
+    x = x + 0.5f;
+    y = y + 0.5f;
+    if (exact && affine) {
+      x = x - centre_x;
+      y = y - centre_y;
+    }
+    F u = plus(plus(x * m[0], y * m[1]), m[2]);
+    F v = plus(plus(x * m[3], y * m[4]), m[5]);
+    if (!affine) {
+      const F q = plus(plus(x * m[6], y * m[7]), m[8]);
+      u = u / q;
+      v = v / q;
+    }
+    if (exact) {
+      if (!affine) {
+        u = u - 1.0f;
+        v = v - 1.0f;
+      }
+      u = (u + 1.0f) * half_width;
+      v = (v + 1.0f) * half_height;
+    }
+    return {minus(u, 0.5f), minus(v, 0.5f)};
+  }
+};
+
+// Places further away, and NaN, are fill, whatever the filter.
+constexpr float kNear = 0x1p30f;
 
 // A pixel between four: `p` in row order, fill where there is none.
 template <typename F>
@@ -365,31 +415,31 @@ RK_HD F between_four(const F (&p)[4], F wx, F wy) {
   return plus(top * above, bottom * wy);
 }
 
-// The same as torchvision has it: `p` 0 and `in` 0 where there is none, else `in` 1.
+// The same by WarpFilter::faded: `p` and `in` are 0 where there is none, else `in` is 1.
 template <typename F>
-RK_HD F between_four_masked(const F (&p)[4], const F (&in)[4], F wx, F wy, float fill) {
+RK_HD F between_four_faded(const F (&p)[4], const F (&in)[4], F wx, F wy, float fill) {
   const F left = 1.0f - wx, above = 1.0f - wy;
-  const F w[4] = {left * above, wx * above, left * wy, wx * wy};
-  F value = w[0] * p[0], mask = w[0] * in[0];
+  const F w[4] = {above * left, above * wx, wy * left, wy * wx};
+  F value = p[0] * w[0], mask = in[0] * w[0];
   for (int k = 1; k < 4; ++k) {
-    value = plus(value, w[k] * p[k]);
-    mask = plus(mask, w[k] * in[k]);
+    value = plus(value, p[k] * w[k]);
+    mask = plus(mask, in[k] * w[k]);
   }
-  return plus(mask * value, (1.0f - mask) * fill);
+  return plus((value - fill) * mask, fill);
 }
 
 // Colour ---------------------------------------------------------------------------------------
 
 template <typename F>
 RK_HD F gray_of(F r, F g, F b, const ImageRange& range) {
-  const F gray = plus(plus(0.2989f * r, 0.587f * g), 0.114f * b);
+  const F gray = range.product_sum(0.114f, b, range.product_sum(0.587f, g, r * 0.2989f));
   return range.exact ? floored(gray) : gray;
 }
 
-// A blend of two images; B is F or one number for all pixels.
-template <typename F, typename B>
-RK_HD F blended(F a, B b, float factor, const ImageRange& range) {
-  return range.clamp_truncated(plus(factor * a, (1.0f - factor) * b));
+// A blend of two images. `rest` is 1 - factor before either was rounded.
+template <typename F>
+RK_HD F blended(F a, F b, float factor, float rest, const ImageRange& range) {
+  return range.clamp_truncated(range.product_sum(rest, b, a * factor));
 }
 
 // Contrast's mean: of the grays of an image, each as a whole number, which sum up in any order.
@@ -410,7 +460,8 @@ RK_HD float gray_mean(int64_t sum, int64_t pixels, const ImageRange& range) {
 // Turns the hue of a pixel by `turn` of a whole circle: HSV and back, in torchvision's order.
 template <typename F>
 RK_HD void turn_hue(F& red, F& green, F& blue, float turn, const ImageRange& range) {
-  const F r = red / range.bound, g = green / range.bound, b = blue / range.bound;
+  const float unscale = 1.0f / range.bound;
+  const F r = red * unscale, g = green * unscale, b = blue * unscale;
   F most = r > g ? r : g, least = r < g ? r : g;
   most = most > b ? most : b;
   least = least < b ? least : b;
@@ -446,9 +497,9 @@ RK_HD void turn_hue(F& red, F& green, F& blue, float turn, const ImageRange& ran
   z = sector == 4.0f ? most : z;
   z = sector == 5.0f ? q : z;
   if (range.exact) {
-    red = floored(x * 255.999f);
-    green = floored(y * 255.999f);
-    blue = floored(z * 255.999f);
+    red = range.clamp(floored(x * 255.999f));
+    green = range.clamp(floored(y * 255.999f));
+    blue = range.clamp(floored(z * 255.999f));
   } else {
     red = range.clamp(x * range.bound);
     green = range.clamp(y * range.bound);
@@ -463,36 +514,38 @@ RK_HD F solarized(F v, float threshold, const ImageRange& range) {
 
 template <typename F>
 RK_HD F solarize_added(F v, float threshold, float addend, const ImageRange& range) {
-  F sum = v + addend;
-  sum = sum < range.bound ? sum : range.bound;
-  return v < threshold ? sum : v;
+  return v < threshold ? range.clamp_truncated(v + addend) : v;
 }
 
 // Keeps so many bits of 8.
 struct Posterize {
-  float to_levels, from_levels, most;
+  float to_levels, from_levels;
+  bool clamps;
+  float most;
 
   static RK_HD Posterize of(int bits, const ImageRange& range) {
     const float levels = static_cast<float>(1 << bits);
-    if (range.bound == 1.0f) return {levels, 1.0f / levels, levels - 1.0f};
-    return {levels / 256.0f, 256.0f / levels, levels - 1.0f};
+    if (range.bound == 1.0f) return {levels, 1.0f / levels, true, levels - 1.0f};
+    return {levels / 256.0f, 256.0f / levels, false, 0.0f};
   }
   template <typename F>
   RK_HD F operator()(F v) const {
     F level = floored(v * to_levels);
-    level = level < 0.0f ? 0.0f : level;
-    level = level > most ? most : level;
+    if (clamps) {
+      level = level < 0.0f ? 0.0f : level;
+      level = level > most ? most : level;
+    }
     return level * from_levels;
   }
 };
 
-// Stretches [lo, hi] to the whole range.
+// Stretches [lo, hi], what an image's values that are no NaN lie in, to the whole range.
 struct Autocontrast {
   float lo, divisor;
   bool changes;
 
   static RK_HD Autocontrast of(float lo, float hi, const ImageRange& range) {
-    return {lo, (hi - lo) * (1.0f / range.bound), hi != lo};
+    return {lo, (hi - lo) * (1.0f / range.bound), hi > lo};
   }
   template <typename F>
   RK_HD F operator()(F v, const ImageRange& range) const {
@@ -536,9 +589,9 @@ RK_HD bool equalize_table(const int32_t* histogram, int32_t* table) {
 // A pixel beside its smoothed value, `sum` of the nine products with these weights in row order.
 constexpr float kSmoothSide = 1.0f / 13.0f, kSmoothCentre = 5.0f / 13.0f;
 template <typename F>
-RK_HD F sharpened(F v, F sum, float factor, const ImageRange& range) {
-  const F smooth = range.exact ? range.clamp(rounded(sum)) : sum;
-  return range.clamp_truncated(plus(v, (1.0f - factor) * (smooth - v)));
+RK_HD F sharpened(F v, F sum, float rest, const ImageRange& range) {
+  const F smooth = range.exact ? rounded(sum) : sum;
+  return range.clamp_truncated(range.product_sum(rest, smooth - v, v));
 }
 
 struct BlurArguments {
@@ -578,7 +631,7 @@ struct NoiseArguments {
 
   template <typename F>
   RK_HD F operator()(F v, F normal, const ImageRange& range) const {
-    const F noise = plus(mean, std * normal);
+    const F noise = plus(normal * std, mean);
     if (range.exact) return range.clamp(v + truncated(noise));
     const F noisy = v + noise;
     return clip ? range.clamp(noisy) : noisy;
