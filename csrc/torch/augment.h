@@ -248,14 +248,14 @@ inline AugmentBatch augment_batch(const Call& call, const Tensor& pixels, const 
   batch.height = static_cast<int>(height);
   batch.width = static_cast<int>(width);
   batch.exact = exact;
-  const int64_t elements = pixels.numel();
+  batch.elements = pixels.numel();
   for (int64_t n = 0; n < batch.samples; ++n) {
     const int64_t *image = batch.images + 3 * n, offset = image[0], h = image[1], w = image[2];
     const bool fits = h >= 1 && h <= kLargestSide && w >= 1 && w <= kLargestSide && offset >= 0 &&
-                      offset <= elements && channels * h * w <= elements - offset;
+                      offset <= batch.elements && channels * h * w <= batch.elements - offset;
     RK_REQUIRE(fits, call.op, words("images[", n, "]"),
                words("(offset, height, width) of an image of ", channels, " channels inside of ",
-                     elements, " pixels, of sides in [1, ", kLargestSide, "]"),
+                     batch.elements, " elements, of sides in [1, ", kLargestSide, "]"),
                words("(", offset, ", ", h, ", ", w, ")"));
     AugmentProgramCheck(call.op, batch, n).run();
   }

@@ -65,6 +65,7 @@ enum class PixelType : int { bytes, float32, float16, bfloat16 };
 // What a call is about: checked, so that kernels may trust it (csrc/torch/augment.h).
 struct AugmentBatch {
   const void* pixels;
+  int64_t elements;  // of all images
   PixelType from;
   bool channels_last;     // of each image: H x W x C, else C x H x W
   const int64_t* images;  // (N, 3): where each one's elements begin, its height and width
@@ -319,7 +320,7 @@ struct BoxAxis {
     if (antialias) {
       const Span span = this->span(i);
       float total = 0.0f;
-      for (int j = 0; j < span.count; ++j) total = plus(total, unscaled_weight(span, j));
+      for (int j = 0; j < span.count; ++j) total = total + unscaled_weight(span, j);
       for (int j = 0; j < span.count; ++j) f(j, span.first + j, unscaled_weight(span, j) / total);
       return;
     }
@@ -331,6 +332,11 @@ struct BoxAxis {
     }
     const auto weights = CubicWeights<float>::of(at.fraction);
     for (int j = 0; j < 4; ++j) f(j, inside(at.first + j), weights.w[j]);
+  }
+  // Where they begin. The first and the last ones of some filters lie beside the region; what is
+  // taken for them is the place nearest to them, `inside`.
+  RK_HD int first_tap(int i) const {
+    return takes_one() ? one(i) : antialias ? span(i).first : between(i).first;
   }
 };
 
