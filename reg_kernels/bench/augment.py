@@ -44,6 +44,7 @@ class Kind(NamedTuple):
     peers: dict[str, Callable[[Any], Callable[[Tensor], object]]]  # of the peer's module
     goals: tuple[Goal, ...] = ()
     side: int = CROP  # of the result
+    to_bytes: bool = False  # which the others' results are as well
 
 
 def _faster(limit: float, than: str) -> Goal:
@@ -153,7 +154,7 @@ KINDS = (
         (_faster(8, KORNIA), _faster(8, TORCHVISION), _faster(2, ALBUMENTATIONS), _COPY),
     ),
     Kind(
-        "affine, bilinear",
+        "affine, bilinear, to bytes",
         32,
         lambda: [augment.RandomAffine(30, interpolation="bilinear", **_AFFINE)],
         {
@@ -172,9 +173,10 @@ KINDS = (
         },
         (_faster(8, KORNIA), _faster(1, OPENCV)),
         SIDE,
+        to_bytes=True,
     ),
     Kind(
-        "colour jitter",
+        "colour jitter, to bytes",
         32,
         lambda: [augment.ColorJitter(*_JITTER)],
         {
@@ -186,20 +188,22 @@ KINDS = (
         },
         (_faster(20, TORCHVISION), _faster(2, ALBUMENTATIONS)),
         SIDE,
+        to_bytes=True,
     ),
     Kind(
-        "blur of 23",
+        "blur of 23, to bytes",
         32,
         lambda: [augment.GaussianBlur(23)],
         {
             TORCHVISION: _of_torchvision(lambda v2: [v2.GaussianBlur(23)]),
             KORNIA: _of_kornia(lambda k: [k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=1.0)]),
             ALBUMENTATIONS: _of_albumentations(
-                lambda a: [a.GaussianBlur(blur_limit=(23, 23), sigma_limit=(0.1, 2.0), p=1)]
+                lambda a: [a.GaussianBlur(blur_range=(23, 23), sigma_range=(0.1, 2.0), p=1)]
             ),
         },
         (_faster(4, TORCHVISION),),
         SIDE,
+        to_bytes=True,
     ),
     Kind(
         "whole pipeline",
@@ -261,7 +265,8 @@ def _case(kind: Kind, dtype: torch.dtype, side: int = SIDE) -> Benchmark:
         ]
 
         def make(backend: str | None) -> augment.Pipeline:
-            return augment.Pipeline(*kind.ours(), dtype=dtype, seed=0, backend=backend)
+            result = torch.uint8 if kind.to_bytes else dtype
+            return augment.Pipeline(*kind.ours(), dtype=result, seed=0, backend=backend)
 
         entries: list[Contender | Skipped] = []
         for way in our_ways("augment", make, device, torch.float32, math.prod(shape)):
@@ -277,7 +282,8 @@ def _case(kind: Kind, dtype: torch.dtype, side: int = SIDE) -> Benchmark:
             entries += [_peer(name, of, batches[0]) for name, of in kind.peers.items()]
         return entries
 
-    moved = kind.batch * 3 * (side * side + kind.side * kind.side * dtype.itemsize)
+    size = 1 if kind.to_bytes else dtype.itemsize
+    moved = kind.batch * 3 * (side * side + kind.side * kind.side * size)
     return Benchmark(
         op="augment",
         variant=kind.variant,
