@@ -27,6 +27,14 @@ def dense_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def empty_samples(x: Tensor, count: int) -> Tensor:
+    """An empty batch of so many samples like those of x, (N, ...), which are outermost in x."""
+    shape = (count, *x.shape[1:])
+    if x.numel() == 0:  # then its strides say nothing
+        return x.new_empty(shape)
+    return x.new_empty_strided(shape, (x.numel() // x.shape[0], *x.stride()[1:]))
+
+
 def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """x itself where it has these strides, apart from dimensions of one element, which have none
     to speak of; else a copy that has them."""

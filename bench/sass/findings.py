@@ -135,6 +135,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "A step size and a radius, float64, one a program; the elements are moved 16 bytes at a "
         "time.",
     ),
+    (NARROW, r"subset subset_kernel<", "A sample's number, int64, is read once a tile."),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
     (NARROW, r"write_group_kernel", "It writes ten numbers."),
     (NARROW, r"target_sums_kernel", "It reads labels, int64, one a thread: no logits."),

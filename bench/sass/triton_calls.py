@@ -14,6 +14,7 @@ import reg_kernels.functional as F
 from reg_kernels import backends, optim
 from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
+from reg_kernels.ops.subset import Subset, add_of_subset
 
 BACKEND = "triton"
 Call = tuple[str, Callable[[], Any]]  # its name, and the call
@@ -160,6 +161,16 @@ def _adversarial_step(dtype: torch.dtype) -> Iterator[Call]:
             )
 
 
+def _subset(dtype: torch.dtype) -> Iterator[Call]:
+    subset = Subset(torch.arange(4), torch.arange(4, 8))
+    yield (
+        "residual branch",
+        lambda: _both(
+            add_of_subset(_values(dtype, *IMAGES), lambda x: x, subset, 2.0, backend=BACKEND)
+        ),
+    )
+
+
 def _distillation(x: Tensor, target: Any, **options: Any) -> Tensor:
     return F.distillation_loss(x, x.detach(), target, **options)
 
@@ -173,6 +184,7 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "mixup": _mixup,
     "optimizer_step": _optimizer_step,
     "penalty": _penalty,
+    "subset": _subset,
 }
 
 
@@ -186,7 +198,8 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
             _both(y)
 
     for case in all_cases():
-        if not case.small and re.fullmatch(rf"(feature_)?{op}(_|_inference|_backward)?", case.op):
+        parts = r"(_|_inference|_backward|_add)?"
+        if not case.small and re.fullmatch(rf"(feature_)?{op}{parts}", case.op):
             yield f"{case.op}[{case.name}]", lambda case=case: run(case)
 
 

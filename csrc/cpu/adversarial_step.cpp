@@ -189,13 +189,23 @@ void adversarial_step_(const Tensor& adv, const Tensor& grad, const Tensor& clea
   };
   if (a.norm == BallNorm::linf) return move(0, a.samples);
   const int64_t sample = 3 * task.numel * static_cast<int64_t>(adv.element_size());
-  const int64_t group = std::max<int64_t>(1, kGroup * torch::stable::get_num_threads() / sample);
-  Balls balls(task, moves, chunks);
-  for (int64_t first = 0; first < a.samples; first += group) {
-    const int64_t last = std::min(first + group, a.samples);
-    balls.find(first, last);
-    move(first, last);
-  }
+  const auto groups = [&](int64_t first, int64_t end, int64_t threads) {
+    const int64_t group = std::max<int64_t>(1, kGroup * threads / sample);
+    Balls balls(task, moves, chunks);
+    for (; first < end; first += group) {
+      const int64_t last = std::min(first + group, end);
+      balls.find(first, last);
+      move(first, last);
+    }
+  };
+  // As many samples as each thread can have of its own, all passes over them without a word to the
+  // others: to wake a thread and wait for it, pass by pass, takes longer than a pass over an image.
+  // What is left is shared out by chunks.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t own = a.samples / threads * threads;
+  torch::stable::parallel_for(0, own, ceil_div(kGrain, task.numel),
+                              [&](int64_t first, int64_t end) { groups(first, end, 1); });
+  groups(own, a.samples, threads);
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ ElementwiseTask make_task(const ElementwiseCall& a, const ChannelLayout& layout)
   task.x = call.data(a.x, "input");
   task.residual = a.residual_data();
   task.numel = a.x.numel();
-  task.dtype = dtype_of(a.x, call.op);
+  task.bytes = kTakesBytes<Op> && a.x.scalar_type() == ScalarType::Byte;
+  if (!task.bytes) task.dtype = dtype_of(a.x, call.op);
   task.mask_offset = a.element_offset;
   task.threshold = rate.threshold;
   task.scale = rate.scale;

@@ -212,6 +212,9 @@ void positions(const ElementwiseTask& task, int64_t begin, int64_t end) {
 template <>
 void elements_range<kOpTag>(const ElementwiseTask& task, int64_t begin, int64_t end) {
   if constexpr (has_form<Op>(DrawnFor::element)) {
+    if constexpr (kTakesBytes<Op>) {
+      if (task.bytes) return elements<uint8_t>(task, begin, end);
+    }
     for_dtype(task.dtype, [&]<typename T>(T) { elements<T>(task, begin, end); });
   }
 }

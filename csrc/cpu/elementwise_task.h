@@ -14,6 +14,7 @@ struct ElementwiseTask {
   const void* residual;  // likewise, or null
   int64_t numel;
   DType dtype;
+  bool bytes;           // whether elements are bytes, of an op that takes them, and dtype is idle
   int64_t mask_offset;  // mask index of element 0, of channel (0, 0) or of sample 0
   uint32_t threshold;   // DropoutRate
   double scale;

@@ -21,7 +21,7 @@ void run(const ElementwiseCall& a) {
   const cuda::Launch launch(a.x);
   const cuda::RngState rng = cuda::read_rng_state(a.call, a.rng_state);
   const cuda::RateArgument rate = rate_argument(a);
-  for_dtype(a.x, a.call.op, [&]<typename T>(T) {
+  const auto launch_of = [&]<typename T>(T) {
     T* const y = static_cast<T*>(a.call.written(a.y, "input"));
     const T* const x = static_cast<const T*>(a.call.data(a.x, "input"));
     const auto beside = [&] {
@@ -39,7 +39,11 @@ void run(const ElementwiseCall& a) {
       cuda::launch_channels<Op>(x, y, beside, a.x.numel(), layout, a.element_offset, rate, rng,
                                 launch.stream);
     }
-  });
+  };
+  if constexpr (kTakesBytes<Op>) {
+    if (a.x.scalar_type() == ScalarType::Byte) return launch_of(uint8_t{});
+  }
+  for_dtype(a.x, a.call.op, launch_of);
 }
 
 }  // namespace

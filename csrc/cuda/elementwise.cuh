@@ -10,7 +10,7 @@
 // draws one group, for eight elements (four, where a draw is of 32 bits); a warp's 32 groups cover
 // 256 consecutive elements, which its lanes load and store 16 bytes each, side by side. In fp32 and
 // fp64 a group spans several of those vectors, so a lane's vector belongs to a group that another
-// lane drew: its draws come by shuffle. Where a vector spans two groups, its lane draws both.
+// lane drew: its draws come by shuffle. Where a vector spans several groups, its lane draws each.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,9 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kElementwiseThreads = 256;
-constexpr int kVectorsInFlight = 4;  // loads of a thread before its first use of one
+// Loads of a thread before its first use of one. With four of 16 bytes each, registers are spilled.
+template <typename T>
+constexpr int kVectorsInFlight = sizeof(T) == 1 ? 2 : 4;
 // Blocks that a multiprocessor is to hold. Without this bound the 16-bit kernels take 105 registers
 // and leave room for two blocks. Bound to four, dropout's take 64 and spill nothing; bound to five,
 // they spill. Kernels with a residual, or whose draws are numbers, spill when bound to four.
@@ -157,7 +159,7 @@ __device__ __forceinline__ DrawnGroup<Op> draw_group(const RngStream& stream, ui
 }
 
 template <typename T>
-constexpr int kElementsABlock = kElementwiseThreads * kVectorsInFlight * kVector<T>;
+constexpr int kElementsABlock = kElementwiseThreads * kVectorsInFlight<T> * kVector<T>;
 
 // The draws of this lane's vector k, of the kVectors that a group spans. Another lane may have
 // drawn them.
@@ -214,7 +216,7 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
   constexpr int kDraws = kDrawsAGroup<Op>;
   constexpr int kVectors = kDraws > kVector<T> ? kDraws / kVector<T> : 1;  // vectors a group
   constexpr int kGroups = kDraws < kVector<T> ? kVector<T> / kDraws : 1;   // groups a vector
-  constexpr int kSteps = kVectorsInFlight / kVectors;  // times that a thread draws
+  constexpr int kSteps = kVectorsInFlight<T> / kVectors;  // times that a thread draws
   const factor_t<Op, T> factor = factor_of(rate, beside);
   const int lane = threadIdx.x % kWarp;
   const int64_t warp_step = block / (kVectors * kVector<T>)+threadIdx.x / kWarp * (kSteps * kWarp);
@@ -222,9 +224,9 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
   const auto element = [&](int v) {  // the first one of this thread's vector v
     return (warp_step * kVectors + v * kWarp + lane) * kVector<T>;
   };
-  Vector<T> vectors[kVectorsInFlight];
+  Vector<T> vectors[kVectorsInFlight<T>];
   RK_UNROLL
-  for (int v = 0; v < kVectorsInFlight; ++v) vectors[v] = load_vector<kWhole>(x, element(v));
+  for (int v = 0; v < kVectorsInFlight<T>; ++v) vectors[v] = load_vector<kWhole>(x, element(v));
 
   RK_UNROLL
   for (int step = 0; step < kSteps; ++step) {
@@ -234,10 +236,12 @@ __device__ __forceinline__ void elements_block(const Span<const T>& x, const Spa
     if constexpr (kGroups == 1) {
       drawn = draw_group<Op>(stream, group, rate.threshold);
     } else {
-      const DrawnGroup<Op> halves[] = {draw_group<Op>(stream, group, rate.threshold),
-                                       draw_group<Op>(stream, group + 1, rate.threshold)};
-      static_assert(kGroups == 2, "a vector spans two groups at most");
-      drawn = bit_cast<Drawn<kept_t<Op>, kDraws * kGroups>>(halves);
+      DrawnGroup<Op> groups[kGroups];
+      RK_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        groups[g] = draw_group<Op>(stream, group + g, rate.threshold);
+      }
+      drawn = bit_cast<Drawn<kept_t<Op>, kDraws * kGroups>>(groups);
     }
     RK_UNROLL
     for (int k = 0; k < kVectors; ++k) {

@@ -40,11 +40,12 @@ inline ChannelLayout batch_layout(const Tensor& x, const char* op, const char* n
 }
 
 // The layout of a batch (N, ...) that is dense with its samples outermost, as one channel of each.
-inline ChannelLayout sample_layout(const Tensor& input, const char* op) {
+inline ChannelLayout sample_layout(const Tensor& input, const char* op,
+                                   const char* name = "input") {
   const int64_t numel = input.numel();
   const int64_t samples = input.dim() == 0 ? 0 : input.size(0);
   const bool outermost = samples < 2 || numel == 0 || input.stride(0) * samples == numel;
-  RK_REQUIRE(input.dim() > 0 && is_dense(input) && outermost, op, "input",
+  RK_REQUIRE(input.dim() > 0 && is_dense(input) && outermost, op, name,
              "a batch, dense with its samples outermost", input);
   return {1, samples == 0 ? 1 : numel / samples, false};
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from .. import functional as F
 from .._numbers import refuse
 from ..ops._checks import check_batch, check_dtype
@@ -27,18 +29,21 @@ class Ball(NamedTuple):
     """What `functional.adversarial_step_` takes beside a step, by its names there."""
 
     eps: Tensor | float
-    norm: str
+    norm: str | float
     lower: float | None
     upper: float | None
     mean: Channels
     std: Channels
     backend: str | None
 
-    @classmethod
-    def checked(cls, name: str, eps: Any, norm: Any, lower: Any, upper: Any, *rest: Any) -> Ball:
-        checked_bounds(name, lower, upper)
-        eps = eps.detach() if isinstance(eps, Tensor) else checked_size(name, "eps", eps)
-        return cls(eps, checked_norm(name, norm), lower, upper, *rest)
+    def checked(self, name: str, eps: str = "eps", norm: str = "norm") -> Ball:
+        """This one, if it is one, with its norm by its word; `eps` and `norm` are what `name` calls
+        them."""
+        checked_bounds(name, self.lower, self.upper)
+        if self.backend is not None:
+            backends.check_name(self.backend, "backend")
+        radius = checked_radius(name, eps, self.eps)
+        return self._replace(eps=radius, norm=checked_norm(name, self.norm, norm))
 
     def step_(self, adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor | float) -> Tensor:
         """One step, in place."""
@@ -85,9 +90,22 @@ class Ball(NamedTuple):
         return self.bring_in_((clean + way).to(clean.dtype), clean)
 
 
-def check_input(name: str, input: Any) -> None:
-    check_batch(name, "input", input)
-    check_dtype(name, "input", input.dtype)
+def checked_radius(name: str, argument: str, value: Any) -> Tensor | float:
+    """What each step checks, where it is a tensor."""
+    return value.detach() if isinstance(value, Tensor) else checked_size(name, argument, value)
+
+
+def checked_step(name: str, value: Any) -> Tensor | float:
+    """Likewise; uphill, whether an attack is targeted or not."""
+    size = checked_radius(name, "step_size", value)
+    if not isinstance(size, Tensor) and size == math.inf:
+        refuse(name, "step_size", "finite", size, ValueError)
+    return size
+
+
+def check_input(name: str, input: Any, argument: str = "input") -> None:
+    check_batch(name, argument, input)
+    check_dtype(name, argument, input.dtype)
 
 
 def check_count(name: str, argument: str, value: Any) -> int:

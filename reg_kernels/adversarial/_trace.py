@@ -11,10 +11,25 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
+from .._numbers import refuse
+
 # Layers, or classes above them, of ours and of other packages, that look at their flag `training`
 # and drop for no other reason; and those that drop by the number of this name.
 _DROPPING = ("DropPath", "StochasticDepth", "StochasticDepthBlock", "GaussianDropout")
 _SHARES = ("drop", "dropout")
+
+
+def check_initialised(name: str, model: Any) -> None:
+    """Raises ValueError, as torch does, of a model that has yet to see what it is for: its first
+    call draws its parameters and makes its buffers, and no attack could put those back."""
+    if not isinstance(model, nn.Module):
+        return
+    for named in (model.named_parameters(), model.named_buffers()):
+        for of, x in named:
+            if torch.nn.parameter.is_lazy(x):
+                refuse(
+                    name, "model", "initialised: call it once before", f"a lazy {of}", ValueError
+                )
 
 
 @contextlib.contextmanager

@@ -13,9 +13,8 @@ from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import refuse
 from ..ops._checks import check_flag, check_tensor
-from ..ops.adversarial_step import checked_size
-from ._ball import Ball, Channels, check_callable, check_count, check_input
-from ._trace import leaving_no_trace
+from ._ball import Ball, Channels, check_callable, check_count, check_input, checked_step
+from ._trace import check_initialised, leaving_no_trace
 
 Target = Tensor | MixedTarget
 Loss = Callable[[Tensor, Any], Tensor]
@@ -103,11 +102,12 @@ class PGD:
             check_flag(name, argument, flag)
         if loss is not None:
             check_callable(name, "loss", loss)
+        if not isinstance(generator, torch.Generator | None):
+            must = "a torch.Generator or None"
+            refuse(name, "generator", must, type(generator).__name__, TypeError)
         self.model = model
-        self.ball = Ball.checked(name, eps, norm, lower, upper, mean, std, backend)
-        if not isinstance(step_size, Tensor):
-            step_size = checked_size(name, "step_size", step_size)
-        self.step_size = step_size
+        self.ball = Ball(eps, norm, lower, upper, mean, std, backend).checked(name)
+        self.step_size = checked_step(name, step_size)
         self.steps = check_count(name, "steps", steps)
         self.random_start = random_start
         self.loss = loss
@@ -124,6 +124,7 @@ class PGD:
             raise TypeError(f"{name}: target must be given where the attack is targeted, got None")
         if target is not None:
             check_target(name, target, input)
+        check_initialised(name, self.model)
         with leaving_no_trace(self.model, input.device, self.dropout, self.preserve_rng_state):
             clean = input.detach()
             clean = clean.clone() if clean.is_inference() else clean
@@ -239,9 +240,9 @@ def checked_logits(name: str, output: Any, input: Tensor, any: bool = False) -> 
     return output
 
 
-def check_target(name: str, target: Any, input: Tensor) -> None:
+def check_target(name: str, target: Any, input: Tensor, argument: str = "target") -> None:
     labels = target.labels if isinstance(target, MixedTarget) else target
-    check_tensor(name, "target", labels, "a Tensor or a MixedTarget")
+    check_tensor(name, argument, labels, "a Tensor or a MixedTarget")
     if labels.dim() == 0 or len(labels) != len(input):
         must = f"one for each of the {len(input)} samples"
-        refuse(name, "target", must, f"shape {tuple(labels.shape)}", ValueError)
+        refuse(name, argument, must, f"shape {tuple(labels.shape)}", ValueError)

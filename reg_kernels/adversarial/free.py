@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops.adversarial_step import checked_size
-from ._ball import Ball, Channels, check_count, check_input
+from .._numbers import number
+from ._ball import Ball, Channels, check_count, check_input, checked_step
 
 
 class FreeAdversarial:
@@ -56,9 +56,11 @@ class FreeAdversarial:
     ) -> None:
         name = type(self).__name__
         self.replays = check_count(name, "replays", replays)
-        eps = checked_size(name, "eps", eps)
-        self.ball = Ball.checked(name, eps, norm, lower, upper, mean, std, backend)
-        self.step_size = eps if step_size is None else checked_size(name, "step_size", step_size)
+        # Of no sample: a perturbation goes on from batch to batch.
+        eps = number(name, "eps", eps)
+        self.ball = Ball(eps, norm, lower, upper, mean, std, backend).checked(name)
+        step_size = eps if step_size is None else number(name, "step_size", step_size)
+        self.step_size = checked_step(name, step_size)
         self.perturbation: Tensor | None = None  # (N, ...), of the largest batch so far
 
     def __call__(self, input: Tensor) -> Iterator[Tensor]:

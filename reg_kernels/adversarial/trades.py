@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .. import functional as F
 from .._numbers import number, refuse
-from ..ops.adversarial_step import checked_size
-from ._ball import Ball, Channels, check_callable, check_count, check_input
-from ._trace import leaving_no_trace
+from ._ball import Ball, Channels, check_callable, check_count, check_input, checked_step
+from ._trace import check_initialised, leaving_no_trace
 from .attacks import Target, check_target, checked_logits, climbed
 
 _START = 1e-3  # the deviation of the normal noise that the attack starts from
@@ -23,8 +22,8 @@ def trades_loss(
     x_natural: Tensor,
     y: Target,
     optimizer: Any = None,
-    step_size: float = 0.003,
-    epsilon: float = 0.031,
+    step_size: Tensor | float = 0.003,
+    epsilon: Tensor | float = 0.031,
     perturb_steps: int = 10,
     beta: float = 1.0,
     distance: str | float = "l_inf",
@@ -50,7 +49,7 @@ def trades_loss(
         y: class indices (N, ...), class probabilities or a `MixedTarget`.
         optimizer: not needed: the attack gives parameters no gradient that would have to be set to
             zero. It stands here for code that passes one.
-        step_size, epsilon, perturb_steps: of the attack.
+        step_size, epsilon, perturb_steps: of the attack; the first two as for `PGD`.
         beta: the divergence's weight, at least 0.
         distance: "l_inf", "l_2" or "l_1", also without the _.
         lower, upper: what inputs are brought into; None for no bound.
@@ -70,14 +69,16 @@ def trades_loss(
     """
     name = "trades_loss"
     check_callable(name, "model", model)
-    check_input(name, x_natural)
-    check_target(name, y, x_natural)
+    check_input(name, x_natural, "x_natural")
+    check_target(name, y, x_natural, "y")
+    check_initialised(name, model)
     steps = check_count(name, "perturb_steps", perturb_steps)
-    step_size = checked_size(name, "step_size", step_size)
+    step_size = checked_step(name, step_size)
     beta = number(name, "beta", beta)
     if not beta >= 0:
         refuse(name, "beta", "at least 0", beta, ValueError)
-    ball = Ball.checked(name, epsilon, distance, lower, upper, mean, std, backend)
+    ball = Ball(epsilon, distance, lower, upper, mean, std, backend)
+    ball = ball.checked(name, "epsilon", "distance")
 
     def logits_of(x: Tensor) -> Tensor:
         return checked_logits(name, model(x), x)

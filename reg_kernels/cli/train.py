@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="STD",
         help="the deviation of noise that is added to the regularised net's images, which have "
-        "a deviation of 1 (default: 0, none)",
+        "a deviation of 1, and then held to the range of the data's pixels (default: 0, none)",
     )
     parser.add_argument(
         "--adversarial",

@@ -195,19 +195,20 @@ def weight_noise(
     noise.train(training)
     inside = f"parametrizations.{name}.original"
 
-    def rename(state: dict[str, Any], old: str, new: str) -> None:
-        if old in state and parametrize.is_parametrized(module, name):
+    # Of `of`, this module or a copy of it, whose noise may have been taken off since.
+    def rename(of: torch.nn.Module, state: dict[str, Any], old: str, new: str) -> None:
+        if old in state and parametrize.is_parametrized(of, name):
             state[new] = state.pop(old)
 
     def after_saving(
         module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any
     ) -> None:
-        rename(state, prefix + inside, prefix + name)
+        rename(module, state, prefix + inside, prefix + name)
 
     def before_loading(
         module: torch.nn.Module, state: dict[str, Any], prefix: str, *further: Any
     ) -> None:
-        rename(state, prefix + name, prefix + inside)
+        rename(module, state, prefix + name, prefix + inside)
 
     module.register_state_dict_post_hook(after_saving)
     module.register_load_state_dict_pre_hook(before_loading)

@@ -24,6 +24,7 @@ from ..ops._checks import (
     refuse,
 )
 from ..ops.drop_path import MODES
+from ..ops.subset import Subset, add_of_subset
 from ._leaf import call_in_graph
 
 __all__ = ["DropPath", "StochasticDepth", "StochasticDepthBlock", "drop_path_rates"]
@@ -147,7 +148,7 @@ class StochasticDepthBlock(torch.nn.Module):
         branch: a module whose output has its input's shape.
         p: the probability of skipping, in [0, 1].
         mode: "batch", "subset" or "row".
-        backend: of `drop_path`, for `mode="row"`.
+        backend: "native", "triton" or "reference", for the modes "row" and "subset".
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016 (the coin of a batch);
     the fixed number of samples is that of M. Oquab et al., "DINOv2", TMLR 2024.
@@ -198,15 +199,10 @@ class StochasticDepthBlock(torch.nn.Module):
         kept = round((1 - self.p) * samples)
         if kept == 0:
             return input
+        order = torch.randperm(samples, device=input.device)
         # In order, so that memory is read in order.
-        index = torch.randperm(samples, device=input.device)[:kept].sort().values
-        # In storage order, since torch's own would make what it returns contiguous.
-        order = [0, *sorted(range(1, input.dim()), key=input.stride, reverse=True)]
-        back = sorted(range(input.dim()), key=order.__getitem__)
-        stored = input.permute(order)
-        branch = self._of(stored.index_select(0, index).permute(back))
-        stored = stored.index_add(0, index, branch.permute(order), alpha=samples / kept)
-        return stored.permute(back)
+        subset = Subset(order[:kept].sort().values, order[kept:])
+        return add_of_subset(input, self._of, subset, samples / kept, self.backend)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"
@@ -239,10 +235,19 @@ def drop_path_rates(rate: float, depths: int | Sequence[int]) -> list[Any]:
     return found[0] if isinstance(depths, int) else found
 
 
+class _DropPathOfX(DropPath):
+    """timm's calls its input x, and so do those who call it."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(x, residual, layer_scale)
+
+
 # The layers of packages that may be there or not: where their classes are, and which of ours does
 # their work. A twin is made when `convert` meets a package that was imported, or when pickle asks.
 _OF_PACKAGES: dict[str, tuple[str, str, type[DropsPaths]]] = {
-    "TimmDropPath": ("timm.layers.drop", "DropPath", DropPath),
+    "TimmDropPath": ("timm.layers.drop", "DropPath", _DropPathOfX),
     "TorchvisionStochasticDepth": (
         *("torchvision.ops.stochastic_depth", "StochasticDepth"),
         StochasticDepth,
@@ -261,7 +266,7 @@ def _twin(name: str) -> type[torch.nn.Module]:
     module, original, ours = _OF_PACKAGES[name]
     layer = getattr(importlib.import_module(module), original)
     if layer not in TWINS:
-        body = {"__module__": __name__, "__doc__": ours.__doc__}
+        body = {"__module__": __name__, "__doc__": layer.__doc__}
         globals()[name] = twin_of(layer)(type(name, (ours, layer), body))
     return TWINS[layer]
 

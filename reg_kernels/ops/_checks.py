@@ -62,6 +62,11 @@ def check_dtype(
         refuse(op, argument, f"one of {SUPPORTED}{also}", f"{named(dtype)}{where}", kind)
 
 
+def check_dense(op: str, argument: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        refuse(op, argument, "a dense tensor", named(x.layout))
+
+
 def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
     """Raises unless x is where the input is."""
     if x.device != input.device:
@@ -70,6 +75,7 @@ def check_device(op: str, argument: str, x: Tensor, input: Tensor) -> None:
 
 def check_batch(op: str, argument: str, x: Any) -> None:
     check_tensor(op, argument, x)
+    check_dense(op, argument, x)
     if x.dim() == 0:
         refuse(op, argument, "a batch (N, ...)", "no dimensions")
 
@@ -81,6 +87,7 @@ def check_like(op: str, argument: str, x: Any, input: Tensor) -> None:
         return f"{named(x.dtype)} of shape {tuple(x.shape)} on {x.device}"
 
     check_tensor(op, argument, x, "a Tensor or None")
+    check_dense(op, argument, x)
     if x.shape != input.shape or x.dtype != input.dtype or x.device != input.device:
         refuse(op, argument, f"like the input, {kind(input)}", kind(x))
 
@@ -252,12 +259,12 @@ class Entry:
     def check_rng_state(self, rng_state: Tensor) -> None:
         self.check_vector(rng_state, torch.int64, 2, "rng_state", on_host=True)
 
-    def check_samples(self, x: Tensor) -> None:
+    def check_samples(self, x: Tensor, name: str = "input") -> None:
         """Raises unless x is (N, ...) of floats, dense with its samples outermost."""
         if x.dim() == 0 or not has_samples_outermost(x):
-            self.refuse("input", "a batch, dense with its samples outermost", x)
-        self.check_floats(x, "input")
-        self.check_memory(x, "input")
+            self.refuse(name, "a batch, dense with its samples outermost", x)
+        self.check_floats(x, name)
+        self.check_memory(x, name)
 
     def check_like(self, x: Tensor, other: Tensor | None, name: str) -> None:
         """Raises unless another tensor has x's dtype, shape and strides."""

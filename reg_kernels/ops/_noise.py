@@ -1,4 +1,4 @@
-"""What the ops that add noise share: checks, gradients, and integer images."""
+"""What the ops that add noise share: checks and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from .._layout import is_dense
 from ..reference import gaussian_noise as gaussian
 from ..reference import uniform_noise as uniform
-from ._checks import Entry, check_dtype, check_flag, check_tensor, number, refuse
+from ..reference._elementwise import stored
+from ._checks import Entry, check_flag, check_tensor, number, refuse
 from ._modes import watcher
 from ._route import DRAWN, Draw, Linear, draw, filled
 
@@ -22,7 +23,8 @@ def check_elements(entry: Entry, a: Any, in_place: bool) -> None:
     if in_place and not is_dense(a.input):
         entry.refuse("input", "dense, since it is written into", a.input)
     entry.check_drawn(a)
-    entry.check_floats(a.input, "input")
+    if a.input.dtype != torch.uint8:
+        entry.check_floats(a.input, "input")
     entry.check_memory(a.input, "input")
 
 
@@ -45,7 +47,7 @@ class Noise(Linear):
         ) -> Tensor:
             noise = overload(filled(input, 0.0), value, False, *drawn)
             x = input.to(noise.dtype)
-            return (x + (noise * x if relative else noise)).to(input.dtype)
+            return stored(x + (noise * x if relative else noise), input.dtype)
 
         super().__init__(
             name,
@@ -55,6 +57,7 @@ class Noise(Linear):
             check=check,
             keeps=("rng_state", "traced_p"),
             drops=False,
+            takes_bytes=True,
             adds_alone=lambda arguments: not arguments[1],
             by_torch=by_torch,
         )
@@ -70,7 +73,7 @@ class Noise(Linear):
         if not training or width == 0.0:
             return input
         how = how._replace(number=width)
-        return drawn_over(self, input, how, inplace, (multiplicative,))
+        return draw(self, watcher(), input, *how, inplace, (multiplicative,))
 
 
 GAUSSIAN = Noise("gaussian_noise", "std", gaussian.gaussian_noise)
@@ -83,15 +86,3 @@ def non_negative(op: str, argument: str, value: Any) -> float:
     if not 0.0 <= value < math.inf:
         refuse(op, argument, "finite and at least 0", value, ValueError)
     return value
-
-
-def drawn_over(
-    op: Linear, input: Tensor, how: Draw, inplace: bool, options: tuple[Any, ...]
-) -> Tensor:
-    """The op of an input; of an image of bytes by way of float32, rounded and held to a byte."""
-    if input.dtype != torch.uint8:
-        check_dtype(op.fresh.name, "input", input.dtype, and_also="uint8")
-        return draw(op, watcher(), input, *how, inplace, options)
-    values = draw(op, watcher(), input.float(), *how, True, options)
-    output = values.round().clamp(0, 255).to(torch.uint8)
-    return input.copy_(output) if inplace else output

@@ -29,7 +29,7 @@ from .._layout import (
     with_strides,
 )
 from .._numbers import integer, traced_numbers
-from ._checks import check_dtype, check_in_place, refuse
+from ._checks import check_dense, check_dtype, check_in_place, refuse
 from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
 from ._signature import Known
@@ -196,14 +196,14 @@ class Kept:
 
 
 class Linear(Route):
-    """An op that is linear in its input, registered with its in-place twin `<name>_`.
+    """An op that is linear in its input, registered, mostly, with its in-place twin `<name>_`.
 
     The schema of the fresh form is (Tensor input, {addends}, {arguments}, {result}) -> Tensor, and
     that of the twin, which is derived from it, (Tensor(a!) input, {arguments}) -> (). A multiplier,
     where the op has one, stands behind the addends.
 
     Attributes:
-        fresh, in_place: the registered ops; `in_place` is None where there are addends.
+        fresh, in_place: the registered ops; `in_place` is None where there is no twin.
         known: calls of the fresh form whose arguments need no checks.
         by_multiplier: computes the multiplier's gradient, of an op that has one.
     """
@@ -223,6 +223,7 @@ class Linear(Route):
         keeps: tuple[str, ...],
         drops: bool = True,
         reads_dropped: bool = True,
+        takes_bytes: bool = False,
         addends: tuple[str, ...] = (),
         multiplier: str = "",
         by_multiplier: Callable[..., Tensor] | None = None,
@@ -232,6 +233,7 @@ class Linear(Route):
         adjoint: Callable[..., Tensor] | None = None,
         adds_alone: Callable[[tuple[Any, ...]], bool] | None = None,
         by_torch: Callable[..., Tensor] | None = None,
+        has_in_place: bool = True,
     ) -> None:
         """
         Args:
@@ -243,6 +245,7 @@ class Linear(Route):
             keeps: the names of the tensors among the arguments that a gradient needs.
             drops: whether the number of a random op is the probability of dropping an element.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
+            takes_bytes: whether a random op also takes bytes, which are computed in float32.
             addends: the names of optional tensors that are added to the linear part.
             multiplier: the name of an optional tensor that the linear part is multiplied by; it
                 broadcasts against the input, in the type of computing.
@@ -256,6 +259,7 @@ class Linear(Route):
             by_torch: as for a Route; by default the product with the op's multipliers.
             adds_alone: called with the arguments behind the input, says whether the op adds to it
                 what does not depend on it: its gradient is the output's own, and nothing is kept.
+            has_in_place: whether there is a twin in place; there is none where tensors are added.
         """
         by_torch = self._product if by_torch is None else by_torch
         beside = (*addends, multiplier) if multiplier else addends
@@ -271,6 +275,7 @@ class Linear(Route):
         self.adds_alone = adds_alone
         self.drops = drops
         self.reads_dropped = reads_dropped
+        self.also_takes = "uint8" if takes_bytes else ""
         self.fresh = register(
             name,
             f"(Tensor input{tensors}, {arguments}{last}) -> Tensor",
@@ -280,7 +285,7 @@ class Linear(Route):
             route=self,
             check=functools.partial(check, in_place=False),
         )
-        if not beside:
+        if has_in_place and not beside:
 
             def by_reference(input: Tensor, *arguments: Any) -> None:
                 input.copy_(reference(input, *arguments, *like(input)))
@@ -460,7 +465,9 @@ def draw(
     if not 0 <= element_offset < 2**62:
         refuse(name, "element_offset", "in [0, 2^62)", element_offset, ValueError)
     if dtype not in DTYPES:
-        check_dtype(name, "input", dtype)
+        check_dtype(name, "input", dtype, and_also=op.also_takes)
+        dtype = torch.float32
+    check_dense(name, "input", input)
     overload = op.fresh.overload(device, dtype, backend, looks)
     if state is not None:
         state, given_state = _rng.checked_state(state, device, name), state

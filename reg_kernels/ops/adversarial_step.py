@@ -81,13 +81,13 @@ _STEP = register(
 # Validation
 
 
-def checked_norm(name: str, norm: Any) -> str:
+def checked_norm(name: str, norm: Any, argument: str = "norm") -> str:
     """ "linf", "l1" or "l2" of what names it."""
     word = norm.lower().replace("_", "") if isinstance(norm, str) else ""
     if isinstance(norm, int | float):
         word = _ORDERS.get(norm, "")
     if word not in NORMS:
-        refuse(name, "norm", "'linf', 'l1' or 'l2'", repr(norm), ValueError)
+        refuse(name, argument, "'linf', 'l1' or 'l2'", repr(norm), ValueError)
     return word
 
 
@@ -95,6 +95,10 @@ def checked_bounds(name: str, lower: Any, upper: Any) -> tuple[float, float]:
     """Both as floats, infinite where there is none."""
     lower = -math.inf if lower is None else number(name, "lower", lower)
     upper = math.inf if upper is None else number(name, "upper", upper)
+    if lower == math.inf:
+        refuse(name, "lower", "below inf", lower, ValueError)
+    if upper == -math.inf:
+        refuse(name, "upper", "above -inf", upper, ValueError)
     if not lower <= upper:
         refuse(name, "lower", "at most upper", f"{lower} and {upper}", ValueError)
     return lower, upper

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from ..reference import salt_and_pepper as reference
+from ..reference._elementwise import stored
 from ._checks import Entry, check_tensor, hand_over, number, probability, refuse
-from ._noise import check_elements, drawn_over
-from ._route import DRAWN, Draw, Linear, filled
+from ._modes import watcher
+from ._noise import check_elements
+from ._route import DRAWN, Draw, Linear, draw, filled
 
 
 def _check(op: str, a: Any, in_place: bool) -> None:
@@ -32,7 +34,7 @@ def _by_torch(
 ) -> Tensor:
     kept = overload(filled(input, 1.0), p, share, 0.0, 0.0, *drawn)
     impulses = overload(filled(input, 0.0), p, share, low, high, *drawn)
-    return torch.where(kept != 0, input.to(kept.dtype), impulses).to(input.dtype)
+    return stored(torch.where(kept != 0, input.to(kept.dtype), impulses), input.dtype)
 
 
 _OP = Linear(
@@ -43,6 +45,7 @@ _OP = Linear(
     check=_check,
     keeps=("rng_state", "traced_p"),
     drops=False,
+    takes_bytes=True,
     adjoint=_adjoint,
     by_torch=_by_torch,
 )
@@ -103,4 +106,4 @@ def salt_and_pepper(
     if not training or p == 0.0:
         return input
     how = Draw(p, rng_state, element_offset, backend)
-    return drawn_over(_OP, input, how, inplace, (salt, low, high))
+    return draw(_OP, watcher(), input, *how, inplace, (salt, low, high))

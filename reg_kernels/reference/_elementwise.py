@@ -32,6 +32,13 @@ def permuted_back(y: Tensor, order: list[int], like: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
+def stored(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in a dtype: of bytes rounded to nearest even and held to [0, 255], 0 for a NaN."""
+    if dtype == torch.uint8:
+        y = y.nan_to_num(0.0).round().clamp(0, 255)
+    return y.to(dtype)
+
+
 def by_elements(
     input: Tensor,
     number: float,
@@ -45,7 +52,7 @@ def by_elements(
     number = number if traced is None else float(traced)
     x, order = in_storage_order(input)
     y = values(x.to(compute_dtype(input.dtype)), number, rng_state.to(input.device))
-    return permuted_back(y.to(x.dtype), order, input)
+    return permuted_back(stored(y, x.dtype), order, input)
 
 
 def with_noise(x: Tensor, width: float, noise: Tensor, multiplicative: bool) -> Tensor:

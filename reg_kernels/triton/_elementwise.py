@@ -103,6 +103,15 @@ def load_draws(p_ptr, p, state_ptr, seed, offset, TAG: tl.constexpr, DROPS: tl.c
 
 
 @triton.jit
+def stored(y, dtype: tl.constexpr):
+    """y in a dtype: of bytes rounded to nearest even and held to [0, 255], 0 for a NaN."""
+    if dtype == tl.uint8:
+        y = tl.where(y > 0.0, tl.where(y < 255.0, y, 255.0), 0.0)
+        y = (y + 12582912.0) - 12582912.0  # 1.5 2^23
+    return y.to(dtype)
+
+
+@triton.jit
 def map_elements(
     operands,
     at,
@@ -132,7 +141,7 @@ def map_elements(
         residual = tl.load(operands.residual + at, mask=inside).to(COMPUTE)
         sums = residual + y
         y = sums if OP.READS_DROPPED else tl.where(drawn < draws.threshold, sums, residual)
-    tl.store(operands.y + at, y.to(DTYPE), mask=inside)
+    tl.store(operands.y + at, stored(y, DTYPE), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

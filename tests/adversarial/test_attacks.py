@@ -1,6 +1,7 @@
 """Attacks: what they find, and what they leave."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -344,6 +345,14 @@ def test_trades():
     far = {"epsilon": 0.3, "step_size": 0.1, "beta": 6.0}
     robust = [trades_loss(model, x, y, **far, distance=d) for d in ("l_inf", "linf")]
     assert all(float(term.detach()) > float(loss.detach()) for term in robust)
+    each = {
+        name: torch.full((6,), far[name], device=DEVICE, requires_grad=True)
+        for name in ("epsilon", "step_size")
+    }
+    torch.manual_seed(1)
+    one = trades_loss(model, x, y, **far)
+    torch.manual_seed(1)
+    torch.testing.assert_close(trades_loss(model, x, y, **{**far, **each}), one)
     # No attack: the divergence is that of the start's noise alone.
     still = trades_loss(model, x, y, None, 0.0, 1e-9, 1, 6.0)
     torch.testing.assert_close(still, loss, rtol=0, atol=1e-4)
@@ -390,8 +399,10 @@ def test_trades_gives_both_sides_a_gradient():
 
 
 def refusals():
-    model = nn.Linear(3, 2)
+    model, lazy = nn.Linear(3, 2), nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(2))
     x, y = torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)
+    each = torch.full((4,), 0.1)
+    of = functools.partial(dict, model=model, x_natural=x, y=y)
     for error, message, call in (
         (TypeError, "PGD: model must be a module or a function, got int", lambda: PGD(3)),
         (ValueError, "PGD: steps must be at least 1, got 0", lambda: PGD(model, steps=0)),
@@ -404,6 +415,22 @@ def refusals():
         (TypeError, "PGD: targeted must be True or False", lambda: PGD(model, targeted=1)),
         (TypeError, "PGD: loss must be a module or a function", lambda: PGD(model, loss="ce")),
         (ValueError, "FGSM: eps must be at least 0, got nan", lambda: FGSM(model, math.nan)),
+        (ValueError, "PGD: step_size must be finite, got inf", lambda: PGD(model, 1, math.inf)),
+        (ValueError, "backend must be one of .*, got 'gpu'", lambda: PGD(model, backend="gpu")),
+        (TypeError, "FGSM: generator must be a torch.Gen", lambda: FGSM(model, generator=3)),
+        (
+            ValueError,
+            "PGD: lower must be below inf",
+            lambda: PGD(model, lower=math.inf, upper=None),
+        ),
+        (ValueError, "PGD: upper must be above -inf", lambda: PGD(model, upper=-math.inf)),
+        (ValueError, "PGD: model must be .* got a lazy 0.weight", lambda: PGD(lazy)(x, y)),
+        (ValueError, "trades_loss: model must be initialised", lambda: trades_loss(lazy, x, y)),
+        (
+            RuntimeError,
+            "PGD: input must be a dense tensor, got sparse_coo",
+            lambda: PGD(model)(x.to_sparse(), y),
+        ),
         (TypeError, "PGD: input must be a Tensor, got list", lambda: PGD(model)([1], y)),
         (RuntimeError, "PGD: input must be one of float64", lambda: PGD(model)(x.byte(), y)),
         (ValueError, "PGD: target must be one for each of the 4", lambda: PGD(model)(x, y[:3])),
@@ -419,12 +446,23 @@ def refusals():
         (IndexError, "target must be in|label", lambda: PGD(model)(x, y + 2)),
         (ValueError, "FreeAdversarial: replays must be at least", lambda: FreeAdversarial(1, 0)),
         (ValueError, "FreeAdversarial: eps must be at least 0", lambda: FreeAdversarial(-1)),
+        (TypeError, "FreeAdversarial: eps must be a number, got", lambda: FreeAdversarial(each)),
         (
-            ValueError,
-            "trades_loss: beta must be at least 0",
-            lambda: trades_loss(model, x, y, beta=-1),
+            TypeError,
+            "FreeAdversarial: step_size must be a number, got a Tensor",
+            lambda: FreeAdversarial(1, step_size=each),
         ),
-        (ValueError, "trades_loss: target must be one", lambda: trades_loss(model, x, y[1:])),
+        (ValueError, "backend must be one of", lambda: FreeAdversarial(backend="gpu")),
+        *(
+            (error, f"trades_loss: {message}", functools.partial(trades_loss, **arguments))
+            for error, message, arguments in (
+                (ValueError, "beta must be at least 0", of(beta=-1)),
+                (ValueError, "y must be one for each of the 4", of(y=y[1:])),
+                (RuntimeError, "x_natural must be a batch", of(x_natural=x.sum())),
+                (ValueError, "distance must be 'linf', 'l1' or 'l2', got 'l3'", of(distance="l3")),
+                (ValueError, "epsilon must be at least 0, got -1", of(epsilon=-1)),
+            )
+        ),
     ):
         yield pytest.param(error, message, call, id=message)
 

@@ -50,6 +50,7 @@ LADDERS = [
     *(("mixup", ""), ("mixup", "from uint8"), ("mixup", "cutmix")),
     *(("cross_entropy", "pair"), ("distillation", "T=2")),
     ("adversarial_step", "linf"),
+    ("subset", ""),
 ]
 
 

@@ -263,12 +263,15 @@ def test_a_residual_net_with_stochastic_depth_noise_and_attacks(
 ) -> None:
     more = ["--kernels", kernels, "--model", "residual", "--train-size", 40]
     regularising = ["--drop-path", 0.5, "--noise", 0.3, "--adversarial", 0.5]
-    rates = []
+    rates: list[list[float]] = []
+    seen: list[torch.Tensor] = []
     build = _trainer.build_residual_net
 
     def building(*given: Any) -> torch.nn.Sequential:
         rates.append([getattr(d, "drop_prob", getattr(d, "p", None)) for d in given[-1]])
-        return build(*given)
+        net = build(*given)
+        net[0].register_forward_pre_hook(lambda layer, given: seen.extend(given))
+        return net
 
     monkeypatch.setattr(_trainer, "build_residual_net", building)
     drawn: list[dict[str, Any]] = []
@@ -278,8 +281,13 @@ def test_a_residual_net_with_stochastic_depth_noise_and_attacks(
         path.write_bytes(b"picture")
 
     monkeypatch.setattr(train, "_draw", draw)
-    assert main(command(data, tmp_path / "without", *more)) == 0
+    assert main(command(data, tmp_path / "without", *more, "--noise", 3)) == 0
     assert "attacked" not in capsys.readouterr().out
+    # However much noise there is, an image keeps to the pixels that the data have.
+    images = split(load_images(str(data)), 40, 0)
+    pixels = torch.cat(seen) * images.std + images.mean
+    assert [pixels.min(), pixels.max()] == pytest.approx([images.lower, images.upper])
+    assert (pixels > images.upper - 1e-4).sum() > 100
     for name in ("first", "second"):
         assert main(command(data, tmp_path / name, *more, *regularising)) == 0
         assert "test attacked" in capsys.readouterr().out

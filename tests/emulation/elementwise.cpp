@@ -26,7 +26,7 @@ using reg_kernels::cuda::RngState;
 // A shard of a batch can begin anywhere; the last one's groups need the counter's second word.
 const int64_t kOffsets[] = {0, 1, 5, 8, 13, (int64_t{1} << 33) + 3, (int64_t{1} << 40) + 6};
 const uint32_t kThresholds[] = {0, 1, 32768, 65535, 65536};
-// 2048, 4096 and 8192 elements fill a block in fp64, fp32 and 16 bits.
+// 2048, 4096, 8192 and 16384 elements fill a block in fp64, fp32, 16 bits and bytes.
 const int64_t kSizes[] = {0, 1, 3, 7, 8, 9, 127, 1024, 2049, 8191, 8192, 20001};
 
 // No half is zero: each is a key or counter word of its own.
@@ -169,6 +169,7 @@ reg_kernels::ElementwiseTask task_of(const T* x, T* y, const T* residual, int64_
           residual,
           numel,
           kDType,
+          std::is_same_v<T, uint8_t>,
           offset,
           rate.threshold,
           rate.scale,
@@ -404,5 +405,6 @@ int main(int argc, char** argv) {
   test_dtype<float>();
   test_dtype<driver::float16>();
   test_dtype<driver::bfloat16>();
+  if constexpr (reg_kernels::kTakesBytes<Op>) test_dtype_of_elements<uint8_t>();
   return driver::finish();
 }

@@ -23,6 +23,8 @@ template <>
 inline constexpr const char* kName<float16> = "float16";
 template <>
 inline constexpr const char* kName<bfloat16> = "bfloat16";
+template <>
+inline constexpr const char* kName<uint8_t> = "bytes";
 
 inline uint64_t draws = 0x9e3779b97f4a7c15ull;
 
@@ -58,8 +60,12 @@ class Buffer {
   void fill_with_bits(uint64_t seed) {
     for (int64_t i = 0; i < count_; ++i) {
       const uint64_t draw = mix(seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(i));
-      // One in four is all exponent or no exponent, which random bits rarely are in wide types.
-      constexpr int kExponentBits = sizeof(T) == 8 ? 11 : std::is_same_v<T, float16> ? 5 : 8;
+      // One in four is all exponent or no exponent, which random bits rarely are in wide types. In
+      // a byte some bits stand for one.
+      constexpr int kExponentBits = sizeof(T) == 8               ? 11
+                                    : sizeof(T) == 1             ? 4
+                                    : std::is_same_v<T, float16> ? 5
+                                                                 : 8;
       constexpr int kBits = 8 * sizeof(T);
       constexpr uint64_t kExponent = ((uint64_t{1} << kExponentBits) - 1)
                                      << (kBits - 1 - kExponentBits);

@@ -25,6 +25,7 @@ from torch import Tensor
 from reg_kernels import functional as F
 from reg_kernels import optim
 from reg_kernels._mixed_target import MixedTarget
+from reg_kernels.ops.subset import Subset, add_of_subset
 
 from support import DTYPES, isas
 
@@ -159,6 +160,9 @@ def of_one_input() -> Iterator[tuple[str, Make]]:
         "drop_path residual",
         on(samples, lambda x, r: F.drop_path(x, 0.1, residual=r), lambda x: (torch.rand_like(x),)),
     )
+
+    subset = Subset(torch.arange(0, 8, 2), torch.arange(1, 8, 2))
+    yield "subset", on(samples, lambda x: add_of_subset(x, lambda x: x, subset, 2.0))
 
     partners = torch.arange(8).flip(0)
     boxes = torch.tensor([[1, 1, 3, 9]] * 8)

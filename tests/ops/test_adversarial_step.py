@@ -245,6 +245,9 @@ def refusals():
         (TypeError, "eps must be of a floating-point type", {"eps": torch.ones(2).long()}),
         (ValueError, "norm must be 'linf', 'l1' or 'l2', got 'l3'", {"norm": "l3"}),
         (ValueError, "lower must be at most upper, got 1.0 and 0", {"lower": 1, "upper": 0.0}),
+        (ValueError, "lower must be below inf, got inf", {"lower": math.inf, "upper": math.inf}),
+        (ValueError, "upper must be above -inf, got -inf", {"upper": -math.inf}),
+        (RuntimeError, "grad must be a dense tensor, got sparse_coo", {"grad": x.to_sparse()}),
         (ValueError, "std must be above 0", {"std": (1.0, 0.0, 1.0)}),
         (ValueError, "mean must be one number for each of the 3", {"mean": (1.0, 0.0)}),
     ):

@@ -305,6 +305,13 @@ def test_wrong_dtype(dtype):
         TF.dropout(torch.ones(3, dtype=torch.int64))
 
 
+def test_a_sparse_input():
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="dropout: input must be a dense tensor, got sparse_coo"):
+        F.dropout(torch.ones(3).to_sparse())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("state", "error"),
     [

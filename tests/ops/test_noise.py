@@ -142,6 +142,40 @@ def test_bytes_are_rounded_and_saturate(name, backend):
     over = x.clone()
     assert noise(over, inplace=True, **options) is over
     assert torch.equal(over, y)
+    # In storage order, or as any other layout.
+    assert torch.equal(noise(x.view(64, 32).t(), **options).t().flatten(), y)
+    assert torch.equal(noise(torch.stack((x, x), 1)[:, 0], **options), y)
+    assert torch.equal(noise(x[5:], element_offset=5, **options), y[5:])
+
+
+@on_each
+def test_bytes_at_the_edges(backend):
+    """Ties go to the even byte, what is no number is 0, and no noise on a byte is none."""
+    zeros = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+    values = {-0.5: 0, 0.5: 0, 1.5: 2, 2.5: 2, 254.5: 254, 255.5: 255, math.inf: 255, -math.inf: 0}
+    for value, expected in values.items():
+        y = F.salt_and_pepper(zeros, 1.0, low=value, high=value, backend=backend)
+        assert (y == expected).all(), value
+    wide = {"std": 3e38, "multiplicative": True, "backend": backend}
+    assert F.gaussian_noise(zeros, **wide).eq(0).all()  # where it overflows, 0 times infinity
+    y = F.gaussian_noise(zeros + 1, **wide)
+    assert set(y.tolist()) == {0, 255}
+    assert F.gaussian_noise(zeros[:0], 1.0, backend=backend).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_bytes_under_compile_vmap_and_threads(name):
+    noise, x = NOISES[name], torch.arange(256, dtype=torch.uint8).repeat(300)
+    y = noise(x, rng_state=rng_state())
+    with torch.no_grad():
+        compiled = torch.compile(noise, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, rng_state=rng_state()), y)
+    mapped = torch.vmap(lambda x: noise(x, rng_state=rng_state()))(x.view(3, -1))
+    assert torch.equal(mapped[0], y[: mapped.shape[1]])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert torch.equal(noise(x, rng_state=rng_state()), y)
+    torch.set_num_threads(threads)
 
 
 # What is asked for
@@ -257,6 +291,43 @@ def test_weight_noise_leaves_the_weight_clean(relative):
     parametrize.remove_parametrizations(layer.eval(), "weight")
     assert torch.equal(layer.weight, other.weight)
     layer.load_state_dict(clean.state_dict())
+
+
+def test_a_copy_of_a_layer_with_weight_noise_has_its_own():
+    layer = nn.weight_noise(torch.nn.Linear(8, 4), 0.1)
+    clean, other = copy.deepcopy(layer), copy.deepcopy(layer)
+    x = torch.randn(3, 8)
+    assert not torch.equal(other(x), other(x))
+    other(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad is None
+    # Where the noise is taken off one of them, the others' keys stay as they are.
+    parametrize.remove_parametrizations(clean.eval(), "weight")
+    with torch.no_grad():
+        clean.weight.zero_()
+    layer.load_state_dict(clean.state_dict())
+    assert (layer.parametrizations.weight.original == 0).all()
+    clean.load_state_dict(other.state_dict())
+    assert torch.equal(clean.weight, other.parametrizations.weight.original)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_weight_noise_of_a_recurrent_layer(kind):
+    layer = kind(3, 4)
+    clean = copy.deepcopy(layer)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        nn.weight_noise(layer, 0.1, name)
+    x = torch.randn(5, 2, 3)
+    y = layer(x)[0]
+    assert not torch.equal(layer(x)[0], y) and not torch.equal(clean(x)[0], y)
+    y.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    draws = []
+    layer.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *_: draws.append(1))
+    with parametrize.cached():
+        layer(x)
+    assert draws == [1]
+    assert torch.equal(layer.eval()(x)[0], clean(x)[0])
+    copy.deepcopy(layer).load_state_dict(clean.state_dict())
 
 
 def test_noisy_linear_under_autocast():

@@ -1,6 +1,7 @@
 """Layers of stochastic depth: their twins in other packages, rates, and blocks that are skipped."""
 
 import copy
+import inspect
 import math
 import pickle
 import sys
@@ -283,6 +284,10 @@ def test_twins_of_packages_are_swapped_fused_and_put_back(packages, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(F, "drop_path", lambda *given, **options: options["residual"])
             assert fused(x) is x  # in one pass
+        (word,) = inspect.signature(layer.forward).parameters
+        branch = fused.branch(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(x + fused.drop_path(**{word: branch}), y)
         pickle.loads(pickle.dumps(fused.drop_path))
         back = reg_kernels.revert(fused)
         assert type(back.drop_path) is type(layer)

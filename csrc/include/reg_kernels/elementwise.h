@@ -24,8 +24,10 @@
 //                  the same where Draw is another one, with kNumber and the options as Numbers
 //   prepare(numbers, number, options)
 //                  where these are to be changed first: sets Numbers from what they are in double
+// An op of elements that keeps or drops none takes bytes as well.
 #pragma once
 
+#include "bytes.h"
 #include "channel_layout.h"
 #include "dropout_math.h"
 #include "dtypes.h"
@@ -90,6 +92,8 @@ constexpr bool kKeepsOrDrops = sizeof(typename Op::Draw) < sizeof(drawn_t<Op>);
 // Whether draws are in pairs of words, of which both are needed for either.
 template <typename Op>
 constexpr bool kDrawsNormals = requires(typename Op::Draw draw) { draw.value; };
+template <typename Op>
+constexpr bool kTakesBytes = !kKeepsOrDrops<Op> && has_form<Op>(DrawnFor::element);
 template <typename Op>
 constexpr bool kSkipsDropped = !Op::kReadsDropped;
 // Whether each element is a product with 0 or the scale, and nothing else.

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "bytes.h"
 #include "dtypes.h"
 #include "elementary.h"
 
 RK_NAMESPACE_BEGIN
 
-// A byte of an image counts as its value; the 1/255 is part of the scale that follows.
-RK_HD float load(uint8_t value) { return static_cast<float>(value); }
+// Of a byte of an image the 1/255 is part of the scale that follows.
 
 // What a sample and its partner count for, each rounded to C once.
 template <typename C>

@@ -15,6 +15,7 @@ void call(const char* name, const Leaf& leaf, const ElementwiseTask& given, int6
       Buffer<T> y(given.numel, 0);
       ElementwiseTask task = given;
       task.dtype = kDType<T>;
+      task.bytes = std::is_same_v<T, uint8_t>;
       task.x = x.data();
       task.y = y.data();
       task.residual = residual ? other.data() : nullptr;
@@ -52,6 +53,10 @@ void call_leaves() {
     // A shard can begin anywhere; the last one's groups carry into the counter's second word.
     for (const int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{8} << 32) - 700}) {
       task.mask_offset = offset;
+      if constexpr (kTakesBytes<Op>) {
+        task.numel = 1501;
+        call<uint8_t>("elements_range", RK_LEAF(elements_range<kOpTag>), task, 0, task.numel);
+      }
       for_types([&]<typename T>(T) {
         if (has_form<Op>(DrawnFor::element)) {
           task.numel = 1501;

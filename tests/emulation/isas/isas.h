@@ -14,9 +14,6 @@
 #include "cpu/isa.h"
 #include "values.h"
 
-template <>
-inline constexpr const char* driver::kName<uint8_t> = "bytes";
-
 namespace isas {
 
 using namespace reg_kernels;
