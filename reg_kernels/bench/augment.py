@@ -59,7 +59,7 @@ def _floats(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
-def _of_torchvision(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
+def of_torchvision(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
     """Transforms of a batch (N, C, H, W) of bytes, as its users compose them."""
 
     def prepare(v2: Any) -> Callable[[Tensor], object]:
@@ -69,7 +69,7 @@ def _of_torchvision(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
     return prepare
 
 
-def _of_kornia(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
+def of_kornia(make: Callable[[Any], list[Any]]) -> Callable[[Any], Any]:
     def prepare(module: Any) -> Callable[[Tensor], object]:
         sequence = torch.nn.Sequential(*make(module))
         return lambda images: sequence(_floats(images))
@@ -112,7 +112,7 @@ def _of_opencv(cv2: Any) -> Callable[[Tensor], object]:
     return run
 
 
-def _to_floats(v2: Any) -> list[Any]:
+def to_floats(v2: Any) -> list[Any]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 
 
@@ -129,14 +129,14 @@ KINDS = (
             augment.Normalize(MEAN, STD),
         ],
         {
-            TORCHVISION: _of_torchvision(
+            TORCHVISION: of_torchvision(
                 lambda v2: [
                     v2.RandomResizedCrop(CROP, antialias=True),
                     v2.RandomHorizontalFlip(),
-                    *_to_floats(v2),
+                    *to_floats(v2),
                 ]
             ),
-            KORNIA: _of_kornia(
+            KORNIA: of_kornia(
                 lambda k: [
                     k.RandomResizedCrop((CROP, CROP)),
                     k.RandomHorizontalFlip(),
@@ -158,12 +158,12 @@ KINDS = (
         32,
         lambda: [augment.RandomAffine(30, interpolation="bilinear", **_AFFINE)],
         {
-            TORCHVISION: _of_torchvision(
+            TORCHVISION: of_torchvision(
                 lambda v2: [
                     v2.RandomAffine(30, interpolation=v2.InterpolationMode.BILINEAR, **_AFFINE)
                 ]
             ),
-            KORNIA: _of_kornia(lambda k: [k.RandomAffine(30.0, p=1.0, **_AFFINE)]),
+            KORNIA: of_kornia(lambda k: [k.RandomAffine(30.0, p=1.0, **_AFFINE)]),
             ALBUMENTATIONS: _of_albumentations(
                 lambda a: [
                     a.Affine(scale=(0.8, 1.2), translate_percent=(-0.1, 0.1), rotate=(-30, 30), p=1)
@@ -180,8 +180,8 @@ KINDS = (
         32,
         lambda: [augment.ColorJitter(*_JITTER)],
         {
-            TORCHVISION: _of_torchvision(lambda v2: [v2.ColorJitter(*_JITTER)]),
-            KORNIA: _of_kornia(lambda k: [k.ColorJitter(*_JITTER, p=1.0)]),
+            TORCHVISION: of_torchvision(lambda v2: [v2.ColorJitter(*_JITTER)]),
+            KORNIA: of_kornia(lambda k: [k.ColorJitter(*_JITTER, p=1.0)]),
             ALBUMENTATIONS: _of_albumentations(
                 lambda a: [a.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=1)]
             ),
@@ -195,8 +195,8 @@ KINDS = (
         32,
         lambda: [augment.GaussianBlur(23)],
         {
-            TORCHVISION: _of_torchvision(lambda v2: [v2.GaussianBlur(23)]),
-            KORNIA: _of_kornia(lambda k: [k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=1.0)]),
+            TORCHVISION: of_torchvision(lambda v2: [v2.GaussianBlur(23)]),
+            KORNIA: of_kornia(lambda k: [k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=1.0)]),
             ALBUMENTATIONS: _of_albumentations(
                 lambda a: [a.GaussianBlur(blur_range=(23, 23), sigma_range=(0.1, 2.0), p=1)]
             ),
@@ -217,17 +217,17 @@ KINDS = (
             augment.RandomErasing(0.25),
         ],
         {
-            TORCHVISION: _of_torchvision(
+            TORCHVISION: of_torchvision(
                 lambda v2: [
                     v2.RandomResizedCrop(CROP, antialias=True),
                     v2.RandomHorizontalFlip(),
                     v2.RandAugment(2, 9),
                     v2.ColorJitter(*_JITTER),
-                    *_to_floats(v2),
+                    *to_floats(v2),
                     v2.RandomErasing(0.25),
                 ]
             ),
-            KORNIA: _of_kornia(
+            KORNIA: of_kornia(
                 lambda k: [
                     k.RandomResizedCrop((CROP, CROP)),
                     k.RandomHorizontalFlip(),
@@ -245,17 +245,17 @@ KINDS = (
 
 def cases(scope: Scope) -> list[Benchmark]:
     """Each kind of pipeline, to float32, and the first to 16 bits as well."""
-    return [_case(kind, dtype) for dtype in scope.brief for kind in KINDS]
+    return [case(kind, dtype) for dtype in scope.brief for kind in KINDS]
 
 
 def sized(scope: Scope, elements: int) -> list[Benchmark]:
     """Points of growth curves: 16 square images of three channels."""
     side = math.isqrt(elements // 16)
     kind = KINDS[2]._replace(batch=16, side=side, goals=(), peers={})
-    return [_case(kind, torch.float32, side)]
+    return [case(kind, torch.float32, side)]
 
 
-def _case(kind: Kind, dtype: torch.dtype, side: int = SIDE) -> Benchmark:
+def case(kind: Kind, dtype: torch.dtype, side: int = SIDE) -> Benchmark:
     def prepare(device: torch.device, pool: int) -> Sequence[Contender | Skipped]:
         generator = torch.Generator().manual_seed(0)
         shape = (kind.batch, side, side, 3)
