@@ -30,7 +30,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 # sets' would double the time. Whatever needs them (test, bench, build) adds them.
 demo: export REG_KERNELS_ISA ?= native
 demo: build
-	$(PY) -m reg_kernels train --data digits --out runs/digits
+	$(PY) -m reg_kernels train --data digits --augment --seeds 3 --out runs/digits
 
 # Two processes, a file each at a time, with a thread each: idle threads must not spin beside them.
 # What is timed comes after them, alone.

@@ -35,6 +35,7 @@ CONTENTS = """
 docs/installing
 docs/layers
 docs/optimizers
+docs/augmentation
 docs/mixing_and_losses
 docs/adversarial
 docs/implementations

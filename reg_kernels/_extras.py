@@ -7,6 +7,7 @@ import importlib.util
 # The base install has torch alone. By the names that are imported.
 EXTRAS = {
     "cli": ("rich",),
+    "augment": ("PIL", "matplotlib", "numpy"),
     "train": ("matplotlib", "numpy", "rich", "sklearn"),
 }
 

@@ -166,8 +166,14 @@ class Mixup:
         return f"Mixup({', '.join(shown)})"
 
     def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget | Tensor]:
+        return self.mix(input, target, _Generated(input, self))
+
+    def mix(
+        self, input: Tensor, target: Tensor, source: Any
+    ) -> tuple[Tensor, MixedTarget | Tensor]:
+        """A call that draws from what it is given, as a pipeline's does."""
         self._check(input, target)
-        lam, boxes, label_lam = self._draw(input)
+        lam, boxes, label_lam = self._draw(input, source)
         normalisation = (self.mean, self.std, self.dtype)
         # Gray images have one channel, whether this batch is cut or not.
         gray = self._cuts and input.dim() == 3
@@ -220,7 +226,7 @@ class Mixup:
     def _cuts(self) -> bool:
         return self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or self.switch_prob > 0)
 
-    def _draw(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw(self, input: Tensor, source: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """The pixels' lambda, the boxes if there are any, and the labels' lambda: one or (N,)."""
         samples = len(input)
         count = {"batch": 1, "elem": samples, "pair": (samples + 1) // 2}[self.mode]
@@ -229,20 +235,18 @@ class Mixup:
             return ones, None, ones
         # In float64, where 1 - lambda and a pixel's coordinate keep their digits.
         options: Any = {"dtype": torch.float64, "device": input.device}
-        generator = self._generator(input.device)
         alpha = torch.full(
             (count,), self.mixup_alpha if self._mixes else self.cutmix_alpha, **options
         )
         if not self._cuts and self.mix_prob == 1:
-            lam = self._of_samples(_draw_beta(alpha, generator).float(), samples)
+            lam = self._of_samples(source.beta(alpha).float(), samples)
             return lam, None, lam
-        uniform = torch.empty(6, count, **options).uniform_(generator=generator)
-        active, choice, *places = uniform.unbind()
+        active, choice, *places = source.uniform(alpha).unbind()
         mixed = active < self.mix_prob
         cut = mixed & (choice < self.switch_prob) if self._mixes else mixed
         if self._mixes and self._cuts:
             alpha = alpha.masked_fill(cut, self.cutmix_alpha)
-        lam = _draw_beta(alpha, generator).masked_fill(~mixed, 1.0)
+        lam = source.beta(alpha).masked_fill(~mixed, 1.0)
         if not self._cuts:
             lam = self._of_samples(lam.float(), samples)
             return lam, None, lam
@@ -289,6 +293,21 @@ class Mixup:
             seed = self.seed if worker is None else self.seed * _ODD + worker.seed
             self._generators[key] = torch.Generator(device).manual_seed(seed % 2**63)
         return self._generators[key]
+
+
+class _Generated:
+    """Draws from torch's generators, or from the object's own, for an alpha of each draw."""
+
+    def __init__(self, input: Any, mixup: Mixup) -> None:
+        self._input, self._mixup = input, mixup
+
+    def uniform(self, alpha: Tensor) -> Tensor:
+        """(6, n), in [0, 1)."""
+        generator = self._mixup._generator(self._input.device)
+        return alpha.new_empty(6, len(alpha)).uniform_(generator=generator)
+
+    def beta(self, alpha: Tensor) -> Tensor:
+        return _draw_beta(alpha, self._mixup._generator(self._input.device))
 
 
 def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:

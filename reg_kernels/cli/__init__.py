@@ -25,6 +25,7 @@ COMMANDS = {
         "errors of every op against the fp64 reference, and gradcheck; exit 1 if one is over", "cli"
     ),
     "bench": Command("time against PyTorch eager, torch.compile and a copy; --json, --plot", "cli"),
+    "augment": Command("draw what a pipeline of augmentation does to images", "augment"),
     "train": Command("train a small net plain and regularised, and compare", "train"),
 }
 

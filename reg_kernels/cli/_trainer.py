@@ -1,13 +1,14 @@
-"""The two trainings behind `train`: one small net, plain and regularised, resumable to the bit.
+"""The trainings behind `train`: one small net, plain and regularised, resumable to the bit.
 
-Both start from the same weights and see the same batches in the same order; they differ in dropout,
-mixup, label smoothing and weight decay alone and, where asked for, in stochastic depth, noise and
-adversarial steps. Shapes: N images of C channels, H rows and W columns; K classes.
+All start from the same weights and see the same batches in the same order; they differ in dropout,
+mixup, label smoothing and weight decay alone and, where asked for, in stochastic depth, noise,
+adversarial steps and augmentation. Shapes: N images of C channels, H rows and W columns; K classes.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -34,7 +35,7 @@ LEARNING_RATE = 4e-3
 MEASURES = tuple(f"{part}_{name}" for part in ("train", "test") for name in ("loss", "accuracy"))
 ATTACKED = "attacked_accuracy"  # on the test set, where trained adversarially
 ATTACK_STEPS = 7  # of the attacks that are trained with, and on the test set
-FORMAT = "reg_kernels train checkpoint 3"
+FORMAT = "reg_kernels train checkpoint 4"
 MODELS = ("conv", "residual")
 
 
@@ -53,6 +54,16 @@ class Recipe:
     # On 300 digits, noise of 0.5, three seeds: 97.60 % of the test set with that, 97.55 without.
     noise: float = 0.0
     adversarial: float = 0.0  # how far an attack moves a pixel, in pixels' units
+    augment: bool = False  # whether images are turned, shifted, scaled and partly erased
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe."""
+
+    name: str
+    recipe: Recipe
+    seed: int  # of the weights, the order and all that is drawn
 
 
 # Measured on 300 digits, 60 epochs, seeds 0 to 7: both nets reach 100 % on the training set; on the
@@ -68,6 +79,8 @@ REGULARISED = Recipe("regularised", dropout=0.5, mixup=0.1, label_smoothing=0.1,
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 # (scores, target) -> the mean over the images
 Loss = Callable[[Tensor, Tensor | MixedTarget], Tensor]
+# (images, their numbers in the training set, epoch) -> images that were changed
+Augment = Callable[[Tensor, Tensor, int], Tensor]
 # (model, images, target, loss) -> images that are harder
 Attack = Callable[[nn.Module, Tensor, Any, Loss], Tensor]
 
@@ -83,6 +96,7 @@ class Kernels:
     drop_path: Callable[[float], nn.Module]  # takes a probability
     noise: Callable[[float], nn.Module]  # takes a deviation
     attack: Callable[[float, Split], Attack]  # takes a radius
+    augment: Callable[[Split, int], Augment]  # takes a seed
 
 
 def mix_by_torch(alpha: float) -> Mix:
@@ -136,6 +150,50 @@ class NoiseByTorch(nn.Module):
         return input + self.std * torch.randn_like(input) if self.training else input
 
 
+# How far images are turned, in degrees, shifted, in shares of their sides, and scaled; how many are
+# erased in part, and how much of them. Digits are no others when they are seen so; mirrored they
+# would be.
+DEGREES, SHIFT, SCALE = 10.0, 0.1, (0.9, 1.1)
+ERASED, ERASED_AREA, ERASED_RATIO = 0.25, (0.02, 0.06), (0.5, 2.0)
+
+
+def background(data: Split) -> float:
+    """What lies around an image, standardised: the least pixel, the mean of all channels'."""
+    return float(((data.lower - data.mean) / data.std).mean())
+
+
+def augment_by_torch(data: Split, seed: int) -> Augment:
+    """The images turned, shifted, scaled and erased in part, as one writes it with PyTorch."""
+    fill = background(data)
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(n: int, low: float, high: float) -> Tensor:
+        return torch.empty(n).uniform_(low, high, generator=generator)
+
+    def augment(images: Tensor, numbers: Tensor, epoch: int) -> Tensor:
+        n, _, h, w = images.shape
+        angle = uniform(n, -DEGREES, DEGREES).deg2rad()
+        zoom = uniform(n, *SCALE)
+        x, y = (2 * (uniform(n, -SHIFT, SHIFT) * side).round() / side for side in (w, h))
+        cos, sin = angle.cos() / zoom, angle.sin() / zoom
+        rows = torch.stack([cos, sin * h / w, x, -sin * w / h, cos, y], 1).view(n, 2, 3)
+        grid = F.affine_grid(rows.to(images), list(images.shape), align_corners=False)
+        moved = F.grid_sample(images - fill, grid, align_corners=False) + fill
+        area, ratio = h * w * uniform(n, *ERASED_AREA), uniform(n, *ERASED_RATIO)
+        height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        top, left = (uniform(n, 0, 1) * (h - height + 1), uniform(n, 0, 1) * (w - width + 1))
+        row, column = torch.arange(h), torch.arange(w)
+        inside = [
+            (line >= start.floor()[:, None]) & (line < (start.floor() + length)[:, None])
+            for line, start, length in ((row, top, height), (column, left, width))
+        ]
+        box = inside[0][:, :, None] & inside[1][:, None, :]
+        box &= (uniform(n, 0, 1) < ERASED)[:, None, None]
+        return moved.masked_fill_(box[:, None].to(images.device), fill)
+
+    return augment
+
+
 def attack_by_torch(eps: float, data: Split) -> Attack:
     """Projected gradient descent on standardised images, likewise. BatchNorm's statistics follow
     the attack's batches, too."""
@@ -168,6 +226,7 @@ class _Net:
     optimizer: torch.optim.Optimizer
     mix: Mix | None
     noise: nn.Module | None
+    augment: Augment | None
     attack: Attack | None
     loss: Loss
     shuffle: torch.Generator
@@ -235,7 +294,7 @@ def build_net(channels: int, classes: int, dropout: float) -> nn.Sequential:
 
 
 class Training:
-    """Trains the recipes one after the other, epoch by epoch.
+    """Trains the recipes one after the other, epoch by epoch, for one seed after the other.
 
     `state()` after an epoch is all that `restore()` needs to go on as if never interrupted: on
     the CPU the results are then equal to the bit.
@@ -251,11 +310,19 @@ class Training:
         kernels: Kernels,
         regularised: Recipe = REGULARISED,
         model: str = MODELS[0],
+        augment: bool = False,
+        seeds: int = 1,
     ) -> None:
         self.epochs = epochs
-        self.recipes = (PLAIN, regularised)
+        more = (dataclasses.replace(regularised, name="augmented", augment=True),) * augment
+        self.recipes = (PLAIN, regularised, *more)
+        self.runs = tuple(
+            Run(recipe.name + (f", seed {s}" if seeds > 1 else ""), recipe, s)
+            for s in range(seed, seed + seeds)
+            for recipe in self.recipes
+        )
         self.measures = MEASURES + ((ATTACKED,) if regularised.adversarial > 0 else ())
-        self.history: dict[str, list[dict[str, float]]] = {r.name: [] for r in self.recipes}
+        self.history: dict[str, list[dict[str, float]]] = {run.name: [] for run in self.runs}
         self._data, self._model = data, model
         self._classes = classes
         self._seed = seed
@@ -275,18 +342,18 @@ class Training:
         self._begin(0)
 
     @property
-    def recipe(self) -> Recipe:
-        """The recipe in training."""
-        return self.recipes[self._phase]
+    def training(self) -> Run:
+        """What is in training."""
+        return self.runs[self._phase]
 
     @property
     def epoch(self) -> int:
-        """How many epochs of the recipe in training are done."""
+        """How many epochs of what is in training are done."""
         return self._epoch
 
     @property
     def model(self) -> nn.Module:
-        """The net in training; when all is done, the regularised one."""
+        """The net in training; when all is done, that of the last run."""
         return self._net.model
 
     def run(self, after_epoch: Callable[[], None]) -> None:
@@ -294,10 +361,10 @@ class Training:
         while True:
             while self._epoch < self.epochs:
                 self._train_epoch(self._net, self._epoch)
-                self.history[self.recipe.name].append(self._evaluate())
+                self.history[self.training.name].append(self._evaluate())
                 self._epoch += 1
                 after_epoch()
-            if self._phase + 1 == len(self.recipes):
+            if self._phase + 1 == len(self.runs):
                 return
             self._begin(self._phase + 1)
 
@@ -324,14 +391,14 @@ class Training:
         which only one is possible: a wrong state must not come to light when all is trained.
         """
         phase, epoch = state["phase"], state["epoch"]
-        if type(phase) is not int or phase not in range(len(self.recipes)):
+        if type(phase) is not int or phase not in range(len(self.runs)):
             raise ValueError(f"phase {phase}")
         if type(epoch) is not int or epoch not in range(self.epochs + 1):
             raise ValueError(f"epoch {epoch} of {self.epochs}")
         steps = epoch * math.ceil(len(self._train_y) / BATCH)
         self._begin(phase)
         row = dict.fromkeys(self.measures, 0.0)
-        done = [self.epochs] * phase + [epoch] + [0] * (len(self.recipes) - phase - 1)
+        done = [self.epochs] * phase + [epoch] + [0] * (len(self.runs) - phase - 1)
         moments = {
             index: {
                 "step": torch.tensor(float(steps)),
@@ -342,7 +409,7 @@ class Training:
         }
         like = self.state()
         like["optimizer"]["state"] = moments if steps > 0 else {}
-        like["history"] = {r.name: [row] * n for r, n in zip(self.recipes, done, strict=True)}
+        like["history"] = {r.name: [row] * n for r, n in zip(self.runs, done, strict=True)}
         _check_alike(state, like)
         for group, ours in zip(
             *(s["optimizer"]["param_groups"] for s in (state, like)), strict=True
@@ -378,7 +445,7 @@ class Training:
         whatever else the machine does meets all of them alike; a first round warms up.
         """
         contenders = {
-            (recipe.name, kind): self._start(kernels, recipe)
+            (recipe.name, kind): self._start(kernels, recipe, self._seed)
             for recipe in self.recipes
             for kind, kernels in kinds.items()
         }
@@ -399,9 +466,9 @@ class Training:
             for recipe in self.recipes
         }
 
-    def _start(self, kernels: Kernels, recipe: Recipe) -> _Net:
+    def _start(self, kernels: Kernels, recipe: Recipe, seed: int) -> _Net:
         """A net at its start; its random numbers do not depend on what ran before."""
-        torch.manual_seed(self._seed)
+        torch.manual_seed(seed)
         shape = (self._train_x.shape[1], self._classes, recipe.dropout)
         if self._model == "residual":
             rates = drop_path_rates(recipe.drop_path, RESIDUAL_BLOCKS)
@@ -416,17 +483,18 @@ class Training:
             ),
             mix=kernels.mix(recipe.mixup) if recipe.mixup > 0 else None,
             noise=kernels.noise(recipe.noise) if recipe.noise > 0 else None,
+            augment=kernels.augment(self._data, seed) if recipe.augment else None,
             attack=(
                 kernels.attack(recipe.adversarial, self._data) if recipe.adversarial > 0 else None
             ),
             loss=kernels.loss(recipe.label_smoothing),
-            shuffle=torch.Generator().manual_seed(self._seed),
+            shuffle=torch.Generator().manual_seed(seed),
         )
 
     def _begin(self, phase: int) -> None:
-        """Starts a recipe from scratch."""
+        """Starts a run from scratch."""
         self._phase, self._epoch = phase, 0
-        self._net: _Net = self._start(self._kernels, self.recipe)
+        self._net: _Net = self._start(self._kernels, self.training.recipe, self.training.seed)
 
     def _train_epoch(self, net: _Net, epoch: int) -> None:
         net.model.train()
@@ -441,6 +509,8 @@ class Training:
             rows = batch.to(self._device)
             images = self._train_x[rows]
             target: Any = self._train_y[rows]
+            if net.augment is not None:
+                images = net.augment(images, batch, epoch)
             if net.mix is not None:
                 images, target = net.mix(images, target)
             if net.noise is not None:
@@ -453,7 +523,7 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Mean loss and accuracy on both sets, in evaluation mode, which is alike for both nets."""
+        """Mean loss and accuracy on both sets, in evaluation mode, which is alike for all nets."""
         self._net.model.eval()
         row = {}
         for name, x, y in (

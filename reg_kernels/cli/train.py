@@ -2,8 +2,9 @@
 
 Both nets start from the same weights and see the same batches; the regularised one has dropout,
 mixup, label smoothing and weight decay and, where asked for, stochastic depth, noise on the images
-and steps of an attack on them. Prints accuracies and seconds per epoch and writes
-curves.png, metrics.json and model.pt (the regularised net's state_dict) to the --out directory.
+and steps of an attack on them. With --augment a third net is regularised alike and sees augmented
+images. Prints accuracies and seconds per epoch and writes curves.png, metrics.json and model.pt
+(the state_dict of the net that was trained last) to the --out directory.
 Ctrl-C leaves checkpoint.pt there, which --resume continues: on the CPU, to the same result bit for
 bit.
 """
@@ -14,9 +15,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -40,15 +43,24 @@ from ._files import remove_abandoned, write_whole
 from ._trainer import (
     ATTACK_STEPS,
     ATTACKED,
+    DEGREES,
+    ERASED,
+    ERASED_AREA,
+    ERASED_RATIO,
     MODELS,
     REGULARISED,
+    SCALE,
+    SHIFT,
     Attack,
+    Augment,
     DropPathByTorch,
     Kernels,
     Loss,
     NoiseByTorch,
     Training,
     attack_by_torch,
+    augment_by_torch,
+    background,
     load_checkpoint,
     loss_by_torch,
     mix_by_torch,
@@ -146,6 +158,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attacked on the test set (default: 0, none)",
     )
     parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="train a third net, regularised as the second, whose images are turned, shifted and "
+        "scaled by up to 10 degrees, a tenth of their sides and a tenth, and partly erased",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each net for N seeds, from --seed on, and show the means; the split stays the "
+        "first one's (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -188,6 +214,7 @@ def _run(args: argparse.Namespace) -> int:
             drop_path=DropPathByTorch,
             noise=NoiseByTorch,
             attack=attack_by_torch,
+            augment=augment_by_torch,
         ),
         "fused": Kernels(
             convert=lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
@@ -201,6 +228,7 @@ def _run(args: argparse.Namespace) -> int:
             drop_path=lambda p: nn.DropPath(p, backend=args.backend),
             noise=lambda std: nn.GaussianNoise(std, backend=args.backend),
             attack=lambda eps, data: _fused_attack(eps, data, args.backend),
+            augment=lambda data, seed: _pipeline(data, seed, args.backend),
         ),
     }
     options = _result_options(args, device, implementation, images)
@@ -218,6 +246,8 @@ def _run(args: argparse.Namespace) -> int:
             adversarial=args.adversarial,
         ),
         model=args.model,
+        augment=args.augment,
+        seeds=args.seeds,
     )
     start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
@@ -253,12 +283,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("train_size", 1), ("epochs", 1), ("time_epochs", 0)):
+    for name, least in (("train_size", 1), ("epochs", 1), ("time_epochs", 0), ("seeds", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
     # --seed seeds several generators; scikit-learn's takes the narrowest range.
-    if not 0 <= args.seed < 2**32:
-        raise UsageError(f"--seed: must be in 0..{2**32 - 1}, got {args.seed}")
+    if not 0 <= args.seed <= 2**32 - args.seeds:
+        raise UsageError(f"--seed: must be in 0..{2**32 - args.seeds}, got {args.seed}")
     if not 0 <= args.drop_path <= 1:
         raise UsageError(f"--drop-path: must be in 0..1, got {args.drop_path:g}")
     for name in ("noise", "adversarial"):
@@ -337,7 +367,33 @@ def _result_options(
         "drop-path": args.drop_path,
         "noise": args.noise,
         "adversarial": args.adversarial,
+        "augment": args.augment,
+        "seeds": args.seeds,
     }
+
+
+def _pipeline(data: Split, seed: int, backend: str | None) -> Augment:
+    """The augmentation in one kernel; an image's draws depend on its number and the epoch alone."""
+    fill = background(data)
+    pipeline = augment.Pipeline(
+        augment.RandomAffine(
+            DEGREES,
+            translate=(SHIFT, SHIFT),
+            scale=SCALE,
+            interpolation="bilinear",
+            fill=fill,
+        ),
+        augment.RandomErasing(ERASED, scale=ERASED_AREA, ratio=ERASED_RATIO, value=fill),
+        seed=seed,
+        backend=backend,
+    )
+
+    def run(images: Tensor, numbers: Tensor, epoch: int) -> Tensor:
+        pipeline.set_epoch(epoch)
+        augmented: Tensor = pipeline(images, indices=numbers)
+        return augmented
+
+    return run
 
 
 def _fused_attack(eps: float, data: Split, backend: str | None) -> Attack:
@@ -441,7 +497,7 @@ def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> N
     bars: dict[str, Any] = {}
 
     def show() -> None:
-        name = training.recipe.name
+        name = training.training.name
         if name not in bars:
             bars[name] = progress.add_task(name, total=training.epochs)
         rows = training.history[name]
@@ -478,11 +534,13 @@ def _metrics(
     implementation: str,
 ) -> dict[str, Any]:
     runs = {}
-    for recipe in training.recipes:
-        history = training.history[recipe.name]
+    for run in training.runs:
+        recipe, history = run.recipe, training.history[run.name]
         final = dict(history[-1])
         final["gap"] = final["train_accuracy"] - final["test_accuracy"]
-        runs[recipe.name] = {
+        runs[run.name] = {
+            "recipe": recipe.name,
+            "seed": run.seed,
             "dropout": recipe.dropout,
             "mixup": recipe.mixup,
             "label_smoothing": recipe.label_smoothing,
@@ -490,6 +548,7 @@ def _metrics(
             "drop_path": recipe.drop_path,
             "noise": recipe.noise,
             "adversarial": recipe.adversarial,
+            "augment": recipe.augment,
             "final": final,
             "history": [{"epoch": i, **row} for i, row in enumerate(history, start=1)],
         }
@@ -536,15 +595,16 @@ def _without_nan(value: Any) -> Any:
 
 def _draw(path: Path, metrics: dict[str, Any]) -> None:
     # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
-    colours = {"plain": "#d95f02", "regularised": "#1b6ca8"}
+    colours = {"plain": "#d95f02", "regularised": "#1b6ca8", "augmented": "#3a7d44"}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     settled = []
     for axes, measure in zip(panels, ("accuracy", "loss"), strict=True):
-        for name, result in metrics["runs"].items():
-            epochs = [row["epoch"] for row in result["history"]]
+        for name, runs in _by_recipe(metrics).items():
+            history = _means([run["history"] for run in runs])
+            epochs = [row["epoch"] for row in history]
             for part, style in (("train", "--"), ("test", "-")):
-                values = [row[f"{part}_{measure}"] for row in result["history"]]
+                values = [row[f"{part}_{measure}"] for row in history]
                 label = f"{name}, {part}"
                 if measure == "accuracy":
                     label += f" ({values[-1]:.1%})"
@@ -558,8 +618,8 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
                     marker="o" if len(epochs) == 1 else None,
                     label=label,
                 )
-            if measure == "accuracy" and ATTACKED in result["final"]:
-                values = [row[ATTACKED] for row in result["history"]]
+            if measure == "accuracy" and ATTACKED in runs[0]["final"]:
+                values = [row[ATTACKED] for row in history]
                 settled += values[len(values) // 10 :]
                 label = f"{name}, test attacked ({values[-1]:.1%})"
                 axes.plot(epochs, values, ":", color=colours[name], linewidth=1.8, label=label)
@@ -574,26 +634,49 @@ def _draw(path: Path, metrics: dict[str, Any]) -> None:
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[1].set_yscale("log")
     panels[1].set_ylabel("cross-entropy (log scale)")
-    gaps = ", ".join(
-        f"{name} {100 * run['final']['gap']:.1f}" for name, run in metrics["runs"].items()
-    )
-    sizes = metrics["images"]
+    gaps = ", ".join(f"{name} {100 * final['gap']:.1f}" for name, final in _finals(metrics).items())
+    sizes, seeds = metrics["images"], metrics["options"]["seeds"]
     figure.suptitle(
-        f"{sizes['train']} training images, {sizes['test']} test images; "
+        f"{sizes['train']} training images, {sizes['test']} test images"
+        f"{f', means of {seeds} seeds' if seeds > 1 else ''}\n"
         f"train minus test accuracy, in points: {gaps}"
     )
     figure.savefig(path, dpi=130)
 
 
+def _by_recipe(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each recipe, one for each seed."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in metrics["runs"].values():
+        runs.setdefault(run["recipe"], []).append(run)
+    return runs
+
+
+def _means(histories: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Row by row, the mean over the seeds of each measure."""
+    return [
+        {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+        for rows in zip(*histories, strict=True)
+    ]
+
+
+def _finals(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By recipe, the means over the seeds of what training ended with."""
+    return {
+        name: _means([[run["final"]] for run in runs])[0]
+        for name, runs in _by_recipe(metrics).items()
+    }
+
+
 def _print_table(metrics: dict[str, Any]) -> None:
-    seconds = metrics["seconds_per_epoch"]
-    attacked = any(ATTACKED in run["final"] for run in metrics["runs"].values())
+    seconds, seeds = metrics["seconds_per_epoch"], metrics["options"]["seeds"]
+    finals, runs = _finals(metrics), _by_recipe(metrics)
+    attacked = any(ATTACKED in final for final in finals.values())
     columns = ["net", "train", "test", "gap", *(["test attacked"] if attacked else [])]
     if seconds:
         columns += ["s/epoch PyTorch", f"s/epoch fused ({seconds['fused_implementation']})"]
     rows = []
-    for name, result in metrics["runs"].items():
-        final = result["final"]
+    for name, final in finals.items():
         cells = [
             name,
             f"{final['train_accuracy']:.2%}",
@@ -604,4 +687,16 @@ def _print_table(metrics: dict[str, Any]) -> None:
         if seconds:
             cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
         rows.append(tuple(cells))
-    _console.print_table("", columns, rows, words=1)
+    _console.print_table(f"means of {seeds} seeds" if seeds > 1 else "", columns, rows, words=1)
+    if seeds == 1:
+        return
+    for before, after in itertools.pairwise(runs):
+        gains = [
+            100 * (run["final"]["test_accuracy"] - other["final"]["test_accuracy"])
+            for run, other in zip(runs[after], runs[before], strict=True)
+        ]
+        print(
+            f"{after} against {before}, on the test set: {statistics.fmean(gains):+.2f} points "
+            f"({min(gains):+.2f} to {max(gains):+.2f}), better for {sum(g > 0 for g in gains)} of "
+            f"{seeds} seeds"
+        )

@@ -18,7 +18,7 @@ from support import run_program
 # A module that is None in sys.modules is as one that is not installed.
 WITHOUT = """
 import sys
-sys.modules.update(dict.fromkeys(("numpy", "rich", "matplotlib", "sklearn", "triton")))
+sys.modules.update(dict.fromkeys(("numpy", "rich", "matplotlib", "PIL", "sklearn", "triton")))
 import torch
 """
 USE = """
@@ -56,11 +56,14 @@ def test_torch_alone_is_enough_for_the_package_and_info_says_what_to_install():
 def test_a_command_names_the_extra_that_it_lacks(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(sys.modules, "rich", None)
+    extra = COMMANDS[command].extra
+    lacking = _extras.EXTRAS[extra][-1]
+    monkeypatch.setitem(sys.modules, lacking, None)
     assert main([command]) == 2
     error = capsys.readouterr().err
-    remedy = _extras.remedy(COMMANDS[command].extra)
-    assert error == f"reg-kernels {command}: it needs rich, not installed here: {remedy}\n"
+    assert error == (
+        f"reg-kernels {command}: it needs {lacking}, not installed here: {_extras.remedy(extra)}\n"
+    )
 
 
 def test_a_plot_names_the_extra_that_it_lacks(
@@ -84,7 +87,8 @@ def test_the_extras_are_those_of_the_package():
 
     def names(requirements: list[str]) -> list[str]:
         found = sorted(re.match(r"[\w-]+", requirement)[0] for requirement in requirements)
-        return [name.replace("scikit-learn", "sklearn") for name in found]
+        imported = {"scikit-learn": "sklearn", "pillow": "PIL"}
+        return sorted(imported.get(name, name) for name in found)
 
     assert names(project["dependencies"]) == ["torch"]
     optional = project["optional-dependencies"]

@@ -306,6 +306,60 @@ def test_a_residual_net_with_stochastic_depth_noise_and_attacks(
     assert "attacked_accuracy" in drawn[-1]["runs"]["plain"]["final"]
 
 
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_augmented_nets_of_several_seeds(
+    data: Path, tmp_path: Path, kernels: str, capsys: pytest.CaptureFixture[str], no_plot: None
+) -> None:
+    more = ["--kernels", kernels, "--train-size", 40]
+    assert main(command(data, tmp_path / "one", *more)) == 0
+    capsys.readouterr()
+    for name in ("first", "second"):
+        assert main(command(data, tmp_path / name, *more, "--augment", "--seeds", 2)) == 0
+    said = capsys.readouterr().out
+    assert "means of 2 seeds" in said
+    assert "augmented against regularised, on the test set: " in said
+    assert_same_bits(tmp_path / "first", tmp_path / "second")
+    runs = results(tmp_path / "first")[0]["runs"]
+    assert [(run["recipe"], run["seed"], run["augment"]) for run in runs.values()] == [
+        (recipe, seed, recipe == "augmented")
+        for seed in (0, 1)
+        for recipe in ("plain", "regularised", "augmented")
+    ]
+    # One seed's nets are what they are alone, and the augmented one is no other by its seed alone.
+    alone = results(tmp_path / "one")[0]["runs"]
+    for name in ("plain", "regularised"):
+        assert runs[f"{name}, seed 0"]["history"] == alone[name]["history"]
+    losses = [run["final"]["train_loss"] for run in runs.values()]
+    assert len(set(losses)) == 6
+
+
+def test_augmented_images_are_the_same_in_any_order(data: Path) -> None:
+    pair = split(load_images(str(data)), 70, 0)
+    pipeline = train._pipeline(pair, 3, None)
+    numbers = torch.tensor([5, 0, 7, 9])
+    batch = pipeline(pair.train_x[numbers], numbers, 2)
+    for row, number in enumerate(numbers.tolist()):
+        again = pipeline(pair.train_x[number : number + 1], torch.tensor([number]), 2)
+        assert torch.equal(batch[row], again[0])
+    other = pipeline(pair.train_x[numbers], numbers, 3)
+    assert not torch.equal(batch, other)
+
+
+def test_pytorchs_own_augmentation_moves_and_erases_as_ours_does() -> None:
+    """In the mean over many draws, of a bright square in the middle."""
+    image = torch.zeros(1, 1, 12, 12)
+    image[..., 4:8, 4:8] = 1.0
+    pair = SimpleNamespace(lower=0.0, mean=torch.zeros(1), std=torch.ones(1))
+    n = 4000
+    means = []
+    for make in (lambda: _trainer.augment_by_torch(pair, 0), lambda: train._pipeline(pair, 0, None)):
+        found = make()(image.expand(n, 1, 12, 12), torch.arange(n), 0)
+        assert found.shape == (n, 1, 12, 12)
+        means.append(found.mean(0)[0])
+    assert means[0].sum() == pytest.approx(means[1].sum().item(), rel=0.03)
+    assert (means[0] - means[1]).abs().max() < 0.06
+
+
 def test_both_kinds_of_kernels_attack_alike(data: Path) -> None:
     pair = split(load_images(str(data)), 70, 0)
     model = build_net(1, 3, 0.0).eval()
@@ -725,6 +779,7 @@ class TestRefusal:
             ),
             (["--data", "missing.npz"], "--data missing.npz: cannot be read: No such file"),
             (["--drop-path", 1.5], "--drop-path: must be in 0..1, got 1.5"),
+            (["--seeds", 0], "--seeds: must be at least 1, got 0"),
             (["--noise", -1], "--noise: must be finite and at least 0, got -1"),
             (["--adversarial", "inf"], "--adversarial: must be finite and at least 0, got inf"),
             (

@@ -1,0 +1,336 @@
+"""Instructions of the op `augment`, written for a whole batch at once.
+
+Geometry is held back until what follows is known. Crops, pads and flips in a row, and a resize at
+their end, are one BOX: that copies pixels where the single steps would, so it changes nothing. With
+`fuse`, a warp that follows a warp is one warp by the product of the matrices, and so are flips
+beside it and crops after it: pixels are interpolated once.
+
+A matrix maps a point (x, y, 1) of a step's result to the point of its input that is seen there.
+Points count from the upper left corner of the image: pixel (0, 0) has its centre at (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .._augment_program import WIDTH, Filter, Op, Pad, WarpFilter
+from .._numbers import refuse
+
+Number = Tensor | float  # one of each sample, (N,) float64, or one for all
+Fill = tuple[float, ...] | None  # as a user gives it
+Values = tuple[float, ...]  # four values of pixels
+
+_SAME_FILTER = {
+    Filter.NEAREST_EXACT: WarpFilter.NEAREST,
+    Filter.BILINEAR: WarpFilter.BILINEAR,
+    Filter.BICUBIC: WarpFilter.BICUBIC,
+}
+
+
+@dataclass
+class _Box:
+    """A region that is resampled, then flipped."""
+
+    top: Number
+    left: Number
+    height: Number
+    width: Number
+    out_height: Number
+    out_width: Number
+    filter: Filter = Filter.NEAREST
+    pad: Pad = Pad.NONE
+    fill: Values = (0.0,) * 4
+    copies: bool = False  # the result has the region's size
+    is_whole: bool = False  # the region is the image, and the result has its size
+    left_right: Tensor | None = None
+    up_down: Tensor | None = None
+
+    def within(self, outer: _Box) -> _Box:
+        """This box of the result of `outer`, which copies, as a box of its image."""
+        top = _mirrored(self.top, self.height, outer.height, outer.up_down)
+        left = _mirrored(self.left, self.width, outer.width, outer.left_right)
+        return _Box(
+            *(outer.top + top, outer.left + left, self.height, self.width),
+            *(self.out_height, self.out_width, self.filter),
+            *((self.pad, self.fill) if self.pad else (outer.pad, outer.fill)),
+            copies=self.copies,
+            left_right=_either(outer.left_right, self.left_right),
+            up_down=_either(outer.up_down, self.up_down),
+        )
+
+    def matrix(self, samples: int) -> Tensor:
+        matrix = torch.zeros(samples, 3, 3, dtype=torch.float64)
+        matrix[:, 2, 2] = 1
+        for row, start, side, out, flipped in (
+            (0, self.left, self.width, self.out_width, self.left_right),
+            (1, self.top, self.height, self.out_height, self.up_down),
+        ):
+            scale = side / out
+            matrix[:, row, row] = scale
+            matrix[:, row, 2] = start
+            if flipped is not None:
+                sign = 1 - 2 * flipped.double()
+                matrix[:, row, row] *= sign
+                matrix[:, row, 2] += flipped * side
+        return matrix
+
+
+@dataclass
+class _Warp:
+    matrix: Tensor  # (N, 3, 3)
+    filter: WarpFilter
+    fill: Values
+    height: Tensor  # of the image
+    width: Tensor
+    out_height: Number
+    out_width: Number
+    on: Tensor | None
+
+    def entries(self, is_exact: bool) -> Tensor:
+        """The matrix as an instruction has it, (9, N)."""
+        entries = self.matrix.reshape(-1, 9).T
+        if not is_exact:
+            return entries
+        return to_grid(entries, (self.height, self.width), (self.out_height, self.out_width))
+
+
+def to_grid(entries: Tensor, size: tuple[Tensor, Tensor], out: tuple[Number, Number]) -> Tensor:
+    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine one
+    from the centre of the result; rounded to float32 where it is there."""
+    height, width = size
+    is_affine = (entries[6] == 0) & (entries[7] == 0) & (entries[8] == 1)
+    y, x = (torch.where(is_affine, side / 2, 0.0) for side in out)
+    rows = []
+    for first, side in ((0, width), (3, height)):
+        a, b, c = entries[first : first + 3]
+        c = c + a * x + b * y - torch.where(is_affine, side / 2, 0.0)
+        rows.append(torch.stack((a, b, c)).float() / (0.5 * side).float())
+    return torch.cat((*rows, entries[6:].float())).double()
+
+
+def _mirrored(start: Number, length: Number, side: Number, flipped: Tensor | None) -> Number:
+    if flipped is None:
+        return start
+    return start + flipped * (side - length - 2 * start)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Whether one of both flips, but not both."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a ^ b
+
+
+@dataclass
+class Assembly:
+    """A program in the making. With `mask` it is one for what lies under the images, labels of
+    pixels: geometry alone, by the nearest pixel; `mask` is its fill then."""
+
+    height: Tensor  # (N,) float64, what the images are at this point
+    width: Tensor
+    channels: int  # that a transform sees
+    name: str = "Pipeline"  # of the transform that writes
+    bound: float = 255.0  # the largest value of a pixel
+    is_exact: bool = False  # torchvision's arithmetic
+    fuse: bool = True
+    unit: float = 1.0  # of the numbers that a user gives, in values of pixels
+    mask: float | None = None
+    mask_filter: Filter = Filter.NEAREST_EXACT
+    tracks: bool = False  # keeps `seen` up
+    is_normalized: bool = False
+    rows: list[Tensor] = field(default_factory=list)
+    _pending: _Box | _Warp | None = None
+
+    def __post_init__(self) -> None:
+        self.samples = len(self.height)
+        # Of the point of the images that is seen at a point of the result so far.
+        self.seen = torch.eye(3, dtype=torch.float64).expand(self.samples, 3, 3)
+
+    # Geometry
+
+    def box(
+        self,
+        top: Number,
+        left: Number,
+        height: Number,
+        width: Number,
+        out: tuple[Number, Number] | None = None,
+        filter: Filter = Filter.NEAREST,
+        pad: Pad = Pad.NONE,
+        fill: Fill = None,
+    ) -> None:
+        """A region, and the size that it is resampled to, if it is not its own."""
+        if self.mask is not None:
+            filter = self.mask_filter
+        sides = (height, width) if out is None else out
+        values = self.values("fill", fill)
+        box = _Box(top, left, height, width, *sides, filter, pad, values, copies=out is None)
+        self._add_box(box)
+        self.height, self.width = (self._of_samples(side) for side in sides)
+
+    def flip(self, axis: str, on: Tensor | None) -> None:
+        """Along "left_right" or "up_down"."""
+        if on is None:
+            on = torch.ones(self.samples, dtype=torch.bool)
+        box = _Box(0.0, 0.0, *(self.height, self.width) * 2, copies=True, is_whole=True)
+        setattr(box, axis, on)
+        self._add_box(box)
+
+    def warp(
+        self,
+        matrix: Tensor,
+        on: Tensor | None,
+        filter: WarpFilter,
+        fill: Fill,
+        out: tuple[Number, Number] | None = None,
+    ) -> None:
+        if on is not None:
+            eye = torch.eye(3, dtype=torch.float64)
+            matrix = torch.where(on.view(-1, 1, 1), matrix, eye)
+        filter, values = self.warp_filter(filter, fill), self.values("fill", fill)
+        sides = (self.height, self.width) if out is None else out
+        size = (self.height, self.width)
+        warp = _Warp(matrix, filter, values, *size, *sides, None if out is not None else on)
+        if self.tracks:
+            self.seen = self.seen @ matrix
+        last = self._pending
+        if self.fuse and isinstance(last, _Warp) and (last.filter, last.fill) == (filter, values):
+            warp.matrix = last.matrix @ matrix
+            warp.height, warp.width = last.height, last.width
+            warp.on = None if last.on is None or warp.on is None else last.on | warp.on
+        elif self.fuse and isinstance(last, _Box) and last.is_whole:
+            warp.matrix = last.matrix(self.samples) @ matrix
+            warp.on = None
+        else:
+            self._flush()
+        self._pending = warp
+        self.height, self.width = (self._of_samples(side) for side in sides)
+
+    def _add_box(self, box: _Box) -> None:
+        if self.tracks:
+            self.seen = self.seen @ box.matrix(self.samples)
+        last = self._pending
+        if isinstance(last, _Box) and last.copies and (last.is_whole or not box.pad):
+            box, whole = box.within(last), last.is_whole and box.is_whole
+            box.is_whole = whole
+        elif isinstance(last, _Box) and box.is_whole:  # flips alone
+            last.left_right = _either(last.left_right, box.left_right)
+            last.up_down = _either(last.up_down, box.up_down)
+            box = last
+        elif isinstance(last, _Warp) and self.fuse and self._continues(last, box):
+            matrix = last.matrix @ box.matrix(self.samples)
+            sides = (last.height, last.width, box.out_height, box.out_width)
+            self._pending = _Warp(matrix, last.filter, last.fill, *sides, None)
+            return
+        else:
+            self._flush()
+        self._pending = box
+
+    def _continues(self, warp: _Warp, box: _Box) -> bool:
+        """Whether a box of a warp's result is but a warp: nothing of it lies outside, and no filter
+        smooths it."""
+        return not box.pad and (box.copies or _SAME_FILTER.get(box.filter) == warp.filter)
+
+    def warp_filter(self, filter: WarpFilter, fill: Fill) -> WarpFilter:
+        if self.mask is not None:
+            return WarpFilter.NEAREST
+        if self.is_exact and filter == WarpFilter.BILINEAR and fill is not None:
+            return WarpFilter.BILINEAR_FADED
+        return filter
+
+    def _flush(self) -> None:
+        last, self._pending = self._pending, None
+        if isinstance(last, _Warp):
+            sizes = (last.out_height, last.out_width)
+            matrix = last.entries(self.is_exact)
+            self._add(Op.WARP, last.on, *matrix, *sizes, float(last.filter), *last.fill[:3])
+        elif last is not None:
+            flips: Number = 0.0
+            if last.left_right is not None:
+                flips = last.left_right.double()
+            if last.up_down is not None:
+                flips = flips + 2.0 * last.up_down
+            on = flips > 0 if last.is_whole and isinstance(flips, Tensor) else None
+            sizes = (last.height, last.width, last.out_height, last.out_width)
+            how = (flips, float(last.filter), float(last.pad), *last.fill)
+            self._add(Op.BOX, on, last.top, last.left, *sizes, *how)
+
+    # All else
+
+    def colour(self, op: Op, on: Tensor | None, *arguments: Number) -> None:
+        """An instruction that is not of geometry."""
+        if self.mask is not None:
+            return
+        self._flush()
+        self._add(op, on, *arguments)
+
+    def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
+        """K instructions that are written already, float64 (16, K, N); and, of warps among them, the
+        matrices (N, 3, 3) of all together."""
+        if self.mask is not None:
+            if matrices is None:
+                return
+            warps = rows[0] == Op.WARP
+            rows = rows * warps
+            rows[12] = float(WarpFilter.NEAREST)
+            rows[13:] = warps * self.mask
+        self._flush()
+        if self.tracks and matrices is not None:
+            self.seen = self.seen @ matrices
+        self.rows += rows.permute(1, 2, 0).float().unbind(0)
+
+    def program(self) -> Tensor:
+        """float32 (N, S, 16); S is 1 at least."""
+        self._flush()
+        if not self.rows:
+            self.rows.append(torch.zeros(self.samples, WIDTH))
+        return torch.stack(self.rows, 1)
+
+    def values(self, argument: str, fill: Fill) -> Values:
+        """Four values of pixels, of numbers that a user gave; 0 of none."""
+        if fill is None or self.mask is not None:
+            return (self.mask or 0.0,) * 4
+        return tuple(x * self.unit for x in self.of_channels(argument, fill))
+
+    def of_channels(self, argument: str, numbers: Sequence[float]) -> Values:
+        """Four numbers, of one for all channels or of one for each."""
+        if self.mask is None and len(numbers) not in (1, self.channels):
+            must = f"one number, or one for each of the image's {self.channels} channels"
+            self.refuse(argument, must, len(numbers))
+        return (*numbers, *[numbers[-1]] * 4)[:4]
+
+    def check_channels(self, *counts: int) -> None:
+        if self.mask is None and self.channels not in counts:
+            must = f"of {' or '.join(map(str, counts))} channels"
+            self.refuse("images", must, self.channels)
+
+    def refuse(self, argument: str, must: str, got: object) -> NoReturn:
+        refuse(self.name, argument, must, got, ValueError)
+
+    def _of_samples(self, number: Number) -> Tensor:
+        if isinstance(number, Tensor):
+            return number
+        return torch.full((self.samples,), float(number), dtype=torch.float64)
+
+    def _add(self, op: Op, on: Tensor | None, *arguments: Number) -> None:
+        if on is not None and not on.any():
+            return
+        numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
+        row = torch.tensor([float(op), *numbers, *[0.0] * (WIDTH - 1 - len(numbers))])
+        rows = row.repeat(self.samples, 1)
+        for place, x in enumerate(arguments, 1):
+            if isinstance(x, Tensor):
+                rows[:, place] = x
+        if on is not None:
+            rows *= on.unsqueeze(1)
+        self.rows.append(rows)
+
+
+def radians(degrees: Tensor) -> Tensor:
+    return degrees * (math.pi / 180)

@@ -1,0 +1,150 @@
+"""What each sample draws: Philox words keyed by (seed, epoch, sample index, slot), on the host.
+
+The key is the pipeline's seed xor the tag "augdraws". The counter, of four words, is the sample's
+index (two words, the low one first), the slot of the transform << 8 | the number of the group in
+it, and the epoch. A group is four words. So what a sample draws depends on nothing else: not on the
+batch that it is in, nor on the worker, the rank or the device.
+
+A word w stands for the number w * 2^-32 in [0, 1), and a whole number below n is floor(n w 2^-32).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._rng import tag
+
+TAG = tag("augdraws")
+MOST_GROUPS = 256  # of a slot
+SLOTS = 1 << 24
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32's multipliers and its keys' increments
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Tensor:
+    """All that N samples draw: float64 (4 * len(groups), N), in [0, 1).
+
+    `groups` are slot << 8 | number. It computes on pairs: the first and third word of every state
+    in one int64 tensor, whose upper halves stay 0, the other two in the lower halves of a product.
+    A round is four operations, since their number is what a batch's draws cost.
+    """
+    key = (seed ^ TAG) & (2**64 - 1)
+    low, high = key & _MASK, key >> 32
+    keys = [
+        (_signed(low + number * _W0 & _MASK), _signed(high + number * _W1 & _MASK))
+        for number in range(_ROUNDS)
+    ]
+    round_keys = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1).unbind(0)
+    multipliers = torch.tensor([_M0, _M1]).view(2, 1, 1)
+    state = torch.empty(3, 2, len(groups), len(indices), dtype=torch.int64)
+    even, odd, product = state.unbind(0)  # words 0 and 2; 3 and 1; what the next words come from
+    even[0] = indices & _MASK
+    even[1] = torch.tensor(groups).unsqueeze(1)
+    odd[0] = epoch
+    odd[1] = indices >> 32
+    halves = state.view(torch.int32).view(3, 2, len(groups), len(indices), 2)
+    lower, upper = halves.unbind(-1)
+    written = lower[0]
+    first, second = written.unbind(0)
+    # Views of both buffers that products go to in turns, made once: upper words, lower words.
+    ways = [(x, *upper[n].unbind(0), *lower[3 - n].unbind(0)) for n, x in ((2, product), (1, odd))]
+    for number in range(_ROUNDS):
+        target, up0, up1, low0, low1 = ways[number % 2]
+        torch.mul(even, multipliers, out=target)
+        torch.bitwise_xor(up1, low1, out=first)
+        torch.bitwise_xor(up0, low0, out=second)
+        written.bitwise_xor_(round_keys[number])
+    # The last product is where the words 3 and 1 were at first: there are ten rounds.
+    odd.bitwise_and_(_MASK)
+    words = torch.empty(len(groups), 4, len(indices), dtype=torch.float64)
+    words[:, ::2] = even.transpose(0, 1)
+    words[:, 1::2] = odd.flip(0).transpose(0, 1)
+    return words.mul_(2.0**-32).view(-1, len(indices))
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 31 << 32)
+
+
+def integers(u: Tensor, count: Tensor | float) -> Tensor:
+    """Whole numbers in [0, count)."""
+    return (u * count).floor_()
+
+
+def between(u: Tensor, limits: Sequence[float]) -> Tensor:
+    """Numbers in [limits[0], limits[1])."""
+    low, high = limits
+    return u * (high - low) + low
+
+
+def normals(u: Tensor, v: Tensor) -> Tensor:
+    """Normal numbers, one of each two uniform ones (G. Box, M. Muller, 1958)."""
+    return (-2 * torch.log1p(-u)).sqrt_() * torch.cos(2 * math.pi * v)
+
+
+def keys(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A 64-bit key by 16 bits, the lowest first, of two words."""
+    parts = []
+    for word in (u * 2.0**32, v * 2.0**32):
+        upper = (word * 2.0**-16).floor_()
+        parts += [word - upper * 2.0**16, upper]
+    return tuple(parts)  # type: ignore[return-value]
+
+
+GAMMA_TRIES = 8
+GAMMA_WORDS = 3 * GAMMA_TRIES + 1
+
+
+def log_gammas(alpha: float | Tensor, u: Tensor) -> Tensor:
+    """Logarithms of numbers of Gamma(alpha), (N,), of (GAMMA_WORDS, N) uniform ones.
+
+    G. Marsaglia, W. Tsang, "A simple method for generating gamma variables", 2000, for alpha + 1,
+    then times U^(1 / alpha); by logarithms, since for a small alpha the number itself underflows.
+    One try in twenty is rejected at most; if all eight were, it is the distribution's middle.
+    """
+    d = alpha + 2 / 3
+    tries = u[:-1].view(3, GAMMA_TRIES, -1)
+    x = normals(tries[0], tries[1])
+    v = (1 + x / (9 * d) ** 0.5).clamp_(min=0) ** 3
+    log_v = v.log()
+    accepted = torch.log1p(-tries[2]) < x * x / 2 + d - d * v + d * log_v
+    first = accepted.to(torch.int8).argmax(0, keepdim=True)
+    chosen = log_v.gather(0, first).masked_fill_(~accepted.any(0, keepdim=True), 0.0)
+    log_d = d.log() if isinstance(d, Tensor) else math.log(d)
+    return chosen[0] + log_d + torch.log1p(-u[-1]) / alpha
+
+
+def slot_of(name: str) -> int:
+    return zlib.crc32(name.encode()) % SLOTS
+
+
+class MixDraws:
+    """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
+    a batch by that of its first sample, for a pair by that of its first one."""
+
+    def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
+        self._key = (seed, epoch)
+        self._indices = indices
+        self._words: Tensor | None = None
+
+    def _drawn(self, alpha: Tensor) -> Tensor:
+        if self._words is None:
+            groups = [slot_of("Mixup") << 8 | number for number in range(2 + GAMMA_WORDS // 2)]
+            self._words = uniform(*self._key, self._indices[: len(alpha)], groups)
+        return self._words
+
+    def uniform(self, alpha: Tensor) -> Tensor:
+        return self._drawn(alpha)[:6].to(alpha.device, non_blocking=True)
+
+    def beta(self, alpha: Tensor) -> Tensor:
+        words = self._drawn(alpha)[6:].to(alpha.device, non_blocking=True)
+        gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
+        return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

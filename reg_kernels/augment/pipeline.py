@@ -1,0 +1,546 @@
+"""A pipeline of transforms: what it draws for each sample, and the one pass that does it all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._augment_program import Filter, Op
+from .._dtypes import DTYPES, named
+from .._numbers import integer, number, refuse
+from ..ops import augment as op
+from . import _draws
+from ._assemble import Assembly
+from ._images import LAYOUTS, Batch, packed
+from ._transform import Transform
+from .mixup import Mixup
+from .noise import ToDtype
+from .params import Params
+from .torchvision import transforms_of
+
+_KEYS = ("index", "epoch", "height", "width")  # of the parameters, before the transforms'
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+class _Step(NamedTuple):
+    """A transform in its place in the parameters and the draws."""
+
+    transform: Transform
+    name: str
+    columns: tuple[str, ...]  # in full
+    word: int  # the first of its words
+    has_flag: bool  # whether its first column says where it applies
+
+
+class _Plan(NamedTuple):
+    steps: tuple[_Step, ...]
+    columns: tuple[str, ...]
+    groups: tuple[int, ...]  # slot << 8 | number
+    described: str
+
+
+def _plan(transforms: Sequence[Transform]) -> _Plan:
+    """Slots go by a transform's kind and its number among its kind, so that no other transform's
+    draws shift where one is put in or left out."""
+    counts: dict[str, int] = {}
+    taken: set[int] = set()
+    steps, columns, groups = [], list(_KEYS), []
+    for transform in transforms:
+        kind = type(transform).__name__
+        counts[kind] = counts.get(kind, 0) + 1
+        name = kind if counts[kind] == 1 else f"{kind}{counts[kind]}"
+        slot = _draws.slot_of(name)
+        while slot in taken:
+            slot = (slot + 1) % _draws.SLOTS
+        taken.add(slot)
+        has_flag = transform.p < 1
+        own = (*(("applied",) if has_flag else ()), *transform.columns)
+        own = tuple(f"{name}.{column}" for column in own)
+        needed = transform.needed_words
+        # The first word is for p, whether there is one or not: p may change, and nothing shifts.
+        count = -(-(1 + needed) // 4) if has_flag or needed else 0
+        if count > _draws.MOST_GROUPS:
+            refuse(name, "draws", f"{4 * _draws.MOST_GROUPS} numbers at most", needed, ValueError)
+        steps.append(_Step(transform, name, own, 4 * len(groups), has_flag))
+        columns += own
+        groups += [slot << 8 | number for number in range(count)]
+    return _Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
+
+
+class Pipeline:
+    """Does all its transforms to a batch in one pass: from bytes to the normalised batch that a
+    network takes, each sample with draws of its own.
+
+    Args:
+        transforms: what is done, in this order; those of this module, which bear the names and take
+            the arguments of `torchvision.transforms.v2`. A `Mixup` may be the last one. After a
+            `Normalize` there may be erasing and noise without `clip` alone.
+        seed: of all draws. None draws one from torch's generator.
+        dtype: of the result: float32, float16, bfloat16, uint8, or float64 by the reference. None
+            takes that of a `ToDtype`; else torch's default for bytes with a `Normalize` or a
+            `Mixup`; else the input's.
+        memory_format: of the result: torch.contiguous_format or torch.channels_last. None keeps
+            the input's.
+        layout: "NCHW" or "NHWC", what an input's axes are. None: the channels are the axis, second
+            or last, of 1 to 4; where both may be, it has to be given.
+        exact: "torchvision" gives torchvision's results for bytes, which has whole numbers after
+            each transform: the same bits where pixels are copied or looked up, and otherwise at
+            most one level away. None keeps floats between transforms and rounds once.
+        fuse_geometry: True makes one interpolation of rotations, affine and perspective transforms
+            in a row, of flips beside them and of crops after them. That is sharper and faster, and
+            what the first pushes out of the image the second may bring back. Crops, flips and a
+            resize in a row always are one, and the same.
+        same_on_batch: True draws once for a batch, by its first sample, as for the frames of a
+            video.
+        crop_share: what share of the shorter side a `RandomResizedCrop` leaves in evaluation.
+        backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    A call takes images, uint8 in [0, 255] or floats in [0, 1]: (N, C, H, W), (N, H, W, C), or a list
+    of (C, H, W) or (H, W, C) of different sizes, of 1 to 4 channels, on any device. It returns
+    (N, C, height, width). A result of floats is in [0, 1] until a `Normalize`. With a target it
+    returns both, the target as it is or, with a `Mixup`, mixed; with `return_params=True` the
+    `Params` last. The gradient goes to images of floats.
+
+    Every draw depends on (seed, epoch, sample index, transform) alone: an image gets the same
+    augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
+    no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
+    begin. `set_epoch` begins an epoch, and `state_dict` says where in it a run is. All is computed
+    on the CPU, and nothing waits for a GPU.
+
+    In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
+    `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
+    `ToDtype` stay, and the others are left out.
+
+    Raises:
+        ValueError: at construction: transforms that cannot follow one another. At a call: images of
+            another rank, no images, channels that a transform has no meaning for, images that are
+            too small for a transform, results of different sizes, parameters of another pipeline.
+        TypeError, RuntimeError: another type or dtype.
+
+    Example::
+
+        pipeline = augment.Pipeline(
+            augment.RandomResizedCrop(224), augment.RandomHorizontalFlip(),
+            augment.RandAugment(2, 9), augment.Normalize(MEAN, STD), augment.RandomErasing(0.25),
+            augment.Mixup(0.2, cutmix_alpha=1.0), dtype=torch.float16)
+        images, target = pipeline(images, target)
+    """
+
+    def __init__(
+        self,
+        *transforms: Transform | Mixup,
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        layout: str | None = None,
+        exact: str | None = None,
+        fuse_geometry: bool = True,
+        same_on_batch: bool = False,
+        crop_share: float = 0.875,
+        backend: str | None = None,
+    ) -> None:
+        self.transforms = transforms
+        self._mixup: Mixup | None = None
+        if transforms and isinstance(transforms[-1], Mixup):
+            self._mixup, transforms = transforms[-1], transforms[:-1]
+        drawn = _checked_order(transforms)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self.seed = integer("Pipeline", "seed", seed)
+        normalizes = any(transform.normalizes for transform in drawn)
+        self._needs_floats = normalizes or self._mixup is not None
+        self.dtype = _checked_dtype(dtype, drawn, self._needs_floats)
+        if memory_format not in (None, *_FORMATS):
+            _refuse("memory_format", "None, torch.contiguous_format or torch.channels_last",
+                    memory_format)  # fmt: skip
+        if layout not in (None, *LAYOUTS):
+            _refuse("layout", f"None or one of {', '.join(LAYOUTS)}", repr(layout))
+        if exact not in (None, "torchvision"):
+            _refuse("exact", 'None or "torchvision"', repr(exact))
+        if backend is not None:
+            backends.check_name(backend, "backend")
+        crop_share = number("Pipeline", "crop_share", crop_share)
+        if not 0 < crop_share <= 1:
+            _refuse("crop_share", "in (0, 1]", crop_share)
+        self.memory_format, self.layout, self.exact = memory_format, layout, exact
+        self.fuse_geometry = bool(fuse_geometry)
+        self.same_on_batch = bool(same_on_batch)
+        self.crop_share, self.backend = crop_share, backend
+        stand_ins = (x for transform in drawn for x in transform.for_evaluation(crop_share))
+        self._plans = {True: _plan(drawn), False: _plan([*stand_ins])}
+        self.training = True
+        self._epoch = 0
+        self._position = 0
+
+    @classmethod
+    def from_torchvision(cls, compose: Any, **options: Any) -> Pipeline:
+        """The pipeline that does what a `torchvision.transforms.v2.Compose` does.
+
+        torchvision is not imported: transforms are known by their classes' names and attributes.
+
+        Args:
+            compose: the `Compose`, or one transform.
+            options: as of `Pipeline`.
+
+        Raises:
+            ValueError: some transforms have no counterpart; it names them all.
+        """
+        return cls(*transforms_of(compose), **options)
+
+    def __repr__(self) -> str:
+        names = (
+            *("seed", "dtype", "memory_format", "layout", "exact", "fuse_geometry"),
+            *("same_on_batch", "crop_share", "backend"),
+        )
+        shown = [*map(repr, self.transforms), *(f"{name}={getattr(self, name)!r}" for name in names)]
+        return f"Pipeline({', '.join(shown)})"
+
+    # Where a run is
+
+    def train(self, mode: bool = True) -> Pipeline:
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Pipeline:
+        return self.train(False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch: its draws are its own, and samples are counted from 0."""
+        epoch = integer("Pipeline", "epoch", epoch)
+        if not 0 <= epoch < 2**32:
+            _refuse("epoch", "from 0 to 2**32 - 1", epoch)
+        self._epoch, self._position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, epoch, and how many samples of the epoch were counted."""
+        return {"seed": self.seed, "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from where `state_dict` was taken, with the same draws."""
+        if not isinstance(state, dict) or set(state) != {"seed", "epoch", "position"}:
+            _refuse("state", "what state_dict returned", state)
+        self.seed = integer("Pipeline", "seed", state["seed"])
+        self.set_epoch(state["epoch"])
+        self._position = integer("Pipeline", "position", state["position"])
+
+    # Calls
+
+    def __call__(
+        self,
+        images: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        *,
+        indices: Tensor | Sequence[int] | None = None,
+        return_params: bool = False,
+    ) -> Any:
+        batch = packed(images, self.layout)
+        samples = len(batch.images)
+        mixes = self._mixup is not None and self.training
+        if mixes and target is None:
+            _refuse("target", "given where Mixup mixes it", None)
+        keys = self._keys(samples, indices)
+        params, assembly = self._assembled(batch, keys)
+        result: Any = self._run(batch, assembly)
+        if mixes:
+            assert self._mixup is not None and target is not None
+            draws = _draws.MixDraws(self.seed, self._epoch, keys)
+            result, target = self._mixup.mix(result, target, draws)
+        extra = (*(() if target is None else (target,)), *((params,) if return_params else ()))
+        return (result, *extra) if extra else result
+
+    def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
+        """The samples' indices, int64 (N,)."""
+        if indices is None:
+            first = self._position
+            if self.training:
+                self._position += samples
+            return torch.arange(first, first + samples)
+        keys = torch.as_tensor(indices)
+        if keys.shape != (samples,) or keys.is_floating_point() or keys.dtype == torch.bool:
+            got = f"{named(keys.dtype)} of shape {tuple(keys.shape)}"
+            _refuse("indices", f"whole numbers of shape ({samples},)", got)
+        keys = keys.to("cpu", torch.int64)
+        if int(keys.min()) < 0:
+            _refuse("indices", "at least 0", int(keys.min()))
+        return keys
+
+    def _assembly(self, sizes: Tensor, channels: int, is_bytes: bool, **options: Any) -> Assembly:
+        height, width = sizes.double().T.contiguous()
+        is_exact = self.exact is not None
+        fuses = self.fuse_geometry and not is_exact
+        bound = 255.0 if is_bytes else 1.0
+        return Assembly(
+            height, width, channels, bound=bound, is_exact=is_exact, fuse=fuses, **options
+        )
+
+    def _assembled(self, batch: Batch, keys: Tensor) -> tuple[Params, Assembly]:
+        """Draws, and writes the program as it goes, since a transform draws by the sizes that those
+        before it leave."""
+        plan = self._plans[self.training]
+        is_bytes = batch.pixels.dtype == torch.uint8
+        if self.exact is not None and not is_bytes:
+            _refuse("images", "uint8 with exact", named(batch.pixels.dtype))
+        sizes = batch.images[:, 1:]
+        assembly = self._assembly(sizes, batch.channels, is_bytes)
+        if self.same_on_batch:
+            keys = keys[:1].expand(len(keys))
+        table = torch.empty(len(plan.columns), len(keys), dtype=torch.float64)
+        table[0] = keys
+        table[1] = self._epoch
+        table[2], table[3] = assembly.height, assembly.width
+        words = torch.empty(0)
+        if plan.groups:
+            words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
+        place = len(_KEYS)
+        for step in plan.steps:
+            transform = step.transform
+            assembly.name = step.name
+            if step.has_flag:
+                table[place] = words[step.word] < transform.p
+            first = step.word + 1
+            drawn = transform.draw(words[first : first + transform.needed_words], assembly)
+            for row, values in enumerate(drawn, place + step.has_flag):
+                table[row] = values
+            self._write(step, table[place : place + len(step.columns)], assembly)
+            place += len(step.columns)
+        return Params(table.T, plan.columns, plan.described), assembly
+
+    def _write(self, step: _Step, rows: Tensor, assembly: Assembly) -> None:
+        on = rows[0] > 0 if step.has_flag else None
+        own = rows[step.has_flag :]
+        values = dict(zip(step.transform.columns, own.unbind(0), strict=True))
+        step.transform.write(values, on, assembly)
+
+    def _run(self, batch: Batch, assembly: Assembly) -> Tensor:
+        dtype = self.dtype
+        if dtype is None:
+            dtype = batch.pixels.dtype
+            if dtype == torch.uint8 and self._needs_floats:
+                dtype = torch.get_default_dtype()
+        # Floats are in [0, 1], and bytes in [0, 255].
+        if not assembly.is_normalized:
+            scale = (255.0 if dtype == torch.uint8 else 1.0) / assembly.bound
+            if scale != 1:
+                assembly.colour(Op.NORMALIZE, None, *[scale] * 4)
+        program = assembly.program()
+        height, width = self._final(assembly)
+        is_last = self.memory_format == torch.channels_last
+        if self.memory_format is None:
+            is_last = batch.keeps_channels_last
+        result = op.run(
+            *(batch.pixels, batch.images, program, batch.channels, batch.is_channels_last),
+            *(height, width, dtype, is_last, self.exact is not None),
+            backend=self.backend,
+        )
+        if assembly.channels < batch.channels:  # gray
+            format = torch.channels_last if is_last else torch.contiguous_format
+            result = result[:, : assembly.channels].contiguous(memory_format=format)
+        return result
+
+    def _final(self, assembly: Assembly) -> tuple[int, int]:
+        height, width = int(assembly.height[0]), int(assembly.width[0])
+        wrong = (assembly.height != height) | (assembly.width != width)
+        if wrong.any():
+            sample = int(wrong.nonzero()[0])
+            other = (int(assembly.height[sample]), int(assembly.width[sample]))
+            must = "such that all images end at one size, as after a crop or a Resize to two sides"
+            _refuse("transforms", must, f"{(height, width)} and {other}")
+        return height, width
+
+    # The same once more, for what lies on the images
+
+    def _replayed(self, params: Params, **options: Any) -> Assembly:
+        """The geometry of what was drawn."""
+        if not isinstance(params, Params):
+            _refuse("params", "what a call returned", type(params).__name__, TypeError)
+        plan = next(
+            (plan for plan in self._plans.values()
+             if (plan.described, plan.columns) == (params.pipeline, params.columns)),
+            None,
+        )  # fmt: skip
+        if plan is None:
+            must = f"of this pipeline, {self._plans[self.training].described}"
+            _refuse("params", must, f"those of {params.pipeline}")
+        table = params.table.T.contiguous()
+        assembly = self._assembly(table[2:4].T, 3, True, **options)
+        place = len(_KEYS)
+        for step in plan.steps:
+            assembly.name = step.name
+            self._write(step, table[place : place + len(step.columns)], assembly)
+            place += len(step.columns)
+        return assembly
+
+    def apply(
+        self,
+        masks: Tensor | Sequence[Tensor],
+        params: Params,
+        *,
+        fill: float = 0,
+        interpolation: str = "nearest-exact",
+    ) -> Tensor:
+        """What was done to the images, done to masks: geometry alone, and by the nearest pixel.
+
+        Args:
+            masks: (N, H, W) or (N, C, H, W), or a list of (H, W) or (C, H, W) of the images' sizes;
+                of 1 to 4 channels, and of any dtype but complex. Whole numbers beyond 2**24 are not
+                kept.
+            params: of the images' call.
+            fill: what is seen outside of a mask, as 255 for labels that a loss leaves out.
+            interpolation: how a resize looks up its pixel: "nearest-exact", by centres, or
+                "nearest", by corners, as torchvision does.
+
+        Returns:
+            (N, height, width) or (N, C, height, width), of the masks' dtype.
+        """
+        filters = {"nearest": Filter.NEAREST, "nearest-exact": Filter.NEAREST_EXACT}
+        if interpolation not in filters:
+            _refuse("interpolation", f"one of {', '.join(filters)}", repr(interpolation))
+        fill = number("Pipeline", "fill", fill)
+        is_flat, batch, dtype = _masks(masks)
+        assembly = self._replayed(params, mask=fill, mask_filter=filters[interpolation])
+        if len(batch.images) != len(params):
+            _refuse("masks", f"of as many samples as params, {len(params)}", len(batch.images))
+        sizes = torch.stack((params["height"], params["width"]), 1)
+        wrong = (sizes != batch.images[:, 1:]).any(1)
+        if wrong.any():
+            sample = int(wrong.nonzero()[0])
+            size = tuple(int(side) for side in sizes[sample])
+            got = f"{tuple(batch.images[sample, 1:].tolist())} at {sample}"
+            _refuse("masks", f"of the images' sizes, {size}", got)
+        program = assembly.program()
+        height, width = self._final(assembly)
+        result = op.run(
+            *(batch.pixels, batch.images, program, batch.channels, False, height, width),
+            *(batch.pixels.dtype, False, False),
+            backend=self.backend,
+        )
+        return (result[:, 0] if is_flat else result).to(dtype)
+
+    def boxes(self, boxes: Tensor | Sequence[Tensor], params: Params) -> Any:
+        """Where boxes of the images are in the result.
+
+        A box is where its four corners go, as the smallest upright rectangle around them: of a
+        rotated one, larger than the object. It is clipped to the result; one that lies outside has
+        no area.
+
+        Args:
+            boxes: (N, K, 4), or a list of (K, 4), a different K each: x1, y1, x2, y2 in pixels, from
+                the image's upper left corner.
+            params: of the images' call.
+
+        Returns:
+            The same of the result, float32, on the boxes' device.
+        """
+        corners = _corners_of(boxes, 4, "boxes")
+        assembly = self._replayed(params, tracks=True, mask=0.0)
+        maps = torch.linalg.inv(assembly.seen)
+        moved = []
+        for sample, (box, matrix) in enumerate(self._with(corners, maps, "boxes")):
+            x, y = box[:, [0, 2, 2, 0]], box[:, [1, 1, 3, 3]]
+            u, v = _moved(x, y, matrix.to(box.device))
+            limits = (assembly.width[sample].item(), assembly.height[sample].item())
+            bounds = [
+                part.clamp(0.0, limit)
+                for part, limit in zip(
+                    (u.amin(1), v.amin(1), u.amax(1), v.amax(1)), limits * 2, strict=True
+                )
+            ]
+            moved.append(torch.stack(bounds, 1).float())
+        return torch.stack(moved) if isinstance(boxes, Tensor) else moved
+
+    def keypoints(self, keypoints: Tensor | Sequence[Tensor], params: Params) -> Any:
+        """Where points of the images are in the result; they may lie outside of it.
+
+        Args:
+            keypoints: (N, K, 2), or a list of (K, 2): x, y in pixels from the image's upper left
+                corner. The centre of the first pixel is (0.5, 0.5).
+            params: of the images' call.
+
+        Returns:
+            The same of the result, float32, on the points' device.
+        """
+        points = _corners_of(keypoints, 2, "keypoints")
+        assembly = self._replayed(params, tracks=True, mask=0.0)
+        maps = torch.linalg.inv(assembly.seen)
+        moved = []
+        for own, matrix in self._with(points, maps, "keypoints"):
+            u, v = _moved(own[:, 0], own[:, 1], matrix.to(own.device))
+            moved.append(torch.stack((u, v), 1).float())
+        return torch.stack(moved) if isinstance(keypoints, Tensor) else moved
+
+    def _with(self, own: Sequence[Tensor], maps: Tensor, argument: str) -> Any:
+        if len(own) != len(maps):
+            _refuse(argument, f"of as many samples as params, {len(maps)}", len(own))
+        return zip(own, maps, strict=True)
+
+
+def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
+    refuse("Pipeline", argument, must, got, kind)
+
+
+def _checked_order(transforms: Sequence[Any]) -> list[Transform]:
+    normalized: Transform | None = None
+    for transform in transforms:
+        if isinstance(transform, Mixup):
+            _refuse("transforms", "such that Mixup is the last one", transform)
+        if not isinstance(transform, Transform):
+            _refuse("transforms", "of this module", type(transform).__name__, TypeError)
+        if normalized is not None and not transform.after_normalize:
+            must = "erasing or noise without clip after Normalize"
+            _refuse("transforms", must, transform)
+        if transform.normalizes:
+            normalized = transform
+    return [*transforms]
+
+
+def _checked_dtype(
+    dtype: torch.dtype | None, transforms: Sequence[Transform], needs_floats: bool
+) -> torch.dtype | None:
+    if dtype is None:
+        named_ones = [x.dtype for x in transforms if isinstance(x, ToDtype)]
+        return named_ones[-1] if named_ones else None
+    if dtype not in DTYPES and dtype != torch.uint8:
+        _refuse("dtype", "None, uint8 or one of " + ", ".join(map(named, DTYPES)), dtype)
+    if dtype == torch.uint8 and needs_floats:
+        _refuse("dtype", "of floats with Normalize or Mixup", named(dtype))
+    return dtype
+
+
+def _masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
+    """Whether masks have no channels, and they as a batch of floats, or of bytes."""
+    is_flat = isinstance(masks, Tensor) and masks.dim() == 3
+    if isinstance(masks, Tensor):
+        masks = masks.unsqueeze(1) if is_flat else masks
+    elif isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks):
+        is_flat = all(mask.dim() == 2 for mask in masks)
+        masks = [mask.unsqueeze(0) for mask in masks] if is_flat else masks
+    else:
+        _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
+    dtype = masks.dtype if isinstance(masks, Tensor) else masks[0].dtype
+    if dtype != torch.uint8 and dtype not in DTYPES:
+        floats = [mask.float() for mask in masks] if not isinstance(masks, Tensor) else masks.float()
+        return is_flat, packed(floats, "NCHW"), dtype
+    return is_flat, packed(masks, "NCHW"), dtype
+
+
+def _corners_of(given: Any, count: int, argument: str) -> list[Tensor]:
+    """Float64 (K, count) of each sample."""
+    is_tensor = isinstance(given, Tensor)
+    if not is_tensor and not isinstance(given, Sequence):
+        _refuse(argument, "a tensor, or a list of tensors", type(given).__name__, TypeError)
+    for own in given:
+        if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != count:
+            must = f"(N, K, {count}) or a list of (K, {count})"
+            got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+            _refuse(argument, must, f"a sample of {got}" if isinstance(own, Tensor) else got)
+    return [own.double() for own in given]
+
+
+def _moved(x: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    q = g * x + h * y + i
+    return (a * x + b * y + c) / q, (d * x + e * y + f) / q
