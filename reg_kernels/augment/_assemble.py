@@ -24,7 +24,7 @@ from .._numbers import refuse
 
 Number = Tensor | float  # one of each sample, (N,) float64, or one for all
 Fill = tuple[float, ...] | None  # as a user gives it
-Values = tuple[float, ...]  # four values of pixels
+Colour = tuple[float, ...]  # four values of pixels
 
 _SAME_FILTER = {
     Filter.NEAREST_EXACT: WarpFilter.NEAREST,
@@ -45,7 +45,7 @@ class _Box:
     out_width: Number
     filter: Filter = Filter.NEAREST
     pad: Pad = Pad.NONE
-    fill: Values = (0.0,) * 4
+    fill: Colour = (0.0,) * 4
     copies: bool = False  # the result has the region's size
     is_whole: bool = False  # the region is the image, and the result has its size
     left_right: Tensor | None = None
@@ -85,7 +85,7 @@ class _Box:
 class _Warp:
     matrix: Tensor  # (N, 3, 3)
     filter: WarpFilter
-    fill: Values
+    fill: Colour
     height: Tensor  # of the image
     width: Tensor
     out_height: Number
@@ -101,8 +101,8 @@ class _Warp:
 
 
 def to_grid(entries: Tensor, size: tuple[Tensor, Tensor], out: tuple[Number, Number]) -> Tensor:
-    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine one
-    from the centre of the result; rounded to float32 where it is there."""
+    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine
+    one from the centre of the result; rounded to float32 where it is there."""
     height, width = size
     is_affine = (entries[6] == 0) & (entries[7] == 0) & (entries[8] == 1)
     y, x = (torch.where(is_affine, side / 2, 0.0) for side in out)
@@ -160,6 +160,7 @@ class Assembly:
         left: Number,
         height: Number,
         width: Number,
+        *,
         out: tuple[Number, Number] | None = None,
         filter: Filter = Filter.NEAREST,
         pad: Pad = Pad.NONE,
@@ -257,9 +258,9 @@ class Assembly:
             if last.up_down is not None:
                 flips = flips + 2.0 * last.up_down
             on = flips > 0 if last.is_whole and isinstance(flips, Tensor) else None
-            sizes = (last.height, last.width, last.out_height, last.out_width)
+            region = (last.top, last.left, last.height, last.width)
             how = (flips, float(last.filter), float(last.pad), *last.fill)
-            self._add(Op.BOX, on, last.top, last.left, *sizes, *how)
+            self._add(Op.BOX, on, *region, last.out_height, last.out_width, *how)
 
     # All else
 
@@ -271,8 +272,8 @@ class Assembly:
         self._add(op, on, *arguments)
 
     def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
-        """K instructions that are written already, float64 (16, K, N); and, of warps among them, the
-        matrices (N, 3, 3) of all together."""
+        """K instructions that are written already, float64 (16, K, N); and, of warps among them,
+        the matrices (N, 3, 3) of all together."""
         if self.mask is not None:
             if matrices is None:
                 return
@@ -292,13 +293,13 @@ class Assembly:
             self.rows.append(torch.zeros(self.samples, WIDTH))
         return torch.stack(self.rows, 1)
 
-    def values(self, argument: str, fill: Fill) -> Values:
+    def values(self, argument: str, fill: Fill) -> Colour:
         """Four values of pixels, of numbers that a user gave; 0 of none."""
         if fill is None or self.mask is not None:
             return (self.mask or 0.0,) * 4
         return tuple(x * self.unit for x in self.of_channels(argument, fill))
 
-    def of_channels(self, argument: str, numbers: Sequence[float]) -> Values:
+    def of_channels(self, argument: str, numbers: Sequence[float]) -> Colour:
         """Four numbers, of one for all channels or of one for each."""
         if self.mask is None and len(numbers) not in (1, self.channels):
             must = f"one number, or one for each of the image's {self.channels} channels"

@@ -12,10 +12,10 @@ from .._augment_program import WIDTH, Axes, Op, WarpFilter
 from ._assemble import Assembly, Fill, to_grid
 from .colour import blur_weights
 
-# The number of an operation in columns of parameters is its place here. Beside it stands what a
-# strength v is: shears are v = tan of the angle, shifts are by v pixels, rotations counter-clockwise
-# by v degrees, enhancers have the factor v, Posterize keeps v bits, Solarize has the threshold v and
-# SolarizeAdd adds v below half, both in shares of the full range, and a blur has deviation v.
+# The number of an operation in columns of parameters is its place here. Of a strength v: shears are
+# by the angle of tangent v, shifts by v pixels, rotations counter-clockwise by v degrees, enhancers
+# have the factor v, Posterize keeps v bits, Solarize has the threshold v and SolarizeAdd adds v
+# below half, both in shares of the full range, and a blur has the deviation v.
 OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize"),
@@ -23,6 +23,7 @@ OPS = (
 )
 NUMBER = {name: number for number, name in enumerate(OPS)}
 BLUR_RADIUS = 7  # 3.5 deviations of the largest blur there is
+
 
 @functools.cache
 def _table(is_gray: bool, bound: float) -> Tensor:

@@ -83,7 +83,9 @@ def _jitter(
 ) -> None:
     """Adds the four instructions, in the order of that number, of the four factors."""
     number = order.long()
-    factors = torch.stack([values[name] for name in ("brightness", "contrast", "saturation", "hue")])
+    factors = torch.stack(
+        [values[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    )
     used = factors.gather(0, orders[0].index_select(1, number))
     opcode, gray_opcode, neutral, has_rest = orders[1].index_select(2, number)
     is_done = used != neutral

@@ -16,6 +16,7 @@ from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, packed
+from ._replay import moved_boxes, moved_points, packed_masks
 from ._transform import Transform
 from .mixup import Mixup
 from .noise import ToDtype
@@ -48,7 +49,8 @@ def _plan(transforms: Sequence[Transform]) -> _Plan:
     draws shift where one is put in or left out."""
     counts: dict[str, int] = {}
     taken: set[int] = set()
-    steps, columns, groups = [], list(_KEYS), []
+    steps: list[_Step] = []
+    columns, groups = list(_KEYS), list[int]()
     for transform in transforms:
         kind = type(transform).__name__
         counts[kind] = counts.get(kind, 0) + 1
@@ -99,8 +101,8 @@ class Pipeline:
         crop_share: what share of the shorter side a `RandomResizedCrop` leaves in evaluation.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
-    A call takes images, uint8 in [0, 255] or floats in [0, 1]: (N, C, H, W), (N, H, W, C), or a list
-    of (C, H, W) or (H, W, C) of different sizes, of 1 to 4 channels, on any device. It returns
+    A call takes images, uint8 in [0, 255] or floats in [0, 1]: (N, C, H, W), (N, H, W, C), or a
+    list of (C, H, W) or (H, W, C) of different sizes, of 1 to 4 channels, on any device. It returns
     (N, C, height, width). A result of floats is in [0, 1] until a `Normalize`. With a target it
     returns both, the target as it is or, with a `Mixup`, mixed; with `return_params=True` the
     `Params` last. The gradient goes to images of floats.
@@ -108,8 +110,9 @@ class Pipeline:
     Every draw depends on (seed, epoch, sample index, transform) alone: an image gets the same
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
-    begin. `set_epoch` begins an epoch, and `state_dict` says where in it a run is. All is computed
-    on the CPU, and nothing waits for a GPU.
+    begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
+    begins an epoch, and `state_dict` says where in it a run is. All is computed on the CPU, and
+    nothing waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
     `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
@@ -196,7 +199,10 @@ class Pipeline:
             *("seed", "dtype", "memory_format", "layout", "exact", "fuse_geometry"),
             *("same_on_batch", "crop_share", "backend"),
         )
-        shown = [*map(repr, self.transforms), *(f"{name}={getattr(self, name)!r}" for name in names)]
+        shown = [
+            *map(repr, self.transforms),
+            *(f"{name}={getattr(self, name)!r}" for name in names),
+        ]
         return f"Pipeline({', '.join(shown)})"
 
     # Where a run is
@@ -245,11 +251,12 @@ class Pipeline:
         keys = self._keys(samples, indices)
         params, assembly = self._assembled(batch, keys)
         result: Any = self._run(batch, assembly)
+        mixed: Any = target
         if mixes:
             assert self._mixup is not None and target is not None
             draws = _draws.MixDraws(self.seed, self._epoch, keys)
-            result, target = self._mixup.mix(result, target, draws)
-        extra = (*(() if target is None else (target,)), *((params,) if return_params else ()))
+            result, mixed = self._mixup.mix(result, target, draws)
+        extra = (*(() if target is None else (mixed,)), *((params,) if return_params else ()))
         return (result, *extra) if extra else result
 
     def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
@@ -400,7 +407,7 @@ class Pipeline:
         if interpolation not in filters:
             _refuse("interpolation", f"one of {', '.join(filters)}", repr(interpolation))
         fill = number("Pipeline", "fill", fill)
-        is_flat, batch, dtype = _masks(masks)
+        is_flat, batch, dtype = packed_masks(masks)
         assembly = self._replayed(params, mask=fill, mask_filter=filters[interpolation])
         if len(batch.images) != len(params):
             _refuse("masks", f"of as many samples as params, {len(params)}", len(batch.images))
@@ -428,29 +435,15 @@ class Pipeline:
         no area.
 
         Args:
-            boxes: (N, K, 4), or a list of (K, 4), a different K each: x1, y1, x2, y2 in pixels, from
-                the image's upper left corner.
+            boxes: (N, K, 4), or a list of (K, 4), a different K each: x1, y1, x2, y2 in pixels,
+                from the image's upper left corner.
             params: of the images' call.
 
         Returns:
             The same of the result, float32, on the boxes' device.
         """
-        corners = _corners_of(boxes, 4, "boxes")
         assembly = self._replayed(params, tracks=True, mask=0.0)
-        maps = torch.linalg.inv(assembly.seen)
-        moved = []
-        for sample, (box, matrix) in enumerate(self._with(corners, maps, "boxes")):
-            x, y = box[:, [0, 2, 2, 0]], box[:, [1, 1, 3, 3]]
-            u, v = _moved(x, y, matrix.to(box.device))
-            limits = (assembly.width[sample].item(), assembly.height[sample].item())
-            bounds = [
-                part.clamp(0.0, limit)
-                for part, limit in zip(
-                    (u.amin(1), v.amin(1), u.amax(1), v.amax(1)), limits * 2, strict=True
-                )
-            ]
-            moved.append(torch.stack(bounds, 1).float())
-        return torch.stack(moved) if isinstance(boxes, Tensor) else moved
+        return moved_boxes(boxes, assembly)
 
     def keypoints(self, keypoints: Tensor | Sequence[Tensor], params: Params) -> Any:
         """Where points of the images are in the result; they may lie outside of it.
@@ -463,19 +456,8 @@ class Pipeline:
         Returns:
             The same of the result, float32, on the points' device.
         """
-        points = _corners_of(keypoints, 2, "keypoints")
         assembly = self._replayed(params, tracks=True, mask=0.0)
-        maps = torch.linalg.inv(assembly.seen)
-        moved = []
-        for own, matrix in self._with(points, maps, "keypoints"):
-            u, v = _moved(own[:, 0], own[:, 1], matrix.to(own.device))
-            moved.append(torch.stack((u, v), 1).float())
-        return torch.stack(moved) if isinstance(keypoints, Tensor) else moved
-
-    def _with(self, own: Sequence[Tensor], maps: Tensor, argument: str) -> Any:
-        if len(own) != len(maps):
-            _refuse(argument, f"of as many samples as params, {len(maps)}", len(own))
-        return zip(own, maps, strict=True)
+        return moved_points(keypoints, assembly)
 
 
 def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
@@ -508,39 +490,3 @@ def _checked_dtype(
     if dtype == torch.uint8 and needs_floats:
         _refuse("dtype", "of floats with Normalize or Mixup", named(dtype))
     return dtype
-
-
-def _masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
-    """Whether masks have no channels, and they as a batch of floats, or of bytes."""
-    is_flat = isinstance(masks, Tensor) and masks.dim() == 3
-    if isinstance(masks, Tensor):
-        masks = masks.unsqueeze(1) if is_flat else masks
-    elif isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks):
-        is_flat = all(mask.dim() == 2 for mask in masks)
-        masks = [mask.unsqueeze(0) for mask in masks] if is_flat else masks
-    else:
-        _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
-    dtype = masks.dtype if isinstance(masks, Tensor) else masks[0].dtype
-    if dtype != torch.uint8 and dtype not in DTYPES:
-        floats = [mask.float() for mask in masks] if not isinstance(masks, Tensor) else masks.float()
-        return is_flat, packed(floats, "NCHW"), dtype
-    return is_flat, packed(masks, "NCHW"), dtype
-
-
-def _corners_of(given: Any, count: int, argument: str) -> list[Tensor]:
-    """Float64 (K, count) of each sample."""
-    is_tensor = isinstance(given, Tensor)
-    if not is_tensor and not isinstance(given, Sequence):
-        _refuse(argument, "a tensor, or a list of tensors", type(given).__name__, TypeError)
-    for own in given:
-        if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != count:
-            must = f"(N, K, {count}) or a list of (K, {count})"
-            got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
-            _refuse(argument, must, f"a sample of {got}" if isinstance(own, Tensor) else got)
-    return [own.double() for own in given]
-
-
-def _moved(x: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    (a, b, c), (d, e, f), (g, h, i) = matrix
-    q = g * x + h * y + i
-    return (a * x + b * y + c) / q, (d * x + e * y + f) / q

@@ -350,8 +350,8 @@ def from_timm(
     Raises:
         ValueError: the string is none of these.
 
-    Columns: op1, ..., strength1, ... as of `RandAugment`, and filter1, ..., 2 for bilinear and 3 for
-    bicubic; of AugMix the weights as of `AugMix` before them.
+    Columns: op1, ..., strength1, ... as of `RandAugment`, and filter1, ..., 2 for bilinear and 3
+    for bicubic; of AugMix the weights as of `AugMix` before them.
     """
     if not isinstance(config, str):
         refuse("from_timm", "config", "a string", type(config).__name__, TypeError)
