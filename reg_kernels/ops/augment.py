@@ -232,24 +232,21 @@ class _Augment(torch.autograd.Function):
         _, overload, rest = call
         with below_autograd():
             output = overload._op(pixels, *rest)
-        images, program, *others = rest
-        ctx.save_for_backward(pixels, images, program)
-        ctx.call = (overload, others)
+        ctx.save_for_backward(pixels)
+        ctx.call = (overload, rest)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        overload, others = ctx.call
-        inputs = (grad_output, *ctx.saved_tensors[:1])
-        rest = (*ctx.saved_tensors[1:], *others)
-        return None, _BACKWARD.run_like(overload, inputs, rest)
+        overload, rest = ctx.call
+        return None, _BACKWARD.run_like(overload, (grad_output, *ctx.saved_tensors), rest)
 
 
 def _fake(pixels: Tensor, images: Tensor, program: Tensor, channels: int, *rest: Any) -> Tensor:
     _, height, width, dtype, channels_last, _ = rest
     order = torch.channels_last if channels_last else torch.contiguous_format
     shape = (images.shape[0], channels, height, width)
-    return pixels.new_empty(shape, dtype=dtype).contiguous(memory_format=order)
+    return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=order)
 
 
 _ARGUMENTS = (
@@ -285,6 +282,7 @@ _BACKWARD = register(
     native=_recorded,
     route=Route(2, by_torch=formula(reference.augment_backward)),
     check=_check_backward,
+    takes=_TAKES,
 )
 
 
