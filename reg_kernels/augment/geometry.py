@@ -121,9 +121,9 @@ class RandomRotation(_Warping):
     def _expanded(self, matrix: Tensor, assembly: Assembly) -> tuple[Number, Number]:
         """The result's size; moves its corner to that of what is seen."""
         seen = torch.linalg.inv(matrix) @ _corners(assembly)
-        # Less than a ten thousandth of a pixel is the rounding of a side that fits.
-        low = (seen[:, :2].amin(2) * 1e4).trunc_().mul_(1e-4).floor_()
-        high = (seen[:, :2].amax(2) * 1e4).trunc_().mul_(1e-4).ceil_()
+        # A ten thousandth of a pixel is the rounding of a side that fits.
+        low = (seen[:, :2].amin(2) + 1e-4).floor_()
+        high = (seen[:, :2].amax(2) - 1e-4).ceil_()
         matrix[:, :2, 2] += (matrix[:, :2, :2] @ low.unsqueeze(2)).squeeze(2)
         width, height = (high - low).unbind(1)
         return height, width
