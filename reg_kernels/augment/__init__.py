@@ -7,7 +7,7 @@ floats, until a `ToDtype` or a `Normalize` says otherwise.
 """
 
 from .._mixed_target import MixedTarget
-from ._policy_ops import OPS as POLICY_OPS
+from ._policy_ops import OPS
 from .colour import (
     ColorJitter,
     GaussianBlur,
@@ -38,6 +38,9 @@ from .params import Params
 from .pipeline import Pipeline
 from .policies import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugmentWide
 from .timm import from_timm
+
+#: The operations of policies: columns `op1`, `op2`, ... of parameters hold places in it.
+POLICY_OPS = OPS
 
 __all__ = [
     "POLICY_OPS",

@@ -276,6 +276,8 @@ def _perspective(ends: Tensor, starts: Tensor) -> Tensor:
     equations = equations.view(samples, 8, 8)
     solved, info = torch.linalg.solve_ex(equations, starts.reshape(samples, 8))
     matrix = torch.cat((solved, torch.ones(samples, 1, dtype=torch.float64)), 1)
-    sound = (info == 0) & matrix.isfinite().all(1)
+    matrix = matrix.view(-1, 3, 3)
+    sound = (info == 0) & matrix.isfinite().all(2).all(1)
+    sound &= torch.linalg.det(matrix).abs() > 1e-9  # not seen edge on
     eye = torch.eye(3, dtype=torch.float64)
-    return torch.where(sound.view(-1, 1, 1), matrix.view(-1, 3, 3), eye)
+    return torch.where(sound.view(-1, 1, 1), matrix, eye)

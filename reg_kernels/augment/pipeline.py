@@ -90,8 +90,9 @@ class Pipeline:
         layout: "NCHW" or "NHWC", what an input's axes are. None: the channels are the axis, second
             or last, of 1 to 4; where both may be, it has to be given.
         exact: "torchvision" gives torchvision's results for bytes, which has whole numbers after
-            each transform: the same bits where pixels are copied or looked up, and otherwise at
-            most one level away. None keeps floats between transforms and rounds once.
+            each transform: the same bits where pixels are copied or looked up, and one level away
+            at most where a bilinear filter or a blur sums. None keeps floats between transforms and
+            rounds once.
         fuse_geometry: True makes one interpolation of rotations, affine and perspective transforms
             in a row, of flips beside them and of crops after them. That is sharper and faster, and
             what the first pushes out of the image the second may bring back. Crops, flips and a

@@ -8,6 +8,7 @@ is installed, so is the record. Anew:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -292,6 +293,46 @@ def test_crops_pads_and_flips_in_a_row_are_one_instruction():
     pipeline = augment.Pipeline(*steps, backend="reference", layout="NCHW")
     plain = torch.nn.functional.pad(image, (2, 2, 2, 2)).flip(3)[:, :, 7:27, 10:34]
     assert torch.equal(pipeline(image), plain)
+
+
+def test_exact_warps_see_the_same_places():
+    images, _ = dots(6)
+    steps = [augment.RandomAffine(30, (0.1, 0.1), (0.8, 1.2), 9), augment.RandomPerspective(p=1.0)]
+    steps.append(augment.RandAugment(1, 20))
+    for step in steps:
+        options = {"seed": 4, "layout": "NCHW"}
+        plain = augment.Pipeline(step, **options)((images * 255).byte()).int()
+        exact = augment.Pipeline(step, exact="torchvision", **options)((images * 255).byte()).int()
+        assert ((plain - exact).abs() > 2).double().mean() < 2e-3 and plain.float().std() > 5
+
+
+@pytest.mark.parametrize("kind", ["jitter", "distort"])
+def test_colours_are_changed_in_the_order_that_was_drawn(kind):
+    step = augment.ColorJitter(0.5, 0.5, 0.5, 0.3)
+    if kind == "distort":
+        step = augment.RandomPhotometricDistort(hue=(-0.2, 0.2), p=0.7)
+    images = torch.rand(30, 3, 6, 7)
+    options = {"seed": 1, "layout": "NCHW"}
+    result, params = augment.Pipeline(step, **options)(images, return_params=True)
+    names = ("brightness", "contrast", "saturation", "hue")
+    orders = list(itertools.permutations(range(4)))
+    seen = set()
+    for image, made, row in zip(images, result, params.table.tolist(), strict=True):
+        values = {
+            name.split(".")[1]: x for name, x in zip(params.columns[4:], row[4:], strict=True)
+        }
+        order = orders[int(values.get("order", 0))]
+        if kind == "distort":
+            order = orders[0] if values["contrast_first"] else (0, 2, 3, 1)
+        seen.add(order)
+        for number in order:
+            factor = values[names[number]]
+            if factor != (number < 3):
+                single = augment.ColorJitter(**{names[number]: (factor, factor)})
+                image = augment.Pipeline(single, **options)(image.unsqueeze(0))[0]
+        channels = list(itertools.permutations(range(3)))[int(values.get("permutation", 0))]
+        assert torch.equal(made, image[[*channels]])
+    assert len(seen) > (12 if kind == "jitter" else 1)
 
 
 def test_cutout_erases_a_clipped_square():
