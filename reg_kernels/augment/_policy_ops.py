@@ -106,7 +106,7 @@ def add(
         rows[13:] = torch.tensor(values[:3], dtype=torch.float64).unsqueeze(1)
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
-        matrices = _product(rows[1:10], is_warp, count)
+        matrices = _product(rows[1:10], count)
     if assembly.is_exact:
         height_width = (size[0], size[1])
         rows[1:10] = to_grid(rows[1:10], height_width, height_width)
@@ -120,10 +120,9 @@ def add(
     assembly.several(rows.view(WIDTH, count, -1), matrices)
 
 
-def _product(entries: Tensor, is_warp: Tensor, count: int) -> Tensor:
+def _product(entries: Tensor, count: int) -> Tensor:
     """Of the matrices' entries (9, K N), the product of the K of each sample, (N, 3, 3)."""
-    eye = torch.eye(3, dtype=torch.float64).view(9, 1)
-    steps = torch.where(is_warp > 0, entries, eye).T.reshape(count, -1, 3, 3)
+    steps = entries.T.reshape(count, -1, 3, 3)
     product = steps[0]
     for step in steps[1:]:
         product = product @ step

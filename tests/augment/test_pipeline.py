@@ -176,8 +176,10 @@ def test_dtypes_and_ranges():
     scaled = pipeline(crop, dtype=torch.float32)(batch)
     torch.testing.assert_close(scaled, batch.float() / 255)
     assert torch.equal(pipeline(crop, dtype=torch.uint8)(scaled), batch)
-    noted = pipeline(augment.ToDtype(torch.float16), augment.RandomErasing(1.0, value=1.0))(batch)
-    assert noted.dtype == torch.float16 and noted.max() == 1
+    noted = pipeline(augment.ToDtype(torch.float16), augment.RandomErasing(1.0, value=0.5))(
+        0 * batch
+    )
+    assert noted.dtype == torch.float16 and noted.max() == 0.5
     normalized = pipeline(augment.Normalize(MEAN, STD))(batch)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     torch.testing.assert_close(normalized, (batch / 255 - mean) / std, atol=1e-5, rtol=1e-5)
