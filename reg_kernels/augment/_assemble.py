@@ -290,7 +290,7 @@ class Assembly:
         """float32 (N, S, 16); S is 1 at least."""
         self._flush()
         if not self.rows:
-            self.rows.append(torch.zeros(self.samples, WIDTH))
+            self.rows.append(torch.zeros(self.samples, WIDTH, dtype=torch.float32))
         return torch.stack(self.rows, 1)
 
     def values(self, argument: str, fill: Fill) -> Colour:
@@ -323,7 +323,8 @@ class Assembly:
         if on is not None and not on.any():
             return
         numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
-        row = torch.tensor([float(op), *numbers, *[0.0] * (WIDTH - 1 - len(numbers))])
+        numbers += [0.0] * (WIDTH - 1 - len(numbers))
+        row = torch.tensor([float(op), *numbers], dtype=torch.float32)
         rows = row.repeat(self.samples, 1)
         for place, x in enumerate(arguments, 1):
             if isinstance(x, Tensor):

@@ -72,10 +72,12 @@ _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 def _of_steps(orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Of each order: which of the four is at each step, (4, orders); and of it, (4, 4, orders), its
     opcode, its opcode for gray images, its neutral factor, and whether it has a rest."""
-    places = torch.tensor(orders).T.contiguous()
+    places = torch.tensor(orders, device="cpu").T.contiguous()
     opcodes = [float(op) for op in _JITTER]
     kinds = [opcodes, [*opcodes[:2], 0.0, 0.0], _NEUTRAL, [0.0, 1.0, 1.0, 0.0]]
-    return places, torch.stack([torch.tensor(kind, dtype=torch.float64)[places] for kind in kinds])
+    return places, torch.stack(
+        [torch.tensor(kind, dtype=torch.float64, device="cpu")[places] for kind in kinds]
+    )
 
 
 def _jitter(

@@ -34,7 +34,7 @@ def first_valid(valid: Tensor, *candidates: Tensor) -> tuple[Tensor, ...]:
     return (left > 0, *(x.gather(0, chosen)[0] for x in candidates))
 
 
-_LEFT = torch.arange(TRIES, 0, -1).unsqueeze(1)
+_LEFT = torch.arange(TRIES, 0, -1, device="cpu").unsqueeze(1)
 
 
 class RandomResizedCrop(Transform):

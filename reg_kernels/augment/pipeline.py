@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,23 @@ from .torchvision import transforms_of
 
 _KEYS = ("index", "epoch", "height", "width")  # of the parameters, before the transforms'
 _FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_host(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """What is drawn and written lies on the CPU, whatever torch.set_default_device says."""
+
+    @functools.wraps(method)
+    def called(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        if torch.get_default_device().type == "cpu":
+            return method(*args, **options)
+        with torch.device("cpu"):
+            return method(*args, **options)
+
+    return called
 
 
 class _Step(NamedTuple):
@@ -153,7 +171,7 @@ class Pipeline:
             self._mixup, transforms = transforms[-1], transforms[:-1]
         drawn = _checked_order(transforms)
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         self.seed = integer("Pipeline", "seed", seed)
         normalizes = any(transform.normalizes for transform in drawn)
         self._needs_floats = normalizes or self._mixup is not None
@@ -236,6 +254,7 @@ class Pipeline:
 
     # Calls
 
+    @_on_host
     def __call__(
         self,
         images: Tensor | Sequence[Tensor],
@@ -300,7 +319,7 @@ class Pipeline:
         table[0] = keys
         table[1] = self._epoch
         table[2], table[3] = assembly.height, assembly.width
-        words = torch.empty(0)
+        words = table[:0]
         if plan.groups:
             words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
         place = len(_KEYS)
@@ -382,6 +401,7 @@ class Pipeline:
             place += len(step.columns)
         return assembly
 
+    @_on_host
     def apply(
         self,
         masks: Tensor | Sequence[Tensor],
@@ -428,6 +448,7 @@ class Pipeline:
         )
         return (result[:, 0] if is_flat else result).to(dtype)
 
+    @_on_host
     def boxes(self, boxes: Tensor | Sequence[Tensor], params: Params) -> Any:
         """Where boxes of the images are in the result.
 
@@ -446,6 +467,7 @@ class Pipeline:
         assembly = self._replayed(params, tracks=True, mask=0.0)
         return moved_boxes(boxes, assembly)
 
+    @_on_host
     def keypoints(self, keypoints: Tensor | Sequence[Tensor], params: Params) -> Any:
         """Where points of the images are in the result; they may lie outside of it.
 

@@ -43,13 +43,13 @@ class Scale:
         tops = {"Rotate": self.rotate} | dict.fromkeys(_ENHANCERS, self.enhance)
         tops |= dict.fromkeys(("ShearX", "ShearY"), self.shear)
         if name.startswith("Translate"):
-            return torch.linspace(0.0, self.shift(side), bins).trunc().double()
+            return torch.linspace(0.0, self.shift(side), bins, dtype=torch.float32).trunc().double()
         if name == "Posterize":
             step = (bins - 1) / self.steps
-            return (self.bits - torch.arange(bins) / step).round().double()
+            return (self.bits - torch.arange(bins, dtype=torch.float32) / step).round().double()
         if name == "Solarize":
-            return torch.linspace(1.0, 0.0, bins).double()
-        return torch.linspace(0.0, tops.get(name, 0.0), bins).double()
+            return torch.linspace(1.0, 0.0, bins, dtype=torch.float32).double()
+        return torch.linspace(0.0, tops.get(name, 0.0), bins, dtype=torch.float32).double()
 
 
 RAND = Scale(0.3, 30.0, 0.9, 8, 4, lambda side: 150.0 / 331.0 * side)
@@ -255,8 +255,9 @@ class AutoAugment(_Policy):
         self.columns = self._columns(2)
         steps = [step for pair in _POLICIES[policy] for step in pair]
         choices = [[self.names.index(name), strength] for name, _, strength in steps]
-        self._choices = torch.tensor(choices).long().view(-1, 2, 2)
-        self._p = torch.tensor([p for _, p, _ in steps], dtype=torch.float64).view(-1, 2)
+        self._choices = torch.tensor(choices, device="cpu").long().view(-1, 2, 2)
+        own = [p for _, p, _ in steps]
+        self._p = torch.tensor(own, dtype=torch.float64, device="cpu").view(-1, 2)
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         pair = _draws.integers(u[0], len(self._p)).long()

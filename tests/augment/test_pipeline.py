@@ -160,6 +160,20 @@ def test_layouts_are_the_same_image():
     assert asked.is_contiguous(memory_format=torch.channels_last) and asked.dtype == torch.float16
 
 
+def test_torchs_defaults_count_for_nothing():
+    steps = (*STEPS[:5], augment.AugMix(), augment.RandomPerspective(), augment.GaussianBlur(3))
+    expected = pipeline(*steps)(images())
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(pipeline(*steps)(images()), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    batch, elsewhere = images(), pipeline(*steps)
+    with torch.device("meta"):
+        made = elsewhere(batch)
+    assert torch.equal(made, expected)
+
+
 def test_images_of_different_sizes():
     sizes = [(16, 20), (9, 31), (40, 12), (1, 1)]
     batch = [images(1, *size)[0] for size in sizes]
