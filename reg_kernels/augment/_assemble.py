@@ -325,7 +325,7 @@ class Assembly:
         numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
         numbers += [0.0] * (WIDTH - 1 - len(numbers))
         row = torch.tensor([float(op), *numbers], dtype=torch.float32)
-        rows = row.repeat(self.samples, 1)
+        rows = row.expand(self.samples, -1).clone()
         for place, x in enumerate(arguments, 1):
             if isinstance(x, Tensor):
                 rows[:, place] = x

@@ -80,12 +80,13 @@ def add(
     if on is not None:
         ops = ops * on
     table = _table(assembly.channels == 1, assembly.bound)
-    parts = table.index_select(1, ops.reshape(-1).long())
+    parts = table.gather(1, ops.reshape(-1).long().expand(len(table), -1))
     opcode, is_warp = parts[0], parts[1]
     scaled = parts[4:] * strengths.reshape(-1)
     angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
-    size = torch.stack((assembly.height, assembly.width)).repeat(1, count)
+    size = torch.stack((assembly.height, assembly.width)).unsqueeze(1)
+    size = size.expand(-1, count, -1).reshape(2, -1)
     y, x = size / 2
     still = 1 - cosine
     rows = torch.zeros(WIDTH, len(opcode), dtype=torch.float64)

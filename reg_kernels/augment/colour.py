@@ -88,8 +88,8 @@ def _jitter(
     factors = torch.stack(
         [values[name] for name in ("brightness", "contrast", "saturation", "hue")]
     )
-    used = factors.gather(0, orders[0].index_select(1, number))
-    opcode, gray_opcode, neutral, has_rest = orders[1].index_select(2, number)
+    used = factors.gather(0, orders[0].gather(1, number.expand(4, -1)))
+    opcode, gray_opcode, neutral, has_rest = orders[1].gather(2, number.expand(4, 4, -1))
     is_done = used != neutral
     if on is not None:
         is_done &= on

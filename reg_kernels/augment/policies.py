@@ -86,7 +86,7 @@ class _Policy(Transform):
         self.fill = self._fill(fill)
 
     def _numbers(self, choice: Tensor) -> Tensor:
-        return _kinds(self.names)[0][choice]
+        return _kinds(self.names)[0].take(choice)
 
     def _strengths(
         self, choice: Tensor, bins: Tensor | int, sign: Tensor, assembly: Assembly
@@ -95,7 +95,8 @@ class _Policy(Transform):
         height, width = assembly.height, assembly.width
         first = height[0].item(), width[0].item()
         if bool(((height == first[0]) & (width == first[1])).all()):
-            strengths = _bins(self.scale, self.names, self.bins, *first)[choice, bins]
+            table = _bins(self.scale, self.names, self.bins, *first)
+            strengths = table.take(choice * self.bins + bins)
         else:  # each sample has its own shifts
             tables = [
                 _bins(self.scale, self.names, self.bins, *size)
@@ -104,8 +105,8 @@ class _Policy(Transform):
             samples = torch.arange(len(tables)).expand_as(choice)
             strengths = torch.stack(tables)[samples, choice, bins]
         _, signed, offsets = _kinds(self.names)
-        negative = signed[choice] & (sign <= 0.5)
-        return torch.where(negative, -strengths, strengths) + offsets[choice]
+        negative = signed.take(choice) & (sign <= 0.5)
+        return torch.where(negative, -strengths, strengths) + offsets.take(choice)
 
     def _columns(self, count: int) -> tuple[str, ...]:
         return tuple(f"{name}{k}" for name in ("op", "strength") for k in range(1, count + 1))
