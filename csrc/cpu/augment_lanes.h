@@ -248,6 +248,26 @@ RK_HD Vector bytes_at(const uint8_t* p) {
 #endif
 }
 
+// kVector whole numbers in [0, 255] as bytes.
+RK_HD void put_bytes(uint8_t* p, Integers v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#elif defined(__x86_64__)
+#if defined(__AVX2__)
+  const __m256i words = reinterpret_cast<__m256i>(v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+  const __m128i halves = _mm_packs_epi32(reinterpret_cast<__m128i>(v), __m128i{});
+#endif
+  const __m128i bytes = _mm_packus_epi16(halves, halves);
+  memcpy(p, &bytes, kVector);
+#else
+  for (int i = 0; i < kVector; ++i) p[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
 RK_HD int64_t whole_vectors(int64_t count) { return ceil_div(count, int64_t{kVector}) * kVector; }
 
 // Memory at a multiple of a cache line, which grows and is filled with zeros when it does.
