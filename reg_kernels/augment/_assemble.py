@@ -64,6 +64,16 @@ class _Box:
             up_down=_either(outer.up_down, self.up_down),
         )
 
+    def flips(self) -> Number:
+        """As the instruction has it."""
+        flips: Number = 0.0 if self.left_right is None else self.left_right.double()
+        return flips if self.up_down is None else flips + 2.0 * self.up_down
+
+    def on(self) -> Tensor | None:
+        """Which samples it changes, if not all."""
+        flips = self.flips()
+        return flips > 0 if self.is_whole and isinstance(flips, Tensor) else None
+
     def matrix(self, samples: int) -> Tensor:
         matrix = torch.zeros(samples, 3, 3, dtype=torch.float64)
         matrix[:, 2, 2] = 1
@@ -118,6 +128,11 @@ def _mirrored(start: Number, length: Number, side: Number, flipped: Tensor | Non
     if flipped is None:
         return start
     return start + flipped * (side - length - 2 * start)
+
+
+def _any(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Which samples one of both changes; None: all."""
+    return None if a is None or b is None else a | b
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -204,10 +219,10 @@ class Assembly:
         if self.fuse and isinstance(last, _Warp) and (last.filter, last.fill) == (filter, values):
             warp.matrix = last.matrix @ matrix
             warp.height, warp.width = last.height, last.width
-            warp.on = None if last.on is None or warp.on is None else last.on | warp.on
+            warp.on = _any(last.on, warp.on)
         elif self.fuse and isinstance(last, _Box) and last.is_whole:
             warp.matrix = last.matrix(self.samples) @ matrix
-            warp.on = None
+            warp.on = _any(last.on(), warp.on)
         else:
             self._flush()
         self._pending = warp
@@ -227,7 +242,8 @@ class Assembly:
         elif isinstance(last, _Warp) and self.fuse and self._continues(last, box):
             matrix = last.matrix @ box.matrix(self.samples)
             sides = (last.height, last.width, box.out_height, box.out_width)
-            self._pending = _Warp(matrix, last.filter, last.fill, *sides, None)
+            on = _any(last.on, box.on())
+            self._pending = _Warp(matrix, last.filter, last.fill, *sides, on)
             return
         else:
             self._flush()
@@ -252,15 +268,9 @@ class Assembly:
             matrix = last.entries(self.is_exact)
             self._add(Op.WARP, last.on, *matrix, *sizes, float(last.filter), *last.fill[:3])
         elif last is not None:
-            flips: Number = 0.0
-            if last.left_right is not None:
-                flips = last.left_right.double()
-            if last.up_down is not None:
-                flips = flips + 2.0 * last.up_down
-            on = flips > 0 if last.is_whole and isinstance(flips, Tensor) else None
             region = (last.top, last.left, last.height, last.width)
-            how = (flips, float(last.filter), float(last.pad), *last.fill)
-            self._add(Op.BOX, on, *region, last.out_height, last.out_width, *how)
+            how = (last.flips(), float(last.filter), float(last.pad), *last.fill)
+            self._add(Op.BOX, last.on(), *region, last.out_height, last.out_width, *how)
 
     # All else
 
