@@ -123,7 +123,7 @@ def add(
 
 def _product(entries: Tensor, count: int) -> Tensor:
     """Of the matrices' entries (9, K N), the product of the K of each sample, (N, 3, 3)."""
-    steps = entries.T.contiguous().view(count, -1, 3, 3)
+    steps = torch.stack([*entries], 1).view(count, -1, 3, 3)
     product = steps[0]
     for step in steps[1:]:
         product = product @ step
