@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,29 +27,15 @@ _SIGNED = (
 _ENHANCERS = _SIGNED[5:]
 
 
-class Scale:
-    """Strengths by bin: what the last bin of each kind of operation is."""
+class Scale(NamedTuple):
+    """What the last bin of each kind of operation is."""
 
-    def __init__(
-        self, shear: float, rotate: float, enhance: float, bits: float, steps: float, shift: Any
-    ) -> None:
-        self.shear, self.rotate, self.enhance = shear, rotate, enhance
-        self.bits, self.steps = bits, steps  # Posterize keeps bits - bin / (bins - 1) * steps
-        self.shift = shift  # of a side: the pixels of the last bin
-
-    @functools.cache  # noqa: B019  # the scales are constants of this file
-    def strengths(self, name: str, bins: int, side: float) -> Tensor:
-        """Of all bins: torchvision's float32 numbers, so that whole pixels are the same ones."""
-        tops = {"Rotate": self.rotate} | dict.fromkeys(_ENHANCERS, self.enhance)
-        tops |= dict.fromkeys(("ShearX", "ShearY"), self.shear)
-        if name.startswith("Translate"):
-            return torch.linspace(0.0, self.shift(side), bins, dtype=torch.float32).trunc().double()
-        if name == "Posterize":
-            step = (bins - 1) / self.steps
-            return (self.bits - torch.arange(bins, dtype=torch.float32) / step).round().double()
-        if name == "Solarize":
-            return torch.linspace(1.0, 0.0, bins, dtype=torch.float32).double()
-        return torch.linspace(0.0, tops.get(name, 0.0), bins, dtype=torch.float32).double()
+    shear: float
+    rotate: float
+    enhance: float
+    bits: float  # Posterize keeps bits - bin / (bins - 1) * steps
+    steps: float
+    shift: Callable[[float], float]  # in pixels, of a side
 
 
 RAND = Scale(0.3, 30.0, 0.9, 8, 4, lambda side: 150.0 / 331.0 * side)
@@ -57,11 +43,26 @@ WIDE = Scale(0.99, 135.0, 0.99, 8, 6, lambda side: 32.0)
 MIXED = Scale(0.3, 30.0, 0.9, 4, 4, lambda side: side / 3.0)
 
 
+def _linear(first: float, last: float, bins: int) -> Tensor:
+    """torchvision's float32 numbers, so that whole pixels are the same ones."""
+    return torch.linspace(first, last, bins, dtype=torch.float32).double()
+
+
 @functools.cache
-def _bins(scale: Scale, names: tuple[str, ...], bins: int, height: float, width: float) -> Tensor:
-    """Strengths (operations, bins) for images of one size."""
-    sides = {"TranslateX": width, "TranslateY": height}
-    return torch.stack([scale.strengths(name, bins, sides.get(name, 0.0)) for name in names])
+def strengths_by_bin(scale: Scale, names: tuple[str, ...], bins: int) -> Tensor:
+    """(operations, bins); 0 of shifts, which go by an image's side."""
+    tops = {"Rotate": scale.rotate} | dict.fromkeys(_ENHANCERS, scale.enhance)
+    tops |= dict.fromkeys(("ShearX", "ShearY"), scale.shear)
+    rows = {name: _linear(0.0, tops.get(name, 0.0), bins) for name in names}
+    step = (bins - 1) / scale.steps
+    bits = scale.bits - torch.arange(bins, dtype=torch.float32) / step
+    rows |= {"Posterize": bits.round().double(), "Solarize": _linear(1.0, 0.0, bins)}
+    return torch.stack([rows[name] for name in names])
+
+
+@functools.cache
+def shifts_by_bin(scale: Scale, bins: int, side: float) -> Tensor:
+    return _linear(0.0, scale.shift(side), bins).trunc()
 
 
 @functools.cache
@@ -92,18 +93,13 @@ class _Policy(Transform):
         self, choice: Tensor, bins: Tensor | int, sign: Tensor, assembly: Assembly
     ) -> Tensor:
         """Of operations (K, N), their bins, and uniform numbers for the signs."""
-        height, width = assembly.height, assembly.width
-        first = height[0].item(), width[0].item()
-        if bool(((height == first[0]) & (width == first[1])).all()):
-            table = _bins(self.scale, self.names, self.bins, *first)
-            strengths = table.take(choice * self.bins + bins)
-        else:  # each sample has its own shifts
-            tables = [
-                _bins(self.scale, self.names, self.bins, *size)
-                for size in zip(height.tolist(), width.tolist(), strict=True)
-            ]
-            samples = torch.arange(len(tables)).expand_as(choice)
-            strengths = torch.stack(tables)[samples, choice, bins]
+        table = strengths_by_bin(self.scale, self.names, self.bins)
+        strengths = table.take(choice * self.bins + bins)
+        for name, side in (("TranslateX", assembly.width), ("TranslateY", assembly.height)):
+            sides, which = side.unique(return_inverse=True)
+            rows = [shifts_by_bin(self.scale, self.bins, side) for side in sides.tolist()]
+            shifts = torch.stack(rows).take(which * self.bins + bins)
+            strengths = torch.where(choice == self.names.index(name), shifts, strengths)
         _, signed, offsets = _kinds(self.names)
         negative = signed.take(choice) & (sign <= 0.5)
         return torch.where(negative, -strengths, strengths) + offsets.take(choice)

@@ -191,12 +191,13 @@ def test_sizes():
 @pytest.mark.parametrize("kind", SCALES)
 def test_strengths_by_bin(kind):
     scale, names, bins = SCALES[kind]
-    ours = policies._bins(scale, names, bins, 331.0, 224.0)
+    ours = policies.strengths_by_bin(scale, names, bins)
     kept = recorded()["strengths"][kind]
     for name, strengths in zip(names, ours, strict=True):
         expected = torch.tensor(kept.get(name, [0.0] * bins))
         if name.startswith("Translate"):
             expected = expected.trunc()  # pixels
+            strengths = policies.shifts_by_bin(scale, bins, 224.0 if name[-1] == "X" else 331.0)
         assert torch.equal(strengths.float(), expected.float()), name
 
 
