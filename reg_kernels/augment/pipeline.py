@@ -149,7 +149,13 @@ class Pipeline:
             augment.RandomResizedCrop(224), augment.RandomHorizontalFlip(),
             augment.RandAugment(2, 9), augment.Normalize(MEAN, STD), augment.RandomErasing(0.25),
             augment.Mixup(0.2, cutmix_alpha=1.0), dtype=torch.float16)
-        images, target = pipeline(images, target)
+        for epoch in range(epochs):
+            pipeline.set_epoch(epoch)
+            for images, target in loader:
+                images, target = pipeline(images, target)
+
+    Workers of a DataLoader so decode and collate bytes alone: images of one size by the default
+    `collate_fn`, others by one that returns their list.
     """
 
     def __init__(
@@ -258,7 +264,7 @@ class Pipeline:
     def __call__(
         self,
         images: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
+        target: Any = None,
         *,
         indices: Tensor | Sequence[int] | None = None,
         return_params: bool = False,

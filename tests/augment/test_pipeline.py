@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from reg_kernels import augment
 from reg_kernels.augment import _draws
@@ -217,6 +218,31 @@ def test_gradients_go_to_floats():
     steps = (augment.RandomAffine(20, interpolation="bilinear"), augment.Normalize(MEAN, STD))
     made = pipeline(*steps, backend="reference")
     assert torch.autograd.gradcheck(lambda x: made(x, indices=[4]), (x,), fast_mode=True)
+
+
+class Pictures(Dataset):
+    """Bytes (H, W, C) of different sizes, a label and the index of each."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return images(1, 8 + index, 20 - index)[0].permute(1, 2, 0), index % 3, index
+
+
+def test_workers_and_order_of_a_loader_count_for_nothing():
+    def lists(samples):
+        pictures, labels, indices = zip(*samples, strict=True)
+        return [*pictures], torch.tensor(labels), torch.tensor(indices)
+
+    made, results = pipeline(layout=None), []
+    for options in ({"batch_size": 4}, {"batch_size": 3, "shuffle": True}):
+        result = torch.empty(10, 3, 12, 12)
+        for batch, labels, indices in DataLoader(Pictures(), collate_fn=lists, **options):
+            result[indices], kept = made(batch, labels, indices=indices)
+            assert kept is labels
+        results.append(result)
+    assert torch.equal(*results)
 
 
 # Replay
