@@ -140,6 +140,13 @@ def slot_of(name: str) -> int:
     return zlib.crc32(name.encode()) % SLOTS
 
 
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device, without waiting for what is under way there."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class MixDraws:
     """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
     a batch by that of its first sample, for a pair by that of its first one."""
@@ -156,9 +163,9 @@ class MixDraws:
         return self._words
 
     def uniform(self, alpha: Tensor) -> Tensor:
-        return self._drawn(alpha)[:6].to(alpha.device, non_blocking=True)
+        return _sent(self._drawn(alpha)[:6], alpha.device)
 
     def beta(self, alpha: Tensor) -> Tensor:
-        words = self._drawn(alpha)[6:].to(alpha.device, non_blocking=True)
+        words = _sent(self._drawn(alpha)[6:], alpha.device)
         gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
         return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

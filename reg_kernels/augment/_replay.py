@@ -22,15 +22,17 @@ def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
     """Whether masks have no channels, and they as a batch: of floats, where they are other numbers
     than an image's; and their dtype."""
     is_tensor = isinstance(masks, Tensor)
-    if not is_tensor and not (masks and all(isinstance(mask, Tensor) for mask in masks)):
+    if not is_tensor and not (
+        isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks)
+    ):
         _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
-    dtype = masks[0].dtype
-    dims = {mask.dim() for mask in masks}
+    dims = {masks.dim() - 1} if is_tensor else {mask.dim() for mask in masks}
     if dims not in ({2}, {3}):
         got = f"those of {', '.join(map(str, sorted(dims)))} dimensions"
-        _refuse("masks", "(H, W) or (C, H, W) of each sample", got)
+        _refuse("masks", "(H, W) or (C, H, W) of each sample", got if dims else "none")
     is_flat = dims == {2}
-    each = [*masks] if not is_tensor else [masks]
+    each = [masks] if is_tensor else [*masks]
+    dtype = each[0].dtype
     if is_flat:
         each = [mask.unsqueeze(-3) for mask in each]
     if dtype != torch.uint8 and dtype not in DTYPES:

@@ -285,8 +285,8 @@ class _Mixing(_Policy):
     def _draw_weights(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of the image and of the chains, which add up to 1, (1 + width, N), and which
         steps are done, (width, depth, N)."""
-        gammas = u[: (self.width + 2) * _draws.GAMMA_WORDS].view(-1, _draws.GAMMA_WORDS, u.shape[1])
-        logs = torch.stack([_draws.log_gammas(self.alpha, words) for words in gammas])
+        words = u[: (self.width + 2) * _draws.GAMMA_WORDS].view(_draws.GAMMA_WORDS, -1)
+        logs = _draws.log_gammas(self.alpha, words).view(self.width + 2, -1)
         original, mixed = logs[:2].softmax(0)
         weights = torch.cat((original.unsqueeze(0), logs[2:].softmax(0) * mixed))
         return weights, self._steps(u[-self.width :])

@@ -382,6 +382,9 @@ ARGUMENTS = {
     "Pipeline: masks must be of the images' sizes, .16, 20., got .3, 4. at 0": lambda: (
         pipeline().apply(torch.zeros(1, 3, 4), pipeline()(images(1), return_params=True)[1])
     ),
+    "Pipeline: masks must be .H, W. or .C, H, W. of each sample, got none": (
+        lambda: pipeline().apply([], pipeline()(images(1), return_params=True)[1])
+    ),
     "Pipeline: boxes must be .N, K, 4. or a list": lambda: pipeline().boxes(
         torch.zeros(1, 2, 5), pipeline()(images(1), return_params=True)[1]
     ),
