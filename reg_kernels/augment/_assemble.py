@@ -188,7 +188,7 @@ class Assembly:
         values = self.values("fill", fill)
         box = _Box(top, left, height, width, *sides, filter, pad, values, copies=out is None)
         self._add_box(box)
-        self.height, self.width = (self._of_samples(side) for side in sides)
+        self.height, self.width = (self.of_samples(side) for side in sides)
 
     def flip(self, axis: str, on: Tensor | None) -> None:
         """Along "left_right" or "up_down"."""
@@ -226,7 +226,7 @@ class Assembly:
         else:
             self._flush()
         self._pending = warp
-        self.height, self.width = (self._of_samples(side) for side in sides)
+        self.height, self.width = (self.of_samples(side) for side in sides)
 
     def _add_box(self, box: _Box) -> None:
         if self.tracks:
@@ -324,7 +324,7 @@ class Assembly:
     def refuse(self, argument: str, must: str, got: object) -> NoReturn:
         refuse(self.name, argument, must, got, ValueError)
 
-    def _of_samples(self, number: Number) -> Tensor:
+    def of_samples(self, number: Number) -> Tensor:
         if isinstance(number, Tensor):
             return number
         return torch.full((self.samples,), float(number), dtype=torch.float64)

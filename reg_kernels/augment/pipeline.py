@@ -50,7 +50,6 @@ class _Step(NamedTuple):
 
     transform: Transform
     name: str
-    columns: tuple[str, ...]  # in full
     word: int  # the first of its words
     has_flag: bool  # whether its first column says where it applies
 
@@ -85,7 +84,7 @@ def _plan(transforms: Sequence[Transform]) -> _Plan:
         count = -(-(1 + needed) // 4) if has_flag or needed else 0
         if count > _draws.MOST_GROUPS:
             refuse(name, "draws", f"{4 * _draws.MOST_GROUPS} numbers at most", needed, ValueError)
-        steps.append(_Step(transform, name, own, 4 * len(groups), has_flag))
+        steps.append(_Step(transform, name, 4 * len(groups), has_flag))
         columns += own
         groups += [slot << 8 | number for number in range(count)]
     return _Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
@@ -321,32 +320,24 @@ class Pipeline:
         assembly = self._assembly(sizes, batch.channels, is_bytes)
         if self.same_on_batch:
             keys = keys[:1].expand(len(keys))
-        table = torch.empty(len(plan.columns), len(keys), dtype=torch.float64)
-        table[0] = keys
-        table[1] = self._epoch
-        table[2], table[3] = assembly.height, assembly.width
-        words = table[:0]
+        epoch = torch.full_like(assembly.height, self._epoch)
+        rows = [keys.double(), epoch, assembly.height, assembly.width]
+        words = assembly.height.new_empty(0)
         if plan.groups:
             words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
-        place = len(_KEYS)
         for step in plan.steps:
             transform = step.transform
             assembly.name = step.name
+            on = None
             if step.has_flag:
-                table[place] = words[step.word] < transform.p
+                on = words[step.word] < transform.p
+                rows.append(on.double())
             first = step.word + 1
-            drawn = transform.draw(words[first : first + transform.needed_words], assembly)
-            for row, values in enumerate(drawn, place + step.has_flag):
-                table[row] = values
-            self._write(step, table[place : place + len(step.columns)], assembly)
-            place += len(step.columns)
-        return Params(table.T, plan.columns, plan.described), assembly
-
-    def _write(self, step: _Step, rows: Tensor, assembly: Assembly) -> None:
-        on = rows[0] > 0 if step.has_flag else None
-        own = rows[step.has_flag :]
-        values = dict(zip(step.transform.columns, own.unbind(0), strict=True))
-        step.transform.write(values, on, assembly)
+            own = transform.draw(words[first : first + transform.needed_words], assembly)
+            drawn = [assembly.of_samples(x) for x in own]
+            rows += drawn
+            transform.write(dict(zip(transform.columns, drawn, strict=True)), on, assembly)
+        return Params(torch.stack(rows, 1), plan.columns, plan.described), assembly
 
     def _run(self, batch: Batch, assembly: Assembly) -> Tensor:
         dtype = self.dtype
@@ -398,13 +389,16 @@ class Pipeline:
         if plan is None:
             must = f"of this pipeline, {self._plans[self.training].described}"
             _refuse("params", must, f"those of {params.pipeline}")
-        table = params.table.T.contiguous()
-        assembly = self._assembly(table[2:4].T, 3, True, **options)
+        rows = params.table.T.contiguous().unbind(0)
+        assembly = self._assembly(torch.stack(rows[2:4], 1), 3, True, **options)
         place = len(_KEYS)
         for step in plan.steps:
             assembly.name = step.name
-            self._write(step, table[place : place + len(step.columns)], assembly)
-            place += len(step.columns)
+            on = rows[place] > 0 if step.has_flag else None
+            place += step.has_flag
+            drawn = dict(zip(step.transform.columns, rows[place:], strict=False))
+            step.transform.write(drawn, on, assembly)
+            place += len(step.transform.columns)
         return assembly
 
     @_on_host
