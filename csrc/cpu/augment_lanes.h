@@ -241,6 +241,11 @@ RK_HD Vector bytes_at(const uint8_t* p) {
 #elif defined(__AVX2__)
   return _mm256_cvtepi32_ps(
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__x86_64__)
+  int32_t four;
+  memcpy(&four, p, sizeof(four));
+  const __m128i halves = _mm_unpacklo_epi8(_mm_cvtsi32_si128(four), __m128i{});
+  return _mm_cvtepi32_ps(_mm_unpacklo_epi16(halves, __m128i{}));
 #else
   Vector v;
   for (int i = 0; i < kVector; ++i) v[i] = p[i];
