@@ -98,13 +98,21 @@ class ImageStatistics {
   }
 
   void count_levels(const float* row, int64_t width, int32_t* counts) const {
-    int32_t levels[kVector];
-    for_vectors(width, [&](int64_t i, Integers) RK_INLINE {
-      const Integers level = as_integers(gray_level(vector_at(row + i), range_));
-      memcpy(levels, &level, sizeof(levels));
-      const int64_t end = min(kVector, width - i);
-      for (int64_t j = 0; j < end; ++j) ++counts[j % kCopies * kGrays + levels[j]];
-    });
+    constexpr int64_t kChunk = 256;
+    const ImageRange range = range_;
+    int32_t levels[kChunk];
+    for (int64_t first = 0; first < width; first += kChunk) {
+      const int64_t count = min(kChunk, width - first);
+      for (int64_t i = 0; i < count; i += kVector) {
+        const Integers level = as_integers(gray_level(vector_at(row + first + i), range));
+        memcpy(levels + i, &level, sizeof(level));
+      }
+      int64_t i = 0;
+      for (; i + kCopies <= count; i += kCopies) {
+        for (int j = 0; j < kCopies; ++j) ++counts[j * kGrays + levels[i + j]];
+      }
+      for (; i < count; ++i) ++counts[levels[i]];
+    }
   }
 
   AugmentOp op_ = AugmentOp::none;
