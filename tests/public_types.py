@@ -35,6 +35,11 @@ target = augment.MixedTarget(torch.arange(4), torch.arange(4), 0.5)
 assert_type(target.labels, Tensor)
 assert_type(target.to_dense(10), Tensor)
 mixup = augment.Mixup(0.2, num_classes=10)
+flip = augment.RandomHorizontalFlip()
+pipeline = augment.Pipeline(flip, augment.from_timm("rand-m9"), mixup, dtype=torch.float16)
+params: augment.Params = pipeline.train()(x, torch.arange(4), return_params=True)[-1]
+assert_type(pipeline.apply(x, params), Tensor)
+assert_type(params["RandomHorizontalFlip.applied"], Tensor)
 
 assert_type(adversarial.PGD(model, 8 / 255, norm="l2")(x, torch.arange(4)), Tensor)
 assert_type(adversarial.trades_loss(model, x, torch.arange(4), beta=6.0), Tensor)

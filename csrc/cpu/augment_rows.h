@@ -116,8 +116,8 @@ RK_HD void for_channels(int channels, const F& f) {
 
 // The first positions of three bytes each, as many as can be read a vector at a time, to rows;
 // returns how many. `readable` bytes lie at `from`.
-RK_HD int64_t part_bytes([[maybe_unused]] const uint8_t* from, [[maybe_unused]] int64_t readable,
-                         [[maybe_unused]] int64_t count, [[maybe_unused]] const RowSet& to) {
+RK_HD int64_t part_bytes(const uint8_t* from, [[maybe_unused]] int64_t readable, int64_t count,
+                         const RowSet& to) {
   int64_t i = 0;
 #if defined(__AVX2__)
   // Four positions a lane of 16 bytes; each channel's bytes then become words.
@@ -155,6 +155,11 @@ RK_HD int64_t part_bytes([[maybe_unused]] const uint8_t* from, [[maybe_unused]] 
       put(at + 8, vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))));
       put(at + 12, vcvtq_f32_u32(vmovl_high_u16(high)));
     }
+  }
+#else
+  for (; i + kVector <= count && 3 * i + 4 * kVector <= readable; i += kVector) {
+    const Integers words = gathered_words(from + 3 * i, 3 * lane_numbers());
+    for (int c = 0; c < 3; ++c) put(to.channel[c] + i, as_floats(words >> (8 * c) & 255));
   }
 #endif
   return i;
@@ -271,16 +276,9 @@ class RowSource {
 template <typename T>
 RK_STAGE void narrow_row(const float* from, int64_t count, T* to, bool stream) {
   if constexpr (sizeof(T) == 1) {
-    typedef uint8_t Bytes __attribute__((vector_size(kVector)));
     int64_t i = 0;
     for (; i + kVector <= count; i += kVector) {
-      const Integers whole = as_integers(stored_byte(vector_at(from + i)));
-#if defined(__AVX512F__)
-      const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(whole));
-#else
-      const Bytes bytes = __builtin_convertvector(whole, Bytes);
-#endif
-      memcpy(to + i, &bytes, sizeof(Bytes));
+      put_bytes(to + i, as_integers(stored_byte(vector_at(from + i))));
     }
     for (; i < count; ++i) {
       to[i] = static_cast<uint8_t>(static_cast<int>(stored_byte(from[i])));

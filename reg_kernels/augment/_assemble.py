@@ -24,7 +24,7 @@ from .._numbers import refuse
 
 Number = Tensor | float  # one of each sample, (N,) float64, or one for all
 Fill = tuple[float, ...] | None  # as a user gives it
-Values = tuple[float, ...]  # four values of pixels
+Colour = tuple[float, ...]  # four values of pixels
 
 _SAME_FILTER = {
     Filter.NEAREST_EXACT: WarpFilter.NEAREST,
@@ -45,7 +45,7 @@ class _Box:
     out_width: Number
     filter: Filter = Filter.NEAREST
     pad: Pad = Pad.NONE
-    fill: Values = (0.0,) * 4
+    fill: Colour = (0.0,) * 4
     copies: bool = False  # the result has the region's size
     is_whole: bool = False  # the region is the image, and the result has its size
     left_right: Tensor | None = None
@@ -63,6 +63,16 @@ class _Box:
             left_right=_either(outer.left_right, self.left_right),
             up_down=_either(outer.up_down, self.up_down),
         )
+
+    def flips(self) -> Number:
+        """As the instruction has it."""
+        flips: Number = 0.0 if self.left_right is None else self.left_right.double()
+        return flips if self.up_down is None else flips + 2.0 * self.up_down
+
+    def on(self) -> Tensor | None:
+        """Which samples it changes, if not all."""
+        flips = self.flips()
+        return flips > 0 if self.is_whole and isinstance(flips, Tensor) else None
 
     def matrix(self, samples: int) -> Tensor:
         matrix = torch.zeros(samples, 3, 3, dtype=torch.float64)
@@ -85,7 +95,7 @@ class _Box:
 class _Warp:
     matrix: Tensor  # (N, 3, 3)
     filter: WarpFilter
-    fill: Values
+    fill: Colour
     height: Tensor  # of the image
     width: Tensor
     out_height: Number
@@ -101,8 +111,8 @@ class _Warp:
 
 
 def to_grid(entries: Tensor, size: tuple[Tensor, Tensor], out: tuple[Number, Number]) -> Tensor:
-    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine one
-    from the centre of the result; rounded to float32 where it is there."""
+    """A matrix, (9, N), as torchvision has it: to where an image goes from -1 to 1, and an affine
+    one from the centre of the result; rounded to float32 where it is there."""
     height, width = size
     is_affine = (entries[6] == 0) & (entries[7] == 0) & (entries[8] == 1)
     y, x = (torch.where(is_affine, side / 2, 0.0) for side in out)
@@ -118,6 +128,11 @@ def _mirrored(start: Number, length: Number, side: Number, flipped: Tensor | Non
     if flipped is None:
         return start
     return start + flipped * (side - length - 2 * start)
+
+
+def _any(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Which samples one of both changes; None: all."""
+    return None if a is None or b is None else a | b
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -160,6 +175,7 @@ class Assembly:
         left: Number,
         height: Number,
         width: Number,
+        *,
         out: tuple[Number, Number] | None = None,
         filter: Filter = Filter.NEAREST,
         pad: Pad = Pad.NONE,
@@ -172,7 +188,7 @@ class Assembly:
         values = self.values("fill", fill)
         box = _Box(top, left, height, width, *sides, filter, pad, values, copies=out is None)
         self._add_box(box)
-        self.height, self.width = (self._of_samples(side) for side in sides)
+        self.height, self.width = (self.of_samples(side) for side in sides)
 
     def flip(self, axis: str, on: Tensor | None) -> None:
         """Along "left_right" or "up_down"."""
@@ -203,14 +219,14 @@ class Assembly:
         if self.fuse and isinstance(last, _Warp) and (last.filter, last.fill) == (filter, values):
             warp.matrix = last.matrix @ matrix
             warp.height, warp.width = last.height, last.width
-            warp.on = None if last.on is None or warp.on is None else last.on | warp.on
+            warp.on = _any(last.on, warp.on)
         elif self.fuse and isinstance(last, _Box) and last.is_whole:
             warp.matrix = last.matrix(self.samples) @ matrix
-            warp.on = None
+            warp.on = _any(last.on(), warp.on)
         else:
             self._flush()
         self._pending = warp
-        self.height, self.width = (self._of_samples(side) for side in sides)
+        self.height, self.width = (self.of_samples(side) for side in sides)
 
     def _add_box(self, box: _Box) -> None:
         if self.tracks:
@@ -226,7 +242,8 @@ class Assembly:
         elif isinstance(last, _Warp) and self.fuse and self._continues(last, box):
             matrix = last.matrix @ box.matrix(self.samples)
             sides = (last.height, last.width, box.out_height, box.out_width)
-            self._pending = _Warp(matrix, last.filter, last.fill, *sides, None)
+            on = _any(last.on, box.on())
+            self._pending = _Warp(matrix, last.filter, last.fill, *sides, on)
             return
         else:
             self._flush()
@@ -251,15 +268,9 @@ class Assembly:
             matrix = last.entries(self.is_exact)
             self._add(Op.WARP, last.on, *matrix, *sizes, float(last.filter), *last.fill[:3])
         elif last is not None:
-            flips: Number = 0.0
-            if last.left_right is not None:
-                flips = last.left_right.double()
-            if last.up_down is not None:
-                flips = flips + 2.0 * last.up_down
-            on = flips > 0 if last.is_whole and isinstance(flips, Tensor) else None
-            sizes = (last.height, last.width, last.out_height, last.out_width)
-            how = (flips, float(last.filter), float(last.pad), *last.fill)
-            self._add(Op.BOX, on, last.top, last.left, *sizes, *how)
+            region = (last.top, last.left, last.height, last.width)
+            how = (last.flips(), float(last.filter), float(last.pad), *last.fill)
+            self._add(Op.BOX, last.on(), *region, last.out_height, last.out_width, *how)
 
     # All else
 
@@ -271,8 +282,8 @@ class Assembly:
         self._add(op, on, *arguments)
 
     def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
-        """K instructions that are written already, float64 (16, K, N); and, of warps among them, the
-        matrices (N, 3, 3) of all together."""
+        """K instructions that are written already, float64 (16, K, N); and, of warps among them,
+        the matrices (N, 3, 3) of all together."""
         if self.mask is not None:
             if matrices is None:
                 return
@@ -289,16 +300,16 @@ class Assembly:
         """float32 (N, S, 16); S is 1 at least."""
         self._flush()
         if not self.rows:
-            self.rows.append(torch.zeros(self.samples, WIDTH))
+            self.rows.append(torch.zeros(self.samples, WIDTH, dtype=torch.float32))
         return torch.stack(self.rows, 1)
 
-    def values(self, argument: str, fill: Fill) -> Values:
+    def values(self, argument: str, fill: Fill) -> Colour:
         """Four values of pixels, of numbers that a user gave; 0 of none."""
         if fill is None or self.mask is not None:
             return (self.mask or 0.0,) * 4
         return tuple(x * self.unit for x in self.of_channels(argument, fill))
 
-    def of_channels(self, argument: str, numbers: Sequence[float]) -> Values:
+    def of_channels(self, argument: str, numbers: Sequence[float]) -> Colour:
         """Four numbers, of one for all channels or of one for each."""
         if self.mask is None and len(numbers) not in (1, self.channels):
             must = f"one number, or one for each of the image's {self.channels} channels"
@@ -313,7 +324,7 @@ class Assembly:
     def refuse(self, argument: str, must: str, got: object) -> NoReturn:
         refuse(self.name, argument, must, got, ValueError)
 
-    def _of_samples(self, number: Number) -> Tensor:
+    def of_samples(self, number: Number) -> Tensor:
         if isinstance(number, Tensor):
             return number
         return torch.full((self.samples,), float(number), dtype=torch.float64)
@@ -322,8 +333,9 @@ class Assembly:
         if on is not None and not on.any():
             return
         numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
-        row = torch.tensor([float(op), *numbers, *[0.0] * (WIDTH - 1 - len(numbers))])
-        rows = row.repeat(self.samples, 1)
+        numbers += [0.0] * (WIDTH - 1 - len(numbers))
+        row = torch.tensor([float(op), *numbers], dtype=torch.float32)
+        rows = row.expand(self.samples, -1).clone()
         for place, x in enumerate(arguments, 1):
             if isinstance(x, Tensor):
                 rows[:, place] = x

@@ -10,6 +10,7 @@ A word w stands for the number w * 2^-32 in [0, 1), and a whole number below n i
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -36,18 +37,11 @@ def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Te
     in one int64 tensor, whose upper halves stay 0, the other two in the lower halves of a product.
     A round is four operations, since their number is what a batch's draws cost.
     """
-    key = (seed ^ TAG) & (2**64 - 1)
-    low, high = key & _MASK, key >> 32
-    keys = [
-        (_signed(low + number * _W0 & _MASK), _signed(high + number * _W1 & _MASK))
-        for number in range(_ROUNDS)
-    ]
-    round_keys = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1).unbind(0)
-    multipliers = torch.tensor([_M0, _M1]).view(2, 1, 1)
+    round_keys, multipliers = _constants(seed)
     state = torch.empty(3, 2, len(groups), len(indices), dtype=torch.int64)
     even, odd, product = state.unbind(0)  # words 0 and 2; 3 and 1; what the next words come from
     even[0] = indices & _MASK
-    even[1] = torch.tensor(groups).unsqueeze(1)
+    even[1] = _column(tuple(groups))
     odd[0] = epoch
     odd[1] = indices >> 32
     halves = state.view(torch.int32).view(3, 2, len(groups), len(indices), 2)
@@ -68,6 +62,26 @@ def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Te
     words[:, ::2] = even.transpose(0, 1)
     words[:, 1::2] = odd.flip(0).transpose(0, 1)
     return words.mul_(2.0**-32).view(-1, len(indices))
+
+
+@functools.lru_cache
+def _constants(seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The keys of the rounds, and the multipliers, beside pairs of words."""
+    key = (seed ^ TAG) & (2**64 - 1)
+    keys = [
+        [
+            _signed((half + number * step) & _MASK)
+            for half, step in ((key & _MASK, _W0), (key >> 32, _W1))
+        ]
+        for number in range(_ROUNDS)
+    ]
+    shaped = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1)
+    return shaped.unbind(0), torch.tensor([_M0, _M1]).view(2, 1, 1)
+
+
+@functools.lru_cache
+def _column(groups: tuple[int, ...]) -> Tensor:
+    return torch.tensor(groups).unsqueeze(1)
 
 
 def _signed(word: int) -> int:
@@ -126,6 +140,13 @@ def slot_of(name: str) -> int:
     return zlib.crc32(name.encode()) % SLOTS
 
 
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device, without waiting for what is under way there."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class MixDraws:
     """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
     a batch by that of its first sample, for a pair by that of its first one."""
@@ -142,9 +163,9 @@ class MixDraws:
         return self._words
 
     def uniform(self, alpha: Tensor) -> Tensor:
-        return self._drawn(alpha)[:6].to(alpha.device, non_blocking=True)
+        return _sent(self._drawn(alpha)[:6], alpha.device)
 
     def beta(self, alpha: Tensor) -> Tensor:
-        words = self._drawn(alpha)[6:].to(alpha.device, non_blocking=True)
+        words = _sent(self._drawn(alpha)[6:], alpha.device)
         gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
         return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

@@ -12,10 +12,10 @@ from .._augment_program import WIDTH, Axes, Op, WarpFilter
 from ._assemble import Assembly, Fill, to_grid
 from .colour import blur_weights
 
-# The number of an operation in columns of parameters is its place here. Beside it stands what a
-# strength v is: shears are v = tan of the angle, shifts are by v pixels, rotations counter-clockwise
-# by v degrees, enhancers have the factor v, Posterize keeps v bits, Solarize has the threshold v and
-# SolarizeAdd adds v below half, both in shares of the full range, and a blur has deviation v.
+# The number of an operation in columns of parameters is its place here. Of a strength v: shears are
+# by the angle of tangent v, shifts by v pixels, rotations counter-clockwise by v degrees, enhancers
+# have the factor v, Posterize keeps v bits, Solarize has the threshold v and SolarizeAdd adds v
+# below half, both in shares of the full range, and a blur has the deviation v.
 OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize"),
@@ -23,6 +23,7 @@ OPS = (
 )
 NUMBER = {name: number for number, name in enumerate(OPS)}
 BLUR_RADIUS = 7  # 3.5 deviations of the largest blur there is
+
 
 @functools.cache
 def _table(is_gray: bool, bound: float) -> Tensor:
@@ -79,12 +80,13 @@ def add(
     if on is not None:
         ops = ops * on
     table = _table(assembly.channels == 1, assembly.bound)
-    parts = table.index_select(1, ops.reshape(-1).long())
+    parts = table.gather(1, ops.reshape(-1).long().expand(len(table), -1))
     opcode, is_warp = parts[0], parts[1]
     scaled = parts[4:] * strengths.reshape(-1)
     angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
-    size = torch.stack((assembly.height, assembly.width)).repeat(1, count)
+    size = torch.stack((assembly.height, assembly.width)).unsqueeze(1)
+    size = size.expand(-1, count, -1).reshape(2, -1)
     y, x = size / 2
     still = 1 - cosine
     rows = torch.zeros(WIDTH, len(opcode), dtype=torch.float64)
@@ -105,7 +107,7 @@ def add(
         rows[13:] = torch.tensor(values[:3], dtype=torch.float64).unsqueeze(1)
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
-        matrices = _product(rows[1:10], is_warp, count)
+        matrices = _product(rows[1:10], count)
     if assembly.is_exact:
         height_width = (size[0], size[1])
         rows[1:10] = to_grid(rows[1:10], height_width, height_width)
@@ -119,10 +121,9 @@ def add(
     assembly.several(rows.view(WIDTH, count, -1), matrices)
 
 
-def _product(entries: Tensor, is_warp: Tensor, count: int) -> Tensor:
+def _product(entries: Tensor, count: int) -> Tensor:
     """Of the matrices' entries (9, K N), the product of the K of each sample, (N, 3, 3)."""
-    eye = torch.eye(3, dtype=torch.float64).view(9, 1)
-    steps = torch.where(is_warp > 0, entries, eye).T.reshape(count, -1, 3, 3)
+    steps = torch.stack([*entries], 1).view(count, -1, 3, 3)
     product = steps[0]
     for step in steps[1:]:
         product = product @ step

@@ -14,7 +14,9 @@ Step = tuple[str, float, float]
 def _parsed(text: str) -> list[tuple[Step, Step]]:
     pairs = []
     for line in text.split(";"):
-        first, second = (re.fullmatch(r"(\w+) ([\d.]+) ([\d.-]+)", x.strip()) for x in line.split("|"))
+        first, second = (
+            re.fullmatch(r"(\w+) ([\d.]+) ([\d.-]+)", x.strip()) for x in line.split("|")
+        )
         assert first is not None and second is not None, line
         pairs.append((_step(*first.groups()), _step(*second.groups())))
     return pairs
@@ -25,7 +27,8 @@ def _step(name: str, p: str, strength: str) -> Step:
 
 
 IMAGENET = _parsed(
-    """Posterize .4 8 | Rotate .6 9; Solarize .6 5 | AutoContrast .6 -; Equalize .8 - | Equalize .6 -;
+    """Posterize .4 8 | Rotate .6 9; Solarize .6 5 | AutoContrast .6 -;
+    Equalize .8 - | Equalize .6 -;
     Posterize .6 7 | Posterize .6 6; Equalize .4 - | Solarize .2 4; Equalize .4 - | Rotate .8 8;
     Solarize .6 3 | Equalize .6 -; Posterize .8 5 | Equalize 1 -; Rotate .2 3 | Solarize .6 8;
     Equalize .6 - | Posterize .4 6; Rotate .8 8 | Color .4 0; Rotate .4 9 | Equalize .6 -;
@@ -42,8 +45,10 @@ CIFAR10 = _parsed(
     Contrast .6 7 | Sharpness .6 5; Color .7 7 | TranslateX .5 8; Equalize .3 - | AutoContrast .4 -;
     TranslateY .4 3 | Sharpness .2 6; Brightness .9 6 | Color .2 8; Solarize .5 2 | Invert 0 -;
     Equalize .2 - | AutoContrast .6 -; Equalize .2 - | Equalize .6 -; Color .9 9 | Equalize .6 -;
-    AutoContrast .8 - | Solarize .2 8; Brightness .1 3 | Color .7 0; Solarize .4 5 | AutoContrast .9 -;
-    TranslateY .9 9 | TranslateY .7 9; AutoContrast .9 - | Solarize .8 3; Equalize .8 - | Invert .1 -;
+    AutoContrast .8 - | Solarize .2 8; Brightness .1 3 | Color .7 0;
+    Solarize .4 5 | AutoContrast .9 -;
+    TranslateY .9 9 | TranslateY .7 9; AutoContrast .9 - | Solarize .8 3;
+    Equalize .8 - | Invert .1 -;
     TranslateY .7 9 | AutoContrast .9 -"""
 )
 SVHN = _parsed(

@@ -134,11 +134,11 @@ def resize_filter(transform: Transform, interpolation: Any, antialias: bool | No
         return Filter.BILINEAR_ANTIALIAS
     if antialias and chosen == Filter.BICUBIC:
         return Filter.BICUBIC_ANTIALIAS
-    return chosen  # type: ignore[no-any-return]
+    return chosen
 
 
 def warp_filter(transform: Transform, interpolation: Any) -> WarpFilter:
-    return transform._choice("interpolation", interpolation, _WARPS)  # type: ignore[no-any-return]
+    return transform._choice("interpolation", interpolation, _WARPS)
 
 
 def _limits(least: float, most: float) -> str:

@@ -72,10 +72,12 @@ _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 def _of_steps(orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Of each order: which of the four is at each step, (4, orders); and of it, (4, 4, orders), its
     opcode, its opcode for gray images, its neutral factor, and whether it has a rest."""
-    places = torch.tensor(orders).T.contiguous()
+    places = torch.tensor(orders, device="cpu").T.contiguous()
     opcodes = [float(op) for op in _JITTER]
     kinds = [opcodes, [*opcodes[:2], 0.0, 0.0], _NEUTRAL, [0.0, 1.0, 1.0, 0.0]]
-    return places, torch.stack([torch.tensor(kind, dtype=torch.float64)[places] for kind in kinds])
+    return places, torch.stack(
+        [torch.tensor(kind, dtype=torch.float64, device="cpu")[places] for kind in kinds]
+    )
 
 
 def _jitter(
@@ -83,9 +85,11 @@ def _jitter(
 ) -> None:
     """Adds the four instructions, in the order of that number, of the four factors."""
     number = order.long()
-    factors = torch.stack([values[name] for name in ("brightness", "contrast", "saturation", "hue")])
-    used = factors.gather(0, orders[0].index_select(1, number))
-    opcode, gray_opcode, neutral, has_rest = orders[1].index_select(2, number)
+    factors = torch.stack(
+        [values[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    )
+    used = factors.gather(0, orders[0].gather(1, number.expand(4, -1)))
+    opcode, gray_opcode, neutral, has_rest = orders[1].gather(2, number.expand(4, 4, -1))
     is_done = used != neutral
     if on is not None:
         is_done &= on

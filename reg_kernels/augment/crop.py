@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._augment_program import Filter, Pad as PadMode
+from .._augment_program import Pad as PadMode
 from . import _draws
 from ._assemble import Assembly, Number
 from ._transform import PADS, Transform, Values, resize_filter
@@ -34,7 +34,7 @@ def first_valid(valid: Tensor, *candidates: Tensor) -> tuple[Tensor, ...]:
     return (left > 0, *(x.gather(0, chosen)[0] for x in candidates))
 
 
-_LEFT = torch.arange(TRIES, 0, -1).unsqueeze(1)
+_LEFT = torch.arange(TRIES, 0, -1, device="cpu").unsqueeze(1)
 
 
 class RandomResizedCrop(Transform):
@@ -82,7 +82,7 @@ class RandomResizedCrop(Transform):
         found, width, height = first_valid(valid, width, height)
         if not found.all():
             least, most = self.ratio
-            narrow, wide = (W / H < least) & ~found, (W / H > most) & ~found
+            narrow, wide = ~found & (least > W / H), ~found & (most < W / H)
             width, height = torch.where(found, width, W), torch.where(found, height, H)
             height = torch.where(narrow, (W / least).round().clamp(min=1), height)
             width = torch.where(wide, (H * most).round().clamp(min=1), width)
@@ -94,8 +94,8 @@ class RandomResizedCrop(Transform):
         return top, left, height, width
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
-        region = (values[name] for name in self.columns)
-        assembly.box(*region, out=self.size, filter=self.filter)
+        top, left, height, width = (values[name] for name in self.columns)
+        assembly.box(top, left, height, width, out=self.size, filter=self.filter)
 
     def for_evaluation(self, share: float) -> Sequence[Transform]:
         if self.size[0] == self.size[1]:
@@ -171,7 +171,7 @@ class RandomCrop(Transform):
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         left, top, right, bottom = self.padding or (0, 0, 0, 0)
         places = []
-        pads = []
+        pads: list[tuple[Number, Tensor]] = []
         axes = ((assembly.height, top, bottom), (assembly.width, left, right))
         for word, length, (side, before, after) in zip(u, self.size, axes, strict=True):
             padded = side + (before + after)
@@ -217,7 +217,8 @@ class CenterCrop(Transform):
             places.append(((padded - length) / 2).round_() - padding)
             is_inside = is_inside and not bool((side < length).any())
         pad = PadMode.NONE if is_inside else PadMode.CONSTANT
-        assembly.box(*places, *self.size, pad=pad)
+        top, left = places
+        assembly.box(top, left, *self.size, pad=pad)
 
     def for_evaluation(self, share: float) -> Sequence[Transform]:
         return (self,)

@@ -121,9 +121,9 @@ class RandomRotation(_Warping):
     def _expanded(self, matrix: Tensor, assembly: Assembly) -> tuple[Number, Number]:
         """The result's size; moves its corner to that of what is seen."""
         seen = torch.linalg.inv(matrix) @ _corners(assembly)
-        # Less than a ten thousandth of a pixel is the rounding of a side that fits.
-        low = (seen[:, :2].amin(2) * 1e4).trunc_().mul_(1e-4).floor_()
-        high = (seen[:, :2].amax(2) * 1e4).trunc_().mul_(1e-4).ceil_()
+        # A ten thousandth of a pixel is the rounding of a side that fits.
+        low = (seen[:, :2].amin(2) + 1e-4).floor_()
+        high = (seen[:, :2].amax(2) - 1e-4).ceil_()
         matrix[:, :2, 2] += (matrix[:, :2, :2] @ low.unsqueeze(2)).squeeze(2)
         width, height = (high - low).unbind(1)
         return height, width
@@ -276,6 +276,8 @@ def _perspective(ends: Tensor, starts: Tensor) -> Tensor:
     equations = equations.view(samples, 8, 8)
     solved, info = torch.linalg.solve_ex(equations, starts.reshape(samples, 8))
     matrix = torch.cat((solved, torch.ones(samples, 1, dtype=torch.float64)), 1)
-    sound = (info == 0) & matrix.isfinite().all(1)
+    matrix = matrix.view(-1, 3, 3)
+    sound = (info == 0) & matrix.isfinite().all(2).all(1)
+    sound &= torch.linalg.det(matrix).abs() > 1e-9  # not seen edge on
     eye = torch.eye(3, dtype=torch.float64)
-    return torch.where(sound.view(-1, 1, 1), matrix.view(-1, 3, 3), eye)
+    return torch.where(sound.view(-1, 1, 1), matrix, eye)

@@ -74,8 +74,9 @@ class Mixup:
         TypeError, RuntimeError: a type, dtype or device is another one, as in `functional.mixup`.
 
     While its attribute `mixup_enabled` is False, as timm's, a batch is normalised and no more. It
-    may be part of a DataLoader's collate_fn. Without a `seed`, `torch.compile(fullgraph=True)`
-    takes it.
+    may be part of a DataLoader's collate_fn. As the last transform of a `Pipeline` it draws by the
+    pipeline's seed and the samples' indices instead. Without a `seed`,
+    `torch.compile(fullgraph=True)` takes it.
 
     Example::
 

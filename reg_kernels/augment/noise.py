@@ -21,7 +21,8 @@ class GaussianNoise(Transform):
     r"""Adds :math:`\mathrm{mean} + \mathrm{sigma}\, z` to each element, z normal.
 
     Args:
-        mean: in shares of the full range, as torchvision has it: 0.5 is 127.5 of bytes.
+        mean: in shares of the full range, as torchvision has it: 0.5 is 127.5 of bytes. After a
+            `Normalize` both are in normalised units.
         sigma: likewise, not negative.
         clip: True clamps the result to the range of the pixels.
         p: the probability that it applies.

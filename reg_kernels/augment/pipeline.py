@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, packed
+from ._replay import moved_boxes, moved_points, packed_masks
 from ._transform import Transform
 from .mixup import Mixup
 from .noise import ToDtype
@@ -26,12 +28,28 @@ _KEYS = ("index", "epoch", "height", "width")  # of the parameters, before the t
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_host(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """What is drawn and written lies on the CPU, whatever torch.set_default_device says."""
+
+    @functools.wraps(method)
+    def called(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        if torch.get_default_device().type == "cpu":
+            return method(*args, **options)
+        with torch.device("cpu"):
+            return method(*args, **options)
+
+    return called
+
+
 class _Step(NamedTuple):
     """A transform in its place in the parameters and the draws."""
 
     transform: Transform
     name: str
-    columns: tuple[str, ...]  # in full
     word: int  # the first of its words
     has_flag: bool  # whether its first column says where it applies
 
@@ -48,7 +66,8 @@ def _plan(transforms: Sequence[Transform]) -> _Plan:
     draws shift where one is put in or left out."""
     counts: dict[str, int] = {}
     taken: set[int] = set()
-    steps, columns, groups = [], list(_KEYS), []
+    steps: list[_Step] = []
+    columns, groups = list(_KEYS), list[int]()
     for transform in transforms:
         kind = type(transform).__name__
         counts[kind] = counts.get(kind, 0) + 1
@@ -65,7 +84,7 @@ def _plan(transforms: Sequence[Transform]) -> _Plan:
         count = -(-(1 + needed) // 4) if has_flag or needed else 0
         if count > _draws.MOST_GROUPS:
             refuse(name, "draws", f"{4 * _draws.MOST_GROUPS} numbers at most", needed, ValueError)
-        steps.append(_Step(transform, name, own, 4 * len(groups), has_flag))
+        steps.append(_Step(transform, name, 4 * len(groups), has_flag))
         columns += own
         groups += [slot << 8 | number for number in range(count)]
     return _Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
@@ -88,8 +107,9 @@ class Pipeline:
         layout: "NCHW" or "NHWC", what an input's axes are. None: the channels are the axis, second
             or last, of 1 to 4; where both may be, it has to be given.
         exact: "torchvision" gives torchvision's results for bytes, which has whole numbers after
-            each transform: the same bits where pixels are copied or looked up, and otherwise at
-            most one level away. None keeps floats between transforms and rounds once.
+            each transform: the same bits where pixels are copied or looked up, and one level away
+            at most where a bilinear filter or a blur sums. None keeps floats between transforms and
+            rounds once.
         fuse_geometry: True makes one interpolation of rotations, affine and perspective transforms
             in a row, of flips beside them and of crops after them. That is sharper and faster, and
             what the first pushes out of the image the second may bring back. Crops, flips and a
@@ -99,8 +119,8 @@ class Pipeline:
         crop_share: what share of the shorter side a `RandomResizedCrop` leaves in evaluation.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
-    A call takes images, uint8 in [0, 255] or floats in [0, 1]: (N, C, H, W), (N, H, W, C), or a list
-    of (C, H, W) or (H, W, C) of different sizes, of 1 to 4 channels, on any device. It returns
+    A call takes images, uint8 in [0, 255] or floats in [0, 1]: (N, C, H, W), (N, H, W, C), or a
+    list of (C, H, W) or (H, W, C) of different sizes, of 1 to 4 channels, on any device. It returns
     (N, C, height, width). A result of floats is in [0, 1] until a `Normalize`. With a target it
     returns both, the target as it is or, with a `Mixup`, mixed; with `return_params=True` the
     `Params` last. The gradient goes to images of floats.
@@ -108,8 +128,9 @@ class Pipeline:
     Every draw depends on (seed, epoch, sample index, transform) alone: an image gets the same
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
-    begin. `set_epoch` begins an epoch, and `state_dict` says where in it a run is. All is computed
-    on the CPU, and nothing waits for a GPU.
+    begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
+    begins an epoch, and `state_dict` says where in it a run is. All is computed on the CPU, and
+    nothing waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
     `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
@@ -127,7 +148,13 @@ class Pipeline:
             augment.RandomResizedCrop(224), augment.RandomHorizontalFlip(),
             augment.RandAugment(2, 9), augment.Normalize(MEAN, STD), augment.RandomErasing(0.25),
             augment.Mixup(0.2, cutmix_alpha=1.0), dtype=torch.float16)
-        images, target = pipeline(images, target)
+        for epoch in range(epochs):
+            pipeline.set_epoch(epoch)
+            for images, target in loader:
+                images, target = pipeline(images, target)
+
+    Workers of a DataLoader so decode and collate bytes alone: images of one size by the default
+    `collate_fn`, others by one that returns their list.
     """
 
     def __init__(
@@ -149,7 +176,7 @@ class Pipeline:
             self._mixup, transforms = transforms[-1], transforms[:-1]
         drawn = _checked_order(transforms)
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         self.seed = integer("Pipeline", "seed", seed)
         normalizes = any(transform.normalizes for transform in drawn)
         self._needs_floats = normalizes or self._mixup is not None
@@ -196,7 +223,10 @@ class Pipeline:
             *("seed", "dtype", "memory_format", "layout", "exact", "fuse_geometry"),
             *("same_on_batch", "crop_share", "backend"),
         )
-        shown = [*map(repr, self.transforms), *(f"{name}={getattr(self, name)!r}" for name in names)]
+        shown = [
+            *map(repr, self.transforms),
+            *(f"{name}={getattr(self, name)!r}" for name in names),
+        ]
         return f"Pipeline({', '.join(shown)})"
 
     # Where a run is
@@ -229,10 +259,11 @@ class Pipeline:
 
     # Calls
 
+    @_on_host
     def __call__(
         self,
         images: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
+        target: Any = None,
         *,
         indices: Tensor | Sequence[int] | None = None,
         return_params: bool = False,
@@ -245,11 +276,12 @@ class Pipeline:
         keys = self._keys(samples, indices)
         params, assembly = self._assembled(batch, keys)
         result: Any = self._run(batch, assembly)
+        mixed: Any = target
         if mixes:
             assert self._mixup is not None and target is not None
             draws = _draws.MixDraws(self.seed, self._epoch, keys)
-            result, target = self._mixup.mix(result, target, draws)
-        extra = (*(() if target is None else (target,)), *((params,) if return_params else ()))
+            result, mixed = self._mixup.mix(result, target, draws)
+        extra = (*(() if target is None else (mixed,)), *((params,) if return_params else ()))
         return (result, *extra) if extra else result
 
     def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
@@ -288,32 +320,24 @@ class Pipeline:
         assembly = self._assembly(sizes, batch.channels, is_bytes)
         if self.same_on_batch:
             keys = keys[:1].expand(len(keys))
-        table = torch.empty(len(plan.columns), len(keys), dtype=torch.float64)
-        table[0] = keys
-        table[1] = self._epoch
-        table[2], table[3] = assembly.height, assembly.width
-        words = torch.empty(0)
+        epoch = torch.full_like(assembly.height, self._epoch)
+        rows = [keys.double(), epoch, assembly.height, assembly.width]
+        words = assembly.height.new_empty(0)
         if plan.groups:
             words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
-        place = len(_KEYS)
         for step in plan.steps:
             transform = step.transform
             assembly.name = step.name
+            on = None
             if step.has_flag:
-                table[place] = words[step.word] < transform.p
+                on = words[step.word] < transform.p
+                rows.append(on.double())
             first = step.word + 1
-            drawn = transform.draw(words[first : first + transform.needed_words], assembly)
-            for row, values in enumerate(drawn, place + step.has_flag):
-                table[row] = values
-            self._write(step, table[place : place + len(step.columns)], assembly)
-            place += len(step.columns)
-        return Params(table.T, plan.columns, plan.described), assembly
-
-    def _write(self, step: _Step, rows: Tensor, assembly: Assembly) -> None:
-        on = rows[0] > 0 if step.has_flag else None
-        own = rows[step.has_flag :]
-        values = dict(zip(step.transform.columns, own.unbind(0), strict=True))
-        step.transform.write(values, on, assembly)
+            own = transform.draw(words[first : first + transform.needed_words], assembly)
+            drawn = [assembly.of_samples(x) for x in own]
+            rows += drawn
+            transform.write(dict(zip(transform.columns, drawn, strict=True)), on, assembly)
+        return Params(torch.stack(rows, 1), plan.columns, plan.described), assembly
 
     def _run(self, batch: Batch, assembly: Assembly) -> Tensor:
         dtype = self.dtype
@@ -365,15 +389,19 @@ class Pipeline:
         if plan is None:
             must = f"of this pipeline, {self._plans[self.training].described}"
             _refuse("params", must, f"those of {params.pipeline}")
-        table = params.table.T.contiguous()
-        assembly = self._assembly(table[2:4].T, 3, True, **options)
+        rows = params.table.T.contiguous().unbind(0)
+        assembly = self._assembly(torch.stack(rows[2:4], 1), 3, True, **options)
         place = len(_KEYS)
         for step in plan.steps:
             assembly.name = step.name
-            self._write(step, table[place : place + len(step.columns)], assembly)
-            place += len(step.columns)
+            on = rows[place] > 0 if step.has_flag else None
+            place += step.has_flag
+            drawn = dict(zip(step.transform.columns, rows[place:], strict=False))
+            step.transform.write(drawn, on, assembly)
+            place += len(step.transform.columns)
         return assembly
 
+    @_on_host
     def apply(
         self,
         masks: Tensor | Sequence[Tensor],
@@ -400,7 +428,7 @@ class Pipeline:
         if interpolation not in filters:
             _refuse("interpolation", f"one of {', '.join(filters)}", repr(interpolation))
         fill = number("Pipeline", "fill", fill)
-        is_flat, batch, dtype = _masks(masks)
+        is_flat, batch, dtype = packed_masks(masks)
         assembly = self._replayed(params, mask=fill, mask_filter=filters[interpolation])
         if len(batch.images) != len(params):
             _refuse("masks", f"of as many samples as params, {len(params)}", len(batch.images))
@@ -420,6 +448,7 @@ class Pipeline:
         )
         return (result[:, 0] if is_flat else result).to(dtype)
 
+    @_on_host
     def boxes(self, boxes: Tensor | Sequence[Tensor], params: Params) -> Any:
         """Where boxes of the images are in the result.
 
@@ -428,30 +457,17 @@ class Pipeline:
         no area.
 
         Args:
-            boxes: (N, K, 4), or a list of (K, 4), a different K each: x1, y1, x2, y2 in pixels, from
-                the image's upper left corner.
+            boxes: (N, K, 4), or a list of (K, 4), a different K each: x1, y1, x2, y2 in pixels,
+                from the image's upper left corner.
             params: of the images' call.
 
         Returns:
             The same of the result, float32, on the boxes' device.
         """
-        corners = _corners_of(boxes, 4, "boxes")
         assembly = self._replayed(params, tracks=True, mask=0.0)
-        maps = torch.linalg.inv(assembly.seen)
-        moved = []
-        for sample, (box, matrix) in enumerate(self._with(corners, maps, "boxes")):
-            x, y = box[:, [0, 2, 2, 0]], box[:, [1, 1, 3, 3]]
-            u, v = _moved(x, y, matrix.to(box.device))
-            limits = (assembly.width[sample].item(), assembly.height[sample].item())
-            bounds = [
-                part.clamp(0.0, limit)
-                for part, limit in zip(
-                    (u.amin(1), v.amin(1), u.amax(1), v.amax(1)), limits * 2, strict=True
-                )
-            ]
-            moved.append(torch.stack(bounds, 1).float())
-        return torch.stack(moved) if isinstance(boxes, Tensor) else moved
+        return moved_boxes(boxes, assembly)
 
+    @_on_host
     def keypoints(self, keypoints: Tensor | Sequence[Tensor], params: Params) -> Any:
         """Where points of the images are in the result; they may lie outside of it.
 
@@ -463,19 +479,8 @@ class Pipeline:
         Returns:
             The same of the result, float32, on the points' device.
         """
-        points = _corners_of(keypoints, 2, "keypoints")
         assembly = self._replayed(params, tracks=True, mask=0.0)
-        maps = torch.linalg.inv(assembly.seen)
-        moved = []
-        for own, matrix in self._with(points, maps, "keypoints"):
-            u, v = _moved(own[:, 0], own[:, 1], matrix.to(own.device))
-            moved.append(torch.stack((u, v), 1).float())
-        return torch.stack(moved) if isinstance(keypoints, Tensor) else moved
-
-    def _with(self, own: Sequence[Tensor], maps: Tensor, argument: str) -> Any:
-        if len(own) != len(maps):
-            _refuse(argument, f"of as many samples as params, {len(maps)}", len(own))
-        return zip(own, maps, strict=True)
+        return moved_points(keypoints, assembly)
 
 
 def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
@@ -508,39 +513,3 @@ def _checked_dtype(
     if dtype == torch.uint8 and needs_floats:
         _refuse("dtype", "of floats with Normalize or Mixup", named(dtype))
     return dtype
-
-
-def _masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
-    """Whether masks have no channels, and they as a batch of floats, or of bytes."""
-    is_flat = isinstance(masks, Tensor) and masks.dim() == 3
-    if isinstance(masks, Tensor):
-        masks = masks.unsqueeze(1) if is_flat else masks
-    elif isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks):
-        is_flat = all(mask.dim() == 2 for mask in masks)
-        masks = [mask.unsqueeze(0) for mask in masks] if is_flat else masks
-    else:
-        _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
-    dtype = masks.dtype if isinstance(masks, Tensor) else masks[0].dtype
-    if dtype != torch.uint8 and dtype not in DTYPES:
-        floats = [mask.float() for mask in masks] if not isinstance(masks, Tensor) else masks.float()
-        return is_flat, packed(floats, "NCHW"), dtype
-    return is_flat, packed(masks, "NCHW"), dtype
-
-
-def _corners_of(given: Any, count: int, argument: str) -> list[Tensor]:
-    """Float64 (K, count) of each sample."""
-    is_tensor = isinstance(given, Tensor)
-    if not is_tensor and not isinstance(given, Sequence):
-        _refuse(argument, "a tensor, or a list of tensors", type(given).__name__, TypeError)
-    for own in given:
-        if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != count:
-            must = f"(N, K, {count}) or a list of (K, {count})"
-            got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
-            _refuse(argument, must, f"a sample of {got}" if isinstance(own, Tensor) else got)
-    return [own.double() for own in given]
-
-
-def _moved(x: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    (a, b, c), (d, e, f), (g, h, i) = matrix
-    q = g * x + h * y + i
-    return (a * x + b * y + c) / q, (d * x + e * y + f) / q

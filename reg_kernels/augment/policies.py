@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,29 +27,15 @@ _SIGNED = (
 _ENHANCERS = _SIGNED[5:]
 
 
-class Scale:
-    """Strengths by bin: what the last bin of each kind of operation is."""
+class Scale(NamedTuple):
+    """What the last bin of each kind of operation is."""
 
-    def __init__(
-        self, shear: float, rotate: float, enhance: float, bits: float, steps: float, shift: Any
-    ) -> None:
-        self.shear, self.rotate, self.enhance = shear, rotate, enhance
-        self.bits, self.steps = bits, steps  # Posterize keeps bits - bin / (bins - 1) * steps
-        self.shift = shift  # of a side: the pixels of the last bin
-
-    @functools.cache  # noqa: B019  # the scales are constants of this file
-    def strengths(self, name: str, bins: int, side: float) -> Tensor:
-        """Of all bins: torchvision's float32 numbers, so that whole pixels are the same ones."""
-        tops = {"Rotate": self.rotate} | dict.fromkeys(_ENHANCERS, self.enhance)
-        tops |= dict.fromkeys(("ShearX", "ShearY"), self.shear)
-        if name.startswith("Translate"):
-            return torch.linspace(0.0, self.shift(side), bins).trunc().double()
-        if name == "Posterize":
-            step = (bins - 1) / self.steps
-            return (self.bits - torch.arange(bins) / step).round().double()
-        if name == "Solarize":
-            return torch.linspace(1.0, 0.0, bins).double()
-        return torch.linspace(0.0, tops.get(name, 0.0), bins).double()
+    shear: float
+    rotate: float
+    enhance: float
+    bits: float  # Posterize keeps bits - bin / (bins - 1) * steps
+    steps: float
+    shift: Callable[[float], float]  # in pixels, of a side
 
 
 RAND = Scale(0.3, 30.0, 0.9, 8, 4, lambda side: 150.0 / 331.0 * side)
@@ -57,11 +43,26 @@ WIDE = Scale(0.99, 135.0, 0.99, 8, 6, lambda side: 32.0)
 MIXED = Scale(0.3, 30.0, 0.9, 4, 4, lambda side: side / 3.0)
 
 
+def _linear(first: float, last: float, bins: int) -> Tensor:
+    """torchvision's float32 numbers, so that whole pixels are the same ones."""
+    return torch.linspace(first, last, bins, dtype=torch.float32).double()
+
+
 @functools.cache
-def _bins(scale: Scale, names: tuple[str, ...], bins: int, height: float, width: float) -> Tensor:
-    """Strengths (operations, bins) for images of one size."""
-    sides = {"TranslateX": width, "TranslateY": height}
-    return torch.stack([scale.strengths(name, bins, sides.get(name, 0.0)) for name in names])
+def strengths_by_bin(scale: Scale, names: tuple[str, ...], bins: int) -> Tensor:
+    """(operations, bins); 0 of shifts, which go by an image's side."""
+    tops = {"Rotate": scale.rotate} | dict.fromkeys(_ENHANCERS, scale.enhance)
+    tops |= dict.fromkeys(("ShearX", "ShearY"), scale.shear)
+    rows = {name: _linear(0.0, tops.get(name, 0.0), bins) for name in names}
+    step = (bins - 1) / scale.steps
+    bits = scale.bits - torch.arange(bins, dtype=torch.float32) / step
+    rows |= {"Posterize": bits.round().double(), "Solarize": _linear(1.0, 0.0, bins)}
+    return torch.stack([rows[name] for name in names])
+
+
+@functools.cache
+def shifts_by_bin(scale: Scale, bins: int, side: float) -> Tensor:
+    return _linear(0.0, scale.shift(side), bins).trunc()
 
 
 @functools.cache
@@ -86,26 +87,22 @@ class _Policy(Transform):
         self.fill = self._fill(fill)
 
     def _numbers(self, choice: Tensor) -> Tensor:
-        return _kinds(self.names)[0][choice]
+        return _kinds(self.names)[0].take(choice)
 
     def _strengths(
         self, choice: Tensor, bins: Tensor | int, sign: Tensor, assembly: Assembly
     ) -> Tensor:
         """Of operations (K, N), their bins, and uniform numbers for the signs."""
-        height, width = assembly.height, assembly.width
-        first = height[0].item(), width[0].item()
-        if bool(((height == first[0]) & (width == first[1])).all()):
-            strengths = _bins(self.scale, self.names, self.bins, *first)[choice, bins]
-        else:  # each sample has its own shifts
-            tables = [
-                _bins(self.scale, self.names, self.bins, *size)
-                for size in zip(height.tolist(), width.tolist(), strict=True)
-            ]
-            samples = torch.arange(len(tables)).expand_as(choice)
-            strengths = torch.stack(tables)[samples, choice, bins]
+        table = strengths_by_bin(self.scale, self.names, self.bins)
+        strengths = table.take(choice * self.bins + bins)
+        for name, side in (("TranslateX", assembly.width), ("TranslateY", assembly.height)):
+            sides, which = side.unique(return_inverse=True)
+            rows = [shifts_by_bin(self.scale, self.bins, side) for side in sides.tolist()]
+            shifts = torch.stack(rows).take(which * self.bins + bins)
+            strengths = torch.where(choice == self.names.index(name), shifts, strengths)
         _, signed, offsets = _kinds(self.names)
-        negative = signed[choice] & (sign <= 0.5)
-        return torch.where(negative, -strengths, strengths) + offsets[choice]
+        negative = signed.take(choice) & (sign <= 0.5)
+        return torch.where(negative, -strengths, strengths) + offsets.take(choice)
 
     def _columns(self, count: int) -> tuple[str, ...]:
         return tuple(f"{name}{k}" for name in ("op", "strength") for k in range(1, count + 1))
@@ -255,8 +252,9 @@ class AutoAugment(_Policy):
         self.columns = self._columns(2)
         steps = [step for pair in _POLICIES[policy] for step in pair]
         choices = [[self.names.index(name), strength] for name, _, strength in steps]
-        self._choices = torch.tensor(choices).long().view(-1, 2, 2)
-        self._p = torch.tensor([p for _, p, _ in steps], dtype=torch.float64).view(-1, 2)
+        self._choices = torch.tensor(choices, device="cpu").long().view(-1, 2, 2)
+        own = [p for _, p, _ in steps]
+        self._p = torch.tensor(own, dtype=torch.float64, device="cpu").view(-1, 2)
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         pair = _draws.integers(u[0], len(self._p)).long()
@@ -287,8 +285,8 @@ class _Mixing(_Policy):
     def _draw_weights(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of the image and of the chains, which add up to 1, (1 + width, N), and which
         steps are done, (width, depth, N)."""
-        gammas = u[: (self.width + 2) * _draws.GAMMA_WORDS].view(-1, _draws.GAMMA_WORDS, u.shape[1])
-        logs = torch.stack([_draws.log_gammas(self.alpha, words) for words in gammas])
+        words = u[: (self.width + 2) * _draws.GAMMA_WORDS].view(_draws.GAMMA_WORDS, -1)
+        logs = _draws.log_gammas(self.alpha, words).view(self.width + 2, -1)
         original, mixed = logs[:2].softmax(0)
         weights = torch.cat((original.unsqueeze(0), logs[2:].softmax(0) * mixed))
         return weights, self._steps(u[-self.width :])

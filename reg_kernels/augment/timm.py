@@ -209,11 +209,11 @@ class TimmAugment(_Steps):
         self.each, self.magnitude, self.mstd, self.most = p, magnitude, mstd, most
         self.weights = None
         if weights is not None:
-            self.weights = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+            self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu").unsqueeze(1)
         self.pairs = None
         if pairs is not None:
             steps = [[self.names.index(name), p, m] for pair in pairs for name, p, m in pair]
-            self.pairs = torch.tensor(steps, dtype=torch.float64).view(-1, layers, 3)
+            self.pairs = torch.tensor(steps, dtype=torch.float64, device="cpu").view(-1, layers, 3)
         self._set_common(config, fill, interpolation)
         self.columns = self._step_columns(layers)
 
@@ -350,8 +350,8 @@ def from_timm(
     Raises:
         ValueError: the string is none of these.
 
-    Columns: op1, ..., strength1, ... as of `RandAugment`, and filter1, ..., 2 for bilinear and 3 for
-    bicubic; of AugMix the weights as of `AugMix` before them.
+    Columns: op1, ..., strength1, ... as of `RandAugment`, and filter1, ..., 2 for bilinear and 3
+    for bicubic; of AugMix the weights as of `AugMix` before them.
     """
     if not isinstance(config, str):
         refuse("from_timm", "config", "a string", type(config).__name__, TypeError)

@@ -1,0 +1,79 @@
+"""What lies on the images: masks as a batch that the op takes, boxes and points where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .._dtypes import DTYPES
+from .._numbers import refuse
+from ._assemble import Assembly
+from ._images import Batch, packed
+
+
+def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
+    refuse("Pipeline", argument, must, got, kind)
+
+
+def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
+    """Whether masks have no channels, and they as a batch: of floats, where they are other numbers
+    than an image's; and their dtype."""
+    is_tensor = isinstance(masks, Tensor)
+    if not is_tensor and not (
+        isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks)
+    ):
+        _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
+    dims = {masks.dim() - 1} if is_tensor else {mask.dim() for mask in masks}
+    if dims not in ({2}, {3}):
+        got = f"those of {', '.join(map(str, sorted(dims)))} dimensions"
+        _refuse("masks", "(H, W) or (C, H, W) of each sample", got if dims else "none")
+    is_flat = dims == {2}
+    each = [masks] if is_tensor else [*masks]
+    dtype = each[0].dtype
+    if is_flat:
+        each = [mask.unsqueeze(-3) for mask in each]
+    if dtype != torch.uint8 and dtype not in DTYPES:
+        each = [mask.float() for mask in each]
+    return is_flat, packed(each[0] if is_tensor else each, "NCHW"), dtype
+
+
+def moved_boxes(boxes: Any, assembly: Assembly) -> Any:
+    """The upright rectangles around where the corners go, within the result."""
+    moved = []
+    for sample, (own, matrix) in enumerate(_each(boxes, 4, "boxes", assembly)):
+        u, v = _moved(own[:, [0, 2, 2, 0]], own[:, [1, 1, 3, 3]], matrix)
+        x, y = u.clamp(0, assembly.width[sample].item()), v.clamp(0, assembly.height[sample].item())
+        moved.append(torch.stack((x.amin(1), y.amin(1), x.amax(1), y.amax(1)), 1).float())
+    return torch.stack(moved) if isinstance(boxes, Tensor) else moved
+
+
+def moved_points(points: Any, assembly: Assembly) -> Any:
+    moved = [
+        torch.stack(_moved(own[:, 0], own[:, 1], matrix), 1).float()
+        for own, matrix in _each(points, 2, "keypoints", assembly)
+    ]
+    return torch.stack(moved) if isinstance(points, Tensor) else moved
+
+
+def _each(given: Any, count: int, argument: str, assembly: Assembly) -> list[tuple[Tensor, Tensor]]:
+    """Of each sample the numbers, float64 (K, count), and the matrix of where points go."""
+    if not isinstance(given, Tensor | Sequence):
+        _refuse(argument, "a tensor, or a list of tensors", type(given).__name__, TypeError)
+    if len(given) != assembly.samples:
+        _refuse(argument, f"of as many samples as params, {assembly.samples}", len(given))
+    for own in given:
+        if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != count:
+            shape = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+            must = f"(N, K, {count}) or a list of (K, {count})"
+            _refuse(argument, must, f"a sample of {shape}")
+    maps = torch.linalg.inv(assembly.seen)
+    return [(own.double(), m.to(own.device)) for own, m in zip(given, maps, strict=True)]
+
+
+def _moved(x: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    q = g * x + h * y + i
+    return (a * x + b * y + c) / q, (d * x + e * y + f) / q

@@ -1,0 +1,402 @@
+"""A pipeline: what its draws depend on, what it takes and returns, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from reg_kernels import augment
+from reg_kernels.augment import _draws
+from reg_kernels.reference._philox import philox4x32
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+STEPS = (
+    augment.RandomResizedCrop(12),
+    augment.RandomHorizontalFlip(),
+    augment.RandAugment(2, 9),
+    augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+    augment.GaussianNoise(sigma=0.05),
+    augment.Normalize(MEAN, STD),
+    augment.RandomErasing(0.5, value="random"),
+)
+
+
+def images(samples=6, height=16, width=20):
+    seeded = torch.Generator().manual_seed(samples)
+    size = (samples, 3, height, width)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=seeded)
+
+
+def pipeline(*steps, **options):
+    return augment.Pipeline(*(steps or STEPS), **{"seed": 7, "layout": "NCHW"} | options)
+
+
+def drawn(made, *args, **options):
+    """The parameters of a call, by name."""
+    params = made(*args, return_params=True, **options)[-1]
+    return {column: params[column] for column in params.columns}
+
+
+# Draws
+
+
+def test_words_are_philoxs():
+    indices, groups = torch.tensor([0, 5, 2**33 + 7]), [3 << 8 | 1, 0xFFFFFF << 8 | 7]
+    for seed in (-77, 2**62 + 5):
+        key = (seed ^ _draws.TAG) % 2**64
+        key = torch.tensor(key - 2**64 if key >= 2**63 else key)
+        words = [
+            word.double() / 2**32
+            for group in groups
+            for word in philox4x32(key, indices, torch.full_like(indices, 9 << 32 | group))
+        ]
+        assert torch.equal(_draws.uniform(seed, 9, indices, groups), torch.stack(words))
+
+
+def test_gammas_have_their_moments():
+    u = _draws.uniform(3, 0, torch.arange(20000), range(7))
+    for alpha in (0.2, 1.0, 3.0):
+        gammas = _draws.log_gammas(alpha, u[: _draws.GAMMA_WORDS]).exp()
+        assert abs(gammas.mean() / alpha - 1) < 0.05 and abs(gammas.var() / alpha - 1) < 0.12
+    z = _draws.normals(u[0], u[1])
+    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.02
+
+
+def test_a_sample_is_the_same_in_any_batch():
+    made, batch = pipeline(), images()
+    whole, target = made(batch, torch.arange(6), indices=range(10, 16))
+    assert torch.equal(target, torch.arange(6))
+    shuffled = torch.tensor([3, 0, 5])
+    part = made(batch[shuffled], indices=shuffled + 10)
+    assert torch.equal(part, whole[shuffled])
+    halves = [pipeline()(batch[half], indices=torch.arange(6)[half] + 10) for half in
+              (slice(0, 3), slice(3, 6))]  # fmt: skip
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(made(batch, indices=range(6)), whole)
+    assert not torch.equal(pipeline(seed=8)(batch, indices=range(10, 16)), whole)
+
+
+def test_epochs_and_resuming():
+    made, batch = pipeline(), images()
+    first, second = made(batch), made(batch)
+    state = made.state_dict()
+    third = made(batch)
+    assert not torch.equal(first, second) and state["position"] == 12
+    other = pipeline(seed=1)
+    other.load_state_dict(state)
+    assert torch.equal(other(batch), third)
+    made.set_epoch(1)
+    assert not torch.equal(made(batch), first)
+    made.set_epoch(0)
+    assert torch.equal(made(batch), first)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(twin(batch), second)
+
+
+def test_leaving_a_transform_out_shifts_no_other():
+    batch = images() / 255  # what is erased with random values has to be floats
+    every = drawn(pipeline(), batch)
+    for left_out in range(1, len(STEPS)):
+        steps = [*STEPS[:left_out], *STEPS[left_out + 1 :]]
+        for column, values in drawn(pipeline(*steps), batch).items():
+            assert torch.equal(values, every[column]), column
+    twice = drawn(pipeline(augment.RandomVerticalFlip(), *STEPS, augment.RandomErasing()), batch)
+    assert {name: twice[name] for name in every}.keys() == every.keys()
+    assert all(torch.equal(twice[name], values) for name, values in every.items())
+    assert not torch.equal(twice["RandomErasing.top"], twice["RandomErasing2.top"])
+
+
+def test_p_is_how_often_and_one_batch_may_share_its_draws():
+    made = pipeline(augment.RandomHorizontalFlip(0.3))
+    applied = drawn(made, torch.zeros(4000, 1, 2, 2))["RandomHorizontalFlip.applied"]
+    assert abs(applied.mean() - 0.3) < 0.03
+    same = drawn(pipeline(same_on_batch=True), images())
+    assert all((values == values[0]).all() for values in same.values())
+    clip = pipeline(same_on_batch=True)(images(1).expand(4, -1, -1, -1))
+    assert torch.equal(clip, clip[:1].expand_as(clip))
+
+
+def test_mixup_draws_by_samples_too():
+    mixup = augment.Mixup(0.2, cutmix_alpha=1.0, mode="elem", num_classes=10)
+    made, batch, labels = pipeline(*STEPS, mixup), images(), torch.arange(6)
+    mixed, target = made(batch, labels, indices=range(6))
+    again, same = made(batch, labels, indices=range(6))
+    assert torch.equal(mixed, again) and torch.equal(target.lam, same.lam)
+    pair, lam = (x[:2] for x in (mixed, target.lam))
+    assert len(set(target.lam.tolist())) > 3 and len(pair) == len(lam)
+    # The batch of the others' draws: the first and the last sample, who are each other's partners.
+    ends = made(batch[[0, 5]], labels[[0, 5]], indices=[0, 5])
+    assert torch.equal(ends[0], mixed[[0, 5]]) and torch.equal(ends[1].lam, target.lam[[0, 5]])
+    plain, kept = made.eval()(batch, labels)
+    assert torch.equal(plain, pipeline(*STEPS).eval()(batch)) and kept is labels
+    with pytest.raises(ValueError, match="Pipeline: target must be given where Mixup"):
+        made.train()(batch)
+
+
+# What it takes and returns
+
+
+def test_layouts_are_the_same_image():
+    batch = images()
+    last = batch.permute(0, 2, 3, 1).contiguous()
+    expected = pipeline()(batch)
+    for given, layout in (
+        *((batch, "NCHW"), (batch, None), (last, "NHWC"), (last, None)),
+        (batch.contiguous(memory_format=torch.channels_last), "NCHW"),
+        (last.permute(0, 3, 1, 2), None),
+        (batch.repeat(1, 1, 1, 2)[:, :, :, :20], None),
+        (batch.repeat_interleave(2, 0)[::2], "NCHW"),
+        ([*batch], None),
+        ([*last], "NHWC"),
+    ):
+        assert torch.equal(pipeline(layout=layout)(given), expected)
+    kept = pipeline()(batch.contiguous(memory_format=torch.channels_last))
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+    asked = pipeline(memory_format=torch.channels_last, dtype=torch.float16)(batch)
+    assert asked.is_contiguous(memory_format=torch.channels_last) and asked.dtype == torch.float16
+
+
+def test_torchs_defaults_count_for_nothing():
+    steps = (*STEPS[:5], augment.AugMix(), augment.RandomPerspective(), augment.GaussianBlur(3))
+    expected = pipeline(*steps)(images())
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(pipeline(*steps)(images()), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    batch, elsewhere = images(), pipeline(*steps)
+    with torch.device("meta"):
+        made = elsewhere(batch)
+    assert torch.equal(made, expected)
+
+
+def test_images_of_different_sizes():
+    sizes = [(16, 20), (9, 31), (40, 12), (1, 1)]
+    batch = [images(1, *size)[0] for size in sizes]
+    together = pipeline()(batch)
+    for number, image in enumerate(batch):
+        alone = pipeline()([image], indices=[number])
+        assert torch.equal(alone[0], together[number])
+
+
+def test_dtypes_and_ranges():
+    batch = images()
+    crop = augment.RandomCrop((16, 20))
+    assert torch.equal(pipeline(crop)(batch), batch)
+    scaled = pipeline(crop, dtype=torch.float32)(batch)
+    torch.testing.assert_close(scaled, batch.float() / 255)
+    assert torch.equal(pipeline(crop, dtype=torch.uint8)(scaled), batch)
+    noted = pipeline(augment.ToDtype(torch.float16), augment.RandomErasing(1.0, value=0.5))(
+        0 * batch
+    )
+    assert noted.dtype == torch.float16 and noted.max() == 0.5
+    normalized = pipeline(augment.Normalize(MEAN, STD))(batch)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    torch.testing.assert_close(normalized, (batch / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+    gray = pipeline(augment.Grayscale(), augment.Normalize(0.5, 0.5))(batch)
+    luma = (batch / 255 * torch.tensor((0.2989, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(gray, (luma - 0.5) / 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_is_deterministic():
+    made = pipeline().eval()
+    batch = images(3, 40, 30)
+    result, params = made(batch, return_params=True)
+    assert torch.equal(made(batch), result) and made.state_dict()["position"] == 0
+    assert params.columns == ("index", "epoch", "height", "width")
+    steps = (augment.Resize(14), augment.CenterCrop(12), augment.Normalize(MEAN, STD))
+    assert torch.equal(pipeline(*steps)(batch), result)
+
+
+def test_gradients_go_to_floats():
+    x = (images(1, 4, 5) / 255).double().requires_grad_()
+    steps = (augment.RandomAffine(20, interpolation="bilinear"), augment.Normalize(MEAN, STD))
+    made = pipeline(*steps, backend="reference")
+    assert torch.autograd.gradcheck(lambda x: made(x, indices=[4]), (x,), fast_mode=True)
+
+
+class Pictures(Dataset):
+    """Bytes (H, W, C) of different sizes, a label and the index of each."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return images(1, 8 + index, 20 - index)[0].permute(1, 2, 0), index % 3, index
+
+
+def test_workers_and_order_of_a_loader_count_for_nothing():
+    def lists(samples):
+        pictures, labels, indices = zip(*samples, strict=True)
+        return [*pictures], torch.tensor(labels), torch.tensor(indices)
+
+    made, results = pipeline(layout=None), []
+    for options in ({"batch_size": 4}, {"batch_size": 3, "shuffle": True}):
+        result = torch.empty(10, 3, 12, 12)
+        for batch, labels, indices in DataLoader(Pictures(), collate_fn=lists, **options):
+            result[indices], kept = made(batch, labels, indices=indices)
+            assert kept is labels
+        results.append(result)
+    assert torch.equal(*results)
+
+
+# Replay
+
+
+def test_parameters_are_saved_and_are_of_one_pipeline():
+    made, batch = pipeline(), images()
+    _, params = made(batch, return_params=True)
+    saved = io.BytesIO()
+    torch.save(params, saved)
+    saved.seek(0)
+    loaded = torch.load(saved)
+    masks = torch.randint(0, 9, (6, 16, 20))
+    mask = made.apply(masks, params)
+    assert torch.equal(pipeline(seed=0).apply(masks, loaded), mask) and mask.shape == (6, 12, 12)
+    assert torch.equal(made.apply([*masks], params), mask)
+    assert torch.equal(made.apply(masks.unsqueeze(1).byte(), params)[:, 0].long(), mask)
+    assert params["RandomResizedCrop.top"].dtype == torch.float64
+    with pytest.raises(KeyError, match="column must be one of index, epoch"):
+        params["angle"]
+    other = pipeline(augment.RandomResizedCrop(12))
+    with pytest.raises(ValueError, match=r"Pipeline: params must be of this pipeline, .*size=\(12"):
+        other.apply(masks, params)
+
+
+def test_a_mask_goes_with_its_image():
+    made, batch = pipeline(*STEPS[:2], augment.RandAugment(2, 20)), images()
+    labels = (batch[:, :1] > 128).byte() + 1
+    # Geometry alone, by the nearest pixel, on what has no colours to change.
+    crop = augment.RandomResizedCrop(12, interpolation="nearest-exact")
+    plain = pipeline(crop, STEPS[1], dtype=torch.uint8)
+    expected, params = plain(labels, return_params=True)
+    assert torch.equal(plain.apply(labels, params), expected)
+    _, params = made(batch, return_params=True)
+    assert set(made.apply(labels, params, fill=7).unique().tolist()) <= {1, 2, 7}
+
+
+# What it refuses
+
+
+CALLS = {
+    "images must be .N, C, H, W., .* got 3 dimensions": ((), torch.zeros(3, 8, 8)),
+    "images must be uint8 or one of .* got int64": ((), torch.zeros(1, 3, 8, 8).long()),
+    "images must be a batch of one image at least, got an empty": ((), torch.zeros(0, 3, 8, 8)),
+    "images must be all of as many channels, got 1, 3": (
+        *((), [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]),
+    ),
+    "images must be images of 1 to 4 channels, got one of .5, 8, 8.": ((), torch.zeros(1, 5, 8, 8)),
+    "ColorJitter: images must be of 1 or 3 channels, got 4": (
+        *((augment.ColorJitter(0.1),), torch.zeros(1, 4, 8, 8)),
+    ),
+    "RandomCrop: size must be no larger than the padded image, got .9, 9. for a side of 8": (
+        *((augment.RandomCrop(9),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "RandomCrop: padding must be less than .* 'reflect', got 8 for a side of 8": (
+        *((augment.RandomCrop(8, 8, padding_mode="reflect"),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "GaussianBlur: kernel_size must be at most .* got 3 for a side of 1": (
+        *((augment.GaussianBlur(3),), torch.zeros(1, 3, 1, 1)),
+    ),
+    "RandomAffine: fill must be one number, or one for each of the image's 3 .* got 2": (
+        *((augment.RandomAffine(9, fill=(1, 2)),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "RandomSolarize: threshold must be at most 1, the largest value, got 128": (
+        *((augment.RandomSolarize(128),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "transforms must be such that all images end at one size, .* got .8, 8. and .9, 8.": (
+        *((), [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]),
+    ),
+    "ThreeAugment: images must be larger than 7 pixels": (
+        *((augment.ThreeAugment(),), torch.zeros(1, 3, 7, 9)),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_calls_that_are_refused(message):
+    steps, batch = CALLS[message]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        augment.Pipeline(*steps, layout="NCHW")(batch)
+
+
+A = augment
+ARGUMENTS = {
+    "RandomHorizontalFlip: p must be in .0, 1., got 1.5": lambda: A.RandomHorizontalFlip(1.5),
+    r"RandomResizedCrop: scale must be \(low, high\) with low <= high": (
+        lambda: A.RandomResizedCrop(8, scale=(1.0, 0.5))
+    ),
+    "RandomResizedCrop: ratio must be": lambda: A.RandomResizedCrop(8, ratio=(0.0, 1.0)),
+    "RandomResizedCrop: size must be from 1": lambda: A.RandomResizedCrop(0),
+    "RandomResizedCrop: interpolation must be one of nearest,": (
+        lambda: A.RandomResizedCrop(8, interpolation="lanczos")
+    ),
+    "RandomCrop: padding_mode must be one of constant": (
+        lambda: A.RandomCrop(8, padding_mode="wrap")
+    ),
+    "Resize: max_size must be given": lambda: A.Resize(None),
+    "RandomRotation: degrees must be at least 0": lambda: A.RandomRotation(-3),
+    "RandomAffine: translate must be in .0, 1., got 2": lambda: A.RandomAffine(1, (2, 0)),
+    "RandomPerspective: distortion_scale must be in": lambda: A.RandomPerspective(1.1),
+    "ColorJitter: hue must be in .-0.5, 0.5., got 0.6": lambda: A.ColorJitter(hue=0.6),
+    "GaussianBlur: kernel_size must be odd": lambda: A.GaussianBlur(4),
+    "RandomErasing: value must be a number": lambda: A.RandomErasing(value="black"),
+    "RandomPosterize: bits must be from 0 to 8": lambda: A.RandomPosterize(9),
+    "RandAugment: magnitude must be from 0 to 30, got 31": lambda: A.RandAugment(2, 31),
+    "AutoAugment: policy must be one of imagenet": lambda: A.AutoAugment("coco"),
+    "AugMix: severity must be from 1 to 10": lambda: A.AugMix(11),
+    "from_timm: config must be one that begins with rand": lambda: A.from_timm("rand9"),
+    "from_timm: config must be of m from 0 to 10": lambda: A.from_timm("rand-m11"),
+    "from_timm: config must be made of m, n": lambda: A.from_timm("rand-z3"),
+    "from_timm: config must be of one of the sets": lambda: A.from_timm("rand-tall"),
+    "from_timm: config must be of n from 1 to 15": lambda: A.from_timm("rand-n16-tweights"),
+    "Pipeline: transforms must be erasing or noise without clip after Normalize": (
+        lambda: A.Pipeline(A.Normalize(0.5, 0.5), A.RandomHorizontalFlip())
+    ),
+    "Pipeline: transforms must be such that Mixup is the last": (
+        lambda: A.Pipeline(A.Mixup(), A.RandomHorizontalFlip())
+    ),
+    "Pipeline: transforms must be of this module, got Linear": (
+        lambda: A.Pipeline(torch.nn.Linear(1, 1))
+    ),
+    "Pipeline: dtype must be of floats with Normalize": (
+        lambda: A.Pipeline(A.Normalize(0.5, 0.5), dtype=torch.uint8)
+    ),
+    "Pipeline: layout must be None or one of NCHW": lambda: A.Pipeline(layout="CHW"),
+    "Pipeline: exact must be None or": lambda: A.Pipeline(exact="pillow"),
+    "Pipeline: images must be uint8 with exact": (
+        lambda: A.Pipeline(exact="torchvision")(torch.zeros(1, 3, 8, 8))
+    ),
+    "Pipeline: layout must be NCHW or NHWC, got None": lambda: A.Pipeline()(
+        torch.zeros(1, 3, 3, 3)
+    ),
+    "Pipeline: indices must be whole numbers of shape .2,.": (
+        lambda: pipeline()(images(2), indices=[1])
+    ),
+    "Pipeline: indices must be at least 0, got -1": lambda: pipeline()(images(1), indices=[-1]),
+    "Pipeline: masks must be of the images' sizes, .16, 20., got .3, 4. at 0": lambda: (
+        pipeline().apply(torch.zeros(1, 3, 4), pipeline()(images(1), return_params=True)[1])
+    ),
+    "Pipeline: masks must be .H, W. or .C, H, W. of each sample, got none": (
+        lambda: pipeline().apply([], pipeline()(images(1), return_params=True)[1])
+    ),
+    "Pipeline: boxes must be .N, K, 4. or a list": lambda: pipeline().boxes(
+        torch.zeros(1, 2, 5), pipeline()(images(1), return_params=True)[1]
+    ),
+    "Pipeline: keypoints must be of as many samples as params, 1, got 2": (
+        lambda: pipeline().keypoints(
+            torch.zeros(2, 2, 2), pipeline()(images(1), return_params=True)[1]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_arguments_that_are_refused(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ARGUMENTS[message]()
