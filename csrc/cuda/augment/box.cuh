@@ -1,0 +1,215 @@
+// BOX with several taps, and BLUR: separable sums by way of shared memory.
+//
+// A block makes the taps of its tile's rows and columns once. Then it sums up vertically, for each
+// row of the tile and each column of the image that one of the tile's columns needs, into shared
+// memory, and each thread sums up its pixels horizontally from there. What needs more columns than
+// there is room for takes several rounds; the sums' order is the same.
+#pragma once
+
+#include "source.cuh"
+
+RK_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr int kAugmentThreads = kAugmentTile * kAugmentTile / kAugmentPixels;
+constexpr int kPlaces = 2 * kAugmentTile;  // of a tile: its rows, then its columns
+
+// Columns that shared memory has room for: with tabled taps and statistics less than 48 KiB. A row
+// of them is one float longer: the rows of a warp begin in different banks.
+template <int kChannels>
+constexpr int kBoxColumns = kChannels == 4 ? 48 : 64;
+template <int kChannels>
+constexpr int kBoxRow = kBoxColumns<kChannels> * kChannels + 1;
+
+// One axis of BOX or BLUR. Taps are places of the image, before `pad` says what is there.
+struct TapAxis {
+  BoxAxis box;
+  const float* blur;  // BLUR's weights by distance, or null
+  int radius;
+  int start, low, high;  // of the region: added to a tap's place, and what taps are held to
+  int side;              // the image's
+  AugmentPad pad;
+
+  static __device__ TapAxis of_box(const BoxAxis& axis, int start, int side, AugmentPad pad) {
+    return {axis, nullptr, 0, start, start, start + axis.length - 1, side, pad};
+  }
+  static __device__ TapAxis of_blur(const float* weights, int radius, bool smooths, int side) {
+    const auto copy = BoxAxis::of(side, side, false, AugmentFilter::nearest, false);
+    if (!smooths) return of_box(copy, 0, side, AugmentPad::none);
+    return {copy, weights, radius, 0, -radius, side - 1 + radius, side, AugmentPad::reflect};
+  }
+  static __device__ TapAxis of(const float* a, bool is_blur, bool rows, int side) {
+    if (is_blur) {
+      const auto blur = BlurArguments::of(a);
+      return of_blur(blur.weights, blur.radius, rows ? blur.rows : blur.columns, side);
+    }
+    const auto box = BoxArguments::of(a);
+    const auto axis = BoxAxis::of(rows ? box.height : box.width,
+                                  rows ? box.out_height : box.out_width,
+                                  rows ? box.flip_rows : box.flip_columns, box.filter,
+                                  box.antialias);
+    return of_box(axis, rows ? box.top : box.left, side, box.pad);
+  }
+
+  __device__ int held(int tap) const { return tap < low ? low : tap > high ? high : tap; }
+};
+
+// The taps of a tile's rows and columns, in shared memory.
+struct TapTable {
+  int* first;      // [kPlaces]
+  int* count;      // [kPlaces]
+  float* weights;  // [kPlaces, taps]; the total, of an antialiasing filter with more taps
+  int taps;
+
+  __device__ bool holds(int count) const { return count <= taps; }
+
+  // Of place i of an axis, by one thread.
+  __device__ void fill(int slot, const TapAxis& axis, int i) const {
+    float* w = weights + slot * taps;
+    if (axis.blur) {
+      first[slot] = i - axis.radius;
+      count[slot] = 2 * axis.radius + 1;
+      RK_NO_UNROLL
+      for (int j = -axis.radius; j <= axis.radius; ++j) *w++ = axis.blur[j < 0 ? -j : j];
+      return;
+    }
+    const BoxAxis& box = axis.box;
+    if (box.takes_one()) {
+      first[slot] = axis.start + box.one(i);
+      count[slot] = 1;
+      w[0] = 1.0f;
+    } else if (box.antialias) {
+      const auto span = box.span(i);
+      first[slot] = axis.start + span.first;
+      count[slot] = span.count;
+      const bool tabled = holds(span.count);
+      float total = 0.0f;
+      RK_NO_UNROLL
+      for (int j = 0; j < span.count; ++j) {
+        const float weight = box.unscaled_weight(span, j);
+        if (tabled) w[j] = weight;
+        total = plus(total, weight);
+      }
+      if (!tabled) w[0] = total;
+      RK_NO_UNROLL
+      for (int j = 0; tabled && j < span.count; ++j) w[j] = w[j] / total;
+    } else {
+      const auto at = box.between(i);
+      first[slot] = axis.start + at.first;
+      if (box.filter == AugmentFilter::bilinear) {
+        count[slot] = 2;
+        w[0] = 1.0f - at.fraction;
+        w[1] = at.fraction;
+      } else {
+        count[slot] = 4;
+        const auto cubic = CubicWeights<float>::of(at.fraction);
+        RK_UNROLL
+        for (int j = 0; j < 4; ++j) w[j] = cubic.w[j];
+      }
+    }
+  }
+
+  __device__ __forceinline__ float weight(int slot, int j, const TapAxis& axis, int i) const {
+    if (holds(count[slot])) return weights[slot * taps + j];
+    return axis.box.unscaled_weight(axis.box.span(i), j) / weights[slot * taps];
+  }
+};
+
+// The pixels of a thread, in row `row` of the tile at (top, left) and from column `column` on.
+template <typename In, int kChannels>
+__device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const float* a,
+                                           bool is_blur, const ImageRange& range, int channels,
+                                           int out_height, int out_width, int top, int left,
+                                           int row, int column, const TapTable& table,
+                                           float* lines, AugmentValues<kChannels>& values) {
+  const TapAxis rows = TapAxis::of(a, is_blur, true, image.height);
+  const TapAxis columns = TapAxis::of(a, is_blur, false, image.width);
+  const float* const fill = a + 10;  // BOX's; BLUR needs none
+  const int thread = threadIdx.x;
+  // What is beyond the image's end, in its last tiles, has the last place's taps.
+  const auto row_at = [&](int r) { return static_cast<int>(min(top + r, out_height - 1)); };
+  const auto column_at = [&](int r) { return static_cast<int>(min(left + r, out_width - 1)); };
+  if (thread < kPlaces) {
+    const bool of_row = thread < kAugmentTile;
+    table.fill(thread, TapAxis::of(a, is_blur, of_row, of_row ? image.height : image.width),
+               of_row ? row_at(thread) : column_at(thread - kAugmentTile));
+  }
+  __syncthreads();
+  // Taps go up or down with the columns: the ends of all are those of the tile's ends.
+  const int* const firsts = table.first + kAugmentTile;
+  const int* const counts = table.count + kAugmentTile;
+  constexpr int kLast = kAugmentTile - 1;
+  const int least = columns.held(static_cast<int>(min(firsts[0], firsts[kLast])));
+  const int most = columns.held(static_cast<int>(
+      max(firsts[0] + counts[0] - 1, firsts[kLast] + counts[kLast] - 1)));
+  RK_NO_UNROLL
+  for (int begin = least; begin <= most; begin += kBoxColumns<kChannels>) {
+    const int width = static_cast<int>(min(most - begin + 1, kBoxColumns<kChannels>));
+    if (begin > least) __syncthreads();  // the last round's lines are still read
+    int r = thread / width, k = thread % width;
+    const int rows_on = kAugmentThreads / width, columns_on = kAugmentThreads % width;
+    while (r < kAugmentTile) {
+      const int x = padded_index(begin + k, image.width, columns.pad);
+      const int first = table.first[r], count = table.count[r], i = row_at(r);
+      float sum[kChannels];
+      RK_NO_UNROLL
+      for (int j = 0; j < count; ++j) {
+        const int y = padded_index(rows.held(first + j), image.height, rows.pad);
+        float p[kChannels];
+        if (y >= 0 && x >= 0) {
+          image.read(y, x, channels, p);
+        } else {
+          RK_UNROLL
+          for (int c = 0; c < kChannels; ++c) p[c] = fill[c];
+        }
+        const float weight = table.weight(r, j, rows, i);
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          sum[c] = j == 0 ? weight * p[c] : plus(sum[c], weight * p[c]);
+        }
+      }
+      float* const line = lines + r * kBoxRow<kChannels> + k * kChannels;
+      RK_UNROLL
+      for (int c = 0; c < kChannels; ++c) line[c] = x >= 0 ? sum[c] : fill[c];
+      r += rows_on;
+      k += columns_on;
+      if (k >= width) {
+        k -= width;
+        ++r;
+      }
+    }
+    __syncthreads();
+    const float* const line = lines + row * kBoxRow<kChannels>;
+    RK_NO_UNROLL
+    for (int p = 0; p < kAugmentPixels; ++p) {
+      const int slot = kAugmentTile + column + p;
+      const int first = table.first[slot], count = table.count[slot];
+      const int i = column_at(column + p);
+      float sum[kChannels];
+      RK_UNROLL
+      for (int c = 0; c < kChannels; ++c) sum[c] = values[c][0];
+      RK_NO_UNROLL
+      for (int j = 0; j < count; ++j) {
+        const unsigned k = static_cast<unsigned>(columns.held(first + j) - begin);
+        if (k >= static_cast<unsigned>(width)) continue;
+        const float weight = table.weight(slot, j, columns, i);
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          const float part = weight * line[k * kChannels + c];
+          sum[c] = j == 0 ? part : plus(sum[c], part);
+        }
+      }
+      push_pixel(values, sum);
+    }
+  }
+  if (range.bound != 1.0f) {
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      RK_UNROLL
+      for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.clamp_rounded(values[c][p]);
+    }
+  }
+}
+
+}  // namespace cuda
+RK_NAMESPACE_END
