@@ -1,0 +1,229 @@
+// BOX: a region of an image, resampled. A row of the result is first a sum of the region's rows,
+// whole ones at a time, and then of that row's places. What a place beside the image or the region
+// holds is written beside the row, so that all taps of a place of the result lie side by side.
+#pragma once
+
+#include "augment_rows.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+// to[x] = the sum of `count` rows with their weights, in order.
+RK_STAGE void sum_rows(const float* const* rows, const float* weights, int count, int64_t width,
+                       float* to) {
+  int64_t x = 0;
+  const auto run = [&]<int kVectors>() RK_INLINE {
+    Vector sums[kVectors];
+    for (int k = 0; k < kVectors; ++k) sums[k] = weights[0] * vector_at(rows[0] + x + k * kVector);
+    for (int j = 1; j < count; ++j) {
+      for (int k = 0; k < kVectors; ++k) {
+        sums[k] += weights[j] * vector_at(rows[j] + x + k * kVector);
+      }
+    }
+    for (int k = 0; k < kVectors; ++k) put(to + x + k * kVector, sums[k]);
+    x += kVectors * kVector;
+  };
+  while (x + 4 * kVector <= width) run.template operator()<4>();
+  while (x < width) run.template operator()<1>();
+}
+
+// The taps of an axis for every place of the result: `count` of them from place `base` of its
+// vector of places and `first` on, with weights that lie by tap.
+class TapTable {
+ public:
+  void set(const BoxAxis& axis) {
+    places_ = axis.out;
+    padded_ = whole_vectors(axis.out);
+    most_ = axis.most_taps();
+    float* const weights = weights_.at_least(most_ * padded_);
+    int32_t* const first = first_.at_least(padded_);
+    int32_t* const count = count_.at_least(padded_);
+    int32_t* const base = base_.at_least(padded_ / kVector);
+    for (int64_t x = 0; x < padded_; ++x) {
+      const int place = static_cast<int>(min(x, places_ - 1));
+      first[x] = axis.first_tap(place);
+      for (int64_t j = 0; j < most_; ++j) weights[j * padded_ + x] = 0.0f;
+      axis.for_taps(place, [&](int j, int, float weight) {
+        weights[j * padded_ + x] = weight;
+        count[x] = j + 1;
+      });
+    }
+    near_ = true;
+    for (int64_t x = 0; x < padded_; x += kVector) {
+      int32_t least = first[x], end = first[x] + count[x];
+      for (int64_t i = x; i < x + kVector; ++i) {
+        least = static_cast<int32_t>(min(least, first[i]));
+        end = static_cast<int32_t>(max(end, first[i] + count[i]));
+      }
+      base[x / kVector] = least;
+      for (int64_t i = x; i < x + kVector; ++i) first[i] -= least;
+      near_ = near_ && end - least <= kPicked;
+    }
+    firsts_ = first;
+    counts_ = count;
+    bases_ = base;
+    table_ = weights;
+  }
+
+  // to[x] = the sum of from[k] over the taps k of x. `absent` says that what is read behind the
+  // last tap may be no number.
+  RK_STAGE void sum(const float* from, bool absent, const ImageRange& range, float* to) const {
+    if (near_) {
+      absent ? sum<true, true>(from, range, to) : sum<true, false>(from, range, to);
+    } else {
+      absent ? sum<false, true>(from, range, to) : sum<false, false>(from, range, to);
+    }
+  }
+
+ private:
+  template <bool kNear, bool kAbsent>
+  void sum(const float* from, const ImageRange& range, float* to) const {
+    for (int64_t x = 0; x < padded_; x += kVector) {
+      const float* const at = from + bases_[x / kVector];
+      const Integers first = integers_at(firsts_ + x);
+      const auto sum_by = [&](const auto& pick) RK_INLINE {
+        Vector sum = vector_at(table_ + x) * pick(first);
+        for (int j = 1; j < most_; ++j) {
+          const Vector term = vector_at(table_ + j * padded_ + x) * pick(first + j);
+          if constexpr (kAbsent) {
+            sum = j < integers_at(counts_ + x) ? sum + term : sum;
+          } else {
+            sum += term;
+          }
+        }
+        put(to + x, range.resampled(sum));
+      };
+      if constexpr (kNear) {
+        sum_by(Picker(at));
+      } else {
+        sum_by([=](Integers index) RK_INLINE { return gathered(at, index); });
+      }
+    }
+  }
+
+  int64_t places_ = 0, padded_ = 0, most_ = 0;
+  bool near_ = true;
+  Room<float> weights_;
+  Room<int32_t> first_, count_, base_;
+  const float* table_ = nullptr;
+  const int32_t *firsts_ = nullptr, *counts_ = nullptr, *bases_ = nullptr;
+};
+
+class Box {
+ public:
+  // Of an image of height x width; rows will be asked for from column first() on, count() columns
+  // of reach() rows at a time.
+  void set(const BoxArguments& box, int channels, int height, int width, const ImageRange& range) {
+    box_ = box;
+    channels_ = channels;
+    height_ = height;
+    range_ = range;
+    rows_ = BoxAxis::of(box.height, box.out_height, box.flip_rows, box.filter, box.antialias);
+    columns_ = BoxAxis::of(box.width, box.out_width, box.flip_columns, box.filter, box.antialias);
+    const bool inside = box.left >= 0 && box.left + box.width <= width;
+    first_ = inside ? box.left : 0;
+    count_ = inside ? box.width : width;
+    margin_ = columns_.takes_one() || box.antialias ? 0 : kMargin;
+    beside_ = !inside || margin_ > 0;
+    copies_ = columns_.copies() && !columns_.flip;
+    if (!copies_) taps_.set(columns_);
+    const int most = rows_.most_taps();
+    weights_ = weights_room_.at_least(most);
+    pointers_ = pointers_room_.at_least(kMostChannels * most);
+    sums_ = sums_room_.at_least(whole_vectors(count_) + kSlack + columns_.most_taps());
+    fill_row_ = fill_room_.at_least(count_);
+    for (int c = 0; c < channels; ++c) {
+      for (int64_t x = 0; x < count_ + kSlack; ++x) fill_row_.channel[c][x] = box.fill[c];
+    }
+    if (beside_) set_places(width);
+  }
+
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  int reach() const { return rows_.most_taps(); }
+
+  template <typename Source>
+  void row(Source& source, int y, const RowSet& to) {
+    const int most = rows_.most_taps();
+    int count = 0;
+    rows_.for_taps(y, [&](int j, int k, float weight) {
+      weights_[j] = weight;
+      count = j + 1;
+      const int at = padded_index(box_.top + k, height_, box_.pad);
+      ConstRowSet row{};
+      if (at >= 0) row = source.at(at);
+      for (int c = 0; c < channels_; ++c) {
+        pointers_[c * most + j] = at >= 0 ? row.channel[c] : fill_row_.channel[c];
+      }
+    });
+    for (int c = 0; c < channels_; ++c) {
+      const float* from = pointers_[c * most];
+      if (!rows_.takes_one()) {
+        sum_rows(pointers_ + c * most, weights_, count, count_, sums_);
+        from = sums_;
+      }
+      if (beside_) from = spread(from, box_.fill[c]);
+      if (copies_) {
+        for (int64_t x = 0; x < box_.out_width; x += kVector) {
+          put(to.channel[c] + x, range_.resampled(vector_at(from + x)));
+        }
+      } else {
+        taps_.sum(from, range_.bound == 1.0f, range_, to.channel[c]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMargin = 2;  // places beside the region that a filter reaches
+
+  // The columns of the image that the places from -margin on are, and which of them lie side by
+  // side as they do.
+  void set_places(int width) {
+    const int64_t places = box_.width + 2 * margin_;
+    row_ = row_room_.at_least(places + kSlack + columns_.most_taps());
+    columns_of_ = columns_room_.at_least(places);
+    begin_ = end_ = 0;
+    for (int64_t k = 0; k < places; ++k) {
+      const int g = box_.left + columns_.inside(static_cast<int>(k) - margin_);
+      columns_of_[k] = padded_index(g, width, box_.pad);
+      const bool as_it_is = g >= 0 && g < width && k >= margin_ && k < places - margin_;
+      if (!as_it_is) continue;
+      if (end_ == 0) begin_ = k;
+      end_ = k + 1;
+    }
+  }
+
+  // `from` with what lies beside it.
+  const float* spread(const float* from, float fill) {
+    const auto at = [&](int64_t k) {
+      row_[k] = columns_of_[k] < 0 ? fill : from[columns_of_[k] - first_];
+    };
+    const int64_t places = box_.width + 2 * margin_;
+    for (int64_t k = 0; k < begin_; ++k) at(k);
+    if (end_ > begin_) {
+      memcpy(row_ + begin_, from + (columns_of_[begin_] - first_), (end_ - begin_) * sizeof(float));
+    }
+    for (int64_t k = end_; k < places; ++k) at(k);
+    return row_ + margin_;
+  }
+
+  BoxArguments box_{};
+  int channels_ = 0, height_ = 0;
+  ImageRange range_{};
+  BoxAxis rows_{}, columns_{};
+  int64_t first_ = 0, count_ = 0, begin_ = 0, end_ = 0;
+  int margin_ = 0;
+  bool beside_ = false, copies_ = false;
+  TapTable taps_;
+  Room<float> weights_room_, sums_room_, row_room_;
+  Room<const float*> pointers_room_;
+  Room<int32_t> columns_room_;
+  RowRoom fill_room_;
+  RowSet fill_row_{};
+  float *weights_ = nullptr, *sums_ = nullptr, *row_ = nullptr;
+  const float** pointers_ = nullptr;
+  int32_t* columns_of_ = nullptr;
+};
+
+}  // namespace
+RK_NAMESPACE_END

@@ -1,0 +1,234 @@
+// WARP: each place of a row of the result finds its own in the image, a vector of places at a time.
+// Where all of a vector's neighbours are inside they are read untested.
+#pragma once
+
+#include "augment_rows.h"
+
+RK_NAMESPACE_BEGIN
+namespace {
+
+// Places (y, x) of an image, all of them inside, and their values in a channel.
+class PlaneReader {
+ public:
+  PlaneReader(const Planes& planes, int channels)
+      : height(planes.height), width(planes.width), stride_(planes.stride) {
+    for (int c = 0; c < channels; ++c) planes_[c] = planes.row(c, 0);
+    far_ = stride_ * height > INT32_MAX;
+  }
+
+  const int height, width;
+
+  struct Places {
+    Integers y, x;
+  };
+  RK_HD Places at(Integers y, Integers x) const { return {y, x}; }
+  RK_HD Vector value(const Places& at, int c) const {
+    const float* const plane = planes_[c];
+    if (far_) [[unlikely]] {
+      Vector v;
+      for (int i = 0; i < kVector; ++i) v[i] = plane[at.y[i] * stride_ + at.x[i]];
+      return v;
+    }
+    return gathered(plane, at.y * static_cast<int32_t>(stride_) + at.x);
+  }
+
+ private:
+  const float* planes_[kMostChannels] = {};
+  int64_t stride_;
+  bool far_;
+};
+
+// The same of bytes, read as words: of channels that lie side by side all at once.
+class ByteReader {
+ public:
+  // Whether it can read them.
+  static bool takes(const PixelImage& image) {
+    const int64_t elements = int64_t{image.channels} * image.height * image.width;
+    return image.type == PixelType::bytes && (image.interleaved() ? image.channels >= 3 : true) &&
+           image.elements >= 4 && elements < INT32_MAX - 4;
+  }
+
+  explicit ByteReader(const PixelImage& image)
+      : height(image.height),
+        width(image.width),
+        data_(static_cast<const uint8_t*>(image.data)),
+        step_(image.interleaved() ? image.channels : 1),
+        plane_(image.interleaved() ? 0 : image.height * image.width),
+        last_(static_cast<int32_t>(min(image.elements - 4, INT32_MAX))) {}
+
+  const int height, width;
+
+  struct Places {
+    Integers offset, words;
+  };
+  RK_HD Places at(Integers y, Integers x) const {
+    const Integers offset = (y * width + x) * step_;
+    return {offset, plane_ ? offset : words_at(offset)};
+  }
+  RK_HD Vector value(const Places& at, int c) const {
+    const Integers words = plane_ ? words_at(at.offset + c * plane_) : at.words >> (8 * c);
+    return as_floats(words & 255);
+  }
+
+ private:
+  // The word at an offset; of what lies behind all pixels only the bits are missing.
+  RK_HD Integers words_at(Integers offset) const {
+    const Integers at = offset > last_ ? last_ : offset;
+    return gathered_words(data_, at) >> ((offset - at) * 8);
+  }
+
+  const uint8_t* data_;
+  int32_t step_, plane_, last_;
+};
+
+class Warp {
+ public:
+  void set(const WarpArguments& warp, int channels, int height, int width,
+           const ImageRange& range) {
+    warp_ = warp;
+    channels_ = channels;
+    range_ = range;
+    places_ = WarpPlaces::of(warp_, height, width, range.exact);
+    places_.m = warp_.m;
+  }
+
+  template <typename Reader>
+  RK_STAGE void row(const Reader& reader, int y, const RowSet& to) const {
+    switch (warp_.filter) {
+      case WarpFilter::nearest: return run(reader, y, to, Nearest{});
+      case WarpFilter::faded: return run(reader, y, to, BetweenFour<true>{});
+      case WarpFilter::bilinear: return run(reader, y, to, BetweenFour<false>{});
+      case WarpFilter::bicubic: return run(reader, y, to, Bicubic{});
+    }
+  }
+
+ private:
+  // A neighbour: its place, and where it is inside.
+  template <typename Reader>
+  struct Neighbour {
+    typename Reader::Places places;
+    Integers inside;
+  };
+
+  // Neighbour (row, column) of each place (y, x), whole numbers.
+  template <bool kInside, typename Reader>
+  static RK_HD Neighbour<Reader> neighbour(const Reader& reader, Integers y, Integers x) {
+    if constexpr (kInside) {
+      return {reader.at(y, x), ~Integers{}};
+    } else {
+      const Integers in_y = clamped(y, 0, reader.height - 1);
+      const Integers in_x = clamped(x, 0, reader.width - 1);
+      return {reader.at(in_y, in_x), (in_y == y) & (in_x == x)};
+    }
+  }
+  template <bool kInside, typename Reader>
+  static RK_HD Vector value(const Reader& reader, const Neighbour<Reader>& at, int c, float fill) {
+    const Vector v = reader.value(at.places, c);
+    if constexpr (kInside) return v;
+    return at.inside ? v : all(fill);
+  }
+
+  // Each filter: which whole place it starts from, how many lie beside it that it reads too, before
+  // and behind, and what it makes of them.
+  struct Nearest {
+    static constexpr int kBefore = 0, kBehind = 0;
+    static RK_HD Vector whole(Vector u) { return rounded(u); }
+    template <bool kInside, typename Reader, typename Write>
+    static RK_HD void run(const Warp& warp, const Reader& reader, Integers y, Integers x, Vector,
+                          Vector, const Write& write) {
+      const auto at = neighbour<kInside>(reader, y, x);
+      for (int c = 0; c < warp.channels_; ++c) {
+        write(c, value<kInside>(reader, at, c, warp.warp_.fill(c)));
+      }
+    }
+  };
+
+  template <bool kFaded>
+  struct BetweenFour {
+    static constexpr int kBefore = 0, kBehind = 1;
+    static RK_HD Vector whole(Vector u) { return floored(u); }
+    template <bool kInside, typename Reader, typename Write>
+    static RK_HD void run(const Warp& warp, const Reader& reader, Integers y, Integers x, Vector wy,
+                          Vector wx, const Write& write) {
+      const Neighbour<Reader> at[4] = {
+          neighbour<kInside>(reader, y, x), neighbour<kInside>(reader, y, x + 1),
+          neighbour<kInside>(reader, y + 1, x), neighbour<kInside>(reader, y + 1, x + 1)};
+      for (int c = 0; c < warp.channels_; ++c) {
+        const float fill = warp.warp_.fill(c);
+        Vector p[4], in[4];
+        for (int k = 0; k < 4; ++k) {
+          p[k] = value<kInside>(reader, at[k], c, kFaded ? 0.0f : fill);
+          in[k] = at[k].inside ? all(1.0f) : all(0.0f);
+        }
+        if constexpr (kFaded) {
+          write(c, between_four_faded(p, in, wx, wy, fill));
+        } else {
+          write(c, between_four(p, wx, wy));
+        }
+      }
+    }
+  };
+
+  struct Bicubic {
+    static constexpr int kBefore = 1, kBehind = 2;
+    static RK_HD Vector whole(Vector u) { return floored(u); }
+    template <bool kInside, typename Reader, typename Write>
+    static RK_HD void run(const Warp& warp, const Reader& reader, Integers y, Integers x, Vector wy,
+                          Vector wx, const Write& write) {
+      const auto columns = CubicWeights<Vector>::of(wx), rows = CubicWeights<Vector>::of(wy);
+      Vector sums[kMostChannels];
+      for (int i = 0; i < 4; ++i) {
+        Vector in_row[kMostChannels];
+        for (int j = 0; j < 4; ++j) {
+          const auto at = neighbour<kInside>(reader, y + (i - 1), x + (j - 1));
+          for (int c = 0; c < warp.channels_; ++c) {
+            const Vector term = value<kInside>(reader, at, c, warp.warp_.fill(c)) * columns.w[j];
+            in_row[c] = j == 0 ? term : in_row[c] + term;
+          }
+        }
+        for (int c = 0; c < warp.channels_; ++c) {
+          const Vector term = in_row[c] * rows.w[i];
+          sums[c] = i == 0 ? term : sums[c] + term;
+        }
+      }
+      for (int c = 0; c < warp.channels_; ++c) write(c, sums[c]);
+    }
+  };
+
+  template <typename Reader, typename Filter>
+  RK_HD void run(const Reader& reader, int row, const RowSet& to, const Filter&) const {
+    const Vector row_number = all(static_cast<float>(row));
+    for (int64_t i = 0; i < warp_.out_width; i += kVector) {
+      const Integers column = lane_numbers() + static_cast<int32_t>(i);
+      auto at = places_(as_floats(column), row_number);
+      const Integers near = (at.x < kNear) & (at.x > -kNear) & (at.y < kNear) & (at.y > -kNear);
+      const bool all_near = in_all_lanes(near);
+      if (!all_near) {
+        at.x = near ? at.x : all(0.0f);
+        at.y = near ? at.y : all(0.0f);
+      }
+      const Vector whole_x = Filter::whole(at.x), whole_y = Filter::whole(at.y);
+      const Vector wx = at.x - whole_x, wy = at.y - whole_y;
+      const Integers x = as_integers(whole_x), y = as_integers(whole_y);
+      const Integers inside = (x >= Filter::kBefore) & (x < reader.width - Filter::kBehind) &
+                              (y >= Filter::kBefore) & (y < reader.height - Filter::kBehind);
+      if (all_near && in_all_lanes(inside)) {
+        Filter::template run<true>(*this, reader, y, x, wy, wx, [&](int c, Vector v) RK_INLINE {
+          put(to.channel[c] + i, range_.resampled(v));
+        });
+      } else {
+        Filter::template run<false>(*this, reader, y, x, wy, wx, [&](int c, Vector v) RK_INLINE {
+          put(to.channel[c] + i, range_.resampled(near ? v : all(warp_.fill(c))));
+        });
+      }
+    }
+  }
+
+  WarpArguments warp_{};
+  int channels_ = 0;
+  ImageRange range_{};
+  WarpPlaces places_{};
+};
+
+}  // namespace
+RK_NAMESPACE_END
