@@ -35,7 +35,7 @@ struct AugmentArguments {
   float* scratch;
   uint32_t* statistics;
   AugmentLaunch launch;
-  ImageRange range;
+  float bound;
   int channels;
   bool channels_last, to_channels_last;
   bool whole;  // the result can be written in vectors
@@ -100,10 +100,15 @@ __device__ __forceinline__ void put_pixels(Out* to, const AugmentArguments& a, i
   }
 }
 
+// Blocks that a multiprocessor is to hold, so that they hide each other's loads.
+template <int kChannels>
+constexpr int kAugmentBlocks = 3;
+
 // Segments of the first launches read pixels of type In, the others float32 in the scratch memory.
-template <typename In, int kChannels>
-__global__ void __launch_bounds__(kAugmentThreads)
+template <typename In, int kChannels, bool kExact>
+__global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
     augment_kernel(const __grid_constant__ AugmentArguments a) {
+  const ImageRange range{a.bound, kExact};
   using Shared = AugmentShared<kChannels>;
   RK_SHARED(Shared, shared);
   const int thread = threadIdx.x;
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(kAugmentThreads)
   if (s.head != AugmentHead::load) skip();
   if (code < end) {
     learn(static_cast<AugmentOp>(*code & 0xff), a.statistics + s.known,
-          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, a.range,
+          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, range,
           shared->known);
   }
 
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kAugmentThreads)
   if (s.head == AugmentHead::box || s.head == AugmentHead::blur) {
     float* const weights = shared->weights;
     const TapTable table{shared->first, shared->count, weights, a.launch.taps};
-    box_pixels(image, head, s.head == AugmentHead::blur, a.range, a.channels, s.height, s.width,
+    box_pixels(image, head, s.head == AugmentHead::blur, range, a.channels, s.height, s.width,
                top, left, row, column, table, weights + kPlaces * a.launch.taps, values);
   } else if (s.head == AugmentHead::load && s.moves == 0) {
     RK_UNROLL
@@ -178,16 +183,16 @@ __global__ void __launch_bounds__(kAugmentThreads)
       const uint32_t* move = body_of_moves;
       for (int i = s.moves - 1; i >= 0; --i) {
         const bool is_box = (*move & 0xff) == static_cast<int>(AugmentOp::box);
-        if (!lead_back(reinterpret_cast<const float*>(move), is_box, place)) {
+        if (!lead_back(reinterpret_cast<const float*>(move), is_box, range.exact, place)) {
           outside |= 1u << (kAugmentPixels * i + p);
         }
         move += *move >> 8;
       }
       float pixel[kChannels];
       if (s.head == AugmentHead::warp) {
-        warp_pixel(image, head, a.range, a.channels, place, pixel);
+        warp_pixel(image, head, range, a.channels, place, pixel);
       } else if (std::is_same_v<In, float> && s.head == AugmentHead::sharpness) {
-        sharpness_pixel(image, head, a.range, a.channels, place, pixel);
+        sharpness_pixel(image, head, range, a.channels, place, pixel);
       } else {
         image.read(place.y, place.x, a.channels, pixel);
       }
@@ -197,7 +202,7 @@ __global__ void __launch_bounds__(kAugmentThreads)
   __syncthreads();  // what was learnt is there
 
   AugmentSurroundings<kChannels> at{};
-  at.range = a.range;
+  at.range = range;
   at.channels = a.channels;
   at.y = y;
   at.x = x;
@@ -209,7 +214,7 @@ __global__ void __launch_bounds__(kAugmentThreads)
   at.plane = s.height * scratch_width;
   const int64_t pixel = last_y * scratch_width + min(x, scratch_width - kAugmentPixels);
   at.saved = a.scratch + s.saved + pixel;
-  at.sum = a.scratch + s.sum + pixel;
+  at.total = a.scratch + s.total + pixel;
   RK_NO_UNROLL
   for (; code < end; skip()) {
     // Vectors that are not there are none of this thread's.
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(kAugmentThreads)
   }
 
   if (s.counts != AugmentCount::nothing) {
-    count_pixels(s.counts, a.statistics + s.counted, a.channels, values, there, a.range,
+    count_pixels(s.counts, a.statistics + s.counted, a.channels, values, there, range,
                  shared->known);
   }
   if (!s.to_result) {
@@ -273,21 +278,21 @@ inline void upload(const std::vector<uint32_t>& words, uint32_t* to, cudaStream_
   }
 }
 
-template <typename In, int kChannels>
+template <typename In, int kChannels, bool kExact>
 void launch_augment_kernel(const AugmentArguments& arguments, cudaStream_t stream) {
   const int64_t blocks = arguments.launch.tiles * arguments.launch.segments;
-  RK_LAUNCH((augment_kernel<In, kChannels>), dim3(static_cast<unsigned>(blocks)),
+  RK_LAUNCH((augment_kernel<In, kChannels, kExact>), dim3(static_cast<unsigned>(blocks)),
             dim3(kAugmentThreads), augment_shared_bytes<kChannels>(arguments.launch.taps), stream,
             arguments);
   check_launch("augment");
 }
 
-template <typename In>
+template <typename In, bool kExact>
 void launch_augment_of(const AugmentArguments& arguments, cudaStream_t stream) {
   switch (arguments.channels) {
-    case 1: return launch_augment_kernel<In, 1>(arguments, stream);
-    case 3: return launch_augment_kernel<In, 3>(arguments, stream);
-    default: return launch_augment_kernel<In, 4>(arguments, stream);
+    case 1: return launch_augment_kernel<In, 1, kExact>(arguments, stream);
+    case 3: return launch_augment_kernel<In, 3, kExact>(arguments, stream);
+    default: return launch_augment_kernel<In, 4, kExact>(arguments, stream);
   }
 }
 
@@ -302,13 +307,14 @@ void launch_augment(const AugmentBatch& batch, const Allocate& allocate, cudaStr
   const int64_t words = round_up(static_cast<int64_t>(plan.words.size()));
   const int64_t statistics = round_up(plan.statistics);
   auto* const memory = static_cast<uint32_t*>(allocate(4 * (words + statistics + plan.scratch)));
+  const ImageRange range = range_of(batch);
   AugmentArguments a{};
   a.pixels = batch.pixels;
   a.result = batch.result;
   a.plan = memory;
   a.statistics = memory + words;
   a.scratch = reinterpret_cast<float*>(memory + words + statistics);
-  a.range = range_of(batch);
+  a.bound = range.bound;
   a.channels = batch.channels;
   a.channels_last = batch.channels_last;
   a.to_channels_last = batch.to_channels_last;
@@ -323,11 +329,15 @@ void launch_augment(const AugmentBatch& batch, const Allocate& allocate, cudaStr
     }
     a.launch = launch;
     const PixelType from = launch.from_pixels ? batch.from : PixelType::float32;
+    const auto launch_of = [&]<typename In>(In) {
+      return range.exact ? launch_augment_of<In, true>(a, stream)
+                         : launch_augment_of<In, false>(a, stream);
+    };
     switch (from) {
-      case PixelType::bytes: launch_augment_of<uint8_t>(a, stream); break;
-      case PixelType::float32: launch_augment_of<float>(a, stream); break;
-      case PixelType::float16: launch_augment_of<float16>(a, stream); break;
-      case PixelType::bfloat16: launch_augment_of<bfloat16>(a, stream); break;
+      case PixelType::bytes: launch_of(uint8_t{}); break;
+      case PixelType::float32: launch_of(float{}); break;
+      case PixelType::float16: launch_augment_of<float16, false>(a, stream); break;
+      case PixelType::bfloat16: launch_augment_of<bfloat16, false>(a, stream); break;
     }
   }
 }

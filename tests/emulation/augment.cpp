@@ -50,8 +50,6 @@ class Interpreter {
   }
 
  private:
-  bool bytes() const { return range_.bound == 255.0f; }
-
   template <typename F>
   void each(const F& f) {
     for (int c = 0; c < image_.channels; ++c) {
@@ -94,7 +92,7 @@ class Interpreter {
             if (column < 0) down = box.fill[c];
             across = i ? across + weight * down : weight * down;
           });
-          result.at(c, y, x) = bytes() ? range_.clamp_rounded(across) : across;
+          result.at(c, y, x) = range_.resampled(across);
         }
       }
     }
@@ -115,38 +113,38 @@ class Interpreter {
       };
       for (int y = 0; y < warp.out_height; ++y) {
         for (int x = 0; x < warp.out_width; ++x) {
-          const auto at = warp_point(warp.m, warp.affine(), static_cast<float>(x),
-                                     static_cast<float>(y));
+          const auto at = WarpPlaces::of(warp, image_.height, image_.width, range_.exact)(
+              static_cast<float>(x), static_cast<float>(y));
           float& to = result.at(c, y, x);
-          if (warp.filter == AugmentFilter::nearest) {
-            to = value(rintf(at.y), rintf(at.x), fill);
-            continue;
-          }
+          to = fill;
           const float top = floorf(at.y), left = floorf(at.x);
           const float wy = at.y - top, wx = at.x - left;
-          if (warp.filter == AugmentFilter::bilinear) {
+          if (!(std::fabs(at.x) < kNear && std::fabs(at.y) < kNear)) {
+          } else if (warp.filter == WarpFilter::nearest) {
+            to = value(rintf(at.y), rintf(at.x), fill);
+          } else if (warp.filter != WarpFilter::bicubic) {
+            const bool faded = warp.filter == WarpFilter::faded;
             float p[4], in[4];
             for (int k = 0; k < 4; ++k) {
               const float row = top + static_cast<float>(k / 2);
               const float column = left + static_cast<float>(k % 2);
-              p[k] = value(row, column, range_.exact ? 0.0f : fill);
+              p[k] = value(row, column, faded ? 0.0f : fill);
               in[k] = inside(row, column) ? 1.0f : 0.0f;
             }
-            to = range_.exact ? range_.clamp_rounded(between_four_masked(p, in, wx, wy, fill))
-                              : between_four(p, wx, wy);
-            continue;
-          }
-          const auto across = CubicWeights<float>::of(wx), down = CubicWeights<float>::of(wy);
-          for (int i = 0; i < 4; ++i) {
-            float row = 0;
-            for (int j = 0; j < 4; ++j) {
-              const float part = across.w[j] * value(top + static_cast<float>(i - 1),
-                                                     left + static_cast<float>(j - 1), fill);
-              row = j ? row + part : part;
+            to = faded ? between_four_faded(p, in, wx, wy, fill) : between_four(p, wx, wy);
+          } else {
+            const auto across = CubicWeights<float>::of(wx), down = CubicWeights<float>::of(wy);
+            for (int i = 0; i < 4; ++i) {
+              float row = 0;
+              for (int j = 0; j < 4; ++j) {
+                const float part = across.w[j] * value(top + static_cast<float>(i - 1),
+                                                       left + static_cast<float>(j - 1), fill);
+                row = j ? row + part : part;
+              }
+              to = i ? to + down.w[i] * row : down.w[i] * row;
             }
-            to = i ? to + down.w[i] * row : down.w[i] * row;
           }
-          if (bytes()) to = range_.clamp_rounded(to);
+          to = range_.resampled(to);
         }
       }
     }
@@ -169,10 +167,10 @@ class Interpreter {
         return sum;
       });
     }
-    if (bytes()) each([&](float v, int, int, int) { return range_.clamp_rounded(v); });
+    each([&](float v, int, int, int) { return range_.resampled(v); });
   }
 
-  void sharpness(float factor) {
+  void sharpness(float rest) {
     Image before = image_;
     each([&](float v, int c, int y, int x) {
       if (y == 0 || x == 0 || y == image_.height - 1 || x == image_.width - 1) return v;
@@ -182,11 +180,11 @@ class Interpreter {
                            before.at(c, y - 1 + k / 3, x - 1 + k % 3);
         sum = k ? sum + part : part;
       }
-      return sharpened(v, sum, factor, range_);
+      return sharpened(v, sum, rest, range_);
     });
   }
 
-  void contrast(float factor) {
+  void contrast(float factor, float rest) {
     int64_t sum = 0;
     if (image_.channels == 1) {
       for (const float v : image_.values) sum += static_cast<int64_t>(counted_gray(v, range_));
@@ -196,21 +194,18 @@ class Interpreter {
       });
     }
     const float mean = gray_mean(sum, int64_t{image_.height} * image_.width, range_);
-    each([&](float v, int, int, int) { return blended(v, mean, factor, range_); });
+    each([&](float v, int, int, int) { return blended(v, mean, factor, rest, range_); });
   }
 
   void by_extrema() {
     for (int c = 0; c < image_.channels; ++c) {
-      float lo = image_.at(c, 0, 0), hi = lo;
-      bool nan = false;
+      float lo = std::numeric_limits<float>::infinity(), hi = -lo;
       each([&](float v, int channel, int, int) {
         if (channel != c) return v;
-        nan |= v != v;
         lo = v < lo ? v : lo;
         hi = v > hi ? v : hi;
         return v;
       });
-      if (nan) lo = hi = std::numeric_limits<float>::quiet_NaN();
       const auto stretch = Autocontrast::of(lo, hi, range_);
       each([&](float v, int channel, int, int) { return channel == c ? stretch(v, range_) : v; });
     }
@@ -243,11 +238,11 @@ class Interpreter {
       case Op::warp: return warp(a);
       case Op::brightness:
         return each([&](float v, int, int, int) { return range_.clamp_truncated(a[1] * v); });
-      case Op::contrast: return contrast(a[1]);
+      case Op::contrast: return contrast(a[1], a[2]);
       case Op::saturation:
         return each_pixel([&](float& r, float& g, float& b) {
           const float gray = gray_of(r, g, b, range_);
-          for (float* v : {&r, &g, &b}) *v = blended(*v, gray, a[1], range_);
+          for (float* v : {&r, &g, &b}) *v = blended(*v, gray, a[1], a[2], range_);
         });
       case Op::hue:
         return each_pixel([&](float& r, float& g, float& b) { turn_hue(r, g, b, a[1], range_); });
@@ -267,7 +262,7 @@ class Interpreter {
       case Op::autocontrast: return by_extrema();
       case Op::equalize: return equalize();
       case Op::sharpness:
-        if (image_.height > 2 && image_.width > 2) sharpness(a[1]);
+        if (image_.height > 2 && image_.width > 2) sharpness(a[2]);
         return;
       case Op::blur: return blur(a);
       case Op::noise: {
@@ -304,7 +299,7 @@ class Interpreter {
       }
       case Op::save:
         saved_ = sum_ = image_;
-        std::fill(sum_.values.begin(), sum_.values.end(), 0.0f);
+        for (float& v : sum_.values) v *= a[1];
         return;
       case Op::join:
         for (size_t i = 0; i < image_.values.size(); ++i) {
@@ -313,11 +308,8 @@ class Interpreter {
         image_ = saved_;
         return;
       case Op::mix:
-        for (size_t i = 0; i < image_.values.size(); ++i) {
-          const float v = a[1] * saved_.values[i] + a[2] * sum_.values[i];
-          image_.values[i] = range_.exact ? range_.clamp_truncated(v) : v;
-        }
-        return;
+        image_ = sum_;
+        return each([&](float v, int, int, int) { return range_.clamp_truncated(v); });
     }
   }
 
@@ -527,7 +519,7 @@ void test_warps() {
   for (const bool exact : {false, true}) {
     std::vector<Program> programs;
     for (const auto& m : {kTurned, kSheared, kTilted}) {
-      for (const int filter : {0, 2, 3}) programs.push_back({warp({33, 36}, filter, m)});
+      for (int filter = 0; filter < 4; ++filter) programs.push_back({warp({33, 36}, filter, m)});
     }
     // From so far away that no index holds it.
     programs.push_back({warp({33, 36}, 2, {1e12f, 0, -1e14f, 0, 1, 0, 0, 0, 1})});
@@ -550,7 +542,7 @@ void test_warps() {
       {warp({33, 37}, 2, kTilted), nearest(kTurned), invert, crop},
       {box(1, 2, {20, 22}, {33, 37}, 0, 6, 0), nearest(kTurned)},
       {crop, noise(1), nearest(kTurned), kNormalize, crop},
-      {box(0, 0, {30, 40}, {33, 37}, 0, 1, 0), nearest(kTurned), {number(Op::contrast), 0.6f},
+      {box(0, 0, {30, 40}, {33, 37}, 0, 1, 0), nearest(kTurned), {number(Op::contrast), 0.6f, 0.4f},
        nearest(kSheared), {number(Op::equalize)}, crop},
       many};
   test<float, float>("moves", 3, {33, 37}, programs, false, {30, 40});
@@ -559,7 +551,7 @@ void test_warps() {
 }
 
 const std::vector<Program> kOfColours = {
-    {{number(Op::saturation), 1.4f}}, {{number(Op::hue), 0.4f}}, {{number(Op::hue), -0.5f}},
+    {{number(Op::saturation), 1.4f, -0.4f}}, {{number(Op::hue), 0.4f}}, {{number(Op::hue), -0.5f}},
     {{number(Op::grayscale)}}, {{number(Op::permute), 2, 0, 0}}};
 const std::vector<Program> kOfAny = {
     {},
@@ -570,7 +562,7 @@ const std::vector<Program> kOfAny = {
     {{number(Op::posterize), 0}},
     {{number(Op::autocontrast)}},
     {{number(Op::equalize)}, {number(Op::equalize)}, {number(Op::autocontrast)}},
-    {{number(Op::sharpness), 1.7f}, {number(Op::sharpness), 0.2f}},
+    {{number(Op::sharpness), 1.7f, -0.7f}, {number(Op::sharpness), 0.2f, 0.8f}},
     {blur(0, 2)},
     {blur(1, 12), blur(2, 0)},
     {blur(2, 7)},
@@ -578,9 +570,9 @@ const std::vector<Program> kOfAny = {
     {noise(1), salt_and_pepper()},
     {erase({3, 2}, {20, 9}, false), erase({1, 11}, {20, 21}, true)},
     {kNormalize, box(0, 1, {33, 35}, {33, 35}, 3, 0, 1), noise(0)},
-    {{number(Op::save)}, {number(Op::brightness), 0.7f}, {number(Op::join), 0.3f},
+    {{number(Op::save), 0.4f}, {number(Op::brightness), 0.7f}, {number(Op::join), 0.3f},
      warp({33, 35}, 2, kTurned), {number(Op::equalize)}, {number(Op::join), 0.5f},
-     {number(Op::autocontrast)}, {number(Op::join), 0.2f}, {number(Op::mix), 0.4f, 0.6f}}};
+     {number(Op::autocontrast)}, {number(Op::join), 0.2f}, {number(Op::mix)}}};
 
 template <typename In, typename Out>
 void test_instructions() {
@@ -588,7 +580,7 @@ void test_instructions() {
     for (const bool exact : {false, true}) {
       if (exact && sizeof(In) > 1) continue;
       auto programs = kOfAny;
-      if (channels % 2) programs.push_back({{number(Op::contrast), 1.5f}});
+      if (channels % 2) programs.push_back({{number(Op::contrast), 1.5f, -0.5f}});
       if (channels == 3) programs.insert(programs.end(), kOfColours.begin(), kOfColours.end());
       test<In, Out>("instructions", channels, {33, 35}, programs, exact);
     }
@@ -638,13 +630,13 @@ Program drawn(int channels, Size size, Size result, int length) {
       resize(some_size());
     } else if (kind < 4) {
       const Size to = saved ? size : some_size();
-      program.push_back(warp(to, kind == 2 ? 0 : static_cast<int>(2 + below(2)),
+      program.push_back(warp(to, kind == 2 ? 0 : static_cast<int>(1 + below(3)),
                              below(2) ? kTurned : kTilted));
       size = to;
     } else if (channels % 2 && kind == 4) {
-      program.push_back({number(Op::contrast), static_cast<float>(2 * uniform())});
+      program.push_back({number(Op::contrast), static_cast<float>(2 * uniform()), 0.3f});
     } else if (kind == 5) {
-      program.push_back(saved ? Instruction{number(Op::join), 0.4f} : Instruction{number(Op::save)});
+      program.push_back({number(saved ? Op::join : Op::save), 0.4f});
       saved = true;
     } else if (!chosen.empty() && chosen[0][0] < number(Op::blur)) {
       program.insert(program.end(), chosen.begin(), chosen.end());
@@ -652,7 +644,7 @@ Program drawn(int channels, Size size, Size result, int length) {
       program.push_back(noise(1));
     }
   }
-  if (saved) program.push_back({number(Op::mix), 0.7f, 0.3f});
+  if (saved) program.push_back({number(Op::mix)});
   resize(result);
   return program;
 }

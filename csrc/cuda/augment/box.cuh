@@ -202,12 +202,10 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
       push_pixel(values, sum);
     }
   }
-  if (range.bound != 1.0f) {
+  RK_UNROLL
+  for (int c = 0; c < kChannels; ++c) {
     RK_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      RK_UNROLL
-      for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.clamp_rounded(values[c][p]);
-    }
+    for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.resampled(values[c][p]);
   }
 }
 

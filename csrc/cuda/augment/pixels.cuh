@@ -52,7 +52,7 @@ struct AugmentSurroundings {
   int y, x, height, width;  // of the first pixel; the image's
   unsigned outside;         // a bit for each pixel of each move
   const AugmentKnown<kChannels>* known;
-  float *saved, *sum;  // of the first pixel's vector in channel 0
+  float *saved, *total;  // of SAVE, JOIN and MIX: the first pixel's vectors in channel 0
   int64_t plane;       // from there to the next channel's
 
   __device__ int64_t element(int c) const {
@@ -88,16 +88,14 @@ __device__ __forceinline__ void execute(int op, const float* a,
       }
     }
   };
-  const auto vector = [&](float* of, int c) { return of + c * at.plane; };
-  const auto there = [&](int c) { return kChannels < 4 || c < at.channels; };
   switch (op) {
     case static_cast<int>(AugmentOp::brightness): {
       const float f = a[1];
       return each([&](float v, int, int) { return range.clamp_truncated(f * v); });
     }
     case static_cast<int>(AugmentOp::contrast): {
-      const float f = a[1], mean = at.known->mean;
-      return each([&](float v, int, int) { return blended(v, mean, f, range); });
+      const float f = a[1], rest = a[2], mean = at.known->mean;
+      return each([&](float v, int, int) { return blended(v, mean, f, rest, range); });
     }
     case static_cast<int>(AugmentOp::invert):
       return each([&](float v, int, int) { return range.bound - v; });
@@ -162,44 +160,39 @@ __device__ __forceinline__ void execute(int op, const float* a,
       });
     }
     case static_cast<int>(AugmentOp::save):
-      RK_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
-        if (!there(c)) continue;
-        Vector<float, kAugmentPixels> x;
-        RK_UNROLL
-        for (int p = 0; p < kAugmentPixels; ++p) x.v[p] = values[c][p];
-        store_whole(vector(at.saved, c), x);
-        store_whole(vector(at.sum, c), Vector<float, kAugmentPixels>{});
-      }
-      return;
     case static_cast<int>(AugmentOp::join):
     case static_cast<int>(AugmentOp::mix):
       RK_UNROLL
       for (int c = 0; c < kChannels; ++c) {
-        if (!there(c)) continue;
-        const auto x = load_whole<kAugmentPixels>(vector(at.saved, c));
-        auto sum = load_whole<kAugmentPixels>(vector(at.sum, c));
-        if (op == static_cast<int>(AugmentOp::join)) {
-          RK_UNROLL
-          for (int p = 0; p < kAugmentPixels; ++p) {
-            sum.v[p] = plus(sum.v[p], a[1] * values[c][p]);
-            values[c][p] = x.v[p];
+        if (kChannels == 4 && c >= at.channels) continue;
+        float *const saved = at.saved + c * at.plane, *const total = at.total + c * at.plane;
+        Vector<float, kAugmentPixels> x, sum{};
+        if (op != static_cast<int>(AugmentOp::save)) {
+          sum = load_whole<kAugmentPixels>(total);
+          if (op == static_cast<int>(AugmentOp::mix)) {
+            RK_UNROLL
+            for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.clamp_truncated(sum.v[p]);
+            continue;
           }
-          store_whole(vector(at.sum, c), sum);
-        } else {
-          RK_UNROLL
-          for (int p = 0; p < kAugmentPixels; ++p) {
-            const float mixed = plus(a[1] * x.v[p], a[2] * sum.v[p]);
-            values[c][p] = range.exact ? range.clamp_truncated(mixed) : mixed;
-          }
+          x = load_whole<kAugmentPixels>(saved);
         }
+        const float weight = a[1];
+        RK_UNROLL
+        for (int p = 0; p < kAugmentPixels; ++p) {
+          const float part = values[c][p] * weight;
+          sum.v[p] = op == static_cast<int>(AugmentOp::save) ? part : plus(sum.v[p], part);
+          if (op == static_cast<int>(AugmentOp::save)) x.v[p] = values[c][p];
+          values[c][p] = x.v[p];
+        }
+        store_whole(total, sum);
+        if (op == static_cast<int>(AugmentOp::save)) store_whole(saved, x);
       }
       return;
     case kAugmentFill: {
       const unsigned outside = at.outside >> kAugmentPixels * static_cast<int>(a[1]);
       return each([&](float v, int c, int p) { return outside >> p & 1u ? a[2 + c] : v; });
     }
-    case kAugmentClamp: return each([&](float v, int, int) { return range.clamp_rounded(v); });
+    case kAugmentResampled: return each([&](float v, int, int) { return range.resampled(v); });
     default: break;
   }
   if constexpr (kChannels == 3) {
@@ -209,12 +202,12 @@ __device__ __forceinline__ void execute(int op, const float* a,
     };
     switch (op) {
       case static_cast<int>(AugmentOp::saturation): {
-        const float f = a[1];
+        const float f = a[1], rest = a[2];
         return each_pixel([&](float& r, float& g, float& b) {
           const float gray = gray_of(r, g, b, range);
-          r = blended(r, gray, f, range);
-          g = blended(g, gray, f, range);
-          b = blended(b, gray, f, range);
+          r = blended(r, gray, f, rest, range);
+          g = blended(g, gray, f, rest, range);
+          b = blended(b, gray, f, rest, range);
         });
       }
       case static_cast<int>(AugmentOp::grayscale):

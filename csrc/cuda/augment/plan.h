@@ -38,14 +38,14 @@ enum class AugmentHead : int32_t { load, box, warp, blur, sharpness };
 enum class AugmentCount : int32_t { nothing, grays, extrema, histogram };
 
 // Instructions of the plan's own: a move's fill, arguments its number and a value for each channel;
-// and what BOX does in the end to values outside of the range.
-constexpr int kAugmentFill = kAugmentOps, kAugmentClamp = kAugmentOps + 1;
+// and what resampling does in the end to values outside of the range.
+constexpr int kAugmentFill = kAugmentOps, kAugmentResampled = kAugmentOps + 1;
 constexpr int kMoveSource = 16;  // where a move has the height and width of what it reads
 
 struct AugmentSegment {
   int64_t source;       // where it reads: an element of the pixels, in the first segment, or scratch
   int64_t target;       // where it writes: an element of the result, or of the scratch memory
-  int64_t saved, sum;   // x and acc of SAVE, JOIN and MIX, in the scratch memory
+  int64_t saved, total;  // of SAVE, JOIN and MIX, in the scratch memory
   int32_t source_height, source_width;
   int32_t height, width;  // of what it writes
   int64_t code, end;      // words of the plan: moves from the last to the first, the head, the rest
@@ -88,7 +88,6 @@ class AugmentPlanner {
   explicit AugmentPlanner(const AugmentBatch& batch, int64_t most_scratch = kAugmentScratch)
       : batch_(batch),
         range_(range_of(batch)),
-        bytes_(batch.from == PixelType::bytes),
         most_scratch_(most_scratch) {}
 
   AugmentPlan plan() {
@@ -109,7 +108,7 @@ class AugmentPlanner {
 
  private:
   // Of one sample: its images in the scratch memory, by what they are for, in floats.
-  enum Buffer { kFirst, kSecond, kSaved, kSum, kBuffers };
+  enum Buffer { kFirst, kSecond, kSaved, kTotal, kBuffers };
 
   struct Planned {
     AugmentSegment segment;
@@ -143,7 +142,7 @@ class AugmentPlanner {
       if (p.source >= 0) s.source = scratch_ + offsets[p.source];
       if (p.target >= 0) s.target = scratch_ + offsets[p.target];
       s.saved = scratch_ + offsets[kSaved];
-      s.sum = scratch_ + offsets[kSum];
+      s.total = scratch_ + offsets[kTotal];
       s.known += counted;
       s.counted += counted;
     }
@@ -168,13 +167,13 @@ class AugmentPlanner {
         return;
       case AugmentOp::sharpness:
         if (height_ <= 2 || width_ <= 2) return;
-        return begin_with(AugmentHead::sharpness, a, 2, false);
+        return begin_with(AugmentHead::sharpness, a, 3, false);
       case AugmentOp::contrast: next(AugmentCount::grays, 2); break;
       case AugmentOp::autocontrast: next(AugmentCount::extrema, 2 * batch_.channels); break;
       case AugmentOp::equalize: next(AugmentCount::histogram, kGrays * batch_.channels); break;
       case AugmentOp::save:
         needs_[kSaved] = std::max(needs_[kSaved], image_floats());
-        needs_[kSum] = std::max(needs_[kSum], image_floats());
+        needs_[kTotal] = std::max(needs_[kTotal], image_floats());
         break;
       default: break;
     }
@@ -190,14 +189,14 @@ class AugmentPlanner {
   static int words_of(AugmentOp op) {
     switch (op) {
       case AugmentOp::brightness:
-      case AugmentOp::contrast:
-      case AugmentOp::saturation:
       case AugmentOp::hue:
       case AugmentOp::solarize:
       case AugmentOp::posterize:
+      case AugmentOp::save:
       case AugmentOp::join: return 2;
-      case AugmentOp::solarize_add:
-      case AugmentOp::mix: return 3;
+      case AugmentOp::contrast:
+      case AugmentOp::saturation:
+      case AugmentOp::solarize_add: return 3;
       case AugmentOp::permute: return 4;
       case AugmentOp::noise: return 8;
       case AugmentOp::salt_and_pepper: return 7;
@@ -214,12 +213,7 @@ class AugmentPlanner {
     const auto columns = BoxAxis::of(box.width, box.out_width, box.flip_columns, box.filter,
                                      box.antialias);
     if (rows.takes_one() && columns.takes_one()) {
-      float fills[kMostChannels];
-      for (int c = 0; c < kMostChannels; ++c) {
-        fills[c] = bytes_ ? range_.clamp_rounded(box.fill[c]) : box.fill[c];
-      }
-      add_move(a, box.pad == AugmentPad::constant ? fills : nullptr);
-      if (bytes_ && unbounded_) put(body_, kAugmentClamp, a, 1);
+      add_move(a, box.pad == AugmentPad::constant, [&](int c) { return box.fill[c]; });
     } else {
       begin_with(AugmentHead::box, a, 14, true);
       now_.taps = std::max(rows.most_taps(), columns.most_taps());
@@ -230,9 +224,8 @@ class AugmentPlanner {
 
   void add_warp(const float* a) {
     const auto warp = WarpArguments::of(a);
-    if (warp.filter == AugmentFilter::nearest) {
-      const float fills[kMostChannels] = {warp.fill(0), warp.fill(1), warp.fill(2), warp.fill(3)};
-      add_move(a, fills);
+    if (warp.filter == WarpFilter::nearest) {
+      add_move(a, true, [&](int c) { return warp.fill(c); });
     } else {
       begin_with(AugmentHead::warp, a, 16, true);
     }
@@ -240,7 +233,8 @@ class AugmentPlanner {
     width_ = warp.out_width;
   }
 
-  void add_move(const float* a, const float* fills) {
+  template <typename Fill>
+  void add_move(const float* a, bool may_be_outside, const Fill& fill_of) {
     const AugmentHead head = now_.segment.head;
     const bool at_any_place = head == AugmentHead::load || head == AugmentHead::warp;
     if (!at_any_place || at_place_ || now_.segment.moves == kAugmentMostMoves) next();
@@ -251,11 +245,12 @@ class AugmentPlanner {
     std::vector<uint32_t> code;
     put(code, static_cast<int>(a[0]), move, kMoveSource + 2);
     moves_.insert(moves_.begin(), code.begin(), code.end());
-    if (fills) {
-      const float fill[] = {0, static_cast<float>(now_.segment.moves), fills[0], fills[1],
-                            fills[2], fills[3]};
+    if (may_be_outside) {
+      float fill[2 + kMostChannels] = {0, static_cast<float>(now_.segment.moves)};
+      for (int c = 0; c < kMostChannels; ++c) fill[2 + c] = range_.resampled(fill_of(c));
       put(body_, kAugmentFill, fill, 2 + kMostChannels);
     }
+    if (unbounded_ && range_.bound != 1.0f) put(body_, kAugmentResampled, a, 1);
     ++now_.segment.moves;
   }
 
@@ -358,7 +353,6 @@ class AugmentPlanner {
 
   const AugmentBatch& batch_;
   const ImageRange range_;
-  const bool bytes_;
   const int64_t most_scratch_;
   AugmentPlan plan_{};
   std::vector<AugmentSegment> segments_;

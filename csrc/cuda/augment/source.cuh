@@ -55,7 +55,8 @@ struct AugmentPlace {
 };
 
 // Leads a place of what a move writes back to that which it reads; false where that is outside.
-__device__ __forceinline__ bool lead_back(const float* a, bool is_box, AugmentPlace& place) {
+__device__ __forceinline__ bool lead_back(const float* a, bool is_box, bool exact,
+                                          AugmentPlace& place) {
   const int height = static_cast<int>(a[kMoveSource]), width = static_cast<int>(a[kMoveSource + 1]);
   if (is_box) {
     const auto box = BoxArguments::of(a);
@@ -68,8 +69,8 @@ __device__ __forceinline__ bool lead_back(const float* a, bool is_box, AugmentPl
     return inside;
   }
   const auto warp = WarpArguments::of(a);
-  const auto at = warp_point(warp.m, warp.affine(), static_cast<float>(place.x),
-                             static_cast<float>(place.y));
+  const auto at = WarpPlaces::of(warp, height, width, exact)(static_cast<float>(place.x),
+                                                             static_cast<float>(place.y));
   const float y = rounded(at.y), x = rounded(at.x);
   const bool inside = y >= 0.0f && y < static_cast<float>(height) && x >= 0.0f &&
                       x < static_cast<float>(width);
@@ -83,67 +84,62 @@ __device__ __forceinline__ void warp_pixel(const AugmentImage<In>& image, const 
                                            const ImageRange& range, int channels,
                                            AugmentPlace place, float (&result)[kChannels]) {
   const auto warp = WarpArguments::of(a);
-  const auto at = warp_point(warp.m, warp.affine(), static_cast<float>(place.x),
-                             static_cast<float>(place.y));
-  const float left = floored(at.x), top = floored(at.y);
-  const float wx = at.x - left, wy = at.y - top;
-  // What is further out than any neighbour of the image, or NaN, has its neighbours outside.
-  const auto index = [](float where, int side) {
-    return where >= -4.0f && where <= static_cast<float>(side) + 4.0f ? static_cast<int>(where)
-                                                                      : -4;
-  };
-  const int x0 = index(left, image.width), y0 = index(top, image.height);
-  const auto neighbour = [&](int y, int x, float outside, float (&p)[kChannels]) {
-    const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(image.height) &&
-                        static_cast<unsigned>(x) < static_cast<unsigned>(image.width);
-    if (inside) {
-      image.read(y, x, channels, p);
-    } else {
-      RK_UNROLL
-      for (int c = 0; c < kChannels; ++c) p[c] = range.exact ? outside : warp.fill(c);
-    }
-    return inside;
-  };
-  if (warp.filter == AugmentFilter::bilinear) {
-    float p[4][kChannels], in[4];
-    RK_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      in[k] = neighbour(y0 + k / 2, x0 + k % 2, 0.0f, p[k]) ? 1.0f : 0.0f;
-    }
-    RK_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      const float four[4] = {p[0][c], p[1][c], p[2][c], p[3][c]};
-      result[c] = range.exact ? range.clamp_rounded(
-                                    between_four_masked(four, in, wx, wy, warp.fill(c)))
-                              : between_four(four, wx, wy);
-    }
-    return;
-  }
-  const auto across = CubicWeights<float>::of(wx), down = CubicWeights<float>::of(wy);
+  const auto at = WarpPlaces::of(warp, image.height, image.width, range.exact)(
+      static_cast<float>(place.x), static_cast<float>(place.y));
   RK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    float row[kChannels];
-    RK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      float p[kChannels];
-      if (!neighbour(y0 - 1 + i, x0 - 1 + j, 0.0f, p) && range.exact) {
+  for (int c = 0; c < kChannels; ++c) result[c] = warp.fill(c);
+  if (fabsf(at.x) < kNear && fabsf(at.y) < kNear) {
+    const float left = floored(at.x), top = floored(at.y);
+    const float wx = at.x - left, wy = at.y - top;
+    const int x0 = static_cast<int>(left), y0 = static_cast<int>(top);
+    const bool faded = warp.filter == WarpFilter::faded;
+    const auto neighbour = [&](int y, int x, float (&p)[kChannels]) {
+      const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(image.height) &&
+                          static_cast<unsigned>(x) < static_cast<unsigned>(image.width);
+      if (inside) {
+        image.read(y, x, channels, p);
+      } else {
         RK_UNROLL
-        for (int c = 0; c < kChannels; ++c) p[c] = warp.fill(c);
+        for (int c = 0; c < kChannels; ++c) p[c] = faded ? 0.0f : warp.fill(c);
       }
+      return inside;
+    };
+    if (warp.filter != WarpFilter::bicubic) {
+      float p[4][kChannels], in[4];
+      RK_UNROLL
+      for (int k = 0; k < 4; ++k) in[k] = neighbour(y0 + k / 2, x0 + k % 2, p[k]) ? 1.0f : 0.0f;
       RK_UNROLL
       for (int c = 0; c < kChannels; ++c) {
-        row[c] = j == 0 ? across.w[0] * p[c] : plus(row[c], across.w[j] * p[c]);
+        const float four[4] = {p[0][c], p[1][c], p[2][c], p[3][c]};
+        result[c] = faded ? between_four_faded(four, in, wx, wy, warp.fill(c))
+                          : between_four(four, wx, wy);
+      }
+    } else {
+      const auto across = CubicWeights<float>::of(wx);
+      auto down = CubicWeights<float>::of(wy);
+      RK_NO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float row[kChannels];
+        RK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          float p[kChannels];
+          neighbour(y0 - 1 + i, x0 - 1 + j, p);
+          RK_UNROLL
+          for (int c = 0; c < kChannels; ++c) {
+            row[c] = j == 0 ? p[c] * across.w[0] : plus(row[c], p[c] * across.w[j]);
+          }
+        }
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          const float part = row[c] * down.w[0];
+          result[c] = i == 0 ? part : plus(result[c], part);
+        }
+        down = {{down.w[1], down.w[2], down.w[3], 0.0f}};  // registers have no index
       }
     }
-    RK_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      result[c] = i == 0 ? down.w[0] * row[c] : plus(result[c], down.w[i] * row[c]);
-    }
   }
-  if (range.bound != 1.0f) {
-    RK_UNROLL
-    for (int c = 0; c < kChannels; ++c) result[c] = range.clamp_rounded(result[c]);
-  }
+  RK_UNROLL
+  for (int c = 0; c < kChannels; ++c) result[c] = range.resampled(result[c]);
 }
 
 // SHARPNESS of one pixel.
@@ -166,7 +162,7 @@ __device__ __forceinline__ void sharpness_pixel(const AugmentImage<In>& image, c
     }
   }
   RK_UNROLL
-  for (int c = 0; c < kChannels; ++c) result[c] = sharpened(result[c], sum[c], a[1], range);
+  for (int c = 0; c < kChannels; ++c) result[c] = sharpened(result[c], sum[c], a[2], range);
 }
 
 }  // namespace cuda

@@ -25,18 +25,15 @@ struct AugmentKnown {
   };
 };
 
-// Floats as integers of the same order; NaN is the largest, and zeros are one.
+// Floats as integers of the same order; zeros are one. NaN does not count, as 0 does not.
 RK_HD uint32_t ordered_key(float v) {
   const uint32_t bits = bit_cast<uint32_t>(v + 0.0f);
   const uint32_t key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-  return v == v ? key : 0xffffffffu;
+  return v == v ? key : 0;
 }
-RK_HD uint32_t inverted_key(float v) { return v == v ? ~ordered_key(v) : 0xffffffffu; }
+RK_HD uint32_t inverted_key(float v) { return v == v ? ~ordered_key(v) : 0; }
 RK_HD float of_key(uint32_t key) {
   return bit_cast<float>(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
-}
-RK_HD float of_inverted_key(uint32_t key) {
-  return key == 0xffffffffu ? of_key(key) : of_key(~key);
 }
 
 // The sum of the grays up to each one's own, by a block of as many threads.
@@ -70,7 +67,7 @@ __device__ __forceinline__ void learn(AugmentOp op, const uint32_t* statistics, 
   } else if (op == AugmentOp::autocontrast) {
     if (thread < kChannels) {
       const uint32_t* const keys = statistics + 2 * channel(thread);
-      known.stretch[thread] = Autocontrast::of(of_inverted_key(keys[1]), of_key(keys[0]), range);
+      known.stretch[thread] = Autocontrast::of(of_key(~keys[1]), of_key(keys[0]), range);
     }
   } else if (op == AugmentOp::equalize) {
     RK_NO_UNROLL
