@@ -47,14 +47,13 @@ template <int kChannels>
 struct AugmentShared {
   AugmentSegment segment;
   AugmentKnown<kChannels> known;
-  int first[kPlaces], count[kPlaces];
-  float weights[1];
+  TapTable table;
 };
 
 template <int kChannels>
 size_t augment_shared_bytes(int taps) {
   const size_t lines = taps ? kAugmentTile * kBoxRow<kChannels> : 0;
-  return offsetof(AugmentShared<kChannels>, weights) +
+  return offsetof(AugmentShared<kChannels>, table) + offsetof(TapTable, weights) +
          sizeof(float) * (kPlaces * static_cast<size_t>(taps) + lines);
 }
 
@@ -106,7 +105,7 @@ constexpr int kAugmentBlocks = 3;
 
 // Segments of the first launches read pixels of type In, the others float32 in the scratch memory.
 template <typename In, int kChannels, bool kExact>
-__global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
+__global__ void __launch_bounds__(kAugmentThreads)
     augment_kernel(const __grid_constant__ AugmentArguments a) {
   const ImageRange range{a.bound, kExact};
   using Shared = AugmentShared<kChannels>;
@@ -164,10 +163,13 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   unsigned outside = 0;
   const int last_y = static_cast<int>(min(y, s.height - 1));
   if (s.head == AugmentHead::box || s.head == AugmentHead::blur) {
-    float* const weights = shared->weights;
-    const TapTable table{shared->first, shared->count, weights, a.launch.taps};
-    box_pixels(image, head, s.head == AugmentHead::blur, range, a.channels, s.height, s.width,
-               top, left, row, column, table, weights + kPlaces * a.launch.taps, values);
+    TapTable& table = shared->table;
+    const int taps = a.launch.taps;
+    fill_table(table, taps, head, s.head == AugmentHead::blur, s.source_height, s.source_width,
+               s.height, s.width, top, left);
+    __syncthreads();
+    box_pixels(image, head, range, a.channels, row, column, table, table.weights + kPlaces * taps,
+               values);
   } else if (s.head == AugmentHead::load && s.moves == 0) {
     RK_UNROLL
     for (int p = 0; p < kAugmentPixels; ++p) {
@@ -201,27 +203,11 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   }
   __syncthreads();  // what was learnt is there
 
-  AugmentSurroundings<kChannels> at{};
-  at.range = range;
-  at.channels = a.channels;
-  at.y = y;
-  at.x = x;
-  at.height = s.height;
-  at.width = s.width;
-  at.outside = outside;
-  at.known = &shared->known;
-  const int64_t scratch_width = scratch_row(s.width);
-  at.plane = s.height * scratch_width;
-  const int64_t pixel = last_y * scratch_width + min(x, scratch_width - kAugmentPixels);
-  at.saved = a.scratch + s.saved + pixel;
-  at.total = a.scratch + s.total + pixel;
+  const AugmentSurroundings<kChannels> at{range,   a.channels, y,          x,        there,
+                                          outside, a.scratch,  s,          shared->known};
   RK_NO_UNROLL
   for (; code < end; skip()) {
-    // Vectors that are not there are none of this thread's.
-    const int op = static_cast<int>(*code & 0xff);
-    const bool in_memory = op >= static_cast<int>(AugmentOp::save) && op < kAugmentOps;
-    if (in_memory && !there) continue;
-    execute(op, reinterpret_cast<const float*>(code), at, values);
+    execute(static_cast<int>(*code & 0xff), reinterpret_cast<const float*>(code), at, values);
   }
 
   if (s.counts != AugmentCount::nothing) {
@@ -229,16 +215,12 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
                  shared->known);
   }
   if (!s.to_result) {
-    if (!there) return;
-    RK_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
+    at.each_vector(s.target, [&](float* to, int c) {
       Vector<float, kAugmentPixels> vector;
       RK_UNROLL
       for (int p = 0; p < kAugmentPixels; ++p) vector.v[p] = values[c][p];
-      if (kChannels < 4 || c < a.channels) {
-        store_whole(a.scratch + s.target + c * at.plane + pixel, vector);
-      }
-    }
+      store_whole(to, vector);
+    });
     return;
   }
   const auto put = [&](auto* to) {

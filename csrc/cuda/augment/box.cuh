@@ -56,16 +56,16 @@ struct TapAxis {
 
 // The taps of a tile's rows and columns, in shared memory.
 struct TapTable {
-  int* first;      // [kPlaces]
-  int* count;      // [kPlaces]
-  float* weights;  // [kPlaces, taps]; the total, of an antialiasing filter with more taps
-  int taps;
+  TapAxis rows, columns;
+  int first[kPlaces], count[kPlaces];
+  int taps;          // for how many of a place there is room
+  float weights[1];  // [kPlaces, taps]; where there are more, their sum and the centre
 
   __device__ bool holds(int count) const { return count <= taps; }
 
   // Of place i of an axis, by one thread.
-  __device__ void fill(int slot, const TapAxis& axis, int i) const {
-    float* w = weights + slot * taps;
+  __device__ void fill(int slot, int room, const TapAxis& axis, int i) {
+    float* w = weights + slot * room;
     if (axis.blur) {
       first[slot] = i - axis.radius;
       count[slot] = 2 * axis.radius + 1;
@@ -74,15 +74,14 @@ struct TapTable {
       return;
     }
     const BoxAxis& box = axis.box;
+    first[slot] = axis.start + box.first_tap(i);
     if (box.takes_one()) {
-      first[slot] = axis.start + box.one(i);
       count[slot] = 1;
       w[0] = 1.0f;
     } else if (box.antialias) {
       const auto span = box.span(i);
-      first[slot] = axis.start + span.first;
       count[slot] = span.count;
-      const bool tabled = holds(span.count);
+      const bool tabled = span.count <= room;
       float total = 0.0f;
       RK_NO_UNROLL
       for (int j = 0; j < span.count; ++j) {
@@ -90,51 +89,58 @@ struct TapTable {
         if (tabled) w[j] = weight;
         total = plus(total, weight);
       }
-      if (!tabled) w[0] = total;
       RK_NO_UNROLL
       for (int j = 0; tabled && j < span.count; ++j) w[j] = w[j] / total;
-    } else {
+      if (!tabled) w[0] = total, w[1] = span.centre;
+    } else if (box.filter == AugmentFilter::bilinear) {
       const auto at = box.between(i);
-      first[slot] = axis.start + at.first;
-      if (box.filter == AugmentFilter::bilinear) {
-        count[slot] = 2;
-        w[0] = 1.0f - at.fraction;
-        w[1] = at.fraction;
-      } else {
-        count[slot] = 4;
-        const auto cubic = CubicWeights<float>::of(at.fraction);
-        RK_UNROLL
-        for (int j = 0; j < 4; ++j) w[j] = cubic.w[j];
-      }
+      count[slot] = 2;
+      w[0] = 1.0f - at.fraction;
+      w[1] = at.fraction;
+    } else {
+      const auto cubic = CubicWeights<float>::of(box.between(i).fraction);
+      count[slot] = 4;
+      RK_UNROLL
+      for (int j = 0; j < 4; ++j) w[j] = cubic.w[j];
     }
   }
 
-  __device__ __forceinline__ float weight(int slot, int j, const TapAxis& axis, int i) const {
-    if (holds(count[slot])) return weights[slot * taps + j];
-    return axis.box.unscaled_weight(axis.box.span(i), j) / weights[slot * taps];
+  __device__ __forceinline__ float weight(int slot, int j, const TapAxis& axis) const {
+    const float* const w = weights + slot * taps;
+    if (holds(count[slot])) return w[j];
+    const BoxAxis::Span span{first[slot] - axis.start, count[slot], w[1]};
+    return axis.box.unscaled_weight(span, j) / w[0];
   }
 };
 
-// The pixels of a thread, in row `row` of the tile at (top, left) and from column `column` on.
+// Makes the table of a tile of which the first pixel is (top, left); by all threads of a block, which
+// may use it after their next barrier.
+__device__ __forceinline__ void fill_table(TapTable& table, int taps, const float* a, bool is_blur,
+                                           int image_height, int image_width, int out_height,
+                                           int out_width, int top, int left) {
+  const int thread = threadIdx.x;
+  if (thread >= kPlaces) return;
+  const bool of_row = thread < kAugmentTile;
+  const TapAxis axis = TapAxis::of(a, is_blur, of_row, of_row ? image_height : image_width);
+  if (thread % kAugmentTile == 0) {
+    of_row ? table.rows = axis : table.columns = axis;
+    table.taps = taps;
+  }
+  // What is beyond the image's end, in its last tiles, has the last place's taps.
+  table.fill(thread, taps, axis,
+             of_row ? static_cast<int>(min(top + thread, out_height - 1))
+                    : static_cast<int>(min(left + thread - kAugmentTile, out_width - 1)));
+}
+
+// The pixels of a thread, in row `row` of the tile and from column `column` on.
 template <typename In, int kChannels>
 __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const float* a,
-                                           bool is_blur, const ImageRange& range, int channels,
-                                           int out_height, int out_width, int top, int left,
-                                           int row, int column, const TapTable& table,
-                                           float* lines, AugmentValues<kChannels>& values) {
-  const TapAxis rows = TapAxis::of(a, is_blur, true, image.height);
-  const TapAxis columns = TapAxis::of(a, is_blur, false, image.width);
+                                           const ImageRange& range, int channels, int row,
+                                           int column, const TapTable& table, float* lines,
+                                           AugmentValues<kChannels>& values) {
+  const TapAxis &rows = table.rows, &columns = table.columns;
   const float* const fill = a + 10;  // BOX's; BLUR needs none
   const int thread = threadIdx.x;
-  // What is beyond the image's end, in its last tiles, has the last place's taps.
-  const auto row_at = [&](int r) { return static_cast<int>(min(top + r, out_height - 1)); };
-  const auto column_at = [&](int r) { return static_cast<int>(min(left + r, out_width - 1)); };
-  if (thread < kPlaces) {
-    const bool of_row = thread < kAugmentTile;
-    table.fill(thread, TapAxis::of(a, is_blur, of_row, of_row ? image.height : image.width),
-               of_row ? row_at(thread) : column_at(thread - kAugmentTile));
-  }
-  __syncthreads();
   // Taps go up or down with the columns: the ends of all are those of the tile's ends.
   const int* const firsts = table.first + kAugmentTile;
   const int* const counts = table.count + kAugmentTile;
@@ -150,7 +156,7 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
     const int rows_on = kAugmentThreads / width, columns_on = kAugmentThreads % width;
     while (r < kAugmentTile) {
       const int x = padded_index(begin + k, image.width, columns.pad);
-      const int first = table.first[r], count = table.count[r], i = row_at(r);
+      const int first = table.first[r], count = table.count[r];
       float sum[kChannels];
       RK_NO_UNROLL
       for (int j = 0; j < count; ++j) {
@@ -162,7 +168,7 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
           RK_UNROLL
           for (int c = 0; c < kChannels; ++c) p[c] = fill[c];
         }
-        const float weight = table.weight(r, j, rows, i);
+        const float weight = table.weight(r, j, rows);
         RK_UNROLL
         for (int c = 0; c < kChannels; ++c) {
           sum[c] = j == 0 ? weight * p[c] : plus(sum[c], weight * p[c]);
@@ -184,7 +190,6 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
     for (int p = 0; p < kAugmentPixels; ++p) {
       const int slot = kAugmentTile + column + p;
       const int first = table.first[slot], count = table.count[slot];
-      const int i = column_at(column + p);
       float sum[kChannels];
       RK_UNROLL
       for (int c = 0; c < kChannels; ++c) sum[c] = values[c][0];
@@ -192,7 +197,7 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
       for (int j = 0; j < count; ++j) {
         const unsigned k = static_cast<unsigned>(columns.held(first + j) - begin);
         if (k >= static_cast<unsigned>(width)) continue;
-        const float weight = table.weight(slot, j, columns, i);
+        const float weight = table.weight(slot, j, columns);
         RK_UNROLL
         for (int c = 0; c < kChannels; ++c) {
           const float part = weight * line[k * kChannels + c];

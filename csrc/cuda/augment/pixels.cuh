@@ -49,14 +49,27 @@ template <int kChannels>
 struct AugmentSurroundings {
   ImageRange range;
   int channels;
-  int y, x, height, width;  // of the first pixel; the image's
-  unsigned outside;         // a bit for each pixel of each move
-  const AugmentKnown<kChannels>* known;
-  float *saved, *total;  // of SAVE, JOIN and MIX: the first pixel's vectors in channel 0
-  int64_t plane;       // from there to the next channel's
+  int y, x;          // of the first pixel
+  unsigned there;    // a bit for each pixel that the image has
+  unsigned outside;  // a bit for each pixel of each move
+  float* scratch;
+  const AugmentSegment& segment;
+  const AugmentKnown<kChannels>& known;
 
   __device__ int64_t element(int c) const {
-    return (static_cast<int64_t>(c) * height + y) * width + x;
+    return (static_cast<int64_t>(c) * segment.height + y) * segment.width + x;
+  }
+
+  // Calls f(address, c) for the pixels' vector in each channel of an image in the scratch memory.
+  template <typename F>
+  __device__ __forceinline__ void each_vector(int64_t image, const F& f) const {
+    if (!there) return;
+    const int64_t width = scratch_row(segment.width), plane = segment.height * width;
+    float* const at = scratch + image + y * width + x;
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      if (kChannels < 4 || c < channels) f(at + c * plane, c);
+    }
   }
 };
 
@@ -94,7 +107,7 @@ __device__ __forceinline__ void execute(int op, const float* a,
       return each([&](float v, int, int) { return range.clamp_truncated(f * v); });
     }
     case static_cast<int>(AugmentOp::contrast): {
-      const float f = a[1], rest = a[2], mean = at.known->mean;
+      const float f = a[1], rest = a[2], mean = at.known.mean;
       return each([&](float v, int, int) { return blended(v, mean, f, rest, range); });
     }
     case static_cast<int>(AugmentOp::invert):
@@ -114,11 +127,11 @@ __device__ __forceinline__ void execute(int op, const float* a,
     case static_cast<int>(AugmentOp::normalize):
       return each([&](float v, int c, int) { return plus(v * a[1 + c], a[5 + c]); });
     case static_cast<int>(AugmentOp::autocontrast):
-      return each([&](float v, int c, int) { return at.known->stretch[c](v, range); });
+      return each([&](float v, int c, int) { return at.known.stretch[c](v, range); });
     case static_cast<int>(AugmentOp::equalize):
       return each([&](float v, int c, int) {
         const int level = static_cast<int>(gray_level(v, range));
-        return at.known->changes[c] ? at.known->table[c * kGrays + level] : v;
+        return at.known.changes[c] ? at.known.table[c * kGrays + level] : v;
       });
     case static_cast<int>(AugmentOp::noise): {
       const auto noise = NoiseArguments::of(a);
@@ -160,34 +173,33 @@ __device__ __forceinline__ void execute(int op, const float* a,
       });
     }
     case static_cast<int>(AugmentOp::save):
-    case static_cast<int>(AugmentOp::join):
-    case static_cast<int>(AugmentOp::mix):
-      RK_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
-        if (kChannels == 4 && c >= at.channels) continue;
-        float *const saved = at.saved + c * at.plane, *const total = at.total + c * at.plane;
-        Vector<float, kAugmentPixels> x, sum{};
-        if (op != static_cast<int>(AugmentOp::save)) {
+    case static_cast<int>(AugmentOp::join): {
+      const bool saves = op == static_cast<int>(AugmentOp::save);
+      const int64_t saved = at.segment.saved - at.segment.total;
+      const float weight = a[1];
+      return at.each_vector(at.segment.total, [&](float* total, int c) {
+        Vector<float, kAugmentPixels> x, sum;
+        if (!saves) {
+          x = load_whole<kAugmentPixels>(total + saved);
           sum = load_whole<kAugmentPixels>(total);
-          if (op == static_cast<int>(AugmentOp::mix)) {
-            RK_UNROLL
-            for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.clamp_truncated(sum.v[p]);
-            continue;
-          }
-          x = load_whole<kAugmentPixels>(saved);
         }
-        const float weight = a[1];
         RK_UNROLL
         for (int p = 0; p < kAugmentPixels; ++p) {
           const float part = values[c][p] * weight;
-          sum.v[p] = op == static_cast<int>(AugmentOp::save) ? part : plus(sum.v[p], part);
-          if (op == static_cast<int>(AugmentOp::save)) x.v[p] = values[c][p];
+          sum.v[p] = saves ? part : plus(sum.v[p], part);
+          x.v[p] = saves ? values[c][p] : x.v[p];
           values[c][p] = x.v[p];
         }
         store_whole(total, sum);
-        if (op == static_cast<int>(AugmentOp::save)) store_whole(saved, x);
-      }
-      return;
+        if (saves) store_whole(total + saved, x);
+      });
+    }
+    case static_cast<int>(AugmentOp::mix):
+      return at.each_vector(at.segment.total, [&](float* total, int c) {
+        const auto sum = load_whole<kAugmentPixels>(total);
+        RK_UNROLL
+        for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = range.clamp_truncated(sum.v[p]);
+      });
     case kAugmentFill: {
       const unsigned outside = at.outside >> kAugmentPixels * static_cast<int>(a[1]);
       return each([&](float v, int c, int p) { return outside >> p & 1u ? a[2 + c] : v; });
