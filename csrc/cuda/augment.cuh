@@ -99,13 +99,14 @@ __device__ __forceinline__ void put_pixels(Out* to, const AugmentArguments& a, i
   }
 }
 
-// Blocks that a multiprocessor is to hold, so that they hide each other's loads.
+// Blocks that a multiprocessor is to hold, so that they hide each other's loads. With one more the
+// kernels spill.
 template <int kChannels>
-constexpr int kAugmentBlocks = 3;
+constexpr int kAugmentBlocks = kChannels == 4 ? 2 : 3;
 
 // Segments of the first launches read pixels of type In, the others float32 in the scratch memory.
 template <typename In, int kChannels, bool kExact>
-__global__ void __launch_bounds__(kAugmentThreads)
+__global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
     augment_kernel(const __grid_constant__ AugmentArguments a) {
   const ImageRange range{a.bound, kExact};
   using Shared = AugmentShared<kChannels>;
