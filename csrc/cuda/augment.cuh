@@ -139,12 +139,6 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   for (int i = 0; i < s.moves; ++i) skip();
   const auto* const head = reinterpret_cast<const float*>(code);
   if (s.head != AugmentHead::load) skip();
-  if (code < end) {
-    learn(static_cast<AugmentOp>(*code & 0xff), a.statistics + s.known,
-          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, range,
-          shared->known);
-  }
-
   AugmentImage<In> image{};
   image.height = s.source_height;
   image.width = s.source_width;
@@ -162,6 +156,7 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
 
   AugmentValues<kChannels> values{};
   unsigned outside = 0;
+  auto& staged = shared->known.staged;
   const int last_y = static_cast<int>(min(y, s.height - 1));
   if (s.head == AugmentHead::box || s.head == AugmentHead::blur) {
     TapTable& table = shared->table;
@@ -170,7 +165,7 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
                s.height, s.width, top, left);
     __syncthreads();
     box_pixels(image, head, range, a.channels, row, column, table, table.weights + kPlaces * taps,
-               values);
+               staged, values);
   } else if (s.head == AugmentHead::load && s.moves == 0) {
     RK_UNROLL
     for (int p = 0; p < kAugmentPixels; ++p) {
@@ -199,8 +194,14 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
       } else {
         image.read(place.y, place.x, a.channels, pixel);
       }
-      push_pixel(values, pixel);
+      staged.put(p, pixel);
     }
+    staged.get_all(values);
+  }
+  if (code < end) {
+    learn(static_cast<AugmentOp>(*code & 0xff), a.statistics + s.known,
+          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, range,
+          shared->known);
   }
   __syncthreads();  // what was learnt is there
 

@@ -11,13 +11,12 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-constexpr int kAugmentThreads = kAugmentTile * kAugmentTile / kAugmentPixels;
 constexpr int kPlaces = 2 * kAugmentTile;  // of a tile: its rows, then its columns
 
-// Columns that shared memory has room for: with tabled taps and statistics less than 48 KiB. A row
+// Columns that shared memory has room for: with taps and staged pixels less than 48 KiB. A row
 // of them is one float longer: the rows of a warp begin in different banks.
 template <int kChannels>
-constexpr int kBoxColumns = kChannels == 4 ? 48 : 64;
+constexpr int kBoxColumns = kChannels == 1 ? 128 : kChannels == 3 ? 48 : 32;
 template <int kChannels>
 constexpr int kBoxRow = kBoxColumns<kChannels> * kChannels + 1;
 
@@ -132,15 +131,87 @@ __device__ __forceinline__ void fill_table(TapTable& table, int taps, const floa
                     : static_cast<int>(min(left + thread - kAugmentTile, out_width - 1)));
 }
 
+// Adds to sums that which the taps of a place bring, where these are rows of an image that follow one
+// another. `at` is its pixel in the first one.
+template <bool kLast, typename In, int kChannels>
+__device__ __forceinline__ void add_rows(const In* at, int row, int64_t plane, int channels,
+                                         const float* weights, int count,
+                                         float (&sum)[kChannels]) {
+  RK_UNROLL_BY(2)
+  for (int j = 0; j < count; ++j) {
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      const int64_t channel = kChannels == 4 && c >= channels ? channels - 1 : c;
+      sum[c] = plus(sum[c], load(at[kLast ? channel : channel * plane]) * weights[j]);
+    }
+    at += row;
+  }
+}
+
+// The sums of all columns of the image from `begin` on, `width` of them, down the tile's rows.
+template <typename In, int kChannels>
+__device__ __forceinline__ void sum_down(const AugmentImage<In>& image, const float* fill,
+                                         int channels, const TapTable& table, int begin, int width,
+                                         float* lines) {
+  const TapAxis &rows = table.rows, &columns = table.columns;
+  const int thread = threadIdx.x;
+  const int least = static_cast<int>(max(rows.low, 0));
+  const int most = static_cast<int>(min(rows.high, rows.side - 1));
+  const int rows_on = kAugmentThreads / width, columns_on = kAugmentThreads % width;
+  int r = thread / width, k = thread % width;
+  RK_NO_UNROLL
+  while (r < kAugmentTile) {
+    const int x = padded_index(begin + k, image.width, columns.pad);
+    const int first = table.first[r], count = table.count[r];
+    float sum[kChannels];
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) sum[c] = -0.0f;  // which leaves the first term as it is
+    if (x >= 0 && first >= least && first + count - 1 <= most && table.holds(count)) {
+      const In* const at = in_global_memory(image.data) + static_cast<int64_t>(first) * image.row +
+                           x * image.column;
+      const float* const weights = table.weights + r * table.taps;
+      if (image.plane == 1) {
+        add_rows<true>(at, image.row, 1, channels, weights, count, sum);
+      } else {
+        add_rows<false>(at, image.row, image.plane, channels, weights, count, sum);
+      }
+    } else if (x >= 0) {
+      RK_NO_UNROLL
+      for (int j = 0; j < count; ++j) {
+        const int y = padded_index(rows.held(first + j), image.height, rows.pad);
+        float p[kChannels];
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) p[c] = fill[c];
+        if (y >= 0) image.read(y, x, channels, p);
+        const float weight = table.weight(r, j, rows);
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) sum[c] = plus(sum[c], weight * p[c]);
+      }
+    } else {
+      RK_UNROLL
+      for (int c = 0; c < kChannels; ++c) sum[c] = fill[c];
+    }
+    float* const line = lines + r * kBoxRow<kChannels> + k * kChannels;
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) line[c] = sum[c];
+    r += rows_on;
+    k += columns_on;
+    if (k >= width) {
+      k -= width;
+      ++r;
+    }
+  }
+}
+
 // The pixels of a thread, in row `row` of the tile and from column `column` on.
 template <typename In, int kChannels>
 __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const float* a,
                                            const ImageRange& range, int channels, int row,
                                            int column, const TapTable& table, float* lines,
+                                           StagedPixels<kChannels>& staged,
                                            AugmentValues<kChannels>& values) {
-  const TapAxis &rows = table.rows, &columns = table.columns;
+  const TapAxis& columns = table.columns;
   const float* const fill = a + 10;  // BOX's; BLUR needs none
-  const int thread = threadIdx.x;
   // Taps go up or down with the columns: the ends of all are those of the tile's ends.
   const int* const firsts = table.first + kAugmentTile;
   const int* const counts = table.count + kAugmentTile;
@@ -148,65 +219,55 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
   const int least = columns.held(static_cast<int>(min(firsts[0], firsts[kLast])));
   const int most = columns.held(static_cast<int>(
       max(firsts[0] + counts[0] - 1, firsts[kLast] + counts[kLast] - 1)));
+  const float* const line = lines + row * kBoxRow<kChannels>;
+  // All that there is in one round, and every weight in the table.
+  const bool plain = most - least < kBoxColumns<kChannels> && table.holds(counts[0]) &&
+                     table.holds(counts[kLast]);
   RK_NO_UNROLL
   for (int begin = least; begin <= most; begin += kBoxColumns<kChannels>) {
     const int width = static_cast<int>(min(most - begin + 1, kBoxColumns<kChannels>));
     if (begin > least) __syncthreads();  // the last round's lines are still read
-    int r = thread / width, k = thread % width;
-    const int rows_on = kAugmentThreads / width, columns_on = kAugmentThreads % width;
-    while (r < kAugmentTile) {
-      const int x = padded_index(begin + k, image.width, columns.pad);
-      const int first = table.first[r], count = table.count[r];
-      float sum[kChannels];
-      RK_NO_UNROLL
-      for (int j = 0; j < count; ++j) {
-        const int y = padded_index(rows.held(first + j), image.height, rows.pad);
-        float p[kChannels];
-        if (y >= 0 && x >= 0) {
-          image.read(y, x, channels, p);
-        } else {
-          RK_UNROLL
-          for (int c = 0; c < kChannels; ++c) p[c] = fill[c];
-        }
-        const float weight = table.weight(r, j, rows);
-        RK_UNROLL
-        for (int c = 0; c < kChannels; ++c) {
-          sum[c] = j == 0 ? weight * p[c] : plus(sum[c], weight * p[c]);
-        }
-      }
-      float* const line = lines + r * kBoxRow<kChannels> + k * kChannels;
-      RK_UNROLL
-      for (int c = 0; c < kChannels; ++c) line[c] = x >= 0 ? sum[c] : fill[c];
-      r += rows_on;
-      k += columns_on;
-      if (k >= width) {
-        k -= width;
-        ++r;
-      }
-    }
+    sum_down<In, kChannels>(image, fill, channels, table, begin, width, lines);
     __syncthreads();
-    const float* const line = lines + row * kBoxRow<kChannels>;
+    if (plain) {
+      RK_UNROLL
+      for (int p = 0; p < kAugmentPixels; ++p) {
+        const int first = firsts[column + p], count = counts[column + p];
+        const float* const weights = table.weights + (kAugmentTile + column + p) * table.taps;
+        RK_UNROLL
+        for (int c = 0; c < kChannels; ++c) values[c][p] = -0.0f;  // see sum_down
+        RK_NO_UNROLL
+        for (int j = 0; j < count; ++j) {
+          const float* const at = line + (columns.held(first + j) - begin) * kChannels;
+          RK_UNROLL
+          for (int c = 0; c < kChannels; ++c) {
+            values[c][p] = plus(values[c][p], weights[j] * at[c]);
+          }
+        }
+      }
+      break;
+    }
     RK_NO_UNROLL
     for (int p = 0; p < kAugmentPixels; ++p) {
-      const int slot = kAugmentTile + column + p;
-      const int first = table.first[slot], count = table.count[slot];
+      const int first = firsts[column + p], count = counts[column + p];
       float sum[kChannels];
       RK_UNROLL
-      for (int c = 0; c < kChannels; ++c) sum[c] = values[c][0];
+      for (int c = 0; c < kChannels; ++c) sum[c] = -0.0f;
+      if (begin > least) staged.get(p, sum);
       RK_NO_UNROLL
       for (int j = 0; j < count; ++j) {
         const unsigned k = static_cast<unsigned>(columns.held(first + j) - begin);
         if (k >= static_cast<unsigned>(width)) continue;
-        const float weight = table.weight(slot, j, columns);
+        const float weight = table.weight(kAugmentTile + column + p, j, columns);
         RK_UNROLL
         for (int c = 0; c < kChannels; ++c) {
-          const float part = weight * line[k * kChannels + c];
-          sum[c] = j == 0 ? part : plus(sum[c], part);
+          sum[c] = plus(sum[c], weight * line[k * kChannels + c]);
         }
       }
-      push_pixel(values, sum);
+      staged.put(p, sum);
     }
   }
+  if (!plain) staged.get_all(values);
   RK_UNROLL
   for (int c = 0; c < kChannels; ++c) {
     RK_UNROLL

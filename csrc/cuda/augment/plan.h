@@ -28,7 +28,7 @@ namespace cuda {
 
 constexpr int kAugmentTile = 32;       // rows and columns of what a block writes
 constexpr int kAugmentMostMoves = 8;   // of a segment: a bit for each of four pixels in 32
-constexpr int kAugmentTableTaps = 64;  // weights of more taps an axis are computed where needed
+constexpr int kAugmentTableTaps = 56;  // weights of more taps an axis are computed where needed
 constexpr int64_t kAugmentScratch = int64_t{8} << 20;  // floats of a group: 32 MiB
 constexpr int kLoadVector = 4;         // pixels of a thread, floats of a vector
 

@@ -9,6 +9,7 @@ RK_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kAugmentPixels = kLoadVector;  // of a thread, side by side in a row
+constexpr int kAugmentThreads = kAugmentTile * kAugmentTile / kAugmentPixels;
 
 // The values of a thread's pixels.
 template <int kChannels>
@@ -49,6 +50,29 @@ __device__ __forceinline__ void push_pixel(AugmentValues<kChannels>& values,
     values[c][kAugmentPixels - 1] = pixel[c];
   }
 }
+
+// A block's pixels in shared memory, each thread's own: where what makes one of them takes so many
+// registers that the others are better elsewhere.
+template <int kChannels>
+struct StagedPixels {
+  float values[kChannels][kAugmentPixels][kAugmentThreads];
+
+  __device__ void put(int p, const float (&pixel)[kChannels]) {
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) values[c][p][threadIdx.x] = pixel[c];
+  }
+  __device__ void get(int p, float (&pixel)[kChannels]) const {
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) pixel[c] = values[c][p][threadIdx.x];
+  }
+  __device__ void get_all(AugmentValues<kChannels>& all) const {
+    RK_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      RK_UNROLL
+      for (int p = 0; p < kAugmentPixels; ++p) all[c][p] = values[c][p][threadIdx.x];
+    }
+  }
+};
 
 struct AugmentPlace {
   int y, x;

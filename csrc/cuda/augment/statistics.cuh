@@ -18,10 +18,10 @@ struct AugmentKnown {
   bool changes[kChannels];
   uint32_t warps[kGrays / kWarp];
   uint32_t step;
-  // EQUALIZE's values, or the histogram that is being made.
   union {
-    float table[kChannels * kGrays];
-    uint32_t histogram[kChannels * kGrays];
+    float table[kChannels * kGrays];         // EQUALIZE's values
+    uint32_t histogram[kChannels * kGrays];  // that is being made
+    StagedPixels<kChannels> staged;          // before either
   };
 };
 
