@@ -1,5 +1,5 @@
-// Augmentation on raw pointers, for CUDA and for its emulation on the CPU: an interpreter of programs
-// of one instruction after the other, a program a sample.
+// Augmentation on raw pointers, for CUDA and for its emulation on the CPU: an interpreter of
+// programs of one instruction after the other, a program a sample.
 //
 // Bytes a sample, each counted once: the part of its pixels that its program needs is read, in the
 // pixels' type, and the result is written, in its own; 3 B and 2 B a value from bytes to float16.
@@ -13,8 +13,8 @@
 // graph keeps, unlike memory that it would be copied from.
 //
 // Layout: a block writes a tile of 32 x 32 pixels of a sample, a thread 4 pixels side by side with
-// all of their channels, which it keeps in registers. The program's next instruction is the same for
-// a whole block.
+// all of their channels, which it keeps in registers. The program's next instruction is the same
+// for a whole block.
 #pragma once
 
 #include <stdexcept>
@@ -51,11 +51,14 @@ struct AugmentShared {
 };
 
 template <int kChannels>
-size_t augment_shared_bytes(int taps) {
+constexpr size_t augment_shared_bytes(int taps) {
   const size_t lines = taps ? kAugmentTile * kBoxRow<kChannels> : 0;
   return offsetof(AugmentShared<kChannels>, table) + offsetof(TapTable, weights) +
          sizeof(float) * (kPlaces * static_cast<size_t>(taps) + lines);
 }
+
+static_assert(augment_shared_bytes<3>(kAugmentTableTaps) <= 48 * 1024 &&
+              augment_shared_bytes<4>(kAugmentTableTaps) <= 48 * 1024);
 
 // Writes a thread's pixels, of which those are there whose bit is set.
 template <typename Out, int kChannels>
@@ -81,9 +84,9 @@ __device__ __forceinline__ void put_pixels(Out* to, const AugmentArguments& a, i
         vector.v[j] =
             a.to_channels_last ? stored(flat % kChannels, flat / kChannels) : stored(k, j);
       }
-      store_whole(to + (a.to_channels_last ? pixel * kChannels + k * kAugmentPixels
-                                           : k * plane + pixel),
-                  vector);
+      store_whole(
+          to + (a.to_channels_last ? pixel * kChannels + k * kAugmentPixels : k * plane + pixel),
+          vector);
     }
     return;
   }
@@ -114,11 +117,9 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   const int thread = threadIdx.x;
   const int64_t index = a.launch.first + blockIdx.x / a.launch.tiles;
   const int tile = static_cast<int>(blockIdx.x % a.launch.tiles);
-  {
-    constexpr int kWords = sizeof(AugmentSegment) / 4;
-    if (thread < kWords) {
-      reinterpret_cast<uint32_t*>(&shared->segment)[thread] = a.plan[index * kWords + thread];
-    }
+  constexpr int kWords = sizeof(AugmentSegment) / sizeof(uint32_t);
+  if (thread < kWords) {
+    reinterpret_cast<uint32_t*>(&shared->segment)[thread] = a.plan[index * kWords + thread];
   }
   __syncthreads();
   const AugmentSegment& s = shared->segment;
@@ -132,13 +133,14 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   RK_UNROLL
   for (int p = 0; p < kAugmentPixels; ++p) there |= (y < s.height && x + p < s.width) << p;
 
-  const uint32_t* code = a.plan + s.code;
+  const uint32_t* const moves = a.plan + s.code;
   const uint32_t* const end = a.plan + s.end;
-  const uint32_t* const body_of_moves = code;
+  const uint32_t* code = moves;
   const auto skip = [&] { code += *code >> 8; };
   for (int i = 0; i < s.moves; ++i) skip();
   const auto* const head = reinterpret_cast<const float*>(code);
   if (s.head != AugmentHead::load) skip();
+
   AugmentImage<In> image{};
   image.height = s.source_height;
   image.width = s.source_width;
@@ -154,8 +156,8 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
     image.plane = static_cast<int64_t>(s.source_height) * image.row;
   }
 
+  AugmentSurroundings<kChannels> at{range, a.channels, y, x, there, 0, a.scratch, s, shared->known};
   AugmentValues<kChannels> values{};
-  unsigned outside = 0;
   auto& staged = shared->known.staged;
   const int last_y = static_cast<int>(min(y, s.height - 1));
   if (s.head == AugmentHead::box || s.head == AugmentHead::blur) {
@@ -166,6 +168,12 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
     __syncthreads();
     box_pixels(image, head, range, a.channels, row, column, table, table.weights + kPlaces * taps,
                staged, values);
+  } else if (s.head == AugmentHead::load && s.moves == 0 && !a.launch.from_pixels) {
+    at.each_vector(s.source, [&](const float* from, int c) {
+      const auto vector = load_whole<kAugmentPixels>(from);
+      RK_UNROLL
+      for (int p = 0; p < kAugmentPixels; ++p) values[c][p] = vector.v[p];
+    });
   } else if (s.head == AugmentHead::load && s.moves == 0) {
     RK_UNROLL
     for (int p = 0; p < kAugmentPixels; ++p) {
@@ -178,11 +186,11 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
     RK_NO_UNROLL
     for (int p = 0; p < kAugmentPixels; ++p) {
       AugmentPlace place{last_y, static_cast<int>(min(x + p, s.width - 1))};
-      const uint32_t* move = body_of_moves;
+      const uint32_t* move = moves;
       for (int i = s.moves - 1; i >= 0; --i) {
         const bool is_box = (*move & 0xff) == static_cast<int>(AugmentOp::box);
         if (!lead_back(reinterpret_cast<const float*>(move), is_box, range.exact, place)) {
-          outside |= 1u << (kAugmentPixels * i + p);
+          at.outside |= 1u << (kAugmentPixels * i + p);
         }
         move += *move >> 8;
       }
@@ -200,13 +208,10 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
   }
   if (code < end) {
     learn(static_cast<AugmentOp>(*code & 0xff), a.statistics + s.known,
-          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, range,
-          shared->known);
+          static_cast<int64_t>(s.source_height) * s.source_width, a.channels, range, shared->known);
   }
   __syncthreads();  // what was learnt is there
 
-  const AugmentSurroundings<kChannels> at{range,   a.channels, y,          x,        there,
-                                          outside, a.scratch,  s,          shared->known};
   RK_NO_UNROLL
   for (; code < end; skip()) {
     execute(static_cast<int>(*code & 0xff), reinterpret_cast<const float*>(code), at, values);

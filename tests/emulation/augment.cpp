@@ -176,8 +176,8 @@ class Interpreter {
       if (y == 0 || x == 0 || y == image_.height - 1 || x == image_.width - 1) return v;
       float sum = 0;
       for (int k = 0; k < 9; ++k) {
-        const float part = (k == 4 ? kSmoothCentre : kSmoothSide) *
-                           before.at(c, y - 1 + k / 3, x - 1 + k % 3);
+        const float part =
+            (k == 4 ? kSmoothCentre : kSmoothSide) * before.at(c, y - 1 + k / 3, x - 1 + k % 3);
         sum = k ? sum + part : part;
       }
       return sharpened(v, sum, rest, range_);
@@ -249,8 +249,7 @@ class Interpreter {
       case Op::grayscale:
         return each_pixel(
             [&](float& r, float& g, float& b) { r = g = b = gray_of(r, g, b, range_); });
-      case Op::invert:
-        return each([&](float v, int, int, int) { return range_.bound - v; });
+      case Op::invert: return each([&](float v, int, int, int) { return range_.bound - v; });
       case Op::solarize:
         return each([&](float v, int, int, int) { return solarized(v, a[1], range_); });
       case Op::solarize_add:
@@ -380,8 +379,8 @@ void test(const Batch& b, bool from_last, bool to_last) {
   Buffer<In> pixels(elements, 0);
   for (int64_t i = 0; i < elements; ++i) {
     const double u = 1.2 * uniform() - 0.1;
-    pixels.data()[i] = narrowed<In>(
-        static_cast<float>(std::clamp(u, 0.0, 1.0) * (sizeof(In) == 1 ? 255 : 1)));
+    pixels.data()[i] =
+        narrowed<In>(static_cast<float>(std::clamp(u, 0.0, 1.0) * (sizeof(In) == 1 ? 255 : 1)));
   }
   Buffer<Out> result(samples * b.channels * plane, 0);
   AugmentBatch batch{};
@@ -439,15 +438,27 @@ float number(Op op) { return static_cast<float>(op); }
 float integer(int64_t i) { return static_cast<float>(i); }
 
 Instruction box(int top, int left, Size region, Size out, int flips, int filter, int pad) {
-  return {number(Op::box), integer(top), integer(left), integer(region.height),
-          integer(region.width), integer(out.height), integer(out.width), integer(flips),
-          integer(filter), integer(pad), 0.25f, 0.5f, 0.75f, 1.0f};
+  return {number(Op::box),
+          integer(top),
+          integer(left),
+          integer(region.height),
+          integer(region.width),
+          integer(out.height),
+          integer(out.width),
+          integer(flips),
+          integer(filter),
+          integer(pad),
+          0.25f,
+          0.5f,
+          0.75f,
+          1.0f};
 }
 
 Instruction warp(Size out, int filter, std::vector<float> m) {
   Instruction a{number(Op::warp)};
   a.insert(a.end(), m.begin(), m.end());
-  for (const float x : {integer(out.height), integer(out.width), integer(filter), 0.25f, 0.5f, 0.75f}) {
+  for (const float x :
+       {integer(out.height), integer(out.width), integer(filter), 0.25f, 0.5f, 0.75f}) {
     a.push_back(x);
   }
   return a;
@@ -462,8 +473,20 @@ Instruction noise(float clip) { return {number(Op::noise), 0.01f, 0.2f, clip, 1,
 Instruction salt_and_pepper() { return {number(Op::salt_and_pepper), 0.3f, 0.4f, 5, 6, 7, 8}; }
 
 Instruction erase(Size at, Size size, bool normal) {
-  return {number(Op::erase), integer(at.height), integer(at.width), integer(size.height),
-          integer(size.width), integer(normal), 0.1f, 0.2f, 0.3f, 0.4f, 9, 10, 11, 12};
+  return {number(Op::erase),
+          integer(at.height),
+          integer(at.width),
+          integer(size.height),
+          integer(size.width),
+          integer(normal),
+          0.1f,
+          0.2f,
+          0.3f,
+          0.4f,
+          9,
+          10,
+          11,
+          12};
 }
 
 Instruction blur(int axes, int radius) {
@@ -472,8 +495,8 @@ Instruction blur(int axes, int radius) {
   return a;
 }
 
-const Instruction kNormalize = {number(Op::normalize), 0.02f, 0.5f, 3.0f, 1.5f,
-                                -1.0f,                 0.1f,  0.3f, -0.2f};
+const Instruction kNormalize = {
+    number(Op::normalize), 0.02f, 0.5f, 3.0f, 1.5f, -1.0f, 0.1f, 0.3f, -0.2f};
 
 // A batch whose samples each have one of the programs.
 template <typename In, typename Out>
@@ -504,11 +527,11 @@ void test_boxes() {
   std::vector<Program> programs;
   for (const int filter : {0, 2, 3, 6, 7}) {
     for (const Size out : {Size{5, 36}, Size{2, 3}}) {
-      programs.push_back({box(3, 1, {60, 150}, out, 1, filter, 0),
-                          box(0, 0, out, {5, 36}, 0, 0, 0)});
+      programs.push_back(
+          {box(3, 1, {60, 150}, out, 1, filter, 0), box(0, 0, out, {5, 36}, 0, 0, 0)});
     }
-    programs.push_back({box(1, 1, {140, 140}, {1, 1}, 1, filter, 2),
-                        box(0, 0, {1, 1}, {5, 36}, 0, 2, 0)});
+    programs.push_back(
+        {box(1, 1, {140, 140}, {1, 1}, 1, filter, 2), box(0, 0, {1, 1}, {5, 36}, 0, 2, 0)});
   }
   for (const int channels : {2, 3, 4}) {
     test<float, float>("wide box", channels, {5, 36}, programs, false, {64, 152});
@@ -542,17 +565,23 @@ void test_warps() {
       {warp({33, 37}, 2, kTilted), nearest(kTurned), invert, crop},
       {box(1, 2, {20, 22}, {33, 37}, 0, 6, 0), nearest(kTurned)},
       {crop, noise(1), nearest(kTurned), kNormalize, crop},
-      {box(0, 0, {30, 40}, {33, 37}, 0, 1, 0), nearest(kTurned), {number(Op::contrast), 0.6f, 0.4f},
-       nearest(kSheared), {number(Op::equalize)}, crop},
+      {box(0, 0, {30, 40}, {33, 37}, 0, 1, 0),
+       nearest(kTurned),
+       {number(Op::contrast), 0.6f, 0.4f},
+       nearest(kSheared),
+       {number(Op::equalize)},
+       crop},
       many};
   test<float, float>("moves", 3, {33, 37}, programs, false, {30, 40});
   test<uint8_t, float16>("moves", 3, {33, 37}, programs, false, {30, 40});
   test<uint8_t, uint8_t>("moves", 3, {33, 37}, programs, true, {30, 40});
 }
 
-const std::vector<Program> kOfColours = {
-    {{number(Op::saturation), 1.4f, -0.4f}}, {{number(Op::hue), 0.4f}}, {{number(Op::hue), -0.5f}},
-    {{number(Op::grayscale)}}, {{number(Op::permute), 2, 0, 0}}};
+const std::vector<Program> kOfColours = {{{number(Op::saturation), 1.4f, -0.4f}},
+                                         {{number(Op::hue), 0.4f}},
+                                         {{number(Op::hue), -0.5f}},
+                                         {{number(Op::grayscale)}},
+                                         {{number(Op::permute), 2, 0, 0}}};
 const std::vector<Program> kOfAny = {
     {},
     {{number(Op::none)}, {number(Op::brightness), 1.3f}},
@@ -570,9 +599,15 @@ const std::vector<Program> kOfAny = {
     {noise(1), salt_and_pepper()},
     {erase({3, 2}, {20, 9}, false), erase({1, 11}, {20, 21}, true)},
     {kNormalize, box(0, 1, {33, 35}, {33, 35}, 3, 0, 1), noise(0)},
-    {{number(Op::save), 0.4f}, {number(Op::brightness), 0.7f}, {number(Op::join), 0.3f},
-     warp({33, 35}, 2, kTurned), {number(Op::equalize)}, {number(Op::join), 0.5f},
-     {number(Op::autocontrast)}, {number(Op::join), 0.2f}, {number(Op::mix)}}};
+    {{number(Op::save), 0.4f},
+     {number(Op::brightness), 0.7f},
+     {number(Op::join), 0.3f},
+     warp({33, 35}, 2, kTurned),
+     {number(Op::equalize)},
+     {number(Op::join), 0.5f},
+     {number(Op::autocontrast)},
+     {number(Op::join), 0.2f},
+     {number(Op::mix)}}};
 
 template <typename In, typename Out>
 void test_instructions() {
@@ -617,8 +652,8 @@ Program drawn(int channels, Size size, Size result, int length) {
     const Size region = some_size();
     const bool copies = below(3) == 0;
     program.push_back(box(static_cast<int>(below(20) - 10), static_cast<int>(below(20) - 10),
-                          copies ? to : region, to, static_cast<int>(below(4)),
-                          kFilters[below(6)], static_cast<int>(1 + below(4))));
+                          copies ? to : region, to, static_cast<int>(below(4)), kFilters[below(6)],
+                          static_cast<int>(1 + below(4))));
     size = to;
   };
   bool saved = false;
@@ -630,8 +665,8 @@ Program drawn(int channels, Size size, Size result, int length) {
       resize(some_size());
     } else if (kind < 4) {
       const Size to = saved ? size : some_size();
-      program.push_back(warp(to, kind == 2 ? 0 : static_cast<int>(1 + below(3)),
-                             below(2) ? kTurned : kTilted));
+      program.push_back(
+          warp(to, kind == 2 ? 0 : static_cast<int>(1 + below(3)), below(2) ? kTurned : kTilted));
       size = to;
     } else if (channels % 2 && kind == 4) {
       program.push_back({number(Op::contrast), static_cast<float>(2 * uniform()), 0.3f});
@@ -675,8 +710,10 @@ void test_plan() {
   cuda::launch_augment(batch, [](int64_t) -> void* { std::abort(); }, nullptr);
   // Crop, colours, a flip and a turn that take pixels as they are, normalisation: one launch, and
   // nothing in the scratch memory.
-  const Program program = {box(1, 1, {8, 8}, {8, 8}, 1, 0, 0), {number(Op::brightness), 0.5f},
-                           warp({8, 8}, 0, kTurned), kNormalize};
+  const Program program = {box(1, 1, {8, 8}, {8, 8}, 1, 0, 0),
+                           {number(Op::brightness), 0.5f},
+                           warp({8, 8}, 0, kTurned),
+                           kNormalize};
   std::vector<float> words(3 * program.size() * kInstruction);
   for (size_t i = 0; i < 3 * program.size(); ++i) {
     const auto& a = program[i % program.size()];

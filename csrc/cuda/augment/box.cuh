@@ -16,7 +16,9 @@ constexpr int kPlaces = 2 * kAugmentTile;  // of a tile: its rows, then its colu
 // Columns that shared memory has room for: with taps and staged pixels less than 48 KiB. A row
 // of them is one float longer: the rows of a warp begin in different banks.
 template <int kChannels>
-constexpr int kBoxColumns = kChannels == 1 ? 128 : kChannels == 3 ? 48 : 32;
+constexpr int kBoxColumns = kChannels == 1   ? 128
+                            : kChannels == 3 ? 48
+                                             : 32;
 template <int kChannels>
 constexpr int kBoxRow = kBoxColumns<kChannels> * kChannels + 1;
 
@@ -43,10 +45,9 @@ struct TapAxis {
       return of_blur(blur.weights, blur.radius, rows ? blur.rows : blur.columns, side);
     }
     const auto box = BoxArguments::of(a);
-    const auto axis = BoxAxis::of(rows ? box.height : box.width,
-                                  rows ? box.out_height : box.out_width,
-                                  rows ? box.flip_rows : box.flip_columns, box.filter,
-                                  box.antialias);
+    const auto axis =
+        BoxAxis::of(rows ? box.height : box.width, rows ? box.out_height : box.out_width,
+                    rows ? box.flip_rows : box.flip_columns, box.filter, box.antialias);
     return of_box(axis, rows ? box.top : box.left, side, box.pad);
   }
 
@@ -112,8 +113,8 @@ struct TapTable {
   }
 };
 
-// Makes the table of a tile of which the first pixel is (top, left); by all threads of a block, which
-// may use it after their next barrier.
+// Makes the table of a tile of which the first pixel is (top, left); by all threads of a block,
+// which may use it after their next barrier.
 __device__ __forceinline__ void fill_table(TapTable& table, int taps, const float* a, bool is_blur,
                                            int image_height, int image_width, int out_height,
                                            int out_width, int top, int left) {
@@ -131,12 +132,11 @@ __device__ __forceinline__ void fill_table(TapTable& table, int taps, const floa
                     : static_cast<int>(min(left + thread - kAugmentTile, out_width - 1)));
 }
 
-// Adds to sums that which the taps of a place bring, where these are rows of an image that follow one
-// another. `at` is its pixel in the first one.
+// Adds to sums that which the taps of a place bring, where these are rows of an image that follow
+// one another. `at` is its pixel in the first one.
 template <bool kLast, typename In, int kChannels>
 __device__ __forceinline__ void add_rows(const In* at, int row, int64_t plane, int channels,
-                                         const float* weights, int count,
-                                         float (&sum)[kChannels]) {
+                                         const float* weights, int count, float (&sum)[kChannels]) {
   RK_UNROLL_BY(2)
   for (int j = 0; j < count; ++j) {
     RK_UNROLL
@@ -167,8 +167,8 @@ __device__ __forceinline__ void sum_down(const AugmentImage<In>& image, const fl
     RK_UNROLL
     for (int c = 0; c < kChannels; ++c) sum[c] = -0.0f;  // which leaves the first term as it is
     if (x >= 0 && first >= least && first + count - 1 <= most && table.holds(count)) {
-      const In* const at = in_global_memory(image.data) + static_cast<int64_t>(first) * image.row +
-                           x * image.column;
+      const In* const at =
+          in_global_memory(image.data) + static_cast<int64_t>(first) * image.row + x * image.column;
       const float* const weights = table.weights + r * table.taps;
       if (image.plane == 1) {
         add_rows<true>(at, image.row, 1, channels, weights, count, sum);
@@ -217,12 +217,12 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
   const int* const counts = table.count + kAugmentTile;
   constexpr int kLast = kAugmentTile - 1;
   const int least = columns.held(static_cast<int>(min(firsts[0], firsts[kLast])));
-  const int most = columns.held(static_cast<int>(
-      max(firsts[0] + counts[0] - 1, firsts[kLast] + counts[kLast] - 1)));
+  const int most = columns.held(
+      static_cast<int>(max(firsts[0] + counts[0] - 1, firsts[kLast] + counts[kLast] - 1)));
   const float* const line = lines + row * kBoxRow<kChannels>;
   // All that there is in one round, and every weight in the table.
-  const bool plain = most - least < kBoxColumns<kChannels> && table.holds(counts[0]) &&
-                     table.holds(counts[kLast]);
+  const bool plain =
+      most - least < kBoxColumns<kChannels> && table.holds(counts[0]) && table.holds(counts[kLast]);
   RK_NO_UNROLL
   for (int begin = least; begin <= most; begin += kBoxColumns<kChannels>) {
     const int width = static_cast<int>(min(most - begin + 1, kBoxColumns<kChannels>));

@@ -6,8 +6,8 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// The normal numbers of four elements from `element` on, each of word e % 4 of group e / 4. They are
-// of two groups where a row of the image does not begin with a group.
+// The normal numbers of four elements from `element` on, each of word e % 4 of group e / 4. They
+// are of two groups where a row of the image does not begin with a group.
 __device__ __forceinline__ void four_normals(const RngStream& stream, int64_t element,
                                              float (&z)[kAugmentPixels]) {
   const auto group = static_cast<uint64_t>(element) / 4;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void execute(int op, const float* a,
     case static_cast<int>(AugmentOp::noise): {
       const auto noise = NoiseArguments::of(a);
       const RngStream stream = augment_stream(NoiseArguments::key(a));
-      return each_channel([&](float(&v)[kAugmentPixels], int c) {
+      return each_channel([&](float (&v)[kAugmentPixels], int c) {
         float z[kAugmentPixels];
         four_normals(stream, at.element(c), z);
         RK_UNROLL
@@ -146,7 +146,7 @@ __device__ __forceinline__ void execute(int op, const float* a,
     case static_cast<int>(AugmentOp::salt_and_pepper): {
       const auto impulses = SaltAndPepperArguments::of(a);
       const RngStream stream = augment_stream(SaltAndPepperArguments::key(a));
-      return each_channel([&](float(&v)[kAugmentPixels], int c) {
+      return each_channel([&](float (&v)[kAugmentPixels], int c) {
         float bits[kAugmentPixels] = {};
         four_half_words(stream, at.element(c), bits);
         RK_UNROLL
@@ -161,7 +161,7 @@ __device__ __forceinline__ void execute(int op, const float* a,
         return;
       }
       const RngStream stream = augment_stream(erase.key);
-      return each_channel([&](float(&v)[kAugmentPixels], int c) {
+      return each_channel([&](float (&v)[kAugmentPixels], int c) {
         float z[kAugmentPixels];
         RK_UNROLL
         for (int p = 0; p < kAugmentPixels; ++p) z[p] = erase.values[c];
@@ -223,9 +223,8 @@ __device__ __forceinline__ void execute(int op, const float* a,
         });
       }
       case static_cast<int>(AugmentOp::grayscale):
-        return each_pixel([&](float& r, float& g, float& b) {
-          r = g = b = gray_of(r, g, b, range);
-        });
+        return each_pixel(
+            [&](float& r, float& g, float& b) { r = g = b = gray_of(r, g, b, range); });
       case static_cast<int>(AugmentOp::permute): {
         const int p0 = static_cast<int>(a[1]), p1 = static_cast<int>(a[2]);
         const int p2 = static_cast<int>(a[3]);

@@ -2,8 +2,8 @@
 // decided on the host from images and programs alone.
 //
 // A program is cut into segments. One reads an image, the sample's own or one in the scratch
-// memory, moves and changes each pixel in registers, and writes an image, into the scratch memory or
-// the result; it ends where an instruction reads more of an image than the pixel that it writes.
+// memory, moves and changes each pixel in registers, and writes an image, into the scratch memory
+// or the result; it ends where an instruction reads more of an image than the pixel that it writes.
 // Segments at the same place of their programs are one launch.
 //
 // "Moves" are instructions that give each pixel the value of one other: a crop, a flip, a nearest
@@ -30,7 +30,7 @@ constexpr int kAugmentTile = 32;       // rows and columns of what a block write
 constexpr int kAugmentMostMoves = 8;   // of a segment: a bit for each of four pixels in 32
 constexpr int kAugmentTableTaps = 56;  // weights of more taps an axis are computed where needed
 constexpr int64_t kAugmentScratch = int64_t{8} << 20;  // floats of a group: 32 MiB
-constexpr int kLoadVector = 4;         // pixels of a thread, floats of a vector
+constexpr int kLoadVector = 4;                         // pixels of a thread, floats of a vector
 
 // What a segment begins with: reading each pixel, or an instruction that reads several.
 enum class AugmentHead : int32_t { load, box, warp, blur, sharpness };
@@ -43,8 +43,8 @@ constexpr int kAugmentFill = kAugmentOps, kAugmentResampled = kAugmentOps + 1;
 constexpr int kMoveSource = 16;  // where a move has the height and width of what it reads
 
 struct AugmentSegment {
-  int64_t source;       // where it reads: an element of the pixels, in the first segment, or scratch
-  int64_t target;       // where it writes: an element of the result, or of the scratch memory
+  int64_t source;  // where it reads: an element of the pixels, in the first segment, or scratch
+  int64_t target;  // where it writes: an element of the result, or of the scratch memory
   int64_t saved, total;  // of SAVE, JOIN and MIX, in the scratch memory
   int32_t source_height, source_width;
   int32_t height, width;  // of what it writes
@@ -60,7 +60,7 @@ static_assert(sizeof(AugmentSegment) == 88 && alignof(AugmentSegment) == 8);
 
 struct AugmentLaunch {
   int64_t first, segments;  // of the plan's
-  int64_t tiles;            // blocks a segment, those that find nothing to do included
+  uint32_t tiles;           // blocks a segment, those that find nothing to do included
   int32_t taps;             // the most of an axis that are tabled; 0: no BOX with several, no BLUR
   bool from_pixels;
   int32_t cleared;  // words of the statistics to be zero before, of a group's first launch
@@ -86,9 +86,7 @@ inline ImageRange range_of(const AugmentBatch& batch) {
 class AugmentPlanner {
  public:
   explicit AugmentPlanner(const AugmentBatch& batch, int64_t most_scratch = kAugmentScratch)
-      : batch_(batch),
-        range_(range_of(batch)),
-        most_scratch_(most_scratch) {}
+      : batch_(batch), range_(range_of(batch)), most_scratch_(most_scratch) {}
 
   AugmentPlan plan() {
     for (int64_t n = 0; n < batch_.samples; ++n) add_sample(n);
@@ -208,10 +206,10 @@ class AugmentPlanner {
 
   void add_box(const float* a) {
     const auto box = BoxArguments::of(a);
-    const auto rows = BoxAxis::of(box.height, box.out_height, box.flip_rows, box.filter,
-                                  box.antialias);
-    const auto columns = BoxAxis::of(box.width, box.out_width, box.flip_columns, box.filter,
-                                     box.antialias);
+    const auto rows =
+        BoxAxis::of(box.height, box.out_height, box.flip_rows, box.filter, box.antialias);
+    const auto columns =
+        BoxAxis::of(box.width, box.out_width, box.flip_columns, box.filter, box.antialias);
     if (rows.takes_one() && columns.takes_one()) {
       add_move(a, box.pad == AugmentPad::constant, [&](int c) { return box.fill[c]; });
     } else {
@@ -257,8 +255,8 @@ class AugmentPlanner {
   // Makes an instruction the head of a segment, which the one that there is becomes if it has done
   // nothing yet and may read where it does.
   void begin_with(AugmentHead head, const float* a, int words, bool of_pixels) {
-    const bool nothing = now_.segment.head == AugmentHead::load && now_.segment.moves == 0 &&
-                         body_.empty();
+    const bool nothing =
+        now_.segment.head == AugmentHead::load && now_.segment.moves == 0 && body_.empty();
     if (!nothing || (now_.source < 0 && !of_pixels)) next();
     now_.segment.head = head;
     put(head_, static_cast<int>(a[0]), a, words);
@@ -302,16 +300,15 @@ class AugmentPlanner {
     sample_.push_back(now_);
   }
 
-  // Whole vectors of words: a number with the opcode and how many words there are, the arguments.
+  // The opcode and how many words there are, then the arguments.
   static void put(std::vector<uint32_t>& code, int op, const float* a, int words) {
-    const int padded = ceil_div(words, 4) * 4;
-    code.push_back(static_cast<uint32_t>(op | padded << 8));
-    for (int i = 1; i < padded; ++i) code.push_back(i < words ? bit_cast<uint32_t>(a[i]) : 0);
+    code.push_back(static_cast<uint32_t>(op | words << 8));
+    for (int i = 1; i < words; ++i) code.push_back(bit_cast<uint32_t>(a[i]));
   }
 
-  static int64_t tiles_of(const Planned& p) {
-    return ceil_div<int64_t>(p.segment.height, kAugmentTile) *
-           ceil_div<int64_t>(p.segment.width, kAugmentTile);
+  static uint32_t tiles_of(const Planned& p) {
+    return static_cast<uint32_t>(ceil_div(p.segment.height, kAugmentTile) *
+                                 ceil_div(p.segment.width, kAugmentTile));
   }
 
   // Makes launches of the samples since the last group: one for the segments of each level, or a
@@ -320,9 +317,7 @@ class AugmentPlanner {
     bool clears = statistics_ > 0;
     for (size_t level = 0; level < levels_.size(); ++level) {
       auto& planned = levels_[level];
-      const auto size_class = [](const Planned& p) {
-        return std::bit_width(static_cast<uint64_t>(tiles_of(p)));
-      };
+      const auto size_class = [](const Planned& p) { return std::bit_width(tiles_of(p)); };
       std::stable_sort(planned.begin(), planned.end(), [&](const Planned& a, const Planned& b) {
         return size_class(a) > size_class(b);
       });
@@ -334,8 +329,8 @@ class AugmentPlanner {
         clears = false;
         const auto size = size_class(planned[i]);
         for (; i < planned.size() && size_class(planned[i]) == size; ++i) {
-          const int64_t tiles = std::max(launch.tiles, tiles_of(planned[i]));
-          if (tiles * (launch.segments + 1) > kMostTiles && launch.segments > 0) break;
+          const uint32_t tiles = std::max(launch.tiles, tiles_of(planned[i]));
+          if (tiles * (launch.segments + 1) > kMostBlocks && launch.segments > 0) break;
           launch.tiles = tiles;
           launch.segments += 1;
           launch.taps = std::max(launch.taps, std::min(planned[i].taps, kAugmentTableTaps));
@@ -349,7 +344,7 @@ class AugmentPlanner {
     statistics_ = 0;
   }
 
-  static constexpr int64_t kMostTiles = 0x7fffffff;  // blocks of a grid
+  static constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
   const AugmentBatch& batch_;
   const ImageRange range_;

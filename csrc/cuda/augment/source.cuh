@@ -96,8 +96,8 @@ __device__ __forceinline__ bool lead_back(const float* a, bool is_box, bool exac
   const auto at = WarpPlaces::of(warp, height, width, exact)(static_cast<float>(place.x),
                                                              static_cast<float>(place.y));
   const float y = rounded(at.y), x = rounded(at.x);
-  const bool inside = y >= 0.0f && y < static_cast<float>(height) && x >= 0.0f &&
-                      x < static_cast<float>(width);
+  const bool inside =
+      y >= 0.0f && y < static_cast<float>(height) && x >= 0.0f && x < static_cast<float>(width);
   place = inside ? AugmentPlace{static_cast<int>(y), static_cast<int>(x)} : AugmentPlace{0, 0};
   return inside;
 }
@@ -135,8 +135,8 @@ __device__ __forceinline__ void warp_pixel(const AugmentImage<In>& image, const 
       RK_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         const float four[4] = {p[0][c], p[1][c], p[2][c], p[3][c]};
-        result[c] = faded ? between_four_faded(four, in, wx, wy, warp.fill(c))
-                          : between_four(four, wx, wy);
+        result[c] =
+            faded ? between_four_faded(four, in, wx, wy, warp.fill(c)) : between_four(four, wx, wy);
       }
     } else {
       const auto across = CubicWeights<float>::of(wx);

@@ -94,8 +94,8 @@ __device__ __forceinline__ void learn(AugmentOp op, const uint32_t* statistics, 
 // Counts a thread's pixels, of which those are there whose bit is set; by all threads of a block.
 template <int kChannels>
 __device__ __forceinline__ void count_pixels(AugmentCount what, uint32_t* statistics, int channels,
-                                             const AugmentValues<kChannels>& values,
-                                             unsigned there, const ImageRange& range,
+                                             const AugmentValues<kChannels>& values, unsigned there,
+                                             const ImageRange& range,
                                              AugmentKnown<kChannels>& known) {
   const int thread = threadIdx.x;
   if (what == AugmentCount::grays) {
