@@ -85,7 +85,7 @@ class Interpreter {
     if (op == AugmentOp::mix) current_ = total_;
     if (needs_statistics(op)) {
       if (!counted_) count(op);
-      pixel_.take(op, statistics_);
+      pixel_.take(op, batch_.channels, statistics_);
     }
     const bool moves = moves_pixels(op);
     int64_t end = skip_none(min(i + 1, batch_.instructions));

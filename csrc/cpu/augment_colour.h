@@ -132,9 +132,9 @@ class PixelInstructions {
   }
 
   // Before an instruction that goes by them.
-  void take(AugmentOp op, const ImageStatistics& statistics) {
+  void take(AugmentOp op, int channels, const ImageStatistics& statistics) {
     if (op == AugmentOp::contrast) mean_ = statistics.mean();
-    for (int c = 0; c < channels_; ++c) {
+    for (int c = 0; c < channels; ++c) {
       if (op == AugmentOp::autocontrast) ends_[c] = statistics.ends(c);
       if (op == AugmentOp::equalize) changes_[c] = statistics.equalized(c, tables_[c]);
     }

@@ -53,8 +53,7 @@ struct WholeNumbers<Vector> {
 #else
   // Beside 2^23 no bits are left for a fraction.
   static RK_HD Vector nearest(Vector x) {
-    const Integers sign =
-        reinterpret_cast<Integers>(x) & reinterpret_cast<Integers>(Vector{} - 0.0f);
+    const Integers sign = reinterpret_cast<Integers>(x) & INT32_MIN;
     Vector size = reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) ^ sign);
     size = size < 0x1p23f ? (size + 0x1p23f) - 0x1p23f : size;
     return reinterpret_cast<Vector>(reinterpret_cast<Integers>(size) | sign);
