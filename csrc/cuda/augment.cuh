@@ -104,12 +104,12 @@ __device__ __forceinline__ void put_pixels(Out* to, const AugmentArguments& a, i
 
 // Blocks that a multiprocessor is to hold, so that they hide each other's loads. With one more the
 // kernels spill.
-template <int kChannels>
-constexpr int kAugmentBlocks = kChannels == 4 ? 2 : 3;
+template <int kChannels, bool kExact>
+constexpr int kAugmentBlocks = kChannels == 4 || (kChannels == 3 && kExact) ? 2 : 3;
 
 // Segments of the first launches read pixels of type In, the others float32 in the scratch memory.
 template <typename In, int kChannels, bool kExact>
-__global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels>)
+__global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels, kExact>)
     augment_kernel(const __grid_constant__ AugmentArguments a) {
   const ImageRange range{a.bound, kExact};
   using Shared = AugmentShared<kChannels>;
