@@ -27,66 +27,112 @@ RK_STAGE void sum_rows(const float* const* rows, const float* weights, int count
   while (x < width) run.template operator()<1>();
 }
 
-// The taps of an axis for every place of the result: `count` of them from place `base` of its
-// vector of places and `first` on, with weights that lie by tap.
+// The taps of an axis for every place of the result: `count` of them side by side from `first` on,
+// with weights that lie by tap. `first` counts from the least of a vector of places, `base`.
 class TapTable {
  public:
   void set(const BoxAxis& axis) {
     places_ = axis.out;
     padded_ = whole_vectors(axis.out);
-    most_ = axis.most_taps();
-    float* const weights = weights_.at_least(most_ * padded_);
-    int32_t* const first = first_.at_least(padded_);
-    int32_t* const count = count_.at_least(padded_);
-    int32_t* const base = base_.at_least(padded_ / kVector);
-    for (int64_t x = 0; x < padded_; ++x) {
-      const int place = static_cast<int>(min(x, places_ - 1));
-      first[x] = axis.first_tap(place);
-      for (int64_t j = 0; j < most_; ++j) weights[j * padded_ + x] = 0.0f;
-      axis.for_taps(place, [&](int j, int, float weight) {
-        weights[j * padded_ + x] = weight;
-        count[x] = j + 1;
-      });
+    const int most = axis.most_taps();
+    weights_ = weights_room_.at_least(most * padded_);
+    firsts_ = firsts_room_.at_least(padded_);
+    counts_ = counts_room_.at_least(padded_);
+    bases_ = bases_room_.at_least(padded_ / kVector);
+    if (axis.antialias && !axis.takes_one()) {
+      for (int64_t x = 0; x < padded_; x += kVector) set_wide(axis, x);
+    } else {
+      for (int64_t x = 0; x < padded_; ++x) set_one(axis, x);
     }
     near_ = true;
+    most_ = 1;
     for (int64_t x = 0; x < padded_; x += kVector) {
-      int32_t least = first[x], end = first[x] + count[x];
+      int32_t least = firsts_[x], end = 0;
       for (int64_t i = x; i < x + kVector; ++i) {
-        least = static_cast<int32_t>(min(least, first[i]));
-        end = static_cast<int32_t>(max(end, first[i] + count[i]));
+        least = static_cast<int32_t>(min(least, firsts_[i]));
+        end = static_cast<int32_t>(max(end, firsts_[i] + counts_[i]));
+        most_ = static_cast<int>(max(most_, counts_[i]));
       }
-      base[x / kVector] = least;
-      for (int64_t i = x; i < x + kVector; ++i) first[i] -= least;
+      bases_[x / kVector] = least;
+      for (int64_t i = x; i < x + kVector; ++i) firsts_[i] -= least;
       near_ = near_ && end - least <= kPicked;
     }
-    firsts_ = first;
-    counts_ = count;
-    bases_ = base;
-    table_ = weights;
   }
+
+  int most() const { return most_; }
+  int first(int64_t x) const { return bases_[x / kVector] + firsts_[x]; }
+  int count(int64_t x) const { return counts_[x]; }
+  float weight(int64_t x, int j) const { return weights_[j * padded_ + x]; }
 
   // to[x] = the sum of from[k] over the taps k of x. `absent` says that what is read behind the
   // last tap may be no number.
   RK_STAGE void sum(const float* from, bool absent, const ImageRange& range, float* to) const {
-    if (near_) {
-      absent ? sum<true, true>(from, range, to) : sum<true, false>(from, range, to);
+    if (!near_) {
+      absent ? sum<false, true, 0>(from, range, to) : sum<false, false, 0>(from, range, to);
+    } else if (absent) {
+      sum<true, true, 0>(from, range, to);
+    } else if (most_ == 2) {
+      sum<true, false, 2>(from, range, to);
+    } else if (most_ == 3) {
+      sum<true, false, 3>(from, range, to);
     } else {
-      absent ? sum<false, true>(from, range, to) : sum<false, false>(from, range, to);
+      sum<true, false, 0>(from, range, to);
     }
   }
 
  private:
-  template <bool kNear, bool kAbsent>
-  void sum(const float* from, const ImageRange& range, float* to) const {
-    for (int64_t x = 0; x < padded_; x += kVector) {
-      const float* const at = from + bases_[x / kVector];
-      const Integers first = integers_at(firsts_ + x);
+  void set_one(const BoxAxis& axis, int64_t x) {
+    const int place = static_cast<int>(min(x, places_ - 1));
+    firsts_[x] = axis.first_tap(place);
+    axis.for_taps(place, [&](int j, int, float weight) {
+      weights_[j * padded_ + x] = weight;
+      counts_[x] = j + 1;
+    });
+  }
+
+  // A vector of places with antialiasing, as BoxAxis has each.
+  void set_wide(const BoxAxis& axis, int64_t x) {
+    Integers place = clamped(lane_numbers() + static_cast<int32_t>(x), 0, axis.out - 1);
+    if (axis.flip) place = axis.out - 1 - place;
+    const Vector centre = axis.centre_of(as_floats(place));
+    const float half = axis.half();
+    const Integers first = clamped(as_integers((centre - half) + 0.5f), 0, axis.length - 1);
+    const Integers end = clamped(as_integers((centre + half) + 0.5f), 0, axis.length);
+    const Integers count = end - first;
+    memcpy(firsts_ + x, &first, sizeof(first));
+    memcpy(counts_ + x, &count, sizeof(count));
+    const int most = axis.most_taps();
+    Vector total{};
+    for (int j = 0; j < most; ++j) {
+      const Vector weight = axis.unscaled_weight(as_floats(first + j), centre);
+      const Vector used = j < count ? weight : Vector{};
+      put(weights_ + j * padded_ + x, used);
+      total += used;
+    }
+    for (int j = 0; j < most; ++j) {
+      float* const weight = weights_ + j * padded_ + x;
+      put(weight, vector_at(weight) / total);
+    }
+  }
+
+  // Of kTaps taps, or of as many as there are where that is 0.
+  template <bool kNear, bool kAbsent, int kTaps>
+  void sum(const float* from, const ImageRange& given, float* to) const {
+    const ImageRange range = given;
+    const int taps = kTaps ? kTaps : most_;
+    const int64_t padded = padded_;
+    const float* const weights = weights_;
+    const int32_t *const firsts = firsts_, *const counts = counts_, *const bases = bases_;
+    for (int64_t x = 0; x < padded; x += kVector) {
+      const float* const at = from + bases[x / kVector];
+      const Integers first = integers_at(firsts + x);
       const auto sum_by = [&](const auto& pick) RK_INLINE {
-        Vector sum = vector_at(table_ + x) * pick(first);
-        for (int j = 1; j < most_; ++j) {
-          const Vector term = vector_at(table_ + j * padded_ + x) * pick(first + j);
+        Vector sum = vector_at(weights + x) * pick(first);
+#pragma GCC unroll 4
+        for (int j = 1; j < taps; ++j) {
+          const Vector term = vector_at(weights + j * padded + x) * pick(first + j);
           if constexpr (kAbsent) {
-            sum = j < integers_at(counts_ + x) ? sum + term : sum;
+            sum = j < integers_at(counts + x) ? sum + term : sum;
           } else {
             sum += term;
           }
@@ -101,12 +147,13 @@ class TapTable {
     }
   }
 
-  int64_t places_ = 0, padded_ = 0, most_ = 0;
+  int64_t places_ = 0, padded_ = 0;
+  int most_ = 1;  // taps of a place
   bool near_ = true;
-  Room<float> weights_;
-  Room<int32_t> first_, count_, base_;
-  const float* table_ = nullptr;
-  const int32_t *firsts_ = nullptr, *counts_ = nullptr, *bases_ = nullptr;
+  Room<float> weights_room_;
+  Room<int32_t> firsts_room_, counts_room_, bases_room_;
+  float* weights_ = nullptr;
+  int32_t *firsts_ = nullptr, *counts_ = nullptr, *bases_ = nullptr;
 };
 
 class Box {
@@ -127,10 +174,11 @@ class Box {
     beside_ = !inside || margin_ > 0;
     copies_ = columns_.copies() && !columns_.flip;
     if (!copies_) taps_.set(columns_);
-    const int most = rows_.most_taps();
+    row_taps_.set(rows_);
+    const int most = row_taps_.most();
     weights_ = weights_room_.at_least(most);
     pointers_ = pointers_room_.at_least(kMostChannels * most);
-    sums_ = sums_room_.at_least(whole_vectors(count_) + kSlack + columns_.most_taps());
+    sums_ = sums_room_.at_least(count_ + columns_.most_taps());
     fill_row_ = fill_room_.at_least(count_);
     for (int c = 0; c < channels; ++c) {
       for (int64_t x = 0; x < count_ + kSlack; ++x) fill_row_.channel[c][x] = box.fill[c];
@@ -140,32 +188,35 @@ class Box {
 
   int64_t first() const { return first_; }
   int64_t count() const { return count_; }
-  int reach() const { return rows_.most_taps(); }
+  int reach() const { return row_taps_.most(); }
 
   template <typename Source>
   void row(Source& source, int y, const RowSet& to) {
-    const int most = rows_.most_taps();
-    int count = 0;
-    rows_.for_taps(y, [&](int j, int k, float weight) {
-      weights_[j] = weight;
-      count = j + 1;
+    const int most = row_taps_.most(), count = row_taps_.count(y);
+    for (int j = 0; j < count; ++j) {
+      weights_[j] = row_taps_.weight(y, j);
+      const int k = rows_.inside(row_taps_.first(y) + j);
       const int at = padded_index(box_.top + k, height_, box_.pad);
       ConstRowSet row{};
       if (at >= 0) row = source.at(at);
       for (int c = 0; c < channels_; ++c) {
         pointers_[c * most + j] = at >= 0 ? row.channel[c] : fill_row_.channel[c];
       }
-    });
+    }
+    // Of all channels, so that what is written is out of the way before it is read again.
+    ConstRowSet summed{};
     for (int c = 0; c < channels_; ++c) {
-      const float* from = pointers_[c * most];
-      if (!rows_.takes_one()) {
-        sum_rows(pointers_ + c * most, weights_, count, count_, sums_);
-        from = sums_;
-      }
+      summed.channel[c] = rows_.takes_one() ? pointers_[c * most] : sums_.channel[c];
+      if (rows_.takes_one()) continue;
+      sum_rows(pointers_ + c * most, weights_, count, count_, sums_.channel[c]);
+    }
+    for (int c = 0; c < channels_; ++c) {
+      const float* from = summed.channel[c];
       if (beside_) from = spread(from, box_.fill[c]);
       if (copies_) {
+        const ImageRange range = range_;
         for (int64_t x = 0; x < box_.out_width; x += kVector) {
-          put(to.channel[c] + x, range_.resampled(vector_at(from + x)));
+          put(to.channel[c] + x, range.resampled(vector_at(from + x)));
         }
       } else {
         taps_.sum(from, range_.bound == 1.0f, range_, to.channel[c]);
@@ -214,13 +265,13 @@ class Box {
   int64_t first_ = 0, count_ = 0, begin_ = 0, end_ = 0;
   int margin_ = 0;
   bool beside_ = false, copies_ = false;
-  TapTable taps_;
-  Room<float> weights_room_, sums_room_, row_room_;
+  TapTable taps_, row_taps_;
+  Room<float> weights_room_, row_room_;
   Room<const float*> pointers_room_;
   Room<int32_t> columns_room_;
-  RowRoom fill_room_;
-  RowSet fill_row_{};
-  float *weights_ = nullptr, *sums_ = nullptr, *row_ = nullptr;
+  RowRoom fill_room_, sums_room_;
+  RowSet fill_row_{}, sums_{};
+  float *weights_ = nullptr, *row_ = nullptr;
   const float** pointers_ = nullptr;
   int32_t* columns_of_ = nullptr;
 };

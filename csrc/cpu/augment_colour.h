@@ -98,13 +98,21 @@ class ImageStatistics {
   }
 
   void count_levels(const float* row, int64_t width, int32_t* counts) const {
-    int32_t levels[kVector];
-    for_vectors(width, [&](int64_t i, Integers) RK_INLINE {
-      const Integers level = as_integers(gray_level(vector_at(row + i), range_));
-      memcpy(levels, &level, sizeof(levels));
-      const int64_t end = min(kVector, width - i);
-      for (int64_t j = 0; j < end; ++j) ++counts[j % kCopies * kGrays + levels[j]];
-    });
+    constexpr int64_t kChunk = 256;
+    const ImageRange range = range_;
+    int32_t levels[kChunk];
+    for (int64_t first = 0; first < width; first += kChunk) {
+      const int64_t count = min(kChunk, width - first);
+      for (int64_t i = 0; i < count; i += kVector) {
+        const Integers level = as_integers(gray_level(vector_at(row + first + i), range));
+        memcpy(levels + i, &level, sizeof(level));
+      }
+      int64_t i = 0;
+      for (; i + kCopies <= count; i += kCopies) {
+        for (int j = 0; j < kCopies; ++j) ++counts[j * kGrays + levels[i + j]];
+      }
+      for (; i < count; ++i) ++counts[levels[i]];
+    }
   }
 
   AugmentOp op_ = AugmentOp::none;
@@ -142,65 +150,79 @@ class PixelInstructions {
 
   // One instruction on row y.
   RK_STAGE void run(const float* a, int y) {
+    // By value, so that loops need not look whether what they write is one of these.
+    const ImageRange range = range_;
+    const float first = a[1], second = a[2];
     switch (static_cast<AugmentOp>(static_cast<int>(a[0]))) {
       case AugmentOp::brightness:
-        return each([&](Vector v, int) RK_INLINE { return range_.clamp_truncated(v * a[1]); });
+        return each([=](Vector v) RK_INLINE { return range.clamp_truncated(v * first); });
       case AugmentOp::contrast:
-        return each([&](Vector v, int)
-                        RK_INLINE { return blended(v, all(mean_), a[1], a[2], range_); });
+        return each([=, mean = all(mean_)](Vector v)
+                        RK_INLINE { return blended(v, mean, first, second, range); });
       case AugmentOp::saturation:
-        return each_pixel([&](Vector& r, Vector& g, Vector& b) RK_INLINE {
-          const Vector gray = gray_of(r, g, b, range_);
-          r = blended(r, gray, a[1], a[2], range_);
-          g = blended(g, gray, a[1], a[2], range_);
-          b = blended(b, gray, a[1], a[2], range_);
+        return each_pixel([=](Vector& r, Vector& g, Vector& b) RK_INLINE {
+          const Vector gray = gray_of(r, g, b, range);
+          r = blended(r, gray, first, second, range);
+          g = blended(g, gray, first, second, range);
+          b = blended(b, gray, first, second, range);
         });
       case AugmentOp::hue:
-        return each_pixel([&](Vector& r, Vector& g, Vector& b)
-                              RK_INLINE { turn_hue(r, g, b, a[1], range_); });
+        return each_pixel([=](Vector& r, Vector& g, Vector& b)
+                              RK_INLINE { turn_hue(r, g, b, first, range); });
       case AugmentOp::grayscale:
-        return each_pixel([&](Vector& r, Vector& g, Vector& b)
-                              RK_INLINE { r = g = b = gray_of(r, g, b, range_); });
-      case AugmentOp::invert:
-        return each([&](Vector v, int) RK_INLINE { return range_.bound - v; });
+        return each_pixel([=](Vector& r, Vector& g, Vector& b)
+                              RK_INLINE { r = g = b = gray_of(r, g, b, range); });
+      case AugmentOp::invert: return each([=](Vector v) RK_INLINE { return range.bound - v; });
       case AugmentOp::solarize:
-        return each([&](Vector v, int) RK_INLINE { return solarized(v, a[1], range_); });
+        return each([=](Vector v) RK_INLINE { return solarized(v, first, range); });
       case AugmentOp::solarize_add:
-        return each([&](Vector v, int) RK_INLINE { return solarize_added(v, a[1], a[2], range_); });
+        return each([=](Vector v) RK_INLINE { return solarize_added(v, first, second, range); });
       case AugmentOp::posterize: {
-        const Posterize posterize = Posterize::of(static_cast<int>(a[1]), range_);
-        return each([=](Vector v, int) RK_INLINE { return posterize(v); });
+        const Posterize posterize = Posterize::of(static_cast<int>(a[1]), range);
+        return each([=](Vector v) RK_INLINE { return posterize(v); });
       }
       case AugmentOp::autocontrast:
-        return each([&](Vector v, int c) RK_INLINE { return ends_[c](v, range_); });
+        return each_channel([=, this](int c) {
+          return [range, ends = ends_[c]](Vector v) RK_INLINE { return ends(v, range); };
+        });
       case AugmentOp::equalize: return equalize();
       case AugmentOp::noise: return noise(a, y);
       case AugmentOp::permute: return permute(a);
       case AugmentOp::erase: return erase(EraseArguments::of(a), y);
       case AugmentOp::normalize:
-        return each([&](Vector v, int c) RK_INLINE { return v * a[1 + c] + a[5 + c]; });
+        return each_channel([=](int c) {
+          return [scale = a[1 + c], shift = a[5 + c]](Vector v)
+                     RK_INLINE { return v * scale + shift; };
+        });
       case AugmentOp::salt_and_pepper: return salt_and_pepper(a, y);
       case AugmentOp::mix:
-        return each([&](Vector v, int) RK_INLINE { return range_.clamp_truncated(v); });
+        return each([=](Vector v) RK_INLINE { return range.clamp_truncated(v); });
       default: return;
     }
   }
 
  private:
-  // Each value of each channel.
-  template <typename F>
-  RK_HD void each(const F& f) {
+  // Each value, by a function of its own for each channel or by the same one.
+  template <typename FunctionOf>
+  RK_HD void each_channel(const FunctionOf& function_of) {
+    const int64_t width = width_;
     for (int c = 0; c < channels_; ++c) {
       float* const row = rows.channel[c];
-      for (int64_t i = 0; i < width_; i += kVector) put(row + i, f(vector_at(row + i), c));
+      const auto f = function_of(c);
+      for (int64_t i = 0; i < width; i += kVector) put(row + i, f(vector_at(row + i)));
     }
+  }
+  template <typename F>
+  RK_HD void each(const F& f) {
+    each_channel([&](int) { return f; });
   }
 
   // Each pixel of three channels.
   template <typename F>
   RK_HD void each_pixel(const F& f) {
     float* const channel[3] = {rows.channel[0], rows.channel[1], rows.channel[2]};
-    for (int64_t i = 0; i < width_; i += kVector) {
+    const int64_t width = width_;
+    for (int64_t i = 0; i < width; i += kVector) {
       Vector r = vector_at(channel[0] + i), g = vector_at(channel[1] + i),
              b = vector_at(channel[2] + i);
       f(r, g, b);
@@ -282,15 +304,19 @@ class PixelInstructions {
     }
   }
 
+  // Whole vectors of a tile: what they write behind it is overwritten, or lies behind the row.
   void salt_and_pepper(const float* a, int y) {
     const SaltAndPepperArguments impulses = SaltAndPepperArguments::of(a);
+    const ImageRange range = range_;
     for (int c = 0; c < channels_; ++c) {
       float* const row = rows.channel[c];
       for_draws(half_words_, SaltAndPepperArguments::key(a), c, y, 0, width_, NothingBehind{},
                 [&](const uint16_t* drawn, int64_t x, int64_t count) RK_INLINE {
-#pragma omp simd
-                  for (int64_t i = 0; i < count; ++i) {
-                    row[x + i] = impulses(row[x + i], static_cast<float>(drawn[i]), range_);
+                  float half_words[kVector];
+                  for (int64_t i = 0; i < count; i += kVector) {
+                    for (int j = 0; j < kVector; ++j) half_words[j] = drawn[i + j];
+                    float* const at = row + x + i;
+                    put(at, impulses(vector_at(at), vector_at(half_words), range));
                   }
                 });
     }

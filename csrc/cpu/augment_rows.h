@@ -271,16 +271,9 @@ class RowSource {
 template <typename T>
 RK_STAGE void narrow_row(const float* from, int64_t count, T* to, bool stream) {
   if constexpr (sizeof(T) == 1) {
-    typedef uint8_t Bytes __attribute__((vector_size(kVector)));
     int64_t i = 0;
     for (; i + kVector <= count; i += kVector) {
-      const Integers whole = as_integers(stored_byte(vector_at(from + i)));
-#if defined(__AVX512F__)
-      const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(whole));
-#else
-      const Bytes bytes = __builtin_convertvector(whole, Bytes);
-#endif
-      memcpy(to + i, &bytes, sizeof(Bytes));
+      put_bytes(to + i, as_integers(stored_byte(vector_at(from + i))));
     }
     for (; i < count; ++i) {
       to[i] = static_cast<uint8_t>(static_cast<int>(stored_byte(from[i])));

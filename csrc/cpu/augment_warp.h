@@ -7,16 +7,22 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-// Places (y, x) of an image, all of them inside, and their values in a channel.
+// Places (y, x) of an image, all of them inside, and their values in a channel. A pair of places
+// lies side by side; `pair_height` rows are such that pairs may be read in them.
 class PlaneReader {
  public:
   PlaneReader(const Planes& planes, int channels)
-      : height(planes.height), width(planes.width), stride_(planes.stride) {
+      : height(planes.height),
+        width(planes.width),
+        pair_height(planes.height),
+        stride_(planes.stride) {
     for (int c = 0; c < channels; ++c) planes_[c] = planes.row(c, 0);
     far_ = stride_ * height > INT32_MAX;
+    if (far_) pair_height = 0;
   }
 
   const int height, width;
+  int pair_height;
 
   struct Places {
     Integers y, x;
@@ -30,6 +36,14 @@ class PlaneReader {
       return v;
     }
     return gathered(plane, at.y * static_cast<int32_t>(stride_) + at.x);
+  }
+
+  using Pair = Integers;
+  RK_HD Pair pair_at(Integers y, Integers x) const { return y * static_cast<int32_t>(stride_) + x; }
+  RK_HD void values(const Pair& at, int c, Vector& left, Vector& right) const {
+    const LanePairs both = gathered_pairs(planes_[c], at, sizeof(float));
+    left = reinterpret_cast<Vector>(both.first);
+    right = reinterpret_cast<Vector>(both.second);
   }
 
  private:
@@ -51,12 +65,18 @@ class ByteReader {
   explicit ByteReader(const PixelImage& image)
       : height(image.height),
         width(image.width),
+        pair_height(image.height),
         data_(static_cast<const uint8_t*>(image.data)),
         step_(image.interleaved() ? image.channels : 1),
         plane_(image.interleaved() ? 0 : image.height * image.width),
-        last_(static_cast<int32_t>(min(image.elements - 4, INT32_MAX))) {}
+        last_(static_cast<int32_t>(min(image.elements - 4, INT32_MAX))) {
+    // Two positions of 3 bytes are read as 8.
+    const int64_t behind = image.elements - int64_t{image.channels} * height * width;
+    if (step_ == 3 && behind < 2) --pair_height;
+  }
 
   const int height, width;
+  int pair_height;
 
   struct Places {
     Integers offset, words;
@@ -68,6 +88,27 @@ class ByteReader {
   RK_HD Vector value(const Places& at, int c) const {
     const Integers words = plane_ ? words_at(at.offset + c * plane_) : at.words >> (8 * c);
     return as_floats(words & 255);
+  }
+
+  struct Pair {
+    Integers offset, left, right;
+  };
+  RK_HD Pair pair_at(Integers y, Integers x) const {
+    const Integers offset = (y * width + x) * step_;
+    if (plane_) return {offset, offset, offset};
+    const LanePairs both = gathered_pairs(data_, offset, 1);
+    if (step_ == 4) return {offset, both.first, both.second};
+    return {offset, both.first, (both.first >> 24 & 255) | both.second << 8};
+  }
+  RK_HD void values(const Pair& at, int c, Vector& left, Vector& right) const {
+    if (plane_) {
+      const Integers words = words_at(at.offset + c * plane_);
+      left = as_floats(words & 255);
+      right = as_floats(words >> 8 & 255);
+    } else {
+      left = as_floats(at.left >> (8 * c) & 255);
+      right = as_floats(at.right >> (8 * c) & 255);
+    }
   }
 
  private:
@@ -103,42 +144,38 @@ class Warp {
   }
 
  private:
-  // A neighbour: its place, and where it is inside.
+  // The values of neighbour (y, x) of each place in every channel, and where it is inside.
   template <typename Reader>
   struct Neighbour {
+    const Reader& reader;
     typename Reader::Places places;
     Integers inside;
-  };
 
-  // Neighbour (row, column) of each place (y, x), whole numbers.
-  template <bool kInside, typename Reader>
-  static RK_HD Neighbour<Reader> neighbour(const Reader& reader, Integers y, Integers x) {
-    if constexpr (kInside) {
-      return {reader.at(y, x), ~Integers{}};
-    } else {
+    RK_HD Neighbour(const Reader& reader, Integers y, Integers x) : reader(reader) {
       const Integers in_y = clamped(y, 0, reader.height - 1);
       const Integers in_x = clamped(x, 0, reader.width - 1);
-      return {reader.at(in_y, in_x), (in_y == y) & (in_x == x)};
+      places = reader.at(in_y, in_x);
+      inside = (in_y == y) & (in_x == x);
     }
-  }
-  template <bool kInside, typename Reader>
-  static RK_HD Vector value(const Reader& reader, const Neighbour<Reader>& at, int c, float fill) {
-    const Vector v = reader.value(at.places, c);
-    if constexpr (kInside) return v;
-    return at.inside ? v : all(fill);
-  }
+    RK_HD Vector value(int c, float fill) const {
+      return inside ? reader.value(places, c) : all(fill);
+    }
+  };
 
-  // Each filter: which whole place it starts from, how many lie beside it that it reads too, before
-  // and behind, and what it makes of them.
+  // Each filter: which whole place it starts from, how many beside that it reads, before and
+  // behind, and what it makes of them.
   struct Nearest {
     static constexpr int kBefore = 0, kBehind = 0;
     static RK_HD Vector whole(Vector u) { return rounded(u); }
     template <bool kInside, typename Reader, typename Write>
     static RK_HD void run(const Warp& warp, const Reader& reader, Integers y, Integers x, Vector,
                           Vector, const Write& write) {
-      const auto at = neighbour<kInside>(reader, y, x);
-      for (int c = 0; c < warp.channels_; ++c) {
-        write(c, value<kInside>(reader, at, c, warp.warp_.fill(c)));
+      if constexpr (kInside) {
+        const auto at = reader.at(y, x);
+        for (int c = 0; c < warp.channels_; ++c) write(c, reader.value(at, c));
+      } else {
+        const Neighbour<Reader> at(reader, y, x);
+        for (int c = 0; c < warp.channels_; ++c) write(c, at.value(c, warp.warp_.fill(c)));
       }
     }
   };
@@ -150,20 +187,29 @@ class Warp {
     template <bool kInside, typename Reader, typename Write>
     static RK_HD void run(const Warp& warp, const Reader& reader, Integers y, Integers x, Vector wy,
                           Vector wx, const Write& write) {
-      const Neighbour<Reader> at[4] = {
-          neighbour<kInside>(reader, y, x), neighbour<kInside>(reader, y, x + 1),
-          neighbour<kInside>(reader, y + 1, x), neighbour<kInside>(reader, y + 1, x + 1)};
-      for (int c = 0; c < warp.channels_; ++c) {
-        const float fill = warp.warp_.fill(c);
-        Vector p[4], in[4];
-        for (int k = 0; k < 4; ++k) {
-          p[k] = value<kInside>(reader, at[k], c, kFaded ? 0.0f : fill);
-          in[k] = at[k].inside ? all(1.0f) : all(0.0f);
-        }
+      const auto between = [&](int c, const Vector(&p)[4], const Vector(&in)[4]) RK_INLINE {
         if constexpr (kFaded) {
-          write(c, between_four_faded(p, in, wx, wy, fill));
+          write(c, between_four_faded(p, in, wx, wy, warp.warp_.fill(c)));
         } else {
           write(c, between_four(p, wx, wy));
+        }
+      };
+      Vector p[4], in[4];
+      if constexpr (kInside) {
+        const auto above = reader.pair_at(y, x), below = reader.pair_at(y + 1, x);
+        for (int k = 0; k < 4; ++k) in[k] = all(1.0f);
+        for (int c = 0; c < warp.channels_; ++c) {
+          reader.values(above, c, p[0], p[1]);
+          reader.values(below, c, p[2], p[3]);
+          between(c, p, in);
+        }
+      } else {
+        const Neighbour<Reader> at[4] = {
+            {reader, y, x}, {reader, y, x + 1}, {reader, y + 1, x}, {reader, y + 1, x + 1}};
+        for (int k = 0; k < 4; ++k) in[k] = at[k].inside ? all(1.0f) : all(0.0f);
+        for (int c = 0; c < warp.channels_; ++c) {
+          for (int k = 0; k < 4; ++k) p[k] = at[k].value(c, kFaded ? 0.0f : warp.warp_.fill(c));
+          between(c, p, in);
         }
       }
     }
@@ -178,17 +224,28 @@ class Warp {
       const auto columns = CubicWeights<Vector>::of(wx), rows = CubicWeights<Vector>::of(wy);
       Vector sums[kMostChannels];
       for (int i = 0; i < 4; ++i) {
-        Vector in_row[kMostChannels];
-        for (int j = 0; j < 4; ++j) {
-          const auto at = neighbour<kInside>(reader, y + (i - 1), x + (j - 1));
-          for (int c = 0; c < warp.channels_; ++c) {
-            const Vector term = value<kInside>(reader, at, c, warp.warp_.fill(c)) * columns.w[j];
-            in_row[c] = j == 0 ? term : in_row[c] + term;
-          }
-        }
-        for (int c = 0; c < warp.channels_; ++c) {
-          const Vector term = in_row[c] * rows.w[i];
+        const auto add = [&](int c, const Vector(&p)[4]) RK_INLINE {
+          Vector in_row = p[0] * columns.w[0];
+          for (int j = 1; j < 4; ++j) in_row += p[j] * columns.w[j];
+          const Vector term = in_row * rows.w[i];
           sums[c] = i == 0 ? term : sums[c] + term;
+        };
+        const Integers row = y + (i - 1);
+        Vector p[4];
+        if constexpr (kInside) {
+          const auto left = reader.pair_at(row, x - 1), right = reader.pair_at(row, x + 1);
+          for (int c = 0; c < warp.channels_; ++c) {
+            reader.values(left, c, p[0], p[1]);
+            reader.values(right, c, p[2], p[3]);
+            add(c, p);
+          }
+        } else {
+          const Neighbour<Reader> at[4] = {
+              {reader, row, x - 1}, {reader, row, x}, {reader, row, x + 1}, {reader, row, x + 2}};
+          for (int c = 0; c < warp.channels_; ++c) {
+            for (int j = 0; j < 4; ++j) p[j] = at[j].value(c, warp.warp_.fill(c));
+            add(c, p);
+          }
         }
       }
       for (int c = 0; c < warp.channels_; ++c) write(c, sums[c]);
@@ -211,7 +268,7 @@ class Warp {
       const Vector wx = at.x - whole_x, wy = at.y - whole_y;
       const Integers x = as_integers(whole_x), y = as_integers(whole_y);
       const Integers inside = (x >= Filter::kBefore) & (x < reader.width - Filter::kBehind) &
-                              (y >= Filter::kBefore) & (y < reader.height - Filter::kBehind);
+                              (y >= Filter::kBefore) & (y < reader.pair_height - Filter::kBehind);
       if (all_near && in_all_lanes(inside)) {
         Filter::template run<true>(*this, reader, y, x, wy, wx, [&](int c, Vector v) RK_INLINE {
           put(to.channel[c] + i, range_.resampled(v));

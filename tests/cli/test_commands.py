@@ -122,7 +122,7 @@ def test_a_crash_is_a_failed_check(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "conv"], "--op must be one of adversarial_step_, batch_norm, "),
+        (["--op", "conv"], "--op must be one of adversarial_step_, augment, "),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", "cuda:9"], "--device cuda:9: torch sees"),
         (["--device", "cpu:3"], "--device must be cpu or cuda, got 'cpu:3'"),

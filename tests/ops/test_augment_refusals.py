@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from augment_programs import on_each
 
 from reg_kernels._augment_program import ARGUMENTS, RANGES, WIDTH, Axes, Op, column, instruction
 from reg_kernels.ops.augment import run
 
+from augment_programs import on_each
 from support import DEVICE
 
 do = instruction
@@ -83,10 +83,16 @@ def test_programs_that_are_refused(backend):
 
 
 @on_each
-def test_sizes_that_change_between_save_and_mix_are_refused(backend):
-    rows = [do(Op.SAVE, 1), do(Op.BOX, 0, 0, 5, 6, 4, 6), do(Op.BOX, 0, 0, 4, 6, 5, 6), do(Op.MIX)]
-    message = "program must be a size that stays between a SAVE and its MIX, got BOX in instruction"
-    refused(f"{message} 1 of sample 1", backend, program=torch.tensor([[do(Op.NONE)] * 4, rows]))
+def test_what_may_stand_between_save_and_mix(backend):
+    def check(message, *rows):
+        program = torch.tensor([[do(Op.NONE)] * len(rows), rows])
+        refused(f"program must be {message} of sample 1", backend, program=program)
+
+    size = "a size that stays between a SAVE and its MIX, got BOX in instruction 1"
+    boxes = (do(Op.BOX, 0, 0, 5, 6, 4, 6), do(Op.BOX, 0, 0, 4, 6, 5, 6))
+    check(size, do(Op.SAVE, 1), *boxes, do(Op.MIX))
+    end = "JOIN and MIX between a SAVE and its MIX alone, got JOIN in instruction 2"
+    check(end, do(Op.SAVE, 1), do(Op.MIX), do(Op.JOIN, 1))
 
 
 @on_each

@@ -265,7 +265,12 @@ struct BoxAxis {
   }
 
   RK_HD int place(int i) const { return flip ? out - 1 - i : i; }
-  RK_HD float centre(int i) const { return scale * (static_cast<float>(place(i)) + 0.5f); }
+  // Where an output place, turned round already, lies in the region.
+  template <typename F>
+  RK_HD F centre_of(F place) const {
+    return scale * (place + 0.5f);
+  }
+  RK_HD float centre(int i) const { return centre_of(static_cast<float>(place(i))); }
   RK_HD int inside(int k) const { return k < 0 ? 0 : k < length ? k : length - 1; }
 
   // The one tap's place, counted from the region's start.
@@ -305,12 +310,17 @@ struct BoxAxis {
     const int end = static_cast<int>(plus(plus(centre, half), 0.5f));
     return {first, (end < length ? end : length) - first, centre};
   }
-  RK_HD float unscaled_weight(const Span& span, int j) const {
-    const float at = plus(minus(static_cast<float>(span.first + j), span.centre), 0.5f) / margin;
-    const float x = at < 0.0f ? -at : at;
-    if (filter == AugmentFilter::bilinear) return x < 1.0f ? 1.0f - x : 0.0f;
+  template <typename F>
+  RK_HD F unscaled_weight(F tap, F centre) const {
+    const F at = plus(minus(tap, centre), 0.5f) / margin;
+    const F x = at < 0.0f ? -at : at;
+    if (filter == AugmentFilter::bilinear) return x < 1.0f ? 1.0f - x : x * 0.0f;
     constexpr float a = -0.5f;
-    return x < 1.0f ? cubic_near(x, a) : x < 2.0f ? cubic_far(x, a) : 0.0f;
+    const F far = x < 2.0f ? cubic_far(x, a) : x * 0.0f;
+    return x < 1.0f ? cubic_near(x, a) : far;
+  }
+  RK_HD float unscaled_weight(const Span& span, int j) const {
+    return unscaled_weight(static_cast<float>(span.first + j), span.centre);
   }
 
   // The taps of place i, whatever the filter: calls f(j, k, weight) for the place k of each.
