@@ -353,6 +353,7 @@ struct Batch {
   bool exact = false;
   std::vector<Size> sizes = {};  // of the images, in turn
   std::vector<Program> programs = {};
+  bool nans = false;  // whether some of the pixels are NaN
   int64_t most_scratch = cuda::kAugmentScratch;
 };
 
@@ -381,6 +382,11 @@ void test(const Batch& b, bool from_last, bool to_last) {
     const double u = 1.2 * uniform() - 0.1;
     pixels.data()[i] =
         narrowed<In>(static_cast<float>(std::clamp(u, 0.0, 1.0) * (sizeof(In) == 1 ? 255 : 1)));
+  }
+  if (b.nans) {
+    for (int64_t i = 0; i < elements; i += 97) {
+      pixels.data()[i] = narrowed<In>(std::numeric_limits<float>::quiet_NaN());
+    }
   }
   Buffer<Out> result(samples * b.channels * plane, 0);
   AugmentBatch batch{};
@@ -618,6 +624,12 @@ void test_instructions() {
       if (channels % 2) programs.push_back({{number(Op::contrast), 1.5f, -0.5f}});
       if (channels == 3) programs.insert(programs.end(), kOfColours.begin(), kOfColours.end());
       test<In, Out>("instructions", channels, {33, 35}, programs, exact);
+      if (sizeof(In) == 1) continue;
+      Batch b{"instructions on NaN", channels, {33, 35}};
+      b.sizes = {b.result};
+      b.programs = programs;
+      b.nans = true;
+      test<In, Out>(b, false, false);
     }
   }
 }
@@ -701,7 +713,6 @@ void test_drawn() {
   }
 }
 
-// NaN and infinities: which NaN is left to the processor.
 void test_plan() {
   Batch b{"no samples", 3, {4, 4}};
   b.sizes = {{4, 4}};

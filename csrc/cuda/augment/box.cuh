@@ -230,15 +230,17 @@ __device__ __forceinline__ void box_pixels(const AugmentImage<In>& image, const 
     sum_down<In, kChannels>(image, fill, channels, table, begin, width, lines);
     __syncthreads();
     if (plain) {
+      const int low = columns.low - begin, high = columns.high - begin;
       RK_UNROLL
       for (int p = 0; p < kAugmentPixels; ++p) {
-        const int first = firsts[column + p], count = counts[column + p];
+        const int first = firsts[column + p] - begin, count = counts[column + p];
         const float* const weights = table.weights + (kAugmentTile + column + p) * table.taps;
         RK_UNROLL
         for (int c = 0; c < kChannels; ++c) values[c][p] = -0.0f;  // see sum_down
         RK_NO_UNROLL
         for (int j = 0; j < count; ++j) {
-          const float* const at = line + (columns.held(first + j) - begin) * kChannels;
+          const int k = first + j, held = k < low ? low : k > high ? high : k;
+          const float* const at = line + held * kChannels;
           RK_UNROLL
           for (int c = 0; c < kChannels; ++c) {
             values[c][p] = plus(values[c][p], weights[j] * at[c]);
