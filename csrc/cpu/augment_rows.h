@@ -116,8 +116,8 @@ RK_HD void for_channels(int channels, const F& f) {
 
 // The first positions of three bytes each, as many as can be read a vector at a time, to rows;
 // returns how many. `readable` bytes lie at `from`.
-RK_HD int64_t part_bytes([[maybe_unused]] const uint8_t* from, [[maybe_unused]] int64_t readable,
-                         [[maybe_unused]] int64_t count, [[maybe_unused]] const RowSet& to) {
+RK_HD int64_t part_bytes(const uint8_t* from, [[maybe_unused]] int64_t readable, int64_t count,
+                         const RowSet& to) {
   int64_t i = 0;
 #if defined(__AVX2__)
   // Four positions a lane of 16 bytes; each channel's bytes then become words.
@@ -155,6 +155,11 @@ RK_HD int64_t part_bytes([[maybe_unused]] const uint8_t* from, [[maybe_unused]] 
       put(at + 8, vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))));
       put(at + 12, vcvtq_f32_u32(vmovl_high_u16(high)));
     }
+  }
+#else
+  for (; i + kVector <= count && 3 * i + 4 * kVector <= readable; i += kVector) {
+    const Integers words = gathered_words(from + 3 * i, 3 * lane_numbers());
+    for (int c = 0; c < 3; ++c) put(to.channel[c] + i, as_floats(words >> (8 * c) & 255));
   }
 #endif
   return i;

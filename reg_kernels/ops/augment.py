@@ -72,7 +72,7 @@ from torch import Tensor
 
 from ..reference import augment as reference
 from ._augment_checks import check, check_backward
-from ._modes import above_autograd, below_autograd, is_batched, watcher
+from ._modes import above_autograd, below_autograd, is_batched, is_fake, watcher
 from ._registry import register
 from ._route import Route, formula
 
@@ -130,6 +130,9 @@ def _recorded(*arguments: Any) -> Tensor:
 def _differentiable(overload: Any, *arguments: Any) -> Tensor:
     """The formula for gradients of a gradient, which no implementation checks; a batch of them,
     which has no memory of its own, comes from a call that was checked."""
+    if is_fake():  # the formula looks at values: a compiled gradient has none of its own
+        with below_autograd():
+            return overload._op(*arguments)
     if _BACKWARD.check is not None and watcher() is None and not is_batched(arguments[0]):
         _BACKWARD.check(*arguments)
     return reference.augment_backward(*arguments)
