@@ -137,6 +137,11 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (NARROW, r"subset subset_kernel<", "A sample's number, int64, is read once a tile."),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
+    (
+        NARROW,
+        r"^cuda/augment augment_upload_kernel",
+        "It writes programs, some hundred bytes a sample, which are its argument.",
+    ),
     (NARROW, r"write_group_kernel", "It writes ten numbers."),
     (NARROW, r"target_sums_kernel", "It reads labels, int64, one a thread: no logits."),
     (

@@ -24,9 +24,10 @@ Row = dict[str, Any]
 _SIZES = {"unsigned char": 1, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "double": 8}
 _TYPES = re.compile(r"\b(unsigned char|b?float(?:16|32)?|double)\b")
 # From how many inputs of its first type a kernel reads an element in a trip, where that is not one.
-# None: its elements are not counted. What an optimizer reads, for one, depends on its options.
+# None: its elements are not counted. What an optimizer reads, for one, depends on its options, and
+# what augmentation reads on its programs.
 READS = {
-    r"optimizer_step|write_group|target_sums|label_totals|count_batch": None,
+    r"optimizer_step|write_group|target_sums|label_totals|count_batch|augment": None,
     r"batch_norm_backward|gradient_sums|^backward_kernel|distillation|<Distillation": 2,
     r"mixup_(kernel|pairs)": 2,
 }

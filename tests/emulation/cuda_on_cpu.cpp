@@ -3,6 +3,7 @@
 // says.
 #include "cuda_on_cpu.h"
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -256,6 +257,21 @@ void test_atomic_or() {
   }
 }
 
+__global__ void raise_kernel(unsigned* most, unsigned* seen) {
+  seen[threadIdx.x] = atomicMax(most, threadIdx.x * 5 % 16);
+}
+
+void test_atomic_max() {
+  unsigned most = 3, seen[16], expected = 3;
+  RK_LAUNCH(raise_kernel, 1, 16, 0, nullptr, &most, seen);
+  for (int i = 0; i < 16; ++i) {
+    const int turn = cuda_on_cpu::reversed ? 15 - i : i;
+    expect_equal<int64_t>(seen[turn], expected, "what atomicMax returned");
+    expected = std::max(expected, static_cast<unsigned>(turn * 5 % 16));
+  }
+  expect_equal<int64_t>(most, 15, "atomicMax's largest");
+}
+
 __global__ void count_and_wrap_kernel(unsigned* counter, unsigned* seen) {
   seen[threadIdx.x] = atomicInc(counter, 3);
 }
@@ -434,6 +450,7 @@ int main(int argc, char** argv) {
   test_atomic_add<double>();
   test_atomic_or<uint32_t>();
   test_atomic_or<int64_t>();
+  test_atomic_max();
   test_atomic_inc();
   test_last_block();
   test_async_copies();

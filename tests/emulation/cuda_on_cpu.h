@@ -740,6 +740,14 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {
 
 template <typename T>
   requires(std::is_integral_v<T> && sizeof(T) >= 4)
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  const T old = *address;
+  *address = old < value ? value : old;
+  return old;
+}
+
+template <typename T>
+  requires(std::is_integral_v<T> && sizeof(T) >= 4)
 T atomicOr(T* address, std::type_identity_t<T> value) {
   const T old = *address;
   *address = old | value;
