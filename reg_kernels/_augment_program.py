@@ -9,6 +9,7 @@ docstring of ops/augment.py says what each instruction computes.
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 WIDTH = 16  # numbers of an instruction, its opcode included
 MOST_CHANNELS = 4
@@ -126,9 +127,9 @@ ARGUMENTS: dict[Op, tuple[str, ...]] = {
     Op.ERASE: (*_REGION, "mode", "v0", "v1", "v2", "v3", *_KEY),
     Op.NORMALIZE: (*(f"a{c}" for c in range(4)), *(f"b{c}" for c in range(4))),
     Op.SALT_AND_PEPPER: ("p", "salt", *_KEY),
-    Op.SAVE: (),
+    Op.SAVE: ("weight",),
     Op.JOIN: ("weight",),
-    Op.MIX: ("m0", "m1"),
+    Op.MIX: (),
 }
 
 # Those that read more of the image than the pixel they write.
@@ -145,6 +146,52 @@ CHANNELS: dict[Op, tuple[int, ...]] = {
     Op.HUE: (3,),
     Op.GRAYSCALE: (3,),
     Op.PERMUTE: (3,),
+}
+
+
+class Range(NamedTuple):
+    """What an argument may be, beside finite."""
+
+    lowest: float
+    highest: float
+    whole: bool = True
+    but: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        kind = "whole and " if self.whole else ""
+        but = f", not {' or '.join(f'{x:g}' for x in self.but)}" if self.but else ""
+        return f"{kind}in [{self.lowest:g}, {self.highest:g}]{but}"
+
+
+_SIDE = Range(1, LARGEST_SIDE)
+_CORNER = Range(-LARGEST_SIDE, LARGEST_SIDE)
+_PART = Range(0, LARGEST_SIDE)
+_SHARE = Range(0.0, 1.0, whole=False)
+_SWITCH = Range(0, 1)
+
+RANGES: dict[tuple[Op, str], Range] = {
+    **{(Op.BOX, name): _CORNER for name in ("top", "left")},
+    **{(Op.BOX, name): _SIDE for name in ("height", "width", "out_height", "out_width")},
+    (Op.BOX, "flips"): Range(0, 3),
+    (Op.BOX, "filter"): Range(0, 7, but=(4, 5)),
+    (Op.BOX, "pad"): Range(0, 4),
+    **{(Op.WARP, name): _SIDE for name in ("out_height", "out_width")},
+    (Op.WARP, "filter"): Range(0, 3),
+    (Op.HUE, "shift"): Range(-0.5, 0.5, whole=False),
+    (Op.POSTERIZE, "bits"): Range(0, 8),
+    (Op.BLUR, "axes"): Range(0, 2),
+    (Op.BLUR, "radius"): Range(0, LARGEST_RADIUS),
+    (Op.NOISE, "std"): Range(0.0, float("inf"), whole=False),
+    (Op.NOISE, "clip"): _SWITCH,
+    **{(Op.PERMUTE, f"p{c}"): Range(0, 2) for c in range(3)},
+    **{(Op.ERASE, name): _PART for name in _REGION},
+    (Op.ERASE, "mode"): _SWITCH,
+    **{(Op.SALT_AND_PEPPER, name): _SHARE for name in ("p", "salt")},
+    **{
+        (op, name): Range(0, 65535)
+        for op in (Op.NOISE, Op.ERASE, Op.SALT_AND_PEPPER)
+        for name in _KEY
+    },
 }
 
 

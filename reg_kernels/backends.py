@@ -145,6 +145,25 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return f"there is no triton code for {device_type}"
 
 
+# What an implementation of an op takes, where that is not all of DTYPES.
+_TAKES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
+
+
+def takes(op: str, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Says that an implementation of an op computes in these types alone."""
+    _TAKES[op, name] = dtypes
+
+
+def why_not_op(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """As `why_not`, of one op."""
+    reason = why_not(name, device_type, dtype)
+    taken = _TAKES.get((op, name), DTYPES)
+    if reason is not None or dtype in taken:
+        return reason
+    types = ", ".join(map(named, taken))
+    return f"of {op} it takes {types} alone" if taken else f"it has no {op}"
+
+
 def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> str:
     """Returns the name of the implementation that `op` runs on this device and dtype.
 
@@ -164,12 +183,12 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
         check_name(name, "backend")
     elif _forced is not None:
         name = check_name(_forced, _ENVIRONMENT)
-    elif (name := _automatic(device_type, dtype)) is not None:
+    elif (name := _automatic(op, device_type, dtype)) is not None:
         return name
     else:
         raise RuntimeError(f"{op}: dtype must be one of {SUPPORTED}, got {named(dtype)}")
-    if (reason := why_not(name, device_type, dtype)) is not None:
-        others = [n for n in NAMES if why_not(n, device_type, dtype) is None]
+    if (reason := why_not_op(op, name, device_type, dtype)) is not None:
+        others = [n for n in NAMES if why_not_op(op, n, device_type, dtype) is None]
         remedy = (
             f"use {' or '.join(others)}, or leave backend unset" if others else "convert the input"
         )
@@ -180,14 +199,15 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device_type: str, dtype: torch.dtype) -> str | None:
-    return _first_that_runs(device_type, dtype)
+def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    alike = all((op, name) not in _TAKES for name in NAMES)  # most ops are
+    return _first_that_runs("" if alike else op, device_type, dtype)
 
 
 @functools.cache
-def _first_that_runs(device_type: str, dtype: torch.dtype) -> str | None:
-    first = next((n for n in NAMES if why_not(n, device_type, dtype) is None), None)
-    if first == "reference" and device_type == "cpu":
+def _first_that_runs(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    first = next((n for n in NAMES if why_not_op(op, n, device_type, dtype) is None), None)
+    if first == "reference" and device_type == "cpu" and not op:
         _warn_of_slow_reference()
     return first
 

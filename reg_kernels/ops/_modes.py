@@ -43,6 +43,15 @@ QUESTIONS = (
 )
 
 
+def above_autograd() -> Any:
+    """Inside it, an implementation's own operations are recorded, as they are outside of an op."""
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    include = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(include, excluded)
+
+
 def is_transformed() -> bool:
     """Whether torch.func looks at a call, torch.compile or not."""
     return _func_is_active() or forward_ad._current_level >= 0

@@ -83,6 +83,7 @@ def register(
     route: Callable[..., Any],
     native: Callable[..., Any] | None = None,
     check: Callable[[str, Any], None] | None = None,
+    takes: dict[str, tuple[torch.dtype, ...]] | None = None,
 ) -> Op:
     """Registers an op and its implementations.
 
@@ -97,9 +98,10 @@ def register(
             that records a gradient where one is wanted.
         native: what runs it natively where csrc/ has no kernel of its name and schema but parts of
             it, which `define_part` declares.
-        check: called as check(name, arguments), the schema's by their names, before what is not
-            native: raises RuntimeError where a kernel must not be given them. An op of lists has
+        check: called as check(name, arguments), the schema's by their names, before what is in
+            Python: raises RuntimeError where a kernel must not be given them. An op of lists has
             none here and checks by itself.
+        takes: of implementations that compute in fewer types than others, those types.
     """
 
     def run_triton(*args: Any) -> Any:
@@ -112,10 +114,11 @@ def register(
     by_position = None
     if check is not None:
         by_position = _by_position(name, schema, check)
-        for implementation in ("triton", "reference"):
-            kernels[implementation] = functools.partial(
-                _checked, by_position, kernels[implementation]
-            )
+        for implementation, kernel in kernels.items():
+            if kernel is not None:
+                kernels[implementation] = functools.partial(_checked, by_position, kernel)
+    for implementation, dtypes in (takes or {}).items():
+        backends.takes(name, implementation, dtypes)
     OPS[name] = _define(name, schema, kernels, fake, route, by_position)
     return OPS[name]
 
