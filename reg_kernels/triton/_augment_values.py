@@ -29,6 +29,13 @@ class AugmentForm(NamedTuple):
     LAST_IN: bool  # it has the channels last
     LAST_OUT: bool  # the result has
     BLOCK: int  # pixels of a tile
+    # What its segments may have; the rest is left out, which takes registers.
+    SUMS: bool = True
+    WARPS: bool = True
+    SHARPENS: bool = True
+    TABLES: bool = True
+    COLOURS: bool = True
+    STATS: bool = True
 
 
 class Pixels(NamedTuple):
@@ -168,16 +175,6 @@ def posterized(v, bits, _, FORM: tl.constexpr):
 
 
 @triton.jit
-def added_noise(v, noise, clips, FORM: tl.constexpr):
-    if FORM.EXACT:
-        v = between(v + truncated(noise), 0.0, FORM.BOUND)
-    else:
-        v = v + noise
-        v = tl.where(clips, between(v, 0.0, FORM.BOUND), v)
-    return v
-
-
-@triton.jit
 def wrapped(h):
     """h modulo 1."""
     return h - tl.floor(h)
@@ -295,10 +292,45 @@ def key_at(ptr):
 
 
 @triton.jit
-def peppered(v, key, element, p, salt, FORM: tl.constexpr):
-    drawn = half_word_at(key, 0, element)
-    impulse = tl.where(drawn < sixteen_bits(p * salt), FORM.BOUND, 0.0)
-    return tl.where(drawn < sixteen_bits(p), impulse, v)
+def noisy(ptr, v, pixels, FORM: tl.constexpr):
+    # Of channels one by one: each draw takes many registers.
+    C: tl.constexpr = FORM.C
+    key = key_at(ptr + names.NOISE__KEY0)
+    mean, std = tl.load(ptr + names.NOISE__MEAN), tl.load(ptr + names.NOISE__STD)
+    clips = tl.load(ptr + names.NOISE__CLIP) != 0.0
+    channel = 0
+    while channel < C:
+        normal = normal_at(key, 0, channel * pixels.size + pixels.index)
+        noise = product_apart(normal, std) + mean
+        new = ()
+        for c in tl.static_range(C):
+            if FORM.EXACT:
+                value = between(v[c] + truncated(noise), 0.0, FORM.BOUND)
+            else:
+                value = v[c] + noise
+                value = tl.where(clips, between(value, 0.0, FORM.BOUND), value)
+            new = and_one(new, tl.where(channel == c, value, v[c]))
+        v = new
+        channel += 1
+    return v
+
+
+@triton.jit
+def peppered(ptr, v, pixels, FORM: tl.constexpr):
+    C: tl.constexpr = FORM.C
+    key = key_at(ptr + names.SALT_AND_PEPPER__KEY0)
+    p = tl.load(ptr + names.SALT_AND_PEPPER__P).to(tl.float64)
+    salt = sixteen_bits(p * tl.load(ptr + names.SALT_AND_PEPPER__SALT).to(tl.float64))
+    channel = 0
+    while channel < C:
+        drawn = half_word_at(key, 0, channel * pixels.size + pixels.index)
+        hit, impulse = drawn < sixteen_bits(p), tl.where(drawn < salt, FORM.BOUND, 0.0)
+        new = ()
+        for c in tl.static_range(C):
+            new = and_one(new, tl.where(hit & (channel == c), impulse, v[c]))
+        v = new
+        channel += 1
+    return v
 
 
 @triton.jit
@@ -342,29 +374,17 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
         for c in tl.static_range(C):
             new = and_one(new, stretched(v[c], known_ptr + 2 * c, FORM))
         out = new
-    elif opcode == names.EQUALIZE:
+    elif FORM.TABLES and opcode == names.EQUALIZE:
         new = ()
         for c in tl.static_range(C):
             new = and_one(new, equalized(v[c], known_ptr + 256 * c, pixels.size, FORM))
         out = new
-    elif opcode == names.NOISE:
-        key = key_at(ptr + names.NOISE__KEY0)
-        clips = tl.load(ptr + names.NOISE__CLIP) != 0.0
-        new = ()
-        for c in tl.static_range(C):
-            normal = normal_at(key, 0, c * pixels.size + pixels.index)
-            new = and_one(new, added_noise(v[c], product_apart(normal, b) + a, clips, FORM))
-        out = new
-    elif opcode == names.SALT_AND_PEPPER:
-        key = key_at(ptr + names.SALT_AND_PEPPER__KEY0)
-        p, salt = a.to(tl.float64), b.to(tl.float64)
-        new = ()
-        for c in tl.static_range(C):
-            element = c * pixels.size + pixels.index
-            new = and_one(new, peppered(v[c], key, element, p, salt, FORM))
-        out = new
     elif opcode == names.ERASE:
         out = erased(ptr, v, pixels, FORM)
+    elif opcode == names.NOISE:
+        out = noisy(ptr, v, pixels, FORM)
+    elif opcode == names.SALT_AND_PEPPER:
+        out = peppered(ptr, v, pixels, FORM)
     elif opcode == names.CONTRAST:
         out = each(v, blended, a, (mean_gray(known_ptr, pixels.size, FORM), b), FORM)
     if C == 3:
@@ -373,7 +393,7 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
         elif opcode == names.GRAYSCALE:
             gray = gray_of(v, FORM)
             out = (gray, gray, gray)
-        elif opcode == names.HUE:
+        elif FORM.COLOURS and opcode == names.HUE:
             out = hue_turned(v, a, FORM)
         elif opcode == names.PERMUTE:
             new = ()
@@ -399,18 +419,17 @@ def erased(ptr, v, pixels, FORM: tl.constexpr):
     bottom = top + tl.load(ptr + names.ERASE__HEIGHT).to(tl.int32)
     right = left + tl.load(ptr + names.ERASE__WIDTH).to(tl.int32)
     inside = (pixels.y >= top) & (pixels.y < bottom) & (pixels.x >= left) & (pixels.x < right)
-    values_ptr = ptr + names.ERASE__V0
-    out = v
-    if tl.load(ptr + names.ERASE__MODE) == 0.0:
-        new = ()
-        for c in tl.static_range(C):
-            new = and_one(new, tl.where(inside, tl.load(values_ptr + c), v[c]))
-        out = new
-    elif (pixels.first_row < bottom) & (pixels.last_row >= top):
+    mode = tl.load(ptr + names.ERASE__MODE)
+    if (pixels.first_row < bottom) & (pixels.last_row >= top):
         key = key_at(ptr + names.ERASE__KEY0)
-        new = ()
-        for c in tl.static_range(C):
-            normal = normal_at(key, 0, c * pixels.size + pixels.index)
-            new = and_one(new, tl.where(inside, normal, v[c]))
-        out = new
-    return out
+        channel = 0
+        while channel < C:
+            value = tl.full([FORM.BLOCK], tl.load(ptr + names.ERASE__V0 + channel), tl.float32)
+            if mode == 1.0:
+                value = normal_at(key, 0, channel * pixels.size + pixels.index)
+            new = ()
+            for c in tl.static_range(C):
+                new = and_one(new, tl.where(inside & (channel == c), value, v[c]))
+            v = new
+            channel += 1
+    return v

@@ -93,7 +93,7 @@ def segments_kernel(
         at += 1
 
     statistic = tl.load(plan_ptr + names.AT_STATISTIC * segments)
-    if statistic != 0:
+    if FORM.STATS and statistic != 0:
         to_ptr = statistics_ptr + tl.load(plan_ptr + names.AT_STATISTIC_AT * segments)
         count(statistic, to_ptr, v, pixels.there, FORM)
     sink = tl.load(plan_ptr + names.AT_SINK * segments)
@@ -133,9 +133,9 @@ def gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM: tl.con
         width * 0 + 1 if LAST else height * width,
     )
     kind = tl.load(plan_ptr + names.AT_KIND * segments)
-    if kind == names.WARP:
+    if FORM.WARPS and kind == names.WARP:
         v = warped(ptr, image, pixels, FORM)
-    elif kind == names.SHARPNESS:
+    elif FORM.SHARPENS and kind == names.SHARPNESS:
         v = sharpened(ptr, image, pixels, FORM)
     else:
         rows = Taps(
