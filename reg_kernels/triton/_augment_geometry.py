@@ -2,7 +2,8 @@
 taps, which one kernel makes for all of them, WARP and SHARPNESS by themselves.
 
 A table has, for each of `count` taps and each of `out` places of an axis, the row or column that is
-read, FILL or NONE, and then for each its weight.
+read, or FILL, in the low half of an int64, and the bits of its weight in the high one. A place that
+has fewer taps than others has FILL in their stead, by a weight of 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from ._augment_values import (
 from ._random import product_apart
 
 FILL = tl.constexpr(-1)
-NONE = tl.constexpr(-2)  # no tap: it adds nothing
 UP_DOWN = tl.constexpr(int(Flip.UP_DOWN))
 LEFT_RIGHT = tl.constexpr(int(Flip.LEFT_RIGHT))
 PAD_EDGE = tl.constexpr(int(Pad.EDGE))
@@ -46,15 +46,14 @@ class Image(NamedTuple):
     ptr: Any
     height: Any
     width: Any
-    row: Any  # int64
-    plane: Any  # int64
+    row: Any
+    plane: Any
 
 
 class Taps(NamedTuple):
-    """Of an axis: where its table is, how many each place has, of how many places; or 0 taps,
-    where each place is its own."""
+    """Of an axis: its table, of how many taps and places."""
 
-    ptr: Any  # int32
+    ptr: Any
     count: Any
     out: Any
 
@@ -73,15 +72,14 @@ def cubic_far(x, a: tl.constexpr):
 
 
 @triton.jit
-def tap_weight(t, j, IS_CUBIC: tl.constexpr):
+def tap_weight(t, j, is_cubic):
     """Of tap j of the two or four about a place, t of the way from the first of the middle ones."""
     rest = 1.0 - t
-    if IS_CUBIC:
-        inner = cubic_near(tl.where(j == 1, t, rest), -0.75)
-        outer = cubic_far(tl.where(j == 0, t + 1.0, 2.0 - t), -0.75)
-        weight = tl.where((j == 0) | (j == 3), outer, inner)
-    else:
-        weight = tl.where(j == 0, rest, t)
+    weight = tl.where(j == 0, rest, t)
+    if is_cubic:
+        near = cubic_near(tl.where(j == 1, t, rest), -0.75)
+        far = cubic_far(tl.where(j == 0, t + 1.0, 2.0 - t), -0.75)
+        weight = tl.where((j == 0) | (j == 3), far, near)
     return weight
 
 
@@ -119,7 +117,7 @@ def wide_weight(j, centre, stretch, kind):
 def taps_kernel(
     program_ptr,  # float32 [N, S, WIDTH]
     plan_ptr,  # int64 [fields, segments]
-    taps_ptr,  # int32
+    taps_ptr,  # int64
     S,
     segments,
     WIDTH: tl.constexpr,
@@ -128,6 +126,7 @@ def taps_kernel(
     """The tables of both axes of each segment."""
     segment, is_row = tl.program_id(0) // 2, tl.program_id(0) % 2
     plan_ptr += segment
+    kind = tl.load(plan_ptr + names.AT_KIND * segments)
     if is_row == 1:
         count = tl.load(plan_ptr + names.AT_COLUMNS * segments).to(tl.int32)
         at = tl.load(plan_ptr + names.AT_COLUMNS_TAPS * segments)
@@ -138,28 +137,37 @@ def taps_kernel(
         at = tl.load(plan_ptr + names.AT_ROWS_TAPS * segments)
         out = tl.load(plan_ptr + names.AT_HEIGHT * segments).to(tl.int32)
         side = tl.load(plan_ptr + names.AT_SOURCE_HEIGHT * segments).to(tl.int32)
+    if (kind != names.BOX) | (tl.program_id(1) * BLOCK >= out):
+        return
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = (place < out) & (count > 0)
+    there = place < out
+    place = tl.minimum(place, out - 1)
     sample = tl.load(plan_ptr + names.AT_SAMPLE * segments)
     geometry = tl.load(plan_ptr + names.AT_GEOMETRY * segments)
     ptr = program_ptr + (sample * S + geometry) * WIDTH
-    index_ptr = taps_ptr + at + place
-    weight_ptr = (index_ptr + count.to(tl.int64) * out).to(tl.pointer_type(tl.float32))
-    if tl.load(ptr) == names.BLUR:
+    taps_ptr += at + place
+    if count == 0:
+        store_tap(taps_ptr, place, place.to(tl.float32) * 0.0 + 1.0, there)
+    elif tl.load(ptr) == names.BLUR:
         j, reach = 0, count // 2
         while j < count:
             index = reached(place + (j - reach), side, PAD_REFLECT)
             distance = tl.maximum(j - reach, reach - j)
-            weight = tl.load(ptr + names.BLUR__W0 + distance)
-            tl.store(index_ptr + j * out.to(tl.int64), index, mask=there)
-            tl.store(weight_ptr + j * out.to(tl.int64), weight, mask=there)
+            weight = place.to(tl.float32) * 0.0 + tl.load(ptr + names.BLUR__W0 + distance)
+            store_tap(taps_ptr + j * out, index, weight, there)
             j += 1
     else:
-        box_taps(ptr, is_row, place, there, count, out, side, index_ptr, weight_ptr)
+        box_taps(ptr, is_row, place, there, count, out, side, taps_ptr)
 
 
 @triton.jit
-def box_taps(ptr, is_row, place, there, count, out, side, index_ptr, weight_ptr):
+def store_tap(ptr, index, weight, mask):
+    high = weight.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    tl.store(ptr, high | (index.to(tl.int64) & 0xFFFFFFFF), mask=mask)
+
+
+@triton.jit
+def box_taps(ptr, is_row, place, there, count, out, side, taps_ptr):
     start = tl.load(ptr + names.BOX__TOP + is_row).to(tl.int32)
     length = tl.load(ptr + names.BOX__HEIGHT + is_row).to(tl.int32)
     flips = tl.load(ptr + names.BOX__FLIPS).to(tl.int32)
@@ -198,17 +206,14 @@ def box_taps(ptr, is_row, place, there, count, out, side, index_ptr, weight_ptr)
     j = 0
     while j < count:
         inside = tl.minimum(tl.maximum(first + j, 0), length - 1)
-        index = tl.where(j < many, reached(start + inside, side, pad), NONE)
+        index = tl.where(j < many, reached(start + inside, side, pad), FILL)
         weight = tl.zeros_like(x) + 1.0
         if length != out:
             if kind >= BILINEAR_ANTIALIAS:
                 weight = tl.div_rn(wide_weight(first + j, fraction, stretch, kind), total)
-            elif kind == BICUBIC:
-                weight = tap_weight(fraction, j, True)
-            elif kind == BILINEAR:
-                weight = tap_weight(fraction, j, False)
-        tl.store(index_ptr + j * out.to(tl.int64), index, mask=there)
-        tl.store(weight_ptr + j * out.to(tl.int64), weight, mask=there)
+            elif kind >= BILINEAR:
+                weight = tap_weight(fraction, j, kind == BICUBIC)
+        store_tap(taps_ptr + j * out, index, tl.where(j < many, weight, 0.0), there)
         j += 1
 
 
@@ -228,18 +233,15 @@ def all_channels(value, FORM: tl.constexpr):
 def read(image, y, x, c: tl.constexpr, mask, FORM: tl.constexpr):
     """Channel c at rows y and columns x; 0 where masked."""
     STEP: tl.constexpr = FORM.C if FORM.FIRST and FORM.LAST_IN else 1
-    at = y.to(tl.int64) * image.row + x.to(tl.int64) * STEP + c * image.plane
+    at = y.to(image.row.dtype) * image.row + x * STEP + c * image.plane
     return tl.load(image.ptr + at, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def tap_at(taps, j, place, there):
-    """(row or column, weight) of tap j; a place's own where there are none."""
-    has = there & (taps.count > 0)
-    at = taps.ptr + j * taps.out.to(tl.int64) + place
-    index = tl.where(taps.count > 0, tl.load(at, mask=has, other=0), place)
-    weight_ptr = (at + taps.count.to(tl.int64) * taps.out).to(tl.pointer_type(tl.float32))
-    return index, tl.load(weight_ptr, mask=has, other=1.0)
+def tap_at(taps, j, place):
+    """(row or column, weight) of tap j."""
+    tap = tl.load(taps.ptr + j * taps.out + place)
+    return tap.to(tl.int32), (tap >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -248,29 +250,36 @@ def summed(image, rows, columns, fill_ptr, pixels, FORM: tl.constexpr):
     C: tl.constexpr = FORM.C
     total = all_channels(-0.0, FORM)
     i = 0
-    while i < tl.maximum(columns.count, 1):
-        x, by_column = tap_at(columns, i, pixels.x, pixels.there)
+    while i < columns.count:
+        x, by_column = tap_at(columns, i, pixels.x)
         line = all_channels(-0.0, FORM)
         j = 0
-        while j < tl.maximum(rows.count, 1):
-            y, by_row = tap_at(rows, j, pixels.y, pixels.there)
-            inside = pixels.there & (x >= 0) & (y >= 0)
+        while j < rows.count:
+            y, by_row = tap_at(rows, j, pixels.y)
+            inside = (x >= 0) & (y >= 0)
             new = ()
             for c in tl.static_range(C):
                 value = read(image, y, x, c, inside, FORM)
-                value = tl.where(y == FILL, tl.load(fill_ptr + c), value)
-                term = product_apart(value, by_row)
-                new = and_one(new, tl.where(y == NONE, line[c], line[c] + term))
+                value = tl.where(inside, value, tl.load(fill_ptr + c))
+                new = and_one(new, line[c] + product_apart(value, by_row))
             line = new
             j += 1
         new = ()
         for c in tl.static_range(C):
             value = tl.where(x == FILL, tl.load(fill_ptr + c), line[c])
-            term = product_apart(value, by_column)
-            new = and_one(new, tl.where(x == NONE, total[c], total[c] + term))
+            new = and_one(new, total[c] + product_apart(value, by_column))
         total = new
         i += 1
     return total
+
+
+@triton.jit
+def copied(image, pixels, FORM: tl.constexpr):
+    C: tl.constexpr = FORM.C
+    new = ()
+    for c in tl.static_range(C):
+        new = and_one(new, read(image, pixels.y, pixels.x, c, pixels.there, FORM))
+    return new
 
 
 @triton.jit
@@ -312,14 +321,13 @@ def warped(ptr, image, pixels, FORM: tl.constexpr):
     ux, uy = tl.where(near, ux, 0.0), tl.where(near, uy, 0.0)
     kind = tl.load(ptr + names.WARP__FILTER).to(tl.int32)
     fill_ptr = ptr + names.WARP__FILL0
-    if kind == WARP_BICUBIC:
-        out = crossing(image, ux, uy, fill_ptr, near & pixels.there, 4, FORM)
-    elif kind == WARP_FADED:
+    if kind == WARP_FADED:
         out = faded(image, ux, uy, fill_ptr, near & pixels.there, FORM)
-    elif kind == WARP_NEAREST:
-        out = crossing(image, rounded(ux), rounded(uy), fill_ptr, near & pixels.there, 1, FORM)
     else:
-        out = crossing(image, ux, uy, fill_ptr, near & pixels.there, 2, FORM)
+        taps = tl.where(kind == WARP_BICUBIC, 4, tl.where(kind == WARP_NEAREST, 1, 2))
+        if kind == WARP_NEAREST:
+            ux, uy = rounded(ux), rounded(uy)
+        out = crossing(image, ux, uy, fill_ptr, near & pixels.there, taps, FORM)
     new = ()
     for c in tl.static_range(C):
         value = tl.where(near, out[c], fill_at(fill_ptr, c))
@@ -338,21 +346,20 @@ def is_inside(image, x, y):
 
 
 @triton.jit
-def crossing(image, ux, uy, fill_ptr, there, TAPS: tl.constexpr, FORM: tl.constexpr):
-    """Sums along TAPS rows about a place, summed: nearest by one, bilinear, bicubic by four."""
+def crossing(image, ux, uy, fill_ptr, there, taps, FORM: tl.constexpr):
+    """Sums along rows about a place, summed: of 4 taps each, bicubic, of 2, bilinear, or of 1."""
     C: tl.constexpr = FORM.C
     left, above = tl.floor(ux), tl.floor(uy)
     x_part, y_part = ux - left, uy - above
-    BEFORE: tl.constexpr = 1 if TAPS > 2 else 0
-    x0, y0 = left.to(tl.int32) - BEFORE, above.to(tl.int32) - BEFORE
+    x0, y0 = left.to(tl.int32) - taps // 4, above.to(tl.int32) - taps // 4
     total = all_channels(-0.0, FORM)
     j = 0
-    while j < TAPS:
+    while j < taps:
         line = all_channels(-0.0, FORM)
         i = 0
-        while i < TAPS:
+        while i < taps:
             inside = is_inside(image, x0 + i, y0 + j)
-            by_column = tap_weight(x_part, i, TAPS > 2)
+            by_column = tap_weight(x_part, i, taps == 4)
             new = ()
             for c in tl.static_range(C):
                 value = read(image, y0 + j, x0 + i, c, there & inside, FORM)
@@ -360,7 +367,7 @@ def crossing(image, ux, uy, fill_ptr, there, TAPS: tl.constexpr, FORM: tl.conste
                 new = and_one(new, line[c] + product_apart(value, by_column))
             line = new
             i += 1
-        by_row = tap_weight(y_part, j, TAPS > 2)
+        by_row = tap_weight(y_part, j, taps == 4)
         new = ()
         for c in tl.static_range(C):
             new = and_one(new, total[c] + product_apart(line[c], by_row))

@@ -18,7 +18,7 @@ FIELDS = (
     "sample",
     "begin",  # its instructions, [begin, end)
     "end",
-    "kind",  # WARP or SHARPNESS; else it is sums of taps, or of nothing but the pixel itself
+    "kind",  # WARP, SHARPNESS or, of sums of taps, BOX; 0 where pixels stay
     "geometry",  # the geometric instruction, where it has one
     "finish",  # whether its values are brought into range
     "source",  # where the image begins that it reads, its height and width
@@ -26,7 +26,7 @@ FIELDS = (
     "source_width",
     "height",  # of the image that it makes
     "width",
-    "rows",  # how many taps a pixel has in a column, 0 for itself, and where they begin
+    "rows",  # how many taps a pixel has in a column, 0 for itself, and where their table is
     "rows_taps",
     "columns",  # likewise in a row
     "columns_taps",

@@ -39,9 +39,10 @@ class Plan(NamedTuple):
     program: Tensor  # float32 [N, S, WIDTH], NONE at the end of each sample alone
     launches: list[Launch]
     scratch: int  # floats
-    taps: int  # int32s
-    statistics: int  # likewise
-    longest: int  # side that has taps
+    taps: int  # of tables, an int64 each
+    statistics: int  # int32s
+    longest: int  # side that has a table
+    largest: int  # image at any point, in elements
 
 
 def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan:
@@ -110,14 +111,17 @@ def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan
     base = (slot_size.cumsum(0) - slot_size) * slots
     source = base + slot_size * source_slot
     source[:, 0] = offset
-    taps = live * 2 * (rows * height + columns * width)
+    kind = of_segments(op.where(among(Op.WARP, Op.SHARPNESS), Op.BOX), geometric)
+    kind += of_segments(torch.full_like(op, Op.BOX), split, before)
+    row_taps = live * (kind == Op.BOX) * rows.clamp(min=1) * height
+    taps = row_taps + live * (kind == Op.BOX) * columns.clamp(min=1) * width
     taps_at = taps.flatten().cumsum(0).view_as(taps) - taps
 
     fields = dict(
         sample=torch.arange(len(program))[:, None].expand_as(end),
         begin=torch.cat((torch.zeros_like(end[:, :1]), end[:, :-1]), 1),
         end=end,
-        kind=of_segments(op, among(Op.WARP, Op.SHARPNESS)),
+        kind=kind,
         geometry=of_segments(index, geometric) + of_segments(index, split, before),
         finish=of_segments(geometric),
         source=source,
@@ -128,7 +132,7 @@ def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan
         rows=rows,
         rows_taps=taps_at,
         columns=columns,
-        columns_taps=taps_at + 2 * rows * height,
+        columns_taps=taps_at + row_taps,
         sink=torch.where(is_last, 0, 1) + (saves * (Op.SAVE - 1) + joins * (Op.JOIN - 1)),
         sink_at=torch.where(
             is_last, torch.arange(len(program))[:, None] * steps, base + slot_size * sink_slot
@@ -150,7 +154,8 @@ def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan
         scratch=int(slot_size.sum()) * slots,
         taps=int(taps.sum()),
         statistics=int(words.sum()),
-        longest=int((live * torch.maximum(height * (rows > 0), width * (columns > 0))).max()),
+        longest=int((torch.maximum(height, width) * (taps > 0)).max()),
+        largest=channels * max(int(images[:, 1:].prod(1).max()), *most),
     )
 
 

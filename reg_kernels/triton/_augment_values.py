@@ -29,25 +29,25 @@ class AugmentForm(NamedTuple):
     LAST_IN: bool  # it has the channels last
     LAST_OUT: bool  # the result has
     BLOCK: int  # pixels of a tile
-    # What its segments may have; the rest is left out, which takes registers.
-    SUMS: bool = True
-    WARPS: bool = True
-    SHARPENS: bool = True
-    TABLES: bool = True
-    COLOURS: bool = True
-    STATS: bool = True
+    WIDE: bool  # an int32 does not count the elements of an image
 
 
 class Pixels(NamedTuple):
     """Which pixels of an image a tile has."""
 
-    index: Any  # int64: y width + x
-    y: Any
+    index: Any  # y width + x
+    y: Any  # inside of the image even where there is no pixel
     x: Any
-    there: Any  # whether the image has it
-    size: Any  # int64: pixels of the image
+    there: Any  # whether there is one
+    size: Any  # pixels of the image
     first_row: Any  # of the tile, and its last
     last_row: Any
+
+
+@triton.jit
+def element_at(pixels, c):
+    """The number of an element in its image."""
+    return c * pixels.size.to(tl.int64) + pixels.index
 
 
 # Numbers
@@ -129,6 +129,27 @@ def each(v, FUNCTION: tl.constexpr, a, b, FORM: tl.constexpr):
     for c in tl.static_range(C):
         out = and_one(out, FUNCTION(v[c], a, b, FORM))
     return out
+
+
+@triton.jit
+def chosen(v, channel, FORM: tl.constexpr):
+    """The values of a channel whose number is no constant. Where a channel takes many registers a
+    loop has them one by one."""
+    C: tl.constexpr = FORM.C
+    value = v[0]
+    for c in tl.static_range(1, C):
+        value = tl.where(channel == c, v[c], value)
+    return value
+
+
+@triton.jit
+def with_chosen(v, channel, value, FORM: tl.constexpr):
+    """v with other values of that channel."""
+    C: tl.constexpr = FORM.C
+    new = ()
+    for c in tl.static_range(C):
+        new = and_one(new, tl.where(channel == c, value, v[c]))
+    return new
 
 
 # Instructions
@@ -224,16 +245,23 @@ def unit_stored(v, FORM: tl.constexpr):
 
 
 @triton.jit
-def equalized(v, histogram_ptr, size, FORM: tl.constexpr):
-    """By Pillow's table of the histogram, uint32 [256]."""
+def equalized(v, histograms_ptr, size, FORM: tl.constexpr):
+    """By Pillow's table of each channel's histogram, uint32 [256]."""
+    C: tl.constexpr = FORM.C
     bins = tl.arange(0, 256)
-    counts = tl.load(histogram_ptr.to(tl.pointer_type(tl.uint32)) + bins).to(tl.int64)
-    last = tl.max(tl.where(counts > 0, bins, 0), 0)
-    step = (size - tl.sum(tl.where(bins == last, counts, 0), 0)) // 255
-    below = tl.cumsum(counts, 0) - counts
-    table = tl.minimum((step // 2 + below) // tl.maximum(step, 1), 255).to(tl.int32)
-    level = tl.gather(table, gray_level(v, FORM), 0).to(tl.float32)
-    return tl.where(step == 0, v, level * 0.00392156862745098 if FORM.BOUND == 1.0 else level)
+    channel = 0
+    while channel < C:
+        counts = tl.load(histograms_ptr.to(tl.pointer_type(tl.uint32)) + 256 * channel + bins)
+        counts = counts.to(size.dtype)
+        last = tl.max(tl.where(counts > 0, bins, 0), 0)
+        step = (size - tl.sum(tl.where(bins == last, counts, 0), 0)) // 255
+        below = tl.cumsum(counts, 0) - counts
+        table = tl.minimum((step // 2 + below) // tl.maximum(step, 1), 255).to(tl.int32)
+        level = tl.gather(table, gray_level(chosen(v, channel, FORM), FORM), 0).to(tl.float32)
+        level = level * 0.00392156862745098 if FORM.BOUND == 1.0 else level
+        v = with_chosen(v, channel, tl.where(step == 0, chosen(v, channel, FORM), level), FORM)
+        channel += 1
+    return v
 
 
 @triton.jit
@@ -293,42 +321,31 @@ def key_at(ptr):
 
 @triton.jit
 def noisy(ptr, v, pixels, FORM: tl.constexpr):
-    # Of channels one by one: each draw takes many registers.
-    C: tl.constexpr = FORM.C
     key = key_at(ptr + names.NOISE__KEY0)
     mean, std = tl.load(ptr + names.NOISE__MEAN), tl.load(ptr + names.NOISE__STD)
     clips = tl.load(ptr + names.NOISE__CLIP) != 0.0
     channel = 0
-    while channel < C:
-        normal = normal_at(key, 0, channel * pixels.size + pixels.index)
-        noise = product_apart(normal, std) + mean
-        new = ()
-        for c in tl.static_range(C):
-            if FORM.EXACT:
-                value = between(v[c] + truncated(noise), 0.0, FORM.BOUND)
-            else:
-                value = v[c] + noise
-                value = tl.where(clips, between(value, 0.0, FORM.BOUND), value)
-            new = and_one(new, tl.where(channel == c, value, v[c]))
-        v = new
+    while channel < FORM.C:
+        noise = product_apart(normal_at(key, 0, element_at(pixels, channel)), std) + mean
+        value = chosen(v, channel, FORM) + (truncated(noise) if FORM.EXACT else noise)
+        inside = between(value, 0.0, FORM.BOUND)
+        value = inside if FORM.EXACT else tl.where(clips, inside, value)
+        v = with_chosen(v, channel, value, FORM)
         channel += 1
     return v
 
 
 @triton.jit
 def peppered(ptr, v, pixels, FORM: tl.constexpr):
-    C: tl.constexpr = FORM.C
     key = key_at(ptr + names.SALT_AND_PEPPER__KEY0)
     p = tl.load(ptr + names.SALT_AND_PEPPER__P).to(tl.float64)
     salt = sixteen_bits(p * tl.load(ptr + names.SALT_AND_PEPPER__SALT).to(tl.float64))
     channel = 0
-    while channel < C:
-        drawn = half_word_at(key, 0, channel * pixels.size + pixels.index)
-        hit, impulse = drawn < sixteen_bits(p), tl.where(drawn < salt, FORM.BOUND, 0.0)
-        new = ()
-        for c in tl.static_range(C):
-            new = and_one(new, tl.where(hit & (channel == c), impulse, v[c]))
-        v = new
+    while channel < FORM.C:
+        drawn = half_word_at(key, 0, element_at(pixels, channel))
+        value = tl.where(drawn < salt, FORM.BOUND, 0.0)
+        value = tl.where(drawn < sixteen_bits(p), value, chosen(v, channel, FORM))
+        v = with_chosen(v, channel, value, FORM)
         channel += 1
     return v
 
@@ -374,11 +391,8 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
         for c in tl.static_range(C):
             new = and_one(new, stretched(v[c], known_ptr + 2 * c, FORM))
         out = new
-    elif FORM.TABLES and opcode == names.EQUALIZE:
-        new = ()
-        for c in tl.static_range(C):
-            new = and_one(new, equalized(v[c], known_ptr + 256 * c, pixels.size, FORM))
-        out = new
+    elif opcode == names.EQUALIZE:
+        out = equalized(v, known_ptr, pixels.size, FORM)
     elif opcode == names.ERASE:
         out = erased(ptr, v, pixels, FORM)
     elif opcode == names.NOISE:
@@ -393,7 +407,7 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
         elif opcode == names.GRAYSCALE:
             gray = gray_of(v, FORM)
             out = (gray, gray, gray)
-        elif FORM.COLOURS and opcode == names.HUE:
+        elif opcode == names.HUE:
             out = hue_turned(v, a, FORM)
         elif opcode == names.PERMUTE:
             new = ()
@@ -413,7 +427,6 @@ def blended(v, factor, other, FORM: tl.constexpr):
 
 @triton.jit
 def erased(ptr, v, pixels, FORM: tl.constexpr):
-    C: tl.constexpr = FORM.C
     top = tl.load(ptr + names.ERASE__TOP).to(tl.int32)
     left = tl.load(ptr + names.ERASE__LEFT).to(tl.int32)
     bottom = top + tl.load(ptr + names.ERASE__HEIGHT).to(tl.int32)
@@ -423,13 +436,11 @@ def erased(ptr, v, pixels, FORM: tl.constexpr):
     if (pixels.first_row < bottom) & (pixels.last_row >= top):
         key = key_at(ptr + names.ERASE__KEY0)
         channel = 0
-        while channel < C:
+        while channel < FORM.C:
             value = tl.full([FORM.BLOCK], tl.load(ptr + names.ERASE__V0 + channel), tl.float32)
             if mode == 1.0:
-                value = normal_at(key, 0, channel * pixels.size + pixels.index)
-            new = ()
-            for c in tl.static_range(C):
-                new = and_one(new, tl.where(inside & (channel == c), value, v[c]))
-            v = new
+                value = normal_at(key, 0, element_at(pixels, channel))
+            value = tl.where(inside, value, chosen(v, channel, FORM))
+            v = with_chosen(v, channel, value, FORM)
             channel += 1
     return v

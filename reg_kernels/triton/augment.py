@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .._augment_program import WIDTH
 from . import _augment_names as names
-from ._augment_geometry import Image, Taps, sharpened, summed, taps_kernel, warped
+from ._augment_geometry import Image, Taps, copied, sharpened, summed, taps_kernel, warped
 from ._augment_plan import plan_for
 from ._augment_values import (
     AugmentForm,
     Pixels,
     and_one,
+    chosen,
     executed,
     gray_level,
     gray_of,
@@ -37,7 +38,7 @@ from ._augment_values import (
 from ._launch import ceil_div, device_of
 from ._random import product_apart
 
-BLOCK = 512  # pixels of a program, 4 a thread
+BLOCK = 256  # pixels of a program, 2 a thread
 TAPS_BLOCK = 128  # places of an axis that a program makes the taps of
 ARGUMENTS = tl.constexpr(WIDTH)
 
@@ -47,7 +48,7 @@ def segments_kernel(
     source_ptr,  # pixels of the input, or scratch
     result_ptr,  # [N, C, height, width], or [N, height, width, C] where LAST_OUT
     scratch_ptr,  # float32
-    taps_ptr,  # int32
+    taps_ptr,  # int64
     statistics_ptr,  # int32, zeros at first
     program_ptr,  # float32 [N, S, ARGUMENTS]
     plan_ptr,  # int64 [fields, segments]
@@ -58,26 +59,29 @@ def segments_kernel(
     FORM: tl.constexpr,
 ):
     C: tl.constexpr = FORM.C
+    # Offsets into an image.
+    OFFSET: tl.constexpr = tl.int64 if FORM.WIDE else tl.int32
     plan_ptr += first + tl.program_id(0) // tiles
-    height = tl.load(plan_ptr + names.AT_HEIGHT * segments)
-    width = tl.load(plan_ptr + names.AT_WIDTH * segments)
-    size = height * width
-    start = (tl.program_id(0) % tiles).to(tl.int64) * FORM.BLOCK
+    height = tl.load(plan_ptr + names.AT_HEIGHT * segments).to(tl.int32)
+    width = tl.load(plan_ptr + names.AT_WIDTH * segments).to(tl.int32)
+    size = height.to(OFFSET) * width
+    start = (tl.program_id(0) % tiles).to(OFFSET) * FORM.BLOCK
     if start >= size:
         return
     # A tile is in int32 from the row on that it begins in.
-    first_row = start // width
-    column = (start - first_row * width).to(tl.int32) + tl.arange(0, FORM.BLOCK)
-    rows = column // width.to(tl.int32)
+    first_row = (start // width).to(tl.int32)
+    first_column = (start - first_row.to(OFFSET) * width).to(tl.int32)
+    column = first_column + tl.arange(0, FORM.BLOCK)
+    rows = column // width
     index = start + tl.arange(0, FORM.BLOCK)
     pixels = Pixels(
         index,
-        first_row.to(tl.int32) + rows,
-        column - rows * width.to(tl.int32),
+        tl.minimum(first_row + rows, height - 1),
+        column - rows * width,
         index < size,
         size,
         first_row,
-        (tl.minimum(start + FORM.BLOCK, size) - 1) // width,
+        first_row + (first_column + FORM.BLOCK - 1) // width,
     )
     sample = tl.load(plan_ptr + names.AT_SAMPLE * segments)
     program_ptr += sample * S * ARGUMENTS
@@ -93,7 +97,7 @@ def segments_kernel(
         at += 1
 
     statistic = tl.load(plan_ptr + names.AT_STATISTIC * segments)
-    if FORM.STATS and statistic != 0:
+    if statistic != 0:
         to_ptr = statistics_ptr + tl.load(plan_ptr + names.AT_STATISTIC_AT * segments)
         count(statistic, to_ptr, v, pixels.there, FORM)
     sink = tl.load(plan_ptr + names.AT_SINK * segments)
@@ -122,37 +126,40 @@ def segments_kernel(
 def gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM: tl.constexpr):
     """The segment's pixels after its geometric instruction, which is at ptr."""
     C: tl.constexpr = FORM.C
-    height = tl.load(plan_ptr + names.AT_SOURCE_HEIGHT * segments)
-    width = tl.load(plan_ptr + names.AT_SOURCE_WIDTH * segments)
     LAST: tl.constexpr = FORM.FIRST and FORM.LAST_IN
+    height = tl.load(plan_ptr + names.AT_SOURCE_HEIGHT * segments).to(tl.int32)
+    width = tl.load(plan_ptr + names.AT_SOURCE_WIDTH * segments).to(tl.int32)
+    row = width.to(pixels.size.dtype)
     image = Image(
         source_ptr + tl.load(plan_ptr + names.AT_SOURCE * segments),
-        height.to(tl.int32),
-        width.to(tl.int32),
-        width * FORM.C if LAST else width,
-        width * 0 + 1 if LAST else height * width,
+        height,
+        width,
+        row * C if LAST else row,
+        row * 0 + 1 if LAST else row * height,
     )
     kind = tl.load(plan_ptr + names.AT_KIND * segments)
-    if FORM.WARPS and kind == names.WARP:
-        v = warped(ptr, image, pixels, FORM)
-    elif FORM.SHARPENS and kind == names.SHARPNESS:
-        v = sharpened(ptr, image, pixels, FORM)
-    else:
+    if kind == names.BOX:
         rows = Taps(
             taps_ptr + tl.load(plan_ptr + names.AT_ROWS_TAPS * segments),
-            tl.load(plan_ptr + names.AT_ROWS * segments).to(tl.int32),
-            tl.load(plan_ptr + names.AT_HEIGHT * segments),
+            tl.maximum(tl.load(plan_ptr + names.AT_ROWS * segments), 1).to(tl.int32),
+            tl.load(plan_ptr + names.AT_HEIGHT * segments).to(tl.int32),
         )
         columns = Taps(
             taps_ptr + tl.load(plan_ptr + names.AT_COLUMNS_TAPS * segments),
-            tl.load(plan_ptr + names.AT_COLUMNS * segments).to(tl.int32),
-            tl.load(plan_ptr + names.AT_WIDTH * segments),
+            tl.maximum(tl.load(plan_ptr + names.AT_COLUMNS * segments), 1).to(tl.int32),
+            tl.load(plan_ptr + names.AT_WIDTH * segments).to(tl.int32),
         )
         sums = summed(image, rows, columns, ptr + names.BOX__FILL0, pixels, FORM)
         finish = tl.load(plan_ptr + names.AT_FINISH * segments)
         v = ()
         for c in tl.static_range(C):
             v = and_one(v, tl.where(finish == 1, settled_nearest(sums[c], FORM), sums[c]))
+    elif kind == names.WARP:
+        v = warped(ptr, image, pixels, FORM)
+    elif kind == names.SHARPNESS:
+        v = sharpened(ptr, image, pixels, FORM)
+    else:
+        v = copied(image, pixels, FORM)
     return v
 
 
@@ -178,10 +185,13 @@ def count(statistic, to_ptr, v, there, FORM: tl.constexpr):
             )
             tl.atomic_max(words_ptr + 1, tl.max(tl.where(number, word, 0), 0), sem="relaxed")
     else:
-        for c in tl.static_range(C):
-            found = tl.histogram(gray_level(v[c], FORM), 256, mask=there)
-            bins_ptr = to_ptr + 256 * c + tl.arange(0, 256)
+        channel = 0
+        while channel < C:
+            levels = gray_level(chosen(v, channel, FORM), FORM)
+            found = tl.histogram(levels, 256, mask=there)
+            bins_ptr = to_ptr + 256 * channel + tl.arange(0, 256)
             tl.atomic_add(bins_ptr, found, mask=found > 0, sem="relaxed")
+            channel += 1
 
 
 @triton.jit
@@ -214,7 +224,7 @@ def augment(
     fields, instructions = _sent((plan.fields, plan.program), device)
     segments, steps = plan.fields.shape[1], plan.program.shape[1]
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=device)
-    taps = torch.empty(plan.taps, dtype=torch.int32, device=device)
+    taps = torch.empty(plan.taps, dtype=torch.int64, device=device)
     statistics = torch.zeros(plan.statistics, dtype=torch.int32, device=device)
     form = AugmentForm(
         C=channels,
@@ -224,6 +234,7 @@ def augment(
         LAST_IN=channels_last and channels > 1,
         LAST_OUT=result_channels_last and channels > 1,
         BLOCK=BLOCK,
+        WIDE=plan.largest >= 2**31 - BLOCK,
     )
     with device_of(pixels):
         if plan.taps:
