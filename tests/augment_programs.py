@@ -6,11 +6,28 @@ import math
 import random
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from reg_kernels import backends
 from reg_kernels._augment_program import WIDTH, Op, instruction
 from reg_kernels.ops.augment import run
+
+from support import DEVICE
+
+
+def parameters() -> list[Any]:
+    """The implementations of the op as parameters; float64 is the reference's alone."""
+    found = []
+    for name in backends.NAMES:
+        why = backends.why_not_op("augment", name, DEVICE, torch.float32)
+        marks = [] if why is None else [pytest.mark.skip(reason=f"{name}: {why}")]
+        found.append(pytest.param(name, marks=marks))
+    return found
+
+
+on_each = pytest.mark.parametrize("backend", parameters())
 
 
 def image_of(height: int, width: int, channels: int = 3, seed: int = 0) -> Tensor:

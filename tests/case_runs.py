@@ -28,6 +28,13 @@ IMPLEMENTATIONS = implementations()
 on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 
 
+def taken(op: str, backend: str, dtype: torch.dtype) -> bool:
+    """Whether an implementation of an op computes in this type. One that does not run at all here
+    is skipped elsewhere."""
+    whole = backends.why_not_op(op, backend, DEVICE, dtype)
+    return whole is None or backends.why_not(backend, DEVICE, dtype) is not None
+
+
 def of(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids=str)
 
@@ -44,6 +51,7 @@ def cells(cases: list[Case], *dtypes: torch.dtype) -> Any:
         for implementation in IMPLEMENTATIONS
         for dtype in dtypes
         for case in cases
+        if taken(case.op, *implementation.values, dtype)
         if not is_interpreted(*implementation.values)
         or (case.small and (len(dtypes) == 1 or dtype == one_dtype(case)))
         for name in [f"{implementation.values[0]}-{str(dtype).removeprefix('torch.')}-{case}"]
@@ -195,6 +203,8 @@ def kinds_of_calls(op: str, backend: str, dtype: torch.dtype = torch.float32) ->
 def _kinds_of_calls(backend: str, dtype: torch.dtype) -> list[Call]:
     kinds: dict[Any, Call] = {}
     for case in SMALL[:: 3 if is_interpreted(backend) else 1]:
+        if not taken(case.op, backend, dtype):
+            continue
         found, calls = recorded(case, backend, dtype)
         if all(x.isfinite().all() for x in (*found, *inputs_of(case, dtype))):
             for call in calls:

@@ -37,6 +37,7 @@ MEMORY = 32 << 30  # addresses of a process, but for a sanitizer's: a huge size 
 OF_VALUES = (
     *("labels must be in", "lam must be in", "index must be in", "index must be a permutation"),
     *("boxes must be (x1", "receivers and starts must be those of", "the sizes must be"),
+    "float64, which is the reference's alone",  # that of one implementation
 )
 
 

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         output_file("--json", args.json)
     chosen = list(_implementations(args.backend, device))
-    work = [(n, b, d) for n in names for b in chosen for d in backends.DTYPES]
+    every = [(n, b, d) for n in names for b in chosen for d in backends.DTYPES]
+    work = [w for w in every if backends.why_not_op(*w[:2], device.type, w[2]) is None]
     results = []
     with _console.progress() as progress:
         bar = progress.add_task("", total=len(work))

@@ -1,8 +1,66 @@
-"""Image augmentation: schema, fake, gradient, and what its arguments have to be.
+"""Image augmentation: schema, fake and gradient of the op, and what its instructions compute.
 
 The op is an interpreter: each sample brings an image and a program, which is executed on it from
 its first pixel to the store of the result. It has no public function of its own: augment.Pipeline
 draws what the transforms need, writes the programs, and calls `run`.
+
+Values v of an image lie in [0, B], B = 255 for bytes and 1 for floats. It is computed in float32;
+each product, sum, quotient and root is rounded by itself, and sums have the order written here, so
+that all implementations have the same bits. clamp(v) is min(max(v, 0), B). A NaN goes on through
+what computes with it. After each instruction the image is float32, and rounded once, at the store:
+to the nearest even, for bytes brought into [0, 255] with NaN as 0.
+
+With `exact`, of bytes alone, each instruction leaves whole numbers as torchvision's functions of
+bytes do: T means cut to a whole number after the clamp, R rounded to nearest even and clamped.
+Where torchvision has a fused multiply-add, `fma`, this mode has it as well; else it is a product
+and a sum.
+
+BOX: a region of the image, of whole numbers, that may stick out of it where `pad` says what is
+    there, resampled to (out_height, out_width), rows first and then columns. An axis whose length
+    stays is copied, mirrored by `flips`. Else with s = length / out and i, or out - 1 - i where it
+    is mirrored:
+    nearest: place int(s i); nearest-exact: int(s (i + 0.5)); at most length - 1.
+    bilinear: c = max(s (i + 0.5) - 0.5, 0), places int(c) and the one after it.
+    bicubic: c = s (i + 0.5) - 0.5, four places by the cubic convolution of a = -0.75; both within
+    the region.
+    With antialias, m = max(s, 1), c = s (i + 0.5) and half the filter's width r = m, or 2 m for
+    bicubic, the places from max(int(c - r + 0.5), 0) to min(int(c + r + 0.5), length) - 1 weigh
+    f((place - c + 0.5) / m), the triangle or the cubic of a = -0.5, over the sum of all.
+    A place outside of the image is the fill, or by its pad one at the border, reflected without or
+    with the border. Bytes are clamped. R.
+WARP: (x + 0.5, y + 0.5) of the result under a matrix, over its third number if it is not affine,
+    is a place of the image, less 0.5 an index: nearest (half to even), bilinear or bicubic
+    (a = -0.75, within each row first). What is outside of the image is the fill; the filter
+    BILINEAR_FADED has torchvision's fill, which counts the share outside twice. Places at 2^30 and
+    beyond are the fill. Bytes are clamped. R. With `exact` the matrix takes the result's pixels,
+    for an affine one from its centre, to torchvision's grid, in which the image is from -1 to 1:
+    index = (g + 1) (side / 2) - 0.5.
+BRIGHTNESS: clamp(factor v); T.
+CONTRAST, SATURATION: clamp(fma(rest, m, factor v)); T. `rest` is 1 - factor. m is the image's mean
+    gray or the pixel's own: fma(0.114, b, fma(0.587, g, 0.2989 r)), floored with `exact`; v itself
+    of one channel. The mean is a sum of integers: of multiples of 1/65536 for floats, of 1/256 for
+    bytes and of 1 with `exact`; a NaN counts as 0.
+HUE: through hue, saturation and value in torchvision's steps. With `exact` floor(255.999 v).
+GRAYSCALE: gray. INVERT: B - v. SOLARIZE: B - v from the threshold on.
+SOLARIZE_ADD: clamp(v + addend) below the threshold; T.
+POSTERIZE: the highest bits of a byte; floor(v 2^bits) 2^-bits at most 1 - 2^-bits of a float.
+AUTOCONTRAST: clamp((v - low) / ((high - low) (1/B))) of each channel's extrema, without NaN; T.
+EQUALIZE: Pillow's table of each channel's histogram of rint(v 255/B), where NaN counts as 0.
+SHARPNESS: clamp(fma(rest, d - v, v)), d = v smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, in `exact`
+    rounded; T. The pixels at the border stay, and images of a side of 2 or less.
+BLUR: a symmetric filter by distance, down the columns, then along the rows; reflected at the
+    border. Bytes are clamped. R.
+NOISE: v + (std z + mean), z normal; clamped with `clip`. With `exact` what is added is cut, and the
+    sum clamped.
+PERMUTE: channel c is the old channel p_c.
+ERASE: a region is v_c, or normal numbers.
+NORMALIZE: v a_c + b_c.
+SALT_AND_PEPPER: a share p of the elements becomes B, of which a share `salt`, or 0. Both shares are
+    multiples of 1/65536.
+SAVE, JOIN, MIX: x = v and sum = weight v; sum += weight v and v = x; v = clamp(sum), T.
+
+Element e = (c h + y) w + x of an image of h x w draws word e % 4 of group e // 4, or half-word
+e % 8 of group e // 8, of the Philox stream of the instruction's key.
 """
 
 from __future__ import annotations
@@ -12,214 +70,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._augment_program import (
-    ARGUMENTS,
-    CHANNELS,
-    LARGEST_SIDE,
-    MOST_CHANNELS,
-    RANGES,
-    WIDTH,
-    Axes,
-    Op,
-    Pad,
-    column,
-)
-from .._dtypes import DTYPES, SUPPORTED, named
 from ..reference import augment as reference
-from ._checks import Entry
+from ._augment_checks import check, check_backward
 from ._modes import above_autograd, below_autograd, watcher
 from ._registry import register
 from ._route import Route, formula
-
-_BYTES_OR = (torch.uint8, *DTYPES)
-
-
-# Checks. All values are looked at, since kernels take from them what they read and where they
-# write; they lie on the CPU for it.
-
-
-def _check(op: str, a: Any) -> None:
-    entry = Entry(op, a.pixels)
-    _check_tensors(entry, a)
-    sizes = _check_images(entry, a)
-    _Program(entry, a).check(sizes)
-
-
-def _check_tensors(entry: Entry, a: Any) -> None:
-    pixels = a.pixels
-    if pixels.dtype not in _BYTES_OR:
-        entry.refuse("pixels", f"one of {SUPPORTED} or uint8", pixels)
-    if pixels.dim() != 1 or not pixels.is_contiguous():
-        entry.refuse("pixels", "one contiguous dimension", pixels)
-    entry.check_memory(pixels, "pixels")
-    host = torch.device("cpu")
-    for name, x, dtype, width in (
-        ("images", a.images, torch.int64, (3,)),
-        ("program", a.program, torch.float32, (WIDTH,)),
-    ):
-        dims = 2 if name == "images" else 3
-        if x.dtype != dtype or x.dim() != dims or x.shape[-1:] != width or not x.is_contiguous():
-            shape = "(N, 3)" if name == "images" else f"(N, S, {WIDTH})"
-            entry.refuse(name, f"contiguous {named(dtype)} of shape {shape}", x)
-        if x.device != host:
-            entry.refuse(name, "on the CPU", x.device)
-        entry.check_memory(x, name, on_host=True)
-    if len(a.images) != len(a.program):
-        must = f"of as many samples as images, {len(a.images)}"
-        entry.refuse("program", must, len(a.program))
-    if not 1 <= a.channels <= MOST_CHANNELS:
-        entry.refuse("channels", f"in [1, {MOST_CHANNELS}]", a.channels)
-    for name in ("height", "width"):
-        if not 1 <= getattr(a, name) <= LARGEST_SIDE:
-            entry.refuse(name, f"in [1, {LARGEST_SIDE}]", getattr(a, name))
-    if a.dtype not in _BYTES_OR:
-        entry.refuse("dtype", f"one of {SUPPORTED} or uint8", named(a.dtype))
-    if a.exact and pixels.dtype != torch.uint8:
-        entry.refuse("exact", "false but for pixels of uint8", named(pixels.dtype))
-
-
-def _check_images(entry: Entry, a: Any) -> Tensor:
-    """Returns the sizes, (N, 2)."""
-    offset, sizes = a.images[:, 0], a.images[:, 1:]
-    fits = ((sizes >= 1) & (sizes <= LARGEST_SIDE)).all(1)
-    count = sizes.clamp(0, LARGEST_SIDE).prod(1) * a.channels
-    fits &= (offset >= 0) & (offset <= a.pixels.numel() - count)
-    if not bool(fits.all()):
-        sample = int((~fits).nonzero()[0])
-        must = (
-            f"(offset, height, width) with sides in [1, {LARGEST_SIDE}] of images that lie in the "
-            f"{a.pixels.numel()} pixels"
-        )
-        entry.refuse("images", must, f"{a.images[sample].tolist()} for sample {sample}")
-    return sizes
-
-
-class _Program:
-    """The program's instructions, (N S, 16), by their opcodes."""
-
-    def __init__(self, entry: Entry, a: Any) -> None:
-        self.entry, self.channels, self.size = entry, a.channels, (a.height, a.width)
-        self.samples, self.steps = a.program.shape[:2]
-        self.rows = a.program.view(-1, WIDTH)
-        self.codes = self.rows[:, 0]
-
-    def refuse(self, wrong: Tensor, must: str, name: str | None = None) -> None:
-        """Raises where an instruction is wrong, of all (N S,), and names the first one."""
-        if not bool(wrong.any()):
-            return
-        row = int(wrong.nonzero()[0])
-        sample, step = divmod(row, self.steps)
-        code = float(self.codes[row])
-        op = Op(int(code)) if code in Op._value2member_map_ else None
-        where = f"in instruction {step} of sample {sample}"
-        if op is None or name is None:
-            got = f"{code:g}" if op is None else op.name
-        else:
-            got = f"{name} {float(self.rows[row, column(op, name)]):g}"
-        prefix = "" if op is None or name is None else f"{op.name} with "
-        self.entry.refuse("program", f"{prefix}{must}", f"{got} {where}")
-
-    def check(self, sizes: Tensor) -> None:
-        self.refuse(~self.rows.isfinite().all(1), "of finite numbers")
-        known = (self.codes >= 0) & (self.codes < len(Op)) & (self.codes == self.codes.floor())
-        self.refuse(~known, f"of opcodes from 0 to {len(Op) - 1}")
-        present = [Op(int(code)) for code in self.codes.unique()]
-        for op in present:
-            self._check_arguments(op)
-        self._check_sizes(sizes, present)
-
-    def _of(self, op: Op) -> Tensor:
-        return self.codes == int(op)
-
-    def _get(self, op: Op, name: str) -> Tensor:
-        return self.rows[:, column(op, name)]
-
-    def _check_arguments(self, op: Op) -> None:
-        here = self._of(op)
-        if op in CHANNELS and self.channels not in CHANNELS[op]:
-            counts = " or ".join(map(str, CHANNELS[op]))
-            self.refuse(here, f"{op.name} only for {counts} channels, not {self.channels}")
-        for name in ARGUMENTS[op]:
-            if (allowed := RANGES.get((op, name))) is None:
-                continue
-            x = self._get(op, name)
-            fits = (x >= allowed.lowest) & (x <= allowed.highest)
-            if allowed.whole:
-                fits &= x == x.floor()
-            for value in allowed.but:
-                fits &= x != value
-            self.refuse(here & ~fits, f"{name} {allowed}", name)
-
-    def _check_sizes(self, sizes: Tensor, present: list[Op]) -> None:
-        """Follows the images' sizes through the instructions: (N, S, 2) before each."""
-        before, after = self._sizes(sizes)
-        height, width = (before[..., axis].reshape(-1) for axis in (0, 1))
-        for op in (Op.BOX, Op.ERASE):
-            if op in present:
-                top, left, h, w = (self._get(op, name) for name in ARGUMENTS[op][:4])
-                inside = (top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width)
-                here = self._of(op)
-                if op == Op.BOX:
-                    here &= self._get(op, "pad") == Pad.NONE
-                what = "a region inside of the image" + (", or a pad" if op == Op.BOX else "")
-                self.refuse(here & ~inside, f"{op.name} of {what}")
-        if Op.BLUR in present:
-            radius, axes = self._get(Op.BLUR, "radius"), self._get(Op.BLUR, "axes")
-            fits = (radius < height) | (axes == Axes.HORIZONTAL)
-            fits &= (radius < width) | (axes == Axes.VERTICAL)
-            must = "BLUR with a radius below the image's sides"
-            self.refuse(self._of(Op.BLUR) & ~fits, must)
-        if {Op.SAVE, Op.JOIN, Op.MIX} & set(present):
-            self._check_mixes(before, after)
-        final = after[:, -1] if self.steps else sizes
-        wrong = (final != torch.tensor(self.size)).any(1)
-        if bool(wrong.any()):
-            sample = int(wrong.nonzero()[0])
-            got = f"{tuple(final[sample].tolist())} for sample {sample}"
-            self.entry.refuse("program", f"such that images of {self.size} result", got)
-
-    def _sizes(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """The images' sizes before and after each instruction, (N, S, 2)."""
-        rows = self.rows.view(self.samples, self.steps, WIDTH)
-        codes = rows[..., 0]
-        given = torch.zeros(self.samples, self.steps, 2, dtype=torch.int64)
-        for op in (Op.BOX, Op.WARP):
-            first = column(op, "out_height")
-            out = rows[..., first : first + 2]
-            given = torch.where((codes == int(op)).unsqueeze(2), out.to(torch.int64), given)
-        steps = []
-        for step in range(self.steps):
-            steps.append(sizes)
-            sizes = torch.where(given[:, step] > 0, given[:, step], sizes)
-        steps.append(sizes)
-        every = torch.stack(steps, 1)
-        return every[:, :-1], every[:, 1:]
-
-    def _check_mixes(self, before: Tensor, after: Tensor) -> None:
-        codes = self.codes.view(self.samples, self.steps)
-        saved = torch.zeros(self.samples, dtype=torch.bool)
-        homeless, resized = torch.zeros_like(codes, dtype=torch.bool), []
-        for step in range(self.steps):
-            code = codes[:, step]
-            saved = saved | (code == int(Op.SAVE))
-            homeless[:, step] = ((code == int(Op.JOIN)) | (code == int(Op.MIX))) & ~saved
-            resized.append(saved & (before[:, step] != after[:, step]).any(1))
-            saved = saved & (code != int(Op.MIX))
-        self.refuse(homeless.view(-1), "JOIN and MIX between a SAVE and its MIX alone")
-        must = "a size that stays between a SAVE and its MIX"
-        self.refuse(torch.stack(resized, 1).view(-1), must)
-
-
-def _check_backward(op: str, a: Any) -> None:
-    _check(op, a)
-    entry, grad = Entry(op, a.pixels), a.grad_output
-    if a.pixels.dtype == torch.uint8 or a.dtype == torch.uint8:
-        entry.refuse("pixels and dtype", "of floats", named(torch.uint8))
-    shape = (len(a.images), a.channels, a.height, a.width)
-    if grad.dtype != a.dtype or grad.shape != shape:
-        entry.refuse("grad_output", f"{named(a.dtype)} of shape {shape}", grad)
-    entry.check_memory(grad, "grad_output")
-
 
 # Registration
 
@@ -232,24 +87,21 @@ class _Augment(torch.autograd.Function):
         _, overload, rest = call
         with below_autograd():
             output = overload._op(pixels, *rest)
-        images, program, *others = rest
-        ctx.save_for_backward(pixels, images, program)
-        ctx.call = (overload, others)
+        ctx.save_for_backward(pixels)
+        ctx.call = (overload, rest)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        overload, others = ctx.call
-        inputs = (grad_output, *ctx.saved_tensors[:1])
-        rest = (*ctx.saved_tensors[1:], *others)
-        return None, _BACKWARD.run_like(overload, inputs, rest)
+        overload, rest = ctx.call
+        return None, _BACKWARD.run_like(overload, (grad_output, *ctx.saved_tensors), rest)
 
 
 def _fake(pixels: Tensor, images: Tensor, program: Tensor, channels: int, *rest: Any) -> Tensor:
     _, height, width, dtype, channels_last, _ = rest
     order = torch.channels_last if channels_last else torch.contiguous_format
     shape = (images.shape[0], channels, height, width)
-    return pixels.new_empty(shape, dtype=dtype).contiguous(memory_format=order)
+    return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=order)
 
 
 _ARGUMENTS = (
@@ -265,7 +117,7 @@ _AUGMENT = register(
     reference=reference.augment,
     triton="augment:augment",
     route=Route(1, _Augment, by_torch=formula(reference.augment)),
-    check=_check,
+    check=check,
     takes=_TAKES,
 )
 
@@ -273,6 +125,13 @@ _AUGMENT = register(
 def _recorded(*arguments: Any) -> Tensor:
     with above_autograd():
         return reference.augment_backward(*arguments)
+
+
+def _differentiable(overload: Any, *arguments: Any) -> Tensor:
+    """The formula for gradients of a gradient, which no implementation checks."""
+    if watcher() is None and _BACKWARD.check is not None:
+        _BACKWARD.check(*arguments)
+    return reference.augment_backward(*arguments)
 
 
 # One for all implementations.
@@ -283,8 +142,9 @@ _BACKWARD = register(
     reference=_recorded,
     triton=_recorded,
     native=_recorded,
-    route=Route(2, by_torch=formula(reference.augment_backward)),
-    check=_check_backward,
+    route=Route(2, by_torch=_differentiable),
+    check=check_backward,
+    takes=_TAKES,
 )
 
 

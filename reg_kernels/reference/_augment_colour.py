@@ -132,12 +132,14 @@ def sharpness(image: Tensor, values: Values, factor: float, rest: float) -> Tens
     height, width = image.shape[1:]
     if height <= 2 or width <= 2:
         return image
-    smoothed = None
-    for y in range(3):
-        for x in range(3):
-            weight = 5.0 / 13.0 if y == x == 1 else 1.0 / 13.0
-            term = image[:, y : height - 2 + y, x : width - 2 + x] * weight
-            smoothed = term if smoothed is None else smoothed + term
+    terms = [
+        image[:, y : height - 2 + y, x : width - 2 + x] * ((5.0 if y == x == 1 else 1.0) / 13.0)
+        for y in range(3)
+        for x in range(3)
+    ]
+    smoothed = terms[0]
+    for term in terms[1:]:
+        smoothed = smoothed + term
     smoothed = smoothed.round() if values.exact else smoothed
     inner = image[:, 1:-1, 1:-1]
     inner = values.truncated(values.product_sum(rest, smoothed - inner, inner))

@@ -21,7 +21,7 @@ CONSTANT, EDGE, REFLECT, SYMMETRIC = 1, 2, 3, 4
 class Tap(NamedTuple):
     """One term of the sum along an axis, for each of `out` places."""
 
-    index: Tensor  # (out,), of the image's row or column; -1 where that is the fill
+    place: Tensor  # (out,), of the image's row or column; -1 where that is the fill
     weight: Tensor | None = None  # (out,); None for 1
     used: Tensor | None = None  # (out,), whether there is such a term; None where there always is
 
@@ -54,7 +54,7 @@ def box(
         places = torch.arange(out)
         places = out - 1 - places if flipped else places
         taps = [
-            tap._replace(index=_reached(start + tap.index, image.shape[dim], padding))
+            tap._replace(place=_reached(start + tap.place, image.shape[dim], padding))
             for tap in _taps(places, length, out, kind, image.dtype)
         ]
         image = _along(image, taps, dim, colour)
@@ -268,16 +268,18 @@ def _faded(image: Tensor, ux: Tensor, uy: Tensor, fill: Tensor) -> Tensor:
 def _bicubic(image: Tensor, ux: Tensor, uy: Tensor, fill: Tensor) -> Tensor:
     x, y = ux.floor(), uy.floor()
     by_column, by_row = _cubic_weights(ux - x), _cubic_weights(uy - y)
-    result = None
-    for i, weight in enumerate(by_row):
-        in_row = None
-        for j, part in enumerate(by_column):
-            term = _read(image, x + (j - 1), y + (i - 1), fill) * part
-            in_row = term if in_row is None else in_row + term
-        assert in_row is not None
-        result = in_row * weight if result is None else result + in_row * weight
-    assert result is not None
-    return result
+    rows = []
+    for i in range(-1, 3):
+        terms = [_read(image, x + j, y + i, fill) for j in range(-1, 3)]
+        rows.append(_in_order(terms, by_column))
+    return _in_order(rows, by_row)
+
+
+def _in_order(terms: list[Tensor], weights: list[Tensor]) -> Tensor:
+    total = terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        total = total + term * weight
+    return total
 
 
 # Blurs

@@ -45,9 +45,11 @@ def augment(
         else:
             image = image.view(channels, h, w)
         results.append(_stored(_run(image.to(compute), values, instructions), dtype))
-    shape = (len(images), channels, height, width)
-    batch = torch.stack(results) if results else pixels.new_empty(shape, dtype=dtype)
-    return batch.clone(memory_format=torch.channels_last) if result_channels_last else batch
+    nothing = pixels[:0].to(dtype).view(0, channels, height, width)
+    batch = torch.stack(results) if results else nothing
+    # A copy in either order: autograd lets nobody write to a view that an op made.
+    order = torch.channels_last if result_channels_last else torch.contiguous_format
+    return batch.clone(memory_format=order)
 
 
 def augment_backward(
