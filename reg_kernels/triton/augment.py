@@ -22,6 +22,7 @@ from . import _augment_names as names
 from ._augment_geometry import Image, Taps, copied, sharpened, summed, taps_kernel, warped
 from ._augment_plan import plan_for
 from ._augment_values import (
+    INTERPRETED,
     AugmentForm,
     Pixels,
     and_one,
@@ -198,6 +199,11 @@ def count(statistic, to_ptr, v, there, FORM: tl.constexpr):
 def store(ptr, v, mask):
     if ptr.dtype.element_ty == tl.uint8:
         v = number_between(rounded(v), 0.0, 255.0)
+    elif INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        # The interpreter cuts bits off.
+        bits = v.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        v = tl.where(v == v, nearest, v)
     tl.store(ptr, v.to(ptr.dtype.element_ty), mask=mask)
 
 
