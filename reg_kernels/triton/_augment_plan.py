@@ -4,11 +4,15 @@ A segment is a geometric instruction, or none, and the instructions of single pi
 ends where the next instruction needs the whole image: launch k runs segment k of all samples that
 have so many. BLUR, and BOX of many taps, are two segments: the first one sums along columns alone,
 the second one along rows.
+
+All of it is whole numbers in float64, of all samples at once: N samples, S instructions, K
+segments. A call to torch takes longer than what it computes here.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional
@@ -20,8 +24,6 @@ from ._augment_names import FIELDS
 MOST_TAPS = 64  # of a pixel, until a BOX is two segments
 
 SLOTS, SUMS = 5, 4  # images of AugMix in scratch: two that take turns, two for SAVE, the sums
-GEOMETRIC = (Op.BOX, Op.WARP, Op.SHARPNESS, Op.BLUR)
-STATISTICS = (Op.CONTRAST, Op.AUTOCONTRAST, Op.EQUALIZE)
 
 
 class Launch(NamedTuple):
@@ -45,116 +47,157 @@ class Plan(NamedTuple):
     largest: int  # image at any point, in elements
 
 
+class _Traits(NamedTuple):
+    """What an opcode means for a plan; each 0 or 1 but the last."""
+
+    some: float  # all but NONE
+    box: float
+    blur: float
+    resizes: float
+    geometric: float
+    begins: float  # a segment
+    ends: float  # one
+    save: float
+    join: float
+    mix: float
+    kind: float  # of segment that it begins, an opcode
+    statistic: float  # that it needs, by the opcode
+    words: float  # of it
+
+
+@functools.cache
+def _traits(channels: int) -> Tensor:
+    """Those of all opcodes."""
+    words = {Op.CONTRAST: 2, Op.AUTOCONTRAST: 2 * channels, Op.EQUALIZE: 256 * channels}
+    kinds = {Op.BOX: Op.BOX, Op.BLUR: Op.BOX, Op.WARP: Op.WARP, Op.SHARPNESS: Op.SHARPNESS}
+    return torch.tensor(
+        [
+            _Traits(
+                some=op != Op.NONE,
+                box=op == Op.BOX,
+                blur=op == Op.BLUR,
+                resizes=op in (Op.BOX, Op.WARP),
+                geometric=op in kinds,
+                begins=op in (*kinds, *words, Op.MIX),
+                ends=op in (Op.SAVE, Op.JOIN),
+                save=op == Op.SAVE,
+                join=op == Op.JOIN,
+                mix=op == Op.MIX,
+                kind=kinds.get(op, 0),
+                statistic=op if op in words else 0,
+                words=words.get(op, 0),
+            )
+            for op in Op
+        ],
+        dtype=torch.float64,
+    )
+
+
 def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan:
     """The plan of a batch; `steps` is how many elements one of the result has."""
     program = _compacted(program)
-    op = program[..., 0].long()
-
-    def argument(of: Op, name: str) -> Tensor:
-        return program[..., column(of, name)].long()
-
-    def among(*ops: Op) -> Tensor:
-        return torch.stack([op == one for one in ops]).any(0)
-
-    box, blur, statistic = op == Op.BOX, op == Op.BLUR, among(*STATISTICS)
-    geometric = among(*GEOMETRIC)
-    rows, columns = _taps(box, blur, argument)
-    split = (box & (rows * columns > MOST_TAPS)) | (blur & (rows > 0) & (columns > 0))
-    begins = geometric | statistic | (op == Op.MIX)
-    begins[:, 1:] |= among(Op.SAVE, Op.JOIN)[:, :-1]
-    begins[:, 0] = statistic[:, 0]
-    segment = (begins.long() + split).cumsum(1)  # of each instruction; where split, its last
+    numbers = program.double()
+    traits = _traits(channels)[program[..., 0].long()]
+    of = _Traits(*traits.unbind(-1))
+    taps = _taps(numbers, of)
+    many = taps.prod(-1)
+    split = of.box * (many > MOST_TAPS) + of.blur * (many > 0)
+    begins = of.begins.clone()
+    begins[:, 1:] += of.ends[:, :-1]
+    begins[:, 0] = of.statistic[:, 0]
+    segment = ((begins > 0) + split).cumsum(1)  # of each instruction; where split, its last
     last = segment[:, -1:]
     count = int(last.max()) + 1
-    number = torch.arange(count)
-    before = (segment - 1).clamp_(0)
+    number = torch.arange(count, dtype=torch.float64)
 
-    def of_segments(values: Tensor, where: Tensor | None = None, at: Tensor = segment) -> Tensor:
-        """Sums of instructions' values in their segments, of which most have one."""
-        values = values.long() if where is None else values * where
-        return torch.zeros(len(program), count, dtype=torch.int64).scatter_add_(1, at, values)
+    # What segments have of their instructions, (N, K) each: a sum, where one alone has some.
+    out = _slice(numbers, Op.WARP, "out_height", 2)
+    out = torch.where(of.box.bool()[..., None], _slice(numbers, Op.BOX, "out_height", 2), out)
+    out = out * of.resizes[..., None]
+    index = torch.arange(program.shape[1], dtype=torch.float64).expand_as(split)[..., None]
+    rows = taps[..., :1]
+    part = split[..., None]
+    whole = (traits, index * of.geometric[..., None], out, rows * (1 - part), taps[..., 1:])
+    where = segment[:, None] == number[:, None]
+    values = where.double() @ torch.cat(whole, -1)
+    if bool(split.any()):  # of those that sum along columns before
+        where = segment[:, None] - 1 == number[:, None]
+        half = torch.zeros_like(torch.cat(whole, -1))
+        half[..., _Traits._fields.index("kind")] = Op.BOX
+        half[..., len(_Traits._fields) :][..., [0, 1, 3]] = torch.cat(
+            (index, out[..., :1] * of.box[..., None], rows), -1
+        )
+        values += where.double() @ (half * part)
+    *summed, geometry, out_height, out_width, rows, columns = values.unbind(-1)
+    has = _Traits(*summed)
 
-    def sizes(out: Tensor, initial: Tensor) -> Tensor:
-        """Of each segment, where `out` has those of the segments that change them, else 0."""
-        changed = torch.where(out > 0, number, -1).cummax(1).values
-        return torch.where(changed < 0, initial[:, None], out.gather(1, changed.clamp(0)))
+    heights = _before_and_after(images[:, 1], out_height, number)
+    widths = _before_and_after(images[:, 2], out_width, number)
+    height, width = heights[:, 1:], widths[:, 1:]
+    end = torch.nn.functional.pad(has.some.cumsum(1), (1, 0))
+    live, is_last = number <= last, number == last
+    pixels = height * width * live
 
-    end = of_segments(op != Op.NONE).cumsum(1)
-    warp = op == Op.WARP
-    out = torch.where(box, argument(Op.BOX, "out_height"), argument(Op.WARP, "out_height"))
-    out_height = of_segments(out, box | warp) + of_segments(out, box & split, before)
-    out = torch.where(box, argument(Op.BOX, "out_width"), argument(Op.WARP, "out_width"))
-    out_width = of_segments(out, box | warp)
-    offset, image_height, image_width = images.unbind(1)
-    height, width = sizes(out_height, image_height), sizes(out_width, image_width)
-    rows = of_segments(rows, ~split) + of_segments(rows, split, before)
-    columns = of_segments(columns)
-    index = torch.arange(op.shape[1]).expand_as(op)
-
-    # What each leaves for the next.
-    is_last, live = number == last, number <= last
-    saves, joins = of_segments(op == Op.SAVE), of_segments(op == Op.JOIN)
-    saved = 2 + saves.cumsum(1) % 2  # the slot of what was saved last
-    sink_slot = torch.where(saves > 0, saved, number % 2)
-    source_slot = torch.where(joins > 0, saved, sink_slot).roll(1, 1)
-    source_slot = torch.where(of_segments(op == Op.MIX) > 0, SUMS, source_slot)
-    needs = of_segments(op, statistic)
-    gives = torch.cat((needs[:, 1:], torch.zeros_like(needs[:, :1])), 1)
-    words = torch.where(gives == Op.EQUALIZE, 256 * channels, 0)
-    words += torch.where(gives == Op.AUTOCONTRAST, 2 * channels, 0) + 2 * (gives == Op.CONTRAST)
-    words_end = words.flatten().cumsum(0).view_as(words)
-
-    # Where it is in scratch: each sample's slots side by side.
-    slots = SLOTS if bool(saves.any()) else min(count - 1, 2)
-    pixels = height * width
-    slot_size = (channels * pixels * (live & ~is_last)).amax(1, keepdim=True)
+    # Where images and statistics lie: each sample's slots side by side, those that it has.
+    mixes = bool(has.save.any())
+    slots = SLOTS if mixes else min(count - 1, 2)
+    slot_size = (channels * pixels * ~is_last).amax(1, keepdim=True)
     base = (slot_size.cumsum(0) - slot_size) * slots
-    source = base + slot_size * source_slot
-    source[:, 0] = offset
-    kind = of_segments(op.where(among(Op.WARP, Op.SHARPNESS), Op.BOX), geometric)
-    kind += of_segments(torch.full_like(op, Op.BOX), split, before)
-    row_taps = live * (kind == Op.BOX) * rows.clamp(min=1) * height
-    taps = row_taps + live * (kind == Op.BOX) * columns.clamp(min=1) * width
-    taps_at = taps.flatten().cumsum(0).view_as(taps) - taps
+    sink_slot = source_slot = number % 2
+    if mixes:
+        saved = 2 + has.save.cumsum(1) % 2
+        sink_slot = torch.where(has.save > 0, saved, sink_slot)
+        source_slot = torch.where(has.join > 0, saved, sink_slot)
+    source = base + slot_size * source_slot.roll(1, -1)
+    source = torch.where(has.mix > 0, base + slot_size * SUMS, source)
+    source[:, 0] = images[:, 0]
+    words_end = has.words.view(-1).cumsum(0).view_as(has.words)
+    is_sum = (has.kind == Op.BOX) * live
+    row_taps = is_sum * rows.clamp(min=1) * height
+    all_taps = row_taps + is_sum * columns.clamp(min=1) * width
+    taps_at = all_taps.view(-1).cumsum(0).view_as(all_taps) - all_taps
+    sample = torch.arange(len(program), dtype=torch.float64)[:, None]
+    kept = base + slot_size * sink_slot
+    known_at = words_end - has.words
 
     fields = dict(
-        sample=torch.arange(len(program))[:, None].expand_as(end),
-        begin=torch.cat((torch.zeros_like(end[:, :1]), end[:, :-1]), 1),
-        end=end,
-        kind=kind,
-        geometry=of_segments(index, geometric) + of_segments(index, split, before),
-        finish=of_segments(geometric),
+        sample=sample,
+        begin=end[:, :-1],
+        end=end[:, 1:],
+        kind=has.kind,
+        geometry=geometry,
+        finish=has.geometric,
         source=source,
-        source_height=torch.cat((image_height[:, None], height[:, :-1]), 1),
-        source_width=torch.cat((image_width[:, None], width[:, :-1]), 1),
+        source_height=heights[:, :-1],
+        source_width=widths[:, :-1],
         height=height,
         width=width,
         rows=rows,
         rows_taps=taps_at,
         columns=columns,
         columns_taps=taps_at + row_taps,
-        sink=torch.where(is_last, 0, 1) + (saves * (Op.SAVE - 1) + joins * (Op.JOIN - 1)),
-        sink_at=torch.where(
-            is_last, torch.arange(len(program))[:, None] * steps, base + slot_size * sink_slot
+        sink=torch.where(
+            has.ends > 0, has.save * Op.SAVE + has.join * Op.JOIN, 1.0 - 1.0 * is_last
         ),
-        sums_at=(base + slot_size * SUMS).expand_as(end),
-        statistic=gives,
-        statistic_at=words_end - words,
-        known_at=(words_end - words).roll(1, 1),
+        sink_at=torch.where(is_last, sample * steps, kept),
+        sums_at=base + slot_size * SUMS,
+        statistic=has.statistic.roll(-1, 1),  # what the next one needs; the first needs none
+        statistic_at=known_at.roll(-1, 1),
+        known_at=known_at,
     )
-    order = live.T.nonzero().unbind(1)[::-1]  # those of a launch side by side
-    counts, most = live.sum(0).tolist(), (pixels * live).amax(0).tolist()
-    firsts = live.sum(0).cumsum(0).tolist()
+    table = torch.stack([fields[name].expand_as(live) for name in FIELDS])
+    # Those of a launch side by side.
+    order = live.T.reshape(-1).nonzero().view(-1)
+    counts, most = live.sum(0).tolist(), pixels.amax(0).long().tolist()
+    firsts = [sum(counts[:k]) for k in range(count)]
     return Plan(
-        fields=torch.stack([fields[name] for name in FIELDS])[:, *order],
+        fields=table.transpose(1, 2).flatten(1).index_select(1, order).long(),
         program=program,
-        launches=[
-            Launch(first - n, n, size) for first, n, size in zip(firsts, counts, most, strict=True)
-        ],
+        launches=[Launch(*launch) for launch in zip(firsts, counts, most, strict=True)],
         scratch=int(slot_size.sum()) * slots,
-        taps=int(taps.sum()),
-        statistics=int(words.sum()),
-        longest=int((torch.maximum(height, width) * (taps > 0)).max()),
+        taps=int(all_taps.sum()),
+        statistics=int(has.words.sum()),
+        longest=int((torch.maximum(height, width) * is_sum).max()),
         largest=channels * max(int(images[:, 1:].prod(1).max()), *most),
     )
 
@@ -162,26 +205,40 @@ def plan_for(images: Tensor, program: Tensor, channels: int, steps: int) -> Plan
 def _compacted(program: Tensor) -> Tensor:
     """The same programs with NONE at the end of each alone, and at least one there."""
     nothing = program[..., 0] == Op.NONE
-    longest = int((~nothing).sum(1).max()) if program.numel() else 0
-    order = nothing.byte().sort(dim=1, stable=True).indices[:, :longest, None]
-    program = program.gather(1, order.expand(-1, -1, WIDTH))
+    if bool(nothing.any()):
+        longest = int((~nothing).sum(1).max())
+        order = nothing.byte().sort(dim=1, stable=True).indices[:, :longest, None]
+        program = program.gather(1, order.expand(-1, -1, WIDTH))
     return torch.nn.functional.pad(program, (0, 0, 0, 1))
 
 
-def _taps(box: Tensor, blur: Tensor, argument: Any) -> tuple[Tensor, Tensor]:
-    """How many taps each instruction has at most in a column and in a row, as int64; 0 where it
+def _slice(numbers: Tensor, op: Op, name: str, count: int) -> Tensor:
+    """So many arguments of an instruction, from one on."""
+    first = column(op, name)
+    return numbers[..., first : first + count]
+
+
+def _taps(numbers: Tensor, of: _Traits) -> Tensor:
+    """How many taps each instruction has at most in a column and in a row, (N, S, 2); 0 where it
     sums along none."""
-    kind = argument(Op.BOX, "filter")
-    half = torch.where(kind == Filter.BICUBIC_ANTIALIAS, 2.0, 1.0)
-    taps = 1 + (kind == Filter.BILINEAR) + 3 * (kind == Filter.BICUBIC)
-    span = 2 * argument(Op.BLUR, "radius") + 1
-    counts = []
-    for side, not_axis in (("height", Axes.HORIZONTAL), ("width", Axes.VERTICAL)):
-        length, out = argument(Op.BOX, side), argument(Op.BOX, f"out_{side}")
-        reach = half * (length / out.clamp(1)).clamp(1.0)
-        wide = torch.minimum((2 * reach).long() + 2, length)
-        wide = torch.where(kind > Filter.BICUBIC, wide, taps)
-        wide = torch.where(length == out, 1, wide)
-        smooth = span * (argument(Op.BLUR, "axes") != not_axis)
-        counts.append(wide * box + smooth * blur)
-    return counts[0], counts[1]
+    length, out = _slice(numbers, Op.BOX, "height", 2), _slice(numbers, Op.BOX, "out_height", 2)
+    kind = _slice(numbers, Op.BOX, "filter", 1)
+    reach = 1.0 + (kind == Filter.BICUBIC_ANTIALIAS)
+    wide = (2.0 * reach * (length / out).clamp(min=1.0)).floor() + 2.0
+    taps = 1.0 + (kind == Filter.BILINEAR) + 3.0 * (kind == Filter.BICUBIC)
+    taps = torch.where(kind > Filter.BICUBIC, torch.minimum(wide, length), taps)
+    taps = torch.where(of.box[..., None] > 0, torch.where(length == out, 1.0, taps), 0.0)
+    if bool(of.blur.any()):
+        alone = torch.tensor([Axes.HORIZONTAL, Axes.VERTICAL])
+        span = 2.0 * _slice(numbers, Op.BLUR, "radius", 1) + 1.0
+        span = span * (_slice(numbers, Op.BLUR, "axes", 1) != alone)
+        taps = taps + span * of.blur[..., None]
+    return taps
+
+
+def _before_and_after(first: Tensor, out: Tensor, number: Tensor) -> Tensor:
+    """A side of the images before each segment and after the last, (N, K + 1); `out` has it where
+    a segment changes it, else 0."""
+    sides = torch.cat((first.double()[:, None], out), 1)
+    changed = torch.where(out > 0, number + 1, 0.0).cummax(1).values
+    return sides.gather(1, torch.nn.functional.pad(changed, (1, 0)).long())
