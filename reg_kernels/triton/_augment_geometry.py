@@ -232,7 +232,7 @@ def all_channels(value, FORM: tl.constexpr):
 @triton.jit
 def read(image, y, x, c: tl.constexpr, mask, FORM: tl.constexpr):
     """Channel c at rows y and columns x; 0 where masked."""
-    STEP: tl.constexpr = FORM.C if FORM.FIRST and FORM.LAST_IN else 1
+    STEP: tl.constexpr = FORM.C if FORM.LAST_IN else 1
     at = y.to(image.row.dtype) * image.row + x * STEP + c * image.plane
     return tl.load(image.ptr + at, mask=mask, other=0).to(tl.float32)
 

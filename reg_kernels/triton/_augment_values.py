@@ -25,8 +25,7 @@ class AugmentForm(NamedTuple):
     C: int
     BOUND: float  # values lie in [0, BOUND]: 255 of bytes, else 1
     EXACT: bool  # they are whole numbers after each instruction
-    FIRST: bool  # the image that is read is one of the input, else one in scratch
-    LAST_IN: bool  # it has the channels last
+    LAST_IN: bool  # the image that is read has the channels last, which none in scratch has
     LAST_OUT: bool  # the result has
     BLOCK: int  # pixels of a tile
     WIDE: bool  # an int32 does not count the elements of an image
@@ -360,8 +359,8 @@ def sixteen_bits(p):
 
 
 @triton.jit
-def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
-    """The instruction at ptr, on v; known_ptr: the statistic of the image, where it needs one."""
+def executed(opcode, ptr, v, pixels, statistics_ptr, known_at_ptr, FORM: tl.constexpr):
+    """The instruction at ptr, on v; known_at_ptr: where among the statistics its own is, if any."""
     C: tl.constexpr = FORM.C
     a, b = tl.load(ptr + 1), tl.load(ptr + 2)
     out = v
@@ -387,12 +386,13 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
             new = and_one(new, settled(v[c], FORM))
         out = new
     elif opcode == names.AUTOCONTRAST:
+        known_ptr = statistics_ptr + tl.load(known_at_ptr)
         new = ()
         for c in tl.static_range(C):
             new = and_one(new, stretched(v[c], known_ptr + 2 * c, FORM))
         out = new
     elif opcode == names.EQUALIZE:
-        out = equalized(v, known_ptr, pixels.size, FORM)
+        out = equalized(v, statistics_ptr + tl.load(known_at_ptr), pixels.size, FORM)
     elif opcode == names.ERASE:
         out = erased(ptr, v, pixels, FORM)
     elif opcode == names.NOISE:
@@ -400,7 +400,8 @@ def executed(opcode, ptr, v, pixels, known_ptr, FORM: tl.constexpr):
     elif opcode == names.SALT_AND_PEPPER:
         out = peppered(ptr, v, pixels, FORM)
     elif opcode == names.CONTRAST:
-        out = each(v, blended, a, (mean_gray(known_ptr, pixels.size, FORM), b), FORM)
+        mean = mean_gray(statistics_ptr + tl.load(known_at_ptr), pixels.size, FORM)
+        out = each(v, blended, a, (mean, b), FORM)
     if C == 3:
         if opcode == names.SATURATION:
             out = each(v, blended, a, (gray_of(v, FORM), b), FORM)

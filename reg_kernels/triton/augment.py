@@ -89,12 +89,12 @@ def segments_kernel(
     ptr = program_ptr + tl.load(plan_ptr + names.AT_GEOMETRY * segments) * ARGUMENTS
     v = gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM)
 
-    known_ptr = statistics_ptr + tl.load(plan_ptr + names.AT_KNOWN_AT * segments)
-    at = tl.load(plan_ptr + names.AT_BEGIN * segments)
-    end = tl.load(plan_ptr + names.AT_END * segments)
+    at = tl.load(plan_ptr + names.AT_BEGIN * segments).to(tl.int32)
+    end = tl.load(plan_ptr + names.AT_END * segments).to(tl.int32)
+    known_at_ptr = plan_ptr + names.AT_KNOWN_AT * segments
     while at < end:
         ptr = program_ptr + at * ARGUMENTS
-        v = executed(tl.load(ptr).to(tl.int32), ptr, v, pixels, known_ptr, FORM)
+        v = executed(tl.load(ptr).to(tl.int32), ptr, v, pixels, statistics_ptr, known_at_ptr, FORM)
         at += 1
 
     statistic = tl.load(plan_ptr + names.AT_STATISTIC * segments)
@@ -127,7 +127,6 @@ def segments_kernel(
 def gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM: tl.constexpr):
     """The segment's pixels after its geometric instruction, which is at ptr."""
     C: tl.constexpr = FORM.C
-    LAST: tl.constexpr = FORM.FIRST and FORM.LAST_IN
     height = tl.load(plan_ptr + names.AT_SOURCE_HEIGHT * segments).to(tl.int32)
     width = tl.load(plan_ptr + names.AT_SOURCE_WIDTH * segments).to(tl.int32)
     row = width.to(pixels.size.dtype)
@@ -135,8 +134,8 @@ def gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM: tl.con
         source_ptr + tl.load(plan_ptr + names.AT_SOURCE * segments),
         height,
         width,
-        row * C if LAST else row,
-        row * 0 + 1 if LAST else row * height,
+        row * C if FORM.LAST_IN else row,
+        row * 0 + 1 if FORM.LAST_IN else row * height,
     )
     kind = tl.load(plan_ptr + names.AT_KIND * segments)
     if kind == names.BOX:
@@ -236,7 +235,6 @@ def augment(
         C=channels,
         BOUND=255.0 if pixels.dtype == torch.uint8 else 1.0,
         EXACT=exact,
-        FIRST=True,
         LAST_IN=channels_last and channels > 1,
         LAST_OUT=result_channels_last and channels > 1,
         BLOCK=BLOCK,
@@ -247,14 +245,15 @@ def augment(
             taps_kernel[(2 * segments, ceil_div(plan.longest, TAPS_BLOCK))](
                 *(instructions, fields, taps, steps, segments, WIDTH, TAPS_BLOCK), num_warps=4
             )
+        source = pixels
         for launch in plan.launches:
             tiles = ceil_div(launch.pixels, BLOCK)
             segments_kernel[(launch.count * tiles,)](
-                *(pixels if form.FIRST else scratch, result, scratch, taps, statistics),
-                *(instructions, fields, launch.first, segments, tiles, steps, form),
+                *(source, result, scratch, taps, statistics, instructions, fields),
+                *(launch.first, segments, tiles, steps, form),
                 num_warps=4,
             )
-            form = form._replace(FIRST=False, LAST_IN=False)
+            source, form = scratch, form._replace(LAST_IN=False)
     return result
 
 
