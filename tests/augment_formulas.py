@@ -4,7 +4,6 @@ float64, pixel by pixel or by torch's own functions of images."""
 import colorsys
 
 import torch
-from augment_programs import factors
 from torch.nn import functional as F
 
 from reg_kernels._augment_program import (
@@ -19,6 +18,8 @@ from reg_kernels._augment_program import (
     key_arguments,
 )
 from reg_kernels.reference._philox import half_words, normals, tag
+
+from augment_programs import factors
 
 KEY = 0xFEDC_BA98_7654_3210
 FILL = (0.9, 0.2, 0.6)

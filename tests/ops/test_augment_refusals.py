@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from augment_programs import on_each
 
 from reg_kernels._augment_program import ARGUMENTS, RANGES, WIDTH, Axes, Op, column, instruction
 from reg_kernels.ops.augment import run
 
+from augment_programs import on_each
 from support import DEVICE
 
 do = instruction
