@@ -230,11 +230,46 @@ def all_channels(value, FORM: tl.constexpr):
 
 
 @triton.jit
-def read(image, y, x, c: tl.constexpr, mask, FORM: tl.constexpr):
-    """Channel c at rows y and columns x; 0 where masked."""
+def read(image, y, x, mask, FORM: tl.constexpr):
+    """All channels at rows y and columns x; 0 where masked."""
+    C: tl.constexpr = FORM.C
     STEP: tl.constexpr = FORM.C if FORM.LAST_IN else 1
-    at = y.to(image.row.dtype) * image.row + x * STEP + c * image.plane
-    return tl.load(image.ptr + at, mask=mask, other=0).to(tl.float32)
+    at = image.ptr + (y.to(image.row.dtype) * image.row + x * STEP)
+    values = ()
+    for c in tl.static_range(C):
+        value = tl.load(at + c * image.plane, mask=mask, other=0)
+        values = and_one(values, value.to(tl.float32))
+    return values
+
+
+@triton.jit
+def fills_at(ptr, COUNT: tl.constexpr, FORM: tl.constexpr):
+    """The fill of each channel, of COUNT numbers; the last one counts for what is left."""
+    C: tl.constexpr = FORM.C
+    fills = ()
+    for c in tl.static_range(C):
+        fills = and_one(fills, tl.load(ptr + (c if c < COUNT else COUNT - 1)))
+    return fills
+
+
+@triton.jit
+def either(here, values, others, FORM: tl.constexpr):
+    C: tl.constexpr = FORM.C
+    new = ()
+    for c in tl.static_range(C):
+        new = and_one(new, tl.where(here, values[c], others[c]))
+    return new
+
+
+@triton.jit
+def plus_weighted(sums, values, weight, FORM: tl.constexpr):
+    """Each product apart, as product_apart has it."""
+    C: tl.constexpr = FORM.C
+    nothing = weight - weight
+    new = ()
+    for c in tl.static_range(C):
+        new = and_one(new, sums[c] + tl.fma(values[c], weight, nothing))
+    return new
 
 
 @triton.jit
@@ -247,7 +282,7 @@ def tap_at(taps, j, place):
 @triton.jit
 def summed(image, rows, columns, fill_ptr, pixels, FORM: tl.constexpr):
     """Taps down the columns, and sums of those along the rows, each sum from its first term on."""
-    C: tl.constexpr = FORM.C
+    fills = fills_at(fill_ptr, 4, FORM)
     total = all_channels(-0.0, FORM)
     i = 0
     while i < columns.count:
@@ -257,29 +292,12 @@ def summed(image, rows, columns, fill_ptr, pixels, FORM: tl.constexpr):
         while j < rows.count:
             y, by_row = tap_at(rows, j, pixels.y)
             inside = (x >= 0) & (y >= 0)
-            new = ()
-            for c in tl.static_range(C):
-                value = read(image, y, x, c, inside, FORM)
-                value = tl.where(inside, value, tl.load(fill_ptr + c))
-                new = and_one(new, line[c] + product_apart(value, by_row))
-            line = new
+            values = either(inside, read(image, y, x, inside, FORM), fills, FORM)
+            line = plus_weighted(line, values, by_row, FORM)
             j += 1
-        new = ()
-        for c in tl.static_range(C):
-            value = tl.where(x == FILL, tl.load(fill_ptr + c), line[c])
-            new = and_one(new, total[c] + product_apart(value, by_column))
-        total = new
+        total = plus_weighted(total, either(x >= 0, line, fills, FORM), by_column, FORM)
         i += 1
     return total
-
-
-@triton.jit
-def copied(image, pixels, FORM: tl.constexpr):
-    C: tl.constexpr = FORM.C
-    new = ()
-    for c in tl.static_range(C):
-        new = and_one(new, read(image, pixels.y, pixels.x, c, pixels.there, FORM))
-    return new
 
 
 @triton.jit
@@ -320,24 +338,19 @@ def warped(ptr, image, pixels, FORM: tl.constexpr):
     near = (tl.abs(ux) < 1073741824.0) & (tl.abs(uy) < 1073741824.0)
     ux, uy = tl.where(near, ux, 0.0), tl.where(near, uy, 0.0)
     kind = tl.load(ptr + names.WARP__FILTER).to(tl.int32)
-    fill_ptr = ptr + names.WARP__FILL0
+    fills = fills_at(ptr + names.WARP__FILL0, 3, FORM)
     if kind == WARP_FADED:
-        out = faded(image, ux, uy, fill_ptr, near & pixels.there, FORM)
+        out = faded(image, ux, uy, fills, pixels.there, FORM)
     else:
         taps = tl.where(kind == WARP_BICUBIC, 4, tl.where(kind == WARP_NEAREST, 1, 2))
         if kind == WARP_NEAREST:
             ux, uy = rounded(ux), rounded(uy)
-        out = crossing(image, ux, uy, fill_ptr, near & pixels.there, taps, FORM)
+        out = crossing(image, ux, uy, fills, pixels.there, taps, FORM)
+    out = either(near, out, fills, FORM)
     new = ()
     for c in tl.static_range(C):
-        value = tl.where(near, out[c], fill_at(fill_ptr, c))
-        new = and_one(new, settled_nearest(value, FORM))
+        new = and_one(new, settled_nearest(out[c], FORM))
     return new
-
-
-@triton.jit
-def fill_at(fill_ptr, c: tl.constexpr):
-    return tl.load(fill_ptr + (c if c < 2 else 2))
 
 
 @triton.jit
@@ -346,9 +359,8 @@ def is_inside(image, x, y):
 
 
 @triton.jit
-def crossing(image, ux, uy, fill_ptr, there, taps, FORM: tl.constexpr):
+def crossing(image, ux, uy, fills, there, taps, FORM: tl.constexpr):
     """Sums along rows about a place, summed: of 4 taps each, bicubic, of 2, bilinear, or of 1."""
-    C: tl.constexpr = FORM.C
     left, above = tl.floor(ux), tl.floor(uy)
     x_part, y_part = ux - left, uy - above
     x0, y0 = left.to(tl.int32) - taps // 4, above.to(tl.int32) - taps // 4
@@ -359,25 +371,17 @@ def crossing(image, ux, uy, fill_ptr, there, taps, FORM: tl.constexpr):
         i = 0
         while i < taps:
             inside = is_inside(image, x0 + i, y0 + j)
-            by_column = tap_weight(x_part, i, taps == 4)
-            new = ()
-            for c in tl.static_range(C):
-                value = read(image, y0 + j, x0 + i, c, there & inside, FORM)
-                value = tl.where(inside, value, fill_at(fill_ptr, c))
-                new = and_one(new, line[c] + product_apart(value, by_column))
-            line = new
+            values = read(image, y0 + j, x0 + i, there & inside, FORM)
+            values = either(inside, values, fills, FORM)
+            line = plus_weighted(line, values, tap_weight(x_part, i, taps == 4), FORM)
             i += 1
-        by_row = tap_weight(y_part, j, taps == 4)
-        new = ()
-        for c in tl.static_range(C):
-            new = and_one(new, total[c] + product_apart(line[c], by_row))
-        total = new
+        total = plus_weighted(total, line, tap_weight(y_part, j, taps == 4), FORM)
         j += 1
     return total
 
 
 @triton.jit
-def faded(image, ux, uy, fill_ptr, there, FORM: tl.constexpr):
+def faded(image, ux, uy, fills, there, FORM: tl.constexpr):
     """Bilinear as torchvision has it: what is inside weighs twice, in the sum and on it."""
     C: tl.constexpr = FORM.C
     left, above = tl.floor(ux), tl.floor(uy)
@@ -391,18 +395,12 @@ def faded(image, ux, uy, fill_ptr, there, FORM: tl.constexpr):
         inside = is_inside(image, x, y)
         by_column = tap_weight(x_part, j % 2, False)
         weight = product_apart(tap_weight(y_part, j // 2, False), by_column)
-        weight = tl.where(inside, weight, 0.0)
-        share += weight
-        new = ()
-        for c in tl.static_range(C):
-            value = read(image, y, x, c, there & inside, FORM)
-            new = and_one(new, total[c] + product_apart(value, weight))
-        total = new
+        share += tl.where(inside, weight, 0.0)
+        total = plus_weighted(total, read(image, y, x, there & inside, FORM), weight, FORM)
         j += 1
     new = ()
     for c in tl.static_range(C):
-        fill = fill_at(fill_ptr, c)
-        new = and_one(new, product_apart(total[c] - fill, share) + fill)
+        new = and_one(new, product_apart(total[c] - fills[c], share) + fills[c])
     return new
 
 
@@ -415,17 +413,14 @@ def sharpened(ptr, image, pixels, FORM: tl.constexpr):
     j = 0
     while j < 9:
         weight = tl.where(j == 4, constant(0.38461538461538464), constant(0.07692307692307693))
-        new = ()
-        for c in tl.static_range(C):
-            value = read(image, pixels.y + (j // 3 - 1), pixels.x + (j % 3 - 1), c, inner, FORM)
-            new = and_one(new, sums[c] + product_apart(value, weight))
-        sums = new
+        values = read(image, pixels.y + (j // 3 - 1), pixels.x + (j % 3 - 1), inner, FORM)
+        sums = plus_weighted(sums, values, weight, FORM)
         j += 1
     rest = tl.load(ptr + names.SHARPNESS__REST)
+    values = read(image, pixels.y, pixels.x, pixels.there, FORM)
     new = ()
     for c in tl.static_range(C):
-        value = read(image, pixels.y, pixels.x, c, pixels.there, FORM)
         smooth = rounded(sums[c]) if FORM.EXACT else sums[c]
-        sharp = settled(product_sum(smooth - value, rest, value, FORM), FORM)
-        new = and_one(new, tl.where(inner, sharp, value))
+        sharp = settled(product_sum(smooth - values[c], rest, values[c], FORM), FORM)
+        new = and_one(new, tl.where(inner, sharp, values[c]))
     return new

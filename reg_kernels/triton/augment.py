@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._augment_program import WIDTH
 from . import _augment_names as names
-from ._augment_geometry import Image, Taps, copied, sharpened, summed, taps_kernel, warped
+from ._augment_geometry import Image, Taps, read, sharpened, summed, taps_kernel, warped
 from ._augment_plan import plan_for
 from ._augment_values import (
     INTERPRETED,
@@ -159,7 +159,7 @@ def gathered(source_ptr, taps_ptr, ptr, plan_ptr, segments, pixels, FORM: tl.con
     elif kind == names.SHARPNESS:
         v = sharpened(ptr, image, pixels, FORM)
     else:
-        v = copied(image, pixels, FORM)
+        v = read(image, pixels.y, pixels.x, pixels.there, FORM)
     return v
 
 
