@@ -133,8 +133,8 @@ def _augment(dtype: torch.dtype) -> Iterator[Call]:
         return
     yield "bytes", of(3, torch.uint8, dtype, True, False)
     yield "floats", of(3, dtype, dtype, False, False)
-    yield "bytes of 1 channel", of(1, torch.uint8, dtype, True, False)
     if dtype == torch.float32:
+        yield "bytes of 1 channel", of(1, torch.uint8, dtype, True, False)
         yield "bytes exact", of(3, torch.uint8, torch.uint8, True, True)
 
 

@@ -158,10 +158,9 @@ def test_random_programs(seed, small_tiles):
 
 
 def test_a_box_in_two_segments_has_the_same_bits(small_tiles, monkeypatch):
-    monkeypatch.setattr(plans, "MOST_TAPS", 4)
     sizes = ((7, 6), (4, 9), (9, 5))
     boxes = [
-        [do(Op.BOX, -3, -2, h + 4, w + 5, 4, 5, n, filter, pad, 9, 99, 199), do(Op.INVERT)]
+        [do(Op.BOX, -3, -2, h + 4, w + 5, 4, 5, n, filter, pad, 9.3, 99.7, 199.9)]
         for n, ((h, w), pad, filter) in enumerate(
             zip(
                 sizes,
@@ -171,6 +170,8 @@ def test_a_box_in_two_segments_has_the_same_bits(small_tiles, monkeypatch):
             )
         )
     ]
+    check(boxes, sizes)
+    monkeypatch.setattr(plans, "MOST_TAPS", 4)
     check(boxes, sizes)
     assert len(plans.plan_for(placed(sizes, 3)[0], packed(boxes), 3, 60).launches) == 2
 
@@ -205,7 +206,28 @@ def test_images_past_32_bits(small_tiles, monkeypatch):
         do(Op.EQUALIZE),
         do(Op.ERASE, 1, 1, 2, 3, 1, *[0] * 4, *key),
     ]
-    check([[whole(size, (4, 5)), *rows] for size in SIZES], last_in=True, last_out=True)
+    check(
+        [[whole(size, (5, 7)), *rows] for size in SIZES], size=(5, 7), last_in=True, last_out=True
+    )
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32])
+def test_statistics_of_several_tiles(source):
+    """Equalising changes nothing of fewer than 255 pixels."""
+    size = (19, 31)
+    programs = [[do(op)] for op in (Op.EQUALIZE, Op.AUTOCONTRAST)]
+    check([*programs, [GRAY]], [size] * 3, size, source=source, channels=1)
+
+
+def test_what_is_saved_anew_is_read_meanwhile(small_tiles):
+    size = (5, 7)
+    move = do(Op.WARP, 1, 0, 0, 0, 1, -2, 0, 0, 1, *size, WarpFilter.NEAREST)
+    again = [do(Op.SAVE, 0.5), do(Op.JOIN, 0.25), move]
+    check(
+        [[*again, *again, do(Op.SAVE, 0.5), do(Op.MIX)]],
+        [size],
+        size,
+    )
 
 
 # Plans
