@@ -222,6 +222,20 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "Open: a tile of three tensors in float64, with the numbers of its channels; not measured "
         "against smaller tiles.",
     ),
+    *(
+        (
+            what,
+            r"^triton/augment ",
+            "A pixel is read a channel at a time from where its crop or matrix puts it, by taps of "
+            "8 bytes; the others are a program's numbers and statistics.",
+        )
+        for what in (NARROW, WIDEST)
+    ),
+    (
+        SPILLS,
+        r"^triton/augment segments_kernel",
+        "Open: up to 24 bytes, of addresses that rare instructions need.",
+    ),
     (SPILLS, r"^triton/adversarial_step (ball|linf)_kernel<float32>", "Open: 8 bytes."),
     (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
 ]

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import reg_kernels.functional as F
 from reg_kernels import backends, optim
+from reg_kernels._augment_program import Filter, Op, instruction
 from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
 from reg_kernels.ops.subset import Subset, add_of_subset
+from reg_kernels.ops import augment
 
 BACKEND = "triton"
 Call = tuple[str, Callable[[], Any]]  # its name, and the call
@@ -113,6 +115,30 @@ def _mixup(dtype: torch.dtype) -> Iterator[Call]:
     yield "mixup in place", lambda: mix(inplace=True)
 
 
+def _augment(dtype: torch.dtype) -> Iterator[Call]:
+    """Of a crop, what needs a statistic, and what draws: two segments, of the input and of
+    scratch. A kernel has all instructions, whichever a program has."""
+    program = [
+        instruction(Op.BOX, 0, 0, 200, 200, 224, 224, 1, Filter.BILINEAR_ANTIALIAS),
+        instruction(Op.CONTRAST, 0.5, 0.5),
+        instruction(Op.NORMALIZE, 1, 1, 1),
+    ]
+
+    def of(channels: int, source: torch.dtype, result: torch.dtype, last: bool, exact: bool) -> Any:
+        pixels = torch.zeros(channels * 256 * 256).to(source)
+        layout = (channels, last, 224, 224, result, not last, exact)
+        images = torch.tensor([[0, 256, 256]])
+        return lambda: augment.run(pixels, images, torch.tensor([program]), *layout, BACKEND)
+
+    if dtype == torch.float64:  # which it does not take
+        return
+    yield "bytes", of(3, torch.uint8, dtype, True, False)
+    yield "floats", of(3, dtype, dtype, False, False)
+    if dtype == torch.float32:
+        yield "bytes of 1 channel", of(1, torch.uint8, dtype, True, False)
+        yield "bytes exact", of(3, torch.uint8, torch.uint8, True, True)
+
+
 def _batch_norm(dtype: torch.dtype) -> Iterator[Call]:
     small, large = (32, 64, 16, 16), (64, 64, 56, 56)
 
@@ -177,6 +203,7 @@ def _distillation(x: Tensor, target: Any, **options: Any) -> Tensor:
 
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "adversarial_step": _adversarial_step,
+    "augment": _augment,
     "batch_norm": _batch_norm,
     "cross_entropy": lambda dtype: _loss(dtype, F.cross_entropy),
     "distillation": lambda dtype: _loss(dtype, _distillation),
@@ -197,6 +224,8 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
         if y.requires_grad:
             _both(y)
 
+    if backends.why_not_op(op, BACKEND, "cpu", torch.promote_types(dtype, torch.float32)):
+        return
     for case in all_cases():
         parts = r"(_|_inference|_backward|_add)?"
         if not case.small and re.fullmatch(rf"(feature_)?{op}{parts}", case.op):

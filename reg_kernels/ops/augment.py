@@ -110,6 +110,7 @@ _ARGUMENTS = (
 )
 # The others take no float64.
 _TAKES: dict[str, tuple[torch.dtype, ...]] = {"native": (torch.float32,), "triton": ()}
+_TAKES: dict[str, tuple[torch.dtype, ...]] = {"native": (), "triton": (torch.float32,)}
 _AUGMENT = register(
     "augment",
     f"({_ARGUMENTS}) -> Tensor",
