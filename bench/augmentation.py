@@ -92,7 +92,7 @@ def ours(result: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| pipeline, images | implementation | µs an image | of a copy | ours: times faster | goals |",
+        "| pipeline, images | implementation | µs an image | of a copy | ours: faster by | goals |",
         "|---|---|---:|---:|---:|---|",
     ]
     for result in results:
@@ -169,7 +169,7 @@ def main() -> int:
         "",
         f"`python -m bench.augmentation`, {environment['date']}, commit {revision}; torch "
         f"{versions['torch']}, {environment['threads']} threads, {', '.join(_isas.here())}. "
-        "Medians; drawing, conversions and stacking included. torchvision draws once for a whole batch.",
+        "Medians; drawing, conversions and stacking included. torchvision draws once for a batch.",
         "",
         *table(results),
         "",

@@ -15,8 +15,8 @@ from reg_kernels import backends, optim
 from reg_kernels._augment_program import Filter, Op, instruction
 from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
-from reg_kernels.ops.subset import Subset, add_of_subset
 from reg_kernels.ops import augment
+from reg_kernels.ops.subset import Subset, add_of_subset
 
 BACKEND = "triton"
 Call = tuple[str, Callable[[], Any]]  # its name, and the call

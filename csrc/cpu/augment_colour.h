@@ -253,29 +253,25 @@ class PixelInstructions {
 
   // Calls f(drawn, x, count) for the draws of places [x, x + count) of row y of channel c, tile by
   // tile.
-  template <typename Draws, typename Behind, typename F>
+  template <typename Draws, typename F>
   RK_HD void for_draws(Draws& draws, const float* key, int c, int y, int64_t begin, int64_t end,
-                       const Behind& behind, const F& f) {
+                       const F& f) {
     const RngStream stream = augment_stream(key);
     const int64_t first = (static_cast<int64_t>(c) * height_ + y) * width_;
     for (int64_t x = begin; x < end; x += kDrawTile) {
       const int64_t count = min(kDrawTile, end - x);
-      f(draws.fill(stream, first + x, count, behind), x, count);
+      f(draws.fill(stream, first + x, count), x, count);
     }
   }
-
-  struct NormalsBehind {
-    RK_HD void operator()(char* words, int64_t bytes) const {
-      for (int64_t i = 0; i < bytes; i += kWordsAtOnce * 4) make_normals(words + i);
-    }
-  };
 
   // The normal numbers of places [begin, end) of a channel's row, into `spare`.
   const float* normals(const float* key, int c, int y, int64_t begin, int64_t end) {
     float* const to = spare.channel[0];
-    for_draws(words_, key, c, y, begin, end, NormalsBehind{},
-              [&](const uint32_t* drawn, int64_t x, int64_t count)
-                  RK_INLINE { memcpy(to + x, drawn, count * sizeof(float)); });
+    for_draws(words_, key, c, y, begin, end,
+              [&](const uint32_t* drawn, int64_t x, int64_t count) RK_INLINE {
+                make_normals(words_.drawn, drawn + count - words_.drawn);
+                memcpy(to + x, drawn, count * sizeof(float));
+              });
     return to;
   }
 
@@ -310,7 +306,7 @@ class PixelInstructions {
     const ImageRange range = range_;
     for (int c = 0; c < channels_; ++c) {
       float* const row = rows.channel[c];
-      for_draws(half_words_, SaltAndPepperArguments::key(a), c, y, 0, width_, NothingBehind{},
+      for_draws(half_words_, SaltAndPepperArguments::key(a), c, y, 0, width_,
                 [&](const uint16_t* drawn, int64_t x, int64_t count) RK_INLINE {
                   float half_words[kVector];
                   for (int64_t i = 0; i < count; i += kVector) {

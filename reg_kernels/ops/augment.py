@@ -109,8 +109,7 @@ _ARGUMENTS = (
     "int width, ScalarType dtype, bool result_channels_last, bool exact"
 )
 # The others take no float64.
-_TAKES: dict[str, tuple[torch.dtype, ...]] = {"native": (torch.float32,), "triton": ()}
-_TAKES: dict[str, tuple[torch.dtype, ...]] = {"native": (), "triton": (torch.float32,)}
+_TAKES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(("native", "triton"), (torch.float32,))
 _AUGMENT = register(
     "augment",
     f"({_ARGUMENTS}) -> Tensor",

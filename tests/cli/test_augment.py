@@ -44,7 +44,7 @@ def test_a_row_for_each_image_and_the_parameters_under_each(
     photos: list[Path], drawn: list[Figure], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "grid.png"
-    text = "RandomResizedCrop(8), RandomHorizontalFlip(0.999), RandAugment(2, 9), RandomErasing(1.0)"
+    text = "RandomResizedCrop(8), RandomHorizontalFlip(0.999), RandAugment, RandomErasing(1.0)"
     assert run(*photos, "--pipeline", text, "--samples", 2, "--out", out) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     with Image.open(out) as picture:

@@ -352,8 +352,8 @@ def test_pytorchs_own_augmentation_moves_and_erases_as_ours_does() -> None:
     pair = SimpleNamespace(lower=0.0, mean=torch.zeros(1), std=torch.ones(1))
     n = 4000
     means = []
-    for make in (lambda: _trainer.augment_by_torch(pair, 0), lambda: train._pipeline(pair, 0, None)):
-        found = make()(image.expand(n, 1, 12, 12), torch.arange(n), 0)
+    for run in (_trainer.augment_by_torch(pair, 0), train._pipeline(pair, 0, None)):
+        found = run(image.expand(n, 1, 12, 12), torch.arange(n), 0)
         assert found.shape == (n, 1, 12, 12)
         means.append(found.mean(0)[0])
     assert means[0].sum() == pytest.approx(means[1].sum().item(), rel=0.03)

@@ -16,8 +16,8 @@ __device__ __forceinline__ void four_normals(const RngStream& stream, int64_t el
   RK_NO_UNROLL
   for (int i = from ? 1 : 0; i >= 0; --i) {
     const PhiloxWords words = stream(group + static_cast<uint64_t>(i));
-    const auto low = normal_pair<OneLane>(words.w[0], words.w[1]);
-    const auto high = normal_pair<OneLane>(words.w[2], words.w[3]);
+    const auto low = normal_pair<OneLane>(words.w[0], words.w[3]);
+    const auto high = normal_pair<OneLane>(words.w[2], words.w[1]);
     z[0] = low.first, z[1] = low.second, z[2] = high.first, z[3] = high.second;
     if (i == 1) next[0] = z[0], next[1] = z[1], next[2] = z[2];
   }

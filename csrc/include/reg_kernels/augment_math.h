@@ -197,8 +197,8 @@ RK_HD RngStream augment_stream(const float* parts) {
 // The normal number of an element of an image: of word e % 4 of group e / 4.
 RK_HD float augment_normal(const RngStream& stream, int64_t element) {
   const PhiloxWords words = stream(static_cast<uint64_t>(element) / 4);
-  const int pair = static_cast<int>(element & 2);
-  const auto normals = normal_pair<OneLane>(words.w[pair], words.w[pair + 1]);
+  const bool later = element & 2;
+  const auto normals = normal_pair<OneLane>(words.w[later ? 2 : 0], words.w[later ? 1 : 3]);
   return element & 1 ? normals.second : normals.first;
 }
 
