@@ -207,7 +207,9 @@ class Pipeline:
     def from_torchvision(cls, compose: Any, **options: Any) -> Pipeline:
         """The pipeline that does what a `torchvision.transforms.v2.Compose` does.
 
-        torchvision is not imported: transforms are known by their classes' names and attributes.
+        torchvision is not imported: transforms are known by their classes' names and attributes. A
+        MixUp or CutMix at the end is a `Mixup`, whose partners are the samples of the batch from
+        its end.
 
         Args:
             compose: the `Compose`, or one transform.

@@ -10,6 +10,7 @@ import torch
 from .._numbers import refuse
 from . import colour, crop, geometry, noise, policies
 from ._transform import Transform
+from .mixup import Mixup
 
 _TAKEN: dict[str, type[Transform]] = {
     kind.__name__: kind
@@ -30,8 +31,8 @@ _TAKEN: dict[str, type[Transform]] = {
 _NOTHING = ("ToImage", "PILToTensor", "ToPureTensor", "Identity")
 
 
-def transforms_of(compose: Any) -> list[Transform]:
-    taken: list[Transform] = []
+def transforms_of(compose: Any) -> list[Transform | Mixup]:
+    taken: list[Transform | Mixup] = []
     refused: list[str] = []
     _add(compose, taken, refused)
     if refused:
@@ -40,7 +41,7 @@ def transforms_of(compose: Any) -> list[Transform]:
     return taken
 
 
-def _add(transform: Any, taken: list[Transform], refused: list[str]) -> None:
+def _add(transform: Any, taken: list[Transform | Mixup], refused: list[str]) -> None:
     name = type(transform).__name__
     if name == "Compose":
         for part in transform.transforms:
@@ -52,6 +53,10 @@ def _add(transform: Any, taken: list[Transform], refused: list[str]) -> None:
             taken.append(_TAKEN[name](**_arguments(transform, _TAKEN[name])))
         except (TypeError, ValueError, AttributeError) as error:
             refused.append(f"{name} ({error})")
+    elif name in ("MixUp", "CutMix"):
+        alphas = (transform.alpha, 0.0) if name == "MixUp" else (0.0, transform.alpha)
+        options = {"label_smoothing": 0.0, "num_classes": transform.num_classes}
+        taken.append(Mixup(*alphas, **options))
     elif name in ("ToDtype", "ConvertImageDtype", "ToTensor"):
         _add_dtype(transform, name, taken, refused)
     elif name not in _NOTHING:
@@ -73,7 +78,9 @@ def _arguments(transform: Any, kind: type[Transform]) -> dict[str, Any]:
     return arguments
 
 
-def _add_dtype(transform: Any, name: str, taken: list[Transform], refused: list[str]) -> None:
+def _add_dtype(
+    transform: Any, name: str, taken: list[Transform | Mixup], refused: list[str]
+) -> None:
     dtype = getattr(transform, "dtype", torch.float32)
     scales = name != "ToDtype" or transform.scale
     if dtype == torch.uint8:  # of bytes it is nothing
@@ -84,14 +91,15 @@ def _add_dtype(transform: Any, name: str, taken: list[Transform], refused: list[
         taken.append(noise.ToDtype(dtype))
 
 
-def _add_random(transform: Any, taken: list[Transform], refused: list[str]) -> None:
+def _add_random(transform: Any, taken: list[Transform | Mixup], refused: list[str]) -> None:
     """RandomApply of one transform that has a p of its own."""
-    inner: list[Transform] = []
+    inner: list[Transform | Mixup] = []
     parts = list(transform.transforms)
     if len(parts) == 1:
         _add(parts[0], inner, refused)
-    if len(inner) == 1 and "p" in inspect.signature(type(inner[0])).parameters:
-        inner[0].p *= transform.p
-        taken += inner
+    first = inner[0] if len(inner) == 1 else None
+    if isinstance(first, Transform) and "p" in inspect.signature(type(first)).parameters:
+        first.p *= transform.p
+        taken.append(first)
     elif len(parts) != 1 or inner:
         refused.append("RandomApply of other than one transform with a p")

@@ -63,6 +63,9 @@ def test_transforms_are_known_by_name():
     assert result.shape == (2, 3, 20, 20) and result.dtype == torch.float32
     one = augment.Pipeline.from_torchvision(TRAINING[2])
     assert [type(x) for x in one.transforms] == [augment.RandomHorizontalFlip]
+    cut = like("Compose", transforms=[TRAINING[2], like("CutMix", alpha=0.7, num_classes=5)])
+    mixup = augment.Pipeline.from_torchvision(cut).transforms[-1]
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0, 0.7, 0)
 
 
 def test_torchvisions_own_objects_are_known():
