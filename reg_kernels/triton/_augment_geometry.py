@@ -113,7 +113,7 @@ def wide_weight(j, centre, stretch, kind):
     return tl.where(kind == BILINEAR_ANTIALIAS, tl.maximum(1.0 - x, 0.0), cubic)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "segments"])
 def taps_kernel(
     program_ptr,  # float32 [N, S, WIDTH]
     plan_ptr,  # int64 [fields, segments]

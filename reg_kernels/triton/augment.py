@@ -226,7 +226,8 @@ def augment(
     if result.numel() == 0:
         return result
     plan = plan_for(images, program, channels, channels * height * width)
-    fields, instructions = _sent((plan.fields, plan.program), device)
+    # Rows of 64 bytes come first, so that both are aligned alike whatever their lengths.
+    instructions, fields = _sent((plan.program, plan.fields), device)
     segments, steps = plan.fields.shape[1], plan.program.shape[1]
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=device)
     taps = torch.empty(plan.taps, dtype=torch.int64, device=device)
