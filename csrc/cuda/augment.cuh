@@ -242,27 +242,31 @@ __global__ void __launch_bounds__(kAugmentThreads, kAugmentBlocks<kChannels, kEx
   }
 }
 
-// The plan's way to the device: a part of it is a kernel's argument.
-constexpr int kUploadWords = 7936;
+// The plan's way to the device: a part of it is a kernel's argument, of which there are two
+// lengths, since a call with few samples would feel the longer one.
+template <int kWords>
 struct AugmentPart {
-  uint32_t words[kUploadWords];
+  uint32_t words[kWords];
 };
+constexpr int kFewWords = 960, kManyWords = 7936;
 
+template <int kWords>
 __global__ void __launch_bounds__(kAugmentThreads)
-    augment_upload_kernel(const __grid_constant__ AugmentPart part, uint32_t* to, int count) {
-  for (int i = blockIdx.x * kAugmentThreads + threadIdx.x; i < count;
-       i += gridDim.x * kAugmentThreads) {
-    to[i] = part.words[i];
-  }
+    augment_upload_kernel(const __grid_constant__ AugmentPart<kWords> part, uint32_t* to,
+                          int count) {
+  const int i = static_cast<int>(blockIdx.x * kAugmentThreads + threadIdx.x);
+  if (i < count) to[i] = part.words[i];
 }
 
-inline void upload(const std::vector<uint32_t>& words, uint32_t* to, cudaStream_t stream) {
-  AugmentPart part;
-  for (size_t begin = 0; begin < words.size(); begin += kUploadWords) {
-    const int count = static_cast<int>(std::min<size_t>(kUploadWords, words.size() - begin));
+template <int kWords>
+void upload(const std::vector<uint32_t>& words, uint32_t* to, cudaStream_t stream) {
+  AugmentPart<kWords> part;
+  for (size_t begin = 0; begin < words.size(); begin += kWords) {
+    const int count = static_cast<int>(std::min<size_t>(kWords, words.size() - begin));
     std::copy_n(words.data() + begin, count, part.words);
-    RK_LAUNCH(augment_upload_kernel, dim3(static_cast<unsigned>(ceil_div(count, kAugmentThreads))),
-              dim3(kAugmentThreads), 0, stream, part, to + begin, count);
+    RK_LAUNCH(augment_upload_kernel<kWords>,
+              dim3(static_cast<unsigned>(ceil_div(count, kAugmentThreads))), dim3(kAugmentThreads),
+              0, stream, part, to + begin, count);
     check_launch("augment");
   }
 }
@@ -310,7 +314,8 @@ void launch_augment(const AugmentBatch& batch, const Allocate& allocate, cudaStr
   a.to = batch.to;
   a.whole = batch.width % kAugmentPixels == 0 &&
             reinterpret_cast<uintptr_t>(batch.result) % kVectorBytes == 0;
-  upload(plan.words, memory, stream);
+  const auto upload_words = plan.words.size() <= kFewWords ? upload<kFewWords> : upload<kManyWords>;
+  upload_words(plan.words, memory, stream);
   for (const AugmentLaunch& launch : plan.launches) {
     if (launch.cleared) {
       const auto bytes = sizeof(uint32_t) * static_cast<size_t>(launch.cleared);
