@@ -144,7 +144,7 @@ def call_of(seed):
     programs = Programs(drawn, channels, 255.0 if is_bytes else 1.0, exact)
     final = (drawn.randint(1, 20), drawn.randint(1, 40))
     sizes = [
-        drawn.choice(((1, 1), (3, 700), (drawn.randint(1, 40), drawn.randint(1, 60))))
+        drawn.choice(((1, 1), (2, 150), (drawn.randint(1, 40), drawn.randint(1, 60))))
         for _ in "123"
     ]
     rows = [programs.of(size, drawn.randint(0, 5), final) for size in sizes]
