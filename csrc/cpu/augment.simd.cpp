@@ -169,7 +169,8 @@ class Interpreter {
     switch (op) {
       case AugmentOp::box: {
         const BoxArguments box = BoxArguments::of(mover);
-        box_.set(box, channels, height, width, range_);
+        const bool absent = current_ || batch_.from != PixelType::bytes;
+        box_.set(box, channels, height, width, absent, range_);
         open_source(box_.first(), box_.count(), box_.reach());
         height_ = box.out_height;
         width_ = box.out_width;

@@ -64,8 +64,8 @@ class TapTable {
   int count(int64_t x) const { return counts_[x]; }
   float weight(int64_t x, int j) const { return weights_[j * padded_ + x]; }
 
-  // to[x] = the sum of from[k] over the taps k of x. `absent` says that what is read behind the
-  // last tap may be no number.
+  // to[x] = the sum of from[k] over the taps k of x. What is read behind the last tap counts 0;
+  // `absent` says that it may be no number.
   RK_STAGE void sum(const float* from, bool absent, const ImageRange& range, float* to) const {
     if (!near_) {
       absent ? sum<false, true, 0>(from, range, to) : sum<false, false, 0>(from, range, to);
@@ -130,9 +130,12 @@ class TapTable {
         Vector sum = vector_at(weights + x) * pick(first);
 #pragma GCC unroll 4
         for (int j = 1; j < taps; ++j) {
-          const Vector term = vector_at(weights + j * padded + x) * pick(first + j);
+          const Integers used = j < integers_at(counts + x);
+          Integers place = first + j;
+          if constexpr (!kNear) place = used ? place : first;  // which may lie far behind the row
+          const Vector term = vector_at(weights + j * padded + x) * pick(place);
           if constexpr (kAbsent) {
-            sum = j < integers_at(counts + x) ? sum + term : sum;
+            sum = used ? sum + term : sum;
           } else {
             sum += term;
           }
@@ -159,8 +162,11 @@ class TapTable {
 class Box {
  public:
   // Of an image of height x width; rows will be asked for from column first() on, count() columns
-  // of reach() rows at a time.
-  void set(const BoxArguments& box, int channels, int height, int width, const ImageRange& range) {
+  // of reach() rows at a time. `absent` says that values may be no numbers or infinite, which a
+  // weight of 0 does not take away.
+  void set(const BoxArguments& box, int channels, int height, int width, bool absent,
+           const ImageRange& range) {
+    absent_ = absent;
     box_ = box;
     channels_ = channels;
     height_ = height;
@@ -178,7 +184,10 @@ class Box {
     const int most = row_taps_.most();
     weights_ = weights_room_.at_least(most);
     pointers_ = pointers_room_.at_least(kMostChannels * most);
-    sums_ = sums_room_.at_least(count_ + columns_.most_taps());
+    sums_ = sums_room_.at_least(count_);
+    for (int c = 0; c < channels; ++c) {
+      memset(sums_.channel[c] + whole_vectors(count_), 0, kSlack * sizeof(float));
+    }
     fill_row_ = fill_room_.at_least(count_);
     for (int c = 0; c < channels; ++c) {
       for (int64_t x = 0; x < count_ + kSlack; ++x) fill_row_.channel[c][x] = box.fill[c];
@@ -219,7 +228,7 @@ class Box {
           put(to.channel[c] + x, range.resampled(vector_at(from + x)));
         }
       } else {
-        taps_.sum(from, range_.bound == 1.0f, range_, to.channel[c]);
+        taps_.sum(from, absent_, range_, to.channel[c]);
       }
     }
   }
@@ -231,7 +240,8 @@ class Box {
   // side as they do.
   void set_places(int width) {
     const int64_t places = box_.width + 2 * margin_;
-    row_ = row_room_.at_least(places + kSlack + columns_.most_taps());
+    row_ = row_room_.at_least(places + kSlack);
+    memset(row_ + places, 0, kSlack * sizeof(float));
     columns_of_ = columns_room_.at_least(places);
     begin_ = end_ = 0;
     for (int64_t k = 0; k < places; ++k) {
@@ -264,7 +274,7 @@ class Box {
   BoxAxis rows_{}, columns_{};
   int64_t first_ = 0, count_ = 0, begin_ = 0, end_ = 0;
   int margin_ = 0;
-  bool beside_ = false, copies_ = false;
+  bool beside_ = false, copies_ = false, absent_ = false;
   TapTable taps_, row_taps_;
   Room<float> weights_room_, row_room_;
   Room<const float*> pointers_room_;

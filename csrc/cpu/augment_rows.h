@@ -220,8 +220,8 @@ class RowSource {
     while (slots_ < reach) slots_ *= 2;
     row_stride_ = whole_vectors(count) + kSlack;
     rows_ = ring_.at_least(slots_ * image.channels * row_stride_);
-    int* const held = held_.at_least(slots_);
-    for (int slot = 0; slot < slots_; ++slot) held[slot] = -1;
+    held_ = held_room_.at_least(slots_);
+    for (int slot = 0; slot < slots_; ++slot) held_[slot] = -1;
   }
   void of_planes(const Planes& planes, int channels, int64_t first) {
     planes_ = &planes;
@@ -244,13 +244,12 @@ class RowSource {
       return rows;
     }
     const int slot = y & (slots_ - 1);
-    int* const held = held_.at_least(0);
     RowSet in{};
     for (int c = 0; c < image_.channels; ++c) {
       rows.channel[c] = in.channel[c] = rows_ + (slot * image_.channels + c) * row_stride_;
     }
-    if (held[slot] != y) {
-      held[slot] = y;
+    if (held_[slot] != y) {
+      held_[slot] = y;
       read_row(y, in);
     }
     return rows;
@@ -267,8 +266,9 @@ class RowSource {
   int64_t first_ = 0, count_ = 0, row_stride_ = 0;
   int slots_ = 1;
   Room<float> ring_;
-  Room<int> held_;
+  Room<int> held_room_;
   float* rows_ = nullptr;
+  int* held_ = nullptr;  // the row in each slot
   RowRoom staging_;
 };
 

@@ -143,7 +143,10 @@ def call_of(seed):
     channels = drawn.choice((1, 2, 3, 3, 3, 4))
     programs = Programs(drawn, channels, 255.0 if is_bytes else 1.0, exact)
     final = (drawn.randint(1, 20), drawn.randint(1, 40))
-    sizes = [drawn.choice(((1, 1), (drawn.randint(1, 40), drawn.randint(1, 60)))) for _ in "123"]
+    sizes = [
+        drawn.choice(((1, 1), (2, 150), (drawn.randint(1, 40), drawn.randint(1, 60))))
+        for _ in "123"
+    ]
     rows = [programs.of(size, drawn.randint(0, 5), final) for size in sizes]
     steps = max(map(len, rows))
     padded = [row + [[0.0] * WIDTH] * (steps - len(row)) for row in rows]
