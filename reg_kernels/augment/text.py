@@ -14,7 +14,7 @@ from .mixup import Mixup
 from .pipeline import Pipeline
 from .timm import from_timm
 
-_OF_TIMM = re.compile(r"(rand|augmix|originalr?|v0r?|3a)(-[a-z0-9.]+)*", re.IGNORECASE)
+_OF_TIMM = re.compile(r"(rand|augmix|originalr?|v0r?|3a)(-[a-z0-9.]+)*")
 
 
 def from_text(text: str, **options: Any) -> Pipeline:

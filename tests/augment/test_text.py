@@ -30,6 +30,13 @@ def test_a_line_is_what_one_would_have_written() -> None:
     assert torch.equal(read(images), written(images))
 
 
+def test_a_class_is_no_string_of_timms() -> None:
+    (mixing,) = augment.from_text("AugMix").transforms
+    (of_timm,) = augment.from_text("augmix-m5").transforms
+    assert type(mixing) is augment.AugMix
+    assert repr(of_timm) == repr(augment.from_timm("augmix-m5"))
+
+
 PLAIN = "from_text: text must be transforms with plain arguments, as "
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PIPELINES = {
     "crop": "RandomResizedCrop(32), RandomHorizontalFlip, Normalize",
-    "policy": "RandomResizedCrop(32), RandAugment(2, 9), ColorJitter(0.4, 0.4, 0.4, 0.1), Normalize",
+    "policy": "RandomResizedCrop(32), RandAugment, ColorJitter(0.4, 0.4, 0.4, 0.1), Normalize",
     "filters": "RandomCrop(32, 4), GaussianBlur(9), RandomAdjustSharpness(2.0), RandomEqualize",
     "noise": "RandomAffine(30, (0.1, 0.1), interpolation='bilinear'), GaussianNoise, RandomErasing",
     "AugMix": "CenterCrop(32), AugMix, Normalize",
