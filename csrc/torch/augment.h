@@ -12,13 +12,18 @@
 
 namespace reg_kernels {
 
-inline PixelType pixel_type(const char* op, ScalarType type, const char* name) {
+// `got` is what is said of it where it is refused.
+template <typename T>
+PixelType pixel_type(const char* op, ScalarType type, const char* name, const T& got) {
   switch (type) {
     case ScalarType::Byte: return PixelType::bytes;
     case ScalarType::Float: return PixelType::float32;
     case ScalarType::Half: return PixelType::float16;
     case ScalarType::BFloat16: return PixelType::bfloat16;
-    default: refuse(op, name, "one of float32, float16, bfloat16 or uint8", dtype_name(type));
+    case ScalarType::Double:
+      refuse(op, name, "of no float64, which is the reference's alone", described(got));
+    default:
+      refuse(op, name, "one of float64, float32, float16, bfloat16 or uint8", described(got));
   }
 }
 
@@ -202,7 +207,7 @@ inline AugmentBatch augment_batch(const Call& call, const Tensor& pixels, const 
                                   int64_t height, int64_t width, ScalarType dtype,
                                   bool result_channels_last, bool exact) {
   AugmentBatch batch{};
-  batch.from = pixel_type(call.op, pixels.scalar_type(), "pixels");
+  batch.from = pixel_type(call.op, pixels.scalar_type(), "pixels", pixels);
   RK_REQUIRE(pixels.dim() == 1 && pixels.is_contiguous(), call.op, "pixels",
              "one contiguous dimension", pixels);
   batch.pixels = call.data(pixels, "pixels");
@@ -229,7 +234,7 @@ inline AugmentBatch augment_batch(const Call& call, const Tensor& pixels, const 
              words("in [1, ", kLargestSide, "]"), height);
   RK_REQUIRE(width >= 1 && width <= kLargestSide, call.op, "width",
              words("in [1, ", kLargestSide, "]"), width);
-  batch.to = pixel_type(call.op, dtype, "dtype");
+  batch.to = pixel_type(call.op, dtype, "dtype", dtype_name(dtype));
   RK_REQUIRE(!exact || batch.from == PixelType::bytes, call.op, "exact",
              "false but for pixels of uint8", dtype_name(pixels.scalar_type()));
   batch.channels = static_cast<int>(channels);
