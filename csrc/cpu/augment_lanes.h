@@ -133,8 +133,8 @@ RK_HD Integers joined(const __m128 (&parts)[kVector / 4]) {
 }
 #endif
 
-// load(k) for each lane k, by loads of single elements: the instructions that gather take three
-// times as long (2026-11-29, EPYC: 8.7 and 3.0 ns a pixel of a bilinear warp), and less portable.
+// load(k) for each lane k, by loads of single elements. By the instructions that gather a bilinear
+// warp took longer (2026-11-29, EPYC, two runs of a busy machine: 8.7 ns a pixel, and 3.0 so).
 template <typename V, typename Load>
 RK_HD V of_lanes(const Load& load) {
 #if defined(__x86_64__)

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from reg_kernels import functional as F
 from reg_kernels import optim
+from reg_kernels._augment_program import Filter, Op, WarpFilter, instruction
 from reg_kernels._mixed_target import MixedTarget
+from reg_kernels.ops.augment import run
 from reg_kernels.ops.subset import Subset, add_of_subset
 
 from support import DTYPES, isas
@@ -257,7 +259,42 @@ def of_optimizers() -> Iterator[tuple[str, Make]]:
             yield " ".join([algorithm, *option]), step(algorithm, {**own, **option})
 
 
-CALLS: dict[str, Make] = dict(itertools.chain(of_batch_norm(), of_one_input(), of_optimizers()))
+def of_images() -> Iterator[tuple[str, Make]]:
+    """Programs of augmentation, from bytes; float64 is the reference's, and bytes stand for it."""
+
+    def on(program: Callable[[int], list[list[float]]], channels_last: bool = False) -> Make:
+        def make(dtype: torch.dtype, n: int) -> Timed:
+            side = 16 * round((n / 3) ** 0.5 / 16)
+            pixels = torch.randint(256, (3 * side * side,), dtype=torch.uint8)
+            images, rows = torch.tensor([[0, side, side]]), torch.tensor([program(side)])
+            to = torch.uint8 if dtype == torch.float64 else dtype
+            given = (pixels, images, rows, 3, channels_last, side, side, to, False, False)
+            return Timed(lambda: run(*given))
+
+        return make
+
+    def crop(side: int) -> list[list[float]]:
+        region = (0, 0, side - side // 8, side - side // 8)
+        how = (side, side, 1, Filter.BILINEAR_ANTIALIAS, 0)
+        scale = instruction(Op.NORMALIZE, *[0.01] * 4, *[0.5] * 4)
+        return [instruction(Op.BOX, *region, *how), scale]
+
+    def warp(side: int) -> list[list[float]]:
+        turn = (0.98, -0.17, 3.0, 0.17, 0.98, -3.0, 0.0, 0.0, 1.0)
+        return [instruction(Op.WARP, *turn, side, side, WarpFilter.BILINEAR)]
+
+    for last in (False, True):
+        name = " channels_last" if last else ""
+        yield f"augment crop{name}", on(crop, channels_last=last)
+        yield f"augment warp{name}", on(warp, channels_last=last)
+    blends = [instruction(Op.SATURATION, 1.2, -0.2), instruction(Op.CONTRAST, 0.9, 0.1)]
+    yield "augment colour", on(lambda side: [instruction(Op.HUE, 0.1), *blends])
+    yield "augment blur", on(lambda side: [instruction(Op.BLUR, 0, 5, 0.2, *[0.08] * 5)])
+
+
+CALLS: dict[str, Make] = dict(
+    itertools.chain(of_batch_norm(), of_one_input(), of_optimizers(), of_images())
+)
 
 
 def directions(name: str, dtype: torch.dtype, size: int) -> dict[str, Callable[[], Any]]:
