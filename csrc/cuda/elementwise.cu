@@ -40,9 +40,9 @@ void run(const ElementwiseCall& a) {
                                 launch.stream);
     }
   };
-  if constexpr (kTakesBytes<Op>) {
-    if (a.x.scalar_type() == ScalarType::Byte) return launch_of(uint8_t{});
-  }
+  // An op that takes none has no kernels of bytes.
+  using Byte = std::conditional_t<kTakesBytes<Op>, uint8_t, float>;
+  if (kTakesBytes<Op> && a.x.scalar_type() == ScalarType::Byte) return launch_of(Byte{});
   for_dtype(a.x, a.call.op, launch_of);
 }
 
