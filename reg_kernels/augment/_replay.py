@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._dtypes import DTYPES
+from .._dtypes import DTYPES, named
 from .._numbers import refuse
 from ._assemble import Assembly
 from ._images import Batch, packed
@@ -33,6 +33,8 @@ def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
     is_flat = dims == {2}
     each = [masks] if is_tensor else [*masks]
     dtype = each[0].dtype
+    if dtype.is_complex:
+        _refuse("masks", "of real numbers", named(dtype), TypeError)
     if is_flat:
         each = [mask.unsqueeze(-3) for mask in each]
     if dtype != torch.uint8 and dtype not in DTYPES:
