@@ -65,8 +65,8 @@ class Pipeline:
             or last, of 1 to 4; where both may be, it has to be given.
         exact: "torchvision" gives torchvision's results for bytes, which has whole numbers after
             each transform: the same bits where pixels are copied or looked up, and one level away
-            at most where a bilinear filter or a blur sums. None keeps floats between transforms and
-            rounds once.
+            at most where a bilinear filter or a blur sums; bicubic may be further. None keeps
+            floats between transforms and rounds once.
         fuse_geometry: True makes one interpolation of rotations, affine and perspective transforms
             in a row, of flips beside them and of crops after them. That is sharper and faster, and
             what the first pushes out of the image the second may bring back. Crops, flips and a
@@ -86,8 +86,8 @@ class Pipeline:
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
     begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
-    begins an epoch, and `state_dict` says where in it a run is. All is computed on the CPU, and
-    nothing waits for a GPU.
+    begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and nothing
+    waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
     `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
