@@ -86,8 +86,8 @@ class Pipeline:
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
     begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
-    begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and nothing
-    waits for a GPU.
+    begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and
+    nothing waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
     `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
