@@ -210,6 +210,8 @@ class Assembly:
             eye = torch.eye(3, dtype=torch.float64)
             matrix = torch.where(on.view(-1, 1, 1), matrix, eye)
         filter, values = self.warp_filter(filter, fill), self.values("fill", fill)
+        if self.channels == 4 and values[3] != values[2]:  # an instruction has room for three
+            self.refuse("fill", "the same for the last two of four channels", fill)
         sides = (self.height, self.width) if out is None else out
         size = (self.height, self.width)
         warp = _Warp(matrix, filter, values, *size, *sides, None if out is not None else on)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._dtypes import DTYPES
+from .._dtypes import DTYPES, named
 from .._numbers import refuse
 from ._assemble import Assembly
 from ._images import Batch, packed
@@ -33,6 +33,8 @@ def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
     is_flat = dims == {2}
     each = [masks] if is_tensor else [*masks]
     dtype = each[0].dtype
+    if dtype.is_complex:
+        _refuse("masks", "of real numbers", named(dtype), TypeError)
     if is_flat:
         each = [mask.unsqueeze(-3) for mask in each]
     if dtype != torch.uint8 and dtype not in DTYPES:
@@ -42,24 +44,21 @@ def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
 
 def moved_boxes(boxes: Any, assembly: Assembly) -> Any:
     """The upright rectangles around where the corners go, within the result."""
-    moved = []
-    for sample, (own, matrix) in enumerate(_each(boxes, 4, "boxes", assembly)):
-        u, v = _moved(own[:, [0, 2, 2, 0]], own[:, [1, 1, 3, 3]], matrix)
-        x, y = u.clamp(0, assembly.width[sample].item()), v.clamp(0, assembly.height[sample].item())
-        moved.append(torch.stack((x.amin(1), y.amin(1), x.amax(1), y.amax(1)), 1).float())
-    return torch.stack(moved) if isinstance(boxes, Tensor) else moved
+    own, which = _joined(boxes, 4, "boxes", assembly)
+    x, y = _moved(own[:, [0, 2, 2, 0]], own[:, [1, 1, 3, 3]], which, assembly)
+    for axis, side in ((x, assembly.width), (y, assembly.height)):
+        axis.clamp_(min=0).clamp_(max=side[which].unsqueeze(1).to(own.device))
+    return _parted(boxes, torch.stack((x.amin(1), y.amin(1), x.amax(1), y.amax(1)), 1))
 
 
 def moved_points(points: Any, assembly: Assembly) -> Any:
-    moved = [
-        torch.stack(_moved(own[:, 0], own[:, 1], matrix), 1).float()
-        for own, matrix in _each(points, 2, "keypoints", assembly)
-    ]
-    return torch.stack(moved) if isinstance(points, Tensor) else moved
+    own, which = _joined(points, 2, "keypoints", assembly)
+    x, y = _moved(own[:, :1], own[:, 1:], which, assembly)
+    return _parted(points, torch.cat((x, y), 1))
 
 
-def _each(given: Any, count: int, argument: str, assembly: Assembly) -> list[tuple[Tensor, Tensor]]:
-    """Of each sample the numbers, float64 (K, count), and the matrix of where points go."""
+def _joined(given: Any, count: int, argument: str, assembly: Assembly) -> tuple[Tensor, Tensor]:
+    """The numbers of all samples, float64 (M, count), and which sample each row is of, (M,)."""
     if not isinstance(given, Tensor | Sequence):
         _refuse(argument, "a tensor, or a list of tensors", type(given).__name__, TypeError)
     if len(given) != assembly.samples:
@@ -69,11 +68,21 @@ def _each(given: Any, count: int, argument: str, assembly: Assembly) -> list[tup
             shape = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
             must = f"(N, K, {count}) or a list of (K, {count})"
             _refuse(argument, must, f"a sample of {shape}")
-    maps = torch.linalg.inv(assembly.seen)
-    return [(own.double(), m.to(own.device)) for own, m in zip(given, maps, strict=True)]
+    rows = torch.tensor([len(own) for own in given])
+    which = torch.arange(assembly.samples).repeat_interleave(rows)
+    return torch.cat([*given]).double(), which
 
 
-def _moved(x: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    (a, b, c), (d, e, f), (g, h, i) = matrix
+def _parted(given: Any, moved: Tensor) -> Any:
+    """What was joined, float32, as it was given."""
+    if isinstance(given, Tensor):
+        return moved.view(given.shape).float()
+    return [*moved.float().split([len(own) for own in given])]
+
+
+def _moved(x: Tensor, y: Tensor, which: Tensor, assembly: Assembly) -> tuple[Tensor, Tensor]:
+    """Where points go, (M, n), each row by the map of its sample."""
+    maps = torch.linalg.inv(assembly.seen)[which].to(x.device)
+    a, b, c, d, e, f, g, h, i = maps.reshape(-1, 9, 1).unbind(1)
     q = g * x + h * y + i
     return (a * x + b * y + c) / q, (d * x + e * y + f) / q

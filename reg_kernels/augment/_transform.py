@@ -21,6 +21,7 @@ class Transform:
     its instructions from them."""
 
     p: float = 1.0
+    always: str | None = None  # why it has to apply to all samples, if it has to
     words: ClassVar[int] = 0  # of 32 bits that a sample draws, beside the one for `p`
     columns: tuple[str, ...] = ()  # of the parameters; `applied` comes before them
     normalizes: ClassVar[bool] = False  # its result has left the range of pixels
@@ -52,6 +53,8 @@ class Transform:
 
     def _set_p(self, p: float) -> None:
         self.p = probability(type(self).__name__, "p", p)
+        if self.p < 1 and self.always is not None:
+            self._refuse("p", f"1 with {self.always}", p)
 
     def _number(
         self, argument: str, value: Any, least: float = -math.inf, most: float = math.inf
@@ -130,6 +133,8 @@ PADS = (Pad.CONSTANT, Pad.EDGE, Pad.REFLECT, Pad.SYMMETRIC)
 
 def resize_filter(transform: Transform, interpolation: Any, antialias: bool | None) -> Filter:
     chosen = transform._choice("interpolation", interpolation, _RESIZES)
+    if antialias not in (None, True, False):
+        transform._refuse("antialias", "True, False or None", repr(antialias))
     if antialias and chosen == Filter.BILINEAR:
         return Filter.BILINEAR_ANTIALIAS
     if antialias and chosen == Filter.BICUBIC:

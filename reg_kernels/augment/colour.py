@@ -39,9 +39,8 @@ class Grayscale(Transform):
         if num_output_channels not in (1, 3):
             self._refuse("num_output_channels", "1 or 3", num_output_channels)
         self.num_output_channels = num_output_channels
+        self.always = "one channel" if num_output_channels == 1 else None
         self._set_p(p)
-        if num_output_channels == 1 and self.p < 1:
-            self._refuse("p", "1 with one channel", p)
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
@@ -198,10 +197,10 @@ class RandomPhotometricDistort(Transform):
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
-        _jitter(values, values["contrast_first"], _DISTORT_STEPS, None, assembly)
+        _jitter(values, values["contrast_first"], _DISTORT_STEPS, on, assembly)
         if assembly.channels == 3:
-            order = torch.tensor(_PERMUTATIONS, dtype=torch.float64)[values["permutation"].long()]
-            assembly.colour(Op.PERMUTE, values["permutation"] > 0, *order.unbind(1))
+            is_drawn = values["permutation"] > 0
+            _permute(values, is_drawn if on is None else on & is_drawn, assembly)
 
 
 class RandomChannelPermutation(Transform):
@@ -223,8 +222,12 @@ class RandomChannelPermutation(Transform):
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(3)
-        order = torch.tensor(_PERMUTATIONS, dtype=torch.float64)[values["permutation"].long()]
-        assembly.colour(Op.PERMUTE, on, *order.unbind(1))
+        _permute(values, on, assembly)
+
+
+def _permute(values: Values, on: Tensor | None, assembly: Assembly) -> None:
+    order = torch.tensor(_PERMUTATIONS, dtype=torch.float64)[values["permutation"].long()]
+    assembly.colour(Op.PERMUTE, on, *order.unbind(1))
 
 
 class _Simple(Transform):

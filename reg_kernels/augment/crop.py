@@ -124,7 +124,8 @@ def _check_reflection(assembly: Assembly, mode: PadMode, *pads: tuple[Number, Te
     for pad, side in pads:
         wrong = pad > side - most
         if wrong.any():
-            where = f"less than an image's side with padding_mode {mode.name.lower()!r}"
+            limit = "less than" if most else "at most"
+            where = f"{limit} an image's side with padding_mode {mode.name.lower()!r}"
             least = int(side[wrong].min())
             assembly.refuse("padding", where, f"{_most(pad)} for a side of {least}")
 

@@ -103,9 +103,8 @@ class RandomRotation(_Warping):
         self.degrees = self._spread("degrees", degrees)
         self._set_warp(interpolation, fill, center)
         self.expand = bool(expand)
+        self.always = "expand" if self.expand else None
         self._set_p(p)
-        if self.expand and self.p < 1:
-            self._refuse("p", "1 with expand", p)
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         return (_draws.between(u[0], self.degrees),)

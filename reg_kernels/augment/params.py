@@ -15,7 +15,7 @@ class Params:
             width of the image; then those of each transform, as "RandomRotation.angle", the second
             of its kind as "RandomRotation2.angle". Where a transform has a `p` below 1, its column
             `applied` is 1 or 0. The transforms' documentation says what the others mean.
-        pipeline: what drew them: the transforms, as a string.
+        pipeline: what drew them: the transforms, as a string, and how it does their geometry.
 
     It may be saved by `torch.save` and loaded by `torch.load`.
     """

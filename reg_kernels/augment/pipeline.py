@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, packed
+from ._plan import KEYS, Plan, plan_of
 from ._replay import moved_boxes, moved_points, packed_masks
 from ._transform import Transform
 from .mixup import Mixup
@@ -24,7 +25,6 @@ from .noise import ToDtype
 from .params import Params
 from .torchvision import transforms_of
 
-_KEYS = ("index", "epoch", "height", "width")  # of the parameters, before the transforms'
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -33,8 +33,10 @@ _Result = TypeVar("_Result")
 
 
 def _on_host(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """What is drawn and written lies on the CPU, whatever torch.set_default_device says."""
+    """What is drawn and written lies on the CPU, whatever torch.set_default_device says; and
+    torch.compile calls it as it is, since what is written depends on the values that are drawn."""
 
+    @torch.compiler.disable
     @functools.wraps(method)
     def called(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         if torch.get_default_device().type == "cpu":
@@ -43,51 +45,6 @@ def _on_host(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
             return method(*args, **options)
 
     return called
-
-
-class _Step(NamedTuple):
-    """A transform in its place in the parameters and the draws."""
-
-    transform: Transform
-    name: str
-    word: int  # the first of its words
-    has_flag: bool  # whether its first column says where it applies
-
-
-class _Plan(NamedTuple):
-    steps: tuple[_Step, ...]
-    columns: tuple[str, ...]
-    groups: tuple[int, ...]  # slot << 8 | number
-    described: str
-
-
-def _plan(transforms: Sequence[Transform]) -> _Plan:
-    """Slots go by a transform's kind and its number among its kind, so that no other transform's
-    draws shift where one is put in or left out."""
-    counts: dict[str, int] = {}
-    taken: set[int] = set()
-    steps: list[_Step] = []
-    columns, groups = list(_KEYS), list[int]()
-    for transform in transforms:
-        kind = type(transform).__name__
-        counts[kind] = counts.get(kind, 0) + 1
-        name = kind if counts[kind] == 1 else f"{kind}{counts[kind]}"
-        slot = _draws.slot_of(name)
-        while slot in taken:
-            slot = (slot + 1) % _draws.SLOTS
-        taken.add(slot)
-        has_flag = transform.p < 1
-        own = (*(("applied",) if has_flag else ()), *transform.columns)
-        own = tuple(f"{name}.{column}" for column in own)
-        needed = transform.needed_words
-        # The first word is for p, whether there is one or not: p may change, and nothing shifts.
-        count = -(-(1 + needed) // 4) if has_flag or needed else 0
-        if count > _draws.MOST_GROUPS:
-            refuse(name, "draws", f"{4 * _draws.MOST_GROUPS} numbers at most", needed, ValueError)
-        steps.append(_Step(transform, name, 4 * len(groups), has_flag))
-        columns += own
-        groups += [slot << 8 | number for number in range(count)]
-    return _Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
 
 
 class Pipeline:
@@ -108,8 +65,8 @@ class Pipeline:
             or last, of 1 to 4; where both may be, it has to be given.
         exact: "torchvision" gives torchvision's results for bytes, which has whole numbers after
             each transform: the same bits where pixels are copied or looked up, and one level away
-            at most where a bilinear filter or a blur sums. None keeps floats between transforms and
-            rounds once.
+            at most where a bilinear filter or a blur sums; bicubic may be further. None keeps
+            floats between transforms and rounds once.
         fuse_geometry: True makes one interpolation of rotations, affine and perspective transforms
             in a row, of flips beside them and of crops after them. That is sharper and faster, and
             what the first pushes out of the image the second may bring back. Crops, flips and a
@@ -129,7 +86,7 @@ class Pipeline:
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
     begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
-    begins an epoch, and `state_dict` says where in it a run is. All is computed on the CPU, and
+    begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and
     nothing waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
@@ -198,7 +155,7 @@ class Pipeline:
         self.same_on_batch = bool(same_on_batch)
         self.crop_share, self.backend = crop_share, backend
         stand_ins = (x for transform in drawn for x in transform.for_evaluation(crop_share))
-        self._plans = {True: _plan(drawn), False: _plan([*stand_ins])}
+        self._plans = {True: plan_of(drawn), False: plan_of([*stand_ins])}
         self.training = True
         self._epoch = 0
         self._position = 0
@@ -257,7 +214,10 @@ class Pipeline:
             _refuse("state", "what state_dict returned", state)
         self.seed = integer("Pipeline", "seed", state["seed"])
         self.set_epoch(state["epoch"])
-        self._position = integer("Pipeline", "position", state["position"])
+        position = integer("Pipeline", "position", state["position"])
+        if position < 0:
+            _refuse("position", "at least 0", position)
+        self._position = position
 
     # Calls
 
@@ -302,14 +262,18 @@ class Pipeline:
             _refuse("indices", "at least 0", int(keys.min()))
         return keys
 
+    @property
+    def _fuses(self) -> bool:
+        return self.fuse_geometry and self.exact is None
+
+    def _described(self, plan: Plan) -> str:
+        """What parameters go by: a plan, and how its geometry is done."""
+        return plan.described + ("" if self._fuses else " with fuse_geometry=False")
+
     def _assembly(self, sizes: Tensor, channels: int, is_bytes: bool, **options: Any) -> Assembly:
         height, width = sizes.double().T.contiguous()
-        is_exact = self.exact is not None
-        fuses = self.fuse_geometry and not is_exact
-        bound = 255.0 if is_bytes else 1.0
-        return Assembly(
-            height, width, channels, bound=bound, is_exact=is_exact, fuse=fuses, **options
-        )
+        options |= {"is_exact": self.exact is not None, "fuse": self._fuses}
+        return Assembly(height, width, channels, bound=255.0 if is_bytes else 1.0, **options)
 
     def _assembled(self, batch: Batch, keys: Tensor) -> tuple[Params, Assembly]:
         """Draws, and writes the program as it goes, since a transform draws by the sizes that those
@@ -339,7 +303,7 @@ class Pipeline:
             drawn = [assembly.of_samples(x) for x in own]
             rows += drawn
             transform.write(dict(zip(transform.columns, drawn, strict=True)), on, assembly)
-        return Params(torch.stack(rows, 1), plan.columns, plan.described), assembly
+        return Params(torch.stack(rows, 1), plan.columns, self._described(plan)), assembly
 
     def _run(self, batch: Batch, assembly: Assembly) -> Tensor:
         dtype = self.dtype
@@ -385,15 +349,15 @@ class Pipeline:
             _refuse("params", "what a call returned", type(params).__name__, TypeError)
         plan = next(
             (plan for plan in self._plans.values()
-             if (plan.described, plan.columns) == (params.pipeline, params.columns)),
+             if (self._described(plan), plan.columns) == (params.pipeline, params.columns)),
             None,
         )  # fmt: skip
         if plan is None:
-            must = f"of this pipeline, {self._plans[self.training].described}"
+            must = f"of this pipeline, {self._described(self._plans[self.training])}"
             _refuse("params", must, f"those of {params.pipeline}")
         rows = params.table.T.contiguous().unbind(0)
         assembly = self._assembly(torch.stack(rows[2:4], 1), 3, True, **options)
-        place = len(_KEYS)
+        place = len(KEYS)
         for step in plan.steps:
             assembly.name = step.name
             on = rows[place] > 0 if step.has_flag else None

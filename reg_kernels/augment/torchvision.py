@@ -99,7 +99,10 @@ def _add_random(transform: Any, taken: list[Transform | Mixup], refused: list[st
         _add(parts[0], inner, refused)
     first = inner[0] if len(inner) == 1 else None
     if isinstance(first, Transform) and "p" in inspect.signature(type(first)).parameters:
-        first.p *= transform.p
-        taken.append(first)
+        try:
+            first._set_p(first.p * transform.p)
+            taken.append(first)
+        except ValueError as error:
+            refused.append(f"RandomApply ({error})")
     elif len(parts) != 1 or inner:
         refused.append("RandomApply of other than one transform with a p")

@@ -4,7 +4,8 @@ A row for each image: the image itself, then samples of what the pipeline makes 
 before training: whether what a label says is still to be seen. The pipeline is a line of
 transforms, as "RandomResizedCrop(224), RandomHorizontalFlip(), RandAugment(2, 9)", in which timm's
 strings may stand, as rand-m9-mstd0.5-inc1. A file that is no whole image is named, and the others
-are drawn all the same; the exit code is 1 then.
+are drawn all the same; the exit code is 1 then. Images are drawn as they are stored, as a loader
+reads them: neither turned by what a camera noted nor shown through.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pipeline(args: argparse.Namespace) -> augment.Pipeline:
-    options = {"seed": args.seed, "exact": "torchvision" if args.exact else None}
+    options = {"seed": args.seed, "layout": "NHWC", "exact": "torchvision" if args.exact else None}
     try:
         pipeline = augment.from_text(args.pipeline, **options, backend=args.backend)
     except (TypeError, ValueError) as error:
@@ -104,12 +105,15 @@ def _read(path: Path) -> Tensor:
     """(H, W, 3), uint8. Raises OSError, whatever is wrong with the file."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
+            pixels = np.array(image if image.mode.startswith("I;16") else image.convert("RGB"))
     except Exception as error:  # decoders raise many types on a damaged file
         if isinstance(error, OSError) and error.strerror:
             raise OSError(error.strerror) from None
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise OSError(f"no whole image: {reason}") from None
+    if pixels.dtype == np.uint16:  # gray of 16 bits, which Pillow would cut, not scale
+        pixels = np.rint(pixels / 257).astype(np.uint8)[:, :, None].repeat(3, 2)
+    return torch.from_numpy(pixels)
 
 
 def _augmented(

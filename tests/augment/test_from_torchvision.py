@@ -114,6 +114,23 @@ def test_what_cannot_be_taken_is_named():
     assert "RandomHorizontalFlip" not in message
 
 
+def test_random_apply():
+    images = torch.randint(0, 256, (200, 3, 3, 5), dtype=torch.uint8)
+    dark = like(
+        *("RandomPhotometricDistort",),
+        **{"brightness": (0.5, 0.5), "contrast": (1, 1), "saturation": (1, 1), "hue": (0, 0)},
+        p=1.0,
+    )
+    for p, least, most in ((0.0, 1.0, 1.0), (0.25, 0.6, 0.9)):
+        applied = like("RandomApply", transforms=[dark], p=p)
+        made = augment.Pipeline.from_torchvision(applied, seed=0, layout="NCHW")
+        kept = (made(images) == images).flatten(1).all(1).double().mean()
+        assert least <= kept <= most
+    gray = like("RandomApply", transforms=[like("Grayscale", num_output_channels=1)], p=0.5)
+    with pytest.raises(ValueError, match=r"Grayscale: p must be 1 with one channel, got 0\.5"):
+        augment.Pipeline.from_torchvision(gray)
+
+
 # Replayed by torchvision itself, from the parameters that we drew
 
 

@@ -175,6 +175,17 @@ def test_torchs_defaults_count_for_nothing():
     assert torch.equal(made, expected)
 
 
+def test_compiled_code_calls_it_as_it_is():
+    made, batch = pipeline(), images(2)
+
+    def loss(batch):
+        return made(batch, indices=[3, 4]) + 1
+
+    compiled = torch.compile(loss, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(batch), loss(batch))
+
+
 def test_images_of_different_sizes():
     sizes = [(16, 20), (9, 31), (40, 12), (1, 1)]
     batch = [images(1, *size)[0] for size in sizes]
@@ -263,9 +274,9 @@ def test_parameters_are_saved_and_are_of_one_pipeline():
     assert params["RandomResizedCrop.top"].dtype == torch.float64
     with pytest.raises(KeyError, match="column must be one of index, epoch"):
         params["angle"]
-    other = pipeline(augment.RandomResizedCrop(12))
-    with pytest.raises(ValueError, match=r"Pipeline: params must be of this pipeline, .*size=\(12"):
-        other.apply(masks, params)
+    for other in (pipeline(augment.RandomResizedCrop(12)), pipeline(fuse_geometry=False)):
+        with pytest.raises(ValueError, match=r"Pipeline: params must be of this .*size=\(12"):
+            other.apply(masks, params)
 
 
 def test_a_mask_goes_with_its_image():
@@ -311,6 +322,12 @@ CALLS = {
     ),
     "transforms must be such that all images end at one size, .* got .8, 8. and .9, 8.": (
         *((), [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]),
+    ),
+    "RandomRotation: fill must be the same for the last two of four channels, got .1.0, 2.0, 3": (
+        *((augment.RandomRotation(9, fill=(1, 2, 3, 4)),), torch.zeros(1, 4, 8, 8)),
+    ),
+    "Pad: padding must be at most an image's side with .* 'symmetric', got 9 for a side of 8": (
+        *((augment.Pad(9, padding_mode="symmetric"),), torch.zeros(1, 3, 8, 8)),
     ),
     "ThreeAugment: images must be larger than 7 pixels": (
         *((augment.ThreeAugment(),), torch.zeros(1, 3, 7, 9)),
@@ -384,6 +401,16 @@ ARGUMENTS = {
     ),
     "Pipeline: masks must be .H, W. or .C, H, W. of each sample, got none": (
         lambda: pipeline().apply([], pipeline()(images(1), return_params=True)[1])
+    ),
+    "Pipeline: masks must be of real numbers, got complex64": lambda: pipeline().apply(
+        torch.zeros(1, 16, 20, dtype=torch.complex64),
+        pipeline()(images(1), return_params=True)[1],
+    ),
+    "Pipeline: position must be at least 0, got -1": (
+        lambda: pipeline().load_state_dict({"seed": 0, "epoch": 0, "position": -1})
+    ),
+    "RandomResizedCrop: antialias must be True, False or None, got 'no'": (
+        lambda: A.RandomResizedCrop(8, antialias="no")
     ),
     "Pipeline: boxes must be .N, K, 4. or a list": lambda: pipeline().boxes(
         torch.zeros(1, 2, 5), pipeline()(images(1), return_params=True)[1]

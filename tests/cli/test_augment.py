@@ -76,6 +76,17 @@ def test_normalised_images_are_shown_within_what_can_be_seen(
     assert values.min() == 0 and values.max() == 1
 
 
+def test_images_of_16_bits_and_of_few_pixels(drawn: list[Figure], tmp_path: Path) -> None:
+    deep, small = tmp_path / "deep.png", tmp_path / "small.png"
+    Image.fromarray(np.array([[0, 300], [32896, 65535]], np.uint16)).save(deep)
+    Image.fromarray(np.full((1, 1, 3), 9, np.uint8)).save(small)
+    text = "Resize((2, 2), interpolation='nearest')"
+    assert run(deep, small, "--pipeline", text, "--samples", 1, "--out", tmp_path / "x.png") == 0
+    shown = [np.asarray(each.images[0].get_array()) for each in drawn[0].axes]
+    assert shown[0][..., 0].tolist() == [[0, 1], [128, 255]]
+    assert np.array_equal(shown[1], shown[0] / 255) and shown[3].shape == (2, 2, 3)
+
+
 def test_broken_files_are_named_and_the_rest_goes_on(
     photos: list[Path], drawn: list[Figure], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
