@@ -279,6 +279,13 @@ def test_parameters_are_saved_and_are_of_one_pipeline():
             other.apply(masks, params)
 
 
+def test_masks_go_with_images_of_floats_that_are_erased():
+    made = pipeline(augment.RandomErasing(1.0, value="random"))
+    _, params = made(images() / 255, return_params=True)
+    masks = torch.randint(0, 9, (6, 16, 20))
+    assert torch.equal(made.apply(masks, params), masks)
+
+
 def test_a_mask_goes_with_its_image():
     made, batch = pipeline(*STEPS[:2], augment.RandAugment(2, 20)), images()
     labels = (batch[:, :1] > 128).byte() + 1
@@ -328,6 +335,9 @@ CALLS = {
     ),
     "Pad: padding must be at most an image's side with .* 'symmetric', got 9 for a side of 8": (
         *((augment.Pad(9, padding_mode="symmetric"),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "RandomErasing: value must be numbers where it erases bytes, got 'channel'": (
+        *((augment.RandomErasing(1.0, value="channel"),), images(1)),
     ),
     "ThreeAugment: images must be larger than 7 pixels": (
         *((augment.ThreeAugment(),), torch.zeros(1, 3, 7, 9)),
