@@ -272,7 +272,7 @@ class Pipeline:
 
     def _assembly(self, sizes: Tensor, channels: int, is_bytes: bool, **options: Any) -> Assembly:
         height, width = sizes.double().T.contiguous()
-        options |= {"is_exact": self.exact is not None, "fuse": self._fuses}
+        options = {"is_exact": self.exact is not None, "fuse": self._fuses} | options
         return Assembly(height, width, channels, bound=255.0 if is_bytes else 1.0, **options)
 
     def _assembled(self, batch: Batch, keys: Tensor) -> tuple[Params, Assembly]:
@@ -344,7 +344,8 @@ class Pipeline:
     # The same once more, for what lies on the images
 
     def _replayed(self, params: Params, **options: Any) -> Assembly:
-        """The geometry of what was drawn."""
+        """The geometry of what was drawn. The op does not round masks, nor takes their matrices, as
+        torchvision does those of bytes."""
         if not isinstance(params, Params):
             _refuse("params", "what a call returned", type(params).__name__, TypeError)
         plan = next(
@@ -356,7 +357,8 @@ class Pipeline:
             must = f"of this pipeline, {self._described(self._plans[self.training])}"
             _refuse("params", must, f"those of {params.pipeline}")
         rows = params.table.T.contiguous().unbind(0)
-        assembly = self._assembly(torch.stack(rows[2:4], 1), 3, True, **options)
+        sizes = torch.stack(rows[2:4], 1)
+        assembly = self._assembly(sizes, 3, True, is_exact=False, **options)
         place = len(KEYS)
         for step in plan.steps:
             assembly.name = step.name

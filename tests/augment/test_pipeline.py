@@ -279,6 +279,16 @@ def test_parameters_are_saved_and_are_of_one_pipeline():
             other.apply(masks, params)
 
 
+@pytest.mark.parametrize("exact", [None, "torchvision"])
+def test_a_mask_that_is_the_image(exact):
+    warps = augment.RandomRotation(40), augment.RandomPerspective(0.5, 1.0, "nearest")
+    for steps in (warps, (augment.RandomHorizontalFlip(), warps[0], augment.RandomCrop(9))):
+        made = pipeline(*steps, exact=exact)
+        result, params = made(images(), return_params=True)
+        # Of a matrix of float32 another pixel may be the nearest.
+        assert (made.apply(images(), params) != result).double().mean() <= (0.003 if exact else 0)
+
+
 def test_masks_go_with_images_of_floats_that_are_erased():
     made = pipeline(augment.RandomErasing(1.0, value="random"))
     _, params = made(images() / 255, return_params=True)
