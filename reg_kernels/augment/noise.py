@@ -145,7 +145,8 @@ class RandomErasing(_Erasing):
         ratio: the range of height over width, positive.
         value: what is written: a number, one for each channel, "channel" (a normal number for each
             channel) or "random" (one for each element; "pixel" is the same). After a `Normalize`
-            it is in normalised units, before it in the values of the pixels.
+            it is in normalised units, before it in the values of the pixels, where bytes take
+            numbers alone.
         inplace: taken as torchvision takes it, and without effect.
 
     Columns: top, left, height, width, in pixels (a height of 0: nothing), and value0 to value3 of

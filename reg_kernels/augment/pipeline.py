@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from .. import backends
 from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
-from .._numbers import integer, number, refuse
+from .._numbers import integer, number
 from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
-from ._images import LAYOUTS, Batch, packed
+from ._images import LAYOUTS, Batch, _refuse, packed
 from ._plan import KEYS, Plan, plan_of
 from ._replay import moved_boxes, moved_points, packed_masks
 from ._transform import Transform
@@ -382,8 +382,9 @@ class Pipeline:
 
         Args:
             masks: (N, H, W) or (N, C, H, W), or a list of (H, W) or (C, H, W) of the images' sizes;
-                of 1 to 4 channels, and of any dtype but complex. Whole numbers beyond 2**24 are not
-                kept.
+                of 1 to 4 channels, and of any dtype but complex. Those of uint8 and of floats are
+                read as they are, others as a copy in float32, which keeps no whole numbers beyond
+                2**24.
             params: of the images' call.
             fill: what is seen outside of a mask, as 255 for labels that a loss leaves out.
             interpolation: how a resize looks up its pixel: "nearest-exact", by centres, or
@@ -449,10 +450,6 @@ class Pipeline:
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
         return moved_points(keypoints, assembly)
-
-
-def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
-    refuse("Pipeline", argument, must, got, kind)
 
 
 def _checked_order(transforms: Sequence[Any]) -> list[Transform]:
