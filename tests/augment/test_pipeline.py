@@ -314,6 +314,7 @@ def test_a_mask_goes_with_its_image():
 CALLS = {
     "images must be .N, C, H, W., .* got 3 dimensions": ((), torch.zeros(3, 8, 8)),
     "images must be uint8 or one of .* got int64": ((), torch.zeros(1, 3, 8, 8).long()),
+    "images must be dense, got sparse_coo": ((), torch.zeros(1, 3, 8, 8).to_sparse()),
     "images must be a batch of one image at least, got an empty": ((), torch.zeros(0, 3, 8, 8)),
     "images must be all of as many channels, got 1, 3": (
         *((), [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]),
