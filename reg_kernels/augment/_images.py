@@ -37,7 +37,10 @@ def packed(images: Any, layout: str | None) -> Batch:
     return _of_list(images, layout)
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_kind(image: Tensor) -> None:
+    dtype = image.dtype
+    if image.layout != torch.strided:
+        _refuse("images", "dense", named(image.layout), RuntimeError)
     if dtype != torch.uint8 and dtype not in DTYPES:
         _refuse("images", f"uint8 or one of {SUPPORTED}", named(dtype), RuntimeError)
 
@@ -45,7 +48,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _of_tensor(images: Tensor, layout: str | None) -> Batch:
     if images.dim() != 4:
         _refuse("images", _EXPECTED, f"{images.dim()} dimensions")
-    _check_dtype(images.dtype)
+    _check_kind(images)
     if len(images) == 0:
         _refuse("images", "a batch of one image at least", "an empty one")
     is_last = _is_channels_last([tuple(images.shape[1:])], layout)
@@ -76,11 +79,11 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
         if image.dim() != 3:
             must = "a list of images (C, H, W) or (H, W, C)"
             _refuse("images", must, f"{image.dim()} dimensions at {number}")
+        _check_kind(image)
         if image.dtype != images[0].dtype or image.device != images[0].device:
             must = f"all {named(images[0].dtype)} on {images[0].device} as the first one is"
             got = f"{named(image.dtype)} on {image.device} at {number}"
             _refuse("images", must, got, RuntimeError)
-    _check_dtype(images[0].dtype)
     shapes = [tuple(image.shape) for image in images]
     is_last = _is_channels_last(shapes, layout)
     channels = {shape[2 if is_last else 0] for shape in shapes}

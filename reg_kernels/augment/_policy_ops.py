@@ -58,7 +58,7 @@ def _opcode(name: str) -> Op:
         return Op.WARP
     others = {"Identity": Op.NONE, "Color": Op.SATURATION, "SolarizeAdd": Op.SOLARIZE_ADD}
     others["GaussianBlur"] = Op.BLUR
-    return others.get(name) or Op[name.upper()] if name != "Identity" else Op.NONE
+    return others[name] if name in others else Op[name.upper()]
 
 
 def add(

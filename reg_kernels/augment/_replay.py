@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dtypes import DTYPES, named
-from .._numbers import refuse
 from ._assemble import Assembly
-from ._images import Batch, packed
-
-
-def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
-    refuse("Pipeline", argument, must, got, kind)
+from ._images import Batch, _refuse, packed
 
 
 def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:

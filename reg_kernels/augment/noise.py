@@ -117,11 +117,13 @@ class _Erasing(Transform):
         key: Sequence[Number] = ()
         mode = EraseMode.CONSTANT
         unit = 1.0 if assembly.is_normalized else assembly.unit
+        of_bytes = not assembly.is_normalized and assembly.bound != 1 and assembly.mask is None
+        # Normal numbers are black as values of bytes; those of a key have no scale.
+        if self.drawn and of_bytes and (self.drawn == _KEY or unit == 1):
+            assembly.refuse("value", "numbers where it erases bytes", repr(self.value))
         if not self.drawn:
             numbers = [x * unit for x in assembly.of_channels("value", self.value)]
         elif self.drawn == _KEY:
-            if not assembly.is_normalized and assembly.bound != 1:
-                assembly.refuse("value", "numbers where it erases bytes", repr(self.value))
             mode, key = EraseMode.NORMAL, [values[name] for name in _KEY]
         else:
             numbers = [values[name] * unit for name in self.drawn]
@@ -143,7 +145,8 @@ class RandomErasing(_Erasing):
         ratio: the range of height over width, positive.
         value: what is written: a number, one for each channel, "channel" (a normal number for each
             channel) or "random" (one for each element; "pixel" is the same). After a `Normalize`
-            it is in normalised units, before it in the values of the pixels.
+            it is in normalised units, before it in the values of the pixels, where bytes take
+            numbers alone.
         inplace: taken as torchvision takes it, and without effect.
 
     Columns: top, left, height, width, in pixels (a height of 0: nothing), and value0 to value3 of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from .. import backends
 from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
-from .._numbers import integer, number, refuse
+from .._numbers import integer, number
 from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
-from ._images import LAYOUTS, Batch, packed
+from ._images import LAYOUTS, Batch, _refuse, packed
 from ._plan import KEYS, Plan, plan_of
 from ._replay import moved_boxes, moved_points, packed_masks
 from ._transform import Transform
@@ -272,7 +272,7 @@ class Pipeline:
 
     def _assembly(self, sizes: Tensor, channels: int, is_bytes: bool, **options: Any) -> Assembly:
         height, width = sizes.double().T.contiguous()
-        options |= {"is_exact": self.exact is not None, "fuse": self._fuses}
+        options = {"is_exact": self.exact is not None, "fuse": self._fuses} | options
         return Assembly(height, width, channels, bound=255.0 if is_bytes else 1.0, **options)
 
     def _assembled(self, batch: Batch, keys: Tensor) -> tuple[Params, Assembly]:
@@ -344,7 +344,8 @@ class Pipeline:
     # The same once more, for what lies on the images
 
     def _replayed(self, params: Params, **options: Any) -> Assembly:
-        """The geometry of what was drawn."""
+        """The geometry of what was drawn. The op does not round masks, nor takes their matrices, as
+        torchvision does those of bytes."""
         if not isinstance(params, Params):
             _refuse("params", "what a call returned", type(params).__name__, TypeError)
         plan = next(
@@ -356,7 +357,8 @@ class Pipeline:
             must = f"of this pipeline, {self._described(self._plans[self.training])}"
             _refuse("params", must, f"those of {params.pipeline}")
         rows = params.table.T.contiguous().unbind(0)
-        assembly = self._assembly(torch.stack(rows[2:4], 1), 3, True, **options)
+        sizes = torch.stack(rows[2:4], 1)
+        assembly = self._assembly(sizes, 3, True, is_exact=False, **options)
         place = len(KEYS)
         for step in plan.steps:
             assembly.name = step.name
@@ -380,8 +382,9 @@ class Pipeline:
 
         Args:
             masks: (N, H, W) or (N, C, H, W), or a list of (H, W) or (C, H, W) of the images' sizes;
-                of 1 to 4 channels, and of any dtype but complex. Whole numbers beyond 2**24 are not
-                kept.
+                of 1 to 4 channels, and of any dtype but complex. Those of uint8 and of floats are
+                read as they are, others as a copy in float32, which keeps no whole numbers beyond
+                2**24.
             params: of the images' call.
             fill: what is seen outside of a mask, as 255 for labels that a loss leaves out.
             interpolation: how a resize looks up its pixel: "nearest-exact", by centres, or
@@ -447,10 +450,6 @@ class Pipeline:
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
         return moved_points(keypoints, assembly)
-
-
-def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
-    refuse("Pipeline", argument, must, got, kind)
 
 
 def _checked_order(transforms: Sequence[Any]) -> list[Transform]:

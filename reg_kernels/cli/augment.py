@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         print("reg-kernels augment: no image could be read: nothing was drawn", file=sys.stderr)
         return 1
     figure = _draw(rows, args.samples)
-    write_output("--out", out, lambda file: figure.savefig(file, dpi=100))
+    write_output("--out", out, lambda file: figure.savefig(file, dpi=100, bbox_inches="tight"))
     return 1 if failed else 0
 
 
@@ -154,7 +154,10 @@ def describe(params: augment.Params, sample: int) -> str:
             number = field.removeprefix("op")
             op, strength = int(fields.pop(field)), fields.pop(f"strength{number}", 0.0)
             fields[f"{number}. {augment.POLICY_OPS[op]}"] = strength
-        words = ", ".join(f"{field} {value:.3g}" for field, value in fields.items())
+        words = ", ".join(
+            field if field.endswith(". Identity") else f"{field} {value:.3g}"
+            for field, value in fields.items()
+        )
         lines.append(f"{name}: {words}" if words else name)
     return "\n".join(lines)
 

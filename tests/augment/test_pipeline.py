@@ -279,6 +279,23 @@ def test_parameters_are_saved_and_are_of_one_pipeline():
             other.apply(masks, params)
 
 
+@pytest.mark.parametrize("exact", [None, "torchvision"])
+def test_a_mask_that_is_the_image(exact):
+    warps = augment.RandomRotation(40), augment.RandomPerspective(0.5, 1.0, "nearest")
+    for steps in (warps, (augment.RandomHorizontalFlip(), warps[0], augment.RandomCrop(9))):
+        made = pipeline(*steps, exact=exact)
+        result, params = made(images(), return_params=True)
+        # Of a matrix of float32 another pixel may be the nearest.
+        assert (made.apply(images(), params) != result).double().mean() <= (0.003 if exact else 0)
+
+
+def test_masks_go_with_images_of_floats_that_are_erased():
+    made = pipeline(augment.RandomErasing(1.0, value="random"))
+    _, params = made(images() / 255, return_params=True)
+    masks = torch.randint(0, 9, (6, 16, 20))
+    assert torch.equal(made.apply(masks, params), masks)
+
+
 def test_a_mask_goes_with_its_image():
     made, batch = pipeline(*STEPS[:2], augment.RandAugment(2, 20)), images()
     labels = (batch[:, :1] > 128).byte() + 1
@@ -297,6 +314,7 @@ def test_a_mask_goes_with_its_image():
 CALLS = {
     "images must be .N, C, H, W., .* got 3 dimensions": ((), torch.zeros(3, 8, 8)),
     "images must be uint8 or one of .* got int64": ((), torch.zeros(1, 3, 8, 8).long()),
+    "images must be dense, got sparse_coo": ((), torch.zeros(1, 3, 8, 8).to_sparse()),
     "images must be a batch of one image at least, got an empty": ((), torch.zeros(0, 3, 8, 8)),
     "images must be all of as many channels, got 1, 3": (
         *((), [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]),
@@ -328,6 +346,9 @@ CALLS = {
     ),
     "Pad: padding must be at most an image's side with .* 'symmetric', got 9 for a side of 8": (
         *((augment.Pad(9, padding_mode="symmetric"),), torch.zeros(1, 3, 8, 8)),
+    ),
+    "RandomErasing: value must be numbers where it erases bytes, got 'channel'": (
+        *((augment.RandomErasing(1.0, value="channel"),), images(1)),
     ),
     "ThreeAugment: images must be larger than 7 pixels": (
         *((augment.ThreeAugment(),), torch.zeros(1, 3, 7, 9)),

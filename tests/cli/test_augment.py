@@ -58,6 +58,7 @@ def test_a_row_for_each_image_and_the_parameters_under_each(
     for said in (words[1], words[2], words[4], words[5]):
         lines = said.split("\n")
         assert lines[0].startswith("RandomResizedCrop: top ")
+        assert "Identity 0" not in said
         assert "RandomHorizontalFlip" in lines
         assert "RandAugment: 1. " in said and "RandomErasing: top " in said
     assert len(set(words)) == 6
