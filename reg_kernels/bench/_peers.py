@@ -12,7 +12,9 @@ from ._measure import Skipped
 LIGER, OPTIMI, TIMM = "liger", "optimi", "timm"
 
 
-def peer(name: str, module: str, file: str | None = None) -> ModuleType | Skipped:
+def peer(
+    name: str, module: str, file: str | None = None, remedy: str = "make bench-peers"
+) -> ModuleType | Skipped:
     """The module of the peer `name`, or why it is no contender.
 
     Args:
@@ -20,11 +22,12 @@ def peer(name: str, module: str, file: str | None = None) -> ModuleType | Skippe
         module: the module to import.
         file: a file of the package `module` to load alone: importing the package may need what
             does not run beside every build of torch.
+        remedy: what installs it.
     """
     try:
         return importlib.import_module(module) if file is None else _alone(module, file)
     except ImportError as error:
-        return Skipped(name, f"not installed ({error}): make bench-peers")
+        return Skipped(name, f"not installed ({error}): {remedy}")
     except Exception as error:  # one that breaks when it is loaded is not the end of a benchmark
         return Skipped(name, f"does not load ({type(error).__name__}: {error})")
 

@@ -318,7 +318,7 @@ def _check(name: str, pipeline: augment.Pipeline, images: Tensor, kind: Kind) ->
 
 
 def _peer(name: str, make: Callable[[Any], Any], images: Tensor) -> Contender | Skipped:
-    module = peer(name, _MODULES[name])
+    module = peer(name, _MODULES[name], remedy="bench/augmentation.py says how to")
     if isinstance(module, Skipped):
         return module
     run = make(module)

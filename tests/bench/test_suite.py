@@ -17,6 +17,7 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import (
+    augment,
     _clock,
     _isas,
     _measure,
@@ -75,7 +76,8 @@ def test_every_op_is_on_the_ladder():
     targets = {("cross_entropy", kind) for kind in ("smoothed", "labels", "probabilities")}
     goals = {("drop_path", half.variant) for half in drop_path.HALVES}
     norms = {("adversarial_step", norm) for norm in ("l2", "l1")}
-    assert found - set(LADDERS) == options & found | targets | goals | norms
+    pipelines = {("augment", kind.variant) for kind in augment.KINDS}  # which torch has none of
+    assert found - set(LADDERS) == options & found | targets | goals | norms | pipelines
 
 
 @pytest.mark.parametrize(("op", "variant"), LADDERS)
