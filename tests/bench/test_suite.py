@@ -17,11 +17,11 @@ import torch
 
 from reg_kernels import backends, bench
 from reg_kernels.bench import (
-    augment,
     _clock,
     _isas,
     _measure,
     _peers,
+    augment,
     drop_path,
     dropout,
     mixup,
