@@ -29,7 +29,6 @@ from reg_kernels.bench import augment as benchmarks
 from reg_kernels.cli._files import write_whole
 
 CPU = torch.device("cpu")
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
 # What is added to a pipeline, one after the other; by the names of torchvision's classes.
 CHAIN: tuple[tuple[str, Any], ...] = (
     ("RandomResizedCrop", (benchmarks.CROP,)),

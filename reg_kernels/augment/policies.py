@@ -77,6 +77,7 @@ def _kinds(names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
 class _Policy(Transform):
     """What chooses from `names` and draws bins and signs."""
 
+    step_columns: tuple[str, ...] = ("op", "strength")  # what one operation goes by
     scale: ClassVar[Scale] = RAND
     names: tuple[str, ...] = RAND_OPS
     bins: int
@@ -112,7 +113,7 @@ class _Policy(Transform):
 
     def _add(self, values: Values, count: int, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
-        ops, strengths = (self._stacked(values, what, count) for what in ("op", "strength"))
+        ops, strengths = (self._stacked(values, what, count) for what in self.step_columns)
         add(assembly, ops, strengths, self.filter, self.fill, on)
 
 
@@ -307,25 +308,20 @@ class _Mixing(_Policy):
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
         count = self.width * self.depth
-        ops, strengths = (self._stacked(values, what, count) for what in ("op", "strength"))
         assembly.colour(Op.SAVE, on, values["original"])
+        stacks = [self._stacked(values, what, count) for what in self.step_columns]
         for chain in range(self.width):
-            steps = slice(chain * self.depth, (chain + 1) * self.depth)
-            self._add_chain(ops[steps], strengths[steps], values, steps, on, assembly)
+            if assembly.mask is None:
+                first = chain * self.depth
+                steps = [stack[first : first + self.depth] for stack in stacks]
+                self._add_chain(steps, on, assembly)
             assembly.colour(Op.JOIN, on, values[f"weight{chain + 1}"])
         assembly.colour(Op.MIX, on)
 
-    def _add_chain(
-        self,
-        ops: Tensor,
-        strengths: Tensor,
-        values: Values,
-        steps: slice,
-        on: Tensor | None,
-        assembly: Assembly,
-    ) -> None:
-        if assembly.mask is None:
-            add(assembly, ops, strengths, self.filter, self.fill, on, is_seen=False)
+    def _add_chain(self, steps: list[Tensor], on: Tensor | None, assembly: Assembly) -> None:
+        """Of `step_columns`, each (depth, N)."""
+        ops, strengths = steps
+        add(assembly, ops, strengths, self.filter, self.fill, on, is_seen=False)
 
 
 class AugMix(_Mixing):

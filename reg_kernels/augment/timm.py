@@ -117,6 +117,7 @@ def _level_table(names: tuple[str, ...]) -> Tensor:
 class _Steps(_Policy):
     """What draws levels as timm does, and a filter for each step."""
 
+    step_columns: tuple[str, ...] = ("op", "strength", "filter")
     mstd: float = 0.0
     most: float = 10.0
     translate_pct: float = 0.45
@@ -241,8 +242,7 @@ class TimmAugment(_Steps):
         return [row for part in drawn for row in part]
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
-        names = ("op", "strength", "filter")
-        parts = [self._stacked(values, name, self.layers) for name in names]
+        parts = [self._stacked(values, name, self.layers) for name in self.step_columns]
         self._add_steps(parts, on, assembly)
 
 
@@ -285,18 +285,8 @@ class TimmAugMix(_Steps, _Mixing):
         ops, *rest = self._draw_steps(choice, 1.0, self.magnitude, drawn[1:], assembly)
         return [*weights, *(ops * done.view(count, -1)), *rest[0], *rest[1]]
 
-    def _add_chain(
-        self,
-        ops: Tensor,
-        strengths: Tensor,
-        values: Values,
-        steps: slice,
-        on: Tensor | None,
-        assembly: Assembly,
-    ) -> None:
-        if assembly.mask is None:
-            filters = self._stacked(values, "filter", self.width * self.depth)[steps]
-            self._add_steps((ops, strengths, filters), on, assembly, is_seen=False)
+    def _add_chain(self, steps: list[Tensor], on: Tensor | None, assembly: Assembly) -> None:
+        self._add_steps(steps, on, assembly, is_seen=False)
 
 
 def _refuse(must: str, got: Any) -> NoReturn:
