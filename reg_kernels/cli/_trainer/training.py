@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...training import EarlyStopping, Recipe
+from ...training import Conflict, EarlyStopping, Recipe, conflicts
 from .._data import Split
 from .checkpoint import check_alike
 from .kernels import Attack, Augment, Distill, Kernels, Loss, Mix
@@ -180,6 +180,11 @@ class Training:
         found["weights"] = float(weights(self.model))
         self.results[run.name] = found
         self._teacher = self.model if run.teaches else None  # in evaluation mode by now
+
+    def conflicts(self) -> list[Conflict]:
+        """What of the last recipe is at odds, in the net that was trained last."""
+        *_, recipe = self.recipes.values()
+        return conflicts(self.model, self._net.optimizer, recipe)
 
     def step_bytes(self, follow: Callable[..., tuple[Any, int, int]]) -> int:
         """The memory at the peak of one more epoch, as `follow` finds it. It trains: call it when
