@@ -480,9 +480,7 @@ def test_every_method_at_once(
 def test_tensorboard_has_the_curves(
     data: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     argv = command(data, tmp_path, "--tensorboard")
     assert main(argv) == 0  # what an earlier training left is no matter
     restore = at_step(monkeypatch, STEPS + 4, KeyboardInterrupt)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...training import Conflict, EarlyStopping, Recipe, conflicts
 from .._data import Split
 from .checkpoint import check_alike
-from .kernels import Attack, Augment, Distill, Kernels, Loss, Mix
+from .kernels import ATTACK_STEPS, Attack, Augment, Distill, Kernels, Loss, Mix
 from .measures import EVALUATION_BATCH, evaluate
 from .models import build_model, weights, zeros
 
@@ -260,8 +260,10 @@ class Training:
             if group | {"lr": ours["lr"]} != ours:  # each batch sets the rate anew
                 raise ValueError("the optimizer is another one")
         counts = [e["step"] for e in state["optimizer"]["state"].values()]
-        counts += [v for n, v in state["model"].items() if n.endswith("num_batches_tracked")]
-        if any(count != steps for count in counts):
+        seen = [v for n, v in state["model"].items() if n.endswith("num_batches_tracked")]
+        # PyTorch's own BatchNorm counts the batches of an attack as well.
+        batches = steps * (1 + ATTACK_STEPS) if run.recipe.adversarial > 0 else steps
+        if any(count != steps for count in counts) or any(n not in (steps, batches) for n in seen):
             raise ValueError(f"not {steps} steps")
         rows = itertools.chain(*state["history"].values(), state["results"].values())
         for name, value in (pair for row in rows for pair in row.items()):
