@@ -1,12 +1,12 @@
 """Fused regularisation kernels for PyTorch, in CUDA C++, Triton and native CPU code.
 
 `functional`, `nn` and `optim` are drop-in for torch's; `augment` transforms images and mixes the
-samples of a batch, and `adversarial` attacks them.
+samples of a batch, and `adversarial` attacks them; `training` stops training.
 `convert` swaps the layers of a model and fuses chains of them, and `revert` undoes it;
 `fold_batch_norm` prepares a model for inference. `backend` forces an implementation.
 """
 
-from . import adversarial, augment, functional, nn, optim
+from . import adversarial, augment, functional, nn, optim, training
 from .backends import BackendUnavailable, backend
 from .convert import convert, revert
 from .convert._fold import fold_batch_norm
@@ -24,4 +24,5 @@ __all__ = [
     "nn",
     "optim",
     "revert",
+    "training",
 ]

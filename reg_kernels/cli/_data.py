@@ -19,6 +19,7 @@ import numpy.lib.format as npy
 import torch
 
 from ._errors import UsageError
+from ._folder import class_folders, load_folder
 
 DIGITS = "digits"
 
@@ -42,6 +43,7 @@ class Images:
     y: np.ndarray  # [N] int64
     classes: int
     sha256: str  # of shapes and values, not of the file's bytes
+    names: tuple[str, ...] = ()  # of the classes, where they have some
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Split:
         return {name: part for name, part in parts.items() if len(part[1])}
 
 
-def load_images(source: str) -> Images:
-    """Reads scikit-learn's handwritten digits, or an `.npz` file with arrays `x` and `y`.
+def load_images(source: str, image_size: int = 32) -> Images:
+    """Reads scikit-learn's handwritten digits, an `.npz` file with arrays `x` and `y`, or a folder
+    with a folder of image files for each class, which are brought to `image_size` a side.
 
     Digits are divided by 16 and uint8 pixels by 255; floating-point pixels are taken as they are.
     Raises UsageError, one line that names `--data`, for anything that cannot be trained on.
@@ -82,8 +85,13 @@ def load_images(source: str) -> Images:
 
         digits = load_digits()
         return _images(DIGITS, (digits.images / 16).astype(np.float32), digits.target)
-    where = f"--data {source}"
-    return _images(source, *_read_npz(Path(source), where))
+    where, path = f"--data {source}", Path(source)
+    if not path.is_dir():
+        return _images(source, *_read_npz(path, where))
+    names, files = class_folders(path, where)
+    _check_memory((len(files), 3, image_size, image_size), 1, f"{where}: images")
+    x = _float_pixels(load_folder(files, image_size, where), where)
+    return _images(source, x, [number for _, number in files], tuple(names))
 
 
 def split(
@@ -286,11 +294,15 @@ def _check_headers(x: _Array, y: _Array, where: str) -> None:
         )
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise UsageError(f"{where}: x must be uint8 or floating point, got {x.type}")
+    _check_memory(x.shape, x.dtype.itemsize, f"{where}: x", x.type)
+
+
+def _check_memory(shape: tuple[int, ...], itemsize: int, what: str, kind: str = "uint8") -> None:
     # It is in memory twice: as stored, and as float32. A small file may unpack to any size.
-    needed = math.prod(x.shape) * (x.dtype.itemsize + 4)
+    needed = math.prod(shape) * (itemsize + 4)
     if needed > (here := _memory()):
         raise UsageError(
-            f"{where}: x must fit into memory, got {_short(x.shape)} of {x.type}, which takes "
+            f"{what} must fit into memory, got {_short(shape)} of {kind}, which takes "
             f"{needed / 2**30:.1f} GiB of {here / 2**30:.1f}"
         )
 
@@ -326,10 +338,10 @@ def _float_pixels(x: np.ndarray, where: str) -> np.ndarray:
     return pixels
 
 
-def _images(source: str, x: np.ndarray, y: Any) -> Images:
+def _images(source: str, x: np.ndarray, y: Any, names: tuple[str, ...] = ()) -> Images:
     x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x)
     y = np.ascontiguousarray(y, dtype=np.int64)
     digest = hashlib.sha256(repr(x.shape).encode())
     digest.update(x.tobytes())
     digest.update(y.tobytes())
-    return Images(source, x, y, int(y.max()) + 1, digest.hexdigest())
+    return Images(source, x, y, int(y.max()) + 1, digest.hexdigest(), names)

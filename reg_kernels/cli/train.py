@@ -34,6 +34,7 @@ from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import remove_abandoned, write_whole
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
+from ._tensorboard import LOGS, Curves
 from ._train_results import draw, print_results
 from ._trainer.by_torch import BY_TORCH
 from ._trainer.checkpoint import load_checkpoint, save, save_checkpoint
@@ -60,10 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=DIGITS,
-        metavar="digits|FILE.npz",
-        help="scikit-learn's 1,797 handwritten digits, or a file with x, uint8 or floating point "
-        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N] "
-        "(default: %(default)s)",
+        metavar="digits|FILE.npz|DIR",
+        help="scikit-learn's 1,797 handwritten digits; or a file with x, uint8 or floating point "
+        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N]; or a folder with "
+        "a folder of image files for each class (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="the side that the images of a folder are brought to: the shorter side is resized and "
+        "the middle cut out (default: %(default)s)",
     )
     parser.add_argument(
         "--kernels",
@@ -136,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="where the files go; those of an earlier run are replaced (default: runs/digits, or "
-        "runs/ and the name of FILE)",
+        "runs/ and the name of FILE or DIR)",
     )
     parser.add_argument(
         "--resume",
@@ -145,6 +154,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="continue an interrupted run, given the same options (default PATH: checkpoint.pt in "
         "the --out directory)",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help=f"log the curves to the folder {LOGS} of the --out directory as well",
     )
     add_recipe_arguments(parser, without=("augment",))
 
@@ -164,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_sizes(args, regularised)
     device = _device(args.device)
     implementation = _implementation(args, device)
-    images = load_images(args.data)
+    images = load_images(args.data, args.image_size)
     data = split(images, args.train_size, args.seed, args.validation_size)
     out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
 
@@ -187,11 +201,12 @@ def _run(args: argparse.Namespace) -> int:
     _make_writable(out)
 
     resumed = args.resume is not None and start == out / CHECKPOINT
+    curves = Curves(out, resumed) if args.tensorboard else None
     checkpoint = _Checkpoint(out / CHECKPOINT, options, training, on_disk=resumed)
     try:
         print(f"{_sizes(data, images)}; {args.kernels} kernels on {device}", flush=True)
         with _console.progress() as progress:
-            _train(training, progress, checkpoint)
+            _train(training, progress, checkpoint, curves)
             seconds = _time(training, args.time_epochs, kinds, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
         _write_results(out, metrics, training)
@@ -206,6 +221,8 @@ def _run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     checkpoint.path.unlink(missing_ok=True)
     print_results(metrics)
+    for conflict in training.conflicts():
+        print(f"note: {conflict}")
     print(f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {out}")
     return 0
 
@@ -220,7 +237,7 @@ def _sizes(data: Split, images: Images) -> str:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("train_size", 1), ("time_epochs", 0), ("seeds", 1)):
+    for name, least in (("train_size", 1), ("time_epochs", 0), ("seeds", 1), ("image_size", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
     # --seed seeds several generators; scikit-learn's takes the narrowest range.
@@ -409,7 +426,9 @@ def _no_interrupt() -> Iterator[None]:
 # The work
 
 
-def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> None:
+def _train(
+    training: Training, progress: Progress, checkpoint: _Checkpoint, curves: Curves | None
+) -> None:
     bars: dict[str, Any] = {}
 
     def show() -> None:
@@ -422,10 +441,15 @@ def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> N
 
     def after_epoch() -> None:
         checkpoint.take()
+        if curves is not None:
+            name = training.training.name
+            curves.add(name, training.epoch, training.history[name][-1])
         show()
 
     show()
     training.run(after_epoch)
+    if curves is not None:
+        curves.close()
 
 
 def _time(
@@ -470,6 +494,7 @@ def _metrics(
         "images": {
             "shape": list(images.x.shape[1:]),
             "classes": images.classes,
+            **({"class_names": list(images.names)} if images.names else {}),
             **{name: len(y) for name, (_, y) in data.parts().items()},
         },
         "runs": runs[False],

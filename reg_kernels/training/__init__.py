@@ -1,6 +1,17 @@
-"""What goes around a training: recipes of regularisation, and when to stop."""
+"""What goes around a training loop: recipes of regularisation, what in them is at odds, and when to
+stop and with which weights."""
 
-from .early_stopping import EarlyStopping
+from .conflicts import Conflict, conflicts
+from .early_stopping import EarlyStopping, StopReason
 from .recipe import METHODS, MODELS, Method, Recipe
 
-__all__ = ["METHODS", "MODELS", "EarlyStopping", "Method", "Recipe"]
+__all__ = [
+    "METHODS",
+    "MODELS",
+    "Conflict",
+    "EarlyStopping",
+    "Method",
+    "Recipe",
+    "StopReason",
+    "conflicts",
+]

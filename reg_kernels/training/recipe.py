@@ -167,8 +167,8 @@ class Recipe:
                 value = float(value)
                 object.__setattr__(self, name, value)
             if type(value) is not kind:
-                got = f"{value!r}, a {type(value).__name__}"
-                raise TypeError(f"Recipe: {name} must be a {kind.__name__}, got {got}")
+                got = f"{value!r} of type {type(value).__name__}"
+                raise TypeError(f"Recipe: {name} must be of type {kind.__name__}, got {got}")
             if name in METHODS:
                 _check_strength(name, value)
         if self.model not in MODELS:
@@ -241,7 +241,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {what} {name!r}: {remedy}"
 
 
-def _check_strength(name: str, value: float | bool) -> None:
+def _check_strength(name: str, value: Any) -> None:
     method = METHODS[name]
     least, most = method.limits
     if least <= value < most or (value == most and not method.open):

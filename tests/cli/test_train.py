@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import itertools
 import json
@@ -406,6 +407,94 @@ def test_pytorchs_own_mixup_and_loss_are_those_of_the_fused_kernels() -> None:
         torch.testing.assert_close(theirs(scores, labels), ours(scores, labels))
 
 
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_pytorchs_own_mixing_mixes_labels_as_it_mixes_pixels(alphas: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.zeros(4, 1, 8, 8), torch.arange(4)
+    images[0] = 1.0
+    mix, kinds = by_torch.mix_by_torch(*alphas), set()
+    for _ in range(20):
+        mixed, target = mix(images, labels)
+        assert mixed[0].mean().item() == pytest.approx(target.lam, abs=1e-6)
+        assert mixed[3].mean().item() == pytest.approx(1 - target.lam, abs=1e-6)
+        kinds.add("paste" if bool(((mixed == 0) | (mixed == 1)).all()) else "blend")
+    assert "blend" in kinds or alphas[0] == 0
+    assert "paste" in kinds or alphas[1] == 0
+    assert len(kinds) == (alphas[0] > 0) + (alphas[1] > 0)
+
+
+def test_pytorchs_own_distillation_and_l1_are_those_of_the_fused_kernels() -> None:
+    recipe = Recipe(
+        distillation=0.3, temperature=3.0, label_smoothing=0.1, l1=0.5, weight_decay=1.0
+    )
+    kinds = [by_torch.BY_TORCH, fused.fused_kernels("reference")]
+    scores, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([2, 0, 1, 1, 3])
+    losses = [kernels.distill(recipe)(scores, teacher, labels) for kernels in kinds]
+    torch.testing.assert_close(*losses)
+    models = []
+    for kernels in kinds:
+        torch.manual_seed(0)
+        models.append(model := torch.nn.Linear(30, 20))
+        optimizer = kernels.optimizer(model, recipe)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 30)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
+    assert (models[0].weight == 0).sum() > 10
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels"), [("conv", "eager"), ("mlp", "fused"), ("mixer", "fused")]
+)
+def test_every_method_at_once(
+    data: Path, tmp_path: Path, no_plot: None, kernels: str, model: str
+) -> None:
+    """Interrupted in the teacher and in the student, which stops early, it ends alike."""
+    text = Recipe(model=model, epochs=EPOCHS, batch_norm=model == "conv", input_dropout=0.1)
+    text = dataclasses.replace(text, l2=0.1, cutmix=1.0, early_stopping=1, distillation=0.5)
+    text = dataclasses.replace(text, l1=0.1, noise=0.1, augment=0.5, adversarial=0.1, mixup=0.1)
+    (tmp_path / "my.toml").write_text(text.to_toml())
+    given = ["--kernels", kernels, "--recipe", tmp_path / "my.toml", "--validation-size", 10]
+    given += ["--train-size", 40]  # one batch, one step of an epoch
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(data, whole, *given)) == 0
+    assert Recipe.from_toml((whole / "recipe.toml").read_text()) == text
+    metrics, _ = results(whole)
+    assert list(metrics["runs"]) == ["plain", "regularised"]
+    assert list(metrics["teachers"]) == ["teacher of regularised"]
+    final = metrics["runs"]["regularised"]["final"]
+    assert final["zeros"] > 0
+    best = metrics["runs"]["regularised"]["history"][int(final["best_epoch"]) - 1]
+    assert (final | {"epoch": best["epoch"]}).items() >= best.items()
+    resume: list[object] = []
+    for step in (EPOCHS + 2, 2):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            at_step(monkeypatch, step, KeyboardInterrupt)
+            assert main(command(data, parts, *given, *resume)) == 130
+        resume = ["--resume"]
+    assert main(command(data, parts, *given, *resume)) == 0
+    assert_same_bits(whole, parts)
+
+
+def test_tensorboard_has_the_curves(
+    data: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = command(data, tmp_path, "--tensorboard")
+    assert main(argv) == 0  # what an earlier training left is no matter
+    restore = at_step(monkeypatch, STEPS + 4, KeyboardInterrupt)
+    assert main(argv) == 130
+    restore()
+    assert main([*argv, "--resume"]) == 0
+    for name, run in results(tmp_path)[0]["runs"].items():
+        found = events.EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
+        losses = found.Scalars("test/loss")
+        assert [event.step for event in losses] == [1, 2, 3]
+        expected = [row["test_loss"] for row in run["history"]]
+        assert [event.value for event in losses] == pytest.approx(expected)
+
+
 # Interrupting and resuming
 
 
@@ -549,7 +638,7 @@ class TestResume:
     def test_ctrl_c_before_any_training_leaves_nothing(
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupt(source: str) -> None:
+        def interrupt(source: str, image_size: int) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train, "load_images", interrupt)
@@ -786,6 +875,16 @@ class TestRefusal:
             ),
             (["--data", "missing.npz"], "--data missing.npz: cannot be read: No such file"),
             (["--drop-path", 1.5], "--drop-path: must be in [0, 1], got 1.5"),
+            (["--dropout", 1], "--dropout: must be in [0, 1), got 1"),
+            (["--batch-size", 0], "--batch-size: must be at least 1, got 0"),
+            (["--augment", 5], "--augment: must be in [0, 4], got 5"),
+            (["--recipe", "missing.toml"], "--recipe missing.toml: cannot be read: No such file"),
+            (["--validation-size", -1], "--validation-size: must be at least 0, got -1"),
+            (["--validation-size", 31], "--validation-size: must be in 3..27 for 100 images of 3"),
+            (
+                ["--early-stopping", 3, "--validation-size", 0],
+                "--validation-size: must be at least 1 with --early-stopping, got 0",
+            ),
             (["--seeds", 0], "--seeds: must be at least 1, got 0"),
             (["--noise", -1], "--noise: must be finite and at least 0, got -1"),
             (["--adversarial", "inf"], "--adversarial: must be finite and at least 0, got inf"),

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...training import EarlyStopping, Recipe
+from ...training import Conflict, EarlyStopping, Recipe, conflicts
 from .._data import Split
 from .checkpoint import check_alike
-from .kernels import Attack, Augment, Distill, Kernels, Loss, Mix
+from .kernels import ATTACK_STEPS, Attack, Augment, Distill, Kernels, Loss, Mix
 from .measures import EVALUATION_BATCH, evaluate
 from .models import build_model, weights, zeros
 
@@ -181,6 +181,11 @@ class Training:
         self.results[run.name] = found
         self._teacher = self.model if run.teaches else None  # in evaluation mode by now
 
+    def conflicts(self) -> list[Conflict]:
+        """What of the last recipe is at odds, in the net that was trained last."""
+        *_, recipe = self.recipes.values()
+        return conflicts(self.model, self._net.optimizer, recipe)
+
     def step_bytes(self, follow: Callable[..., tuple[Any, int, int]]) -> int:
         """The memory at the peak of one more epoch, as `follow` finds it. It trains: call it when
         nothing else is asked of the net."""
@@ -255,8 +260,10 @@ class Training:
             if group | {"lr": ours["lr"]} != ours:  # each batch sets the rate anew
                 raise ValueError("the optimizer is another one")
         counts = [e["step"] for e in state["optimizer"]["state"].values()]
-        counts += [v for n, v in state["model"].items() if n.endswith("num_batches_tracked")]
-        if any(count != steps for count in counts):
+        seen = [v for n, v in state["model"].items() if n.endswith("num_batches_tracked")]
+        # PyTorch's own BatchNorm counts the batches of an attack as well.
+        batches = steps * (1 + ATTACK_STEPS) if run.recipe.adversarial > 0 else steps
+        if any(count != steps for count in counts) or any(n not in (steps, batches) for n in seen):
             raise ValueError(f"not {steps} steps")
         rows = itertools.chain(*state["history"].values(), state["results"].values())
         for name, value in (pair for row in rows for pair in row.items()):
