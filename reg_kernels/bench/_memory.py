@@ -27,8 +27,7 @@ def kept_bytes(call: Callable[[int], object]) -> int:
 
 def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
     """Memory at the peak of a call, beyond what it returns."""
-    follow = _cuda_memory if device.type == "cuda" else cpu_memory
-    result, peak, grown = follow(call, device)
+    result, peak, grown = follow_memory(call, device)
     outputs = result if isinstance(result, tuple) else (result,)
     # A result that was there before, such as the copy's destination, is no allocation of the call.
     tensors = [t for t in outputs if isinstance(t, Tensor)]
@@ -36,8 +35,13 @@ def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
     return max(0, peak - returned)
 
 
-def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
+def follow_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
     """A call's result, and the bytes by which memory had grown at its peak and at its end."""
+    return (_cuda_memory if device.type == "cuda" else cpu_memory)(call, device)
+
+
+def _cuda_memory(call: Callable[[int], object], device: torch.device) -> tuple[Any, int, int]:
+    """The same on a GPU."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

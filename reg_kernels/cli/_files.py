@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from ._errors import UsageError
 
@@ -96,3 +99,47 @@ def write_output(option: str, path: Path, write: Callable[[Path], object]) -> No
 
 def _cannot_write(option: str, path: Path, error: OSError) -> UsageError:
     return UsageError(f"{option}: cannot write {path}: {error.strerror or error}")
+
+
+def make_writable(out: Path, names: Collection[str]) -> None:
+    """Creates the folder of --out and makes sure, before minutes of work, that results of these
+    names can be put there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    for name in names:
+        if (out / name).is_dir():
+            raise UsageError(f"--out: {out / name} must be a file or free, got a directory")
+    for name in names:
+        remove_abandoned(out / name)
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"--out: must be a directory that can be written to, got {out}: {error.strerror or error}"
+    )
+
+
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_whole`, of a file in the folder of --out."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+
+
+def json_text(value: Any) -> str:
+    """`value` as a file of JSON has it."""
+    return json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with null for a loss that ran away: JSON has neither NaN nor Infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""An Optuna study that several processes may work on, stop and go on with: for `compare` and `tune`.
+"""An Optuna study that several processes work on, stop and go on with: for `compare` and `tune`.
 
 A trial is told of its task by its parameters, and of who works on it by the user attribute "owner".
 Nothing locks the storage as a whole, which may be a server's: a trial is created with its
@@ -33,6 +33,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -53,7 +55,7 @@ _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 _FAILURES = (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError)
 _OWNER, _ERROR = "owner", "error"
 # Process numbers mean something on one machine, and there in one container.
-_HERE = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+_HERE = f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
 Params = Mapping[str, Any]
 
@@ -432,7 +434,7 @@ def _open(where: str) -> optuna.storages.BaseStorage:
         )
     output_file("--storage", path)
     if path.suffix in JOURNAL:
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path)))
     if path.exists():
         # Optuna would put its tables beside those of another program.
         with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:

@@ -14,26 +14,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import math
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from .. import __version__, _console, backends
+from .. import __version__, _console
 from ..training import Recipe
-from ._data import DIGITS, Images, Split, load_images, split
+from ._data import Images, Split, load_images, split
 from ._errors import UsageError
-from ._files import remove_abandoned, write_whole
+from ._files import json_text, make_writable, write_result
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
+from ._setting import add_setting_arguments, device_from, implementation_from
 from ._tensorboard import LOGS, Curves
 from ._train_results import draw, print_results
 from ._trainer.by_torch import BY_TORCH
@@ -58,45 +56,7 @@ _HERE = ""  # --resume without a path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        default=DIGITS,
-        metavar="digits|FILE.npz|DIR",
-        help="scikit-learn's 1,797 handwritten digits; or a file with x, uint8 or floating point "
-        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N]; or a folder with "
-        "a folder of image files for each class (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="the side that the images of a folder are brought to: the shorter side is resized and "
-        "the middle cut out (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--kernels",
-        choices=("eager", "fused"),
-        default="fused",
-        help="train with PyTorch's layers, mixup, loss and optimizer or with their fused twins "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=backends.NAMES,
-        help="the implementation that the fused kernels must use (default: the first that runs)",
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)"
-    )
-    parser.add_argument(
-        "--train-size",
-        type=int,
-        default=300,
-        metavar="N",
-        help="images to train on, the rest is for testing (default: %(default)s, few enough to "
-        "overfit)",
-    )
+    add_setting_arguments(parser)
     parser.add_argument(
         "--validation-size",
         type=int,
@@ -176,11 +136,11 @@ def _run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     regularised = recipe_from(args, REGULARISED)
     _check_sizes(args, regularised)
-    device = _device(args.device)
-    implementation = _implementation(args, device)
+    device = device_from(args.device)
+    implementation = implementation_from(args, device)
     images = load_images(args.data, args.image_size)
     data = split(images, args.train_size, args.seed, args.validation_size)
-    out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
+    out = args.out or Path("runs") / Path(args.data).stem
 
     kinds = {"eager": BY_TORCH, "fused": fused_kernels(args.backend)}
     recipes = _recipes(regularised, args.augmented)
@@ -198,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
         _resume(training, start, options)
-    _make_writable(out)
+    make_writable(out, (*RESULTS, CHECKPOINT))
 
     resumed = args.resume is not None and start == out / CHECKPOINT
     curves = Curves(out, resumed) if args.tensorboard else None
@@ -273,54 +233,6 @@ def _recipes(regularised: Recipe, magnitude: float) -> dict[str, Recipe]:
         raise UsageError(str(error).replace("Recipe: augment", "--augment:")) from None
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            raise UsageError(f"--device: must be there, got {name} where torch finds {found} GPUs")
-    return device
-
-
-def _implementation(args: argparse.Namespace, device: torch.device) -> str:
-    """The implementation that the fused kernels run: in training, or at least in the timing."""
-    if args.kernels == "eager" and args.backend is not None:
-        raise UsageError(f"--backend: goes with --kernels fused, got {args.backend} with eager")
-    try:
-        return backends.choose("dropout", device.type, torch.float32, args.backend)
-    except backends.BackendUnavailable as error:
-        source = "--backend" if args.backend is not None else "REG_KERNELS_BACKEND"
-        raise UsageError(f"{source}: {error}") from None
-
-
-def _make_writable(out: Path) -> None:
-    """Creates `out` and makes sure, before minutes of work, that the results can be put there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise _unwritable(out, error) from None
-    for name in (*RESULTS, CHECKPOINT):
-        if (out / name).is_dir():
-            raise UsageError(f"--out: {out / name} must be a file or free, got a directory")
-    for name in (*RESULTS, CHECKPOINT):
-        remove_abandoned(out / name)
-
-
-def _unwritable(out: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"--out: must be a directory that can be written to, got {out}: {error.strerror or error}"
-    )
-
-
 # Checkpoints
 
 
@@ -368,7 +280,7 @@ class _Checkpoint:
             self.write()
 
     def write(self) -> None:
-        _write(self.path, lambda path: save_checkpoint(path, self._options, self._state))
+        write_result(self.path, lambda path: save_checkpoint(path, self._options, self._state))
         self._written = time.monotonic()
         self.on_disk = True
 
@@ -506,26 +418,10 @@ def _metrics(
 
 def _write_results(out: Path, metrics: dict[str, Any], training: Training) -> None:
     model = {name: value.cpu() for name, value in training.model.state_dict().items()}
-    text = json.dumps(_without_nan(metrics), indent=2, allow_nan=False) + "\n"
-    _write(out / CURVES, lambda path: draw(path, metrics))
-    _write(out / MODEL, lambda path: save(model, path))
-    _write(
+    text = json_text(metrics)
+    write_result(out / CURVES, lambda path: draw(path, metrics))
+    write_result(out / MODEL, lambda path: save(model, path))
+    write_result(
         out / RECIPE, lambda path: path.write_text(list(training.recipes.values())[-1].to_toml())
     )
-    _write(out / METRICS, lambda path: path.write_text(text))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-
-
-def _without_nan(value: Any) -> Any:
-    """`value` with null for a loss that ran away: JSON has neither NaN nor Infinity."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_result(out / METRICS, lambda path: path.write_text(text))

@@ -174,7 +174,7 @@ def side_by_side(where: str, folder: str) -> None:
     def noted(trial: Trial) -> float:
         (Path(folder) / str(os.getpid())).touch()
         deadline = time.monotonic() + 60
-        while len(os.listdir(folder)) < 2 and time.monotonic() < deadline:
+        while len(list(Path(folder).iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         trial.set_user_attr("pid", os.getpid())
         return value_of(trial)
@@ -249,7 +249,8 @@ def test_drawn_trials_end_at_most_and_go_on_with_others(where: str) -> None:
 def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(UsageError) as error:
         call()
-    assert "\n" not in (text := str(error.value))
+    text = str(error.value)
+    assert "\n" not in text
     return text
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from reg_kernels import backends, nn, optim
 from reg_kernels.augment import MixedTarget
-from reg_kernels.cli import main, train
+from reg_kernels.cli import _files, main, train
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._trainer import by_torch, fused, training
 from reg_kernels.cli._trainer import checkpoint as checkpoints
@@ -165,7 +165,7 @@ def test_the_picture_shows_both_nets(
 
 def test_a_loss_that_ran_away_is_null_in_json() -> None:
     rows = {"history": [{"loss": float("nan")}, {"loss": float("inf")}, {"loss": 0.5}]}
-    assert train._without_nan(rows) == {"history": [{"loss": None}, {"loss": None}, {"loss": 0.5}]}
+    assert _files.without_nan(rows) == {"history": [{"loss": None}, {"loss": None}, {"loss": 0.5}]}
 
 
 @pytest.mark.usefixtures("no_plot")
@@ -626,7 +626,7 @@ class TestResume:
         def interrupt(*args: object, **options: object) -> None:
             raise KeyboardInterrupt
 
-        for owner, name in ((training.Training, "time_epochs"), (train.json, "dumps")):
+        for owner, name in ((training.Training, "time_epochs"), (train, "json_text")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, interrupt)
                 more = () if name == "time_epochs" else ("--resume",)

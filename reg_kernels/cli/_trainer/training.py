@@ -189,6 +189,8 @@ class Training:
     def step_bytes(self, follow: Callable[..., tuple[Any, int, int]]) -> int:
         """The memory at the peak of one more epoch, as `follow` finds it. It trains: call it when
         nothing else is asked of the net."""
+        # Whether what was there before counts as freed is a matter of chance on the CPU.
+        self._net.optimizer.zero_grad()
         return follow(lambda _: self._train_epoch(self._net, 0), self._device)[1]
 
     def state(self) -> dict[str, Any]:
