@@ -39,6 +39,7 @@ docs/augmentation
 docs/mixing_and_losses
 docs/adversarial
 docs/early_stopping
+docs/training
 docs/implementations
 docs/numerics
 docs/benchmarks

@@ -175,7 +175,7 @@ class Training:
         if self._attacked_by > 0:
             found[ATTACKED] = self._attacked_accuracy()
         found["epochs"] = float(self._epoch)
-        found["best_epoch"] = float(self._epoch if stop is None else stop.best_check + 1)
+        found["best_epoch"] = float(self._epoch if stop is None else stop.best_check or self._epoch)
         found["zeros"] = float(zeros(self.model))
         found["weights"] = float(weights(self.model))
         self.results[run.name] = found
