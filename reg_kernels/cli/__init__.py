@@ -27,6 +27,9 @@ COMMANDS = {
     "bench": Command("time against PyTorch eager, torch.compile and a copy; --json, --plot", "cli"),
     "augment": Command("draw what a pipeline of augmentation does to images", "augment"),
     "train": Command("train a small net plain and regularised, and compare", "train"),
+    "compare": Command(
+        "train with and without each method of regularisation, over seeds", "compare"
+    ),
     "tune": Command("search the strengths of methods for a recipe that does better", "compare"),
 }
 

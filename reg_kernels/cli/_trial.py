@@ -90,9 +90,7 @@ class Setting:
     def split(self, seed: int, fold: int = 0) -> Split:
         """The images of a seed and, with folds, of one of them."""
         of = (fold, self.folds) if self.folds else None
-        return split(
-            self.images, self.train_size, seed, self.validation_size, of, self.test_seed
-        )
+        return split(self.images, self.train_size, seed, self.validation_size, of, self.test_seed)
 
     def train(
         self,
@@ -192,6 +190,11 @@ def workers_of(args: argparse.Namespace, device: torch.device) -> int:
     """
     default = 1 if device.type == "cuda" else cores()
     return default if args.workers is None else int(args.workers)
+
+
+def take_share(processes: int) -> None:
+    """Leaves each process its share of the cores."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // processes)))
 
 
 def cores() -> int:

@@ -135,18 +135,10 @@ class Space:
 def space_from(recipe: Recipe, methods: Sequence[str], ranges: Iterable[str]) -> Space:
     """The space of `--methods` and `--range`s around a recipe. Raises UsageError, one line that
     names the option."""
-    for name in methods:
-        if recipe.model not in METHODS[name].models:
-            raise UsageError(
-                f"--methods: {name} goes with the models {', '.join(METHODS[name].models)}, got "
-                f"{recipe.model}"
-            )
     given = dict(_range_from(text, methods) for text in ranges)
     axes = tuple(Axis(name, *given.get(name, METHODS[name].search)) for name in methods)
-    # BatchNorm is on unless told otherwise, and a base without it is none that anybody has.
-    kept = [name for name in methods if METHODS[name].kind is bool and getattr(recipe, name)]
     return Space(
-        base=recipe.with_methods(kept, methods),
+        base=recipe.with_methods((), methods),
         usual=recipe.with_methods(methods, methods),
         axes=axes,
     )

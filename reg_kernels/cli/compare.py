@@ -1,0 +1,243 @@
+"""Trains a small net with and without each method of regularisation, and says what each did.
+
+Every method is looked at over paired seeds: the nets of a seed have the same images, weights and
+batches, and differ in their methods alone. Prints what each changed in test accuracy and loss, the
+gap between training and test set, calibration, time and memory, with intervals, and writes
+effects.png, curves.png, compare.json and recipe.toml (of the nets without the methods) to the --out
+directory. Nothing is chosen on the test set, which each net sees once, at its end.
+The trainings are trials of an Optuna study in --storage. After Ctrl-C the same command goes on; the
+same command in several processes, or on machines that share the storage, divides the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import Trial
+
+from .. import _console
+from ..training import METHODS, Recipe
+from ._compare_results import draw_curves, draw_effects, print_results, summary
+from ._errors import UsageError
+from ._files import json_text, make_writable, write_result
+from ._progress import Watch
+from ._recipe import RECIPE, add_recipe_arguments, methods_from, recipe_from
+from ._study import INTERRUPTED, Standing, Study, workers
+from ._trial import (
+    RESULT,
+    Setting,
+    add_trial_arguments,
+    check_seeds,
+    setting_from,
+    take_share,
+    workers_of,
+)
+
+ONE_ON, ONE_OFF, FACTORIAL = DESIGNS = ("one-on", "one-off", "factorial")
+MOST_TRIALS = 300  # unless --max-trials allows more
+EFFECTS, CURVES, COMPARE, STUDY = "effects.png", "curves.png", "compare.json", "study.db"
+RESULTS = (EFFECTS, CURVES, COMPARE, RECIPE)
+NAME = "compare"  # of the study
+_NONE, _ALL = "base", "all"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        metavar="NAME,...",
+        help=f"the methods to look at, of {', '.join(METHODS)} (default: all that go with the "
+        "model); they have the strength of the recipe or, where it has none, a usual one",
+    )
+    parser.add_argument(
+        "--design",
+        choices=DESIGNS,
+        default=ONE_ON,
+        help="nets with none of the methods and with each alone; with all of them and without "
+        "each; or with every subset (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="trainings of each net, each with a split, weights and draws of its own; more of them "
+        "can be asked for later (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the first of them (default: %(default)s)"
+    )
+    add_trial_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the files go; those of an earlier run are replaced (default: runs/compare-NAME "
+        "by the name of the data)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="FILE|URL",
+        help=f"what keeps the trials: an SQLite file (.db), a journal (.log) or a URL of Optuna's "
+        f"(default: {STUDY} in the --out directory)",
+    )
+    parser.add_argument(
+        "--max-trials",
+        type=int,
+        default=MOST_TRIALS,
+        metavar="N",
+        help="refuse designs with more trainings than that (default: %(default)s)",
+    )
+    add_recipe_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Nets that are trained with the same methods."""
+
+    label: str
+    on: frozenset[str]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and where it is kept."""
+
+    recipe: Recipe  # with the methods' strengths, as far as it has some
+    methods: tuple[str, ...]
+    design: str
+    arms: dict[str, Arm]
+    seeds: range
+    setting: Setting
+    storage: str
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The trials, those of a seed together: what is done first can be compared first."""
+        folds = range(max(1, self.setting.folds))
+        return [
+            {"arm": arm, "seed": seed, "fold": fold}
+            for seed in self.seeds
+            for fold in folds
+            for arm in self.arms
+        ]
+
+    def study(self) -> Study:
+        about = self.setting.about() | {"design": self.design, "methods": self.methods}
+        space = {
+            "arm": CategoricalDistribution(list(self.arms)),
+            "seed": IntDistribution(0, 2**32 - 1),  # so that more of them can come
+            "fold": IntDistribution(0, max(0, self.setting.folds - 1)),
+        }
+        return Study(self.storage, NAME, about | dataclasses.asdict(self.recipe), space)
+
+    def work(self, study: Study, watch: Watch | None = None) -> Standing:
+        """Trains what is left to train. Without somebody to watch it waits for nobody."""
+
+        def train(trial: Trial) -> float:
+            arm, seed, fold = (trial.params[name] for name in ("arm", "seed", "fold"))
+            recipe = self.arms[arm].recipe
+            if watch is not None:
+                part = f", fold {fold}" if self.setting.folds else ""
+                watch.begins(f"{arm}, seed {seed}{part}", recipe.epochs)
+            after_epoch = (lambda *_: None) if watch is None else watch.epoch
+            result = self.setting.train(recipe, seed, fold, after_epoch)
+            trial.set_user_attr(RESULT, result)
+            loss = result["measures"]["validation_loss"]
+            return float("inf") if loss is None else float(loss)
+
+        if watch is None:
+            return study.work(train, self.tasks(), wait=False)
+        return study.work(train, self.tasks(), show=watch.stands)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Everything that can be wrong with the input is found here, before anything is written.
+    plan = _plan(args)
+    out = _out(args)
+    make_writable(out, RESULTS)
+    study, tasks = plan.study(), plan.tasks()
+    free = len(study.standing(tasks).free)
+    count = max(1, min(workers_of(args, plan.setting.device), free))
+    take_share(count)
+    print(
+        f"{len(plan.arms)} nets x {len(plan.seeds)} seeds"
+        f"{f' x {plan.setting.folds} folds' if plan.setting.folds else ''}: {len(tasks)} trials, "
+        f"{len(tasks) - free} of them done; {plan.setting.kernels} kernels on "
+        f"{plan.setting.device}, {count} at once",
+        flush=True,
+    )
+    try:
+        with workers(_help, count - 1, args, count), _console.progress() as progress:
+            standing = plan.work(study, Watch(progress, len(tasks)))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command goes on from {plan.storage}", file=sys.stderr)
+        return INTERRUPTED
+    results = summary(plan, standing)
+    write_result(out / EFFECTS, lambda path: draw_effects(path, results))
+    write_result(out / CURVES, lambda path: draw_curves(path, results))
+    base = plan.recipe.with_methods((), plan.methods)
+    write_result(out / RECIPE, lambda path: path.write_text(base.to_toml()))
+    write_result(out / COMPARE, lambda path: path.write_text(json_text(results)))
+    print_results(results)
+    print(f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {out}")
+    return 1 if results["crashed"] else 0
+
+
+def _help(args: argparse.Namespace, count: int) -> None:
+    """Another process of the same command."""
+    plan = _plan(args)
+    take_share(count)
+    plan.work(plan.study())
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    seeds = check_seeds(args.seed, args.seeds)
+    recipe = recipe_from(args, Recipe())
+    methods = methods_from(args.methods, recipe.model, METHODS)
+    arms = 2 ** len(methods) if args.design == FACTORIAL else len(methods) + 1
+    trials = arms * len(seeds) * (args.folds or 1)
+    if trials > args.max_trials:
+        raise UsageError(
+            f"--design: would be {trials} trials, {arms} nets x {len(seeds)} seeds"
+            f"{f' x {args.folds} folds' if args.folds else ''}, of at most {args.max_trials}; "
+            "--max-trials allows more"
+        )
+    with_all = recipe.with_methods(methods, methods)
+    return Plan(
+        recipe=recipe,
+        methods=methods,
+        design=args.design,
+        arms={arm.label: arm for arm in _arms(recipe, methods, args.design)},
+        seeds=seeds,
+        setting=setting_from(args, attacked_by=with_all.adversarial),
+        storage=args.storage or str(_out(args) / STUDY),
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    out: Path | None = args.out
+    return out or Path("runs") / f"{NAME}-{Path(args.data).stem}"
+
+
+def _arms(recipe: Recipe, methods: tuple[str, ...], design: str) -> Iterator[Arm]:
+    """The nets of a design, the one that the others are set against first."""
+
+    def arm(label: str, on: tuple[str, ...]) -> Arm:
+        return Arm(label, frozenset(on), recipe.with_methods(on, methods))
+
+    if design == ONE_OFF:
+        yield arm(_ALL, methods)
+        for name in methods:
+            yield arm(f"without {name}", tuple(other for other in methods if other != name))
+        return
+    for size in range(len(methods) + 1 if design == FACTORIAL else 2):
+        for on in itertools.combinations(methods, size):
+            yield arm(" + ".join(on) or _NONE, on)
