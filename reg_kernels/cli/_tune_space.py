@@ -22,6 +22,7 @@ from ._errors import UsageError
 
 # The share of a method's axis, below its least strength, that leaves it out.
 OFF_SHARE = 0.25
+BASE = -1  # the base in the place of a trial's number
 DIGITS = 3  # of a strength, so that it is printed as it was trained with
 
 
