@@ -68,13 +68,23 @@ def _told(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
         "pruned": trial.state == TrialState.PRUNED,
-        "validation_loss": trial.value if trial.state == TrialState.COMPLETE else None,
+        "validation_loss": trial.value if _ended_well(trial) else None,
         "strengths": trial.user_attrs["strengths"],
         "recipe": dataclasses.asdict(plan.space.recipe(trial.params)),
         "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "losses": [trial.intermediate_values[i] for i in sorted(trial.intermediate_values)],
+        "losses": {str(step): loss for step, loss in sorted(trial.intermediate_values.items())},
         "trainings": trial.user_attrs.get(RESULT, []),
     }
+
+
+def _ended_well(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and math.isfinite(trial.value)
+
+
+def best_of(standing: Standing) -> FrozenTrial | None:
+    """The trial with the least loss, of those that went to the end."""
+    there = filter(_ended_well, standing.done)
+    return min(there, key=lambda trial: (trial.value, trial.number), default=None)
 
 
 def _of_recipe(plan: Plan, standing: Standing, recipe: Recipe) -> dict[str, Any] | None:
@@ -91,8 +101,7 @@ def importances(study: optuna.Study, standing: Standing) -> dict[str, float] | N
     Source: F. Hutter, H. Hoos, K. Leyton-Brown, "An efficient approach for assessing
     hyperparameter importance", ICML 2014.
     """
-    whole = [t for t in standing.done if t.state == TrialState.COMPLETE and math.isfinite(t.value)]
-    if len(whole) < IMPORTANCE_TRIALS:
+    if sum(map(_ended_well, standing.done)) < IMPORTANCE_TRIALS:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -217,12 +226,12 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     whole = [t for t in results["trials"] if t["validation_loss"] is not None]
-    ended = [t for t in results["trials"] if t["pruned"] and t["losses"]]
+    ended = [t for t in results["trials"] if t["pruned"]]
     best = results["best"]
     history = next(panels)
     history.plot(
         [t["number"] for t in ended],
-        [t["losses"][-1] for t in ended],
+        [_last(t) for t in ended],
         "x",
         color=_GREY,
         markersize=4,
@@ -257,10 +266,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
         for trials, mark, colour in ((ended, "x", _GREY), (whole, "o", _BLUE)):
             axes.plot(
                 [t["strengths"][name] or off for t in trials],
-                [
-                    t["losses"][-1] if t["validation_loss"] is None else t["validation_loss"]
-                    for t in trials
-                ],
+                [_last(t) for t in trials],
                 mark,
                 color=colour,
                 markersize=4,
@@ -292,6 +298,12 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _last(trial: Mapping[str, Any]) -> float:
+    """The last loss of a trial that is known."""
+    losses = [*trial["losses"].values(), trial["validation_loss"]]
+    return float(next((loss for loss in reversed(losses) if loss is not None), math.nan))
+
+
 def _off_at(of: Mapping[str, Any]) -> float:
     """Where a strength of 0 is drawn: to the left of the least."""
     if of["log"]:
@@ -300,14 +312,12 @@ def _off_at(of: Mapping[str, Any]) -> float:
 
 
 def _mark_off(axes: Any, of: Mapping[str, Any], off: float) -> None:
+    """Strengths along the axis, from off."""
     if of["log"]:
         axes.set_xscale("log")
+        ticks = [10.0**k for k in range(-9, 9)]
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        low, high = of["least"], of["most"]
-        ticks = [t for t in axes.get_xticks() if low <= t <= high]
-        axes.set_xticks([off, *ticks], ["off", *(f"{t:g}" for t in ticks)])
-        return
-    ticks = [10.0**k for k in range(-9, 9) if of["least"] <= 10.0**k <= of["most"]]
+        ticks = list(MaxNLocator(4).tick_values(of["least"], of["most"]))
+    ticks = [t for t in ticks if of["least"] <= t <= of["most"]]
     axes.set_xticks([off, *ticks], ["off", *(f"{t:g}" for t in ticks)])
     axes.minorticks_off()

@@ -20,8 +20,12 @@ from ..training import METHODS, Recipe
 from ..training.recipe import unknown
 from ._errors import UsageError
 
-# The share of a method's axis, below its least strength, that leaves it out.
-OFF_SHARE = 0.25
+# The share of a method's axis, below its least strength, that leaves it out. Tried on 30 trials of
+# TPE, 30 times for each of 6 to 8 methods, of a model fitted to the losses of 80 random recipes on
+# the digits, 30 epochs each: with a half the best has a loss of 0.094 to 0.100 on average, with 0.6
+# of 0.094 to 0.097; with a quarter, 12 times, of 0.106. A switch and a strength: 0.098 to 0.104. At
+# random, 12 times: 0.111 to 0.116 with a half, 0.129 to 0.130 with a quarter.
+OFF_SHARE = 0.5
 BASE = -1  # the base in the place of a trial's number
 DIGITS = 3  # of a strength, so that it is printed as it was trained with
 
@@ -31,7 +35,7 @@ class Axis:
     """The strength of one method as a search has it: one number. Below `least` the method is off.
 
     A switch and a strength beside it would be two numbers, the second without a meaning where the
-    first is off; and being off is next to being weak.
+    first is off, and each with an importance of its own; and being off is next to being weak.
     """
 
     name: str

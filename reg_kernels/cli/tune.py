@@ -28,7 +28,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from .. import _console
 from ..training import METHODS, Recipe
@@ -47,16 +47,31 @@ from ._trial import (
     take_share,
     workers_of,
 )
-from ._tune_results import draw, print_results, summary
+from ._tune_results import best_of, draw, print_results, summary
 from ._tune_space import BASE, Space, space_from
 from .train import REGULARISED
 
 TPE, RANDOM, GRID = SEARCHES = ("tpe", "random", "grid")
 MEDIAN, HYPERBAND, NONE = PRUNERS = ("median", "hyperband", "none")
 TRIALS = 30  # without a budget
-# What costs no more than training without it: no attacks and no teacher, which take a multiple; and
-# not what is one of a pair with something here, or a switch.
-DEFAULT_METHODS = ("dropout", "weight_decay", "mixup", "label_smoothing", "noise", "augment")
+# Those that cost little time (no attacks, no teacher), one of each kind.
+DEFAULT_METHODS = (
+    "dropout",
+    "weight_decay",
+    "l1",
+    "mixup",
+    "label_smoothing",
+    "drop_path",
+    "noise",
+    "augment",
+)
+# The share of the epochs before which no trial is ended. Of 67 random recipes on the digits, the
+# order after a tenth of the epochs has a rank correlation of 0.67 with that at the end; after a
+# third of 0.84, and the third best is only the 41st yet; after a half of 0.93, and the best five
+# are among the first 16.
+WARMUP = 0.5
+# So often a net's loss is told to the storage: SQLite takes 6 ms of processor time for each.
+REPORTS = 20
 PICTURE, TUNE, STUDY = "search.png", "tune.json", "study.db"
 RESULTS = (PICTURE, TUNE, RECIPE)
 NAME = "tune"  # of the study
@@ -68,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="NAME,...",
         help=f"the methods whose strengths are searched, of {', '.join(METHODS)} (default: "
-        f"{', '.join(DEFAULT_METHODS)}); the others are as the recipe has them",
+        f"{', '.join(DEFAULT_METHODS)}, as far as they go with the model); the others are as the "
+        "recipe has them",
     )
     parser.add_argument(
         "--range",
@@ -197,7 +213,7 @@ class Plan:
     def _pruner(self) -> optuna.pruners.BasePruner:
         steps = self.space.base.epochs * len(self.seeds) * len(self.folds)
         if self.prune == MEDIAN:
-            return optuna.pruners.MedianPruner(n_warmup_steps=self.space.base.epochs // 3)
+            return optuna.pruners.MedianPruner(n_warmup_steps=int(WARMUP * self.space.base.epochs))
         if self.prune == HYPERBAND:
             return optuna.pruners.HyperbandPruner(max(1, steps // 9), steps)
         return optuna.pruners.NopPruner()
@@ -216,12 +232,15 @@ class Plan:
         """A trial of the search."""
         recipe, losses, results = self.space.recipe(trial.params), [], []
         trial.set_user_attr("strengths", {a.name: getattr(recipe, a.name) for a in self.space.axes})
+        every = max(1, recipe.epochs // REPORTS)
         for seed in self.seeds:
             for fold in self.folds:
 
                 def after_epoch(epoch: int, history: Sequence[float]) -> None:
                     if watch is not None:
                         watch.epoch(epoch, history)
+                    if self.prune == NONE or epoch % every:
+                        return
                     mean = (sum(losses) + history[-1]) / (len(losses) + 1)
                     trial.report(mean, len(losses) * recipe.epochs + epoch)
                     if trial.should_prune():
@@ -275,12 +294,6 @@ class Plan:
         first = [space.numbers(recipe) for recipe in (space.base, space.usual)][: self.trials]
         study.work(objective, first, until=until, wait=False, show=show)
         return study.work(objective, most=self.trials, until=until, show=show)
-
-
-def best_of(standing: Standing) -> FrozenTrial | None:
-    """The trial with the least loss, of those that went to the end."""
-    ended = [t for t in standing.done if t.state == TrialState.COMPLETE and math.isfinite(t.value)]
-    return min(ended, key=lambda trial: (trial.value, trial.number), default=None)
 
 
 def run(args: argparse.Namespace) -> int:
