@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import optuna
@@ -218,6 +218,13 @@ class Plan:
             return optuna.pruners.HyperbandPruner(max(1, steps // 9), steps)
         return optuna.pruners.NopPruner()
 
+    def to_confirm(self, standing: Standing) -> FrozenTrial | None:
+        """The best trial, if it is another than the base and is to be retrained."""
+        best = best_of(standing)
+        if best is None or not self.fresh or self.space.recipe(best.params) == self.space.base:
+            return None
+        return best
+
     def confirmation(self) -> Study:
         """The retraining, of any trials, so that a longer search need not begin it anew."""
         last = 2**31 - 1
@@ -230,7 +237,9 @@ class Plan:
 
     def train(self, trial: Trial, watch: Watch | None) -> float:
         """A trial of the search."""
-        recipe, losses, results = self.space.recipe(trial.params), [], []
+        recipe = self.space.recipe(trial.params)
+        losses: list[float] = []
+        results = []
         trial.set_user_attr("strengths", {a.name: getattr(recipe, a.name) for a in self.space.axes})
         every = max(1, recipe.epochs // REPORTS)
         for seed in self.seeds:
@@ -314,9 +323,9 @@ def run(args: argparse.Namespace) -> int:
     out = _out(args)
     make_writable(out, RESULTS)
     study = plan.study()
-    found = len(study.standing().done)
+    before = len(study.standing().done)
     print(
-        f"{plan.search} over {', '.join(axis.name for axis in plan.space.axes)}: {found} trials "
+        f"{plan.search} over {', '.join(axis.name for axis in plan.space.axes)}: {before} trials "
         f"done before; {plan.setting.kernels} kernels on {plan.setting.device}, {count} at once",
         flush=True,
     )
@@ -334,9 +343,9 @@ def run(args: argparse.Namespace) -> int:
             total = None if plan.trials == sys.maxsize else plan.trials
             standing = plan.work(study, until, Watch(progress, total, note))
             best, confirmed = best_of(standing), None
-            if _is_to_be_confirmed(plan, best):
-                watch = Watch(progress, len(plan.retrainings(best)))
-                confirmed = plan.retrain(plan.confirmation(), best, watch)
+            if (found := plan.to_confirm(standing)) is not None:
+                watch = Watch(progress, len(plan.retrainings(found)))
+                confirmed = plan.retrain(plan.confirmation(), found, watch)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from {plan.storage}", file=sys.stderr)
         return INTERRUPTED
@@ -358,15 +367,9 @@ def _help(args: argparse.Namespace, until: float, count: int) -> None:
     """Another process of the same command."""
     plan = _plan(args)
     take_share(count)
-    best = best_of(plan.work(plan.study(os.getpid()), until, None))
-    if _is_to_be_confirmed(plan, best):
-        plan.retrain(plan.confirmation(), best, None)
-
-
-def _is_to_be_confirmed(plan: Plan, best: FrozenTrial | None) -> TypeGuard[FrozenTrial]:
-    """Whether there is anything but the base to retrain."""
-    better = best is not None and plan.space.recipe(best.params) != plan.space.base
-    return better and len(plan.fresh) > 0
+    found = plan.to_confirm(plan.work(plan.study(os.getpid()), until, None))
+    if found is not None:
+        plan.retrain(plan.confirmation(), found, None)
 
 
 def _loss(result: dict[str, Any]) -> float:
