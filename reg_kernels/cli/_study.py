@@ -101,13 +101,16 @@ class Study:
         # Through JSON, as it comes back: a tuple is a list there.
         about = json.loads(json.dumps(dict(about)))
         with _storage_errors(where, f"must be a whole {_kind(where)} of Optuna's"):
-            self._study = optuna.create_study(
-                storage=_open(where),
-                study_name=name,
-                sampler=optuna.samplers.RandomSampler(),
-                pruner=pruner or optuna.pruners.NopPruner(),
-                load_if_exists=True,
-            )
+            kept: dict[str, Any] = {
+                "storage": _open(where),
+                "study_name": name,
+                "sampler": optuna.samplers.RandomSampler(),
+                "pruner": pruner or optuna.pruners.NopPruner(),
+            }
+            try:
+                self._study = optuna.load_study(**kept)
+            except KeyError:  # there is none; a storage that has one is not written to here
+                self._study = optuna.create_study(**kept, load_if_exists=True)
             if not (attributes := self._study.user_attrs):
                 self._study.set_user_attr("about", about)
                 attributes = self._study.user_attrs
@@ -119,7 +122,7 @@ class Study:
             if there.get(key) != about.get(key):
                 raise UsageError(
                     f"--storage {where}: is of another study: {key} {_short(there.get(key))} "
-                    f"there, {_short(about.get(key))} here"
+                    f"there, {_short(about.get(key))} here; name another one"
                 )
         # Crashes of earlier times are no reason not to try again.
         self._since = len(found)

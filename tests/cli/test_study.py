@@ -257,8 +257,9 @@ def refusal(call: Callable[[], object]) -> str:
 def test_a_storage_of_another_study(where: str) -> None:
     opened(where)
     other = ABOUT | {"sizes": (200, 300)}
-    expected = f"--storage {where}: is of another study: sizes [300, 300] there, [200, 300] here"
-    assert refusal(lambda: Study(where, "compare", other, SPACE)) == expected
+    said = refusal(lambda: Study(where, "compare", other, SPACE))
+    expected = "is of another study: sizes [300, 300] there, [200, 300] here; name another one"
+    assert said == f"--storage {where}: {expected}"
     optuna.create_study(storage=_study._open(where), study_name="mine").set_user_attr("a", 1)
     said = refusal(lambda: Study(where, "mine", ABOUT, SPACE))
     assert said == f"--storage {where}: has a study mine that is not of this command"
