@@ -78,7 +78,8 @@ def _told(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _ended_well(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.COMPLETE and math.isfinite(trial.value)
+    loss = trial.value
+    return trial.state == TrialState.COMPLETE and loss is not None and math.isfinite(loss)
 
 
 def best_of(standing: Standing) -> FrozenTrial | None:
@@ -207,7 +208,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             )
             + "; differences of percentages in points, and of seconds and memory as ratios"
         )
-    elif results["best"] is not None and results["best"] == results["base"]:
+    elif all(results[of] for of in _ARMS) and len({results[of]["number"] for of in _ARMS}) == 1:
         lines.append("nothing that was tried is better than the net without the methods")
     for crash in results["crashed"]:
         told = ", ".join(f"{k} {v}" for k, v in crash.items() if k != "error")

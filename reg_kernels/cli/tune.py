@@ -235,12 +235,17 @@ class Plan:
         }
         return Study(self.storage, f"{NAME} confirmed", self.about(), space)
 
-    def train(self, trial: Trial, watch: Watch | None) -> float:
-        """A trial of the search."""
+    def train(self, study: Study, trial: Trial, watch: Watch | None) -> float:
+        """A trial of the search. One whose recipe was tried before has the same result."""
         recipe = self.space.recipe(trial.params)
         losses: list[float] = []
         results = []
-        trial.set_user_attr("strengths", {a.name: getattr(recipe, a.name) for a in self.space.axes})
+        strengths = {axis.name: getattr(recipe, axis.name) for axis in self.space.axes}
+        trial.set_user_attr("strengths", strengths)
+        for other in study.trials():
+            if other.value is not None and other.user_attrs["strengths"] == strengths:
+                trial.set_user_attr(RESULT, other.user_attrs[RESULT])
+                return other.value
         every = max(1, recipe.epochs // REPORTS)
         for seed in self.seeds:
             for fold in self.folds:
@@ -292,7 +297,7 @@ class Plan:
         """Tries recipes until there are enough, or it is time."""
 
         def objective(trial: Trial) -> float:
-            return self.train(trial, watch)
+            return self.train(study, trial, watch)
 
         show = (lambda _: None) if watch is None else watch.stands
         space = self.space
