@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,18 @@ def summary(
         "confirmed": None
         if confirmed is None or best is None
         else _confirmed(plan, confirmed, best),
+        "left": _left(plan, standing),
         "crashed": [t.params | {"error": t.user_attrs["error"]} for t in crashed],
         "trials": [_told(plan, trial) for trial in standing.done],
     }
+
+
+def _left(plan: Plan, standing: Standing) -> int:
+    """The trials that the time did not suffice for, of those that were asked for."""
+    if plan.search == "grid":
+        return len(standing.free)
+    begun = len(standing.done) + len(standing.crashed)
+    return 0 if plan.trials == sys.maxsize else max(0, plan.trials - begun)
 
 
 def _told(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
@@ -210,6 +220,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         )
     elif all(results[of] for of in _ARMS) and len({results[of]["number"] for of in _ARMS}) == 1:
         lines.append("nothing that was tried is better than the net without the methods")
+    if results["left"]:
+        lines.append(f"{results['left']} trials are left: the same command goes on with them")
     for crash in results["crashed"]:
         told = ", ".join(f"{k} {v}" for k, v in crash.items() if k != "error")
         lines.append(f"crashed: {told}: {crash['error']}")

@@ -442,7 +442,11 @@ def test_a_crash_is_reported_at_the_end(
 
 
 def test_no_trial_begins_that_would_not_end_within_the_budget(
-    data: Path, tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    trained: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = itertools.count()
     times: list[float] = []
@@ -457,6 +461,14 @@ def test_no_trial_begins_that_would_not_end_within_the_budget(
     assert main(command(data, tmp_path, *TWO, "--budget", "2m")) == 0
     assert 2 < len(losses(tmp_path)) < 60
     assert 60 < times[-1] <= 120
+    assert "are left" not in capsys.readouterr().out
+    grid = ["--search", "grid", *TWO, "--points", 9, "--trials", 200]
+    for rest in (grid, [*TWO, "--trials", 200]):
+        assert main(command(data, tmp_path, *rest, "--budget", "1m")) == 0
+        left = results(tmp_path)["left"]
+        assert 0 < left < 200
+        assert f"{left} trials are left: the same command goes on" in capsys.readouterr().out
+    assert left == 200 - len(losses(tmp_path))
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
