@@ -175,7 +175,11 @@ def print_results(results: Mapping[str, Any]) -> None:
     if (confirmed := results["confirmed"]) is not None:
         means, found = confirmed["means"], confirmed["effects"]
         rows = [
-            (m.title, *(m.value(means[arm][name]) for arm in _ARMS), change(found[name], name))
+            (
+                m.title + " (ratio)" * m.is_ratio,
+                *(m.value(means[arm][name]) for arm in _ARMS),
+                change(found[name], name),
+            )
             for name, m in MEASURES.items()
             if name in found
         ]
@@ -216,7 +220,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
                 if n > 1
                 else ", which tell nothing of chance"
             )
-            + "; differences of percentages in points, and of seconds and memory as ratios"
+            + "; percentages in points"
         )
     elif all(results[of] for of in _ARMS) and len({results[of]["number"] for of in _ARMS}) == 1:
         lines.append("nothing that was tried is better than the net without the methods")
@@ -237,7 +241,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     columns = min(4, len(methods) + 1)
     rows = math.ceil((len(methods) + 1) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     whole = [t for t in results["trials"] if t["validation_loss"] is not None]
     ended = [t for t in results["trials"] if t["pruned"]]
     best = results["best"]
@@ -272,7 +276,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
         )
     history.set_xlabel("trial")
     history.xaxis.set_major_locator(MaxNLocator(integer=True))
-    history.legend(frameon=False, fontsize=7)
+    history.legend(frameon=False, fontsize=7, loc="lower left")
     for name, of in methods.items():
         axes = next(panels)
         off = _off_at(of)
