@@ -182,10 +182,10 @@ class EarlyStopping:
         if self._reason is not None:
             return True
         live = self._live()
+        weights = self._averages(live)
         numbers = _as_tensor(value)
         late = self._reader.is_late(numbers) and not self.sync
         reading = self._reader.start(self._of_all_ranks(numbers, live))
-        weights = self._averages(live)
         if late:
             if self.restore_best:
                 self._of_pending = copied(weights, live, self._of_pending)
