@@ -1,5 +1,5 @@
-"""torch.compile with CUDA graphs, mode="reduce-overhead", and what to keep out of them. On a CPU the
-same script compiles without graphs."""
+"""torch.compile with CUDA graphs, mode="reduce-overhead", and what to keep out of them. On a CPU
+the same script compiles without graphs."""
 
 import digits
 import torch

@@ -23,8 +23,8 @@ def register(prefix: str = "rk") -> list[str]:
     `timm.optim.create_optimizer_v2(model, "rkadamw", lr=1e-3, weight_decay=0.05)` makes one then,
     with timm's groups: no decay of biases and norms, a learning rate that falls from layer to layer
     (`layer_decay`), and so on. Options of ours, as `max_grad_norm` or `ema_decay`, are arguments
-    like others. What timm sets by default for its optimizer of that name it sets for ours: Nesterov's
-    momentum of 0.9 for "rksgd" and "rksgdw". To call it again changes nothing.
+    like others. What timm sets by default for its own optimizer of that name it sets for ours:
+    Nesterov's momentum of 0.9 for "rksgd" and "rksgdw". To call it again changes nothing.
 
     Args:
         prefix: what comes before timm's names "adamw", "adam", "sgdw" and "sgd". It must have no
