@@ -109,8 +109,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Forgets what was found out about parameters and state: the next step looks again."""
         self._counters: Counters = {}
-        # The parameters that averages were swapped in for, and their versions then, where known: one
-        # list, changed in place, which a wrapper that takes its attributes from here shares.
+        # The parameters that averages were swapped in for, and their versions then, where known.
+        # Changed in place: a wrapper that takes its attributes from here shares the list.
         self._swapped: list[tuple[Tensor, int | None]] = []
         self._plan: StepPlan | None = None
         self._norm: tuple[Tensor, Tensor | None] | None = None
