@@ -30,8 +30,9 @@ import reg_kernels
 from reg_kernels import backends, bench, optim
 from reg_kernels.bench._measure import EAGER, STEP
 from reg_kernels.bench._ways import in_layout
-from reg_kernels.cli._trainer import BATCH, REGULARISED, build_net
+from reg_kernels.cli._trainer.models import build_model
 from reg_kernels.nn import StochasticDepthBlock
+from reg_kernels.training import Recipe
 
 # The check compares losses after steps that move the weights. The timed steps hardly move them:
 # hundreds of real steps on one batch would lead to gradients of 0, whose squares are denormal.
@@ -198,10 +199,16 @@ class Net(NamedTuple):
         return self.batch_gpu if device.type == "cuda" else self.batch
 
 
-_DIGITS, _CLASSES = (BATCH, 1, 8, 8), 10  # what `reg-kernels train` is about by default
+_DIGITS, _CLASSES = (Recipe.batch_size, 1, 8, 8), 10  # what `reg-kernels train` is about by default
 _PHOTOS = (128, 3, 224, 224)
+
+
+def _demo() -> nn.Module:
+    return build_model(Recipe(dropout=0.5), _DIGITS[1:], _CLASSES, nn.Dropout)
+
+
 NETS = (
-    Net("demo", lambda: build_net(1, _CLASSES, REGULARISED.dropout), _CLASSES, _DIGITS, _DIGITS),
+    Net("demo", _demo, _CLASSES, _DIGITS, _DIGITS),
     Net("resnet18", resnet18, 1000, (32, 3, 64, 64), _PHOTOS),
     Net("resnet50", resnet50, 1000, (16, 3, 64, 64), _PHOTOS),
     *(

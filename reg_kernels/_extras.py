@@ -8,7 +8,9 @@ import importlib.util
 EXTRAS = {
     "cli": ("rich",),
     "augment": ("PIL", "matplotlib", "numpy"),
-    "train": ("matplotlib", "numpy", "rich", "sklearn"),
+    "train": ("PIL", "matplotlib", "numpy", "rich", "sklearn"),
+    "compare": ("PIL", "matplotlib", "numpy", "optuna", "rich", "sklearn"),
+    "tensorboard": ("tensorboard",),
 }
 
 

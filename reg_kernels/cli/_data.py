@@ -19,6 +19,7 @@ import numpy.lib.format as npy
 import torch
 
 from ._errors import UsageError
+from ._folder import class_folders, load_folder
 
 DIGITS = "digits"
 
@@ -42,14 +43,18 @@ class Images:
     y: np.ndarray  # [N] int64
     classes: int
     sha256: str  # of shapes and values, not of the file's bytes
+    names: tuple[str, ...] = ()  # of the classes, where they have some
 
 
 @dataclass(frozen=True)
 class Split:
-    """A training and a test set, standardised by the training set's own statistics."""
+    """A training, a test and perhaps a validation set, standardised by the training set's own
+    statistics."""
 
     train_x: torch.Tensor  # [N_train, C, H, W] float32
     train_y: torch.Tensor  # [N_train] int64
+    validation_x: torch.Tensor  # [N_validation, C, H, W] float32, N_validation 0 if there is none
+    validation_y: torch.Tensor  # [N_validation] int64
     test_x: torch.Tensor  # [N_test, C, H, W] float32
     test_y: torch.Tensor  # [N_test] int64
     mean: torch.Tensor  # [C] float32, of pixels
@@ -57,9 +62,19 @@ class Split:
     lower: float  # the least pixel of all images
     upper: float
 
+    def parts(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Images and labels of each set that there is."""
+        parts = {
+            "train": (self.train_x, self.train_y),
+            "validation": (self.validation_x, self.validation_y),
+            "test": (self.test_x, self.test_y),
+        }
+        return {name: part for name, part in parts.items() if len(part[1])}
 
-def load_images(source: str) -> Images:
-    """Reads scikit-learn's handwritten digits, or an `.npz` file with arrays `x` and `y`.
+
+def load_images(source: str, image_size: int = 32) -> Images:
+    """Reads scikit-learn's handwritten digits, an `.npz` file with arrays `x` and `y`, or a folder
+    with a folder of image files for each class, which are brought to `image_size` a side.
 
     Digits are divided by 16 and uint8 pixels by 255; floating-point pixels are taken as they are.
     Raises UsageError, one line that names `--data`, for anything that cannot be trained on.
@@ -70,30 +85,69 @@ def load_images(source: str) -> Images:
 
         digits = load_digits()
         return _images(DIGITS, (digits.images / 16).astype(np.float32), digits.target)
-    where = f"--data {source}"
-    return _images(source, *_read_npz(Path(source), where))
+    where, path = f"--data {source}", Path(source)
+    if not path.is_dir():
+        return _images(source, *_read_npz(path, where))
+    names, files = class_folders(path, where)
+    _check_memory((len(files), 3, image_size, image_size), 1, f"{where}: images")
+    x = _float_pixels(load_folder(files, image_size, where), where)
+    return _images(source, x, [number for _, number in files], tuple(names))
 
 
-def split(images: Images, train_size: int, seed: int) -> Split:
-    """Draws a stratified training set of `train_size` images; the rest is the test set."""
-    from sklearn.model_selection import train_test_split
+def split(
+    images: Images,
+    train_size: int,
+    seed: int,
+    validation_size: int = 0,
+    fold: tuple[int, int] | None = None,
+) -> Split:
+    """Draws stratified sets: `train_size` images to train on, `validation_size` to validate on,
+    and the rest to test on.
+
+    With a `fold` (k, K) the validation set is the k-th of K parts of the training set, 0 <= k < K,
+    and the other parts are trained on; the test set is the same for each.
+    """
+    from sklearn.model_selection import StratifiedKFold, train_test_split
 
     total = len(images.y)
     counts = np.bincount(images.y, minlength=images.classes)
-    if counts.min() < 2:
+    parts = 3 if validation_size else 2
+    if counts.min() < parts:
         raise UsageError(
-            f"--data {images.source}: each class needs at least 2 images, one to train on and one "
-            f"to test on; class {counts.argmin()} has {counts.min()}"
+            f"--data {images.source}: each class needs at least {parts} images, one to train on"
+            f"{', one to validate on' if validation_size else ''} and one to test on; class "
+            f"{counts.argmin()} has {counts.min()}"
         )
-    # Stratifying needs room for one image of each class on either side.
-    if not images.classes <= train_size <= total - images.classes:
-        raise UsageError(
-            f"--train-size: must be in {images.classes}..{total - images.classes} for {total} "
-            f"images of {images.classes} classes, got {train_size}"
-        )
-    train, test = train_test_split(
-        np.arange(total), train_size=train_size, stratify=images.y, random_state=seed
-    )
+    # Stratifying needs room for one image of each class in each set.
+    most = total - images.classes
+    for option, size, room in (
+        ("--train-size", train_size, most - (images.classes if validation_size else 0)),
+        ("--validation-size", validation_size, most - train_size),
+    ):
+        if (size or option == "--train-size") and not images.classes <= size <= room:
+            raise UsageError(
+                f"{option}: must be in {images.classes}..{room} for {total} images of "
+                f"{images.classes} classes, got {size}"
+            )
+
+    def drawn(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a number, and the others."""
+        return train_test_split(rows, train_size=size, stratify=images.y[rows], random_state=seed)
+
+    train, test = drawn(np.arange(total), train_size)
+    validation = train[:0]
+    if fold is not None:
+        k, folds = fold
+        if min(np.bincount(images.y[train])) < folds:
+            raise UsageError(
+                f"--folds: must be at most the images of each class to train on, got {folds} for "
+                f"{min(np.bincount(images.y[train]))}"
+            )
+        cut = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        kept, left_out = list(cut.split(train, images.y[train]))[k]
+        train, validation = train[kept], train[left_out]
+    elif validation_size:
+        validation, test = drawn(test, validation_size)
     # Per channel and in double precision: float32 pixels may be large enough to overflow a sum of
     # squares. A constant channel is centred and otherwise left alone.
     channels = images.x[train].astype(np.float64)
@@ -107,6 +161,8 @@ def split(images: Images, train_size: int, seed: int) -> Split:
     return Split(
         train_x=standardised(train),
         train_y=torch.from_numpy(images.y[train]),
+        validation_x=standardised(validation),
+        validation_y=torch.from_numpy(images.y[validation]),
         test_x=standardised(test),
         test_y=torch.from_numpy(images.y[test]),
         mean=torch.from_numpy(mean.reshape(-1).astype(np.float32)),
@@ -238,11 +294,15 @@ def _check_headers(x: _Array, y: _Array, where: str) -> None:
         )
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise UsageError(f"{where}: x must be uint8 or floating point, got {x.type}")
+    _check_memory(x.shape, x.dtype.itemsize, f"{where}: x", x.type)
+
+
+def _check_memory(shape: tuple[int, ...], itemsize: int, what: str, kind: str = "uint8") -> None:
     # It is in memory twice: as stored, and as float32. A small file may unpack to any size.
-    needed = math.prod(x.shape) * (x.dtype.itemsize + 4)
+    needed = math.prod(shape) * (itemsize + 4)
     if needed > (here := _memory()):
         raise UsageError(
-            f"{where}: x must fit into memory, got {_short(x.shape)} of {x.type}, which takes "
+            f"{what} must fit into memory, got {_short(shape)} of {kind}, which takes "
             f"{needed / 2**30:.1f} GiB of {here / 2**30:.1f}"
         )
 
@@ -278,10 +338,10 @@ def _float_pixels(x: np.ndarray, where: str) -> np.ndarray:
     return pixels
 
 
-def _images(source: str, x: np.ndarray, y: Any) -> Images:
+def _images(source: str, x: np.ndarray, y: Any, names: tuple[str, ...] = ()) -> Images:
     x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x)
     y = np.ascontiguousarray(y, dtype=np.int64)
     digest = hashlib.sha256(repr(x.shape).encode())
     digest.update(x.tobytes())
     digest.update(y.tobytes())
-    return Images(source, x, y, int(y.max()) + 1, digest.hexdigest())
+    return Images(source, x, y, int(y.max()) + 1, digest.hexdigest(), names)

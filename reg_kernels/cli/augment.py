@@ -17,15 +17,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from .. import augment, backends
 from ._errors import UsageError
 from ._files import output_file, write_output
+from ._folder import read_image
 
 DEFAULT = "RandomResizedCrop(224), RandomHorizontalFlip(), RandAugment(2, 9), RandomErasing(0.25)"
 _CELL = 2.4  # inches, of an image and the words under it
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     rows, failed = [], 0
     for number, path in enumerate(args.images):
         try:
-            image = _read(path)
+            image = read_image(path)
         except OSError as error:
             failed += 1
             print(f"reg-kernels augment: {path}: {error}", file=sys.stderr)
@@ -99,21 +98,6 @@ def _pipeline(args: argparse.Namespace) -> augment.Pipeline:
     if any(isinstance(transform, augment.Mixup) for transform in pipeline.transforms):
         raise UsageError("--pipeline: must mix no images with others, got a Mixup")
     return pipeline
-
-
-def _read(path: Path) -> Tensor:
-    """(H, W, 3), uint8. Raises OSError, whatever is wrong with the file."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image if image.mode.startswith("I;16") else image.convert("RGB"))
-    except Exception as error:  # decoders raise many types on a damaged file
-        if isinstance(error, OSError) and error.strerror:
-            raise OSError(error.strerror) from None
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise OSError(f"no whole image: {reason}") from None
-    if pixels.dtype == np.uint16:  # gray of 16 bits, which Pillow would cut, not scale
-        pixels = np.rint(pixels / 257).astype(np.uint8)[:, :, None].repeat(3, 2)
-    return torch.from_numpy(pixels)
 
 
 def _augmented(

@@ -1,10 +1,10 @@
-"""Trains one small conv net twice, plain and regularised, and shows what regularisation does.
+"""Trains one small net twice, plain and regularised, and shows what regularisation does.
 
 Both nets start from the same weights and see the same batches; the regularised one has dropout,
-mixup, label smoothing and weight decay and, where asked for, stochastic depth, noise on the images
-and steps of an attack on them. With --augment a third net is regularised alike and sees augmented
-images. Prints accuracies and seconds per epoch and writes curves.png, metrics.json and model.pt
-(the state_dict of the net that was trained last) to the --out directory.
+mixup, label smoothing and weight decay, or what a recipe and the options say. With --augment a
+third net is regularised alike and sees augmented images. Prints accuracies and seconds per epoch
+and writes curves.png, metrics.json, recipe.toml and model.pt (the state_dict of the net that was
+trained last) to the --out directory.
 Ctrl-C leaves checkpoint.pt there, which --resume continues: on the CPU, to the same result bit for
 bit.
 """
@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import math
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -29,47 +26,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.progress import Progress
-from torch import Tensor
 
-from .. import __version__, _console, augment, backends, convert, nn, optim
-from ..adversarial import PGD
-from ..nn import CrossEntropyLoss
+from .. import __version__, _console, backends
+from ..training import Recipe
 from ._data import DIGITS, Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import remove_abandoned, write_whole
-from ._trainer import (
-    ATTACK_STEPS,
-    ATTACKED,
-    DEGREES,
-    ERASED,
-    ERASED_AREA,
-    ERASED_RATIO,
-    MODELS,
-    REGULARISED,
-    SCALE,
-    SHIFT,
-    Attack,
-    Augment,
-    DropPathByTorch,
-    Kernels,
-    Loss,
-    NoiseByTorch,
-    Training,
-    attack_by_torch,
-    augment_by_torch,
-    background,
-    load_checkpoint,
-    loss_by_torch,
-    mix_by_torch,
-    save,
-    save_checkpoint,
-)
+from ._recipe import RECIPE, add_recipe_arguments, recipe_from
+from ._tensorboard import LOGS, Curves
+from ._train_results import draw, print_results
+from ._trainer.by_torch import BY_TORCH
+from ._trainer.checkpoint import load_checkpoint, save, save_checkpoint
+from ._trainer.fused import fused_kernels
+from ._trainer.kernels import Kernels
+from ._trainer.training import Training
+
+# Measured on 300 digits, 60 epochs, seeds 0 to 7, with decay of norms and biases as well: both nets
+# reach 100 % on the training set; on the test set the plain one reaches 95.96 % on average and the
+# regularised one 97.51 %, better for every seed, by 0.47 to 2.61 points. With BatchNorm in the
+# head, too, dropout gained nothing. The mean without mixup and smoothing: 97.38 %; with mixup alone
+# and an alpha of 0.1, 0.2 and 0.4: 97.27, 97.15 and 96.91; with smoothing alone: 97.70.
+REGULARISED = Recipe(dropout=0.5, mixup=0.1, label_smoothing=0.1, weight_decay=2.0)
 
 CHECKPOINT = "checkpoint.pt"
 CURVES, METRICS, MODEL = "curves.png", "metrics.json", "model.pt"
+RESULTS = (CURVES, METRICS, MODEL, RECIPE)
 CHECKPOINT_EVERY = 10.0  # seconds: what a kill may lose
 INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 _HERE = ""  # --resume without a path
@@ -79,10 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=DIGITS,
-        metavar="digits|FILE.npz",
-        help="scikit-learn's 1,797 handwritten digits, or a file with x, uint8 or floating point "
-        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N] "
-        "(default: %(default)s)",
+        metavar="digits|FILE.npz|DIR",
+        help="scikit-learn's 1,797 handwritten digits; or a file with x, uint8 or floating point "
+        "of shape [N, H, W] or [N, C, H, W], and y, integers 0..C-1 of shape [N]; or a folder with "
+        "a folder of image files for each class (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="the side that the images of a folder are brought to: the shorter side is resized and "
+        "the middle cut out (default: %(default)s)",
     )
     parser.add_argument(
         "--kernels",
@@ -108,7 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overfit)",
     )
     parser.add_argument(
-        "--epochs", type=int, default=60, metavar="N", help="epochs of each net (default: 60)"
+        "--validation-size",
+        type=int,
+        metavar="N",
+        help="images of the rest to validate on, which early stopping goes by (default: none, or a "
+        "third of --train-size with --early-stopping)",
     )
     parser.add_argument(
         "--time-epochs",
@@ -127,41 +121,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--model",
-        choices=MODELS,
-        help="two convolutions and a wide head, or residual blocks (default: conv, or residual "
-        "with --drop-path)",
-    )
-    parser.add_argument(
-        "--drop-path",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="the regularised net's stochastic depth: the last block's probability of dropping, "
-        "linear in depth (default: 0, none)",
-    )
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.0,
-        metavar="STD",
-        help="the deviation of noise that is added to the regularised net's images, which have "
-        "a deviation of 1, and then held to the range of the data's pixels (default: 0, none)",
-    )
-    parser.add_argument(
-        "--adversarial",
-        type=float,
-        default=0.0,
-        metavar="EPS",
-        help=f"the regularised net trains on images that {ATTACK_STEPS} steps of an attack moved, "
-        "each pixel by at most EPS, where digits and bytes have pixels from 0 to 1; both nets are "
-        "attacked on the test set (default: 0, none)",
-    )
-    parser.add_argument(
         "--augment",
-        action="store_true",
+        dest="augmented",  # not the recipe's: a net of its own
+        nargs="?",
+        type=float,
+        const=1.0,
+        default=0.0,
+        metavar="MAGNITUDE",
         help="train a third net, regularised as the second, whose images are turned, shifted and "
-        "scaled by up to 10 degrees, a tenth of their sides and a tenth, and partly erased",
+        "scaled by up to 10 degrees, a tenth of their sides and a tenth, and partly erased; a "
+        "magnitude makes that more or less (default: 1)",
     )
     parser.add_argument(
         "--seeds",
@@ -176,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="where the files go; those of an earlier run are replaced (default: runs/digits, or "
-        "runs/ and the name of FILE)",
+        "runs/ and the name of FILE or DIR)",
     )
     parser.add_argument(
         "--resume",
@@ -186,6 +155,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue an interrupted run, given the same options (default PATH: checkpoint.pt in "
         "the --out directory)",
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help=f"log the curves to the folder {LOGS} of the --out directory as well",
+    )
+    add_recipe_arguments(parser, without=("augment",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,55 +174,26 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the input is found here, before anything is written.
     _check_numbers(args)
+    regularised = recipe_from(args, REGULARISED)
+    _check_sizes(args, regularised)
     device = _device(args.device)
     implementation = _implementation(args, device)
-    images = load_images(args.data)
-    data = split(images, args.train_size, args.seed)
+    images = load_images(args.data, args.image_size)
+    data = split(images, args.train_size, args.seed, args.validation_size)
     out = args.out or Path("runs") / (DIGITS if args.data == DIGITS else Path(args.data).stem)
 
-    kinds = {
-        "eager": Kernels(
-            convert=lambda model: model,
-            optimizer=torch.optim.AdamW,
-            mix=mix_by_torch,
-            loss=loss_by_torch,
-            drop_path=DropPathByTorch,
-            noise=NoiseByTorch,
-            attack=attack_by_torch,
-            augment=augment_by_torch,
-        ),
-        "fused": Kernels(
-            convert=lambda model: convert(model, inplace=True, fuse=True, backend=args.backend),
-            optimizer=functools.partial(optim.AdamW, backend=args.backend),
-            mix=lambda alpha: augment.Mixup(
-                alpha, label_smoothing=0.0, num_classes=images.classes, backend=args.backend
-            ),
-            loss=lambda smoothing: CrossEntropyLoss(
-                label_smoothing=smoothing, backend=args.backend
-            ),
-            drop_path=lambda p: nn.DropPath(p, backend=args.backend),
-            noise=lambda std: nn.GaussianNoise(std, backend=args.backend),
-            attack=lambda eps, data: _fused_attack(eps, data, args.backend),
-            augment=lambda data, seed: _pipeline(data, seed, args.backend),
-        ),
-    }
-    options = _result_options(args, device, implementation, images)
+    kinds = {"eager": BY_TORCH, "fused": fused_kernels(args.backend)}
+    recipes = _recipes(regularised, args.augmented)
+    options = _result_options(args, device, implementation, images, regularised)
     training = Training(
         data,
         classes=images.classes,
-        epochs=args.epochs,
-        seed=args.seed,
+        recipes=recipes,
+        seeds=range(args.seed, args.seed + args.seeds),
         device=device,
         kernels=kinds[args.kernels],
-        regularised=dataclasses.replace(
-            REGULARISED,
-            drop_path=args.drop_path,
-            noise=args.noise,
-            adversarial=args.adversarial,
-        ),
-        model=args.model,
-        augment=args.augment,
-        seeds=args.seeds,
+        watch=tuple(data.parts()),
+        attacked_by=regularised.adversarial,
     )
     start = Path(args.resume) if args.resume else out / CHECKPOINT
     if args.resume is not None:
@@ -255,12 +201,12 @@ def _run(args: argparse.Namespace) -> int:
     _make_writable(out)
 
     resumed = args.resume is not None and start == out / CHECKPOINT
+    curves = Curves(out, resumed) if args.tensorboard else None
     checkpoint = _Checkpoint(out / CHECKPOINT, options, training, on_disk=resumed)
     try:
-        sizes = f"{len(data.train_y)} images to train on, {len(data.test_y)} to test on"
-        print(f"{sizes}, {images.classes} classes; {args.kernels} kernels on {device}", flush=True)
+        print(f"{_sizes(data, images)}; {args.kernels} kernels on {device}", flush=True)
         with _console.progress() as progress:
-            _train(training, progress, checkpoint)
+            _train(training, progress, checkpoint, curves)
             seconds = _time(training, args.time_epochs, kinds, progress)
         metrics = _metrics(args, options, data, images, training, seconds, implementation)
         _write_results(out, metrics, training)
@@ -274,30 +220,57 @@ def _run(args: argparse.Namespace) -> int:
         print(f"\ninterrupted: {remedy[0]}", file=sys.stderr)
         return INTERRUPTED
     checkpoint.path.unlink(missing_ok=True)
-    _print_table(metrics)
-    print(f"wrote {CURVES}, {METRICS} and {MODEL} to {out}")
+    print_results(metrics)
+    for conflict in training.conflicts():
+        print(f"note: {conflict}")
+    print(f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {out}")
     return 0
+
+
+def _sizes(data: Split, images: Images) -> str:
+    verbs = {"train": "train", "validation": "validate", "test": "test"}
+    parts = [f"{len(y)} to {verbs[name]} on" for name, (_, y) in data.parts().items()]
+    return f"{', '.join(parts)}, {images.classes} classes".replace(" to", " images to", 1)
 
 
 # Checks of the arguments
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("train_size", 1), ("epochs", 1), ("time_epochs", 0), ("seeds", 1)):
+    for name, least in (("train_size", 1), ("time_epochs", 0), ("seeds", 1), ("image_size", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
     # --seed seeds several generators; scikit-learn's takes the narrowest range.
     if not 0 <= args.seed <= 2**32 - args.seeds:
         raise UsageError(f"--seed: must be in 0..{2**32 - args.seeds}, got {args.seed}")
-    if not 0 <= args.drop_path <= 1:
-        raise UsageError(f"--drop-path: must be in 0..1, got {args.drop_path:g}")
-    for name in ("noise", "adversarial"):
-        if not 0 <= (value := getattr(args, name)) < math.inf:
-            raise UsageError(f"--{name}: must be finite and at least 0, got {value:g}")
-    if args.model is None:
-        args.model = "residual" if args.drop_path > 0 else "conv"
-    if args.drop_path > 0 and args.model != "residual":
-        raise UsageError(f"--drop-path: goes with --model residual, got {args.model}")
+
+
+def _check_sizes(args: argparse.Namespace, recipe: Recipe) -> None:
+    if args.validation_size is None:
+        args.validation_size = args.train_size // 3 if recipe.early_stopping else 0
+    if args.validation_size < (least := 1 if recipe.early_stopping else 0):
+        why = " with --early-stopping" if recipe.early_stopping else ""
+        raise UsageError(
+            f"--validation-size: must be at least {least}{why}, got {args.validation_size}"
+        )
+
+
+def _recipes(regularised: Recipe, magnitude: float) -> dict[str, Recipe]:
+    """What is trained: plain is the same net without any of the methods."""
+    plain = Recipe(
+        model=regularised.model,
+        epochs=regularised.epochs,
+        batch_size=regularised.batch_size,
+        learning_rate=regularised.learning_rate,
+        batch_norm=regularised.batch_norm,
+    )
+    recipes = {"plain": plain, "regularised": regularised}
+    if magnitude == 0:
+        return recipes
+    try:
+        return recipes | {"augmented": dataclasses.replace(regularised, augment=magnitude)}
+    except ValueError as error:
+        raise UsageError(str(error).replace("Recipe: augment", "--augment:")) from None
 
 
 def _device(name: str | None) -> torch.device:
@@ -335,10 +308,10 @@ def _make_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise _unwritable(out, error) from None
-    for name in (CURVES, METRICS, MODEL, CHECKPOINT):
+    for name in (*RESULTS, CHECKPOINT):
         if (out / name).is_dir():
             raise UsageError(f"--out: {out / name} must be a file or free, got a directory")
-    for name in (CURVES, METRICS, MODEL, CHECKPOINT):
+    for name in (*RESULTS, CHECKPOINT):
         remove_abandoned(out / name)
 
 
@@ -352,66 +325,26 @@ def _unwritable(out: Path, error: OSError) -> UsageError:
 
 
 def _result_options(
-    args: argparse.Namespace, device: torch.device, implementation: str, images: Images
-) -> dict[str, str | int]:
+    args: argparse.Namespace,
+    device: torch.device,
+    implementation: str,
+    images: Images,
+    regularised: Recipe,
+) -> dict[str, str | int | float]:
     """All that determines the result; a checkpoint continues only a run with the same values."""
+    recipe = {name.replace("_", "-"): v for name, v in dataclasses.asdict(regularised).items()}
     return {
         "data sha256": images.sha256[:16],  # not the name: a file may be moved
         "kernels": args.kernels,
         "implementation": implementation if args.kernels == "fused" else "PyTorch",
         "device": device.type,
         "train-size": args.train_size,
-        "epochs": args.epochs,
+        "validation-size": args.validation_size,
         "seed": args.seed,
-        "model": args.model,
-        "drop-path": args.drop_path,
-        "noise": args.noise,
-        "adversarial": args.adversarial,
-        "augment": args.augment,
         "seeds": args.seeds,
+        **recipe,
+        "augmented": args.augmented,
     }
-
-
-def _pipeline(data: Split, seed: int, backend: str | None) -> Augment:
-    """The augmentation in one kernel; an image's draws depend on its number and the epoch alone."""
-    fill = background(data)
-    pipeline = augment.Pipeline(
-        augment.RandomAffine(
-            DEGREES,
-            translate=(SHIFT, SHIFT),
-            scale=SCALE,
-            interpolation="bilinear",
-            fill=fill,
-        ),
-        augment.RandomErasing(ERASED, scale=ERASED_AREA, ratio=ERASED_RATIO, value=fill),
-        seed=seed,
-        backend=backend,
-    )
-
-    def run(images: Tensor, numbers: Tensor, epoch: int) -> Tensor:
-        pipeline.set_epoch(epoch)
-        augmented: Tensor = pipeline(images, indices=numbers)
-        return augmented
-
-    return run
-
-
-def _fused_attack(eps: float, data: Split, backend: str | None) -> Attack:
-    """The attack by the fused step. BatchNorm's statistics do not follow its batches."""
-
-    def attack(model: torch.nn.Module, images: Tensor, target: Any, loss: Loss) -> Tensor:
-        pgd = PGD(
-            *(model, eps, 2.5 * eps / ATTACK_STEPS, ATTACK_STEPS),
-            loss=loss,
-            lower=data.lower,
-            upper=data.upper,
-            mean=data.mean.to(images.device),
-            std=data.std.to(images.device),
-            backend=backend,
-        )
-        return pgd(images, target)
-
-    return attack
 
 
 class _Checkpoint:
@@ -493,23 +426,30 @@ def _no_interrupt() -> Iterator[None]:
 # The work
 
 
-def _train(training: Training, progress: Progress, checkpoint: _Checkpoint) -> None:
+def _train(
+    training: Training, progress: Progress, checkpoint: _Checkpoint, curves: Curves | None
+) -> None:
     bars: dict[str, Any] = {}
 
     def show() -> None:
         name = training.training.name
         if name not in bars:
-            bars[name] = progress.add_task(name, total=training.epochs)
+            bars[name] = progress.add_task(name, total=training.training.recipe.epochs)
         rows = training.history[name]
         note = f", test accuracy {rows[-1]['test_accuracy']:.1%}" if rows else ""
         progress.update(bars[name], completed=training.epoch, description=f"{name}{note}")
 
     def after_epoch() -> None:
         checkpoint.take()
+        if curves is not None:
+            name = training.training.name
+            curves.add(name, training.epoch, training.history[name][-1])
         show()
 
     show()
     training.run(after_epoch)
+    if curves is not None:
+        curves.close()
 
 
 def _time(
@@ -533,24 +473,18 @@ def _metrics(
     seconds: dict[str, dict[str, float]] | None,
     implementation: str,
 ) -> dict[str, Any]:
-    runs = {}
+    runs: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for run in training.runs:
-        recipe, history = run.recipe, training.history[run.name]
-        final = dict(history[-1])
+        final = dict(training.results[run.name])
         final["gap"] = final["train_accuracy"] - final["test_accuracy"]
-        runs[run.name] = {
-            "recipe": recipe.name,
+        runs[run.teaches][run.name] = {
+            "recipe": run.label,
             "seed": run.seed,
-            "dropout": recipe.dropout,
-            "mixup": recipe.mixup,
-            "label_smoothing": recipe.label_smoothing,
-            "weight_decay": recipe.weight_decay,
-            "drop_path": recipe.drop_path,
-            "noise": recipe.noise,
-            "adversarial": recipe.adversarial,
-            "augment": recipe.augment,
+            **dataclasses.asdict(run.recipe),
             "final": final,
-            "history": [{"epoch": i, **row} for i, row in enumerate(history, start=1)],
+            "history": [
+                {"epoch": i, **row} for i, row in enumerate(training.history[run.name], start=1)
+            ],
         }
     return {
         "options": {"data": args.data, **options},
@@ -560,10 +494,11 @@ def _metrics(
         "images": {
             "shape": list(images.x.shape[1:]),
             "classes": images.classes,
-            "train": len(data.train_y),
-            "test": len(data.test_y),
+            **({"class_names": list(images.names)} if images.names else {}),
+            **{name: len(y) for name, (_, y) in data.parts().items()},
         },
-        "runs": runs,
+        "runs": runs[False],
+        "teachers": runs[True],
         "seconds_per_epoch": seconds
         and {"median_of": args.time_epochs, "fused_implementation": implementation, **seconds},
     }
@@ -572,8 +507,11 @@ def _metrics(
 def _write_results(out: Path, metrics: dict[str, Any], training: Training) -> None:
     model = {name: value.cpu() for name, value in training.model.state_dict().items()}
     text = json.dumps(_without_nan(metrics), indent=2, allow_nan=False) + "\n"
-    _write(out / CURVES, lambda path: _draw(path, metrics))
+    _write(out / CURVES, lambda path: draw(path, metrics))
     _write(out / MODEL, lambda path: save(model, path))
+    _write(
+        out / RECIPE, lambda path: path.write_text(list(training.recipes.values())[-1].to_toml())
+    )
     _write(out / METRICS, lambda path: path.write_text(text))
 
 
@@ -591,112 +529,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _draw(path: Path, metrics: dict[str, Any]) -> None:
-    # A Figure of its own, without pyplot: no display is looked for and no global state is touched.
-    colours = {"plain": "#d95f02", "regularised": "#1b6ca8", "augmented": "#3a7d44"}
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    settled = []
-    for axes, measure in zip(panels, ("accuracy", "loss"), strict=True):
-        for name, runs in _by_recipe(metrics).items():
-            history = _means([run["history"] for run in runs])
-            epochs = [row["epoch"] for row in history]
-            for part, style in (("train", "--"), ("test", "-")):
-                values = [row[f"{part}_{measure}"] for row in history]
-                label = f"{name}, {part}"
-                if measure == "accuracy":
-                    label += f" ({values[-1]:.1%})"
-                    settled += values[len(values) // 10 :]
-                axes.plot(
-                    epochs,
-                    values,
-                    style,
-                    color=colours[name],
-                    linewidth=1.8 if part == "test" else 1.2,
-                    marker="o" if len(epochs) == 1 else None,
-                    label=label,
-                )
-            if measure == "accuracy" and ATTACKED in runs[0]["final"]:
-                values = [row[ATTACKED] for row in history]
-                settled += values[len(values) // 10 :]
-                label = f"{name}, test attacked ({values[-1]:.1%})"
-                axes.plot(epochs, values, ":", color=colours[name], linewidth=1.8, label=label)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(measure)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    # The climb of the first epochs would squeeze the gap, which the chart is about.
-    panels[0].set_ylim(max(0.0, min(settled) - 0.02), 1.005)
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[1].set_yscale("log")
-    panels[1].set_ylabel("cross-entropy (log scale)")
-    gaps = ", ".join(f"{name} {100 * final['gap']:.1f}" for name, final in _finals(metrics).items())
-    sizes, seeds = metrics["images"], metrics["options"]["seeds"]
-    figure.suptitle(
-        f"{sizes['train']} training images, {sizes['test']} test images"
-        f"{f', means of {seeds} seeds' if seeds > 1 else ''}\n"
-        f"train minus test accuracy, in points: {gaps}"
-    )
-    figure.savefig(path, dpi=130)
-
-
-def _by_recipe(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each recipe, one for each seed."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in metrics["runs"].values():
-        runs.setdefault(run["recipe"], []).append(run)
-    return runs
-
-
-def _means(histories: list[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Row by row, the mean over the seeds of each measure."""
-    return [
-        {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-        for rows in zip(*histories, strict=True)
-    ]
-
-
-def _finals(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By recipe, the means over the seeds of what training ended with."""
-    return {
-        name: _means([[run["final"]] for run in runs])[0]
-        for name, runs in _by_recipe(metrics).items()
-    }
-
-
-def _print_table(metrics: dict[str, Any]) -> None:
-    seconds, seeds = metrics["seconds_per_epoch"], metrics["options"]["seeds"]
-    finals, runs = _finals(metrics), _by_recipe(metrics)
-    attacked = any(ATTACKED in final for final in finals.values())
-    columns = ["net", "train", "test", "gap", *(["test attacked"] if attacked else [])]
-    if seconds:
-        columns += ["s/epoch PyTorch", f"s/epoch fused ({seconds['fused_implementation']})"]
-    rows = []
-    for name, final in finals.items():
-        cells = [
-            name,
-            f"{final['train_accuracy']:.2%}",
-            f"{final['test_accuracy']:.2%}",
-            f"{100 * final['gap']:.2f} points",
-        ]
-        cells += [f"{final[ATTACKED]:.2%}"] if attacked else []
-        if seconds:
-            cells += [f"{seconds[name][kind]:.4f}" for kind in ("eager", "fused")]
-        rows.append(tuple(cells))
-    _console.print_table(f"means of {seeds} seeds" if seeds > 1 else "", columns, rows, words=1)
-    if seeds == 1:
-        return
-    for before, after in itertools.pairwise(runs):
-        gains = [
-            100 * (run["final"]["test_accuracy"] - other["final"]["test_accuracy"])
-            for run, other in zip(runs[after], runs[before], strict=True)
-        ]
-        print(
-            f"{after} against {before}, on the test set: {statistics.fmean(gains):+.2f} points "
-            f"({min(gains):+.2f} to {max(gains):+.2f}), better for {sum(g > 0 for g in gains)} of "
-            f"{seeds} seeds"
-        )

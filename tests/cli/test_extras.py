@@ -18,7 +18,8 @@ from support import run_program
 # A module that is None in sys.modules is as one that is not installed.
 WITHOUT = """
 import sys
-sys.modules.update(dict.fromkeys(("numpy", "rich", "matplotlib", "PIL", "sklearn", "triton")))
+LACKING = ("numpy", "rich", "matplotlib", "PIL", "sklearn", "optuna", "tensorboard", "triton")
+sys.modules.update(dict.fromkeys(LACKING))
 import torch
 """
 USE = """
@@ -47,7 +48,7 @@ def test_torch_alone_is_enough_for_the_package_and_info_says_what_to_install():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("works\n")
     assert f"extra cli:    lacks rich: {_extras.remedy('cli')}\n" in done.stdout
-    lacking = "matplotlib, numpy, rich, sklearn"
+    lacking = "PIL, matplotlib, numpy, rich, sklearn"
     assert f"extra train:  lacks {lacking}: {_extras.remedy('train')}\n" in done.stdout
     assert "  triton      no: triton is not installed\n" in done.stdout
 

@@ -16,7 +16,7 @@ import torch
 from reg_kernels.cli import _files
 from reg_kernels.cli._errors import UsageError
 from reg_kernels.cli._files import output_file, remove_abandoned, write_output, write_whole
-from reg_kernels.cli._trainer import save
+from reg_kernels.cli._trainer.checkpoint import save
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import itertools
 import json
@@ -21,14 +22,17 @@ from torch.nn import functional as F
 
 from reg_kernels import backends, nn, optim
 from reg_kernels.augment import MixedTarget
-from reg_kernels.cli import _trainer, main, train
+from reg_kernels.cli import main, train
 from reg_kernels.cli._data import load_images, split
-from reg_kernels.cli._trainer import build_net
+from reg_kernels.cli._trainer import by_torch, fused, training
+from reg_kernels.cli._trainer import checkpoint as checkpoints
+from reg_kernels.cli._trainer.models import build_model
 from reg_kernels.functional import mixup
+from reg_kernels.training import Recipe
 
 from support import run_program
 
-RESULTS = ["curves.png", "metrics.json", "model.pt"]
+RESULTS = ["curves.png", "metrics.json", "model.pt", "recipe.toml"]
 EPOCHS = 3
 STEPS = 2 * EPOCHS  # of each net: 70 images make two batches
 
@@ -57,7 +61,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny training; one test looks at the picture."""
-    monkeypatch.setattr(train, "_draw", lambda path, metrics: path.write_bytes(b"picture"))
+    monkeypatch.setattr(train, "draw", lambda path, metrics: path.write_bytes(b"picture"))
 
 
 def command(data: Path, out: Path, *more: object) -> list[str]:
@@ -104,13 +108,13 @@ def test_the_files_agree_with_a_net_of_pytorchs_own_layers(
     out = tmp_path / "a" / "b"
     # A clock that goes on by two and a half seconds with each look at it.
     clock = SimpleNamespace(perf_counter=itertools.count(0, 2.5).__next__)
-    monkeypatch.setattr(_trainer, "time", clock)
+    monkeypatch.setattr(training, "time", clock)
     assert main(command(data, out, "--kernels", kernels, "--time-epochs", 1)) == 0
     assert sorted(path.name for path in out.iterdir()) == RESULTS
 
     metrics, weights = results(out)
     pair = split(load_images(str(data)), 70, 0)
-    net = build_net(1, 3, 0.0)
+    net = build_model(Recipe(), (1, 6, 5), 3, torch.nn.Dropout)
     net.load_state_dict(weights)
     net.eval()
     final = metrics["runs"]["regularised"]["final"]
@@ -126,7 +130,7 @@ def test_the_files_agree_with_a_net_of_pytorchs_own_layers(
         assert [row.pop("epoch") for row in run["history"]] == list(range(1, EPOCHS + 1))
         gap = run["final"].pop("gap")
         assert gap == run["final"]["train_accuracy"] - run["final"]["test_accuracy"]
-        assert run["final"] == run["history"][-1]
+        assert run["final"].items() >= run["history"][-1].items()
     assert metrics["options"]["kernels"] == kernels
     assert metrics["versions"]["torch"] == torch.__version__
 
@@ -237,15 +241,15 @@ class TestResult:
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
     ) -> None:
         targets: list[Any] = []
-        start = _trainer.Training._start
+        start = training.Training._start
 
-        def recording(*args: Any) -> _trainer._Net:
+        def recording(*args: Any) -> training._Net:
             net = start(*args)
             loss = net.loss
             net.loss = lambda scores, target: (targets.append(target), loss(scores, target))[1]
             return net
 
-        monkeypatch.setattr(_trainer.Training, "_start", recording)
+        monkeypatch.setattr(training.Training, "_start", recording)
         assert main(command(data, tmp_path, "--kernels", kernels)) == 0
         assert len(targets) == 2 * STEPS
         assert all(isinstance(target, torch.Tensor) for target in targets[:STEPS])
@@ -261,26 +265,27 @@ def test_a_residual_net_with_stochastic_depth_noise_and_attacks(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    more = ["--kernels", kernels, "--model", "residual", "--train-size", 40]
+    more = ["--kernels", kernels, "--model", "resnet", "--train-size", 40]
     regularising = ["--drop-path", 0.5, "--noise", 0.3, "--adversarial", 0.5]
     rates: list[list[float]] = []
     seen: list[torch.Tensor] = []
-    build = _trainer.build_residual_net
+    build = training.build_model
 
     def building(*given: Any) -> torch.nn.Sequential:
-        rates.append([getattr(d, "drop_prob", getattr(d, "p", None)) for d in given[-1]])
         net = build(*given)
+        drops = [block.drop_path for block in net if hasattr(block, "drop_path")]
+        rates.append([getattr(d, "drop_prob", getattr(d, "p", None)) for d in drops])
         net[0].register_forward_pre_hook(lambda layer, given: seen.extend(given))
         return net
 
-    monkeypatch.setattr(_trainer, "build_residual_net", building)
+    monkeypatch.setattr(training, "build_model", building)
     drawn: list[dict[str, Any]] = []
 
     def draw(path: Path, metrics: dict[str, Any]) -> None:
         drawn.append(metrics)
         path.write_bytes(b"picture")
 
-    monkeypatch.setattr(train, "_draw", draw)
+    monkeypatch.setattr(train, "draw", draw)
     assert main(command(data, tmp_path / "without", *more, "--noise", 3)) == 0
     assert "attacked" not in capsys.readouterr().out
     # However much noise there is, an image keeps to the pixels that the data have.
@@ -320,7 +325,7 @@ def test_augmented_nets_of_several_seeds(
     assert "augmented against regularised, on the test set: " in said
     assert_same_bits(tmp_path / "first", tmp_path / "second")
     runs = results(tmp_path / "first")[0]["runs"]
-    assert [(run["recipe"], run["seed"], run["augment"]) for run in runs.values()] == [
+    assert [(run["recipe"], run["seed"], bool(run["augment"])) for run in runs.values()] == [
         (recipe, seed, recipe == "augmented")
         for seed in (0, 1)
         for recipe in ("plain", "regularised", "augmented")
@@ -335,7 +340,7 @@ def test_augmented_nets_of_several_seeds(
 
 def test_augmented_images_are_the_same_in_any_order(data: Path) -> None:
     pair = split(load_images(str(data)), 70, 0)
-    pipeline = train._pipeline(pair, 3, None)
+    pipeline = fused.pipeline(1.0, pair, 3, None)
     numbers = torch.tensor([5, 0, 7, 9])
     batch = pipeline(pair.train_x[numbers], numbers, 2)
     for row, number in enumerate(numbers.tolist()):
@@ -352,7 +357,7 @@ def test_pytorchs_own_augmentation_moves_and_erases_as_ours_does() -> None:
     pair = SimpleNamespace(lower=0.0, mean=torch.zeros(1), std=torch.ones(1))
     n = 4000
     means = []
-    for run in (_trainer.augment_by_torch(pair, 0), train._pipeline(pair, 0, None)):
+    for run in (by_torch.augment_by_torch(1.0, pair, 0), fused.pipeline(1.0, pair, 0, None)):
         found = run(image.expand(n, 1, 12, 12), torch.arange(n), 0)
         assert found.shape == (n, 1, 12, 12)
         means.append(found.mean(0)[0])
@@ -362,9 +367,9 @@ def test_pytorchs_own_augmentation_moves_and_erases_as_ours_does() -> None:
 
 def test_both_kinds_of_kernels_attack_alike(data: Path) -> None:
     pair = split(load_images(str(data)), 70, 0)
-    model = build_net(1, 3, 0.0).eval()
-    images, labels, loss = pair.test_x, pair.test_y, _trainer.loss_by_torch(0.0)
-    attacks = [_trainer.attack_by_torch(0.3, pair), train._fused_attack(0.3, pair, None)]
+    model = build_model(Recipe(), (1, 6, 5), 3, torch.nn.Dropout).eval()
+    images, labels, loss = pair.test_x, pair.test_y, by_torch.loss_by_torch(0.0)
+    attacks = [by_torch.attack_by_torch(0.3, pair), fused.fused_attack(0.3, pair, None)]
     scale = pair.std.view(1, -1, 1, 1)
     found = []
     for attack in attacks:
@@ -376,7 +381,7 @@ def test_both_kinds_of_kernels_attack_alike(data: Path) -> None:
     assert found == pytest.approx([found[0]] * 2, rel=0.05)
 
 
-@pytest.mark.parametrize("size", [2, _trainer.BATCH + 1])
+@pytest.mark.parametrize("size", [2, Recipe().batch_size + 1])
 def test_images_of_one_pixel_train_with_no_batch_of_a_single_one(tmp_path: Path, size: int) -> None:
     y = np.arange(140) % 2
     x = np.random.default_rng(0).integers(0, 256, (140, 3, 1, 1), dtype=np.uint8)
@@ -388,18 +393,108 @@ def test_images_of_one_pixel_train_with_no_batch_of_a_single_one(tmp_path: Path,
 def test_pytorchs_own_mixup_and_loss_are_those_of_the_fused_kernels() -> None:
     images, labels = torch.randn(5, 1, 3, 3), torch.tensor([2, 0, 1, 1, 3])
     state = torch.get_rng_state()
-    mixed, target = _trainer.mix_by_torch(0.4)(images, labels)
+    mixed, target = by_torch.mix_by_torch(0.4)(images, labels)
     torch.set_rng_state(state)
-    again, _ = _trainer.mix_by_torch(0.4)(images, labels)
+    again, _ = by_torch.mix_by_torch(0.4)(images, labels)
     assert mixed.equal(again)
     assert 0 < target.lam < 1
     torch.testing.assert_close(mixed, mixup(images, target.lam, backend="reference"))
     scores = torch.randn(5, 4)
     for smoothing in (0.0, 0.1):
         ours = nn.CrossEntropyLoss(label_smoothing=smoothing, backend="reference")
-        theirs = _trainer.loss_by_torch(smoothing)
+        theirs = by_torch.loss_by_torch(smoothing)
         torch.testing.assert_close(theirs(scores, target), ours(scores, target))
         torch.testing.assert_close(theirs(scores, labels), ours(scores, labels))
+
+
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_pytorchs_own_mixing_mixes_labels_as_it_mixes_pixels(alphas: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.zeros(4, 1, 8, 8), torch.arange(4)
+    images[0] = 1.0
+    mix, kinds = by_torch.mix_by_torch(*alphas), set()
+    for _ in range(20):
+        mixed, target = mix(images, labels)
+        assert mixed[0].mean().item() == pytest.approx(target.lam, abs=1e-6)
+        assert mixed[3].mean().item() == pytest.approx(1 - target.lam, abs=1e-6)
+        kinds.add("paste" if bool(((mixed == 0) | (mixed == 1)).all()) else "blend")
+    assert "blend" in kinds or alphas[0] == 0
+    assert "paste" in kinds or alphas[1] == 0
+    assert len(kinds) == (alphas[0] > 0) + (alphas[1] > 0)
+
+
+def test_pytorchs_own_distillation_and_l1_are_those_of_the_fused_kernels() -> None:
+    recipe = Recipe(
+        distillation=0.3, temperature=3.0, label_smoothing=0.1, l1=0.5, weight_decay=1.0
+    )
+    kinds = [by_torch.BY_TORCH, fused.fused_kernels("reference")]
+    scores, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([2, 0, 1, 1, 3])
+    losses = [kernels.distill(recipe)(scores, teacher, labels) for kernels in kinds]
+    torch.testing.assert_close(*losses)
+    models = []
+    for kernels in kinds:
+        torch.manual_seed(0)
+        models.append(model := torch.nn.Linear(30, 20))
+        optimizer = kernels.optimizer(model, recipe)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 30)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
+    assert (models[0].weight == 0).sum() > 10
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels"), [("conv", "eager"), ("mlp", "fused"), ("mixer", "fused")]
+)
+def test_every_method_at_once(
+    data: Path, tmp_path: Path, no_plot: None, kernels: str, model: str
+) -> None:
+    """Interrupted in the teacher and in the student, which stops early, it ends alike."""
+    text = Recipe(model=model, epochs=EPOCHS, batch_norm=model == "conv", input_dropout=0.1)
+    text = dataclasses.replace(text, l2=0.1, cutmix=1.0, early_stopping=1, distillation=0.5)
+    text = dataclasses.replace(text, l1=0.1, noise=0.1, augment=0.5, mixup=0.1)
+    if model == "conv":
+        text = dataclasses.replace(text, adversarial=0.1)
+    (tmp_path / "my.toml").write_text(text.to_toml())
+    given = ["--kernels", kernels, "--recipe", tmp_path / "my.toml", "--validation-size", 10]
+    given += ["--train-size", 40]  # one batch, one step of an epoch
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(data, whole, *given)) == 0
+    assert Recipe.from_toml((whole / "recipe.toml").read_text()) == text
+    metrics, _ = results(whole)
+    assert list(metrics["runs"]) == ["plain", "regularised"]
+    assert list(metrics["teachers"]) == ["teacher of regularised"]
+    final = metrics["runs"]["regularised"]["final"]
+    assert final["zeros"] > 0
+    best = metrics["runs"]["regularised"]["history"][int(final["best_epoch"]) - 1]
+    assert (final | {"epoch": best["epoch"]}).items() >= best.items()
+    resume: list[object] = []
+    for step in (EPOCHS + 2, 2):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            at_step(monkeypatch, step, KeyboardInterrupt)
+            assert main(command(data, parts, *given, *resume)) == 130
+        resume = ["--resume"]
+    assert main(command(data, parts, *given, *resume)) == 0
+    assert_same_bits(whole, parts)
+
+
+def test_tensorboard_has_the_curves(
+    data: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = command(data, tmp_path, "--tensorboard")
+    assert main(argv) == 0  # what an earlier training left is no matter
+    restore = at_step(monkeypatch, STEPS + 4, KeyboardInterrupt)
+    assert main(argv) == 130
+    restore()
+    assert main([*argv, "--resume"]) == 0
+    for name, run in results(tmp_path)[0]["runs"].items():
+        found = events.EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
+        losses = found.Scalars("test/loss")
+        assert [event.step for event in losses] == [1, 2, 3]
+        expected = [row["test_loss"] for row in run["history"]]
+        assert [event.value for event in losses] == pytest.approx(expected)
 
 
 # Interrupting and resuming
@@ -413,7 +508,7 @@ def at_step(
     originals = {kind: kind.step for kind in (optim.AdamW, torch.optim.AdamW)}
 
     def wrap(original: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(self: torch.optim.Optimizer) -> None:
+        def wrapped(self: torch.optim.Optimizer, closure: None = None) -> None:
             nonlocal done
             done += 1
             if done >= step:
@@ -533,7 +628,7 @@ class TestResume:
         def interrupt(*args: object, **options: object) -> None:
             raise KeyboardInterrupt
 
-        for owner, name in ((_trainer.Training, "time_epochs"), (train.json, "dumps")):
+        for owner, name in ((training.Training, "time_epochs"), (train.json, "dumps")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, interrupt)
                 more = () if name == "time_epochs" else ("--resume",)
@@ -545,7 +640,7 @@ class TestResume:
     def test_ctrl_c_before_any_training_leaves_nothing(
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupt(source: str) -> None:
+        def interrupt(source: str, image_size: int) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train, "load_images", interrupt)
@@ -634,6 +729,9 @@ FORGED = [
     (("history", "plain"), [ROW | {"test_accuracy": 1.5}]),
     (("history", "plain"), [ROW | {"test_accuracy": float("nan")}]),
     (("history", "regularised"), [ROW]),
+    (("results",), {"plain": {}}),
+    (("early_stopping",), {}),
+    (("teacher",), {}),
     (("optimizer", "state", 0, "step"), lambda x: x * float("nan")),
     (("optimizer", "state", 0, "step"), lambda x: x + 1),
     (("optimizer", "state", 0, "step"), 2.0),
@@ -726,30 +824,30 @@ class TestRefusal:
     ) -> None:
         path = tmp_path / "c.pt"
         path.write_bytes(checkpoint)
-        options, state = _trainer.load_checkpoint(path)
+        options, state = checkpoints.load_checkpoint(path)
         argv = command(data, tmp_path / "out", "--resume", path)
-        monkeypatch.setattr(_trainer.Training, "run", lambda *a: pytest.fail("trains"))
+        monkeypatch.setattr(training.Training, "run", lambda *a: pytest.fail("trains"))
         for keys, wrong in FORGED:
             forged = copy.deepcopy(state)
             inner = forged
             for key in keys[:-1]:
                 inner = inner[key]
             inner[keys[-1]] = wrong(inner.get(keys[-1])) if callable(wrong) else wrong
-            _trainer.save_checkpoint(path, options, forged)
+            checkpoints.save_checkpoint(path, options, forged)
             assert "got a damaged or other file" in refusal(capsys, argv), keys
         # What cannot even be looked at: terabytes of one number, and what has no numbers.
         with pytest.raises(ValueError, match="larger than what it is stored in"):
-            _trainer._digest({"model": torch.zeros(1).expand(10**12)})
-        blob = {"format": _trainer.FORMAT, "sha256": ""}
+            checkpoints.digest({"model": torch.zeros(1).expand(10**12)})
+        blob = {"format": checkpoints.FORMAT, "sha256": ""}
         for tensor in (torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse()):
             content = {"options": options, "state": state | {"model": {"0.weight": tensor}}}
             torch.save(blob | {"content": content}, path)
             assert "got a damaged or other file" in refusal(capsys, argv)
         for name, value in (("seed", torch.zeros(2)), ("seed", 0.0), ("kernels", "a\nb")):
-            _trainer.save_checkpoint(path, options | {name: value}, state)
+            checkpoints.save_checkpoint(path, options | {name: value}, state)
             assert "got a damaged or other file" in refusal(capsys, argv), name
         assert not (tmp_path / "out").exists()
-        _trainer.save_checkpoint(path, options, state)
+        checkpoints.save_checkpoint(path, options, state)
         with pytest.raises(pytest.fail.Exception, match="trains"):
             main(argv)
 
@@ -778,13 +876,23 @@ class TestRefusal:
                 "--backend: goes with --kernels fused, got native with eager",
             ),
             (["--data", "missing.npz"], "--data missing.npz: cannot be read: No such file"),
-            (["--drop-path", 1.5], "--drop-path: must be in 0..1, got 1.5"),
+            (["--drop-path", 1.5], "--drop-path: must be in [0, 1], got 1.5"),
+            (["--dropout", 1], "--dropout: must be in [0, 1), got 1"),
+            (["--batch-size", 0], "--batch-size: must be at least 1, got 0"),
+            (["--augment", 5], "--augment: must be in [0, 4], got 5"),
+            (["--recipe", "missing.toml"], "--recipe missing.toml: cannot be read: No such file"),
+            (["--validation-size", -1], "--validation-size: must be at least 0, got -1"),
+            (["--validation-size", 31], "--validation-size: must be in 3..27 for 100 images of 3"),
+            (
+                ["--early-stopping", 3, "--validation-size", 0],
+                "--validation-size: must be at least 1 with --early-stopping, got 0",
+            ),
             (["--seeds", 0], "--seeds: must be at least 1, got 0"),
             (["--noise", -1], "--noise: must be finite and at least 0, got -1"),
             (["--adversarial", "inf"], "--adversarial: must be finite and at least 0, got inf"),
             (
                 ["--drop-path", 0.1, "--model", "conv"],
-                "--drop-path: goes with --model residual, got conv",
+                "--drop-path: goes with the models resnet, mixer, got conv",
             ),
         ],
     )
@@ -836,7 +944,7 @@ class TestRefusal:
             path.write_bytes(b"half a pict")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(train, "_draw", full)
+        monkeypatch.setattr(train, "draw", full)
         assert main(command(data, tmp_path)) == 2
         remedy = f"add --resume to continue from {tmp_path / 'checkpoint.pt'}"
         expected = f"got {tmp_path}: No space left on device; {remedy}\n"
@@ -844,8 +952,8 @@ class TestRefusal:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "curves.png"]
         assert (tmp_path / "curves.png").read_bytes() == b"an earlier run's"
         # Nothing of the training is lost: what is left to do is to write.
-        monkeypatch.setattr(train, "_draw", lambda path, metrics: path.write_bytes(b"picture"))
-        monkeypatch.setattr(_trainer.Training, "_train_epoch", lambda *a: pytest.fail("trains"))
+        monkeypatch.setattr(train, "draw", lambda path, metrics: path.write_bytes(b"picture"))
+        monkeypatch.setattr(training.Training, "_train_epoch", lambda *a: pytest.fail("trains"))
         assert main(command(data, tmp_path, "--resume")) == 0
 
     @pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
