@@ -38,6 +38,7 @@ docs/optimizers
 docs/augmentation
 docs/mixing_and_losses
 docs/adversarial
+docs/recipes
 docs/early_stopping
 docs/training
 docs/implementations
