@@ -41,6 +41,7 @@ docs/adversarial
 docs/recipes
 docs/early_stopping
 docs/training
+docs/comparing
 docs/implementations
 docs/numerics
 docs/benchmarks
