@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare sass-report gpu-report clean
+.PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare recipes sass-report gpu-report clean
 
 # Of the CPU kernels those that this machine runs, unless told otherwise: the other instruction
 # sets' would double the time. Whatever needs them (test, bench, build) adds them.
@@ -86,6 +86,21 @@ bench: build
 # Without what they depend on: timm's torchvision does not load beside a CPU build of torch.
 bench-peers: $(READY)
 	$(PY) -m pip install --quiet --no-deps $(shell sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+
+# The scripts of docs/recipes/ and the tests of what they use, beside the libraries that they are
+# for. The package is found by its path: one build of the native code serves any torch.
+RECIPES ?= build/recipes
+RECIPES_PY = PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(RECIPES)/bin/python
+recipes: build $(RECIPES)/.ready
+	@set -e; for script in $(filter-out %/digits.py,$(wildcard docs/recipes/*.py)); do \
+		echo "$$script"; $(RECIPES_PY) $$script $(if $(STEPS),--steps $(STEPS)); done
+	$(RECIPES_PY) -m pytest -q tests/test_recipes.py tests/integrations tests/optim/test_trainers.py
+
+$(RECIPES)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(RECIPES)
+	$(RECIPES)/bin/python -m pip install --quiet --no-compile \
+		$(shell sed -n '/^recipes = \[/,/^\]/s/^ *"\(.*\)",/\1/p' pyproject.toml)
+	touch $@
 
 # What got worse since OLD, a git revision or a report.json, in NEW, by default this machine's report.
 OLD ?= HEAD

@@ -38,8 +38,10 @@ docs/optimizers
 docs/augmentation
 docs/mixing_and_losses
 docs/adversarial
+docs/recipes
 docs/early_stopping
 docs/training
+docs/comparing
 docs/implementations
 docs/numerics
 docs/benchmarks

@@ -1,7 +1,7 @@
 """Fused regularisation kernels for PyTorch, in CUDA C++, Triton and native CPU code.
 
 `functional`, `nn` and `optim` are drop-in for torch's; `augment` transforms images and mixes the
-samples of a batch, and `adversarial` attacks them; `training` stops training.
+samples of a batch, and `adversarial` attacks them; `training` stops in time.
 `convert` swaps the layers of a model and fuses chains of them, and `revert` undoes it;
 `fold_batch_norm` prepares a model for inference. `backend` forces an implementation.
 """

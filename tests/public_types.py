@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import reg_kernels
-from reg_kernels import adversarial, augment, optim
+from reg_kernels import adversarial, augment, optim, training
 from reg_kernels import functional as F
 from reg_kernels import nn as fused
 
@@ -46,6 +46,10 @@ assert_type(adversarial.trades_loss(model, x, torch.arange(4), beta=6.0), Tensor
 
 groups = optim.param_groups(model, weight_decay=0.1)
 optimizer: torch.optim.Optimizer = optim.AdamW(groups, lr=1e-3, max_grad_norm=1.0)
+
+with training.EarlyStopping(model, patience=3, optimizer=optimizer) as stop:
+    assert_type(stop(x.mean(), may_stop=False), bool)
+assert_type(stop.reason, training.StopReason | None)
 
 assert_type(reg_kernels.convert(model, fuse=True, report=print), nn.Module)
 assert_type(reg_kernels.fold_batch_norm(model), nn.Module)

@@ -218,8 +218,8 @@ def change(effect: Mapping[str, Any] | None, name: str) -> str:
         return "-"
     measure = MEASURES[name]
     mean, low, high = (effect[key] for key in ("mean", "low", "high"))
-    if low is None or measure.change(low) == measure.change(high):
-        return measure.change(mean)
+    if low is None or (measure.is_ratio and measure.change(low) == measure.change(high)):
+        return measure.change(mean)  # memory is the same each time
     interval = f"({measure.change(low)} to {measure.change(high)})".replace(" ", _SPACE)
     return f"{measure.change(mean)} {interval}"
 
@@ -236,7 +236,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if 1 < n < 6:
         lines.append(
             f"of {n} seeds no interval is wider than from the least to the greatest difference, "
-            f"which misses the true one in {2 ** (1 - n):.0%} of cases: --seeds gives more"
+            f"which misses the true one in some {2 ** (1 - n):.0%} of cases: --seeds gives more"
         )
     for arm in results["arms"].values():
         if arm["means"] and len(arm["on"]) <= 1:
@@ -328,12 +328,13 @@ def draw_curves(path: Path, results: Mapping[str, Any]) -> None:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    for axes, label in zip(grid.flat, shown, strict=False):
+    for number, (axes, label) in enumerate(zip(grid.flat, shown, strict=False)):
         for trial in (t for t in results["trials"] if t["arm"] == label):
             _draw_losses(axes, trial, arms[label]["recipe"])
         axes.set_title(label, fontsize=9)
         axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.tick_params(labelbottom=number + columns >= len(shown))  # the lowest of its column
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("epoch", fontsize=10)

@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -30,7 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
@@ -148,7 +154,7 @@ class Study:
         running = [trial for trial in trials if _is_running(trial)]
         for trial in trials:
             if trial.state == TrialState.RUNNING and trial not in running:
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._end(trial.number, TrialState.FAIL)
         done = [trial for trial in trials if trial.state in _DONE]
         if tasks is None:
             begun = [t.params for t in trials if t.params.keys() == self._space.keys()]
@@ -202,7 +208,7 @@ class Study:
                 except KeyboardInterrupt:
                     with uninterrupted():
                         if trial is not None:
-                            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                            self._end(trial.number, TrialState.FAIL)
                     raise
                 if trial is None:
                     standing = self.standing(tasks)
@@ -218,7 +224,9 @@ class Study:
         if time.monotonic() >= until or (tasks is None and self._begun(standing) >= (most or 0)):
             return None
         if standing.free:
-            params: Params | None = standing.free[0]
+            # The first, unless others begin as well, who would all take it.
+            among = 1 + len(standing.running)
+            params: Params | None = random.choice(standing.free[:among])
         elif tasks is None:
             params = None
         else:
@@ -231,7 +239,7 @@ class Study:
             late = any(task_key(t.params) == task_key(params) for t in earlier)
         if not late:
             return trial
-        self._study.tell(trial, state=TrialState.FAIL)
+        self._end(trial.number, TrialState.FAIL)
         return self._claim(self.standing(tasks), tasks, most, until)
 
     @staticmethod
@@ -239,23 +247,24 @@ class Study:
         return len(standing.done) + len(standing.running) + len(standing.crashed)
 
     def _begin(self, params: Params | None) -> Trial:
-        """A new trial with these parameters, or with those that the sampler draws."""
-        if params is None:
-            trial = self._study.ask(fixed_distributions=self._space)
-            trial.set_user_attr(_OWNER, _owner())
-            return trial
+        """A new trial with these parameters, or with those that the sampler draws.
+
+        `optuna.Study.ask` would take several steps to it, between which it is nobody's.
+        """
         owner = _owner() | {"token": uuid.uuid4().hex}
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.RUNNING,
-                params=dict(params),
-                distributions=self._space,
+                params=dict(params or {}),
+                distributions={} if params is None else self._space,
                 user_attrs={_OWNER: owner},
             )
         )
         found = next(t for t in reversed(self.trials()) if t.user_attrs.get(_OWNER) == owner)
-        # `ask` would take two steps to it, between which the trial has no parameters.
-        return Trial(self._study, found._trial_id)
+        trial = Trial(self._study, found._trial_id)
+        for name, distribution in self._space.items() if params is None else ():
+            _draw(trial, name, distribution)
+        return trial
 
     def _run(self, trial: Trial, objective: Callable[[Trial], float]) -> None:
         value, state = None, TrialState.COMPLETE
@@ -272,7 +281,21 @@ class Study:
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
                 trial.set_user_attr(_ERROR, error_line(error))
         with uninterrupted():
-            self._study.tell(trial, value, state, skip_if_finished=True)
+            self._end(trial.number, state, value)
+
+    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
+        # Another process may have ended it, or may just do so.
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._study.tell(number, value, state, skip_if_finished=True)
+
+
+def _draw(trial: Trial, name: str, of: BaseDistribution) -> None:
+    if isinstance(of, CategoricalDistribution):
+        trial.suggest_categorical(name, of.choices)
+    elif isinstance(of, IntDistribution):
+        trial.suggest_int(name, of.low, of.high, step=of.step, log=of.log)
+    elif isinstance(of, FloatDistribution):
+        trial.suggest_float(name, of.low, of.high, step=of.step, log=of.log)
 
 
 def task_key(params: Params) -> str:
@@ -388,9 +411,8 @@ def _is_running(trial: FrozenTrial) -> bool:
     if trial.state != TrialState.RUNNING:
         return False
     owner = trial.user_attrs.get(_OWNER)
-    if owner is None:  # it has just begun, or it began and that was all
-        begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        return time.time() - begun < SILENT_SECONDS
+    if owner is None:  # nothing of ours
+        return False
     if owner["host"] == _HERE and not _exists(owner["pid"]):
         return False
     return bool(time.time() - owner["beat"] < SILENT_SECONDS)
@@ -444,14 +466,14 @@ def _open(where: str) -> optuna.storages.BaseStorage:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if tables and "studies" not in tables:
             raise UsageError(f"--storage {where}: is the database of another program")
-    for left in reversed(range(3)):
+    for left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(
                 f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
             )
         except SQLAlchemyError as error:
-            # Two that make a new file at once: the later one finds a table that it was to make.
-            if left == 0 or "already exists" not in str(error):
+            # Some that make a new file at once: the later ones find what they were to make.
+            if left == 0 or not any(w in str(error) for w in ("already exists", "UNIQUE")):
                 raise
             time.sleep(WAIT_SECONDS)
     raise AssertionError

@@ -110,6 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Forgets what was found out about parameters and state: the next step looks again."""
         self._counters: Counters = {}
         # The parameters that averages were swapped in for, and their versions then, where known.
+        # Changed in place: a wrapper that takes its attributes from here shares the list.
         self._swapped: list[tuple[Tensor, int | None]] = []
         self._plan: StepPlan | None = None
         self._norm: tuple[Tensor, Tensor | None] | None = None
@@ -283,11 +284,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "take a step, before averaged weights are asked for"
             )
         kept = [p.detach().clone() for p, _ in found]
-        self._swapped = [(p, None) for p, _ in found]
+        self._swapped[:] = [(p, None) for p, _ in found]
         for (p, state), own in zip(found, kept, strict=True):
             state["swapped_out"] = own
             p.copy_(state["ema"])
-        self._swapped = [(p, p._version) for p, _ in found]
+        self._swapped[:] = [(p, p._version) for p, _ in found]
 
     @torch.no_grad()
     def swap_out_ema(self, *, changed: str | None = None) -> None:
@@ -322,7 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = self.state[p].pop("swapped_out", None)
             if own is not None and id(p) not in keep:
                 p.copy_(own)
-        self._swapped = []
+        self._swapped.clear()
 
     @contextlib.contextmanager
     def ema_weights(self, *, changed: str | None = None) -> Iterator[None]:

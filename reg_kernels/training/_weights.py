@@ -74,11 +74,16 @@ def copied(
 def copy_all(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """A launch for each pair of devices and dtypes."""
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for name, x in to.items():
-        y = source[name]
-        mine, theirs = groups[x.device, x.dtype, y.device, y.dtype]
-        mine.append(x)
-        theirs.append(y)
     with torch.inference_mode(False), torch.no_grad():
+        for name in to:
+            x, y = _local(to[name]), _local(source[name])
+            mine, theirs = groups[x.device, x.dtype, y.device, y.dtype]
+            mine.append(x)
+            theirs.append(y)
         for mine, theirs in groups.values():
             torch._foreach_copy_(mine, theirs)
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's shard of a DTensor."""
+    return x.to_local() if hasattr(x, "to_local") else x

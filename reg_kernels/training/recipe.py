@@ -18,7 +18,7 @@ MODELS = ("conv", "resnet", "mlp", "mixer")
 class Method:
     """One method of regularisation, as a field of a `Recipe` has it.
 
-    Attributes:
+    Args:
         on: the strength that it is switched on with where none is given.
         search: (least, most), the strengths that are tried in tuning; by default from practice.
         log: whether they are tried evenly in the logarithm.

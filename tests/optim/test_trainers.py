@@ -129,6 +129,36 @@ def test_a_trainer_that_looks_whether_the_step_was_called(kind):
     assert seen[0][0] == [False, True, False, True, False]
 
 
+class Wrapped:
+    """As Lightning's: of a class that derives from the optimizer's, and with its attributes."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (Wrapped, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+@kinds
+def test_averages_that_are_swapped_in_by_a_wrapper(kind):
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.1, max_grad_norm=1.0, ema_decay=0.5)
+    wrapped = Wrapped(optimizer)
+    model(batches(1)[0]).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(wrapped.grad_norm, optimizer.grad_norm)
+    trained = copy.deepcopy(list(model.parameters()))
+    with wrapped.ema_weights():
+        assert not torch.equal(model[0].weight, trained[0])
+        with pytest.raises(RuntimeError, match=r"the averaged weights are swapped in"):
+            optimizer.step()
+    torch.testing.assert_close(list(model.parameters()), trained, rtol=0, atol=0)
+    optimizer.step()
+    wrapped.swap_in_ema()
+    optimizer.swap_out_ema()
+
+
 # The libraries themselves
 
 

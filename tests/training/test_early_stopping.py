@@ -320,20 +320,34 @@ def test_in_inference_mode():
     model(torch.ones(2, 3)).sum().backward()
 
 
-def test_wrapped_models_have_the_names_of_the_plain_one(tmp_path):
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/x", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrapped_models_have_the_names_of_the_plain_one(one_rank):
     plain = EarlyStopping(net(), 5)
     run(plain, [1])
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/x", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(net())
-        for wrapped in (parallel, torch.compile(parallel), torch.compile(net(), backend="eager")):
-            stop = EarlyStopping(wrapped, 5)
-            stop.load_state_dict(plain.state_dict())
-            mark(wrapped, 9)
-            stop.restore()
-            assert marked(wrapped) == 1
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(net())
+    for wrapped in (parallel, torch.compile(parallel), torch.compile(net(), backend="eager")):
+        stop = EarlyStopping(wrapped, 5)
+        stop.load_state_dict(plain.state_dict())
+        mark(wrapped, 9)
+        stop.restore()
+        assert marked(wrapped) == 1
+
+
+def test_sharded_models(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(net(), mesh=init_device_mesh("cpu", (1,)))
+    with EarlyStopping(model, 5) as stop:
+        run(stop, [3, 1, 2])
+    assert all((x.to_local() == 2).all() for x in model.parameters())
+    assert all((x == 2).all() for x in model.buffers())
 
 
 def test_an_interrupted_copy_is_finished(monkeypatch):
