@@ -243,8 +243,9 @@ class Plan:
         strengths = {axis.name: getattr(recipe, axis.name) for axis in self.space.axes}
         trial.set_user_attr("strengths", strengths)
         for other in study.trials():
-            if other.value is not None and other.user_attrs["strengths"] == strengths:
-                trial.set_user_attr(RESULT, other.user_attrs[RESULT])
+            known = other.user_attrs
+            if known.get("strengths") == strengths and RESULT in known and other.value is not None:
+                trial.set_user_attr(RESULT, known[RESULT])
                 return other.value
         every = max(1, recipe.epochs // REPORTS)
         for seed in self.seeds:
@@ -354,7 +355,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from {plan.storage}", file=sys.stderr)
         return INTERRUPTED
-    results = summary(plan, study.optuna, standing, best, confirmed)
+    results = summary(plan, standing, best, confirmed)
     if best is not None:
         recipe = plan.space.recipe(best.params)
         words = [*_setting_options(args, plan.setting), *options_of(recipe, REGULARISED)]

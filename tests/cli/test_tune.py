@@ -300,11 +300,12 @@ def test_where_no_loss_is_finite_nothing_is_found(
 
 def test_importances(data: Path, tmp_path: Path, trained: Any, capsys: Any) -> None:
     trained(bowl)
-    given = [*TWO, "--search", "random", "--prune", "none"]
-    assert main(command(data, tmp_path, *given, "--trials", 14)) == 0
+    # Of which some are ended early.
+    given = [*TWO, "--search", "random"]
+    assert main(command(data, tmp_path, *given, "--trials", 19)) == 0
     assert results(tmp_path)["importances"] is None
-    assert "importances take 15 trials" in capsys.readouterr().out
-    assert main(command(data, tmp_path, *given, "--trials", 15)) == 0
+    assert "importances take 20 trials" in capsys.readouterr().out
+    assert main(command(data, tmp_path, *given, "--trials", 20)) == 0
     found = results(tmp_path)["importances"]
     assert found["dropout"] > 0.7
     assert sum(found.values()) == pytest.approx(1)
@@ -365,6 +366,21 @@ def test_the_picture_shows_the_search(
         assert list(star.get_ydata()) == [found["best"]["validation_loss"]]
         assert len(ended.get_xdata()) == len(pruned)
         assert off < min(x for x in [*shown, math.inf] if x != off)
+
+
+def test_a_recipe_that_was_ended_early_is_tried_anew(
+    data: Path, tmp_path: Path, trained: Any
+) -> None:
+    seen = trained(lambda recipe, seed, epoch: 1 + recipe.early_stopping + 1 / epoch)
+    given = ["--methods", "early_stopping", "--range", "early_stopping=5:9", "--trials", 24]
+    assert main(command(data, tmp_path, *given, "--epochs", 20, "--search", "random")) == 0
+    strengths: dict[bool, list[int]] = {True: [], False: []}
+    for trial in results(tmp_path)["trials"]:
+        strengths[trial["pruned"]].append(trial["strengths"]["early_stopping"])
+    ended, whole = strengths[True], strengths[False]
+    assert len(set(ended)) < len(ended)
+    assert len(set(whole)) < len(whole)
+    assert len(seen) == len(ended) + len(set(whole))
 
 
 # Going on
@@ -461,13 +477,13 @@ def test_no_trial_begins_that_would_not_end_within_the_budget(
     assert main(command(data, tmp_path, *TWO, "--budget", "2m")) == 0
     assert 2 < len(losses(tmp_path)) < 60
     assert 60 < times[-1] <= 120
-    assert "are left" not in capsys.readouterr().out
+    assert "left" not in capsys.readouterr().out
     grid = ["--search", "grid", *TWO, "--points", 9, "--trials", 200]
     for rest in (grid, [*TWO, "--trials", 200]):
         assert main(command(data, tmp_path, *rest, "--budget", "1m")) == 0
         left = results(tmp_path)["left"]
         assert 0 < left < 200
-        assert f"{left} trials are left: the same command goes on" in capsys.readouterr().out
+        assert f"trials left: {left}: the same command goes on" in capsys.readouterr().out
     assert left == 200 - len(losses(tmp_path))
 
 
