@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 BETTER, WORSE, UNTOLD = "#1b6ca8", "#d95f02", "#888888"
 MOST_PANELS = 24
-_SPACE = "\N{NO-BREAK SPACE}"  # an interval stays on one line
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class Measure:
         if value is None:
             return "-"
         if self.unit == "%":
-            return f"{100 * value:.2f}{_SPACE}%"
+            return f"{100 * value:.2f} %"
         if self.unit == "MiB":
-            return f"{value / 2**20:.1f}{_SPACE}MiB"
-        return f"{value:.3f}" + (f"{_SPACE}s" if self.unit == "s" else "")
+            return f"{value / 2**20:.1f} MiB"
+        return f"{value:.3f}" + (" s" if self.unit == "s" else "")
 
     def change(self, value: float) -> str:
         if self.is_ratio:
@@ -220,8 +219,7 @@ def change(effect: Mapping[str, Any] | None, name: str) -> str:
     mean, low, high = (effect[key] for key in ("mean", "low", "high"))
     if low is None or (measure.is_ratio and measure.change(low) == measure.change(high)):
         return measure.change(mean)  # memory is the same each time
-    interval = f"({measure.change(low)} to {measure.change(high)})".replace(" ", _SPACE)
-    return f"{measure.change(mean)} {interval}"
+    return f"{measure.change(mean)} [{measure.change(low)},{measure.change(high)}]"
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from ._errors import UsageError
@@ -212,39 +213,40 @@ class Study:
                     raise
                 if trial is None:
                     standing = self.standing(tasks)
-                    left = bool(standing.free) and time.monotonic() < until
-                    if not (wait and standing.running) and not (tasks is not None and left):
+                    if self._may_begin(standing, tasks, most, until):
+                        continue  # some process has just given up what it was at
+                    if not (wait and standing.running):
                         return standing
                     time.sleep(WAIT_SECONDS)
+
+    @staticmethod
+    def _may_begin(
+        standing: Standing, tasks: Sequence[Params] | None, most: int | None, until: float
+    ) -> bool:
+        if time.monotonic() >= until:
+            return False
+        if tasks is not None:
+            return bool(standing.free)
+        return len(standing.done) + len(standing.running) + len(standing.crashed) < (most or 0)
 
     def _claim(
         self, standing: Standing, tasks: Sequence[Params] | None, most: int | None, until: float
     ) -> Trial | None:
         """A trial that is this process's to run; None if there is none to begin."""
-        if time.monotonic() >= until or (tasks is None and self._begun(standing) >= (most or 0)):
-            return None
-        if standing.free:
+        while self._may_begin(standing, tasks, most, until):
             # The first, unless others begin as well, who would all take it.
-            among = 1 + len(standing.running)
-            params: Params | None = random.choice(standing.free[:among])
-        elif tasks is None:
-            params = None
-        else:
-            return None
-        trial = self._begin(params)
-        earlier = [t for t in self.trials() if t.number < trial.number and _is_taken(t)]
-        if params is None:
-            late = len(earlier) + len(standing.crashed) >= (most or 0)
-        else:
-            late = any(task_key(t.params) == task_key(params) for t in earlier)
-        if not late:
-            return trial
-        self._end(trial.number, TrialState.FAIL)
-        return self._claim(self.standing(tasks), tasks, most, until)
-
-    @staticmethod
-    def _begun(standing: Standing) -> int:
-        return len(standing.done) + len(standing.running) + len(standing.crashed)
+            among = standing.free[: 1 + len(standing.running)]
+            params = random.choice(among) if among else None
+            trial = self._begin(params)
+            earlier = [t for t in self.trials() if t.number < trial.number and _is_taken(t)]
+            late = params is not None and task_key(params) in {task_key(t.params) for t in earlier}
+            if tasks is None:
+                late |= len(earlier) + len(standing.crashed) >= (most or 0)
+            if not late:
+                return trial
+            self._end(trial.number, TrialState.FAIL)
+            standing = self.standing(tasks)
+        return None
 
     def _begin(self, params: Params | None) -> Trial:
         """A new trial with these parameters, or with those that the sampler draws.
@@ -469,7 +471,8 @@ def _open(where: str) -> optuna.storages.BaseStorage:
     for left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(
-                f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
+                URL.create("sqlite", database=str(path)).render_as_string(),
+                engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}},
             )
         except SQLAlchemyError as error:
             # Some that make a new file at once: the later ones find what they were to make.

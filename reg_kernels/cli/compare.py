@@ -168,14 +168,14 @@ def run(args: argparse.Namespace) -> int:
     count = max(1, min(workers_of(args, plan.setting.device), free))
     take_share(count)
     print(
-        f"{len(plan.arms)} nets x {len(plan.seeds)} seeds"
+        f"{len(plan.arms)} nets x {len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}"
         f"{f' x {plan.setting.folds} folds' if plan.setting.folds else ''}: {len(tasks)} trials, "
         f"{len(tasks) - free} of them done; {plan.setting.kernels} kernels on "
         f"{plan.setting.device}, {count} at once",
         flush=True,
     )
     try:
-        with workers(_help, count - 1, args, count), _console.progress() as progress:
+        with workers(_help, count - 1, plan, count), _console.progress() as progress:
             standing = plan.work(study, Watch(progress, len(tasks)))
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from {plan.storage}", file=sys.stderr)
@@ -191,9 +191,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if results["crashed"] else 0
 
 
-def _help(args: argparse.Namespace, count: int) -> None:
-    """Another process of the same command."""
-    plan = _plan(args)
+def _help(plan: Plan, count: int) -> None:
+    """Another process at the same work."""
     take_share(count)
     plan.work(plan.study())
 

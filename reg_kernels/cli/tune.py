@@ -345,7 +345,7 @@ def run(args: argparse.Namespace) -> int:
         return "".join(f", {word}" for word in words)
 
     try:
-        with workers(_help, count - 1, args, until, count), _console.progress() as progress:
+        with workers(_help, count - 1, plan, until, count), _console.progress() as progress:
             total = None if plan.trials == sys.maxsize else plan.trials
             standing = plan.work(study, until, Watch(progress, total, note))
             best, confirmed = best_of(standing), None
@@ -369,9 +369,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if results["crashed"] or best is None else 0
 
 
-def _help(args: argparse.Namespace, until: float, count: int) -> None:
-    """Another process of the same command."""
-    plan = _plan(args)
+def _help(plan: Plan, until: float, count: int) -> None:
+    """Another process at the same work."""
     take_share(count)
     found = plan.to_confirm(plan.work(plan.study(os.getpid()), until, None))
     if found is not None:

@@ -347,9 +347,8 @@ def test_ctrl_c_and_the_same_command_again(
         assert [path.name for path in parts.iterdir()] == ["study.log"]
         said = capsys.readouterr().err
         assert said == f"\ninterrupted: the same command goes on from {parts / 'study.log'}\n"
-    # A helper works on the same study, by the same options.
-    args = build_parser(["compare"]).parse_args(command(data, parts, *methods))
-    compare._help(pickle.loads(pickle.dumps(args)), 1)
+    # A helper, which gets the plan from another process, works on the same study.
+    compare._help(pickle.loads(pickle.dumps(plan_of(command(data, parts, *methods)))), 1)
     assert main(command(data, parts, *methods)) == 0
     assert "6 trials, 6 of them done" in capsys.readouterr().out
     ours, theirs = (results(out) for out in (parts, whole))

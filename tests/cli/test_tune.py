@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import pickle
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -425,8 +426,8 @@ def test_ctrl_c_and_the_same_command_again(
 def test_another_process_of_the_same_command(data: Path, tmp_path: Path, trained: Any) -> None:
     seen = trained(bowl)
     argv = command(data, tmp_path, "--trials", 4, "--confirm", 1)
-    args = build_parser(["tune"]).parse_args(argv)
-    tune._help(args, math.inf, 1)
+    # It is sent there.
+    tune._help(pickle.loads(pickle.dumps(plan_of(argv))), math.inf, 1)
     assert len(seen) == 4 + 2
     assert main(argv) == 0
     assert len(seen) == 6
