@@ -10,7 +10,6 @@ A word w stands for the number w * 2^-32 in [0, 1), and a whole number below n i
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -19,73 +18,18 @@ import torch
 from torch import Tensor
 
 from .._rng import tag
+from ..ops._draw_words import draw_words
 
 TAG = tag("augdraws")
 MOST_GROUPS = 256  # of a slot
 SLOTS = 1 << 24
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32's multipliers and its keys' increments
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-_ROUNDS = 10
 
-
-def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Tensor:
+def uniform(seed: int, epoch: int, indices: Tensor, groups: Tensor) -> Tensor:
     """All that N samples draw: float64 (4 * len(groups), N), in [0, 1).
 
-    `groups` are slot << 8 | number. It computes on pairs: the first and third word of every state
-    in one int64 tensor, whose upper halves stay 0, the other two in the lower halves of a product.
-    A round is four operations, since their number is what a batch's draws cost.
-    """
-    round_keys, multipliers = _constants(seed)
-    state = torch.empty(3, 2, len(groups), len(indices), dtype=torch.int64)
-    even, odd, product = state.unbind(0)  # words 0 and 2; 3 and 1; what the next words come from
-    even[0] = indices & _MASK
-    even[1] = _column(tuple(groups))
-    odd[0] = epoch
-    odd[1] = indices >> 32
-    halves = state.view(torch.int32).view(3, 2, len(groups), len(indices), 2)
-    lower, upper = halves.unbind(-1)
-    written = lower[0]
-    first, second = written.unbind(0)
-    # Views of both buffers that products go to in turns, made once: upper words, lower words.
-    ways = [(x, *upper[n].unbind(0), *lower[3 - n].unbind(0)) for n, x in ((2, product), (1, odd))]
-    for number in range(_ROUNDS):
-        target, up0, up1, low0, low1 = ways[number % 2]
-        torch.mul(even, multipliers, out=target)
-        torch.bitwise_xor(up1, low1, out=first)
-        torch.bitwise_xor(up0, low0, out=second)
-        written.bitwise_xor_(round_keys[number])
-    # The last product is where the words 3 and 1 were at first: there are ten rounds.
-    odd.bitwise_and_(_MASK)
-    words = torch.empty(len(groups), 4, len(indices), dtype=torch.float64)
-    words[:, ::2] = even.transpose(0, 1)
-    words[:, 1::2] = odd.flip(0).transpose(0, 1)
-    return words.mul_(2.0**-32).view(-1, len(indices))
-
-
-@functools.lru_cache
-def _constants(seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The keys of the rounds, and the multipliers, beside pairs of words."""
-    key = (seed ^ TAG) & (2**64 - 1)
-    keys = [
-        [
-            _signed((half + number * step) & _MASK)
-            for half, step in ((key & _MASK, _W0), (key >> 32, _W1))
-        ]
-        for number in range(_ROUNDS)
-    ]
-    shaped = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1)
-    return shaped.unbind(0), torch.tensor([_M0, _M1]).view(2, 1, 1)
-
-
-@functools.lru_cache
-def _column(groups: tuple[int, ...]) -> Tensor:
-    return torch.tensor(groups).unsqueeze(1)
-
-
-def _signed(word: int) -> int:
-    return word - (word >> 31 << 32)
+    `groups` are slot << 8 | number, (G,)."""
+    return draw_words((seed ^ TAG) & (2**64 - 1), epoch, indices.contiguous(), groups)
 
 
 def integers(u: Tensor, count: Tensor | float) -> Tensor:
@@ -158,7 +102,7 @@ class MixDraws:
 
     def _drawn(self, alpha: Tensor) -> Tensor:
         if self._words is None:
-            groups = [slot_of("Mixup") << 8 | number for number in range(2 + GAMMA_WORDS // 2)]
+            groups = torch.arange(2 + GAMMA_WORDS // 2) + (slot_of("Mixup") << 8)
             self._words = uniform(*self._key, self._indices[: len(alpha)], groups)
         return self._words
 

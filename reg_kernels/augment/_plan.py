@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .._numbers import refuse
 from . import _draws
 from ._transform import Transform
@@ -24,7 +27,7 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     steps: tuple[Step, ...]
     columns: tuple[str, ...]
-    groups: tuple[int, ...]  # slot << 8 | number
+    groups: Tensor  # slot << 8 | number, (G,)
     described: str
 
 
@@ -54,4 +57,5 @@ def plan_of(transforms: Sequence[Transform]) -> Plan:
         steps.append(Step(transform, name, 4 * len(groups), has_flag))
         columns += own
         groups += [slot << 8 | number for number in range(count)]
-    return Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
+    table = torch.tensor(groups, dtype=torch.int64, device="cpu")
+    return Plan(tuple(steps), tuple(columns), table, repr([*transforms]))

@@ -288,9 +288,7 @@ class Pipeline:
             keys = keys[:1].expand(len(keys))
         epoch = torch.full_like(assembly.height, self._epoch)
         rows = [keys.double(), epoch, assembly.height, assembly.width]
-        words = assembly.height.new_empty(0)
-        if plan.groups:
-            words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
+        words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
         for step in plan.steps:
             transform = step.transform
             assembly.name = step.name

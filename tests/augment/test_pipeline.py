@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from reg_kernels import augment
 from reg_kernels.augment import _draws
+from reg_kernels.ops import _draw_words
 from reg_kernels.reference._philox import philox4x32
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -45,21 +46,26 @@ def drawn(made, *args, **options):
 # Draws
 
 
-def test_words_are_philoxs():
-    indices, groups = torch.tensor([0, 5, 2**33 + 7]), [3 << 8 | 1, 0xFFFFFF << 8 | 7]
+@pytest.mark.parametrize("epoch", [9, 2**32 - 5])
+def test_words_are_philoxs(epoch, monkeypatch):
+    indices = torch.tensor([0, 5, 2**33 + 7])
+    groups = torch.tensor([3 << 8 | 1, 0xFFFFFF << 8 | 7])
     for seed in (-77, 2**62 + 5):
         key = (seed ^ _draws.TAG) % 2**64
         key = torch.tensor(key - 2**64 if key >= 2**63 else key)
-        words = [
+        words = torch.stack([
             word.double() / 2**32
             for group in groups
-            for word in philox4x32(key, indices, torch.full_like(indices, 9 << 32 | group))
-        ]
-        assert torch.equal(_draws.uniform(seed, 9, indices, groups), torch.stack(words))
+            for word in philox4x32(key, indices, (torch.full_like(indices, epoch) << 32) + group)
+        ])  # fmt: skip
+        assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
+        with monkeypatch.context() as without:
+            without.setattr(_draw_words, "_IN_C", None)
+            assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
 
 
 def test_gammas_have_their_moments():
-    u = _draws.uniform(3, 0, torch.arange(20000), range(7))
+    u = _draws.uniform(3, 0, torch.arange(20000), torch.arange(7))
     for alpha in (0.2, 1.0, 3.0):
         gammas = _draws.log_gammas(alpha, u[: _draws.GAMMA_WORDS]).exp()
         assert abs(gammas.mean() / alpha - 1) < 0.05 and abs(gammas.var() / alpha - 1) < 0.12
