@@ -10,6 +10,7 @@ A word w stands for the number w * 2^-32 in [0, 1), and a whole number below n i
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._rng import tag
-from ..ops._draw_words import draw_words
+from ..ops._host_draws import draw_words, first_rectangle
 
 TAG = tag("augdraws")
 MOST_GROUPS = 256  # of a slot
@@ -32,6 +33,20 @@ def uniform(seed: int, epoch: int, indices: Tensor, groups: Tensor) -> Tensor:
     return draw_words((seed ^ TAG) & (2**64 - 1), epoch, indices.contiguous(), groups)
 
 
+TRIES = 10
+RECTANGLE_WORDS = 2 * TRIES + 2
+
+
+def rectangle(
+    u: Tensor, size: Tensor, scale: Sequence[float], ratio: Sequence[float], is_crop: bool
+) -> tuple[Tensor, int]:
+    """The first of ten rectangles that fits, (4, N), and how many samples have one; of a share of
+    the area in `scale`, and of sides with a ratio whose logarithm is uniform."""
+    stretches = between(u[TRIES : 2 * TRIES], [math.log(x) for x in ratio]).exp_()
+    low, high = scale
+    return first_rectangle(u, stretches, size, low, high - low, is_crop)
+
+
 def integers(u: Tensor, count: Tensor | float) -> Tensor:
     """Whole numbers in [0, count)."""
     return (u * count).floor_()
@@ -40,7 +55,20 @@ def integers(u: Tensor, count: Tensor | float) -> Tensor:
 def between(u: Tensor, limits: Sequence[float]) -> Tensor:
     """Numbers in [limits[0], limits[1])."""
     low, high = limits
-    return u * (high - low) + low
+    return (u * (high - low)).add_(low)
+
+
+def between_each(u: Tensor, limits: tuple[Sequence[float], ...]) -> Tensor:
+    """Numbers in the k-th of K limits, (K, ..., N)."""
+    low, span = _low_and_span(limits, u.dim())
+    return (u * span).add_(low)
+
+
+@functools.lru_cache
+def _low_and_span(limits: tuple[Sequence[float], ...], dims: int) -> tuple[Tensor, ...]:
+    numbers = [(low, high - low) for low, high in limits]
+    table = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return table.T.view(2, -1, *(1,) * (dims - 1)).unbind()
 
 
 def normals(u: Tensor, v: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -61,12 +62,18 @@ def _of_tensor(images: Tensor, layout: str | None) -> Batch:
     if not lies_last and not planar.is_contiguous():
         lies_last = is_last
     pixels = (in_order if lies_last else planar).contiguous().view(-1)
+    table = _table_of_one_size(samples, height, width, channels)
+    return Batch(pixels, table, channels, lies_last, lies_last and not is_last)
+
+
+@functools.lru_cache
+def _table_of_one_size(samples: int, height: int, width: int, channels: int) -> Tensor:
     table = torch.empty(samples, 3, dtype=torch.int64)
     table[:, 0] = torch.arange(samples) * (channels * height * width)
     table[:, 1] = height
     table[:, 2] = width
     _check_sides(table)
-    return Batch(pixels, table, channels, lies_last, lies_last and not is_last)
+    return table
 
 
 def _of_list(images: Sequence[Any], layout: str | None) -> Batch:

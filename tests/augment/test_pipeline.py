@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from reg_kernels import augment
 from reg_kernels.augment import _draws
-from reg_kernels.ops import _draw_words
+from reg_kernels.ops import _host_draws
 from reg_kernels.reference._philox import philox4x32
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -60,7 +60,7 @@ def test_words_are_philoxs(epoch, monkeypatch):
         ])  # fmt: skip
         assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
         with monkeypatch.context() as without:
-            without.setattr(_draw_words, "_IN_C", None)
+            without.setattr(_host_draws, "_C", None)
             assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
 
 
