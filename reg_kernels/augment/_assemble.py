@@ -11,6 +11,7 @@ Points count from the upper left corner of the image: pixel (0, 0) has its centr
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 from collections.abc import Sequence
@@ -144,6 +145,7 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 _NOTHING = (0.0,) * WIDTH
+_PLAIN = (float, int)
 
 
 @functools.lru_cache
@@ -175,7 +177,7 @@ class Assembly:
     mask_filter: Filter = Filter.NEAREST_EXACT
     tracks: bool = False  # keeps `seen` up
     is_normalized: bool = False
-    # Instructions, or K of them as float64 (16, K, N).
+    # Instructions, or K of them as float64 (16 or less, K, N).
     _written: list[_Written | Tensor] = field(default_factory=list)
     _pending: _Box | _Warp | None = None
 
@@ -312,8 +314,8 @@ class Assembly:
         self._add(op, on, *arguments)
 
     def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
-        """K instructions that are written already, float64 (16, K, N); and, of warps among them,
-        the matrices (N, 3, 3) of all together."""
+        """K instructions that are written already, float64 (16 or less, K, N); and, of warps
+        among them, the matrices (N, 3, 3) of all together."""
         if self.mask is not None:
             if matrices is None:
                 return
@@ -336,36 +338,32 @@ class Assembly:
         is_used = iter(torch.stack(conditions).any(1).tolist() if conditions else ())
         numbers: list[float] = []  # of all instructions
         drawn: dict[int, Tensor] = {}  # the places among them that differ from sample to sample
-        partly: dict[int, Tensor] = {}  # instructions that not all samples have
         blocks: dict[int, Tensor] = {}  # where those begin that are written already
         for written in self._written:
-            step = len(numbers) // WIDTH
             if isinstance(written, Tensor):
-                blocks[step] = written
+                blocks[len(numbers) // WIDTH] = written
                 numbers += _NOTHING * written.shape[1]
                 continue
-            if written.on is not None:
+            op, on, arguments = written
+            if on is not None:
                 if not next(is_used):
                     continue
-                partly[step] = written.on
-            numbers.append(written.op)
-            for x in written.arguments:
-                if not isinstance(x, float | int):
+                drawn[len(numbers)] = on.double().mul_(op)  # 0 does nothing, whatever follows
+            numbers.append(op)
+            for x in arguments:
+                if not isinstance(x, _PLAIN):
                     drawn[len(numbers)] = x
                     x = 0.0
                 numbers.append(x)
             numbers += _NOTHING[: -len(numbers) % WIDTH]
-        constants = torch.tensor(numbers or _NOTHING, dtype=torch.float64).unsqueeze(1)
-        table = constants.expand(-1, self.samples).clone(memory_format=torch.contiguous_format)
+        constants = array.array("d", numbers or _NOTHING)
+        table = torch.frombuffer(constants, dtype=torch.float64).unsqueeze(1)
+        table = table.expand(-1, self.samples).clone(memory_format=torch.contiguous_format)
         if drawn:
             table.index_copy_(0, _places(tuple(drawn)), torch.stack([*drawn.values()]))
         rows = table.view(-1, WIDTH, self.samples)
-        if partly:
-            steps = _places(tuple(partly))
-            some = rows.index_select(0, steps).mul_(torch.stack([*partly.values()]).unsqueeze(1))
-            rows.index_copy_(0, steps, some)
         for step, block in blocks.items():
-            rows[step : step + block.shape[1]] = block.transpose(0, 1)
+            rows[step : step + block.shape[1], : len(block)] = block.transpose(0, 1)
         return table.float().T.contiguous().view(self.samples, -1, WIDTH)
 
     def values(self, argument: str, fill: Fill) -> Colour:

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     channels: int
     is_channels_last: bool  # of the images in memory
     keeps_channels_last: bool  # of the result, if nobody asks for another order
+    sides: tuple[int, int] | None  # height and width, where those of all are the same
 
 
 def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
@@ -63,7 +64,7 @@ def _of_tensor(images: Tensor, layout: str | None) -> Batch:
         lies_last = is_last
     pixels = (in_order if lies_last else planar).contiguous().view(-1)
     table = _table_of_one_size(samples, height, width, channels)
-    return Batch(pixels, table, channels, lies_last, lies_last and not is_last)
+    return Batch(pixels, table, channels, lies_last, lies_last and not is_last, (height, width))
 
 
 @functools.lru_cache
@@ -103,7 +104,7 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
     table[1:, 0] = ends[:-1]
     _check_sides(table)
     pixels = torch.cat([image.reshape(-1) for image in images])
-    return Batch(pixels, table, count, is_last, False)
+    return Batch(pixels, table, count, is_last, False, None)
 
 
 def _is_channels_last(shapes: Sequence[tuple[int, ...]], layout: str | None) -> bool:

@@ -53,6 +53,11 @@ def _table(is_gray: bool, bound: float) -> Tensor:
     return torch.tensor(columns, dtype=torch.float64).T.contiguous()
 
 
+@functools.lru_cache
+def _spread(numbers: tuple[float, ...], count: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).repeat(1, count)
+
+
 def _opcode(name: str) -> Op:
     if name in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
         return Op.WARP
@@ -85,26 +90,26 @@ def add(
     scaled = parts[4:] * strengths.reshape(-1)
     angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
-    size = torch.stack((assembly.height, assembly.width)).unsqueeze(1)
-    size = size.expand(-1, count, -1).reshape(2, -1)
+    if assembly.sides is None:
+        size = assembly.size().unsqueeze(1).expand(-1, count, -1).reshape(2, -1)
+    else:
+        size = _spread(assembly.sides, len(opcode))
     y, x = size / 2
     still = 1 - cosine
-    rows = torch.zeros(WIDTH, len(opcode), dtype=torch.float64)
-    rows[0] = opcode
-    rows[1] = rows[5] = cosine
-    torch.add(sine, shear_x, out=rows[2])
-    rows[3] = torch.addcmul(shift_x, still, x).addcmul_(sine, y, value=-1)
-    torch.sub(shear_y, sine, out=rows[4])
-    rows[6] = torch.addcmul(shift_y, still, y).addcmul_(sine, x)
-    rows[9] = 1
-    rows[10:12] = size
     if isinstance(filter, WarpFilter):
-        rows[12] = float(assembly.warp_filter(filter, fill))
+        filters = _spread((float(assembly.warp_filter(filter, fill)),), len(opcode))[0]
     else:
-        rows[12] = filter.reshape(-1)
-    values = assembly.values("fill", fill)
-    if any(values):
-        rows[13:] = torch.tensor(values[:3], dtype=torch.float64).unsqueeze(1)
+        filters = filter.reshape(-1)
+    values = _spread((0.0, 0.0, 1.0, *assembly.values("fill", fill)[:3]), len(opcode)).unbind()
+    rows = torch.stack(
+        (
+            *(opcode, cosine, sine + shear_x),
+            torch.addcmul(shift_x, still, x).addcmul_(sine, y, value=-1),
+            *(shear_y - sine, cosine),
+            torch.addcmul(shift_y, still, y).addcmul_(sine, x),
+            *(*values[:3], *size, filters, *values[3:]),
+        )
+    )
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
         matrices = _product(rows[1:10], count)
