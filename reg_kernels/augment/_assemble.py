@@ -149,6 +149,12 @@ _PLAIN = (float, int)
 
 
 @functools.lru_cache
+def spread(numbers: tuple[float, ...], count: int) -> Tensor:
+    """Each number `count` times, float64 (K, count), to be read alone."""
+    return torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).repeat(1, count)
+
+
+@functools.lru_cache
 def _places(numbers: tuple[int, ...]) -> Tensor:
     return torch.tensor(numbers)
 
@@ -183,11 +189,13 @@ class Assembly:
 
     def __post_init__(self) -> None:
         self.samples = len(self.height)
-        # Of the point of the images that is seen at a point of the result so far.
-        self.seen = torch.eye(3, dtype=torch.float64).expand(self.samples, 3, 3)
+        if self.tracks:  # the point of the images that is seen at a point of the result so far
+            self.seen = torch.eye(3, dtype=torch.float64).expand(self.samples, 3, 3)
 
     def size(self) -> Tensor:
         """Heights and widths, (2, N)."""
+        if self.sides is not None:
+            return spread(self.sides, self.samples)
         return torch.stack((self.height, self.width))
 
     # Geometry
@@ -258,7 +266,9 @@ class Assembly:
         self.sides = None
         if isinstance(height, int) and isinstance(width, int):
             self.sides = (height, width)
-        self.height, self.width = self.of_samples(height), self.of_samples(width)
+            self.height, self.width = self.size()
+        else:
+            self.height, self.width = self.of_samples(height), self.of_samples(width)
 
     def _add_box(self, box: _Box) -> None:
         if self.tracks:
@@ -348,7 +358,9 @@ class Assembly:
             if on is not None:
                 if not next(is_used):
                     continue
-                drawn[len(numbers)] = on.double().mul_(op)  # 0 does nothing, whatever follows
+                drawn[len(numbers)] = on.double().mul_(
+                    float(op)
+                )  # 0 does nothing, whatever follows
             numbers.append(op)
             for x in arguments:
                 if not isinstance(x, _PLAIN):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._augment_program import WIDTH, Axes, Op, WarpFilter
-from ._assemble import Assembly, Fill, to_grid
+from ._assemble import Assembly, Fill, spread, to_grid
 from .colour import blur_weights
 
 # The number of an operation in columns of parameters is its place here. Of a strength v: shears are
@@ -53,11 +53,6 @@ def _table(is_gray: bool, bound: float) -> Tensor:
     return torch.tensor(columns, dtype=torch.float64).T.contiguous()
 
 
-@functools.lru_cache
-def _spread(numbers: tuple[float, ...], count: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).repeat(1, count)
-
-
 def _opcode(name: str) -> Op:
     if name in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
         return Op.WARP
@@ -85,22 +80,23 @@ def add(
     if on is not None:
         ops = ops * on
     table = _table(assembly.channels == 1, assembly.bound)
-    parts = table.gather(1, ops.reshape(-1).long().expand(len(table), -1))
+    parts = table.index_select(1, ops.reshape(-1).long())
     opcode, is_warp = parts[0], parts[1]
     scaled = parts[4:] * strengths.reshape(-1)
     angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
     if assembly.sides is None:
         size = assembly.size().unsqueeze(1).expand(-1, count, -1).reshape(2, -1)
+        y, x = size / 2
     else:
-        size = _spread(assembly.sides, len(opcode))
-    y, x = size / 2
-    still = 1 - cosine
+        size = spread(assembly.sides, len(opcode))
+        y, x = spread(tuple(side / 2 for side in assembly.sides), len(opcode))
     if isinstance(filter, WarpFilter):
-        filters = _spread((float(assembly.warp_filter(filter, fill)),), len(opcode))[0]
+        filters = spread((float(assembly.warp_filter(filter, fill)),), len(opcode))[0]
     else:
         filters = filter.reshape(-1)
-    values = _spread((0.0, 0.0, 1.0, *assembly.values("fill", fill)[:3]), len(opcode)).unbind()
+    values = spread((0.0, 0.0, 1.0, *assembly.values("fill", fill)[:3]), len(opcode)).unbind()
+    still = values[2] - cosine
     rows = torch.stack(
         (
             *(opcode, cosine, sine + shear_x),

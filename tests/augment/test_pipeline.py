@@ -64,6 +64,18 @@ def test_words_are_philoxs(epoch, monkeypatch):
             assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
 
 
+def test_rectangles_are_the_references(monkeypatch):
+    crop = augment.RandomResizedCrop(12, scale=(0.001, 0.9), ratio=(0.2, 3))
+    narrow = augment.RandomResizedCrop(12, scale=(0.9, 1.0), ratio=(4, 5))  # at times none fits
+    erase = augment.RandomErasing(1.0, scale=(0.0, 1.0), ratio=(0.02, 30))
+    made = pipeline(narrow, crop, erase)
+    batch = [images(1, 9 + n % 7, 4 + n)[0] for n in range(64)]
+    rows = made(batch, return_params=True, indices=range(64))[1].table
+    monkeypatch.setattr(_host_draws, "_C", None)
+    assert torch.equal(made(batch, return_params=True, indices=range(64))[1].table, rows)
+    assert 0 < (rows[:, -2] == 0).sum() < 64  # of some images nothing is erased
+
+
 def test_gammas_have_their_moments():
     u = _draws.uniform(3, 0, torch.arange(20000), torch.arange(7))
     for alpha in (0.2, 1.0, 3.0):
