@@ -112,7 +112,7 @@ def slot_of(name: str) -> int:
     return zlib.crc32(name.encode()) % SLOTS
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
+def sent(x: Tensor, device: torch.device) -> Tensor:
     """x on a device, without waiting for what is under way there."""
     if device.type == "cuda":
         x = x.pin_memory()
@@ -122,6 +122,8 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 class MixDraws:
     """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
     a batch by that of its first sample, for a pair by that of its first one."""
+
+    device = torch.device("cpu")
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
         self._key = (seed, epoch)
@@ -135,9 +137,9 @@ class MixDraws:
         return self._words
 
     def uniform(self, alpha: Tensor) -> Tensor:
-        return _sent(self._drawn(alpha)[:6], alpha.device)
+        return self._drawn(alpha)[:6]
 
     def beta(self, alpha: Tensor) -> Tensor:
-        words = _sent(self._drawn(alpha)[6:], alpha.device)
+        words = self._drawn(alpha)[6:]
         gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
         return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

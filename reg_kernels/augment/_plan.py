@@ -31,9 +31,9 @@ class Plan(NamedTuple):
     described: str
 
 
-def plan_of(transforms: Sequence[Transform]) -> Plan:
+def plan_of(transforms: Sequence[Transform], last: Sequence[str] = ()) -> Plan:
     """Slots go by a transform's kind and its number among its kind, so that no other transform's
-    draws shift where one is put in or left out."""
+    draws shift where one is put in or left out. `last` are columns after the transforms'."""
     counts: dict[str, int] = {}
     taken: set[int] = set()
     steps: list[Step] = []
@@ -58,4 +58,4 @@ def plan_of(transforms: Sequence[Transform]) -> Plan:
         columns += own
         groups += [slot << 8 | number for number in range(count)]
     table = torch.tensor(groups, dtype=torch.int64, device="cpu")
-    return Plan(tuple(steps), tuple(columns), table, repr([*transforms]))
+    return Plan(tuple(steps), (*columns, *last), table, repr([*transforms]))

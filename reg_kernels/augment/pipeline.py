@@ -17,8 +17,9 @@ from ..ops import augment as op
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, _refuse, packed
+from ._mix import MIX_COLUMNS, check_unmixed, columns_of, mixed_masks, on_device
 from ._plan import KEYS, Plan, plan_of
-from ._replay import moved_boxes, moved_points, packed_masks
+from ._replay import Masks, moved_boxes, moved_points
 from ._transform import Transform
 from .mixup import Mixup
 from .noise import ToDtype
@@ -155,7 +156,8 @@ class Pipeline:
         self.same_on_batch = bool(same_on_batch)
         self.crop_share, self.backend = crop_share, backend
         stand_ins = (x for transform in drawn for x in transform.for_evaluation(crop_share))
-        self._plans = {True: plan_of(drawn), False: plan_of([*stand_ins])}
+        mixing = MIX_COLUMNS if self._mixup is not None else ()
+        self._plans = {True: plan_of(drawn, mixing), False: plan_of([*stand_ins])}
         self.training = True
         self._epoch = 0
         self._position = 0
@@ -242,7 +244,9 @@ class Pipeline:
         if mixes:
             assert self._mixup is not None and target is not None
             draws = _draws.MixDraws(self.seed, self._epoch, keys)
-            result, mixed = self._mixup.mix(result, target, draws)
+            mixing = self._mixup.draw(result.shape, draws)
+            drawn += columns_of(mixing, samples)
+            result, mixed = self._mixup.mix(result, target, lambda: on_device(mixing, result))
         extra = [] if target is None else [mixed]
         if return_params:
             plan = self._plans[self.training]
@@ -388,23 +392,29 @@ class Pipeline:
 
         Args:
             masks: (N, H, W) or (N, C, H, W), or a list of (H, W) or (C, H, W) of the images' sizes;
-                of 1 to 4 channels, and of any dtype but complex. Those of uint8 and of floats are
-                read as they are, others as a copy in float32, which keeps no whole numbers beyond
-                2**24.
-            params: of the images' call.
-            fill: what is seen outside of a mask, as 255 for labels that a loss leaves out.
+                of 1 to 4 channels, and of any dtype but complex. All values stay as they are, those
+                of int64, too.
+            params: of the images' call. Where that mixed, the same partners' boxes are pasted, and
+                masks of floats are blended as the images were.
+            fill: what is seen outside of a mask, as 255 for labels that a loss leaves out; a value
+                of the masks' dtype.
             interpolation: how a resize looks up its pixel: "nearest-exact", by centres, or
                 "nearest", by corners, as torchvision does.
 
         Returns:
             (N, height, width) or (N, C, height, width), of the masks' dtype.
+
+        Raises:
+            ValueError: the images were blended, and the masks are of whole numbers: labels have no
+                mean. Others as of a call.
         """
         filters = {"nearest": Filter.NEAREST, "nearest-exact": Filter.NEAREST_EXACT}
         if interpolation not in filters:
             _refuse("interpolation", f"one of {', '.join(filters)}", repr(interpolation))
         fill = number("Pipeline", "fill", fill)
-        is_flat, batch, dtype = packed_masks(masks)
-        assembly = self._replayed(params, mask=fill, mask_filter=filters[interpolation])
+        given = Masks(masks, fill)
+        batch = given.batch
+        assembly = self._replayed(params, mask=given.fill, mask_filter=filters[interpolation])
         if len(batch.images) != len(params):
             _refuse("masks", f"of as many samples as params, {len(params)}", len(batch.images))
         sizes = torch.stack((params["height"], params["width"]), 1)
@@ -417,11 +427,11 @@ class Pipeline:
         program = assembly.program()
         height, width = self._final(assembly)
         result = op.run(
-            *(batch.pixels, batch.images, program, batch.channels, False, height, width),
-            *(batch.pixels.dtype, False, False),
+            *(batch.pixels, batch.images, program, batch.channels, batch.is_channels_last),
+            *(height, width, batch.pixels.dtype, False, False),
             backend=self.backend,
         )
-        return (result[:, 0] if is_flat else result).to(dtype)
+        return mixed_masks(given.of(result), params)
 
     @_on_host
     def boxes(self, boxes: Tensor | Sequence[Tensor], params: Params) -> Any:
@@ -440,6 +450,7 @@ class Pipeline:
             The same of the result, float32, on the boxes' device.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
+        check_unmixed("boxes", params)
         return moved_boxes(boxes, assembly)
 
     @_on_host
@@ -455,6 +466,7 @@ class Pipeline:
             The same of the result, float32, on the points' device.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
+        check_unmixed("keypoints", params)
         return moved_points(keypoints, assembly)
 
 

@@ -307,6 +307,66 @@ def test_a_mask_that_is_the_image(exact):
         assert (made.apply(images(), params) != result).double().mean() <= (0.003 if exact else 0)
 
 
+@pytest.mark.parametrize("name", ["bool", "int8", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_masks_keep_every_whole_number(name):
+    dtype, warp = getattr(torch, name), augment.RandomAffine(20, (0.3, 0.3))
+    made = pipeline(warp, augment.RandomCrop(14, 2, padding_mode="reflect"))
+    labels = images(4, 16, 20)
+    _, params = made(labels, return_params=True)
+    seeded = torch.Generator().manual_seed(1)
+    values = torch.randint(-(2**63), 2**63 - 1, (256,), generator=seeded).to(dtype)
+    values[255] = 1
+    expected = values.view(torch.uint8).view(256, -1)[made.apply(labels, params, fill=255).long()]
+    masks = values.view(torch.uint8).view(256, -1)[labels.long()].view(dtype).squeeze(-1)
+    for given in (masks, [*masks], masks.contiguous(memory_format=torch.channels_last)):
+        moved = made.apply(given, params, fill=1)
+        assert moved.dtype == dtype and torch.equal(moved.unsqueeze(-1).view(torch.uint8), expected)
+    flat = made.apply([mask[0] for mask in masks], params, fill=1)
+    assert torch.equal(flat.unsqueeze(-1).view(torch.uint8), expected[:, 0])
+
+
+def test_masks_go_with_mixed_images():
+    flip, batch, labels = augment.RandomHorizontalFlip(), images() / 255, torch.arange(6)
+    both = augment.RandomChoice([augment.CutMix(mode="elem"), augment.MixUp(mode="elem")])
+    for mixup in (augment.CutMix(mode="pair"), augment.MixUp(mode="elem"), augment.MixUp(), both):
+        made = pipeline(flip, mixup)
+        result, target, params = made(batch, labels, return_params=True)
+        torch.testing.assert_close(made.apply(batch, params), result)
+        partner = params["Mixup.partner"].long()
+        assert torch.equal(target.partner_labels, partner)
+        assert torch.equal(target.lam.double().expand(6), params["Mixup.label_lam"])
+        plain = pipeline(flip)(batch)
+        outside = params["Mixup.lam"].view(-1, 1, 1, 1).float()
+        blended = outside * plain + (1 - outside) * plain[partner]
+        for image, own, other, row in zip(
+            result, blended, plain[partner], params.table, strict=True
+        ):
+            x1, y1, x2, y2 = row[-5:-1].long().tolist()
+            own[:, y1:y2, x1:x2] = other[:, y1:y2, x1:x2]
+            torch.testing.assert_close(image, own)
+        points = torch.zeros(6, 1, 2)
+        with pytest.raises(ValueError, match="images that were not mixed, since keypoints do not"):
+            made.keypoints(points, params)
+        masks = (batch[:, 0] * 9).long()
+        if (params["Mixup.lam"] != 1).any():
+            with pytest.raises(
+                ValueError, match=r"masks must be of floats where Mixup .* got int64"
+            ):
+                made.apply(masks, params)
+        else:
+            assert torch.equal(made.apply(masks, params), made.apply(masks.double(), params).long())
+        mixup.mixup_enabled = False
+        *_, params = made(batch, labels, return_params=True)
+        assert made.keypoints(points, params).shape == (6, 1, 2)
+        assert torch.equal(made.apply(masks, params), pipeline(flip).apply(masks, drop(params)))
+
+
+def drop(params):
+    """Parameters of the same without a Mixup."""
+    kept = [name for name in params.columns if not name.startswith("Mixup")]
+    return augment.Params(params.table[:, : len(kept)], tuple(kept), params.pipeline)
+
+
 def test_masks_go_with_images_of_floats_that_are_erased():
     made = pipeline(augment.RandomErasing(1.0, value="random"))
     _, params = made(images() / 255, return_params=True)
@@ -447,6 +507,23 @@ ARGUMENTS = {
     ),
     "Pipeline: position must be at least 0, got -1": (
         lambda: pipeline().load_state_dict({"seed": 0, "epoch": 0, "position": -1})
+    ),
+    "Pipeline: fill must be a value of int8, the masks' dtype, got 255.0": lambda: pipeline().apply(
+        torch.zeros(1, 16, 20, dtype=torch.int8),
+        pipeline()(images(1), return_params=True)[1],
+        fill=255,
+    ),
+    "RandomChoice: transforms must be a CutMix and a MixUp; .* got MixUp, MixUp": (
+        lambda: A.RandomChoice([A.MixUp(), A.MixUp()])
+    ),
+    "RandomChoice: transforms must be a CutMix and a MixUp; .* got GaussianBlur": (
+        lambda: A.RandomChoice([A.GaussianBlur(3)])
+    ),
+    "RandomChoice: transforms must be alike but for alpha, got num_classes of 5 and None": (
+        lambda: A.RandomChoice([A.MixUp(), A.CutMix(num_classes=5)])
+    ),
+    "RandomChoice: p must be a number for each": (
+        lambda: A.RandomChoice([A.MixUp(), A.CutMix()], p=[1, 2, 3])
     ),
     "RandomResizedCrop: antialias must be True, False or None, got 'no'": (
         lambda: A.RandomResizedCrop(8, antialias="no")
