@@ -120,12 +120,25 @@ def _is_channels_last(shapes: Sequence[tuple[int, ...]], layout: str | None) -> 
     else:
         is_last = layout == "NHWC"
     if not (may_be_last if is_last else may_be_first):
+        firsts, lasts = (
+            [shape for shape in shapes if _has_channels(shape, axis, 2 - axis)] for axis in (0, 2)
+        )
+        if firsts and lasts:
+            must = (
+                "all (C, H, W) or all (H, W, C), as permute(2, 0, 1) makes the ones of the others"
+            )
+            _refuse("images", must, f"{firsts[0]} and {lasts[0]}")
         axis = 2 if is_last else 0
         wrong = next(shape for shape in shapes if not 1 <= shape[axis] <= MOST_CHANNELS)
         must = f"images of 1 to {MOST_CHANNELS} channels"
         where = "" if layout is None else f" with layout {layout}"
         _refuse("images", must, f"one of {wrong}{where}")
     return is_last
+
+
+def _has_channels(shape: tuple[int, ...], axis: int, other: int) -> bool:
+    """Whether one axis may be that of the channels, and the other one not."""
+    return 1 <= shape[axis] <= MOST_CHANNELS < shape[other]
 
 
 def _check_sides(table: Tensor) -> None:

@@ -260,12 +260,20 @@ class Pipeline:
             if self.training:
                 self._position += samples
             return torch.arange(first, first + samples)
-        keys = torch.as_tensor(indices)
+        try:
+            keys = torch.as_tensor(indices)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            must = f"whole numbers from 0 to 2**63 - 1, of shape ({samples},)"
+            _refuse("indices", must, f"what torch makes no tensor of ({error})")
         if keys.shape != (samples,) or keys.is_floating_point() or keys.dtype == torch.bool:
             got = f"{named(keys.dtype)} of shape {tuple(keys.shape)}"
             _refuse("indices", f"whole numbers of shape ({samples},)", got)
+        is_unsigned = keys.dtype == torch.uint64
         keys = keys.to("cpu", torch.int64)
         if int(keys.min()) < 0:
+            if is_unsigned:  # as hashes of names are
+                must = "below 2**63; of hashes their remainder by 2**63 will do"
+                _refuse("indices", must, int(keys.min()) + 2**64)
             _refuse("indices", "at least 0", int(keys.min()))
         return keys
 

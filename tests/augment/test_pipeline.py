@@ -495,6 +495,15 @@ ARGUMENTS = {
         lambda: pipeline()(images(2), indices=[1])
     ),
     "Pipeline: indices must be at least 0, got -1": lambda: pipeline()(images(1), indices=[-1]),
+    "Pipeline: indices must be below 2..63; of hashes .* got 18446744073709551615": (
+        lambda: pipeline()(images(1), indices=torch.tensor([2**64 - 1], dtype=torch.uint64))
+    ),
+    "Pipeline: indices must be whole numbers from 0 to 2..63 - 1, of shape .1,.": (
+        lambda: pipeline()(images(1), indices=[2**64])
+    ),
+    "Pipeline: images must be all .C, H, W. or all .H, W, C., .* got .3, 8, 9. and .8, 9, 3.": (
+        lambda: A.Pipeline()([torch.zeros(3, 8, 9), torch.zeros(8, 9, 3)])
+    ),
     "Pipeline: masks must be of the images' sizes, .16, 20., got .3, 4. at 0": lambda: (
         pipeline().apply(torch.zeros(1, 3, 4), pipeline()(images(1), return_params=True)[1])
     ),
