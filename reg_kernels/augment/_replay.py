@@ -13,13 +13,16 @@ from ._assemble import Assembly
 from ._draws import sent
 from ._images import Batch, _refuse, packed
 
-# Whole numbers that float32 has no place for.
-_WIDE = (torch.int32, torch.uint32, torch.int64, torch.uint64)
+# Whole numbers of which float32 has not all, by the signed ones that torch computes with.
+_SIGNED = {torch.int32: torch.int32, torch.uint32: torch.int32}
+_SIGNED |= {torch.int64: torch.int64, torch.uint64: torch.int64}
+_EXACT = 2**24  # as far as float32 has every whole number
 
 
 class Masks:
-    """Masks as the op takes them: those of bytes and of floats as they are, of small whole numbers
-    as floats. For wide ones the op moves coordinates, by which the masks are looked up.
+    """Masks as the op takes them: those of bytes and of floats as they are, whole numbers as
+    floats. Where float32 may not have them the op moves coordinates, by which they are looked up:
+    that is some ten passes over them.
 
     Attributes:
         batch: what the op takes.
@@ -47,14 +50,19 @@ class Masks:
         self._check_fill(fill)
         if self._is_flat:
             each = [mask.unsqueeze(-3) for mask in each]
-        if dtype in _WIDE:  # of another name while they are moved and not computed with
-            each = [mask.view(_FLOATS[dtype.itemsize]) for mask in each]
+        signed = _SIGNED.get(dtype)
+        is_wide = signed is not None and not _all_small(each, fill)
+        if is_wide:  # of another name while they are moved and not computed with
+            name = torch.float32 if dtype.itemsize == 4 else torch.float64
+            each = [mask.view(name) for mask in each]
+        elif signed is not None:
+            each = [mask.view(signed).float() for mask in each]
         elif dtype != torch.uint8 and dtype not in DTYPES:
             each = [mask.float() for mask in each]
         self.batch = packed(each[0] if is_tensor else each, "NCHW")
         self.fill = fill
         self._wide: tuple[Batch, int] | None = None
-        if dtype in _WIDE:
+        if is_wide:
             self._wide = (self.batch, int(fill))
             self.batch, self.fill = _coordinates(self.batch), -1.0
 
@@ -72,7 +80,8 @@ class Masks:
         """The masks, of the op's result."""
         if self._wide is not None:
             result = self._looked_up(result, *self._wide)
-        return (result[:, 0] if self._is_flat else result).to(self._dtype)
+        result = result[:, 0] if self._is_flat else result
+        return result.to(_SIGNED.get(self._dtype, self._dtype)).view(self._dtype)
 
     def _looked_up(self, places: Tensor, masks: Batch, fill: int) -> Tensor:
         device = places.device
@@ -83,14 +92,20 @@ class Masks:
             index = begin + (y * width + x) * masks.channels + channel
         else:
             index = begin + (channel * height + y) * width + x
-        # As signed numbers, since torch looks up no others of their size.
-        found = masks.pixels.view(_SIGNED[self._dtype.itemsize])[index.clamp_(min=0)]
+        found = masks.pixels.view(_SIGNED[self._dtype]).take(index.clamp_(min=0))
         filled = torch.tensor(fill, dtype=self._dtype).view(found.dtype)
-        return torch.where(y < 0, filled.item(), found).view(self._dtype)
+        return torch.where(y < 0, filled.item(), found)
 
 
-_FLOATS = {4: torch.float32, 8: torch.float64}
-_SIGNED = {4: torch.int32, 8: torch.int64}
+def _all_small(masks: Sequence[Tensor], fill: float) -> bool:
+    """Whether float32 has all numbers of masks on the CPU; on a GPU looking would wait."""
+    if masks[0].device.type != "cpu" or abs(fill) > _EXACT:
+        return False
+    for mask in masks:
+        least, most = mask.view(_SIGNED[mask.dtype]).aminmax()
+        if least < (-_EXACT if mask.dtype.is_signed else 0) or most > _EXACT:
+            return False
+    return True
 
 
 def _coordinates(masks: Batch) -> Batch:
