@@ -103,7 +103,7 @@ def _all_small(masks: Sequence[Tensor], fill: float) -> bool:
         return False
     for mask in masks:
         least, most = mask.view(_SIGNED[mask.dtype]).aminmax()
-        if least < (-_EXACT if mask.dtype.is_signed else 0) or most > _EXACT:
+        if least < -_EXACT or most > _EXACT:
             return False
     return True
 
