@@ -456,6 +456,9 @@ class Pipeline:
 
         Returns:
             The same of the result, float32, on the boxes' device.
+
+        Raises:
+            ValueError: the images were mixed. Others as of a call.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
         check_unmixed("boxes", params)
@@ -472,6 +475,9 @@ class Pipeline:
 
         Returns:
             The same of the result, float32, on the points' device.
+
+        Raises:
+            ValueError: the images were mixed. Others as of a call.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
         check_unmixed("keypoints", params)
