@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .._augment_program import WIDTH, Filter, Op, Pad, WarpFilter
 from .._numbers import refuse
+from ..ops._modes import unseen
 
 Number = Tensor | float  # one of each sample, (N,) float64, or one for all
 Fill = tuple[float, ...] | None  # as a user gives it
@@ -338,6 +339,7 @@ class Assembly:
             self.seen = self.seen @ matrices
         self._written.append(rows)
 
+    @unseen
     def program(self) -> Tensor:
         """float32 (N, S, 16); S is 1 at least.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._augment_program import LARGEST_SIDE, MOST_CHANNELS
 from .._dtypes import DTYPES, SUPPORTED, named
 from .._numbers import refuse
+from ..ops._modes import unseen
 
 LAYOUTS = ("NCHW", "NHWC")
 _EXPECTED = "(N, C, H, W), (N, H, W, C), or a list of images (C, H, W) or (H, W, C)"
@@ -67,6 +68,7 @@ def _of_tensor(images: Tensor, layout: str | None) -> Batch:
     return Batch(pixels, table, channels, lies_last, lies_last and not is_last, (height, width))
 
 
+@unseen
 @functools.lru_cache
 def _table_of_one_size(samples: int, height: int, width: int, channels: int) -> Tensor:
     table = torch.empty(samples, 3, dtype=torch.int64)
@@ -98,13 +100,19 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
     if len(channels) > 1:
         _refuse("images", "all of as many channels", ", ".join(map(str, sorted(channels))))
     (count,) = channels
-    sizes = torch.tensor([shape[:2] if is_last else shape[1:] for shape in shapes])
-    ends = (sizes[:, 0] * sizes[:, 1] * count).cumsum(0)
-    table = torch.cat((torch.zeros(len(images), 1, dtype=torch.int64), sizes), 1)
-    table[1:, 0] = ends[:-1]
-    _check_sides(table)
+    table = _table_of_sizes([shape[:2] if is_last else shape[1:] for shape in shapes], count)
     pixels = torch.cat([image.reshape(-1) for image in images])
     return Batch(pixels, table, count, is_last, False, None)
+
+
+@unseen
+def _table_of_sizes(sides: Sequence[tuple[int, ...]], channels: int) -> Tensor:
+    sizes = torch.tensor(sides)
+    ends = (sizes[:, 0] * sizes[:, 1] * channels).cumsum(0)
+    table = torch.cat((torch.zeros(len(sides), 1, dtype=torch.int64), sizes), 1)
+    table[1:, 0] = ends[:-1]
+    _check_sides(table)
+    return table
 
 
 def _is_channels_last(shapes: Sequence[tuple[int, ...]], layout: str | None) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import named
+from ..ops._modes import unseen
 from ._draws import sent
 from ._images import _refuse
 from .mixup import Mixing
@@ -17,6 +18,7 @@ _BOX = tuple(f"Mixup.{side}" for side in ("x1", "y1", "x2", "y2"))
 MIX_COLUMNS = ("Mixup.partner", "Mixup.lam", *_BOX, "Mixup.label_lam")
 
 
+@unseen
 def columns_of(mixing: Mixing, samples: int) -> list[Tensor]:
     partner = torch.arange(samples - 1, -1, -1, dtype=torch.float64)
     boxes = torch.zeros(4) if mixing.boxes is None else mixing.boxes

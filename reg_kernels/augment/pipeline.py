@@ -14,6 +14,7 @@ from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
+from ..ops._modes import unseen, watcher
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, _refuse, packed
@@ -244,13 +245,13 @@ class Pipeline:
         if mixes:
             assert self._mixup is not None and target is not None
             draws = _draws.MixDraws(self.seed, self._epoch, keys)
-            mixing = self._mixup.draw(result.shape, draws)
+            mixing = unseen(self._mixup.draw)(result.shape, draws)
             drawn += columns_of(mixing, samples)
             result, mixed = self._mixup.mix(result, target, lambda: on_device(mixing, result))
         extra = [] if target is None else [mixed]
         if return_params:
             plan = self._plans[self.training]
-            extra.append(Params(torch.stack(drawn, 1), plan.columns, self._described(plan)))
+            extra.append(Params(unseen(torch.stack)(drawn, 1), plan.columns, self._described(plan)))
         return (result, *extra) if extra else result
 
     def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
@@ -259,7 +260,7 @@ class Pipeline:
             first = self._position
             if self.training:
                 self._position += samples
-            return torch.arange(first, first + samples)
+            return unseen(torch.arange)(first, first + samples)
         try:
             keys = torch.as_tensor(indices)
         except (OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -275,7 +276,7 @@ class Pipeline:
                 must = "below 2**63; of hashes their remainder by 2**63 will do"
                 _refuse("indices", must, int(keys.min()) + 2**64)
             _refuse("indices", "at least 0", int(keys.min()))
-        return keys
+        return keys if watcher() is None else unseen(torch.tensor)(keys.tolist())
 
     @property
     def _fuses(self) -> bool:
@@ -290,6 +291,7 @@ class Pipeline:
         options = {"is_exact": self.exact is not None, "fuse": self._fuses} | options
         return Assembly(height, width, channels, bound=255.0 if is_bytes else 1.0, **options)
 
+    @unseen
     @torch.inference_mode()  # takes a fifth off what the operations cost
     def _assembled(self, batch: Batch, keys: Tensor) -> tuple[list[Tensor], Assembly]:
         """Draws the columns of the parameters, and writes the program as it goes, since a transform
@@ -332,7 +334,7 @@ class Pipeline:
                 if scale != 1:
                     assembly.colour(Op.NORMALIZE, None, *[scale] * 4)
             program = assembly.program()
-        program = program.clone()  # a gradient's formula takes no other
+        program = unseen(program.clone)()  # a gradient's formula takes no other
         height, width = self._final(assembly)
         is_last = self.memory_format == torch.channels_last
         if self.memory_format is None:
@@ -361,6 +363,7 @@ class Pipeline:
 
     # The same once more, for what lies on the images
 
+    @unseen
     def _replayed(self, params: Params, **options: Any) -> Assembly:
         """The geometry of what was drawn. The op does not round masks, nor takes their matrices, as
         torchvision does those of bytes."""

@@ -1,4 +1,5 @@
-"""What is drawn on the host for a whole batch: in C++, or by the reference where that is not built.
+"""What is drawn on the host for a whole batch: in C++, or by the reference where that is not built,
+and where what looks at the call, as torch.func, has tensors without memory.
 
 They are no ops: nothing of them is on a device, has a gradient or is compiled.
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference import _host_draws as reference
+from ._modes import watcher
 
 
 def draw_words(key: int, epoch: int, indices: Tensor, groups: Tensor) -> Tensor:
@@ -22,7 +24,7 @@ def draw_words(key: int, epoch: int, indices: Tensor, groups: Tensor) -> Tensor:
         indices: int64 (N,), on the CPU, contiguous.
         groups: int64 (G,), below 2^32, likewise.
     """
-    if _C is None:
+    if _C is None or watcher() is not None:
         return reference.draw_words(key, epoch, indices, groups)
     count, samples = len(groups), len(indices)
     out = torch.empty(4 * count, samples, dtype=torch.float64)
@@ -47,7 +49,7 @@ def first_rectangle(
         stretches: float64 (10, N).
         size: float64 (2, N), height and width of the whole. All are contiguous, on the CPU.
     """
-    if _C is None:
+    if _C is None or watcher() is not None:
         return reference.first_rectangle(u, stretches, size, low, span, is_crop)
     samples = u.shape[1]
     out = torch.empty(4, samples, dtype=torch.float64)

@@ -249,6 +249,23 @@ def test_gradients_go_to_floats():
     assert torch.autograd.gradcheck(lambda x: made(x, indices=[4]), (x,), fast_mode=True)
 
 
+def test_torch_func_looks_at_the_images_alone():
+    mixup = augment.Mixup(0.4, cutmix_alpha=1.0, num_classes=3)
+    steps = (augment.RandomResizedCrop((7, 13)), *STEPS[1:4], STEPS[-1], mixup)
+    made, x = pipeline(*steps, layout=None), images(3, 11, 17) / 255
+
+    def loss(x):
+        mixed, _, params = made(x, torch.arange(3), indices=torch.arange(3), return_params=True)
+        assert made.apply(x, params).shape == mixed.shape
+        return mixed.square().sum()
+
+    gradient = torch.func.grad(loss)(x)  # first, so that what is kept of a call is kept in there
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(leaf.grad, gradient)
+    torch.testing.assert_close(torch.func.grad(loss)([*x]), [*gradient])
+
+
 class Pictures(Dataset):
     """Bytes (H, W, C) of different sizes, a label and the index of each."""
 
