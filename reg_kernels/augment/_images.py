@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._augment_program import LARGEST_SIDE, MOST_CHANNELS
 from .._dtypes import DTYPES, SUPPORTED, named
+from .._memory import empty_bytes
 from .._numbers import refuse
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -95,7 +96,9 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
     table = torch.cat((torch.zeros(len(images), 1, dtype=torch.int64), sizes), 1)
     table[1:, 0] = ends[:-1]
     _check_sides(table)
-    pixels = torch.cat([image.reshape(-1) for image in images])
+    flat = [image.reshape(-1) for image in images]
+    in_bytes = images[0].dtype == torch.uint8 and images[0].device.type == "cpu"
+    pixels = torch.cat(flat, out=empty_bytes(int(ends[-1])) if in_bytes else None)
     return Batch(pixels, table, count, is_last, False)
 
 
