@@ -38,9 +38,7 @@ bool goes_by_pixels(AugmentOp op) {
 class Interpreter {
  public:
   explicit Interpreter(const AugmentTask& task)
-      : task_(task),
-        batch_(task.batch),
-        range_{batch_.from == PixelType::bytes ? 255.0f : 1.0f, batch_.exact} {}
+      : task_(task), batch_(task.batch), range_(range_of(batch_)) {}
 
   ~Interpreter() {
     if (task_.stream) stream_fence();
