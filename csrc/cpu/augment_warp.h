@@ -218,7 +218,9 @@ class Warp {
         const Integers origin = reader.origin(y, x);
         const auto above = reader.pair_at(origin, 0, 0), below = reader.pair_at(origin, 1, 0);
         for (int k = 0; k < 4; ++k) in[k] = all(1.0f);
-        for (int c = 0; c < warp.channels_; ++c) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kMostChannels; ++c) {  // by which bytes are shifted: a constant each
+          if (c == warp.channels_) break;
           reader.values(above, c, p[0], p[1]);
           reader.values(below, c, p[2], p[3]);
           between(c, p, in);
