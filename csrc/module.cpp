@@ -13,6 +13,7 @@
 #include "host_draws.h"
 #include "reg_kernels/philox.h"
 #include "tensor_watch.h"
+#include "torch/huge_pages.h"
 
 namespace {
 
@@ -54,6 +55,13 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   });
 }
 
+PyObject* hint_huge_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address, bytes;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  reg_kernels::hint_huge_pages(reinterpret_cast<const void*>(address), bytes);
+  return Py_NewRef(Py_None);
+}
+
 PyObject* philox4x32(PyObject*, PyObject* arguments) {
   PyObject* given[3];
   if (!PyArg_ParseTuple(arguments, "OOO", &given[0], &given[1], &given[2])) return nullptr;
@@ -69,6 +77,8 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS,
      "Those that they were built for and this machine has, the least capable one first."},
     {"set_isa", set_isa, METH_O, "Run the CPU kernels of the one of this name, one of isas()."},
+    {"hint_huge_pages", hint_huge_pages, METH_VARARGS,
+     "Of so many bytes at an address, as torch/huge_pages.h has it."},
     {"philox4x32", philox4x32, METH_VARARGS,
      "One Philox4x32-10 block, of key, counter_low and counter_high, as "
      "csrc/include/reg_kernels/philox.h draws it."},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._augment_program import LARGEST_SIDE, MOST_CHANNELS
 from .._dtypes import DTYPES, SUPPORTED, named
+from .._memory import empty_bytes
 from .._numbers import refuse
 from ..ops._modes import unseen
 
@@ -101,7 +102,10 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
         _refuse("images", "all of as many channels", ", ".join(map(str, sorted(channels))))
     (count,) = channels
     table = _table_of_sizes([shape[:2] if is_last else shape[1:] for shape in shapes], count)
-    pixels = torch.cat([image.reshape(-1) for image in images])
+    flat = [image.reshape(-1) for image in images]
+    in_bytes = images[0].dtype == torch.uint8 and images[0].device.type == "cpu"
+    total = sum(image.numel() for image in flat)
+    pixels = torch.cat(flat, out=empty_bytes(total) if in_bytes else None)
     return Batch(pixels, table, count, is_last, False, None)
 
 
