@@ -276,6 +276,18 @@ def test_the_best_is_confirmed_beside_the_base_on_fresh_seeds(
     assert all(recipe != base for recipe, _, _ in more)
 
 
+def test_folds_are_a_seeds_one_value(data: Path, tmp_path: Path, trained: Any) -> None:
+    seen = trained(bowl)
+    argv = command(data, tmp_path, *TWO, "--folds", 3, "--trials", 2, "--confirm", 2)
+    at = argv.index("--validation-size")
+    assert main(argv[:at] + argv[at + 2 :]) == 0
+    assert len(seen) == 2 * 3 + 2 * 3 * 2
+    found = results(tmp_path)
+    assert len(found["best"]["trainings"]) == 3
+    assert [*found["confirmed"]["effects"]["test_accuracy"]["seeds"]] == ["1", "2"]
+    assert "--validation-size" not in found["best"]["command"]
+
+
 def test_where_nothing_is_better_there_is_nothing_to_confirm(
     data: Path, tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
