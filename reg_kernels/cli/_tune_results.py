@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import torch
@@ -24,10 +24,8 @@ from ._compare_results import MEASURES, by_seed, change, effects
 from ._statistics import LEVEL, mean_difference
 from ._study import Standing, task_key
 from ._trial import RESULT
+from ._tune_plan import GRID, Plan, ended_well
 from ._tune_space import BASE
-
-if TYPE_CHECKING:
-    from .tune import Plan
 
 # So many trials are needed for importances. Beside those of 91 random recipes on the digits, nine
 # methods, the importances of 10 of them are in a rank correlation of 0.48 and one of them is off by
@@ -70,7 +68,7 @@ def summary(
 
 def _left(plan: Plan, standing: Standing) -> int:
     """The trials that the time did not suffice for, of those that were asked for."""
-    if plan.search == "grid":
+    if plan.search == GRID:
         return len(standing.free)
     begun = len(standing.done) + len(standing.crashed)
     return 0 if plan.trials == sys.maxsize else max(0, plan.trials - begun)
@@ -81,24 +79,13 @@ def _told(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
         "pruned": trial.state == TrialState.PRUNED,
-        "validation_loss": trial.value if _ended_well(trial) else None,
+        "validation_loss": trial.value if ended_well(trial) else None,
         "strengths": trial.user_attrs["strengths"],
         "recipe": dataclasses.asdict(plan.space.recipe(trial.params)),
         "seconds": trial.duration.total_seconds() if trial.duration else None,
         "losses": {str(step): loss for step, loss in sorted(trial.intermediate_values.items())},
         "trainings": trial.user_attrs.get(RESULT, []),
     }
-
-
-def _ended_well(trial: FrozenTrial) -> bool:
-    loss = trial.value
-    return trial.state == TrialState.COMPLETE and loss is not None and math.isfinite(loss)
-
-
-def best_of(standing: Standing) -> FrozenTrial | None:
-    """The trial with the least loss, of those that went to the end."""
-    there = filter(_ended_well, standing.done)
-    return min(there, key=lambda trial: (trial.value, trial.number), default=None)
 
 
 def _of_recipe(plan: Plan, standing: Standing, recipe: Recipe) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from reg_kernels.cli import _tune_results, build_parser, main, train, tune
+from reg_kernels.cli import _tune_plan, _tune_results, build_parser, main, train, tune
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._recipe import options_of, recipe_from
 from reg_kernels.cli._trainer.training import Training
@@ -225,7 +225,7 @@ def test_nobody_sees_the_test_set_before_it_is_confirmed(
 
     monkeypatch.setattr(Training, "__init__", spy)
     # A few epochs are not enough to do better than the base.
-    monkeypatch.setattr(tune, "best_of", lambda standing: next(iter(standing.done[1:]), None))
+    monkeypatch.setattr(_tune_plan, "best_of", lambda standing: next(iter(standing.done[1:]), None))
     given = [*TWO, "--trials", 2, "--seeds", 2, "--confirm", 2]
     assert main(command(data, tmp_path, *given)) == 0
     found = results(tmp_path)
