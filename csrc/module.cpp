@@ -1,7 +1,7 @@
 // reg_kernels._C: loading it registers the CPU kernels; what it holds is build facts and the hooks
-// that tests and measurements need, and what an optimizer's step asks Python's objects
-// (tensor_watch.h). Python's own interface is enough, and compiles in a tenth of the time that a
-// library over it takes.
+// that tests and measurements need, what an optimizer's step asks Python's objects
+// (tensor_watch.h), and what augmentation draws from (host_draws.h). Python's own interface is
+// enough, and compiles in a tenth of the time that a library over it takes.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -10,8 +10,10 @@
 
 #include "call_signature.h"
 #include "cpu/isa.h"
+#include "host_draws.h"
 #include "reg_kernels/philox.h"
 #include "tensor_watch.h"
+#include "torch/huge_pages.h"
 
 namespace {
 
@@ -53,6 +55,13 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   });
 }
 
+PyObject* hint_huge_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address, bytes;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  reg_kernels::hint_huge_pages(reinterpret_cast<const void*>(address), bytes);
+  return Py_NewRef(Py_None);
+}
+
 PyObject* philox4x32(PyObject*, PyObject* arguments) {
   PyObject* given[3];
   if (!PyArg_ParseTuple(arguments, "OOO", &given[0], &given[1], &given[2])) return nullptr;
@@ -68,9 +77,14 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS,
      "Those that they were built for and this machine has, the least capable one first."},
     {"set_isa", set_isa, METH_O, "Run the CPU kernels of the one of this name, one of isas()."},
+    {"hint_huge_pages", hint_huge_pages, METH_VARARGS,
+     "Of so many bytes at an address, as torch/huge_pages.h has it."},
     {"philox4x32", philox4x32, METH_VARARGS,
      "One Philox4x32-10 block, of key, counter_low and counter_high, as "
      "csrc/include/reg_kernels/philox.h draws it."},
+    {"draw_words", reg_kernels::draw_words, METH_VARARGS,
+     "As reg_kernels/ops/_host_draws.py has it."},
+    {"first_rectangle", reg_kernels::first_rectangle, METH_VARARGS, "Likewise."},
     {"describe", reg_kernels::describe, METH_O, "As reg_kernels/optim/_watch.py has it."},
     {"look", reg_kernels::look, METH_VARARGS, "Likewise."},
     {"holds", reg_kernels::holds, METH_VARARGS, "Likewise."},

@@ -8,9 +8,11 @@
 RK_NAMESPACE_BEGIN
 namespace {
 
-// to[x] = the sum of `count` rows with their weights, in order.
-RK_STAGE void sum_rows(const float* const* rows, const float* weights, int count, int64_t width,
-                       float* to) {
+// to[x] = the sum of `count` rows with their weights, in order; of as many where that is given.
+template <int kCount>
+RK_HD void sum_rows(const float* const* rows, const float* weights, int given, int64_t width,
+                    float* to) {
+  const int count = kCount ? kCount : given;
   int64_t x = 0;
   const auto run = [&]<int kVectors>() RK_INLINE {
     Vector sums[kVectors];
@@ -44,7 +46,7 @@ class TapTable {
     } else {
       for (int64_t x = 0; x < padded_; ++x) set_one(axis, x);
     }
-    near_ = true;
+    near_ = side_by_side_ = true;
     most_ = 1;
     for (int64_t x = 0; x < padded_; x += kVector) {
       int32_t least = firsts_[x], end = 0;
@@ -54,7 +56,10 @@ class TapTable {
         most_ = static_cast<int>(max(most_, counts_[i]));
       }
       bases_[x / kVector] = least;
-      for (int64_t i = x; i < x + kVector; ++i) firsts_[i] -= least;
+      for (int64_t i = x; i < x + kVector; ++i) {
+        firsts_[i] -= least;
+        side_by_side_ = side_by_side_ && firsts_[i] < kVector;
+      }
       near_ = near_ && end - least <= kPicked;
     }
   }
@@ -64,19 +69,13 @@ class TapTable {
   int count(int64_t x) const { return counts_[x]; }
   float weight(int64_t x, int j) const { return weights_[j * padded_ + x]; }
 
-  // to[x] = the sum of from[k] over the taps k of x. What is read behind the last tap counts 0;
-  // `absent` says that it may be no number.
-  RK_STAGE void sum(const float* from, bool absent, const ImageRange& range, float* to) const {
-    if (!near_) {
-      absent ? sum<false, true, 0>(from, range, to) : sum<false, false, 0>(from, range, to);
-    } else if (absent) {
-      sum<true, true, 0>(from, range, to);
-    } else if (most_ == 2) {
-      sum<true, false, 2>(from, range, to);
-    } else if (most_ == 3) {
-      sum<true, false, 3>(from, range, to);
-    } else {
-      sum<true, false, 0>(from, range, to);
+  // to[x] = the sum of from[k] over the taps k of x, for each channel. What is read behind the last
+  // tap counts 0; `absent` says that it may be no number.
+  void sum(const ConstRowSet& from, int channels, bool absent, const ImageRange& range,
+           const RowSet& to) const {
+    if (channels == 3) return sum<3>(from, absent, range, to);
+    for (int c = 0; c < channels; ++c) {
+      sum<1>({{from.channel[c]}}, absent, range, {{to.channel[c]}});
     }
   }
 
@@ -115,44 +114,84 @@ class TapTable {
     }
   }
 
-  // Of kTaps taps, or of as many as there are where that is 0.
-  template <bool kNear, bool kAbsent, int kTaps>
-  void sum(const float* from, const ImageRange& given, float* to) const {
-    const ImageRange range = given;
+  // How the values of a vector of places are found.
+  enum class Pick { far, near, side_by_side };
+
+  template <int kChannels>
+  RK_STAGE void sum(const ConstRowSet& from, bool absent, const ImageRange& range,
+                    const RowSet& to) const {
+    if (!near_) {
+      absent ? sum<kChannels, Pick::far, true, 0>(from, range, to)
+             : sum<kChannels, Pick::far, false, 0>(from, range, to);
+    } else if (absent) {
+      sum<kChannels, Pick::near, true, 0>(from, range, to);
+    } else if (side_by_side_ && most_ == 2) {
+      sum<kChannels, Pick::side_by_side, false, 2>(from, range, to);
+    } else if (most_ == 3) {
+      sum<kChannels, Pick::near, false, 3>(from, range, to);
+    } else {
+      sum<kChannels, Pick::near, false, 0>(from, range, to);
+    }
+  }
+
+  // Of kTaps taps, or of as many as there are where that is 0. All channels at once: they have
+  // the same places and weights.
+  template <int kChannels, Pick kPick, bool kAbsent, int kTaps>
+  void sum(const ConstRowSet& given, const ImageRange& given_range, const RowSet& results) const {
+    const ImageRange range = given_range;
     const int taps = kTaps ? kTaps : most_;
     const int64_t padded = padded_;
     const float* const weights = weights_;
     const int32_t *const firsts = firsts_, *const counts = counts_, *const bases = bases_;
+    const float* from[kChannels];
+    float* to[kChannels];
+    for (int c = 0; c < kChannels; ++c) {
+      from[c] = given.channel[c];
+      to[c] = results.channel[c];
+    }
     for (int64_t x = 0; x < padded; x += kVector) {
-      const float* const at = from + bases[x / kVector];
+      const int64_t base = bases[x / kVector];
       const Integers first = integers_at(firsts + x);
+      // pick(c, j, place): of a channel, for tap j.
       const auto sum_by = [&](const auto& pick) RK_INLINE {
-        Vector sum = vector_at(weights + x) * pick(first);
+        Vector sums[kChannels];
+        const Vector weight = vector_at(weights + x);
+        for (int c = 0; c < kChannels; ++c) sums[c] = weight * pick(c, 0, first);
 #pragma GCC unroll 4
         for (int j = 1; j < taps; ++j) {
           const Integers used = j < integers_at(counts + x);
           Integers place = first + j;
-          if constexpr (!kNear) place = used ? place : first;  // which may lie far behind the row
-          const Vector term = vector_at(weights + j * padded + x) * pick(place);
-          if constexpr (kAbsent) {
-            sum = used ? sum + term : sum;
-          } else {
-            sum += term;
+          if constexpr (kPick == Pick::far) {
+            place = used ? place : first;  // which may lie far behind the row
+          }
+          const Vector weight = vector_at(weights + j * padded + x);
+          for (int c = 0; c < kChannels; ++c) {
+            const Vector sum = sums[c] + weight * pick(c, j, place);
+            if constexpr (kAbsent) {
+              sums[c] = used ? sum : sums[c];
+            } else {
+              sums[c] = sum;
+            }
           }
         }
-        put(to + x, range.resampled(sum));
+        for (int c = 0; c < kChannels; ++c) put(to[c] + x, range.resampled(sums[c]));
       };
-      if constexpr (kNear) {
-        sum_by(Picker(at));
+      if constexpr (kPick == Pick::side_by_side) {
+        sum_by([=](int c, int j, Integers) RK_INLINE { return picked(from[c] + base + j, first); });
+      } else if constexpr (kPick == Pick::near) {
+        Picker pickers[kChannels];
+        for (int c = 0; c < kChannels; ++c) pickers[c] = Picker(from[c] + base);
+        sum_by([&](int c, int, Integers place) RK_INLINE { return pickers[c](place); });
       } else {
-        sum_by([=](Integers index) RK_INLINE { return gathered(at, index); });
+        sum_by([=](int c, int, Integers place)
+                   RK_INLINE { return gathered(from[c] + base, place); });
       }
     }
   }
 
   int64_t places_ = 0, padded_ = 0;
-  int most_ = 1;  // taps of a place
-  bool near_ = true;
+  int most_ = 1;                            // taps of a place
+  bool near_ = true, side_by_side_ = true;  // whether the first taps lie in one vector
   Room<float> weights_room_;
   Room<int32_t> firsts_room_, counts_room_, bases_room_;
   float* weights_ = nullptr;
@@ -213,22 +252,21 @@ class Box {
       }
     }
     // Of all channels, so that what is written is out of the way before it is read again.
-    ConstRowSet summed{};
-    for (int c = 0; c < channels_; ++c) {
-      summed.channel[c] = rows_.takes_one() ? pointers_[c * most] : sums_.channel[c];
-      if (rows_.takes_one()) continue;
-      sum_rows(pointers_ + c * most, weights_, count, count_, sums_.channel[c]);
+    ConstRowSet from{};
+    for (int c = 0; c < channels_; ++c) from.channel[c] = pointers_[c * most];
+    if (!rows_.takes_one()) {
+      sum_channels(count, most);
+      from = constant(sums_);
     }
+    if (beside_) {
+      for (int c = 0; c < channels_; ++c) spread(from.channel[c], box_.fill[c], row_.channel[c]);
+      for (int c = 0; c < channels_; ++c) from.channel[c] = row_.channel[c] + margin_;
+    }
+    if (!copies_) return taps_.sum(from, channels_, absent_, range_, to);
+    const ImageRange range = range_;
     for (int c = 0; c < channels_; ++c) {
-      const float* from = summed.channel[c];
-      if (beside_) from = spread(from, box_.fill[c]);
-      if (copies_) {
-        const ImageRange range = range_;
-        for (int64_t x = 0; x < box_.out_width; x += kVector) {
-          put(to.channel[c] + x, range.resampled(vector_at(from + x)));
-        }
-      } else {
-        taps_.sum(from, absent_, range_, to.channel[c]);
+      for (int64_t x = 0; x < box_.out_width; x += kVector) {
+        put(to.channel[c] + x, range.resampled(vector_at(from.channel[c] + x)));
       }
     }
   }
@@ -236,12 +274,23 @@ class Box {
  private:
   static constexpr int kMargin = 2;  // places beside the region that a filter reaches
 
+  RK_STAGE void sum_channels(int count, int most) {
+    for (int c = 0; c < channels_; ++c) {
+      const float* const* const rows = pointers_ + c * most;
+      if (count == 2) {
+        sum_rows<2>(rows, weights_, count, count_, sums_.channel[c]);
+      } else {
+        sum_rows<0>(rows, weights_, count, count_, sums_.channel[c]);
+      }
+    }
+  }
+
   // The columns of the image that the places from -margin on are, and which of them lie side by
   // side as they do.
   void set_places(int width) {
     const int64_t places = box_.width + 2 * margin_;
-    row_ = row_room_.at_least(places + kSlack);
-    memset(row_ + places, 0, kSlack * sizeof(float));
+    row_ = row_room_.at_least(places);
+    for (int c = 0; c < channels_; ++c) memset(row_.channel[c] + places, 0, kSlack * sizeof(float));
     columns_of_ = columns_room_.at_least(places);
     begin_ = end_ = 0;
     for (int64_t k = 0; k < places; ++k) {
@@ -255,17 +304,16 @@ class Box {
   }
 
   // `from` with what lies beside it.
-  const float* spread(const float* from, float fill) {
+  void spread(const float* from, float fill, float* to) const {
     const auto at = [&](int64_t k) {
-      row_[k] = columns_of_[k] < 0 ? fill : from[columns_of_[k] - first_];
+      to[k] = columns_of_[k] < 0 ? fill : from[columns_of_[k] - first_];
     };
     const int64_t places = box_.width + 2 * margin_;
     for (int64_t k = 0; k < begin_; ++k) at(k);
     if (end_ > begin_) {
-      memcpy(row_ + begin_, from + (columns_of_[begin_] - first_), (end_ - begin_) * sizeof(float));
+      memcpy(to + begin_, from + (columns_of_[begin_] - first_), (end_ - begin_) * sizeof(float));
     }
     for (int64_t k = end_; k < places; ++k) at(k);
-    return row_ + margin_;
   }
 
   BoxArguments box_{};
@@ -276,12 +324,12 @@ class Box {
   int margin_ = 0;
   bool beside_ = false, copies_ = false, absent_ = false;
   TapTable taps_, row_taps_;
-  Room<float> weights_room_, row_room_;
+  Room<float> weights_room_;
   Room<const float*> pointers_room_;
   Room<int32_t> columns_room_;
-  RowRoom fill_room_, sums_room_;
-  RowSet fill_row_{}, sums_{};
-  float *weights_ = nullptr, *row_ = nullptr;
+  RowRoom fill_room_, sums_room_, row_room_;
+  RowSet fill_row_{}, sums_{}, row_{};
+  float* weights_ = nullptr;
   const float** pointers_ = nullptr;
   int32_t* columns_of_ = nullptr;
 };

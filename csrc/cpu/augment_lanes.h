@@ -133,6 +133,16 @@ RK_HD Integers joined(const __m128 (&parts)[kVector / 4]) {
 }
 #endif
 
+// Each lane's number, in memory: taken out of a register one by one, they cost more than they do
+// there.
+struct LaneNumbers {
+  int32_t at[kVector];
+  explicit RK_HD LaneNumbers(Integers v) {
+    memcpy(at, &v, sizeof(at));
+    asm("" : "+m"(at));
+  }
+};
+
 // load(k) for each lane k, by loads of single elements. By the instructions that gather a bilinear
 // warp took longer (2026-11-29, EPYC, two runs of a busy machine: 8.7 ns a pixel, and 3.0 so).
 template <typename V, typename Load>
@@ -184,29 +194,26 @@ RK_HD LanePairs pairs_of_lanes(const Load& load) {
 
 // Eight bytes at each lane's offset, in units of `unit` bytes.
 RK_HD LanePairs gathered_pairs(const void* p, Integers index, int64_t unit) {
-  int32_t at[kVector];
-  memcpy(at, &index, sizeof(at));
+  const LaneNumbers lanes(index);
   return pairs_of_lanes([&](int i) RK_INLINE {
     uint64_t both;
-    memcpy(&both, static_cast<const char*>(p) + at[i] * unit, sizeof(both));
+    memcpy(&both, static_cast<const char*>(p) + lanes.at[i] * unit, sizeof(both));
     return both;
   });
 }
 
 // p[index] for each lane.
 RK_HD Vector gathered(const float* p, Integers index) {
-  int32_t at[kVector];
-  memcpy(at, &index, sizeof(at));
-  return of_lanes<Vector>([&](int i) RK_INLINE { return p[at[i]]; });
+  const LaneNumbers lanes(index);
+  return of_lanes<Vector>([&](int i) RK_INLINE { return p[lanes.at[i]]; });
 }
 
 // The four bytes at each lane's offset.
 RK_HD Integers gathered_words(const uint8_t* p, Integers offset) {
-  int32_t at[kVector];
-  memcpy(at, &offset, sizeof(at));
+  const LaneNumbers lanes(offset);
   return of_lanes<Integers>([&](int i) RK_INLINE {
     int32_t word;
-    memcpy(&word, p + at[i], sizeof(word));
+    memcpy(&word, p + lanes.at[i], sizeof(word));
     return word;
   });
 }
@@ -214,6 +221,7 @@ RK_HD Integers gathered_words(const uint8_t* p, Integers offset) {
 // p[index] for indices in [0, kPicked), by shuffles where there are such.
 constexpr int kPicked = 2 * kVector;
 struct Picker {
+  Picker() = default;
 #if defined(__AVX2__)
   Vector low, high;
   explicit RK_HD Picker(const float* p) : low(vector_at(p)), high(vector_at(p + kVector)) {}
@@ -235,6 +243,18 @@ struct Picker {
 #endif
   }
 };
+
+// p[index] for indices in [0, kVector).
+RK_HD Vector picked(const float* p, Integers index) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permutexvar_ps(static_cast<__mmask16>(-1), reinterpret_cast<__m512i>(index),
+                                     vector_at(p));
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(vector_at(p), reinterpret_cast<__m256i>(index));
+#else
+  return gathered(p, index);
+#endif
+}
 
 // The floats of kVector bytes.
 RK_HD Vector bytes_at(const uint8_t* p) {

@@ -284,7 +284,12 @@ RK_STAGE void narrow_row(const float* from, int64_t count, T* to, bool stream) {
       to[i] = static_cast<uint8_t>(static_cast<int>(stored_byte(from[i])));
     }
   } else if constexpr (sizeof(T) == sizeof(float)) {
-    write_each(to, count, stream, [=](int64_t i) RK_INLINE { return from[i]; });
+    int64_t i = 0;
+    if (stream && reinterpret_cast<uintptr_t>(to) % kLine == 0) {  // as `from` is of a vector
+      constexpr int64_t kFloats = kLine / sizeof(float);
+      for (; i + kFloats <= count; i += kFloats) stream_line(to + i, from + i);
+    }
+    write_each(to + i, count - i, stream, [=](int64_t j) RK_INLINE { return from[i + j]; });
   } else {
     narrow(from, count, to, stream, NothingAhead{});
   }

@@ -8,7 +8,8 @@ RK_NAMESPACE_BEGIN
 namespace {
 
 // Places (y, x) of an image, all of them inside, and their values in a channel. A pair of places
-// lies side by side; `pair_height` rows are such that pairs may be read in them.
+// lies side by side, so many rows and columns from an origin that several pairs are counted from;
+// `pair_height` rows are such that pairs may be read in them.
 class PlaneReader {
  public:
   PlaneReader(const Planes& planes, int channels)
@@ -38,10 +39,18 @@ class PlaneReader {
     return gathered(plane, at.y * static_cast<int32_t>(stride_) + at.x);
   }
 
-  using Pair = Integers;
-  RK_HD Pair pair_at(Integers y, Integers x) const { return y * static_cast<int32_t>(stride_) + x; }
+  RK_HD Integers origin(Integers y, Integers x) const {
+    return y * static_cast<int32_t>(stride_) + x;
+  }
+  struct Pair {
+    Integers origin;
+    int64_t shift;
+  };
+  RK_HD Pair pair_at(Integers origin, int down, int right) const {
+    return {origin, down * stride_ + right};
+  }
   RK_HD void values(const Pair& at, int c, Vector& left, Vector& right) const {
-    const LanePairs both = gathered_pairs(planes_[c], at, sizeof(float));
+    const LanePairs both = gathered_pairs(planes_[c] + at.shift, at.origin, sizeof(float));
     left = reinterpret_cast<Vector>(both.first);
     right = reinterpret_cast<Vector>(both.second);
   }
@@ -93,12 +102,13 @@ class ByteReader {
   struct Pair {
     Integers offset, left, right;
   };
-  RK_HD Pair pair_at(Integers y, Integers x) const {
-    const Integers offset = (y * width + x) * step_;
-    if (plane_) return {offset, offset, offset};
-    const LanePairs both = gathered_pairs(data_, offset, 1);
-    if (step_ == 4) return {offset, both.first, both.second};
-    return {offset, both.first, (both.first >> 24 & 255) | both.second << 8};
+  RK_HD Integers origin(Integers y, Integers x) const { return (y * width + x) * step_; }
+  RK_HD Pair pair_at(Integers origin, int down, int right) const {
+    const int32_t shift = (down * width + right) * step_;
+    if (plane_) return {origin + shift, origin, origin};
+    const LanePairs both = gathered_pairs(data_ + shift, origin, 1);
+    if (step_ == 4) return {origin, both.first, both.second};
+    return {origin, both.first, (both.first >> 24 & 255) | both.second << 8};
   }
   RK_HD void values(const Pair& at, int c, Vector& left, Vector& right) const {
     if (plane_) {
@@ -120,6 +130,15 @@ class ByteReader {
 
   const uint8_t* data_;
   int32_t step_, plane_, last_;
+};
+
+// An image of which only the size is asked.
+struct NoReader {
+  int height, width;
+
+  struct Places {};
+  RK_HD Places at(Integers, Integers) const { return {}; }
+  RK_HD Vector value(const Places&, int) const { return Vector{}; }
 };
 
 class Warp {
@@ -196,9 +215,12 @@ class Warp {
       };
       Vector p[4], in[4];
       if constexpr (kInside) {
-        const auto above = reader.pair_at(y, x), below = reader.pair_at(y + 1, x);
+        const Integers origin = reader.origin(y, x);
+        const auto above = reader.pair_at(origin, 0, 0), below = reader.pair_at(origin, 1, 0);
         for (int k = 0; k < 4; ++k) in[k] = all(1.0f);
-        for (int c = 0; c < warp.channels_; ++c) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kMostChannels; ++c) {  // by which bytes are shifted: a constant each
+          if (c == warp.channels_) break;
           reader.values(above, c, p[0], p[1]);
           reader.values(below, c, p[2], p[3]);
           between(c, p, in);
@@ -233,7 +255,9 @@ class Warp {
         const Integers row = y + (i - 1);
         Vector p[4];
         if constexpr (kInside) {
-          const auto left = reader.pair_at(row, x - 1), right = reader.pair_at(row, x + 1);
+          const Integers origin = reader.origin(y, x);
+          const auto left = reader.pair_at(origin, i - 1, -1);
+          const auto right = reader.pair_at(origin, i - 1, 1);
           for (int c = 0; c < warp.channels_; ++c) {
             reader.values(left, c, p[0], p[1]);
             reader.values(right, c, p[2], p[3]);
@@ -273,10 +297,18 @@ class Warp {
         Filter::template run<true>(*this, reader, y, x, wy, wx, [&](int c, Vector v) RK_INLINE {
           put(to.channel[c] + i, range_.resampled(v));
         });
+        continue;
+      }
+      const auto write = [&](int c, Vector v) RK_INLINE {
+        put(to.channel[c] + i, range_.resampled(near ? v : all(warp_.fill(c))));
+      };
+      const Integers touches = (x >= -Filter::kBehind) & (x < reader.width + Filter::kBefore) &
+                               (y >= -Filter::kBehind) & (y < reader.height + Filter::kBefore);
+      if (in_any_lane(touches)) {
+        Filter::template run<false>(*this, reader, y, x, wy, wx, write);
       } else {
-        Filter::template run<false>(*this, reader, y, x, wy, wx, [&](int c, Vector v) RK_INLINE {
-          put(to.channel[c] + i, range_.resampled(near ? v : all(warp_.fill(c))));
-        });
+        Filter::template run<false>(*this, NoReader{reader.height, reader.width}, y, x, wy, wx,
+                                    write);
       }
     }
   }

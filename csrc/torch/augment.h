@@ -261,14 +261,7 @@ inline Tensor augment_result(const Call& call, const Tensor& pixels, const Augme
                              ScalarType dtype) {
   const std::vector<int64_t> sizes{batch.samples, batch.channels, batch.height, batch.width};
   const std::vector<int64_t> strides = dense_strides(sizes, batch.to_channels_last, call.op);
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(pixels.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      pixels.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(pixels, sizes, strides, dtype_number(dtype));
 }
 
 }  // namespace reg_kernels

@@ -13,6 +13,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -20,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "reg_kernels/dropout_math.h"
 #include "reg_kernels/dtypes.h"
 
@@ -241,35 +243,43 @@ inline Tensor dense(const Call& call, const Tensor& input) {
   return torch::stable::contiguous(input);
 }
 
-// An uninitialised tensor of x's shape, strides, dtype and device. Straight from the allocator: the
-// stable ABI's empty_like looks its operator up by name at each call, which a small one would feel.
-inline Tensor empty_like_dense(const Tensor& x) {
-  int32_t dtype, device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
-                                                  dtype, device_type, x.get_device_index(),
-                                                  &handle));
-  return Tensor(handle);
+// The number that torch's C interface knows a dtype by.
+inline int32_t dtype_number(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
-
-// An uninitialised [count] on x's device; `dtype` is one of aoti_torch_dtype_...().
-inline Tensor empty_vector(const Tensor& x, int64_t count, int32_t dtype) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type,
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-// The number that torch's C interface knows a tensor's dtype by.
 inline int32_t dtype_number(const Tensor& x) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
+}
+
+// An uninitialised tensor on x's device, `dtype` by its number: all that an op allocates is one of
+// these. Straight from the allocator: the stable ABI's empty_like looks its operator up by name at
+// each call, which a small one would feel.
+template <typename Sizes, typename Strides>
+Tensor empty_strided(const Tensor& x, const Sizes& sizes, const Strides& strides, int32_t dtype) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device_type,
+                                                  x.get_device_index(), &handle));
+  Tensor result(handle);
+  const auto bytes = static_cast<size_t>(result.numel()) * result.element_size();
+  if (bytes >= kLeastHinted && device_type == aoti_torch_device_type_cpu()) {
+    hint_huge_pages(result.const_data_ptr(), bytes);
+  }
+  return result;
+}
+
+// One of x's shape, strides and dtype.
+inline Tensor empty_like_dense(const Tensor& x) {
+  return empty_strided(x, x.sizes(), x.strides(), dtype_number(x));
+}
+
+// One of shape [count].
+inline Tensor empty_vector(const Tensor& x, int64_t count, int32_t dtype) {
+  return empty_strided(x, std::array{count}, std::array{int64_t{1}}, dtype);
 }
 
 // The strides of a dense tensor of these sizes, or with dimension 1 innermost.

@@ -149,16 +149,9 @@ inline Tensor empty_positions(const Tensor& x, bool of_positions, int64_t stats)
       if (d != 1) sizes.push_back(x.size(d));
     }
   }
-  const std::vector<int64_t> strides = dense_strides(sizes, false, "loss");
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
                                                               : aoti_torch_dtype_float32();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device_type,
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(x, sizes, dense_strides(sizes, false, "loss"), dtype);
 }
 
 using LossResult = std::tuple<Tensor, Tensor, Tensor>;

@@ -29,14 +29,7 @@ inline Tensor empty_batch(const Tensor& x, ScalarType dtype, bool channels_last,
   const auto given = x.sizes();
   const std::vector<int64_t> sizes(given.begin(), given.end());
   const std::vector<int64_t> strides = dense_strides(sizes, channels_last, op);
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      x.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(x, sizes, strides, dtype_number(dtype));
 }
 
 inline const int64_t* int64_values(const Call& call, const OptionalTensor& tensor, int64_t count,

@@ -50,13 +50,7 @@ inline Tensor empty_samples(const Call& call, const Tensor& x, int64_t count) {
   if (x.numel() != 0) {  // else they say nothing
     for (int64_t d = 1; d < x.dim(); ++d) strides[d] = x.stride(d);
   }
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),
-                                                  dtype_number(x), device_type,
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(x, sizes, strides, dtype_number(x));
 }
 
 // One of the two ops' calls, with its result.

@@ -33,7 +33,7 @@ from .crop import (
     Resize,
 )
 from .geometry import RandomAffine, RandomPerspective, RandomRotation
-from .mixup import Mixup
+from .mixup import CutMix, MixUp, Mixup, RandomChoice
 from .noise import Cutout, GaussianNoise, Normalize, RandomErasing, SaltAndPepper, ToDtype
 from .params import Params
 from .pipeline import Pipeline
@@ -50,10 +50,12 @@ __all__ = [
     "AutoAugment",
     "CenterCrop",
     "ColorJitter",
+    "CutMix",
     "Cutout",
     "GaussianBlur",
     "GaussianNoise",
     "Grayscale",
+    "MixUp",
     "MixedTarget",
     "Mixup",
     "Normalize",
@@ -65,6 +67,7 @@ __all__ = [
     "RandomAffine",
     "RandomAutocontrast",
     "RandomChannelPermutation",
+    "RandomChoice",
     "RandomCrop",
     "RandomEqualize",
     "RandomErasing",

@@ -11,16 +11,19 @@ Points count from the upper left corner of the image: pixel (0, 0) has its centr
 
 from __future__ import annotations
 
+import array
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from .._augment_program import WIDTH, Filter, Op, Pad, WarpFilter
 from .._numbers import refuse
+from ..ops._modes import unseen
 
 Number = Tensor | float  # one of each sample, (N,) float64, or one for all
 Fill = tuple[float, ...] | None  # as a user gives it
@@ -142,6 +145,27 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a ^ b
 
 
+_NOTHING = (0.0,) * WIDTH
+_PLAIN = (float, int)
+
+
+@functools.lru_cache
+def spread(numbers: tuple[float, ...], count: int) -> Tensor:
+    """Each number `count` times, float64 (K, count), to be read alone."""
+    return torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).repeat(1, count)
+
+
+@functools.lru_cache
+def _places(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers)
+
+
+class _Written(NamedTuple):
+    op: Op
+    on: Tensor | None  # of which samples; None: of all
+    arguments: tuple[Number, ...]
+
+
 @dataclass
 class Assembly:
     """A program in the making. With `mask` it is one for what lies under the images, labels of
@@ -155,17 +179,25 @@ class Assembly:
     is_exact: bool = False  # torchvision's arithmetic
     fuse: bool = True
     unit: float = 1.0  # of the numbers that a user gives, in values of pixels
+    sides: tuple[int, int] | None = None  # height and width, where those of all are the same
     mask: float | None = None
     mask_filter: Filter = Filter.NEAREST_EXACT
     tracks: bool = False  # keeps `seen` up
     is_normalized: bool = False
-    rows: list[Tensor] = field(default_factory=list)
+    # Instructions, or K of them as float64 (16 or less, K, N).
+    _written: list[_Written | Tensor] = field(default_factory=list)
     _pending: _Box | _Warp | None = None
 
     def __post_init__(self) -> None:
         self.samples = len(self.height)
-        # Of the point of the images that is seen at a point of the result so far.
-        self.seen = torch.eye(3, dtype=torch.float64).expand(self.samples, 3, 3)
+        if self.tracks:  # the point of the images that is seen at a point of the result so far
+            self.seen = torch.eye(3, dtype=torch.float64).expand(self.samples, 3, 3)
+
+    def size(self) -> Tensor:
+        """Heights and widths, (2, N)."""
+        if self.sides is not None:
+            return spread(self.sides, self.samples)
+        return torch.stack((self.height, self.width))
 
     # Geometry
 
@@ -188,7 +220,7 @@ class Assembly:
         values = self.values("fill", fill)
         box = _Box(top, left, height, width, *sides, filter, pad, values, copies=out is None)
         self._add_box(box)
-        self.height, self.width = (self.of_samples(side) for side in sides)
+        self._set_size(*sides)
 
     def flip(self, axis: str, on: Tensor | None) -> None:
         """Along "left_right" or "up_down"."""
@@ -228,7 +260,16 @@ class Assembly:
         else:
             self._flush()
         self._pending = warp
-        self.height, self.width = (self.of_samples(side) for side in sides)
+        if out is not None:
+            self._set_size(*sides)
+
+    def _set_size(self, height: Number, width: Number) -> None:
+        self.sides = None
+        if isinstance(height, int) and isinstance(width, int):
+            self.sides = (height, width)
+            self.height, self.width = self.size()
+        else:
+            self.height, self.width = self.of_samples(height), self.of_samples(width)
 
     def _add_box(self, box: _Box) -> None:
         if self.tracks:
@@ -284,8 +325,8 @@ class Assembly:
         self._add(op, on, *arguments)
 
     def several(self, rows: Tensor, matrices: Tensor | None = None) -> None:
-        """K instructions that are written already, float64 (16, K, N); and, of warps among them,
-        the matrices (N, 3, 3) of all together."""
+        """K instructions that are written already, float64 (16 or less, K, N); and, of warps
+        among them, the matrices (N, 3, 3) of all together."""
         if self.mask is not None:
             if matrices is None:
                 return
@@ -296,14 +337,48 @@ class Assembly:
         self._flush()
         if self.tracks and matrices is not None:
             self.seen = self.seen @ matrices
-        self.rows += rows.permute(1, 2, 0).float().unbind(0)
+        self._written.append(rows)
 
+    @unseen
     def program(self) -> Tensor:
-        """float32 (N, S, 16); S is 1 at least."""
+        """float32 (N, S, 16); S is 1 at least.
+
+        It is written here, all instructions at once, since the number of torch's operations is what
+        a batch's program costs."""
         self._flush()
-        if not self.rows:
-            self.rows.append(torch.zeros(self.samples, WIDTH, dtype=torch.float32))
-        return torch.stack(self.rows, 1)
+        conditions = [x.on for x in self._written if isinstance(x, _Written) and x.on is not None]
+        is_used = iter(torch.stack(conditions).any(1).tolist() if conditions else ())
+        numbers: list[float] = []  # of all instructions
+        drawn: dict[int, Tensor] = {}  # the places among them that differ from sample to sample
+        blocks: dict[int, Tensor] = {}  # where those begin that are written already
+        for written in self._written:
+            if isinstance(written, Tensor):
+                blocks[len(numbers) // WIDTH] = written
+                numbers += _NOTHING * written.shape[1]
+                continue
+            op, on, arguments = written
+            if on is not None:
+                if not next(is_used):
+                    continue
+                drawn[len(numbers)] = on.double().mul_(
+                    float(op)
+                )  # 0 does nothing, whatever follows
+            numbers.append(op)
+            for x in arguments:
+                if not isinstance(x, _PLAIN):
+                    drawn[len(numbers)] = x
+                    x = 0.0
+                numbers.append(x)
+            numbers += _NOTHING[: -len(numbers) % WIDTH]
+        constants = array.array("d", numbers or _NOTHING)
+        table = torch.frombuffer(constants, dtype=torch.float64).unsqueeze(1)
+        table = table.expand(-1, self.samples).clone(memory_format=torch.contiguous_format)
+        if drawn:
+            table.index_copy_(0, _places(tuple(drawn)), torch.stack([*drawn.values()]))
+        rows = table.view(-1, WIDTH, self.samples)
+        for step, block in blocks.items():
+            rows[step : step + block.shape[1], : len(block)] = block.transpose(0, 1)
+        return table.float().T.contiguous().view(self.samples, -1, WIDTH)
 
     def values(self, argument: str, fill: Fill) -> Colour:
         """Four values of pixels, of numbers that a user gave; 0 of none."""
@@ -332,18 +407,7 @@ class Assembly:
         return torch.full((self.samples,), float(number), dtype=torch.float64)
 
     def _add(self, op: Op, on: Tensor | None, *arguments: Number) -> None:
-        if on is not None and not on.any():
-            return
-        numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in arguments]
-        numbers += [0.0] * (WIDTH - 1 - len(numbers))
-        row = torch.tensor([float(op), *numbers], dtype=torch.float32)
-        rows = row.expand(self.samples, -1).clone()
-        for place, x in enumerate(arguments, 1):
-            if isinstance(x, Tensor):
-                rows[:, place] = x
-        if on is not None:
-            rows *= on.unsqueeze(1)
-        self.rows.append(rows)
+        self._written.append(_Written(op, on, arguments))
 
 
 def radians(degrees: Tensor) -> Tensor:

@@ -19,73 +19,32 @@ import torch
 from torch import Tensor
 
 from .._rng import tag
+from ..ops._host_draws import draw_words, first_rectangle
 
 TAG = tag("augdraws")
 MOST_GROUPS = 256  # of a slot
 SLOTS = 1 << 24
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32's multipliers and its keys' increments
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-_ROUNDS = 10
 
-
-def uniform(seed: int, epoch: int, indices: Tensor, groups: Sequence[int]) -> Tensor:
+def uniform(seed: int, epoch: int, indices: Tensor, groups: Tensor) -> Tensor:
     """All that N samples draw: float64 (4 * len(groups), N), in [0, 1).
 
-    `groups` are slot << 8 | number. It computes on pairs: the first and third word of every state
-    in one int64 tensor, whose upper halves stay 0, the other two in the lower halves of a product.
-    A round is four operations, since their number is what a batch's draws cost.
-    """
-    round_keys, multipliers = _constants(seed)
-    state = torch.empty(3, 2, len(groups), len(indices), dtype=torch.int64)
-    even, odd, product = state.unbind(0)  # words 0 and 2; 3 and 1; what the next words come from
-    even[0] = indices & _MASK
-    even[1] = _column(tuple(groups))
-    odd[0] = epoch
-    odd[1] = indices >> 32
-    halves = state.view(torch.int32).view(3, 2, len(groups), len(indices), 2)
-    lower, upper = halves.unbind(-1)
-    written = lower[0]
-    first, second = written.unbind(0)
-    # Views of both buffers that products go to in turns, made once: upper words, lower words.
-    ways = [(x, *upper[n].unbind(0), *lower[3 - n].unbind(0)) for n, x in ((2, product), (1, odd))]
-    for number in range(_ROUNDS):
-        target, up0, up1, low0, low1 = ways[number % 2]
-        torch.mul(even, multipliers, out=target)
-        torch.bitwise_xor(up1, low1, out=first)
-        torch.bitwise_xor(up0, low0, out=second)
-        written.bitwise_xor_(round_keys[number])
-    # The last product is where the words 3 and 1 were at first: there are ten rounds.
-    odd.bitwise_and_(_MASK)
-    words = torch.empty(len(groups), 4, len(indices), dtype=torch.float64)
-    words[:, ::2] = even.transpose(0, 1)
-    words[:, 1::2] = odd.flip(0).transpose(0, 1)
-    return words.mul_(2.0**-32).view(-1, len(indices))
+    `groups` are slot << 8 | number, (G,)."""
+    return draw_words((seed ^ TAG) & (2**64 - 1), epoch, indices.contiguous(), groups)
 
 
-@functools.lru_cache
-def _constants(seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The keys of the rounds, and the multipliers, beside pairs of words."""
-    key = (seed ^ TAG) & (2**64 - 1)
-    keys = [
-        [
-            _signed((half + number * step) & _MASK)
-            for half, step in ((key & _MASK, _W0), (key >> 32, _W1))
-        ]
-        for number in range(_ROUNDS)
-    ]
-    shaped = torch.tensor(keys, dtype=torch.int32).view(_ROUNDS, 2, 1, 1)
-    return shaped.unbind(0), torch.tensor([_M0, _M1]).view(2, 1, 1)
+TRIES = 10
+RECTANGLE_WORDS = 2 * TRIES + 2
 
 
-@functools.lru_cache
-def _column(groups: tuple[int, ...]) -> Tensor:
-    return torch.tensor(groups).unsqueeze(1)
-
-
-def _signed(word: int) -> int:
-    return word - (word >> 31 << 32)
+def rectangle(
+    u: Tensor, size: Tensor, scale: Sequence[float], ratio: Sequence[float], is_crop: bool
+) -> tuple[Tensor, int]:
+    """The first of ten rectangles that fits, (4, N), and how many samples have one; of a share of
+    the area in `scale`, and of sides with a ratio whose logarithm is uniform."""
+    stretches = between(u[TRIES : 2 * TRIES], [math.log(x) for x in ratio]).exp_()
+    low, high = scale
+    return first_rectangle(u, stretches, size, low, high - low, is_crop)
 
 
 def integers(u: Tensor, count: Tensor | float) -> Tensor:
@@ -96,7 +55,20 @@ def integers(u: Tensor, count: Tensor | float) -> Tensor:
 def between(u: Tensor, limits: Sequence[float]) -> Tensor:
     """Numbers in [limits[0], limits[1])."""
     low, high = limits
-    return u * (high - low) + low
+    return (u * (high - low)).add_(low)
+
+
+def between_each(u: Tensor, limits: tuple[Sequence[float], ...]) -> Tensor:
+    """Numbers in the k-th of K limits, (K, ..., N)."""
+    low, span = _low_and_span(limits, u.dim())
+    return (u * span).add_(low)
+
+
+@functools.lru_cache
+def _low_and_span(limits: tuple[Sequence[float], ...], dims: int) -> tuple[Tensor, ...]:
+    numbers = [(low, high - low) for low, high in limits]
+    table = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return table.T.view(2, -1, *(1,) * (dims - 1)).unbind()
 
 
 def normals(u: Tensor, v: Tensor) -> Tensor:
@@ -140,7 +112,7 @@ def slot_of(name: str) -> int:
     return zlib.crc32(name.encode()) % SLOTS
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
+def sent(x: Tensor, device: torch.device) -> Tensor:
     """x on a device, without waiting for what is under way there."""
     if device.type == "cuda":
         x = x.pin_memory()
@@ -151,6 +123,8 @@ class MixDraws:
     """What `Mixup` draws in a pipeline: for each sample that has a draw of its own, by its key; for
     a batch by that of its first sample, for a pair by that of its first one."""
 
+    device = torch.device("cpu")
+
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
         self._key = (seed, epoch)
         self._indices = indices
@@ -158,14 +132,14 @@ class MixDraws:
 
     def _drawn(self, alpha: Tensor) -> Tensor:
         if self._words is None:
-            groups = [slot_of("Mixup") << 8 | number for number in range(2 + GAMMA_WORDS // 2)]
+            groups = torch.arange(2 + GAMMA_WORDS // 2) + (slot_of("Mixup") << 8)
             self._words = uniform(*self._key, self._indices[: len(alpha)], groups)
         return self._words
 
     def uniform(self, alpha: Tensor) -> Tensor:
-        return _sent(self._drawn(alpha)[:6], alpha.device)
+        return self._drawn(alpha)[:6]
 
     def beta(self, alpha: Tensor) -> Tensor:
-        words = _sent(self._drawn(alpha)[6:], alpha.device)
+        words = self._drawn(alpha)[6:]
         gammas = words[: 2 * GAMMA_WORDS].view(2, GAMMA_WORDS, -1)
         return (log_gammas(alpha, gammas[0]) - log_gammas(alpha, gammas[1])).sigmoid()

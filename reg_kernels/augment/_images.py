@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from .._augment_program import LARGEST_SIDE, MOST_CHANNELS
 from .._dtypes import DTYPES, SUPPORTED, named
+from .._memory import empty_bytes
 from .._numbers import refuse
+from ..ops._modes import unseen
 
 LAYOUTS = ("NCHW", "NHWC")
 _EXPECTED = "(N, C, H, W), (N, H, W, C), or a list of images (C, H, W) or (H, W, C)"
@@ -22,6 +25,7 @@ class Batch(NamedTuple):
     channels: int
     is_channels_last: bool  # of the images in memory
     keeps_channels_last: bool  # of the result, if nobody asks for another order
+    sides: tuple[int, int] | None  # height and width, where those of all are the same
 
 
 def _refuse(argument: str, must: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:
@@ -61,12 +65,19 @@ def _of_tensor(images: Tensor, layout: str | None) -> Batch:
     if not lies_last and not planar.is_contiguous():
         lies_last = is_last
     pixels = (in_order if lies_last else planar).contiguous().view(-1)
+    table = _table_of_one_size(samples, height, width, channels)
+    return Batch(pixels, table, channels, lies_last, lies_last and not is_last, (height, width))
+
+
+@unseen
+@functools.lru_cache
+def _table_of_one_size(samples: int, height: int, width: int, channels: int) -> Tensor:
     table = torch.empty(samples, 3, dtype=torch.int64)
     table[:, 0] = torch.arange(samples) * (channels * height * width)
     table[:, 1] = height
     table[:, 2] = width
     _check_sides(table)
-    return Batch(pixels, table, channels, lies_last, lies_last and not is_last)
+    return table
 
 
 def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
@@ -90,13 +101,22 @@ def _of_list(images: Sequence[Any], layout: str | None) -> Batch:
     if len(channels) > 1:
         _refuse("images", "all of as many channels", ", ".join(map(str, sorted(channels))))
     (count,) = channels
-    sizes = torch.tensor([shape[:2] if is_last else shape[1:] for shape in shapes])
-    ends = (sizes[:, 0] * sizes[:, 1] * count).cumsum(0)
-    table = torch.cat((torch.zeros(len(images), 1, dtype=torch.int64), sizes), 1)
+    table = _table_of_sizes([shape[:2] if is_last else shape[1:] for shape in shapes], count)
+    flat = [image.reshape(-1) for image in images]
+    in_bytes = images[0].dtype == torch.uint8 and images[0].device.type == "cpu"
+    total = sum(image.numel() for image in flat)
+    pixels = torch.cat(flat, out=empty_bytes(total) if in_bytes else None)
+    return Batch(pixels, table, count, is_last, False, None)
+
+
+@unseen
+def _table_of_sizes(sides: Sequence[tuple[int, ...]], channels: int) -> Tensor:
+    sizes = torch.tensor(sides)
+    ends = (sizes[:, 0] * sizes[:, 1] * channels).cumsum(0)
+    table = torch.cat((torch.zeros(len(sides), 1, dtype=torch.int64), sizes), 1)
     table[1:, 0] = ends[:-1]
     _check_sides(table)
-    pixels = torch.cat([image.reshape(-1) for image in images])
-    return Batch(pixels, table, count, is_last, False)
+    return table
 
 
 def _is_channels_last(shapes: Sequence[tuple[int, ...]], layout: str | None) -> bool:
@@ -112,12 +132,25 @@ def _is_channels_last(shapes: Sequence[tuple[int, ...]], layout: str | None) -> 
     else:
         is_last = layout == "NHWC"
     if not (may_be_last if is_last else may_be_first):
+        firsts, lasts = (
+            [shape for shape in shapes if _has_channels(shape, axis, 2 - axis)] for axis in (0, 2)
+        )
+        if firsts and lasts:
+            must = (
+                "all (C, H, W) or all (H, W, C), as permute(2, 0, 1) makes the ones of the others"
+            )
+            _refuse("images", must, f"{firsts[0]} and {lasts[0]}")
         axis = 2 if is_last else 0
         wrong = next(shape for shape in shapes if not 1 <= shape[axis] <= MOST_CHANNELS)
         must = f"images of 1 to {MOST_CHANNELS} channels"
         where = "" if layout is None else f" with layout {layout}"
         _refuse("images", must, f"one of {wrong}{where}")
     return is_last
+
+
+def _has_channels(shape: tuple[int, ...], axis: int, other: int) -> bool:
+    """Whether one axis may be that of the channels, and the other one not."""
+    return 1 <= shape[axis] <= MOST_CHANNELS < shape[other]
 
 
 def _check_sides(table: Tensor) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .._numbers import refuse
 from . import _draws
 from ._transform import Transform
@@ -24,13 +27,13 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     steps: tuple[Step, ...]
     columns: tuple[str, ...]
-    groups: tuple[int, ...]  # slot << 8 | number
+    groups: Tensor  # slot << 8 | number, (G,)
     described: str
 
 
-def plan_of(transforms: Sequence[Transform]) -> Plan:
+def plan_of(transforms: Sequence[Transform], last: Sequence[str] = ()) -> Plan:
     """Slots go by a transform's kind and its number among its kind, so that no other transform's
-    draws shift where one is put in or left out."""
+    draws shift where one is put in or left out. `last` are columns after the transforms'."""
     counts: dict[str, int] = {}
     taken: set[int] = set()
     steps: list[Step] = []
@@ -54,4 +57,5 @@ def plan_of(transforms: Sequence[Transform]) -> Plan:
         steps.append(Step(transform, name, 4 * len(groups), has_flag))
         columns += own
         groups += [slot << 8 | number for number in range(count)]
-    return Plan(tuple(steps), tuple(columns), tuple(groups), repr([*transforms]))
+    table = torch.tensor(groups, dtype=torch.int64, device="cpu")
+    return Plan(tuple(steps), (*columns, *last), table, repr([*transforms]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._augment_program import WIDTH, Axes, Op, WarpFilter
-from ._assemble import Assembly, Fill, to_grid
+from ._assemble import Assembly, Fill, spread, to_grid
 from .colour import blur_weights
 
 # The number of an operation in columns of parameters is its place here. Of a strength v: shears are
@@ -80,31 +80,32 @@ def add(
     if on is not None:
         ops = ops * on
     table = _table(assembly.channels == 1, assembly.bound)
-    parts = table.gather(1, ops.reshape(-1).long().expand(len(table), -1))
+    parts = table.index_select(1, ops.reshape(-1).long())
     opcode, is_warp = parts[0], parts[1]
     scaled = parts[4:] * strengths.reshape(-1)
     angle, shear_x, shear_y, shift_x, shift_y = scaled[:5]
     cosine, sine = angle.cos(), angle.sin()
-    size = torch.stack((assembly.height, assembly.width)).unsqueeze(1)
-    size = size.expand(-1, count, -1).reshape(2, -1)
-    y, x = size / 2
-    still = 1 - cosine
-    rows = torch.zeros(WIDTH, len(opcode), dtype=torch.float64)
-    rows[0] = opcode
-    rows[1] = rows[5] = cosine
-    torch.add(sine, shear_x, out=rows[2])
-    rows[3] = torch.addcmul(shift_x, still, x).addcmul_(sine, y, value=-1)
-    torch.sub(shear_y, sine, out=rows[4])
-    rows[6] = torch.addcmul(shift_y, still, y).addcmul_(sine, x)
-    rows[9] = 1
-    rows[10:12] = size
-    if isinstance(filter, WarpFilter):
-        rows[12] = float(assembly.warp_filter(filter, fill))
+    if assembly.sides is None:
+        size = assembly.size().unsqueeze(1).expand(-1, count, -1).reshape(2, -1)
+        y, x = size / 2
     else:
-        rows[12] = filter.reshape(-1)
-    values = assembly.values("fill", fill)
-    if any(values):
-        rows[13:] = torch.tensor(values[:3], dtype=torch.float64).unsqueeze(1)
+        size = spread(assembly.sides, len(opcode))
+        y, x = spread(tuple(side / 2 for side in assembly.sides), len(opcode))
+    if isinstance(filter, WarpFilter):
+        filters = spread((float(assembly.warp_filter(filter, fill)),), len(opcode))[0]
+    else:
+        filters = filter.reshape(-1)
+    values = spread((0.0, 0.0, 1.0, *assembly.values("fill", fill)[:3]), len(opcode)).unbind()
+    still = values[2] - cosine
+    rows = torch.stack(
+        (
+            *(opcode, cosine, sine + shear_x),
+            torch.addcmul(shift_x, still, x).addcmul_(sine, y, value=-1),
+            *(shear_y - sine, cosine),
+            torch.addcmul(shift_y, still, y).addcmul_(sine, x),
+            *(*values[:3], *size, filters, *values[3:]),
+        )
+    )
     matrices = None
     if is_seen and (assembly.tracks or assembly.mask is not None):
         matrices = _product(rows[1:10], count)

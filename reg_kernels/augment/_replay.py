@@ -10,31 +10,122 @@ from torch import Tensor
 
 from .._dtypes import DTYPES, named
 from ._assemble import Assembly
+from ._draws import sent
 from ._images import Batch, _refuse, packed
 
+# Whole numbers of which float32 has not all, by the signed ones that torch computes with.
+_SIGNED = {torch.int32: torch.int32, torch.uint32: torch.int32}
+_SIGNED |= {torch.int64: torch.int64, torch.uint64: torch.int64}
+_EXACT = 2**24  # as far as float32 has every whole number
 
-def packed_masks(masks: Any) -> tuple[bool, Batch, torch.dtype]:
-    """Whether masks have no channels, and they as a batch: of floats, where they are other numbers
-    than an image's; and their dtype."""
-    is_tensor = isinstance(masks, Tensor)
-    if not is_tensor and not (
-        isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks)
-    ):
-        _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
-    dims = {masks.dim() - 1} if is_tensor else {mask.dim() for mask in masks}
-    if dims not in ({2}, {3}):
-        got = f"those of {', '.join(map(str, sorted(dims)))} dimensions"
-        _refuse("masks", "(H, W) or (C, H, W) of each sample", got if dims else "none")
-    is_flat = dims == {2}
-    each = [masks] if is_tensor else [*masks]
-    dtype = each[0].dtype
-    if dtype.is_complex:
-        _refuse("masks", "of real numbers", named(dtype), TypeError)
-    if is_flat:
-        each = [mask.unsqueeze(-3) for mask in each]
-    if dtype != torch.uint8 and dtype not in DTYPES:
-        each = [mask.float() for mask in each]
-    return is_flat, packed(each[0] if is_tensor else each, "NCHW"), dtype
+
+class Masks:
+    """Masks as the op takes them: those of bytes and of floats as they are, whole numbers as
+    floats. Where float32 may not have them the op moves coordinates, by which they are looked up:
+    that is some ten passes over them.
+
+    Attributes:
+        batch: what the op takes.
+        fill: what the op has to fill with.
+    """
+
+    def __init__(self, masks: Any, fill: float) -> None:
+        is_tensor = isinstance(masks, Tensor)
+        if not is_tensor and not (
+            isinstance(masks, Sequence) and all(isinstance(mask, Tensor) for mask in masks)
+        ):
+            _refuse("masks", "a tensor, or a list of tensors", type(masks).__name__, TypeError)
+        dims = {masks.dim() - 1} if is_tensor else {mask.dim() for mask in masks}
+        if dims not in ({2}, {3}):
+            got = f"those of {', '.join(map(str, sorted(dims)))} dimensions"
+            _refuse("masks", "(H, W) or (C, H, W) of each sample", got if dims else "none")
+        each = [masks] if is_tensor else [*masks]
+        self._is_flat = dims == {2}
+        self._dtype = dtype = each[0].dtype
+        if dtype.is_complex:
+            _refuse("masks", "of real numbers", named(dtype), TypeError)
+        if any(mask.dtype != dtype for mask in each):
+            kinds = ", ".join(sorted({named(mask.dtype) for mask in each}))
+            _refuse("masks", "of one dtype", kinds, RuntimeError)
+        self._check_fill(fill)
+        if self._is_flat:
+            each = [mask.unsqueeze(-3) for mask in each]
+        signed = _SIGNED.get(dtype)
+        is_wide = signed is not None and not _all_small(each, fill)
+        if is_wide:  # of another name while they are moved and not computed with
+            name = torch.float32 if dtype.itemsize == 4 else torch.float64
+            each = [mask.view(name) for mask in each]
+        elif signed is not None:
+            each = [mask.view(signed).float() for mask in each]
+        elif dtype != torch.uint8 and dtype not in DTYPES:
+            each = [mask.float() for mask in each]
+        self.batch = packed(each[0] if is_tensor else each, "NCHW")
+        self.fill = fill
+        self._wide: tuple[Batch, int] | None = None
+        if is_wide:
+            self._wide = (self.batch, int(fill))
+            self.batch, self.fill = _coordinates(self.batch), -1.0
+
+    def _check_fill(self, fill: float) -> None:
+        dtype = self._dtype
+        if dtype.is_floating_point:
+            return
+        least, most = 0, 1
+        if dtype != torch.bool:
+            least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        if not (least <= fill <= most and fill == int(fill)):
+            _refuse("fill", f"a value of {named(dtype)}, the masks' dtype", fill)
+
+    def of(self, result: Tensor) -> Tensor:
+        """The masks, of the op's result."""
+        if self._wide is not None:
+            result = self._looked_up(result, *self._wide)
+        result = result[:, 0] if self._is_flat else result
+        return result.to(_SIGNED.get(self._dtype, self._dtype)).view(self._dtype)
+
+    def _looked_up(self, places: Tensor, masks: Batch, fill: int) -> Tensor:
+        device = places.device
+        y, x = places.long().unsqueeze(2).unbind(1)  # (N, 1, h, w)
+        begin, height, width = sent(masks.images, device).view(-1, 3, 1, 1, 1).unbind(1)
+        channel = torch.arange(masks.channels, device=device).view(-1, 1, 1)
+        if masks.is_channels_last:
+            index = begin + (y * width + x) * masks.channels + channel
+        else:
+            index = begin + (channel * height + y) * width + x
+        found = masks.pixels.view(_SIGNED[self._dtype]).take(index.clamp_(min=0))
+        filled = torch.tensor(fill, dtype=self._dtype).view(found.dtype)
+        return torch.where(y < 0, filled.item(), found)
+
+
+def _all_small(masks: Sequence[Tensor], fill: float) -> bool:
+    """Whether float32 has all numbers of masks on the CPU; on a GPU looking would wait."""
+    if masks[0].device.type != "cpu" or abs(fill) > _EXACT:
+        return False
+    for mask in masks:
+        least, most = mask.view(_SIGNED[mask.dtype]).aminmax()
+        if least < -_EXACT or most > _EXACT:
+            return False
+    return True
+
+
+def _coordinates(masks: Batch) -> Batch:
+    """Images of two channels, the row and the column of each pixel: one for all of a size."""
+    sizes = [(height, width) for _, height, width in masks.images.tolist()]
+    begins: dict[tuple[int, int], int] = {}
+    pieces: list[Tensor] = []
+    end = 0
+    for height, width in sizes:
+        if (height, width) not in begins:
+            begins[height, width] = end
+            end += 2 * height * width
+            sides = (
+                torch.arange(side, dtype=torch.float32, device=masks.pixels.device)
+                for side in (height, width)
+            )
+            pieces += [x.reshape(-1) for x in torch.meshgrid(*sides, indexing="ij")]
+    table = masks.images.clone()
+    table[:, 0] = torch.tensor([begins[size] for size in sizes])
+    return Batch(torch.cat(pieces), table, 2, False, False, masks.sides)
 
 
 def moved_boxes(boxes: Any, assembly: Assembly) -> Any:

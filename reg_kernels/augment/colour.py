@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._augment_program import LARGEST_RADIUS, WIDTH, Axes, Op
+from .._augment_program import LARGEST_RADIUS, Axes, Op
 from . import _draws
 from ._assemble import Assembly
 from ._transform import Transform, Values
 
 _ORDERS = list(itertools.permutations(range(4)))
 _PERMUTATIONS = list(itertools.permutations(range(3)))
+_CHANNEL_ORDERS = torch.tensor(_PERMUTATIONS, dtype=torch.float64, device="cpu").T.contiguous()
 
 
 def _factors(transform: Transform, argument: str, value: Any) -> tuple[float, float] | None:
@@ -87,16 +88,13 @@ def _jitter(
     factors = torch.stack(
         [values[name] for name in ("brightness", "contrast", "saturation", "hue")]
     )
-    used = factors.gather(0, orders[0].gather(1, number.expand(4, -1)))
-    opcode, gray_opcode, neutral, has_rest = orders[1].gather(2, number.expand(4, 4, -1))
+    used = factors.gather(0, orders[0].index_select(1, number))
+    opcode, gray_opcode, neutral, has_rest = orders[1].index_select(2, number)
     is_done = used != neutral
     if on is not None:
         is_done &= on
-    rows = torch.zeros(WIDTH, *used.shape, dtype=torch.float64)
-    torch.mul(gray_opcode if a.channels == 1 else opcode, is_done, out=rows[0])
-    torch.mul(used, is_done, out=rows[1])
-    torch.mul((1 - used).mul_(has_rest), is_done, out=rows[2])
-    a.several(rows)
+    opcode = (gray_opcode if a.channels == 1 else opcode) * is_done
+    a.several(torch.stack((opcode, used, (1 - used).mul_(has_rest))))
 
 
 _JITTER_STEPS = _of_steps(_ORDERS)
@@ -137,11 +135,10 @@ class ColorJitter(Transform):
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor | float]:
         limits = (self.brightness, self.contrast, self.saturation, self.hue)
-        drawn = (
-            neutral if limit is None else _draws.between(word, limit)
-            for word, limit, neutral in zip(u, limits, _NEUTRAL, strict=False)
+        drawn = _draws.between_each(
+            u[:4], tuple(x or (n, n) for x, n in zip(limits, _NEUTRAL, strict=True))
         )
-        return *drawn, _draws.integers(u[4], len(_ORDERS))
+        return *drawn.unbind(), _draws.integers(u[4], len(_ORDERS))
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
@@ -188,12 +185,10 @@ class RandomPhotometricDistort(Transform):
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
         limits = (self.brightness, self.contrast, self.saturation, self.hue)
-        drawn = [
-            torch.where(u[k] < self.each, _draws.between(u[4 + k], limit), neutral)
-            for k, (limit, neutral) in enumerate(zip(limits, _NEUTRAL, strict=True))
-        ]
+        neutral = _draws.between_each(u[:4], tuple((n, n) for n in _NEUTRAL))
+        drawn = torch.where(u[:4] < self.each, _draws.between_each(u[4:8], limits), neutral)
         order = _draws.integers(u[10], len(_PERMUTATIONS)) * (u[9] < self.each)
-        return *drawn, (u[8] < 0.5).double(), order
+        return *drawn.unbind(), (u[8] < 0.5).double(), order
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         assembly.check_channels(1, 3)
@@ -226,8 +221,8 @@ class RandomChannelPermutation(Transform):
 
 
 def _permute(values: Values, on: Tensor | None, assembly: Assembly) -> None:
-    order = torch.tensor(_PERMUTATIONS, dtype=torch.float64)[values["permutation"].long()]
-    assembly.colour(Op.PERMUTE, on, *order.unbind(1))
+    order = _CHANNEL_ORDERS.index_select(1, values["permutation"].long())
+    assembly.colour(Op.PERMUTE, on, *order.unbind())
 
 
 class _Simple(Transform):

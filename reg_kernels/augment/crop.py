@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,28 +12,6 @@ from .._augment_program import Pad as PadMode
 from . import _draws
 from ._assemble import Assembly, Number
 from ._transform import PADS, Transform, Values, resize_filter
-
-TRIES = 10
-
-
-def draw_rectangle(
-    u: Tensor, area: Tensor, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Ten rectangles of a share of an area: the sides sqrt(area ratio), sqrt(area / ratio)."""
-    share, shape = u[: 2 * TRIES].view(2, TRIES, -1)
-    target = area * _draws.between(share, scale)
-    stretch = _draws.between(shape, [math.log(x) for x in ratio]).exp_()
-    return (target * stretch).sqrt_().round_(), (target / stretch).sqrt_().round_()
-
-
-def first_valid(valid: Tensor, *candidates: Tensor) -> tuple[Tensor, ...]:
-    """Whether there is a valid candidate, and of each kind the first one: of (10, N), (N,)."""
-    left = (valid * _LEFT).amax(0)  # how many candidates there are from the first valid one on
-    chosen = (TRIES - left).clamp_(max=TRIES - 1).unsqueeze(0)
-    return (left > 0, *(x.gather(0, chosen)[0] for x in candidates))
-
-
-_LEFT = torch.arange(TRIES, 0, -1, device="cpu").unsqueeze(1)
 
 
 class RandomResizedCrop(Transform):
@@ -57,7 +34,7 @@ class RandomResizedCrop(Transform):
     Columns: top, left, height, width, in pixels.
     """
 
-    words = 2 * TRIES + 2
+    words = _draws.RECTANGLE_WORDS
     columns = ("top", "left", "height", "width")
 
     def __init__(
@@ -76,22 +53,21 @@ class RandomResizedCrop(Transform):
         self.filter = resize_filter(self, interpolation, antialias)
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
-        H, W = assembly.height, assembly.width
-        width, height = draw_rectangle(u, H * W, self.scale, self.ratio)
-        valid = (width > 0) & (width <= W) & (height > 0) & (height <= H)
-        found, width, height = first_valid(valid, width, height)
-        if not found.all():
-            least, most = self.ratio
-            narrow, wide = ~found & (least > W / H), ~found & (most < W / H)
-            width, height = torch.where(found, width, W), torch.where(found, height, H)
-            height = torch.where(narrow, (W / least).round().clamp(min=1), height)
-            width = torch.where(wide, (H * most).round().clamp(min=1), width)
-        top = _draws.integers(u[-2], H - height + 1)
-        left = _draws.integers(u[-1], W - width + 1)
-        if not found.all():
-            top = torch.where(found, top, ((H - height) / 2).floor())
-            left = torch.where(found, left, ((W - width) / 2).floor())
-        return top, left, height, width
+        size = assembly.size()
+        drawn, found = _draws.rectangle(u, size, self.scale, self.ratio, is_crop=True)
+        if found < assembly.samples:
+            drawn = torch.where(drawn[2] > 0, drawn, self._middle(size))
+        return drawn.unbind()
+
+    def _middle(self, size: Tensor) -> Tensor:
+        """The largest regions in the middle whose ratio is in range."""
+        H, W = size
+        least, most = self.ratio
+        narrow, wide = least > W / H, most < W / H
+        height = torch.where(narrow, (W / least).round_().clamp_(min=1), H)
+        width = torch.where(wide, (H * most).round_().clamp_(min=1), W)
+        sides = torch.stack((height, width))
+        return torch.cat((((size - sides) / 2).floor_(), sides))
 
     def write(self, values: Values, on: Tensor | None, assembly: Assembly) -> None:
         top, left, height, width = (values[name] for name in self.columns)

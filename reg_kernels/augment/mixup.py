@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from torch.utils.data import get_worker_info
 from .. import backends
 from .._dtypes import named
 from .._mixed_target import MixedTarget
-from .._numbers import integer, number, probability
+from .._numbers import integer, number, probability, refuse
 from ..ops._checks import check_tensor
 from ..ops._modes import is_fake
 from ..ops.mixup import blend
+
+
+class Mixing(NamedTuple):
+    """How a batch is mixed: numbers of the whole batch, or of each sample, (N,)."""
+
+    lam: Tensor  # float32, of the pixels outside of the boxes
+    boxes: Tensor | None  # int64 (..., 4): x1, y1, x2, y2
+    label_lam: Tensor  # float32
+
 
 MODES = ("batch", "elem", "pair")
 _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: sets the seeds of an object's workers apart
@@ -158,23 +167,20 @@ class Mixup:
         self._generators: dict[tuple[str, int | None], torch.Generator] = {}
 
     def __repr__(self) -> str:
-        names = (
-            *("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "mix_prob", "switch_prob", "mode"),
-            *("correct_lam", "label_smoothing", "num_classes", "seed", "mean", "std", "dtype"),
-            *("inplace", "dense", "backend"),
-        )
+        kinds = ("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "mix_prob", "switch_prob")
+        names = (*kinds, *_OPTIONS[1:])
         shown = (f"{name.removeprefix('mix_')}={getattr(self, name)!r}" for name in names)
         return f"Mixup({', '.join(shown)})"
 
     def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget | Tensor]:
-        return self.mix(input, target, _Generated(input, self))
+        return self.mix(input, target, lambda: self.draw(input.shape, _Generated(input, self)))
 
     def mix(
-        self, input: Tensor, target: Tensor, source: Any
+        self, input: Tensor, target: Tensor, draw: Callable[[], Mixing]
     ) -> tuple[Tensor, MixedTarget | Tensor]:
-        """A call that draws from what it is given, as a pipeline's does."""
+        """A call that mixes by what is drawn for it, once its arguments have been checked."""
         self._check(input, target)
-        lam, boxes, label_lam = self._draw(input, source)
+        lam, boxes, label_lam = draw()
         normalisation = (self.mean, self.std, self.dtype)
         # Gray images have one channel, whether this batch is cut or not.
         gray = self._cuts and input.dim() == 3
@@ -227,21 +233,22 @@ class Mixup:
     def _cuts(self) -> bool:
         return self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or self.switch_prob > 0)
 
-    def _draw(self, input: Tensor, source: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The pixels' lambda, the boxes if there are any, and the labels' lambda: one or (N,)."""
-        samples = len(input)
+    def draw(self, shape: Sequence[int], source: Any) -> Mixing:
+        """For a batch of that shape, from `source`, on whose device it is."""
+        samples = shape[0]
         count = {"batch": 1, "elem": samples, "pair": (samples + 1) // 2}[self.mode]
         if not self.mixup_enabled or self.mix_prob == 0:
-            ones = self._of_samples(input.new_ones(count, dtype=torch.float32), samples)
-            return ones, None, ones
+            ones = torch.ones(count, dtype=torch.float32, device=source.device)
+            ones = self._of_samples(ones, samples)
+            return Mixing(ones, None, ones)
         # In float64, where 1 - lambda and a pixel's coordinate keep their digits.
-        options: Any = {"dtype": torch.float64, "device": input.device}
+        options: Any = {"dtype": torch.float64, "device": source.device}
         alpha = torch.full(
             (count,), self.mixup_alpha if self._mixes else self.cutmix_alpha, **options
         )
         if not self._cuts and self.mix_prob == 1:
             lam = self._of_samples(source.beta(alpha).float(), samples)
-            return lam, None, lam
+            return Mixing(lam, None, lam)
         active, choice, *places = source.uniform(alpha).unbind()
         mixed = active < self.mix_prob
         cut = mixed & (choice < self.switch_prob) if self._mixes else mixed
@@ -250,8 +257,8 @@ class Mixup:
         lam = source.beta(alpha).masked_fill(~mixed, 1.0)
         if not self._cuts:
             lam = self._of_samples(lam.float(), samples)
-            return lam, None, lam
-        height, width = input.shape[-2:]
+            return Mixing(lam, None, lam)
+        height, width = shape[-2:]
         y1, y2 = self._side(height, lam, *places[:2])
         x1, x2 = self._side(width, lam, *places[2:])
         boxes = torch.stack((x1, y1, x2, y2), 1) * cut.unsqueeze(1)
@@ -260,7 +267,7 @@ class Mixup:
             area = (x2 - x1) * (y2 - y1)
             label_lam = torch.where(cut, 1 - area / max(height * width, 1), lam)
         lam = lam.masked_fill(cut, 1.0)  # around a box nothing is blended
-        return (
+        return Mixing(
             self._of_samples(lam.float(), samples),
             self._of_samples(boxes.long(), samples),
             self._of_samples(label_lam.float(), samples),
@@ -296,19 +303,100 @@ class Mixup:
         return self._generators[key]
 
 
+class MixUp(Mixup):
+    """Blends each sample with its partner: torchvision's transform of this name.
+
+    Args:
+        alpha: of the Beta distribution, as `Mixup`'s `mixup_alpha`.
+        num_classes: as in `Mixup`.
+        options: further arguments of `Mixup`. `label_smoothing` is 0 by default.
+
+    The partner is the sample as far from the batch's end, where torchvision's is the one before it;
+    and a call returns a `MixedTarget`, or class probabilities with `dense=True`.
+    """
+
+    def __init__(
+        self, *, alpha: float = 1.0, num_classes: int | None = None, **options: Any
+    ) -> None:
+        alphas = {"mixup_alpha": alpha, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
+        super().__init__(num_classes=num_classes, **alphas | options)
+
+
+class CutMix(Mixup):
+    """Pastes a box of its partner into each sample: torchvision's transform of this name.
+
+    Args:
+        alpha: of the Beta distribution, as `Mixup`'s `cutmix_alpha`.
+        num_classes: as in `Mixup`.
+        options: further arguments of `Mixup`. `label_smoothing` is 0 by default.
+
+    What differs from torchvision is as of `MixUp`.
+    """
+
+    def __init__(
+        self, *, alpha: float = 1.0, num_classes: int | None = None, **options: Any
+    ) -> None:
+        alphas = {"mixup_alpha": 0.0, "cutmix_alpha": alpha, "label_smoothing": 0.0}
+        super().__init__(num_classes=num_classes, **alphas | options)
+
+
+class RandomChoice(Mixup):
+    """Does one of a `CutMix` and a `MixUp`, chosen for each batch: torchvision's usual
+    `RandomChoice([CutMix(), MixUp()])`. It is the `Mixup` that has both alphas.
+
+    Args:
+        transforms: a `CutMix` and a `MixUp` in any order, which differ in `alpha` alone.
+        p: how likely each is, not negative; divided by their sum. None: all are as likely.
+
+    Raises:
+        ValueError: the transforms are others. A transform of images has a `p` of its own.
+    """
+
+    def __init__(self, transforms: Sequence[Mixup], p: Sequence[float] | None = None) -> None:
+        kinds = {type(transform): transform for transform in transforms}
+        if len(transforms) != 2 or set(kinds) != {CutMix, MixUp}:
+            names = ", ".join(type(transform).__name__ for transform in transforms)
+            must = "a CutMix and a MixUp; transforms of images have a p of their own"
+            refuse("RandomChoice", "transforms", must, names or "none", ValueError)
+        cut, blended = kinds[CutMix], kinds[MixUp]
+        p = [number("RandomChoice", "p", x) for x in ((1, 1) if p is None else p)]
+        if len(p) != 2 or min(p) < 0 or not 0 < sum(p) < math.inf:
+            must = "a number for each transform, not negative, of a positive sum"
+            refuse("RandomChoice", "p", must, p, ValueError)
+        shared: dict[str, Any] = dict.fromkeys(_OPTIONS)
+        for name in shared:
+            shared[name], other = getattr(cut, name), getattr(blended, name)
+            if repr(shared[name]) != repr(other):
+                got = f"{name} of {shared[name]!r} and {other!r}"
+                refuse("RandomChoice", "transforms", "alike but for alpha", got, ValueError)
+        super().__init__(
+            blended.mixup_alpha,
+            cut.cutmix_alpha,
+            cut.cutmix_minmax,
+            switch_prob=p[[*map(type, transforms)].index(CutMix)] / sum(p),
+            **{name.removeprefix("mix_"): value for name, value in shared.items()},
+        )
+
+
+_OPTIONS = (
+    *("mix_prob", "mode", "correct_lam", "label_smoothing", "num_classes", "seed", "mean", "std"),
+    *("dtype", "inplace", "dense", "backend"),
+)
+
+
 class _Generated:
     """Draws from torch's generators, or from the object's own, for an alpha of each draw."""
 
     def __init__(self, input: Any, mixup: Mixup) -> None:
-        self._input, self._mixup = input, mixup
+        self.device, self._mixup = input.device, mixup
 
     def uniform(self, alpha: Tensor) -> Tensor:
         """(6, n), in [0, 1)."""
-        generator = self._mixup._generator(self._input.device)
+        generator = self._mixup._generator(self.device)
         return alpha.new_empty(6, len(alpha)).uniform_(generator=generator)
 
     def beta(self, alpha: Tensor) -> Tensor:
-        return _draw_beta(alpha, self._mixup._generator(self._input.device))
+        return _draw_beta(alpha, self._mixup._generator(self.device))
 
 
 def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:

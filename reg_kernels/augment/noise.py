@@ -12,7 +12,6 @@ from .._augment_program import EraseMode, Op
 from . import _draws
 from ._assemble import Assembly, Number
 from ._transform import Transform, Values
-from .crop import TRIES, draw_rectangle, first_valid
 
 _KEY = ("key0", "key1", "key2", "key3")
 
@@ -155,7 +154,7 @@ class RandomErasing(_Erasing):
     Source: Z. Zhong et al., "Random erasing data augmentation", AAAI 2020.
     """
 
-    words_of_region = 2 * TRIES + 2
+    words_of_region = _draws.RECTANGLE_WORDS
 
     def __init__(
         self,
@@ -172,13 +171,8 @@ class RandomErasing(_Erasing):
         self.inplace = inplace
 
     def draw(self, u: Tensor, assembly: Assembly) -> Sequence[Tensor]:
-        H, W = assembly.height, assembly.width
-        height, width = draw_rectangle(u, H * W, self.scale, self.ratio)
-        found, height, width = first_valid((height < H) & (width < W), height, width)
-        height *= found & (width > 0)
-        top = _draws.integers(u[2 * TRIES], H - height + 1)
-        left = _draws.integers(u[2 * TRIES + 1], W - width + 1)
-        return top, left.clamp_(min=0), height, width, *self._draw_value(u)
+        drawn, _ = _draws.rectangle(u, assembly.size(), self.scale, self.ratio, is_crop=False)
+        return *drawn.unbind(), *self._draw_value(u)
 
 
 class Cutout(_Erasing):

@@ -14,7 +14,10 @@ class Params:
         columns: the columns' names: index and epoch, which the draws are keyed by, and height and
             width of the image; then those of each transform, as "RandomRotation.angle", the second
             of its kind as "RandomRotation2.angle". Where a transform has a `p` below 1, its column
-            `applied` is 1 or 0. The transforms' documentation says what the others mean.
+            `applied` is 1 or 0. The transforms' documentation says what the others mean. Of a Mixup
+            they are Mixup.partner, a row of the batch; lam, what the sample's own pixels weigh
+            outside of the box; x1, y1, x2, y2, the partner's box, empty for none; and label_lam,
+            what its own label weighs.
         pipeline: what drew them: the transforms, as a string, and how it does their geometry.
 
     It may be saved by `torch.save` and loaded by `torch.load`.

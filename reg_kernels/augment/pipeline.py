@@ -14,11 +14,13 @@ from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
+from ..ops._modes import unseen, watcher
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, _refuse, packed
+from ._mix import MIX_COLUMNS, check_unmixed, columns_of, mixed_masks, on_device
 from ._plan import KEYS, Plan, plan_of
-from ._replay import moved_boxes, moved_points, packed_masks
+from ._replay import Masks, moved_boxes, moved_points
 from ._transform import Transform
 from .mixup import Mixup
 from .noise import ToDtype
@@ -155,7 +157,8 @@ class Pipeline:
         self.same_on_batch = bool(same_on_batch)
         self.crop_share, self.backend = crop_share, backend
         stand_ins = (x for transform in drawn for x in transform.for_evaluation(crop_share))
-        self._plans = {True: plan_of(drawn), False: plan_of([*stand_ins])}
+        mixing = MIX_COLUMNS if self._mixup is not None else ()
+        self._plans = {True: plan_of(drawn, mixing), False: plan_of([*stand_ins])}
         self.training = True
         self._epoch = 0
         self._position = 0
@@ -236,14 +239,19 @@ class Pipeline:
         if mixes and target is None:
             _refuse("target", "given where Mixup mixes it", None)
         keys = self._keys(samples, indices)
-        params, assembly = self._assembled(batch, keys)
+        drawn, assembly = self._assembled(batch, keys)
         result: Any = self._run(batch, assembly)
         mixed: Any = target
         if mixes:
             assert self._mixup is not None and target is not None
             draws = _draws.MixDraws(self.seed, self._epoch, keys)
-            result, mixed = self._mixup.mix(result, target, draws)
-        extra = (*(() if target is None else (mixed,)), *((params,) if return_params else ()))
+            mixing = unseen(self._mixup.draw)(result.shape, draws)
+            drawn += columns_of(mixing, samples)
+            result, mixed = self._mixup.mix(result, target, lambda: on_device(mixing, result))
+        extra = [] if target is None else [mixed]
+        if return_params:
+            plan = self._plans[self.training]
+            extra.append(Params(unseen(torch.stack)(drawn, 1), plan.columns, self._described(plan)))
         return (result, *extra) if extra else result
 
     def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
@@ -252,15 +260,23 @@ class Pipeline:
             first = self._position
             if self.training:
                 self._position += samples
-            return torch.arange(first, first + samples)
-        keys = torch.as_tensor(indices)
+            return unseen(torch.arange)(first, first + samples)
+        try:
+            keys = torch.as_tensor(indices)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            must = f"whole numbers from 0 to 2**63 - 1, of shape ({samples},)"
+            _refuse("indices", must, f"what torch makes no tensor of ({error})")
         if keys.shape != (samples,) or keys.is_floating_point() or keys.dtype == torch.bool:
             got = f"{named(keys.dtype)} of shape {tuple(keys.shape)}"
             _refuse("indices", f"whole numbers of shape ({samples},)", got)
+        is_unsigned = keys.dtype == torch.uint64
         keys = keys.to("cpu", torch.int64)
         if int(keys.min()) < 0:
+            if is_unsigned:  # as hashes of names are
+                must = "below 2**63; of hashes their remainder by 2**63 will do"
+                _refuse("indices", must, int(keys.min()) + 2**64)
             _refuse("indices", "at least 0", int(keys.min()))
-        return keys
+        return keys if watcher() is None else unseen(torch.tensor)(keys.tolist())
 
     @property
     def _fuses(self) -> bool:
@@ -271,26 +287,26 @@ class Pipeline:
         return plan.described + ("" if self._fuses else " with fuse_geometry=False")
 
     def _assembly(self, sizes: Tensor, channels: int, is_bytes: bool, **options: Any) -> Assembly:
-        height, width = sizes.double().T.contiguous()
+        height, width = sizes.T.double().contiguous()
         options = {"is_exact": self.exact is not None, "fuse": self._fuses} | options
         return Assembly(height, width, channels, bound=255.0 if is_bytes else 1.0, **options)
 
-    def _assembled(self, batch: Batch, keys: Tensor) -> tuple[Params, Assembly]:
-        """Draws, and writes the program as it goes, since a transform draws by the sizes that those
-        before it leave."""
+    @unseen
+    @torch.inference_mode()  # takes a fifth off what the operations cost
+    def _assembled(self, batch: Batch, keys: Tensor) -> tuple[list[Tensor], Assembly]:
+        """Draws the columns of the parameters, and writes the program as it goes, since a transform
+        draws by the sizes that those before it leave."""
         plan = self._plans[self.training]
         is_bytes = batch.pixels.dtype == torch.uint8
         if self.exact is not None and not is_bytes:
             _refuse("images", "uint8 with exact", named(batch.pixels.dtype))
         sizes = batch.images[:, 1:]
-        assembly = self._assembly(sizes, batch.channels, is_bytes)
+        assembly = self._assembly(sizes, batch.channels, is_bytes, sides=batch.sides)
         if self.same_on_batch:
             keys = keys[:1].expand(len(keys))
         epoch = torch.full_like(assembly.height, self._epoch)
         rows = [keys.double(), epoch, assembly.height, assembly.width]
-        words = assembly.height.new_empty(0)
-        if plan.groups:
-            words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
+        words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
         for step in plan.steps:
             transform = step.transform
             assembly.name = step.name
@@ -303,7 +319,7 @@ class Pipeline:
             drawn = [assembly.of_samples(x) for x in own]
             rows += drawn
             transform.write(dict(zip(transform.columns, drawn, strict=True)), on, assembly)
-        return Params(torch.stack(rows, 1), plan.columns, self._described(plan)), assembly
+        return rows, assembly
 
     def _run(self, batch: Batch, assembly: Assembly) -> Tensor:
         dtype = self.dtype
@@ -311,12 +327,14 @@ class Pipeline:
             dtype = batch.pixels.dtype
             if dtype == torch.uint8 and self._needs_floats:
                 dtype = torch.get_default_dtype()
-        # Floats are in [0, 1], and bytes in [0, 255].
-        if not assembly.is_normalized:
-            scale = (255.0 if dtype == torch.uint8 else 1.0) / assembly.bound
-            if scale != 1:
-                assembly.colour(Op.NORMALIZE, None, *[scale] * 4)
-        program = assembly.program()
+        with torch.inference_mode():
+            # Floats are in [0, 1], and bytes in [0, 255].
+            if not assembly.is_normalized:
+                scale = (255.0 if dtype == torch.uint8 else 1.0) / assembly.bound
+                if scale != 1:
+                    assembly.colour(Op.NORMALIZE, None, *[scale] * 4)
+            program = assembly.program()
+        program = unseen(program.clone)()  # a gradient's formula takes no other
         height, width = self._final(assembly)
         is_last = self.memory_format == torch.channels_last
         if self.memory_format is None:
@@ -332,6 +350,8 @@ class Pipeline:
         return result
 
     def _final(self, assembly: Assembly) -> tuple[int, int]:
+        if assembly.sides is not None:
+            return assembly.sides
         height, width = int(assembly.height[0]), int(assembly.width[0])
         wrong = (assembly.height != height) | (assembly.width != width)
         if wrong.any():
@@ -343,6 +363,7 @@ class Pipeline:
 
     # The same once more, for what lies on the images
 
+    @unseen
     def _replayed(self, params: Params, **options: Any) -> Assembly:
         """The geometry of what was drawn. The op does not round masks, nor takes their matrices, as
         torchvision does those of bytes."""
@@ -382,23 +403,29 @@ class Pipeline:
 
         Args:
             masks: (N, H, W) or (N, C, H, W), or a list of (H, W) or (C, H, W) of the images' sizes;
-                of 1 to 4 channels, and of any dtype but complex. Those of uint8 and of floats are
-                read as they are, others as a copy in float32, which keeps no whole numbers beyond
-                2**24.
-            params: of the images' call.
-            fill: what is seen outside of a mask, as 255 for labels that a loss leaves out.
+                of 1 to 4 channels, and of any dtype but complex. All values stay as they are, those
+                of int64, too.
+            params: of the images' call. Where that mixed, the same partners' boxes are pasted, and
+                masks of floats are blended as the images were.
+            fill: what is seen outside of a mask, as 255 for labels that a loss leaves out; a value
+                of the masks' dtype.
             interpolation: how a resize looks up its pixel: "nearest-exact", by centres, or
                 "nearest", by corners, as torchvision does.
 
         Returns:
             (N, height, width) or (N, C, height, width), of the masks' dtype.
+
+        Raises:
+            ValueError: the images were blended, and the masks are of whole numbers: labels have no
+                mean. Others as of a call.
         """
         filters = {"nearest": Filter.NEAREST, "nearest-exact": Filter.NEAREST_EXACT}
         if interpolation not in filters:
             _refuse("interpolation", f"one of {', '.join(filters)}", repr(interpolation))
         fill = number("Pipeline", "fill", fill)
-        is_flat, batch, dtype = packed_masks(masks)
-        assembly = self._replayed(params, mask=fill, mask_filter=filters[interpolation])
+        given = Masks(masks, fill)
+        batch = given.batch
+        assembly = self._replayed(params, mask=given.fill, mask_filter=filters[interpolation])
         if len(batch.images) != len(params):
             _refuse("masks", f"of as many samples as params, {len(params)}", len(batch.images))
         sizes = torch.stack((params["height"], params["width"]), 1)
@@ -411,11 +438,11 @@ class Pipeline:
         program = assembly.program()
         height, width = self._final(assembly)
         result = op.run(
-            *(batch.pixels, batch.images, program, batch.channels, False, height, width),
-            *(batch.pixels.dtype, False, False),
+            *(batch.pixels, batch.images, program, batch.channels, batch.is_channels_last),
+            *(height, width, batch.pixels.dtype, False, False),
             backend=self.backend,
         )
-        return (result[:, 0] if is_flat else result).to(dtype)
+        return mixed_masks(given.of(result), params)
 
     @_on_host
     def boxes(self, boxes: Tensor | Sequence[Tensor], params: Params) -> Any:
@@ -432,8 +459,12 @@ class Pipeline:
 
         Returns:
             The same of the result, float32, on the boxes' device.
+
+        Raises:
+            ValueError: the images were mixed. Others as of a call.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
+        check_unmixed("boxes", params)
         return moved_boxes(boxes, assembly)
 
     @_on_host
@@ -447,8 +478,12 @@ class Pipeline:
 
         Returns:
             The same of the result, float32, on the points' device.
+
+        Raises:
+            ValueError: the images were mixed. Others as of a call.
         """
         assembly = self._replayed(params, tracks=True, mask=0.0)
+        check_unmixed("keypoints", params)
         return moved_points(keypoints, assembly)
 
 

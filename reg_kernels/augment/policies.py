@@ -74,6 +74,40 @@ def _kinds(names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return numbers, signed, offsets
 
 
+def _strengths(
+    scale: Scale,
+    names: tuple[str, ...],
+    count: int,
+    choice: Tensor,
+    bins: Tensor | int,
+    negative: Tensor,
+    height: Tensor,
+    width: Tensor,
+) -> Tensor:
+    """Of operations, their bins of `count`, and whether those with a sign have the negative one."""
+    strengths = strengths_by_bin(scale, names, count).take(choice * count + bins)
+    for name, side in (("TranslateX", width), ("TranslateY", height)):
+        sides, which = side.unique(return_inverse=True)
+        rows = [shifts_by_bin(scale, count, side) for side in sides.tolist()]
+        shifts = torch.stack(rows).take(which * count + bins)
+        strengths = torch.where(choice == names.index(name), shifts, strengths)
+    _, signed, offsets = _kinds(names)
+    negative = negative & signed.take(choice)
+    return torch.where(negative, -strengths, strengths) + offsets.take(choice)
+
+
+@functools.lru_cache
+def _all_strengths(
+    scale: Scale, names: tuple[str, ...], count: int, height: int, width: int
+) -> Tensor:
+    """Of images of one size: (operations, bins, 2), the positive ones first."""
+    choice = torch.arange(len(names)).view(-1, 1, 1)
+    bins, negative = torch.arange(count).unsqueeze(1), torch.tensor([False, True])
+    choice, bins, negative = torch.broadcast_tensors(choice, bins, negative)
+    sides = (torch.tensor(float(side), dtype=torch.float64) for side in (height, width))
+    return _strengths(scale, names, count, choice, bins, negative, *sides)
+
+
 class _Policy(Transform):
     """What chooses from `names` and draws bins and signs."""
 
@@ -94,16 +128,13 @@ class _Policy(Transform):
         self, choice: Tensor, bins: Tensor | int, sign: Tensor, assembly: Assembly
     ) -> Tensor:
         """Of operations (K, N), their bins, and uniform numbers for the signs."""
-        table = strengths_by_bin(self.scale, self.names, self.bins)
-        strengths = table.take(choice * self.bins + bins)
-        for name, side in (("TranslateX", assembly.width), ("TranslateY", assembly.height)):
-            sides, which = side.unique(return_inverse=True)
-            rows = [shifts_by_bin(self.scale, self.bins, side) for side in sides.tolist()]
-            shifts = torch.stack(rows).take(which * self.bins + bins)
-            strengths = torch.where(choice == self.names.index(name), shifts, strengths)
-        _, signed, offsets = _kinds(self.names)
-        negative = signed.take(choice) & (sign <= 0.5)
-        return torch.where(negative, -strengths, strengths) + offsets.take(choice)
+        kind = (self.scale, self.names, self.bins)
+        negative = sign <= 0.5
+        if assembly.sides is None:
+            return _strengths(*kind, choice, bins, negative, assembly.height, assembly.width)
+        return _all_strengths(*kind, *assembly.sides).take(
+            (choice * self.bins).add_(bins).mul_(2).add_(negative)
+        )
 
     def _columns(self, count: int) -> tuple[str, ...]:
         return tuple(f"{name}{k}" for name in ("op", "strength") for k in range(1, count + 1))

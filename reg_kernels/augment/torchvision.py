@@ -10,7 +10,7 @@ import torch
 from .._numbers import refuse
 from . import colour, crop, geometry, noise, policies
 from ._transform import Transform
-from .mixup import Mixup
+from .mixup import CutMix, MixUp, Mixup, RandomChoice
 
 _TAKEN: dict[str, type[Transform]] = {
     kind.__name__: kind
@@ -27,6 +27,7 @@ _TAKEN: dict[str, type[Transform]] = {
         policies.AugMix,
     )
 }
+_MIXES: dict[str, type[CutMix] | type[MixUp]] = {"MixUp": MixUp, "CutMix": CutMix}
 # What says how a picture becomes a tensor.
 _NOTHING = ("ToImage", "PILToTensor", "ToPureTensor", "Identity")
 
@@ -53,10 +54,10 @@ def _add(transform: Any, taken: list[Transform | Mixup], refused: list[str]) -> 
             taken.append(_TAKEN[name](**_arguments(transform, _TAKEN[name])))
         except (TypeError, ValueError, AttributeError) as error:
             refused.append(f"{name} ({error})")
-    elif name in ("MixUp", "CutMix"):
-        alphas = (transform.alpha, 0.0) if name == "MixUp" else (0.0, transform.alpha)
-        options = {"label_smoothing": 0.0, "num_classes": transform.num_classes}
-        taken.append(Mixup(*alphas, **options))
+    elif name in _MIXES:
+        taken.append(_MIXES[name](alpha=transform.alpha, num_classes=transform.num_classes))
+    elif name == "RandomChoice":
+        _add_choice(transform, taken, refused)
     elif name in ("ToDtype", "ConvertImageDtype", "ToTensor"):
         _add_dtype(transform, name, taken, refused)
     elif name not in _NOTHING:
@@ -89,6 +90,20 @@ def _add_dtype(
         refused.append(f"{name} without scale=True to one dtype")
     else:
         taken.append(noise.ToDtype(dtype))
+
+
+def _add_choice(transform: Any, taken: list[Transform | Mixup], refused: list[str]) -> None:
+    """RandomChoice of a CutMix and a MixUp."""
+    if {type(part).__name__ for part in transform.transforms} != set(_MIXES):
+        refused.append("RandomChoice of other than a CutMix and a MixUp")
+        return
+    parts: list[Any] = []
+    for part in transform.transforms:
+        _add(part, parts, refused)
+    try:
+        taken.append(RandomChoice(parts, transform.p))
+    except ValueError as error:
+        refused.append(f"RandomChoice ({error})")
 
 
 def _add_random(transform: Any, taken: list[Transform | Mixup], refused: list[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # Inside it an op goes straight to its implementation. By a short name: the hot path looks it up.
@@ -16,6 +18,9 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 _func_is_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
 
@@ -50,6 +55,20 @@ def above_autograd() -> Any:
         excluded = excluded.remove(key)
     include = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(include, excluded)
+
+
+def unseen(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function whose tensors are torch.func's in no way, since they depend on none of a call's;
+    so they may be kept, and have memory."""
+
+    @functools.wraps(function)
+    def called(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        if not _func_is_active():
+            return function(*args, **options)
+        with temporarily_clear_interpreter_stack():
+            return function(*args, **options)
+
+    return called
 
 
 def is_transformed() -> bool:

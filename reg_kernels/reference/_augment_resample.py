@@ -239,7 +239,8 @@ def _read(image: Tensor, x: Tensor, y: Tensor, fill: Tensor | float) -> Tensor:
     height, width = image.shape[1:]
     row = y.clamp(0, height - 1).to(torch.int64)
     column = x.clamp(0, width - 1).to(torch.int64)
-    return torch.where(_inside(image, x, y), image[:, row, column], fill)
+    found = image.flatten(1).index_select(1, (row * width + column).flatten())
+    return torch.where(_inside(image, x, y), found.view(-1, *row.shape), fill)
 
 
 def _bilinear(image: Tensor, ux: Tensor, uy: Tensor, fill: Tensor) -> Tensor:

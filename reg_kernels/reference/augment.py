@@ -56,11 +56,33 @@ def augment_backward(
     grad_output: Tensor, pixels: Tensor, images: Tensor, program: Tensor, *rest: object
 ) -> Tensor:
     """The gradient by the pixels, of the result's: the instructions once more, recorded."""
-    again = torch.is_grad_enabled() and (pixels.requires_grad or grad_output.requires_grad)
+    if torch.is_grad_enabled() and (pixels.requires_grad or grad_output.requires_grad):
+        return _gradient(grad_output, pixels, images, program, rest, create_graph=True)
+    # One image after the other, so that the record of one is in memory at a time.
+    gradient = torch.zeros_like(pixels)
+    for own, row, instructions in zip(grad_output, images.tolist(), program, strict=True):
+        offset, height, width = row
+        part = slice(offset, offset + int(rest[0]) * height * width)  # type: ignore[call-overload]
+        image = torch.tensor([[0, height, width]])
+        arguments = (own.unsqueeze(0), pixels[part], image, instructions.unsqueeze(0), rest)
+        gradient[part] += _gradient(*arguments, create_graph=False)
+    return gradient
+
+
+def _gradient(
+    grad_output: Tensor,
+    pixels: Tensor,
+    images: Tensor,
+    program: Tensor,
+    rest: tuple[object, ...],
+    create_graph: bool,
+) -> Tensor:
     with torch.enable_grad():
-        x = pixels if pixels.requires_grad else pixels.detach().requires_grad_()
+        x = pixels if create_graph and pixels.requires_grad else pixels.detach().requires_grad_()
         y = augment(x, images, program, *rest)  # type: ignore[arg-type]
-        (gradient,) = torch.autograd.grad(y, x, grad_output, create_graph=again, allow_unused=True)
+        (gradient,) = torch.autograd.grad(
+            y, x, grad_output, create_graph=create_graph, allow_unused=True
+        )
     return torch.zeros_like(pixels) if gradient is None else gradient
 
 

@@ -66,6 +66,13 @@ def test_transforms_are_known_by_name():
     cut = like("Compose", transforms=[TRAINING[2], like("CutMix", alpha=0.7, num_classes=5)])
     mixup = augment.Pipeline.from_torchvision(cut).transforms[-1]
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0, 0.7, 0)
+    parts = [like("MixUp", alpha=0.3, num_classes=5), like("CutMix", alpha=0.7, num_classes=5)]
+    one_of = like("RandomChoice", transforms=parts, p=[0.25, 0.75])
+    mixup = augment.Pipeline.from_torchvision(one_of).transforms[-1]
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.switch_prob) == (0.3, 0.7, 0.75)
+    assert (mixup.mode, mixup.num_classes, mixup.label_smoothing) == ("batch", 5, 0)
+    with pytest.raises(ValueError, match="got RandomChoice of other than a CutMix and a MixUp"):
+        augment.Pipeline.from_torchvision(like("RandomChoice", transforms=parts[:1], p=[1.0]))
 
 
 def test_torchvisions_own_objects_are_known():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from reg_kernels import augment
 from reg_kernels.augment import _draws
+from reg_kernels.ops import _host_draws
 from reg_kernels.reference._philox import philox4x32
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -45,21 +46,38 @@ def drawn(made, *args, **options):
 # Draws
 
 
-def test_words_are_philoxs():
-    indices, groups = torch.tensor([0, 5, 2**33 + 7]), [3 << 8 | 1, 0xFFFFFF << 8 | 7]
+@pytest.mark.parametrize("epoch", [9, 2**32 - 5])
+def test_words_are_philoxs(epoch, monkeypatch):
+    indices = torch.tensor([0, 5, 2**33 + 7])
+    groups = torch.tensor([3 << 8 | 1, 0xFFFFFF << 8 | 7])
     for seed in (-77, 2**62 + 5):
         key = (seed ^ _draws.TAG) % 2**64
         key = torch.tensor(key - 2**64 if key >= 2**63 else key)
-        words = [
+        words = torch.stack([
             word.double() / 2**32
             for group in groups
-            for word in philox4x32(key, indices, torch.full_like(indices, 9 << 32 | group))
-        ]
-        assert torch.equal(_draws.uniform(seed, 9, indices, groups), torch.stack(words))
+            for word in philox4x32(key, indices, (torch.full_like(indices, epoch) << 32) + group)
+        ])  # fmt: skip
+        assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
+        with monkeypatch.context() as without:
+            without.setattr(_host_draws, "_C", None)
+            assert torch.equal(_draws.uniform(seed, epoch, indices, groups), words)
+
+
+def test_rectangles_are_the_references(monkeypatch):
+    crop = augment.RandomResizedCrop(12, scale=(0.001, 0.9), ratio=(0.2, 3))
+    narrow = augment.RandomResizedCrop(12, scale=(0.9, 1.0), ratio=(4, 5))  # at times none fits
+    erase = augment.RandomErasing(1.0, scale=(0.0, 1.0), ratio=(0.02, 30))
+    made = pipeline(narrow, crop, erase)
+    batch = [images(1, 9 + n % 7, 4 + n)[0] for n in range(64)]
+    rows = made(batch, return_params=True, indices=range(64))[1].table
+    monkeypatch.setattr(_host_draws, "_C", None)
+    assert torch.equal(made(batch, return_params=True, indices=range(64))[1].table, rows)
+    assert 0 < (rows[:, -2] == 0).sum() < 64  # of some images nothing is erased
 
 
 def test_gammas_have_their_moments():
-    u = _draws.uniform(3, 0, torch.arange(20000), range(7))
+    u = _draws.uniform(3, 0, torch.arange(20000), torch.arange(7))
     for alpha in (0.2, 1.0, 3.0):
         gammas = _draws.log_gammas(alpha, u[: _draws.GAMMA_WORDS]).exp()
         assert abs(gammas.mean() / alpha - 1) < 0.05 and abs(gammas.var() / alpha - 1) < 0.12
@@ -231,6 +249,23 @@ def test_gradients_go_to_floats():
     assert torch.autograd.gradcheck(lambda x: made(x, indices=[4]), (x,), fast_mode=True)
 
 
+def test_torch_func_looks_at_the_images_alone():
+    mixup = augment.Mixup(0.4, cutmix_alpha=1.0, num_classes=3)
+    steps = (augment.RandomResizedCrop((7, 13)), *STEPS[1:4], STEPS[-1], mixup)
+    made, x = pipeline(*steps, layout=None), images(3, 11, 17) / 255
+
+    def loss(x):
+        mixed, _, params = made(x, torch.arange(3), indices=torch.arange(3), return_params=True)
+        assert made.apply(x, params).shape == mixed.shape
+        return mixed.square().sum()
+
+    gradient = torch.func.grad(loss)(x)  # first, so that what is kept of a call is kept in there
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(leaf.grad, gradient)
+    torch.testing.assert_close(torch.func.grad(loss)([*x]), [*gradient])
+
+
 class Pictures(Dataset):
     """Bytes (H, W, C) of different sizes, a label and the index of each."""
 
@@ -287,6 +322,68 @@ def test_a_mask_that_is_the_image(exact):
         result, params = made(images(), return_params=True)
         # Of a matrix of float32 another pixel may be the nearest.
         assert (made.apply(images(), params) != result).double().mean() <= (0.003 if exact else 0)
+
+
+@pytest.mark.parametrize("name", ["bool", "int8", "uint16", "int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("most", [2**63 - 1, 100])
+def test_masks_keep_every_whole_number(name, most):
+    dtype, warp = getattr(torch, name), augment.RandomAffine(20, (0.3, 0.3))
+    made = pipeline(warp, augment.RandomCrop(14, 2, padding_mode="reflect"))
+    labels = images(4, 16, 20)
+    _, params = made(labels, return_params=True)
+    seeded = torch.Generator().manual_seed(1)
+    values = torch.randint(-most - 1, most, (256,), generator=seeded).to(dtype)
+    values[255] = 1
+    values = values.view(torch.uint8).view(256, -1)  # since torch looks up no unsigned ones
+    expected = values[made.apply(labels, params, fill=255).long()]
+    masks = values[labels.long()].view(dtype).squeeze(-1)
+    for given in (masks, [*masks], masks.contiguous(memory_format=torch.channels_last)):
+        moved = made.apply(given, params, fill=1)
+        assert moved.dtype == dtype and torch.equal(moved.unsqueeze(-1).view(torch.uint8), expected)
+    flat = made.apply([mask[0] for mask in masks], params, fill=1)
+    assert torch.equal(flat.unsqueeze(-1).view(torch.uint8), expected[:, 0])
+
+
+def test_masks_go_with_mixed_images():
+    flip, batch, labels = augment.RandomHorizontalFlip(), images() / 255, torch.arange(6)
+    both = augment.RandomChoice([augment.CutMix(mode="elem"), augment.MixUp(mode="elem")])
+    for mixup in (augment.CutMix(mode="pair"), augment.MixUp(mode="elem"), augment.MixUp(), both):
+        made = pipeline(flip, mixup)
+        result, target, params = made(batch, labels, return_params=True)
+        torch.testing.assert_close(made.apply(batch, params), result)
+        partner = params["Mixup.partner"].long()
+        assert torch.equal(target.partner_labels, partner)
+        assert torch.equal(target.lam.double().expand(6), params["Mixup.label_lam"])
+        plain = pipeline(flip)(batch)
+        outside = params["Mixup.lam"].view(-1, 1, 1, 1).float()
+        blended = outside * plain + (1 - outside) * plain[partner]
+        for image, own, other, row in zip(
+            result, blended, plain[partner], params.table, strict=True
+        ):
+            x1, y1, x2, y2 = row[-5:-1].long().tolist()
+            own[:, y1:y2, x1:x2] = other[:, y1:y2, x1:x2]
+            torch.testing.assert_close(image, own)
+        points = torch.zeros(6, 1, 2)
+        with pytest.raises(ValueError, match="images that were not mixed, since keypoints do not"):
+            made.keypoints(points, params)
+        masks = (batch[:, 0] * 9).long()
+        if (params["Mixup.lam"] != 1).any():
+            with pytest.raises(
+                ValueError, match=r"masks must be of floats where Mixup .* got int64"
+            ):
+                made.apply(masks, params)
+        else:
+            assert torch.equal(made.apply(masks, params), made.apply(masks.double(), params).long())
+        mixup.mixup_enabled = False
+        *_, params = made(batch, labels, return_params=True)
+        assert made.keypoints(points, params).shape == (6, 1, 2)
+        assert torch.equal(made.apply(masks, params), pipeline(flip).apply(masks, drop(params)))
+
+
+def drop(params):
+    """Parameters of the same without a Mixup."""
+    kept = [name for name in params.columns if not name.startswith("Mixup")]
+    return augment.Params(params.table[:, : len(kept)], tuple(kept), params.pipeline)
 
 
 def test_masks_go_with_images_of_floats_that_are_erased():
@@ -417,6 +514,15 @@ ARGUMENTS = {
         lambda: pipeline()(images(2), indices=[1])
     ),
     "Pipeline: indices must be at least 0, got -1": lambda: pipeline()(images(1), indices=[-1]),
+    "Pipeline: indices must be below 2..63; of hashes .* got 18446744073709551615": (
+        lambda: pipeline()(images(1), indices=torch.tensor([2**64 - 1], dtype=torch.uint64))
+    ),
+    "Pipeline: indices must be whole numbers from 0 to 2..63 - 1, of shape .1,.": (
+        lambda: pipeline()(images(1), indices=[2**64])
+    ),
+    "Pipeline: images must be all .C, H, W. or all .H, W, C., .* got .3, 8, 9. and .8, 9, 3.": (
+        lambda: A.Pipeline()([torch.zeros(3, 8, 9), torch.zeros(8, 9, 3)])
+    ),
     "Pipeline: masks must be of the images' sizes, .16, 20., got .3, 4. at 0": lambda: (
         pipeline().apply(torch.zeros(1, 3, 4), pipeline()(images(1), return_params=True)[1])
     ),
@@ -429,6 +535,23 @@ ARGUMENTS = {
     ),
     "Pipeline: position must be at least 0, got -1": (
         lambda: pipeline().load_state_dict({"seed": 0, "epoch": 0, "position": -1})
+    ),
+    "Pipeline: fill must be a value of int8, the masks' dtype, got 255.0": lambda: pipeline().apply(
+        torch.zeros(1, 16, 20, dtype=torch.int8),
+        pipeline()(images(1), return_params=True)[1],
+        fill=255,
+    ),
+    "RandomChoice: transforms must be a CutMix and a MixUp; .* got MixUp, MixUp": (
+        lambda: A.RandomChoice([A.MixUp(), A.MixUp()])
+    ),
+    "RandomChoice: transforms must be a CutMix and a MixUp; .* got GaussianBlur": (
+        lambda: A.RandomChoice([A.GaussianBlur(3)])
+    ),
+    "RandomChoice: transforms must be alike but for alpha, got num_classes of 5 and None": (
+        lambda: A.RandomChoice([A.MixUp(), A.CutMix(num_classes=5)])
+    ),
+    "RandomChoice: p must be a number for each": (
+        lambda: A.RandomChoice([A.MixUp(), A.CutMix()], p=[1, 2, 3])
     ),
     "RandomResizedCrop: antialias must be True, False or None, got 'no'": (
         lambda: A.RandomResizedCrop(8, antialias="no")

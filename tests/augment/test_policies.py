@@ -19,9 +19,9 @@ SAMPLES = 6000
 def drawn(transform, samples=SAMPLES):
     """The parameters that a policy draws for many small images, by name, and its steps."""
     made = augment.Pipeline(transform, seed=11, layout="NCHW")
-    assembly = made._assembled(_batch(samples), torch.arange(samples))
-    table, columns = assembly[0].table, assembly[0].columns
-    values = {name.split(".")[-1]: table[:, k] for k, name in enumerate(columns)}
+    rows, _ = made._assembled(_batch(samples), torch.arange(samples))
+    columns = (name.split(".")[-1] for name in made._plans[True].columns)
+    values = dict(zip(columns, rows, strict=True))
     steps = sum(name.startswith("op") for name in values)
     return values, steps
 
@@ -30,7 +30,7 @@ def _batch(samples):
     from reg_kernels.augment._images import Batch
 
     images = torch.tensor([[0, 40, 60]]).repeat(samples, 1)
-    return Batch(torch.zeros(7200, dtype=torch.uint8), images, 3, False, False)
+    return Batch(torch.zeros(7200, dtype=torch.uint8), images, 3, False, False, (40, 60))
 
 
 def shares(values, name):

@@ -382,9 +382,9 @@ def test_samples_that_nothing_applies_to_have_no_instruction():
     steps = [augment.RandomHorizontalFlip(0.3), augment.RandomRotation(9, p=0.3)]
     made = augment.Pipeline(*steps, augment.RandomVerticalFlip(0.3), seed=1, layout="NCHW")
     packed = _images.packed(torch.zeros(60, 1, 9, 8), "NCHW")
-    params, written = made._assembled(packed, torch.arange(60))
-    flags = [name for name in params.columns if name.endswith("applied")]
-    changed = torch.stack([params[name] for name in flags]).any(0)
+    rows, written = made._assembled(packed, torch.arange(60))
+    columns = zip(made._plans[True].columns, rows, strict=True)
+    changed = torch.stack([row for name, row in columns if name.endswith("applied")]).any(0)
     program = written.program()
     assert program.shape[1] == 1 and torch.equal(program[:, 0, 0] > 0, changed)
     assert 10 < changed.sum() < 50

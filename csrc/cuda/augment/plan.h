@@ -79,10 +79,6 @@ RK_HD int64_t scratch_row(int32_t width) {
   return ceil_div(width, kLoadVector) * static_cast<int64_t>(kLoadVector);
 }
 
-inline ImageRange range_of(const AugmentBatch& batch) {
-  return {batch.from == PixelType::bytes ? 255.0f : 1.0f, batch.exact};
-}
-
 class AugmentPlanner {
  public:
   explicit AugmentPlanner(const AugmentBatch& batch, int64_t most_scratch = kAugmentScratch)

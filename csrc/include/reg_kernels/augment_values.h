@@ -159,6 +159,10 @@ struct ImageRange {
   }
 };
 
+RK_HD ImageRange range_of(const AugmentBatch& batch) {
+  return {batch.from == PixelType::bytes ? 255.0f : 1.0f, batch.exact};
+}
+
 // What a byte stores, as a whole number in [0, 255]; NaN is 0.
 template <typename F>
 RK_HD F stored_byte(F v) {
