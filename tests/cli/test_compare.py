@@ -123,6 +123,7 @@ def test_the_numbers_are_those_of_trainings_by_hand(
         assert measures["seconds_per_epoch"] > 0
         assert measures["peak_bytes"] > 0
         assert len(trial["history"]["validation_loss"]) == expected["epochs"]
+        assert {name.split("_")[0] for name in trial["history"]} == {"train", "validation"}
         assert ("teacher" in trial) == (trial["arm"] == "distillation")
     for name in methods:
         for measure in ("test_loss", "test_accuracy", "attacked_accuracy", "test_ece"):
