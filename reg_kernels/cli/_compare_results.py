@@ -10,19 +10,17 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .. import _console
+from ._compare_plan import ALL, FACTORIAL, Plan
 from ._statistics import LEVEL, effect, interaction, mean_difference
 from ._study import Standing, task_key
 from ._trainer.training import ATTACKED
 from ._trial import RESULT
-
-if TYPE_CHECKING:
-    from .compare import Plan
 
 BETTER, WORSE, UNTOLD = "#1b6ca8", "#d95f02", "#888888"
 MOST_PANELS = 24
@@ -206,7 +204,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     rows = [(label, *(m.value(first["means"].get(k)) for k, m in measures.items()))]
     for method in _ranked(results):
         cells = [change(effects[method].get(name), name) for name in measures]
-        rows.append((f"{'+ ' if label != 'all' else ''}{method}", *cells))
+        rows.append((f"{'+ ' if label != ALL else ''}{method}", *cells))
     heads = [m.title + (" (ratio)" if m.is_ratio else "") for m in measures.values()]
     _console.print_table("", ["", *heads], rows, words=1)
     _console.print_lines(_notes(results))
@@ -224,7 +222,7 @@ def change(effect: Mapping[str, Any] | None, name: str) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     n = len(results["seeds"])
-    what = "the other methods on or off" if results["design"] == "factorial" else "the same seed"
+    what = "the other methods on or off" if results["design"] == FACTORIAL else "the same seed"
     lines = [
         f"with the method less without it, {what}: means of {n} paired "
         f"{'seeds' if n > 1 else 'seed'}"

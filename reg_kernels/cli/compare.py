@@ -12,28 +12,19 @@ same command in several processes, or on machines that share the storage, divide
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.trial import Trial
 
 from .. import _console
 from ..training import METHODS, Recipe
+from ._compare_plan import DESIGNS, FACTORIAL, NAME, ONE_ON, Plan, arms_of
 from ._compare_results import draw_curves, draw_effects, print_results, summary
 from ._errors import UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch
 from ._recipe import RECIPE, add_recipe_arguments, methods_from, recipe_from
-from ._study import INTERRUPTED, Standing, Study, workers
+from ._study import INTERRUPTED, workers
 from ._trial import (
-    RESULT,
-    Setting,
     add_trial_arguments,
     check_seeds,
     setting_from,
@@ -41,12 +32,9 @@ from ._trial import (
     workers_of,
 )
 
-ONE_ON, ONE_OFF, FACTORIAL = DESIGNS = ("one-on", "one-off", "factorial")
 MOST_TRIALS = 300  # unless --max-trials allows more
 EFFECTS, CURVES, COMPARE, STUDY = "effects.png", "curves.png", "compare.json", "study.db"
 RESULTS = (EFFECTS, CURVES, COMPARE, RECIPE)
-NAME = "compare"  # of the study
-_NONE, _ALL = "base", "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,66 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse designs with more trainings than that (default: %(default)s)",
     )
     add_recipe_arguments(parser)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Nets that are trained with the same methods."""
-
-    label: str
-    on: frozenset[str]
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is trained, and where it is kept."""
-
-    recipe: Recipe  # with the methods' strengths, as far as it has some
-    methods: tuple[str, ...]
-    design: str
-    arms: dict[str, Arm]
-    seeds: range
-    setting: Setting
-    storage: str
-
-    def tasks(self) -> list[dict[str, Any]]:
-        """The trials, those of a seed together: what is done first can be compared first."""
-        folds = range(max(1, self.setting.folds))
-        return [
-            {"arm": arm, "seed": seed, "fold": fold}
-            for seed in self.seeds
-            for fold in folds
-            for arm in self.arms
-        ]
-
-    def study(self) -> Study:
-        about = self.setting.about() | {"design": self.design, "methods": self.methods}
-        space = {
-            "arm": CategoricalDistribution(list(self.arms)),
-            "seed": IntDistribution(0, 2**32 - 1),  # so that more of them can come
-            "fold": IntDistribution(0, max(0, self.setting.folds - 1)),
-        }
-        return Study(self.storage, NAME, about | dataclasses.asdict(self.recipe), space)
-
-    def work(self, study: Study, watch: Watch | None = None) -> Standing:
-        """Trains what is left to train. Without somebody to watch it waits for nobody."""
-
-        def train(trial: Trial) -> float:
-            arm, seed, fold = (trial.params[name] for name in ("arm", "seed", "fold"))
-            recipe = self.arms[arm].recipe
-            if watch is not None:
-                part = f", fold {fold}" if self.setting.folds else ""
-                watch.begins(f"{arm}, seed {seed}{part}", recipe.epochs)
-            after_epoch = (lambda *_: None) if watch is None else watch.epoch
-            result = self.setting.train(recipe, seed, fold, after_epoch)
-            trial.set_user_attr(RESULT, result)
-            loss = result["measures"]["validation_loss"]
-            return float("inf") if loss is None else float(loss)
-
-        if watch is None:
-            return study.work(train, self.tasks(), wait=False)
-        return study.work(train, self.tasks(), show=watch.stands)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,7 +142,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         recipe=recipe,
         methods=methods,
         design=args.design,
-        arms={arm.label: arm for arm in _arms(recipe, methods, args.design)},
+        arms={arm.label: arm for arm in arms_of(recipe, methods, args.design)},
         seeds=seeds,
         setting=setting_from(args, attacked_by=with_all.adversarial),
         storage=args.storage or str(_out(args) / STUDY),
@@ -224,19 +152,3 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _out(args: argparse.Namespace) -> Path:
     out: Path | None = args.out
     return out or Path("runs") / f"{NAME}-{Path(args.data).stem}"
-
-
-def _arms(recipe: Recipe, methods: tuple[str, ...], design: str) -> Iterator[Arm]:
-    """The nets of a design, the one that the others are set against first."""
-
-    def arm(label: str, on: tuple[str, ...]) -> Arm:
-        return Arm(label, frozenset(on), recipe.with_methods(on, methods))
-
-    if design == ONE_OFF:
-        yield arm(_ALL, methods)
-        for name in methods:
-            yield arm(f"without {name}", tuple(other for other in methods if other != name))
-        return
-    for size in range(len(methods) + 1 if design == FACTORIAL else 2):
-        for on in itertools.combinations(methods, size):
-            yield arm(" + ".join(on) or _NONE, on)

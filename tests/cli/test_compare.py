@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from reg_kernels.cli import _study, build_parser, compare, main
+from reg_kernels.cli._compare_plan import Plan, arms_of
 from reg_kernels.cli._compare_results import draw_curves, draw_effects, summary, verdict
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._progress import sparkline
@@ -58,7 +59,7 @@ def command(data: Path, out: Path, *more: object) -> list[str]:
     return ["compare", *map(str, given)]
 
 
-def plan_of(argv: list[str]) -> compare.Plan:
+def plan_of(argv: list[str]) -> Plan:
     return compare._plan(build_parser(["compare"]).parse_args(argv))
 
 
@@ -157,7 +158,7 @@ def test_designs() -> None:
     def on(design: str) -> dict[str, dict[str, Any]]:
         return {
             arm.label: arm.recipe.methods()
-            for arm in compare._arms(recipe, ("dropout", "l1", "batch_norm"), design)
+            for arm in arms_of(recipe, ("dropout", "l1", "batch_norm"), design)
         }
 
     rest, dropout = {"noise": 0.1}, {"dropout": 0.3}
@@ -178,7 +179,7 @@ def test_designs() -> None:
     }
 
 
-def done_by(plan: compare.Plan, measures: Any) -> Standing:
+def done_by(plan: Plan, measures: Any) -> Standing:
     """A study whose trials all came out as `measures(on, seed, fold)` says."""
     trials = []
     for task in plan.tasks():
