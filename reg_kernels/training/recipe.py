@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# The models that a recipe can have.
 MODELS = ("conv", "resnet", "mlp", "mixer")
 
 
@@ -51,9 +52,12 @@ class Method:
 
 _UNIT: Mapping[str, Any] = {"limits": (0.0, 1.0), "open": False}
 
+# What each method is, by its name, which is a field of a `Recipe`.
+METHODS: dict[str, Method]
+
 # Dropout's strengths: N. Srivastava et al., JMLR 15 (2014), section A.4; label smoothing's: C.
 # Szegedy et al., CVPR 2016, R. Müller et al., NeurIPS 2019; mixup's: H. Zhang et al., ICLR 2018.
-METHODS: dict[str, Method] = {
+METHODS = {
     "dropout": Method(
         *(0.5, (0.2, 0.6), "units dropped before and in the head", "layers.md"), limits=(0.0, 1.0)
     ),
