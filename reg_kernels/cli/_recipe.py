@@ -64,8 +64,12 @@ def recipe_from(args: argparse.Namespace, base: Recipe) -> Recipe:
         for field in dataclasses.fields(Recipe)
         if getattr(args, field.name, None) is not None
     }
-    if args.recipe is None and "model" not in given and given.get("drop_path"):
-        given["model"] = METHODS["drop_path"].models[0]
+    if args.recipe is None and "model" not in given:
+        asked = {name for name, value in given.items() if value}
+        asked.update(_named(getattr(args, "methods", None) or ""))
+        of_each = [METHODS[name].models for name in METHODS if name in asked]
+        fitting = [m for m in MODELS if all(m in models for models in of_each)]
+        given |= {"model": fitting[0]} if fitting else {}
     try:
         if args.recipe is not None:
             recipe = Recipe.from_toml(_read(args.recipe))
@@ -99,7 +103,7 @@ def methods_from(names: str | None, model: str, default: Iterable[str]) -> tuple
     that all have. Raises UsageError, one line."""
     if names is None:
         return tuple(name for name in METHODS if name in default and model in METHODS[name].models)
-    asked = [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]
+    asked = _named(names)
     if not asked:
         raise UsageError("--methods: must name at least one method, got none")
     for name in asked:
@@ -110,6 +114,10 @@ def methods_from(names: str | None, model: str, default: Iterable[str]) -> tuple
                 f"--methods: {name} goes with --model {', '.join(models)}, got {model}"
             )
     return tuple(name for name in METHODS if name in asked)
+
+
+def _named(names: str) -> list[str]:
+    return [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]
 
 
 def _option(name: str) -> str:

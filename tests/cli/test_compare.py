@@ -23,6 +23,7 @@ from reg_kernels.cli._compare_plan import Plan, arms_of
 from reg_kernels.cli._compare_results import draw_curves, draw_effects, summary, verdict
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._progress import sparkline
+from reg_kernels.cli._recipe import recipe_from
 from reg_kernels.cli._statistics import bootstrap
 from reg_kernels.cli._study import Standing
 from reg_kernels.cli._trainer.fused import fused_kernels
@@ -388,6 +389,20 @@ def test_a_crash_is_reported_at_the_end(
     assert found["effects"]["l1"]["test_loss"]["seeds"].keys() == {"1"}
     for name in ("effects.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ("--methods dropout,batch-norm", "conv"),
+        ("--methods dropout,drop_path", "resnet"),
+        ("--methods dropout --drop-path 0.1", "resnet"),
+        ("--methods drop_path --model mixer", "mixer"),
+    ],
+)
+def test_the_model_is_one_that_the_methods_go_with(words: str, model: str) -> None:
+    args = build_parser(["compare"]).parse_args(["compare", *words.split()])
+    assert recipe_from(args, Recipe()).model == model
 
 
 # What it refuses

@@ -96,8 +96,13 @@ def test_ctrl_c_while_a_trial_begins_waits_until_it_is_known(
         return trial
 
     monkeypatch.setattr(Study, "_begin", begin_and_signal)
-    with pytest.raises(KeyboardInterrupt):
-        study.work(value_of, TASKS)
+    # A shell's background job ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.work(value_of, TASKS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [t.state for t in study.trials()] == [TrialState.FAIL]
 
 
