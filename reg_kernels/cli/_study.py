@@ -25,7 +25,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,20 +146,23 @@ class Study:
         """All trials by their number, as they stand in the storage now. Not to be changed."""
         return self._study.get_trials(deepcopy=False)
 
-    def standing(self, tasks: Iterable[Params] | None = None) -> Standing:
-        """How far the study is with the tasks or, without a list, with all that was begun.
+    def standing(self, tasks: Sequence[Params] | None = None) -> Standing:
+        """How far the study is with the tasks alone or, without a list, with all that was begun.
 
         What a process left that is gone is given back.
         """
         trials = self.trials()
-        running = [trial for trial in trials if _is_running(trial)]
         for trial in trials:
-            if trial.state == TrialState.RUNNING and trial not in running:
+            if trial.state == TrialState.RUNNING and not _is_running(trial):
                 self._end(trial.number, TrialState.FAIL)
-        done = [trial for trial in trials if trial.state in _DONE]
         if tasks is None:
             begun = [t.params for t in trials if t.params.keys() == self._space.keys()]
-            tasks = {task_key(params): params for params in begun}.values()
+            tasks = list({task_key(params): params for params in begun}.values())
+        else:  # others may be at more of them, such as seeds, that nobody here waits for
+            asked = {task_key(params) for params in tasks}
+            trials = [trial for trial in trials if task_key(trial.params) in asked]
+        running = [trial for trial in trials if _is_running(trial)]
+        done = [trial for trial in trials if trial.state in _DONE]
         taken = {task_key(trial.params) for trial in (*done, *running)}
         crashes = [t for t in trials if t.number >= self._since and _crashed(t)]
         times = Counter(task_key(trial.params) for trial in crashes)

@@ -390,6 +390,31 @@ def test_a_crash_is_reported_at_the_end(
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_methods_of_which_every_training_crashes(
+    data: Path,
+    tmp_path: Path,
+    no_plot: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is nothing particular to say of them."""
+    train = Setting.train
+
+    def crashing(self: Setting, recipe: Recipe, *rest: Any) -> Any:
+        if recipe.methods().keys() - {"batch_norm"}:
+            raise RuntimeError("out of luck")
+        return train(self, recipe, *rest)
+
+    monkeypatch.setattr(Setting, "train", crashing)
+    methods = "l1,early_stopping,distillation"
+    assert main(command(data, tmp_path, "--methods", methods, "--seeds", 1)) == 1
+    said = capsys.readouterr().out
+    found = results(tmp_path)
+    for name in methods.split(","):
+        assert f"crashed: {name}, seed 0: RuntimeError: out of luck" in said
+        assert (found["arms"][name]["means"], found["effects"][name]) == ({}, {})
+
+
 # What it refuses
 
 
@@ -406,6 +431,7 @@ def test_a_crash_is_reported_at_the_end(
             "--methods: drop_path goes with --model resnet, mixer, got mlp",
         ),
         (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["--seeds", "4294967297"], "--seeds: must be at most 4294967296, got 4294967297"),
         (["--seed", "-1"], "--seed: must be in 0..4294967294, got -1"),
         (["--workers", "0"], "--workers: must be at least 1, got 0"),
         (

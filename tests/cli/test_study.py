@@ -211,6 +211,18 @@ def test_of_two_that_begin_the_same_the_later_one_gives_way(
     assert len(study.trials()) == 7
 
 
+def test_what_others_are_at_besides_is_not_waited_for(where: str) -> None:
+    study, other = opened(where), opened(where)
+    more = [{"arm": arm, "seed": 7} for arm in ("base", "l1")]
+    other.work(value_of, more[:1])
+    trial = other._begin(more[1])
+    assert [t.params for t in other.standing(more).running] == more[1:]
+    standing = study.work(value_of, TASKS)  # ends
+    assert not standing.running
+    assert [t.params for t in standing.done] == TASKS
+    assert trial.number not in [t.number for t in standing.done]
+
+
 @both
 def test_drawn_trials_end_at_most_and_go_on_with_others(where: str) -> None:
     space = {"p": FloatDistribution(0.0, 1.0)}
