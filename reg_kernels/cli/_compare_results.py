@@ -126,7 +126,7 @@ def _means(measures: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Of an arm's trials; None of what one of them has none of."""
     found: dict[str, float | None] = {}
     for name in measures[0] if measures else ():
-        there = [each[name] for each in measures if each[name] is not None]
+        there = [value for each in measures if (value := each[name]) is not None]
         found[name] = statistics.fmean(there) if len(there) == len(measures) else None
     return found
 
@@ -238,7 +238,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     runaway = sum(None in trial["measures"].values() for trial in results["trials"])
     if runaway:
         lines.append(
-            f"{runaway} trials ended with a loss that is not finite, and are left out of it"
+            f"trials that ended with a loss that is not finite, which leave their seed out of what "
+            f"is said of it: {runaway}"
         )
     for crash in results["crashed"]:
         fold = f", fold {crash['fold']}" if results["about"]["folds"] else ""

@@ -27,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from ._errors import UsageError
+from ._errors import UsageError, one_line
 from ._files import output_file
 
 ATTEMPTS = 2  # of what crashes, before it is left alone and reported
@@ -128,8 +129,8 @@ class Study:
         for key in (*about, *there):
             if there.get(key) != about.get(key):
                 raise UsageError(
-                    f"--storage {where}: is of another study: {key} {_short(there.get(key))} "
-                    f"there, {_short(about.get(key))} here; name another one"
+                    f"--storage {where}: is of another study: {key} {one_line(there.get(key))} "
+                    f"there, {one_line(about.get(key))} here; name another one"
                 )
         # Crashes of earlier times are no reason not to try again.
         self._since = len(found)
@@ -350,6 +351,8 @@ def workers(work: Callable[..., object], count: int, *arguments: Any) -> Iterato
         for _ in range(count)
     ]
     # The terminal's Ctrl-C does not reach them, which they would not be ready for while they start.
+    # The tracker that Python starts with the first of them would let signals through again.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
@@ -499,10 +502,4 @@ def _storage_errors(
         said = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
         if "locked" in said:
             expected = f"is locked by another process, for more than {LOCK_SECONDS:g} s"
-        raise UsageError(f"--storage {where}: {expected}: {_short(said)}") from error
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+        raise UsageError(f"--storage {where}: {expected}: {one_line(said)}") from error

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .. import __version__, _console
+from .. import __version__, _console, _extras
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
 from ._errors import UsageError
@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the input is found here, before anything is written.
+    if args.tensorboard:
+        _extras.require("--tensorboard", "tensorboard")
     _check_numbers(args)
     regularised = recipe_from(args, REGULARISED)
     _check_sizes(args, regularised)

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,25 @@ def test_two_processes_on_one_storage(where: str, tmp_path: Path) -> None:
     study = opened(where)
     assert_all_done_once(study)
     assert len({t.user_attrs["pid"] for t in study.trials() if "pid" in t.user_attrs}) == 2
+
+
+def note_blocked(path: str) -> None:
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    Path(path).write_text(str(blocked))
+
+
+def test_the_terminals_ctrl_c_does_not_reach_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the first one either, with which Python starts a process of its own."""
+    tracker = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    monkeypatch.setattr(tracker, "_fd", None)
+    monkeypatch.setattr(tracker, "_pid", None)
+    with workers(note_blocked, 1, str(tmp_path / "blocked")):
+        pass
+    os.close(tracker._fd)
+    assert (tmp_path / "blocked").read_text() == "True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @both
