@@ -42,6 +42,7 @@ docs/recipes
 docs/early_stopping
 docs/training
 docs/comparing
+docs/tuning
 docs/implementations
 docs/numerics
 docs/benchmarks

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": Command(
         "train with and without each method of regularisation, over seeds", "compare"
     ),
+    "tune": Command("search the strengths of methods for a recipe that does better", "compare"),
 }
 
 

@@ -73,7 +73,7 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
     """All that there is to tell, as compare.json has it."""
     trials = [t.params | {"number": t.number} | t.user_attrs[RESULT] for t in standing.done]
     folds = max(1, plan.setting.folds)
-    values = {name: _by_seed(list(plan.arms), trials, name, folds) for name in MEASURES}
+    values = {name: by_seed(list(plan.arms), trials, name, folds) for name in MEASURES}
     return {
         "about": plan.setting.about() | {"data": plan.setting.images.source},
         "design": plan.design,
@@ -88,11 +88,11 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
             for label, arm in plan.arms.items()
         },
         "effects": {
-            method: _effects(values, functools.partial(mean_difference, pairs=_pairs(plan, method)))
+            method: effects(values, functools.partial(mean_difference, pairs=_pairs(plan, method)))
             for method in plan.methods
         },
         "interactions": {
-            f"{first} x {second}": _effects(values, functools.partial(interaction, fours=fours))
+            f"{first} x {second}": effects(values, functools.partial(interaction, fours=fours))
             for first, second in itertools.combinations(plan.methods, 2)
             if (fours := _fours(plan, first, second))
         },
@@ -104,7 +104,7 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
     }
 
 
-def _by_seed(
+def by_seed(
     arms: list[str], trials: list[dict[str, Any]], name: str, folds: int
 ) -> dict[str, dict[int, float]]:
     """A measure by arm and seed, the mean over the folds; a ratio's logarithm. A seed of which a
@@ -154,7 +154,7 @@ def _fours(plan: Plan, first: str, second: str) -> list[tuple[str, str, str, str
     return fours
 
 
-def _effects(values: Mapping[str, Values], difference: Any) -> dict[str, Any]:
+def effects(values: Mapping[str, Values], difference: Any) -> dict[str, Any]:
     """By measure: the mean effect, its interval and each seed's. Ratios are ratios again."""
     found = {}
     for name, measure in MEASURES.items():
@@ -201,14 +201,14 @@ def print_results(results: Mapping[str, Any]) -> None:
     (label, first), *_ = arms.items()
     rows = [(label, *(m.value(first["means"].get(k)) for k, m in measures.items()))]
     for method in _ranked(results):
-        cells = [_change(effects[method].get(name), name) for name in measures]
+        cells = [change(effects[method].get(name), name) for name in measures]
         rows.append((f"{'+ ' if label != ALL else ''}{method}", *cells))
     heads = [m.title + (" (ratio)" if m.is_ratio else "") for m in measures.values()]
     _console.print_table("", ["", *heads], rows, words=1)
     _console.print_lines(_notes(results))
 
 
-def _change(effect: Mapping[str, Any] | None, name: str) -> str:
+def change(effect: Mapping[str, Any] | None, name: str) -> str:
     if effect is None:
         return "-"
     measure = MEASURES[name]

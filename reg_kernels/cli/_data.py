@@ -5,6 +5,7 @@ Shapes: N images of C channels, H rows and W columns; K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import math
@@ -71,6 +72,9 @@ class Split:
         }
         return {name: part for name, part in parts.items() if len(part[1])}
 
+    def without_test(self) -> Split:
+        return dataclasses.replace(self, test_x=self.test_x[:0], test_y=self.test_y[:0])
+
 
 def load_images(source: str, image_size: int = 32) -> Images:
     """Reads scikit-learn's handwritten digits, an `.npz` file with arrays `x` and `y`, or a folder
@@ -100,12 +104,14 @@ def split(
     seed: int,
     validation_size: int = 0,
     fold: tuple[int, int] | None = None,
+    test_seed: int | None = None,
 ) -> Split:
     """Draws stratified sets: `train_size` images to train on, `validation_size` to validate on,
     and the rest to test on.
 
     With a `fold` (k, K) the validation set is the k-th of K parts of the training set, 0 <= k < K,
-    and the other parts are trained on; the test set is the same for each.
+    and the other parts are trained on; the test set is the same for each. With a `test_seed` the
+    test set is that seed's, and `seed` draws the other two of what it leaves.
     """
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -130,11 +136,13 @@ def split(
                 f"{images.classes} classes, got {size}"
             )
 
-    def drawn(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a number, and the others."""
-        return train_test_split(rows, train_size=size, stratify=images.y[rows], random_state=seed)
+    test_seed = seed if test_seed is None else test_seed
 
-    train, test = drawn(np.arange(total), train_size)
+    def drawn(rows: np.ndarray, size: int, by: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a number, and the others."""
+        return train_test_split(rows, train_size=size, stratify=images.y[rows], random_state=by)
+
+    train, test = drawn(np.arange(total), train_size, test_seed)
     validation = train[:0]
     if fold is not None:
         k, folds = fold
@@ -147,7 +155,9 @@ def split(
         kept, left_out = list(cut.split(train, images.y[train]))[k]
         train, validation = train[kept], train[left_out]
     elif validation_size:
-        validation, test = drawn(test, validation_size)
+        validation, test = drawn(test, validation_size, test_seed)
+        if seed != test_seed:
+            train, validation = drawn(np.concatenate([train, validation]), train_size, seed)
     # Per channel and in double precision: float32 pixels may be large enough to overflow a sum of
     # squares. A constant channel is centred and otherwise left alone.
     channels = images.x[train].astype(np.float64)

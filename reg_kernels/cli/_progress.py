@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.progress import Progress
 
@@ -19,11 +19,17 @@ class Watch:
 
     Args:
         progress: where they are shown.
-        total: the trials that there are to be.
+        total: the trials that there are to be, None for as many as the time allows.
+        note: what else to say of how things stand.
     """
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total = progress, total
+    def __init__(
+        self,
+        progress: Progress,
+        total: int | None,
+        note: Callable[[Standing], str] = lambda standing: "",
+    ) -> None:
+        self._progress, self._total, self._note = progress, total, note
         self._trials = progress.add_task("", total=total)
         self._net = progress.add_task("", total=None, visible=False)
         self._start = time.monotonic()
@@ -35,11 +41,12 @@ class Watch:
         if self._before is None:
             self._before = done
         text = "trials"
-        if new := done - self._before:
+        if (new := done - self._before) and self._total is not None:
             left = (time.monotonic() - self._start) / new * (self._total - done)
-            text += f", {_duration(left)} left"
+            text += f", {duration(left)} left"
         if standing.crashed:
             text += f", {len(standing.crashed)} crashed"
+        text += self._note(standing)
         self._progress.update(self._trials, completed=done, description=text)
         if not standing.free and standing.running:
             self._progress.update(self._net, description="waiting for other processes")
@@ -68,5 +75,5 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(" " if v is None else _BARS[round((v - low) * scale)] for v in shown)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

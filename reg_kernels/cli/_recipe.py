@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..training import METHODS, MODELS, Recipe
+from ..training.recipe import unknown
 from ._errors import UsageError
 
 MOST_BYTES = 2**16  # of a recipe's file; one has less than two thousand
@@ -96,6 +97,24 @@ def options_of(recipe: Recipe, base: Recipe) -> list[str]:
         else:
             words += [option, str(value)]
     return words
+
+
+def methods_from(names: str | None, model: str, default: Iterable[str]) -> tuple[str, ...]:
+    """The methods of `--methods`, else those of the default that go with the model, in the order
+    that all have. Raises UsageError, one line."""
+    if names is None:
+        return tuple(name for name in METHODS if name in default and model in METHODS[name].models)
+    asked = [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]
+    if not asked:
+        raise UsageError("--methods: must name at least one method, got none")
+    for name in asked:
+        if name not in METHODS:
+            raise UsageError(f"--methods: {unknown('method', name, METHODS)}")
+        if model not in (models := METHODS[name].models):
+            raise UsageError(
+                f"--methods: {name} goes with --model {', '.join(models)}, got {model}"
+            )
+    return tuple(name for name in METHODS if name in asked)
 
 
 def _option(name: str) -> str:

@@ -70,6 +70,7 @@ class Setting:
     backend: str | None
     implementation: str
     attacked_by: float = 0.0  # how far the attack goes that the test set is put under, if at all
+    test_seed: int | None = None  # whose test set all seeds have; None for each its own
 
     def about(self) -> dict[str, Any]:
         """What the results depend on."""
@@ -89,15 +90,21 @@ class Setting:
     def split(self, seed: int, fold: int = 0) -> Split:
         """The images of a seed and, with folds, of one of them."""
         of = (fold, self.folds) if self.folds else None
-        return split(self.images, self.train_size, seed, self.validation_size, of)
+        return split(self.images, self.train_size, seed, self.validation_size, of, self.test_seed)
 
     def train(
-        self, recipe: Recipe, seed: int, fold: int = 0, after_epoch: Epoch = lambda *_: None
+        self,
+        recipe: Recipe,
+        seed: int,
+        fold: int = 0,
+        after_epoch: Epoch = lambda *_: None,
+        tested: bool = True,
     ) -> dict[str, Any]:
         """Trains a net by a recipe.
 
         `after_epoch` is called at the end of each epoch, not of a teacher's; it may raise what
-        ends the training.
+        ends the training. Where it is not `tested` nobody looks at the test set, and its measures,
+        the gap and the memory are left out.
 
         Returns:
             What JSON can hold, None for what is not finite: "measures", the losses, accuracies and
@@ -107,8 +114,9 @@ class Setting:
             each measure of the training and the validation set; and "teacher", the epochs and
             seconds that a teacher took before.
         """
+        data = self.split(seed, fold)
         training = Training(
-            self.split(seed, fold),
+            data if tested else data.without_test(),
             classes=self.images.classes,
             recipes={"": recipe},
             seeds=range(seed, seed + 1),
@@ -126,9 +134,10 @@ class Setting:
         training.run(look)
         *teachers, run = training.runs
         measures = dict(training.results[run.name])
-        measures["gap"] = measures["train_accuracy"] - measures["test_accuracy"]
         measures["seconds_per_epoch"] = statistics.median(training.seconds[run.name])
-        measures["peak_bytes"] = float(training.step_bytes(follow_memory))
+        if tested:
+            measures["gap"] = measures["train_accuracy"] - measures["test_accuracy"]
+            measures["peak_bytes"] = float(training.step_bytes(follow_memory))
         rows = training.history[run.name]
         result: dict[str, Any] = {
             "measures": measures,
@@ -181,6 +190,11 @@ def workers_of(args: argparse.Namespace, device: torch.device) -> int:
     """
     default = 1 if device.type == "cuda" else cores()
     return default if args.workers is None else int(args.workers)
+
+
+def take_share(processes: int) -> None:
+    """Leaves each process its share of the cores."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // processes)))
 
 
 def cores() -> int:

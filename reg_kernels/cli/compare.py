@@ -15,23 +15,20 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from .. import _console
 from ..training import METHODS, Recipe
-from ..training.recipe import unknown
 from ._compare_plan import DESIGNS, FACTORIAL, NAME, ONE_ON, Plan, arms_of
 from ._compare_results import draw_curves, draw_effects, print_results, summary
 from ._errors import UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch
-from ._recipe import RECIPE, add_recipe_arguments, recipe_from
+from ._recipe import RECIPE, add_recipe_arguments, methods_from, recipe_from
 from ._study import INTERRUPTED, workers
 from ._trial import (
     add_trial_arguments,
     check_seeds,
-    cores,
     setting_from,
+    take_share,
     workers_of,
 )
 
@@ -97,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     study, tasks = plan.study(), plan.tasks()
     free = len(study.standing(tasks).free)
     count = max(1, min(workers_of(args, plan.setting.device), free))
-    _take_share(count)
+    take_share(count)
     print(
         f"{len(plan.arms)} nets x {len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}"
         f"{f' x {plan.setting.folds} folds' if plan.setting.folds else ''}: {len(tasks)} trials, "
@@ -124,19 +121,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _help(plan: Plan, count: int) -> None:
     """Another process at the same work."""
-    _take_share(count)
+    take_share(count)
     plan.work(plan.study())
-
-
-def _take_share(processes: int) -> None:
-    """Leaves each process its share of the cores."""
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // processes)))
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     seeds = check_seeds(args.seed, args.seeds)
     recipe = recipe_from(args, Recipe())
-    methods = _methods(args.methods, recipe)
+    methods = methods_from(args.methods, recipe.model, METHODS)
     arms = 2 ** len(methods) if args.design == FACTORIAL else len(methods) + 1
     trials = arms * len(seeds) * (args.folds or 1)
     if trials > args.max_trials:
@@ -160,19 +152,3 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _out(args: argparse.Namespace) -> Path:
     out: Path | None = args.out
     return out or Path("runs") / f"{NAME}-{Path(args.data).stem}"
-
-
-def _methods(names: str | None, recipe: Recipe) -> tuple[str, ...]:
-    """The methods in the order that all have."""
-    if names is None:
-        return tuple(name for name, of in METHODS.items() if recipe.model in of.models)
-    asked = [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]
-    if not asked:
-        raise UsageError("--methods: must name at least one method, got none")
-    for name in asked:
-        if name not in METHODS:
-            raise UsageError(f"--methods: {unknown('method', name, METHODS)}")
-        if recipe.model not in METHODS[name].models:
-            models = ", ".join(METHODS[name].models)
-            raise UsageError(f"--methods: {name} goes with --model {models}, got {recipe.model}")
-    return tuple(name for name in METHODS if name in asked)
