@@ -152,6 +152,28 @@ def test_the_numbers_are_those_of_trainings_by_hand(
     assert [t for t in results(out)["trials"] if t["seed"] < 2] == found["trials"]
 
 
+def test_nothing_is_chosen_on_the_test_set(data: Path) -> None:
+    """Other labels there change no more than what is measured there at the end."""
+    there = split(load_images(str(data)), 40, 0, 30)
+    others = dataclasses.replace(there, test_y=(there.test_y + 1) % 3)
+    recipe = Recipe(model="mlp", epochs=12, early_stopping=2, adversarial=0.1)
+    found = []
+    for of in (there, others):
+        training = Training(
+            *(of, 3, {"": recipe}, range(1), torch.device("cpu"), fused_kernels(None)),
+            watch=("train", "validation"),
+            attacked_by=0.1,
+        )
+        training.run(lambda: None)
+        ended = training.results[""]
+        assert ended["best_epoch"] < 12
+        measures = {name: v for name, v in ended.items() if not name.startswith(("test", "att"))}
+        found.append((measures, training.history, training.model.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    for mine, theirs in zip(found[0][2].values(), found[1][2].values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_designs() -> None:
     recipe = Recipe(model="mlp", dropout=0.3, noise=0.1)
 
