@@ -21,7 +21,7 @@ from scipy import stats
 from reg_kernels.cli import _study, build_parser, compare, main
 from reg_kernels.cli._compare_plan import Plan, arms_of
 from reg_kernels.cli._compare_results import draw_curves, draw_effects, summary, verdict
-from reg_kernels.cli._data import load_images, split
+from reg_kernels.cli._data import Split, load_images, split
 from reg_kernels.cli._progress import sparkline
 from reg_kernels.cli._statistics import bootstrap
 from reg_kernels.cli._study import Standing
@@ -152,26 +152,54 @@ def test_the_numbers_are_those_of_trainings_by_hand(
     assert [t for t in results(out)["trials"] if t["seed"] < 2] == found["trials"]
 
 
+def trained_on(data: Split, *recipes: Recipe, **options: Any) -> Training:
+    training = Training(
+        *(data, 3, {str(i): recipe for i, recipe in enumerate(recipes)}, range(1)),
+        *(torch.device("cpu"), fused_kernels(None)),
+        **options,
+    )
+    training.run(lambda: None)
+    return training
+
+
+def assert_same_net(ours: Training, theirs: Training) -> None:
+    pairs = zip(ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_nothing_is_chosen_on_the_test_set(data: Path) -> None:
     """Other labels there change no more than what is measured there at the end."""
     there = split(load_images(str(data)), 40, 0, 30)
     others = dataclasses.replace(there, test_y=(there.test_y + 1) % 3)
-    recipe = Recipe(model="mlp", epochs=12, early_stopping=2, adversarial=0.1)
-    found = []
-    for of in (there, others):
-        training = Training(
-            *(of, 3, {"": recipe}, range(1), torch.device("cpu"), fused_kernels(None)),
-            watch=("train", "validation"),
-            attacked_by=0.1,
-        )
-        training.run(lambda: None)
-        ended = training.results[""]
-        assert ended["best_epoch"] < 12
-        measures = {name: v for name, v in ended.items() if not name.startswith(("test", "att"))}
-        found.append((measures, training.history, training.model.state_dict()))
-    assert found[0][:2] == found[1][:2]
-    for mine, theirs in zip(found[0][2].values(), found[1][2].values(), strict=True):
-        assert torch.equal(mine, theirs)
+    recipe = Recipe(model="mlp", epochs=30, learning_rate=0.03, early_stopping=2)
+    ours, theirs = (
+        trained_on(of, recipe, watch=("train", "validation"), attacked_by=0.1)
+        for of in (there, others)
+    )
+    assert ours.results["0"]["epochs"] < 30
+    assert ours.history == theirs.history
+    assert_same_net(ours, theirs)
+
+
+def test_nets_see_the_same_batches_and_measuring_draws_nothing_from_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    randperm = torch.randperm
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        order = randperm(*args, **options)
+        seen.append(order.tolist())
+        return order
+
+    monkeypatch.setattr(torch, "randperm", noted)
+    there = split(load_images(str(data)), 40, 0, 30)
+    recipes = (Recipe(model="mlp", epochs=3), Recipe(model="mlp", epochs=3, dropout=0.5, noise=0.1))
+    plain = trained_on(there, *recipes)
+    assert len(seen) == 6
+    assert seen[:3] == seen[3:]
+    assert seen[0] != seen[1]
+    assert_same_net(plain, trained_on(there, *recipes, attacked_by=0.1))
 
 
 def test_designs() -> None:
