@@ -171,12 +171,12 @@ def test_nothing_is_chosen_on_the_test_set(data: Path) -> None:
     """Other labels there change no more than what is measured there at the end."""
     there = split(load_images(str(data)), 40, 0, 30)
     others = dataclasses.replace(there, test_y=(there.test_y + 1) % 3)
-    recipe = Recipe(model="mlp", epochs=30, learning_rate=0.03, early_stopping=2)
+    recipe = Recipe(model="mlp", epochs=30, learning_rate=2e-3, early_stopping=4)
     ours, theirs = (
         trained_on(of, recipe, watch=("train", "validation"), attacked_by=0.1)
         for of in (there, others)
     )
-    assert ours.results["0"]["epochs"] < 30
+    assert 4 < ours.results["0"]["best_epoch"] < ours.results["0"]["epochs"] < 30
     assert ours.history == theirs.history
     assert_same_net(ours, theirs)
 
