@@ -22,7 +22,7 @@ from .. import _console
 from ..training import METHODS, Recipe
 from ._compare_results import MEASURES, by_seed, change, effects
 from ._statistics import LEVEL, mean_difference
-from ._study import Standing
+from ._study import Standing, task_key
 from ._trial import RESULT
 from ._tune_plan import GRID, Plan, ended_well
 from ._tune_space import BASE
@@ -121,11 +121,13 @@ def importances(standing: Standing) -> dict[str, float] | None:
 
 def _confirmed(plan: Plan, confirmed: Standing, best: FrozenTrial) -> dict[str, Any]:
     """The base and the best on fresh seeds, and what the latter changed."""
+    asked = {task_key(task) for task in plan.retrainings(best)}
     arms = dict(zip((BASE, best.number), _ARMS, strict=True))
     trials = [
         {"arm": arms[t.params["trial"]], "seed": t.params["seed"], "fold": t.params["fold"]}
         | t.user_attrs[RESULT]
         for t in confirmed.done
+        if task_key(t.params) in asked
     ]
     values = {name: by_seed([*_ARMS], trials, name, len(plan.folds)) for name in MEASURES}
     means = {
