@@ -341,6 +341,7 @@ def test_folds_validate_on_what_they_do_not_train_on() -> None:
     assert (len(train), len(none), len(test)) == (60, 0, 60)
     parts = [found(split(images, 60, 1, fold=(k, 4))) for k in range(4)]
     assert set.union(*(validated for _, validated, _ in parts)) == train
+    assert parts == [found(split(images, 60, 1, fold=(k, 4))) for k in range(4)]  # for each net
     for trained, validated, tested in parts:
         assert (len(trained), len(validated)) == (45, 15)
         assert trained | validated == train
