@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from .. import _console
 from ._compare_plan import ALL, FACTORIAL, Plan
 from ._statistics import LEVEL, effect, interaction, mean_difference
-from ._study import Standing, task_key
+from ._study import Standing
 from ._trainer.training import ATTACKED
 from ._trial import RESULT
 
@@ -71,9 +71,7 @@ Values = Mapping[str, Mapping[int, float]]
 
 def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
     """All that there is to tell, as compare.json has it."""
-    asked = {task_key(task) for task in plan.tasks()}
-    done = [t for t in standing.done if task_key(t.params) in asked]
-    trials = [t.params | {"number": t.number} | t.user_attrs[RESULT] for t in done]
+    trials = [t.params | {"number": t.number} | t.user_attrs[RESULT] for t in standing.done]
     folds = max(1, plan.setting.folds)
     values = {name: by_seed(list(plan.arms), trials, name, folds) for name in MEASURES}
     return {
@@ -85,9 +83,7 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
             label: {
                 "on": [name for name in plan.methods if name in arm.on],
                 "recipe": dataclasses.asdict(arm.recipe),
-                "means": {name: _mean(trials, label, name) for name in trials[0]["measures"]}
-                if trials
-                else {},
+                "means": _means([t["measures"] for t in trials if t["arm"] == label]),
             }
             for label, arm in plan.arms.items()
         },
@@ -102,8 +98,7 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
         },
         "crashed": [
             trial.params | {"error": trial.user_attrs["error"]}
-            for key, trial in standing.crashed.items()
-            if key in asked
+            for trial in standing.crashed.values()
         ],
         "trials": trials,
     }
@@ -127,10 +122,13 @@ def by_seed(
     return values
 
 
-def _mean(trials: list[dict[str, Any]], arm: str, name: str) -> float | None:
-    """Over the trials of an arm; None if one of them has none."""
-    values = [trial["measures"][name] for trial in trials if trial["arm"] == arm]
-    return statistics.fmean(values) if values and None not in values else None
+def _means(measures: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Of an arm's trials; None of what one of them has none of."""
+    found: dict[str, float | None] = {}
+    for name in measures[0] if measures else ():
+        there = [value for each in measures if (value := each[name]) is not None]
+        found[name] = statistics.fmean(there) if len(there) == len(measures) else None
+    return found
 
 
 def _pairs(plan: Plan, method: str) -> list[tuple[str, str]]:
@@ -240,7 +238,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     runaway = sum(None in trial["measures"].values() for trial in results["trials"])
     if runaway:
         lines.append(
-            f"{runaway} trials ended with a loss that is not finite, and are left out of it"
+            f"trials that ended with a loss that is not finite, which leave their seed out of what "
+            f"is said of it: {runaway}"
         )
     for crash in results["crashed"]:
         fold = f", fold {crash['fold']}" if results["about"]["folds"] else ""
@@ -254,7 +253,9 @@ def _particulars(results: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str
     if arm["on"] == ["early_stopping"]:
         epochs = (means["best_epoch"], means["epochs"], recipe["epochs"])
         lines.append(
-            "early_stopping: the best epoch is {:.0f}, of {:.0f} trained, not {}".format(*epochs)
+            "early_stopping: {1:.0f} epochs of {2} trained, of which {0:.0f} gave the best".format(
+                *epochs
+            )
         )
     if arm["on"] == ["l1"]:
         zeros, weights = means["zeros"], means["weights"]

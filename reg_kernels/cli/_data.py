@@ -19,7 +19,7 @@ import numpy as np
 import numpy.lib.format as npy
 import torch
 
-from ._errors import UsageError
+from ._errors import UsageError, one_line
 from ._folder import class_folders, load_folder
 
 DIGITS = "digits"
@@ -197,7 +197,7 @@ class _Array:
         except Exception as error:
             raise _unreadable(where, error, name) from None
         if not start.startswith(npy.MAGIC_PREFIX):
-            raise self._refusal(f"must be an array as numpy.save writes it, got {_short(start)}")
+            raise self._refusal(f"must be an array as numpy.save writes it, got {one_line(start)}")
         version = tuple(start[6:8])
         if version not in _HEADERS:
             raise self._refusal(f"must be of version 1.0, 2.0 or 3.0 of its format, got {version}")
@@ -215,12 +215,12 @@ class _Array:
         expected, got = math.prod(self.shape) * self.dtype.itemsize, size - header.tell()
         if min(self.shape, default=0) < 0 or expected != got:
             raise self._refusal(
-                f"must be a whole array, got {got} bytes for {_short(self.shape)} of {self.type}"
+                f"must be a whole array, got {got} bytes for {one_line(self.shape)} of {self.type}"
             )
 
     @property
     def type(self) -> str:
-        return _short(self.dtype)
+        return one_line(self.dtype)
 
     def values(self) -> np.ndarray:
         try:
@@ -249,7 +249,7 @@ def _read_npz(path: Path, where: str) -> tuple[np.ndarray, np.ndarray]:
         # As numpy.load: the member x.npy is the array x.
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         if not {"x", "y"} <= set(members):
-            got = _short(", ".join(members)) or "none"
+            got = one_line(", ".join(members)) or "none"
             raise UsageError(f"{where}: must hold arrays x and y, got {got}")
         x, y = (_Array(archive, members[name], name, where) for name in ("x", "y"))
         _check_headers(x, y, where)
@@ -275,27 +275,20 @@ def _unreadable(where: str, error: Exception, array: str = "the file") -> UsageE
     # own on a damaged file, too many to list.
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return UsageError(
-        f"{where}: must be a whole .npz file, but {array} cannot be read: {_short(reason)}"
+        f"{where}: must be a whole .npz file, but {array} cannot be read: {one_line(reason)}"
     )
-
-
-def _short(value: object) -> str:
-    """`value` on one line, the beginning of it where it is long."""
-    text = str(list(value) if isinstance(value, tuple) else value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_headers(x: _Array, y: _Array, where: str) -> None:
     if len(y.shape) != 1:
-        raise UsageError(f"{where}: y must be of shape [N], got {_short(y.shape)}")
+        raise UsageError(f"{where}: y must be of shape [N], got {one_line(y.shape)}")
     if y.dtype.kind not in "iu":
         raise UsageError(f"{where}: y must hold integers, got {y.type}")
     if y.shape == (0,):
         raise UsageError(f"{where}: y must hold at least one label, got none")
     if len(x.shape) not in (3, 4) or 0 in x.shape[1:]:
         raise UsageError(
-            f"{where}: x must be of shape [N, H, W] or [N, C, H, W], got {_short(x.shape)}"
+            f"{where}: x must be of shape [N, H, W] or [N, C, H, W], got {one_line(x.shape)}"
         )
     if x.shape[0] != y.shape[0]:
         raise UsageError(
@@ -312,7 +305,7 @@ def _check_memory(shape: tuple[int, ...], itemsize: int, what: str, kind: str = 
     needed = math.prod(shape) * (itemsize + 4)
     if needed > (here := _memory()):
         raise UsageError(
-            f"{what} must fit into memory, got {_short(shape)} of {kind}, which takes "
+            f"{what} must fit into memory, got {one_line(shape)} of {kind}, which takes "
             f"{needed / 2**30:.1f} GiB of {here / 2**30:.1f}"
         )
 

@@ -1,5 +1,17 @@
-"""The one exception by which a command says that the user's input is wrong."""
+"""How a command says that the user's input is wrong."""
 
 
 class UsageError(Exception):
     """Bad input: printed as one line on standard error, exit code 2, nothing written."""
+
+
+def one_line(value: object) -> str:
+    """`value` on one line, the beginning of it where it is long."""
+    text = printable(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def printable(value: object) -> str:
+    """`value` on one line: the name of a file may have several."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import _console, augment
-from ._errors import UsageError
+from ._errors import UsageError, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _BATCH = 64
@@ -48,13 +48,13 @@ def class_folders(root: Path, where: str) -> tuple[list[str], list[tuple[Path, i
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror or error}") from None
     if len(names) < 2:
-        got = f"{len(names)} ({names[0]})" if names else "none"
+        got = f"{len(names)} ({printable(names[0])})" if names else "none"
         raise UsageError(f"{where}: must have a folder for each of at least 2 classes, got {got}")
     for number, name in enumerate(names):
         if all(of != number for _, of in files):
             raise UsageError(
-                f"{where}: must have an image in each class, got none in {name}; images end in "
-                f"{', '.join(SUFFIXES)}"
+                f"{where}: must have an image in each class, got none in {printable(name)}; "
+                f"images end in {', '.join(SUFFIXES)}"
             )
     return names, files
 
@@ -101,7 +101,7 @@ class _Files(Dataset[tuple[Tensor | None, str]]):
             with warnings.catch_warnings(action="ignore"):  # of Pillow, of a file's odd metadata
                 return read_image(path), ""
         except OSError as error:
-            return None, f"{path}: {error}"
+            return None, f"{printable(path)}: {error}"
 
 
 def _shown(path: Path) -> bool:

@@ -58,7 +58,6 @@ def recipe_from(args: argparse.Namespace, base: Recipe) -> Recipe:
     A model is taken that goes with the methods where none was named. Raises UsageError, one line
     that names the option.
     """
-    recipe = base
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(Recipe)
@@ -71,16 +70,22 @@ def recipe_from(args: argparse.Namespace, base: Recipe) -> Recipe:
         fitting = [m for m in MODELS if all(m in models for models in of_each)]
         given |= {"model": fitting[0]} if fitting else {}
     try:
-        if args.recipe is not None:
-            recipe = Recipe.from_toml(_read(args.recipe))
+        recipe = base if args.recipe is None else Recipe.from_toml(_read(args.recipe))
+    except ValueError as error:
+        raise UsageError(f"--recipe {args.recipe}: {_said(error)}") from None
+    try:
         return dataclasses.replace(recipe, **given)
     except ValueError as error:
-        said = str(error).removeprefix("Recipe: ")
+        said = _said(error)
         name, _, rest = said.partition(" ")
         at_fault = (
             f"{_option(name)}: {rest}" if name in given else f"--recipe {args.recipe}: {said}"
         )
         raise UsageError(at_fault) from None
+
+
+def _said(error: ValueError) -> str:
+    return str(error).removeprefix("Recipe: ")
 
 
 def options_of(recipe: Recipe, base: Recipe) -> list[str]:

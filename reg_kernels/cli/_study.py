@@ -25,8 +25,9 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from ._errors import UsageError
+from ._errors import UsageError, one_line
 from ._files import output_file
 
 ATTEMPTS = 2  # of what crashes, before it is left alone and reported
@@ -128,8 +129,8 @@ class Study:
         for key in (*about, *there):
             if there.get(key) != about.get(key):
                 raise UsageError(
-                    f"--storage {where}: is of another study: {key} {_short(there.get(key))} "
-                    f"there, {_short(about.get(key))} here; name another one"
+                    f"--storage {where}: is of another study: {key} {one_line(there.get(key))} "
+                    f"there, {one_line(about.get(key))} here; name another one"
                 )
         # Crashes of earlier times are no reason not to try again.
         self._since = len(found)
@@ -146,20 +147,23 @@ class Study:
         """All trials by their number, as they stand in the storage now. Not to be changed."""
         return self._study.get_trials(deepcopy=False)
 
-    def standing(self, tasks: Iterable[Params] | None = None) -> Standing:
-        """How far the study is with the tasks or, without a list, with all that was begun.
+    def standing(self, tasks: Sequence[Params] | None = None) -> Standing:
+        """How far the study is with the tasks alone or, without a list, with all that was begun.
 
         What a process left that is gone is given back.
         """
         trials = self.trials()
-        running = [trial for trial in trials if _is_running(trial)]
         for trial in trials:
-            if trial.state == TrialState.RUNNING and trial not in running:
+            if trial.state == TrialState.RUNNING and not _is_running(trial):
                 self._end(trial.number, TrialState.FAIL)
-        done = [trial for trial in trials if trial.state in _DONE]
         if tasks is None:
             begun = [t.params for t in trials if t.params.keys() == self._space.keys()]
-            tasks = {task_key(params): params for params in begun}.values()
+            tasks = list({task_key(params): params for params in begun}.values())
+        else:  # others may be at more of them, such as seeds, that nobody here waits for
+            asked = {task_key(params) for params in tasks}
+            trials = [trial for trial in trials if task_key(trial.params) in asked]
+        running = [trial for trial in trials if _is_running(trial)]
+        done = [trial for trial in trials if trial.state in _DONE]
         taken = {task_key(trial.params) for trial in (*done, *running)}
         crashes = [t for t in trials if t.number >= self._since and _crashed(t)]
         times = Counter(task_key(trial.params) for trial in crashes)
@@ -347,6 +351,8 @@ def workers(work: Callable[..., object], count: int, *arguments: Any) -> Iterato
         for _ in range(count)
     ]
     # The terminal's Ctrl-C does not reach them, which they would not be ready for while they start.
+    # The tracker that Python starts with the first of them would let signals through again.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
@@ -496,10 +502,4 @@ def _storage_errors(
         said = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
         if "locked" in said:
             expected = f"is locked by another process, for more than {LOCK_SECONDS:g} s"
-        raise UsageError(f"--storage {where}: {expected}: {_short(said)}") from error
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+        raise UsageError(f"--storage {where}: {expected}: {one_line(said)}") from error

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import _extras
 from ._errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,9 +21,12 @@ class Curves:
     """
 
     def __init__(self, out: Path, resumed: bool) -> None:
-        _extras.require("--tensorboard", "tensorboard")
         self._folder = out / LOGS
         self._writers: dict[str, SummaryWriter] = {}
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
         if not resumed:
             for path in self._folder.glob("*/events.out.tfevents.*"):
                 path.unlink(missing_ok=True)
@@ -44,9 +46,11 @@ class Curves:
                 self._writers[run].add_scalar(name.replace("_", "/", 1), value, epoch)
             self._writers[run].flush()
         except OSError as error:
-            raise UsageError(
-                f"--tensorboard: cannot write to {self._folder}: {error.strerror or error}"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        said = error.strerror or error
+        return UsageError(f"--tensorboard: cannot write to {self._folder}: {said}")
 
     def close(self) -> None:
         for writer in self._writers.values():

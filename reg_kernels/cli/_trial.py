@@ -207,6 +207,8 @@ def check_seeds(first: int, count: int) -> range:
     if count < 1:
         raise UsageError(f"--seeds: must be at least 1, got {count}")
     # Several generators are seeded; scikit-learn's takes the narrowest range.
+    if count > 2**32:
+        raise UsageError(f"--seeds: must be at most {2**32}, got {count}")
     if not 0 <= first <= 2**32 - count:
         raise UsageError(f"--seed: must be in 0..{2**32 - count}, got {first}")
     return range(first, first + count)

@@ -168,7 +168,9 @@ class Plan:
         space = self.space
         if self.search == GRID:
             tasks = space.grid(self.points, self.trials)
-            return study.work(objective, tasks, until=until, show=show)
+            standing = study.work(objective, tasks, until=until, show=show)
+            # What another search of this study has found counts as well.
+            return dataclasses.replace(standing, done=study.standing().done)
         # What there is to be better than comes first, and then a guess.
         first = [space.numbers(recipe) for recipe in (space.base, space.usual)][: self.trials]
         study.work(objective, first, until=until, wait=False, show=show)

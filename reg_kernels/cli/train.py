@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .. import __version__, _console
+from .. import __version__, _console, _extras
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
 from ._errors import UsageError
@@ -39,6 +39,7 @@ from ._trainer.checkpoint import load_checkpoint, save, save_checkpoint
 from ._trainer.fused import fused_kernels
 from ._trainer.kernels import Kernels
 from ._trainer.training import Training
+from ._trial import check_seeds
 
 # Measured on 300 digits, 60 epochs, seeds 0 to 7, with decay of norms and biases as well: both nets
 # reach 100 % on the training set; on the test set the plain one reaches 95.96 % on average and the
@@ -133,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the input is found here, before anything is written.
+    if args.tensorboard:
+        _extras.require("--tensorboard", "tensorboard")
     _check_numbers(args)
     regularised = recipe_from(args, REGULARISED)
     _check_sizes(args, regularised)
@@ -197,12 +200,10 @@ def _sizes(data: Split, images: Images) -> str:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("train_size", 1), ("time_epochs", 0), ("seeds", 1), ("image_size", 1)):
+    for name, least in (("train_size", 1), ("time_epochs", 0), ("image_size", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
-    # --seed seeds several generators; scikit-learn's takes the narrowest range.
-    if not 0 <= args.seed <= 2**32 - args.seeds:
-        raise UsageError(f"--seed: must be in 0..{2**32 - args.seeds}, got {args.seed}")
+    check_seeds(args.seed, args.seeds)
 
 
 def _check_sizes(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -168,7 +169,8 @@ class Recipe:
             name, kind = field.name, type(field.default)
             value: Any = getattr(self, name)
             if kind is float and type(value) is int:
-                value = float(value)
+                # One beyond all floats is out of every range as well.
+                value = float(value) if abs(value) < sys.float_info.max else math.inf
                 object.__setattr__(self, name, value)
             if type(value) is not kind:
                 got = f"{value!r} of type {type(value).__name__}"
@@ -202,8 +204,9 @@ class Recipe:
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"Recipe: must be TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # brackets in thousands, a number of as many
+            said = str(error).split(";")[0]  # digits, and what is no TOML
+            raise ValueError(f"Recipe: must be TOML: {said}") from None
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,25 @@ def test_two_processes_on_one_storage(where: str, tmp_path: Path) -> None:
     assert len({t.user_attrs["pid"] for t in study.trials() if "pid" in t.user_attrs}) == 2
 
 
+def note_blocked(path: str) -> None:
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    Path(path).write_text(str(blocked))
+
+
+def test_the_terminals_ctrl_c_does_not_reach_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the first one either, with which Python starts a process of its own."""
+    tracker = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    monkeypatch.setattr(tracker, "_fd", None)
+    monkeypatch.setattr(tracker, "_pid", None)
+    with workers(note_blocked, 1, str(tmp_path / "blocked")):
+        pass
+    os.close(tracker._fd)
+    assert (tmp_path / "blocked").read_text() == "True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @both
 def test_of_two_that_begin_the_same_the_later_one_gives_way(
     where: str, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +234,18 @@ def test_of_two_that_begin_the_same_the_later_one_gives_way(
     assert [t.params for t in standing.running] == TASKS[:1]
     assert sorted(TASKS.index(t.params) for t in standing.done) == [1, 2, 3, 4, 5]
     assert len(study.trials()) == 7
+
+
+def test_what_others_are_at_besides_is_not_waited_for(where: str) -> None:
+    study, other = opened(where), opened(where)
+    more = [{"arm": arm, "seed": 7} for arm in ("base", "l1")]
+    other.work(value_of, more[:1])
+    trial = other._begin(more[1])
+    assert [t.params for t in other.standing(more).running] == more[1:]
+    standing = study.work(value_of, TASKS)  # ends
+    assert not standing.running
+    assert [t.params for t in standing.done] == TASKS
+    assert trial.number not in [t.number for t in standing.done]
 
 
 @both

@@ -911,6 +911,16 @@ class TestRefusal:
             message = refusal(capsys, command(data, tmp_path / "out"))
         assert message.startswith("REG_KERNELS_BACKEND: ")
 
+    def test_a_recipe_at_fault_is_blamed_and_not_an_option_that_is_right(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe = tmp_path / "my.toml"
+        recipe.write_text("epochs = 1e3")
+        argv = command(data, tmp_path / "out", "--recipe", recipe, "--epochs", 3)
+        expected = f"--recipe {recipe}: epochs must be of type int, got 1000.0 of type float"
+        assert refusal(capsys, argv) == expected
+        assert not (tmp_path / "out").exists()
+
     def test_an_out_that_cannot_be_written(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -922,6 +932,15 @@ class TestRefusal:
         (tmp_path / "out" / "metrics.json").mkdir(parents=True)
         expected = f"--out: {tmp_path / 'out' / 'metrics.json'} must be a file or free"
         assert refusal(capsys, command(data, tmp_path / "out")).startswith(expected)
+
+    def test_a_folder_of_curves_that_cannot_be_made(
+        self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("tensorboard")
+        (tmp_path / "tensorboard").write_text("mine")
+        expected = f"--tensorboard: cannot write to {tmp_path / 'tensorboard'}: File exists"
+        assert refusal(capsys, command(data, tmp_path, "--tensorboard")) == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
 
     def test_a_disk_that_fills_up_leaves_the_earlier_files(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any

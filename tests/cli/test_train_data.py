@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from reg_kernels.cli import _data
-from reg_kernels.cli._data import Images, load_images, split
+from reg_kernels.cli._data import Images, Split, load_images, split
 from reg_kernels.cli._errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -325,6 +325,30 @@ def test_the_split_is_disjoint_stratified_and_standardised_by_the_training_set()
         assert data.train_x[:, channel].std(correction=0).item() == pytest.approx(spread, abs=1e-5)
     # The test set's own statistics must play no part.
     assert abs(data.test_x[:, 0].mean().item()) > 1e-5
+
+
+def test_folds_validate_on_what_they_do_not_train_on() -> None:
+    x = RNG.normal(size=(120, 1, 2, 2)).astype(np.float32)
+    images = of(x, np.arange(120) % 3)
+
+    def found(data: Split) -> list[set[float]]:
+        """By part, the images, told apart by their first pixel."""
+        parts = (data.train_x, data.validation_x, data.test_x)
+        firsts = [part[:, 0, 0, 0] * data.std + data.mean for part in parts]
+        return [{round(pixel, 4) for pixel in part.tolist()} for part in firsts]
+
+    train, none, test = found(split(images, 60, seed=1))
+    assert (len(train), len(none), len(test)) == (60, 0, 60)
+    parts = [found(split(images, 60, 1, fold=(k, 4))) for k in range(4)]
+    assert set.union(*(validated for _, validated, _ in parts)) == train
+    assert parts == [found(split(images, 60, 1, fold=(k, 4))) for k in range(4)]  # for each net
+    for trained, validated, tested in parts:
+        assert (len(trained), len(validated)) == (45, 15)
+        assert trained | validated == train
+        assert tested == test
+    trained, validated, tested = found(split(images, 60, seed=1, validation_size=20))
+    assert (len(trained), len(validated), len(tested)) == (60, 20, 40)
+    assert len(trained | validated | tested) == 120
 
 
 def test_labels_stay_with_their_images() -> None:

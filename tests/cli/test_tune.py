@@ -180,6 +180,20 @@ def test_a_grid_has_every_combination_once(data: Path, tmp_path: Path, trained: 
     assert best["strengths"] == {"dropout": 0.4, "mixup": 0}
 
 
+def test_a_grid_goes_on_with_what_another_search_found(
+    data: Path, tmp_path: Path, trained: Any
+) -> None:
+    trained(bowl)
+    given = [*TWO, "--trials", 9, "--confirm", 0]
+    assert main(command(data, tmp_path, *given, "--dropout", 0.4)) == 0
+    found = results(tmp_path)
+    grid = ["--search", "grid", "--points", 2, "--range", "dropout=0.2:0.6"]
+    assert main(command(data, tmp_path, *given, *grid)) == 0
+    assert found["best"]["validation_loss"] < bowl(Recipe(dropout=0.6), 0, EPOCHS)
+    assert results(tmp_path)["best"] == found["best"]
+    assert len(results(tmp_path)["trials"]) > 9
+
+
 # What it finds
 
 

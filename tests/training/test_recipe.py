@@ -53,6 +53,9 @@ def test_methods_keep_the_strengths_that_a_recipe_has() -> None:
         ("drop_out = 0.1", "there is no key 'drop_out': did you mean dropout?"),
         ("[methods]\ndropout = 0.1", "there is no key 'methods': known are model, epochs"),
         ("dropout = ", "must be TOML: "),
+        ("dropout = " + 30_000 * "[", "must be TOML: maximum recursion depth exceeded"),
+        ("noise = 1" + 400 * "0", "noise must be finite and at least 0, got inf"),
+        ("noise = 1" + 5000 * "0", "must be TOML: Exceeds the limit (4300 digits)"),
     ],
 )
 def test_what_a_recipe_cannot_be(text: str, message: str) -> None:

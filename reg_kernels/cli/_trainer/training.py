@@ -1,8 +1,8 @@
 """Trains recipes one after the other, each for some seeds, resumable to the bit.
 
-All of a seed start from the same weights, as far as they have the same layers, and see the same
-batches in the same order; they differ in their recipes alone. Shapes: N images of C channels, H
-rows and W columns; K classes.
+All of a seed start from the same weights, as far as they have the same parameters (without
+BatchNorm there are biases, after which other weights are drawn), and see the same batches in the
+same order. Shapes: N images of C channels, H rows and W columns; K classes.
 """
 
 from __future__ import annotations
