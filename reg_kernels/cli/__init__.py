@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
 from .. import _extras, backends
-from ._errors import UsageError
+from ._errors import INTERRUPTED, UsageError
 
 
 class Command(NamedTuple):
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"reg-kernels {command}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def check_forced() -> None:

@@ -14,7 +14,7 @@ from optuna.trial import Trial
 from ..training import Recipe
 from ._progress import Watch
 from ._study import Standing, Study
-from ._trial import RESULT, Setting
+from ._trial import RESULT, Setting, loss_of
 
 ONE_ON, ONE_OFF, FACTORIAL = DESIGNS = ("one-on", "one-off", "factorial")
 NAME = "compare"  # of the study
@@ -73,8 +73,7 @@ class Plan:
             after_epoch = (lambda *_: None) if watch is None else watch.epoch
             result = self.setting.train(recipe, seed, fold, after_epoch)
             trial.set_user_attr(RESULT, result)
-            loss = result["measures"]["validation_loss"]
-            return float("inf") if loss is None else float(loss)
+            return loss_of(result)
 
         if watch is None:
             return study.work(train, self.tasks(), wait=False)

@@ -1,5 +1,7 @@
 """How a command says that the user's input is wrong."""
 
+INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
+
 
 class UsageError(Exception):
     """Bad input: printed as one line on standard error, exit code 2, nothing written."""

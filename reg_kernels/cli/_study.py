@@ -56,7 +56,6 @@ BEAT_SECONDS = 20.0  # between two signs of life of a trial
 # process is seen to be gone at once; clocks of machines that share a storage have to agree to that.
 SILENT_SECONDS = 120.0
 WAIT_SECONDS = 0.5  # between two looks at what other processes do
-INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 
 SQLITE, JOURNAL = (".db", ".sqlite", ".sqlite3"), (".log", ".journal")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)

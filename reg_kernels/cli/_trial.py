@@ -7,10 +7,12 @@ start from the same weights and see the same batches: their differences are thos
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +29,13 @@ from ._trainer.fused import fused_kernels
 from ._trainer.training import Training
 
 RESULT = "result"  # the user attribute of a trial that keeps what `Setting.train` returns
+STUDY = "study.db"  # what keeps the trials in the --out directory
 WATCH = ("train", "validation")  # the test set is looked at once, at the end
 Epoch = Callable[[int, list[float]], None]  # (epochs done, the validation losses so far)
 
 
-def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `setting_from` reads."""
+def add_trial_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """What `setting_from`, `out_from` and `workers_of` read, and `--storage`."""
     add_setting_arguments(parser)
     parser.add_argument(
         "--validation-size",
@@ -54,6 +57,19 @@ def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that train at once, each with its share of the cores (default: one a "
         "core; 1 on a GPU)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the files go; those of an earlier run are replaced (default: "
+        f"runs/{command}-NAME by the name of the data)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="FILE|URL",
+        help="what keeps the trials: an SQLite file (.db), a journal (.log) or a URL of Optuna's "
+        f"(default: {STUDY} in the --out directory)",
     )
 
 
@@ -150,6 +166,12 @@ class Setting:
         return found
 
 
+def loss_of(result: Mapping[str, Any]) -> float:
+    """The validation loss of what `Setting.train` returned; infinity where it ran away."""
+    loss = result["measures"]["validation_loss"]
+    return math.inf if loss is None else float(loss)
+
+
 def setting_from(args: argparse.Namespace, attacked_by: float) -> Setting:
     """The setting of the options of `add_trial_arguments`. Raises UsageError, one line that names
     the option."""
@@ -180,6 +202,12 @@ def setting_from(args: argparse.Namespace, attacked_by: float) -> Setting:
     )
     setting.split(0)  # refused here what cannot be split
     return setting
+
+
+def out_from(args: argparse.Namespace, command: str) -> Path:
+    """The folder of a command's results."""
+    out: Path | None = args.out
+    return out or Path("runs") / f"{command}-{Path(args.data).stem}"
 
 
 def workers_of(args: argparse.Namespace, device: torch.device) -> int:

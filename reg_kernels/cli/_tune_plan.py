@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ._progress import Watch
 from ._study import Standing, Study
-from ._trial import RESULT, Setting
+from ._trial import RESULT, Setting, loss_of
 from ._tune_space import BASE, Space
 
 NAME = "tune"  # of the study
@@ -129,7 +129,7 @@ class Plan:
                     watch.begins(f"trial {trial.number}", recipe.epochs)
                 result = self.setting.train(recipe, seed, fold, after_epoch, tested=False)
                 results.append(result)
-                losses.append(_loss(result))
+                losses.append(loss_of(result))
         trial.set_user_attr(RESULT, results)
         return math.fsum(losses) / len(losses)
 
@@ -145,7 +145,7 @@ class Plan:
             after_epoch = (lambda *_: None) if watch is None else watch.epoch
             result = self.setting.train(recipes[number], seed, fold, after_epoch)
             trial.set_user_attr(RESULT, result)
-            return _loss(result)
+            return loss_of(result)
 
         show = (lambda _: None) if watch is None else watch.stands
         return study.work(train, self.retrainings(best), show=show)
@@ -186,8 +186,3 @@ def best_of(standing: Standing) -> FrozenTrial | None:
     """The trial with the least loss, of those that went to the end."""
     there = filter(ended_well, standing.done)
     return min(there, key=lambda trial: (trial.value, trial.number), default=None)
-
-
-def _loss(result: dict[str, Any]) -> float:
-    loss = result["measures"]["validation_loss"]
-    return math.inf if loss is None else float(loss)

@@ -13,27 +13,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from .. import _console
 from ..training import METHODS, Recipe
 from ._compare_plan import DESIGNS, FACTORIAL, NAME, ONE_ON, Plan, arms_of
 from ._compare_results import draw_curves, draw_effects, print_results, summary
-from ._errors import UsageError
+from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch
 from ._recipe import RECIPE, add_recipe_arguments, methods_from, recipe_from
-from ._study import INTERRUPTED, workers
+from ._study import workers
 from ._trial import (
+    STUDY,
     add_trial_arguments,
     check_seeds,
+    out_from,
     setting_from,
     take_share,
     workers_of,
 )
 
 MOST_TRIALS = 300  # unless --max-trials allows more
-EFFECTS, CURVES, COMPARE, STUDY = "effects.png", "curves.png", "compare.json", "study.db"
+EFFECTS, CURVES, COMPARE = "effects.png", "curves.png", "compare.json"
 RESULTS = (EFFECTS, CURVES, COMPARE, RECIPE)
 
 
@@ -62,20 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the first of them (default: %(default)s)"
     )
-    add_trial_arguments(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the files go; those of an earlier run are replaced (default: runs/compare-NAME "
-        "by the name of the data)",
-    )
-    parser.add_argument(
-        "--storage",
-        metavar="FILE|URL",
-        help=f"what keeps the trials: an SQLite file (.db), a journal (.log) or a URL of Optuna's "
-        f"(default: {STUDY} in the --out directory)",
-    )
+    add_trial_arguments(parser, NAME)
     parser.add_argument(
         "--max-trials",
         type=int,
@@ -89,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the input is found here, before anything is written.
     plan = _plan(args)
-    out = _out(args)
+    out = out_from(args, NAME)
     make_writable(out, RESULTS)
     study, tasks = plan.study(), plan.tasks()
     free = len(study.standing(tasks).free)
@@ -145,10 +133,5 @@ def _plan(args: argparse.Namespace) -> Plan:
         arms={arm.label: arm for arm in arms_of(recipe, methods, args.design)},
         seeds=seeds,
         setting=setting_from(args, attacked_by=with_all.adversarial),
-        storage=args.storage or str(_out(args) / STUDY),
+        storage=args.storage or str(out_from(args, NAME) / STUDY),
     )
-
-
-def _out(args: argparse.Namespace) -> Path:
-    out: Path | None = args.out
-    return out or Path("runs") / f"{NAME}-{Path(args.data).stem}"

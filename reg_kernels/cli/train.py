@@ -28,7 +28,7 @@ from rich.progress import Progress
 from .. import __version__, _console, _extras
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
-from ._errors import UsageError
+from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
 from ._setting import add_setting_arguments, device_from, implementation_from
@@ -52,7 +52,6 @@ CHECKPOINT = "checkpoint.pt"
 CURVES, METRICS, MODEL = "curves.png", "metrics.json", "model.pt"
 RESULTS = (CURVES, METRICS, MODEL, RECIPE)
 CHECKPOINT_EVERY = 10.0  # seconds: what a kill may lose
-INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
 _HERE = ""  # --resume without a path
 
 

@@ -21,20 +21,21 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import _console
 from ..training import METHODS, Recipe
-from ._errors import UsageError
+from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch, duration
 from ._recipe import RECIPE, add_recipe_arguments, methods_from, options_of, recipe_from
 from ._setting import add_setting_arguments
-from ._study import INTERRUPTED, Standing, workers
+from ._study import Standing, workers
 from ._trial import (
+    STUDY,
     Setting,
     add_trial_arguments,
     check_seeds,
+    out_from,
     setting_from,
     take_share,
     workers_of,
@@ -56,7 +57,7 @@ DEFAULT_METHODS = (
     "noise",
     "augment",
 )
-PICTURE, TUNE, STUDY = "search.png", "tune.json", "study.db"
+PICTURE, TUNE = "search.png", "tune.json"
 RESULTS = (PICTURE, TUNE, RECIPE)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -132,20 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="retrain the best recipe and the one without the methods on N seeds after those of "
         "the search, and compare them on the test set; 0 for none (default: %(default)s)",
     )
-    add_trial_arguments(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the files go; those of an earlier run are replaced (default: runs/tune-NAME by "
-        "the name of the data)",
-    )
-    parser.add_argument(
-        "--storage",
-        metavar="FILE|URL",
-        help=f"what keeps the trials: an SQLite file (.db), a journal (.log) or a URL of Optuna's "
-        f"(default: {STUDY} in the --out directory)",
-    )
+    add_trial_arguments(parser, NAME)
     add_recipe_arguments(parser)
 
 
@@ -164,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{needed:.3g} s with all methods on"
             )
         until = begun + budget - needed
-    out = _out(args)
+    out = out_from(args, NAME)
     make_writable(out, RESULTS)
     study = plan.study()
     before = len(study.standing().done)
@@ -253,7 +241,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(
         space=space,
         setting=dataclasses.replace(setting_from(args, attacked_by=0.0), test_seed=args.seed),
-        storage=args.storage or str(_out(args) / STUDY),
+        storage=args.storage or str(out_from(args, NAME) / STUDY),
         seeds=seeds[: args.seeds],
         fresh=seeds[args.seeds :],
         search=args.search,
@@ -261,11 +249,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         trials=trials,
         prune=args.prune,
     )
-
-
-def _out(args: argparse.Namespace) -> Path:
-    out: Path | None = args.out
-    return out or Path("runs") / f"{NAME}-{Path(args.data).stem}"
 
 
 def _setting_options(args: argparse.Namespace, setting: Setting) -> list[str]:

@@ -70,7 +70,7 @@ def param_groups(
             if not parameter.requires_grad:
                 say(f"{path}: left out, it requires no gradient")
                 continue
-            reason = _why_not(module, name, parameter)
+            reason = why_not(module, name, parameter)
             groups["decay" if reason is None else "no decay"]["params"].append(parameter)
             say(f"{path}: decay" if reason is None else f"{path}: no decay, {reason}")
     for name, group in groups.items():
@@ -82,7 +82,7 @@ def param_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def _why_not(module: nn.Module, name: str, parameter: torch.Tensor) -> str | None:
+def why_not(module: nn.Module, name: str, parameter: torch.Tensor) -> str | None:
     """Why a parameter does not decay, or None where it does."""
     if isinstance(module, _NORMS):
         return f"of a {type(module).__name__}"

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..optim._param_groups import why_not
 from .recipe import Recipe
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Conflict(NamedTuple):
@@ -91,7 +90,7 @@ def _decay_of_norms(model: nn.Module, optimizer: torch.optim.Optimizer) -> Confl
         parameter: f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, _NORMS) or name == "bias"
+        if why_not(module, name, parameter) is not None
     }
     decaying = [
         names[parameter]

@@ -7,7 +7,6 @@ import itertools
 import json
 import pickle
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from reg_kernels.cli import _study, build_parser, compare, main
+from reg_kernels.cli import _errors, build_parser, compare, main
 from reg_kernels.cli._compare_plan import Plan, arms_of
 from reg_kernels.cli._compare_results import draw_curves, draw_effects, summary, verdict
 from reg_kernels.cli._data import Split, load_images, split
@@ -37,12 +36,7 @@ EPOCHS = 2
 SPENT = ("seconds_per_epoch", "peak_bytes")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -570,4 +564,4 @@ def test_the_storage_of_another_comparison(
         assert main([*argv, *more]) == 2
         assert capsys.readouterr().err == f"{where}{said}; name another one\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert _study.INTERRUPTED == 130
+    assert _errors.INTERRUPTED == 130

@@ -159,11 +159,6 @@ def _mixer(
 _BUILDERS = {"conv": _conv, "resnet": _resnet, "mlp": _mlp, "mixer": _mixer}
 
 
-def zeros(model: nn.Module) -> int:
-    """How many weights are exactly zero, biases and norms apart: what L1 leaves out."""
-    return sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
-
-
-def weights(model: nn.Module) -> int:
-    """How many there are of them."""
-    return sum(p.numel() for p in model.parameters() if p.dim() > 1)
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Those that decay: biases and norms have fewer than two dimensions in all of these nets."""
+    return [p for p in model.parameters() if p.dim() > 1]

@@ -25,7 +25,7 @@ from .._data import Split
 from .checkpoint import check_alike
 from .kernels import ATTACK_STEPS, Attack, Augment, Distill, Kernels, Loss, Mix
 from .measures import EVALUATION_BATCH, evaluate
-from .models import build_model, weights, zeros
+from .models import build_model, weights_of
 
 ATTACKED = "attacked_accuracy"  # on the test set, where trained adversarially
 
@@ -67,7 +67,8 @@ class Training:
     the CPU the results are then equal to the bit.
 
     Args:
-        data: the images, standardised; early stopping goes by its validation set.
+        data: the images, standardised. Early stopping goes by its validation set, which has to be
+            watched then.
         classes: how many there are.
         recipes: what is trained, by its label. One that distils is preceded by its teacher.
         seeds: each recipe is trained for each of these.
@@ -163,8 +164,7 @@ class Training:
             row[ATTACKED] = self._attacked_accuracy()
         self.history[self.training.name].append(row)
         if self._net.stop is not None:
-            found = seen.get("validation") or self._evaluate("validation")
-            self._net.stop(found["validation_loss"])
+            self._net.stop(seen["validation"]["validation_loss"])
 
     def _finish(self) -> None:
         """Ends a run: with its best weights where it stops early, and with all measures."""
@@ -176,8 +176,9 @@ class Training:
             found[ATTACKED] = self._attacked_accuracy()
         found["epochs"] = float(self._epoch)
         found["best_epoch"] = float(self._epoch if stop is None else stop.best_check or self._epoch)
-        found["zeros"] = float(zeros(self.model))
-        found["weights"] = float(weights(self.model))
+        weights = weights_of(self.model)
+        found["zeros"] = float(sum(int((p == 0).sum()) for p in weights))  # what L1 leaves out
+        found["weights"] = float(sum(p.numel() for p in weights))
         self.results[run.name] = found
         self._teacher = self.model if run.teaches else None  # in evaluation mode by now
 
@@ -441,7 +442,7 @@ def _runs(recipes: Mapping[str, Recipe], seed: int, seeds: int) -> list[Run]:
 
 def _l2(factor: float, model: nn.Module, kernels: Kernels) -> Callable[[], Tensor]:
     """Half the factor times the weights' squares; biases and norms have none."""
-    decaying = [p for p in model.parameters() if p.dim() > 1]
+    decaying = weights_of(model)
     return lambda: 0.5 * factor * kernels.l2(decaying)
 
 
