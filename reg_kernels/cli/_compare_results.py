@@ -253,9 +253,7 @@ def _particulars(results: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str
     if arm["on"] == ["early_stopping"]:
         epochs = (means["best_epoch"], means["epochs"], recipe["epochs"])
         lines.append(
-            "early_stopping: {1:.0f} epochs of {2} trained, of which {0:.0f} gave the best".format(
-                *epochs
-            )
+            "early_stopping: {1:.0f} epochs of {2} trained, the best after {0:.0f}".format(*epochs)
         )
     if arm["on"] == ["l1"]:
         zeros, weights = means["zeros"], means["weights"]
