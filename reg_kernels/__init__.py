@@ -6,7 +6,7 @@ samples of a batch, and `adversarial` attacks them; `training` stops in time.
 `fold_batch_norm` prepares a model for inference. `backend` forces an implementation.
 """
 
-from . import adversarial, augment, functional, nn, optim, training
+from . import adversarial, augment, distributed, functional, nn, optim, training
 from .backends import BackendUnavailable, backend
 from .convert import convert, revert
 from .convert._fold import fold_batch_norm
@@ -19,6 +19,7 @@ __all__ = [
     "augment",
     "backend",
     "convert",
+    "distributed",
     "fold_batch_norm",
     "functional",
     "nn",
