@@ -20,6 +20,11 @@ def has_samples_outermost(x: Tensor) -> bool:
     return fills and (len(x) < 2 or numel == 0 or x.stride(0) * len(x) == numel)
 
 
+def mixes_samples(x: Tensor) -> bool:
+    """Whether x, (N, ...), may be dense with other dimensions outside of that of the samples."""
+    return not x.is_contiguous() and x.stride(0) * len(x) != x.numel()
+
+
 def dense_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape: of x's strides where x is dense, else contiguous."""
     if is_dense(x):

@@ -13,7 +13,9 @@ from torch.overrides import has_torch_function_unary
 from .. import backends
 from .. import functional as F
 from ..ops._checks import check_flag, number, refuse
+from ..ops._modes import watcher
 from ..ops._noise import non_negative
+from ..ops._route import state_of_all
 from ._leaf import call_in_graph
 
 __all__ = ["GaussianDropout", "GaussianNoise", "NoisyLinear", "WeightNoise", "weight_noise"]
@@ -145,7 +147,10 @@ class WeightNoise(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training or self.std == 0.0:
             return weight
+        # Weights are no batch, and alike on all ranks: so is their noise.
+        state = state_of_all(weight, watcher())
         options: dict[str, Any] = {"multiplicative": self.relative, "backend": self.backend}
+        options["rng_state"] = state
         noisy = F.gaussian_noise(weight.detach(), self.std, **options)
         return _Straight.apply(weight, noisy)
 

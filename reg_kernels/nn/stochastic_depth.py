@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from .. import backends
+from .. import _part, backends
 from .. import functional as F
 from .._twins import TWINS, twin_of
 from ..ops._checks import (
@@ -195,6 +195,10 @@ class StochasticDepthBlock(torch.nn.Module):
 
     def _of_a_subset(self, input: Tensor) -> Tensor:
         check_batch(type(self).__name__, "input", input)
+        part = _part.of_order(input.device) if _part.used else None
+        if part is not None and not part.alike:
+            rows = part.rows(type(self).__name__, input.shape)
+            return self._of_a_subset_of_all(input, rows)
         samples = len(input)
         kept = round((1 - self.p) * samples)
         if kept == 0:
@@ -203,6 +207,25 @@ class StochasticDepthBlock(torch.nn.Module):
         # In order, so that memory is read in order.
         subset = Subset(order[:kept].sort().values, order[kept:])
         return add_of_subset(input, self._of, subset, samples / kept, self.backend)
+
+    @torch.compiler.disable  # how many samples are this rank's is a number to wait for
+    def _of_a_subset_of_all(self, input: Tensor, part: _part.Part) -> Tensor:
+        """The same where the input is a part of the batch that samples are chosen of. The branch
+        gets this rank's, be it none, and draws for them as for a part of what was chosen."""
+        kept = round((1 - self.p) * part.total)
+        if kept == 0:
+            return input
+        order = torch.randperm(part.total, device=input.device)
+        chosen = order[:kept].sort().values
+        ends = chosen.new_tensor([part.first, part.first + len(input)])
+        begin, end = torch.searchsorted(chosen, ends).tolist()
+        own = chosen[begin:end] - part.first
+        dropped = torch.ones(len(input), dtype=torch.bool, device=input.device)
+        dropped[own] = False
+        subset = Subset(own, dropped.nonzero().flatten())
+        scale = part.total / kept
+        with _part.stated(_part.Part(begin, kept, end - begin)):
+            return add_of_subset(input, self._of, subset, scale, self.backend)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _layout, _rng
+from .. import _layout, _part, _rng
 from .._dtypes import DTYPES
 from .._layout import (
     as_torch_returns,
@@ -26,6 +26,7 @@ from .._layout import (
     is_channels_last,
     is_dense,
     keeps_channels_last,
+    mixes_samples,
     with_strides,
 )
 from .._numbers import integer, traced_numbers
@@ -165,6 +166,23 @@ def drawn_state(device: torch.device, looks: str | None, draws: bool = True) -> 
     return _rng.draw_state(device) if looks is None else _rng.draw_traced_state(device)
 
 
+def state_of_all(input: Tensor, looks: str | None, draws: bool = True) -> Tensor | None:
+    """A state for a call whose draws are the same on all ranks, in no way parts of those for a
+    larger batch: of a state that is given, `draw` takes no part. None where nothing is drawn."""
+    if not draws:
+        return None
+    if asked(looks, input.numel) == 0 and not draws_beside_others(input):
+        return None
+    return drawn_state(input.device, looks)
+
+
+def draws_beside_others(input: Tensor) -> bool:
+    """Whether the generator has to move on for an input without elements, since it does for those
+    of the other ranks."""
+    part = _part.current() if _part.used else None
+    return part is not None and part.draws_nothing_alone(input.shape)
+
+
 # What a gradient keeps
 
 
@@ -222,6 +240,7 @@ class Linear(Route):
         check: Callable[..., None],
         keeps: tuple[str, ...],
         drops: bool = True,
+        draws_of: int | None = None,
         reads_dropped: bool = True,
         takes_bytes: bool = False,
         addends: tuple[str, ...] = (),
@@ -244,6 +263,7 @@ class Linear(Route):
             check: called as check(name, arguments, in_place=...), otherwise as for `register`.
             keeps: the names of the tensors among the arguments that a gradient needs.
             drops: whether the number of a random op is the probability of dropping an element.
+            draws_of: how many leading dimensions of the input have a draw for each place; None: all.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
             takes_bytes: whether a random op also takes bytes, which are computed in float32.
             addends: the names of optional tensors that are added to the linear part.
@@ -274,6 +294,7 @@ class Linear(Route):
         self.by_multiplier = by_multiplier
         self.adds_alone = adds_alone
         self.drops = drops
+        self.draws_of = draws_of
         self.reads_dropped = reads_dropped
         self.also_takes = "uint8" if takes_bytes else ""
         self.fresh = register(
@@ -448,13 +469,16 @@ def draw(
     key: bytes | None = None,
 ) -> Tensor:
     """Calls an op of the schema (input, {beside}, number, {options}, {DRAWN}). The arguments from
-    `number` to `backend` are a Draw; without a state, the call draws by one of its own. An input
+    `number` to `backend` are a Draw; without a state, the call draws by one of its own, and, where
+    this rank has a part of a batch, its part of what the whole batch draws by that. An input
     without elements is returned itself. `looks` is watcher()'s answer; `key` the call's signature,
     by which op.known keeps what draw_again goes by; an op has none that draws at some calls alone.
 
     An op that is handed something other than a dense tensor returns a contiguous one.
     """
     if not (input.numel() if looks is None else asked(looks, input.numel)):
+        if state is None and draws_beside_others(input):
+            drawn_state(input.device, looks, not op.drops or 0.0 < number < 1.0)
         return input
     draws = number != 1.0 or not op.drops
     if not draws and op.reads_dropped:
@@ -475,16 +499,20 @@ def draw(
             key = None
     if inplace and looks is None:
         check_in_place(name, input)  # before the generator moves on
+    x = input
     if state is None:
-        state = drawn_state(device, looks, not op.drops or 0.0 < number < 1.0)
+        draws = not op.drops or 0.0 < number < 1.0
+        state = drawn_state(device, looks, draws)
+        if _part.used and draws and element_offset == 0:
+            x, element_offset = _as_a_part(op, input, state)
     traced_p = None
     if looks is COMPILE:
         number, traced_p = 0.0, traced_numbers(device, number)
     arguments = (number, *options, state, element_offset, traced_p)
-    dense = looks is None and (input.is_contiguous() or is_dense(input))
+    dense = looks is None and x is input and (x.is_contiguous() or is_dense(x))
     if inplace and dense and not input.is_neg():
         return op.write_over(overload, input, arguments)
-    inputs = (input, *beside)
+    inputs = (x, *beside)
     output = op.call(looks, overload, inputs, arguments)
     if dense and not inplace:
         op.known.keep(key, (overload, wants_gradient(inputs), _rng.drawer(device)))
@@ -503,8 +531,26 @@ def draw_again(
 ) -> Tensor:
     """The same for a call of a signature that op.known has, and `found` there, without options."""
     overload, gradient, draw_state = found
-    state = draw_state() if state is None else state
-    return op.run(overload, gradient, (input,), (number, state, element_offset, None))
+    x = input
+    if state is None:
+        state = draw_state()
+        if _part.used and element_offset == 0:
+            x, element_offset = _as_a_part(op, input, state)
+    output = op.run(overload, gradient, (x,), (number, state, element_offset, None))
+    return output if x is input else as_torch_returns(output, input)
+
+
+def _as_a_part(op: Linear, input: Tensor, state: Tensor) -> tuple[Tensor, int]:
+    """What a call draws for, and the place of its first draw, if it has drawn its state while this
+    rank has a part of a batch. Where samples do not lie one behind the other in memory, which has
+    draws of two ranks side by side, a copy comes whose do."""
+    part = _part.of_draw(state)
+    if part is None:
+        return input, 0
+    offset = part.offset(op.fresh.name, input.shape, op.draws_of)
+    if mixes_samples(input) and not part.alike:
+        input = input.contiguous()
+    return input, offset
 
 
 def draw_samples(
@@ -519,6 +565,7 @@ def draw_samples(
     one stretch of memory; beside it, a residual and a multiplier."""
     looks = watcher()
     if asked(looks, input.numel) == 0:
+        draw(op, looks, input, *how, False, options)
         y = input if multiplier is None else (input * multiplier).to(input.dtype)
         return y if residual is None else y + residual
     # The trace of one layout has to bring any other into it.

@@ -23,7 +23,7 @@ from ._checks import (
     refuse,
 )
 from ._modes import shows_values, watcher
-from ._route import DRAWN, Draw, Linear, draw_samples
+from ._route import DRAWN, Draw, Linear, draw_samples, state_of_all
 
 MODES = ("row", "batch")
 
@@ -96,6 +96,7 @@ _DROP_PATH = Linear(
     triton="drop_path",
     check=_check,
     keeps=("rng_state", "traced_p"),
+    draws_of=1,
     reads_dropped=False,
 )
 
@@ -131,7 +132,8 @@ def drop_path(
         mode: "row" draws for each sample; "batch" draws once, for all of them.
         scale_by_keep: False leaves the kept samples unscaled.
         sample_offset: the place of the input's first sample in the whole batch's mask. With it a
-            shard of a batch gets its part; in mode "batch" all shards have the same draw anyway.
+            shard of a batch gets its part; in mode "batch" all shards have the same draw anyway. 0
+            is what `distributed.shard` says, if anything.
         rng_state, backend: as in `dropout`.
 
     Returns:
@@ -167,6 +169,8 @@ def drop_path(
         return input if residual is None else input + residual
     options = (scale_by_keep,)
     if mode == "batch":  # all of them as one sample
+        if rng_state is None:
+            rng_state = state_of_all(input, watcher(), 0.0 < p < 1.0)
         how = Draw(p, rng_state, 0, backend)
         whole = None if residual is None else residual.unsqueeze(0)
         one = draw_samples(_DROP_PATH, input.unsqueeze(0), how, options, whole, layer_scale)

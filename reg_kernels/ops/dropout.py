@@ -43,7 +43,7 @@ def _check_drawn(entry: Entry, a: Any) -> None:
     entry.check_memory(a.input, "input")
 
 
-def _register(name: str, check: Callable[..., None]) -> Linear:
+def _register(name: str, check: Callable[..., None], draws_of: int | None = None) -> Linear:
     return Linear(
         name,
         f"float p, {DRAWN}",
@@ -51,11 +51,12 @@ def _register(name: str, check: Callable[..., None]) -> Linear:
         triton="dropout",
         check=check,
         keeps=("rng_state", "traced_p"),
+        draws_of=draws_of,
     )
 
 
 _DROPOUT = _register("dropout", _check)
-_FEATURE_DROPOUT = _register("feature_dropout", _check_channels)
+_FEATURE_DROPOUT = _register("feature_dropout", _check_channels, draws_of=2)
 
 
 def _checked(name: str, input: Tensor, p: Any) -> float:
@@ -94,7 +95,8 @@ def dropout(
             device. The same state gives the same mask in every implementation and on every device.
             None draws a state from torch's generator, under `torch.manual_seed`.
         element_offset: the place of the input's first element in the mask. With it a shard of a
-            batch gets its part of the whole batch's mask.
+            batch gets its part of the whole batch's mask. Where neither it nor `rng_state` is
+            given, it is what `distributed.shard` says, if anything.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
