@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -120,12 +120,12 @@ def leave(who: Any) -> None:
 
 
 @contextmanager
-def stated(part: Part) -> Iterator[None]:
+def stated(part: Part) -> Iterator[Part]:
     """Puts a part in force."""
     who = object()
     enter(who, part)
     try:
-        yield
+        yield part
     finally:
         leave(who)
 
@@ -195,3 +195,16 @@ def of_batch(sharding: Sharding | None, op: str, samples: int) -> Part | None:
     if part is not None:
         return None if part.alike else part.rows(op, (samples,))
     return None if sharding is None else sharding.part(samples)
+
+
+def of_model(model: Any, samples: int) -> AbstractContextManager[Part | None]:
+    """Puts the part in force that a batch is for all the calls that are made inside of a model that
+    is sharded, or wraps one, and is training: the sizes of the others' parts are asked for once."""
+    part = current() if used else None
+    if part is None and isinstance(model, torch.nn.Module):
+        owners = (m for m in model.modules() if "_sharding" in m.__dict__ and m.training)
+        owner: Any = next(owners, None)
+        part = None if owner is None else owner._sharding.part(samples)
+    if part is None:
+        return nullcontext()
+    return stated(part if part.alike else part._replace(samples=samples))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _part, backends
 from .. import functional as F
+from .._layout import mixes_samples
 from .._numbers import refuse
 from ..ops._checks import check_batch, check_dtype
 from ..ops._modes import watcher
@@ -57,28 +58,41 @@ class Ball(NamedTuple):
         """A new batch, each sample uniform in its ball, then brought into the bounds."""
         of_samples(name, "eps", self.eps, clean, watcher())  # before anything is drawn
         dtype = torch.promote_types(clean.dtype, torch.float32)
-        x = torch.empty_like(clean, dtype=dtype)
+        x = torch.zeros_like(clean, dtype=dtype)
+        if mixes_samples(x):
+            x = x.contiguous()
         shape = (-1, *[1] * (clean.dim() - 1))
         count = max(clean.numel() // max(len(clean), 1), 1)
 
-        def drawn(like: Tensor, how: str) -> Tensor:
-            return getattr(torch.empty_like(like), how)(generator=generator)
+        def drawn(zeros: Tensor, by: Callable[..., Tensor]) -> Tensor:
+            """Uniform from -1 to 1, or normal: by ops, which know this rank's part of a batch."""
+            options: dict[str, Any] = {"backend": self.backend}
+            if generator is not None:
+                state = torch.empty(2, dtype=torch.int64, device=generator.device)
+                part = _part.current() if _part.used else None
+                options["rng_state"] = state.random_(generator=generator)
+                if part is not None and zeros.numel():
+                    options["element_offset"] = part.offset(name, zeros.shape)
+            return by(zeros, 1.0, inplace=True, **options)
 
-        def each(how: str) -> Tensor:
-            return drawn(x.new_empty(len(clean)).view(shape), how)
+        def shares(zeros: Tensor) -> Tensor:
+            """Uniform in (0, 1), float64: numbers of 32 bits, and half of the last one."""
+            return drawn(zeros.double(), F.uniform_noise) / 2 + (0.5 + 2.0**-33)
 
+        each = x.new_zeros(len(clean))
         if self.norm == "linf":
-            way = x.uniform_(-1, 1, generator=generator)
+            way = drawn(x, F.uniform_noise)
         elif self.norm == "l2":
             # A direction, and a radius whose power d is uniform.
-            way = x.normal_(generator=generator)
+            way = drawn(x, F.gaussian_noise)
             lengths = torch.linalg.vector_norm(way.reshape(len(way), -1), dim=1).view(shape)
-            way = way / lengths.clamp(min=1e-30) * each("uniform_").pow(1 / count)
+            radii = shares(each).pow(1 / count).view(shape)
+            way = (way / lengths.clamp(min=1e-30) * radii).to(dtype)
         else:
             # d + 1 exponentials over their sum are uniform on the simplex, and d of them below it.
-            sizes = drawn(x, "exponential_")
-            total = sizes.reshape(len(x), -1).sum(1).view(shape) + each("exponential_")
-            way = torch.where(x.uniform_(-1, 1, generator=generator) < 0, -sizes, sizes) / total
+            sizes = -shares(x).log()
+            total = sizes.reshape(len(x), -1).sum(1).view(shape) - shares(each).log().view(shape)
+            way = (torch.where(drawn(x, F.uniform_noise) < 0, -sizes, sizes) / total).to(dtype)
         eps = self.eps
         if isinstance(eps, Tensor) and eps.dim():
             eps = eps.view(shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _part
 from .. import functional as F
 from .._dtypes import named
 from .._mixed_target import MixedTarget
@@ -70,6 +71,10 @@ class PGD:
         RuntimeError: the model's output is no batch of logits or does not depend on the input, or
             what `functional.adversarial_step_` raises it for.
 
+    Of a model that trains by `distributed.shard`, or inside of `distributed.batch`, each sample
+    starts where it would in one process with the batch of all ranks. A rank without samples calls
+    the model as often as the others do.
+
     Source: A. Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018.
     """
 
@@ -125,10 +130,13 @@ class PGD:
         if target is not None:
             check_target(name, target, input)
         check_initialised(name, self.model)
-        with leaving_no_trace(self.model, input.device, self.dropout, self.preserve_rng_state):
+        with (
+            leaving_no_trace(self.model, input.device, self.dropout, self.preserve_rng_state),
+            _part.of_model(self.model, len(input)) as part,
+        ):
             clean = input.detach()
             clean = clean.clone() if clean.is_inference() else clean
-            if len(clean) == 0:
+            if len(clean) == 0 and part is None:
                 return clean.clone()
             if target is None:
                 with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _part
 from .. import functional as F
 from .._numbers import number, refuse
 from ._ball import Ball, Channels, check_callable, check_count, check_input, checked_step
@@ -83,17 +84,19 @@ def trades_loss(
     def logits_of(x: Tensor) -> Tensor:
         return checked_logits(name, model(x), x)
 
-    with leaving_no_trace(model, x_natural.device, dropout, preserve_rng_state):
-        clean = x_natural.detach()
-        with torch.no_grad():
-            expected = logits_of(clean)
-            adv = ball.bring_in_(clean + _START * torch.randn_like(clean), clean)
-        options: dict[str, Any] = {"temperature": 1.0, "alpha": 1.0, "backend": backend}
-        adv = climbed(
-            *(name, adv, clean, steps, step_size, ball),
-            lambda x: F.distillation_loss(logits_of(x), expected, reduction="sum", **options),
-        )
-    logits, near = logits_of(x_natural), logits_of(adv)
+    with _part.of_model(model, len(x_natural)):
+        with leaving_no_trace(model, x_natural.device, dropout, preserve_rng_state):
+            clean = x_natural.detach()
+            with torch.no_grad():
+                expected = logits_of(clean)
+                start = F.gaussian_noise(clean.clone(), _START, inplace=True, backend=backend)
+                adv = ball.bring_in_(start, clean)
+            options: dict[str, Any] = {"temperature": 1.0, "alpha": 1.0, "backend": backend}
+            adv = climbed(
+                *(name, adv, clean, steps, step_size, ball),
+                lambda x: F.distillation_loss(logits_of(x), expected, reduction="sum", **options),
+            )
+        logits, near = logits_of(x_natural), logits_of(adv)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     p, q = (x.to(dtype).log_softmax(1) for x in (logits, near))
     divergence = (p.exp() * (p - q)).sum(1).mean()

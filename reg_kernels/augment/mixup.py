@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .. import backends
+from .. import _part, backends
 from .._dtypes import named
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number, probability, refuse
@@ -86,6 +86,11 @@ class Mixup:
     may be part of a DataLoader's collate_fn. As the last transform of a `Pipeline` it draws by the
     pipeline's seed and the samples' indices instead. Without a `seed`,
     `torch.compile(fullgraph=True)` takes it.
+
+    With `distributed.shard`, or inside of `distributed.batch`, each sample has the lambda and the
+    box that one process would have drawn for its place in the batch of all ranks, and a lambda of
+    the batch is the same on all ranks. Partners are samples of one rank: no image goes to another
+    one. So mixed batches, and losses, depend on the number of ranks.
 
     Example::
 
@@ -163,6 +168,7 @@ class Mixup:
         self.dense = dense
         self.backend = backend
         self.mixup_enabled = True
+        self._sharding: _part.Sharding | None = None  # `distributed.shard` sets it
         # (device, seed of the DataLoader's worker, or None outside of one) -> generator
         self._generators: dict[tuple[str, int | None], torch.Generator] = {}
 
@@ -173,7 +179,7 @@ class Mixup:
         return f"Mixup({', '.join(shown)})"
 
     def __call__(self, input: Tensor, target: Tensor) -> tuple[Tensor, MixedTarget | Tensor]:
-        return self.mix(input, target, lambda: self.draw(input.shape, _Generated(input, self)))
+        return self.mix(input, target, lambda: self._drawn(input))
 
     def mix(
         self, input: Tensor, target: Tensor, draw: Callable[[], Mixing]
@@ -233,11 +239,32 @@ class Mixup:
     def _cuts(self) -> bool:
         return self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or self.switch_prob > 0)
 
+    def _drawn(self, input: Tensor) -> Mixing:
+        """As one process would draw it for the batch of all ranks, and of that this rank's part; a
+        pair, which is one within a rank, has the draws of a pair there."""
+        part, samples = None, len(input)
+        if self._draws:
+            part = _part.of_batch(self._sharding, "Mixup", samples)
+        source = _Generated(input, self)
+        if part is None or self.mode == "batch":
+            return self.draw(input.shape, source)
+        drawn = self.draw((part.total, *input.shape[1:]), source)
+        if self.mode == "elem":
+            rows = slice(part.first, part.first + samples)
+            return Mixing(*(x if x is None else x[rows] for x in drawn))
+        first = part.first // 2
+        rows = slice(first, first + (samples + 1) // 2)
+        return Mixing(*(x if x is None else _of_pairs(x[rows], samples) for x in drawn))
+
+    @property
+    def _draws(self) -> bool:
+        return self.mixup_enabled and self.mix_prob > 0
+
     def draw(self, shape: Sequence[int], source: Any) -> Mixing:
         """For a batch of that shape, from `source`, on whose device it is."""
         samples = shape[0]
         count = {"batch": 1, "elem": samples, "pair": (samples + 1) // 2}[self.mode]
-        if not self.mixup_enabled or self.mix_prob == 0:
+        if not self._draws:
             ones = torch.ones(count, dtype=torch.float32, device=source.device)
             ones = self._of_samples(ones, samples)
             return Mixing(ones, None, ones)
@@ -288,9 +315,7 @@ class Mixup:
         """Spreads what was drawn over the N samples: one for all, or (N, ...)."""
         if self.mode == "batch":
             return drawn[0]
-        if self.mode == "elem":
-            return drawn
-        return torch.cat((drawn, drawn[: samples // 2].flip(0)))
+        return drawn if self.mode == "elem" else _of_pairs(drawn, samples)
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self.seed is None:
@@ -397,6 +422,11 @@ class _Generated:
 
     def beta(self, alpha: Tensor) -> Tensor:
         return _draw_beta(alpha, self._mixup._generator(self.device))
+
+
+def _of_pairs(drawn: Tensor, samples: int) -> Tensor:
+    """Spreads what was drawn for each pair over its two samples; one in the middle is its own."""
+    return torch.cat((drawn, drawn[: samples // 2].flip(0)))
 
 
 def _checked_minmax(minmax: Sequence[float]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _part, backends
 from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
@@ -87,8 +87,10 @@ class Pipeline:
     Every draw depends on (seed, epoch, sample index, transform) alone: an image gets the same
     augmentation whatever its batch, worker, rank or device, and a transform that is left out shifts
     no other's. Sample indices are `indices=` of a call, (N,), or else counted on from the epoch's
-    begin; in a DataLoader's workers, and with several ranks, they have to be given. `set_epoch`
-    begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and
+    begin. In a DataLoader's workers they have to be given; with several ranks too, unless
+    `distributed.shard` or `distributed.batch` says where the rank's samples are in the batch of all
+    ranks, by which they are counted then. What is drawn once for a batch is drawn by the first
+    index of that, and by each rank's own first one where indices are given. `set_epoch` begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and
     nothing waits for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
@@ -162,6 +164,7 @@ class Pipeline:
         self.training = True
         self._epoch = 0
         self._position = 0
+        self._sharding: _part.Sharding | None = None  # `distributed.shard` sets it
 
     @classmethod
     def from_torchvision(cls, compose: Any, **options: Any) -> Pipeline:
@@ -233,18 +236,29 @@ class Pipeline:
         indices: Tensor | Sequence[int] | None = None,
         return_params: bool = False,
     ) -> Any:
-        batch = packed(images, self.layout)
-        samples = len(batch.images)
+        placed = self._placed(images) if indices is None else None
+        is_none = self._has_no_part(images)
+        # Of a rank without samples one image shows what the result is like.
+        batch = packed(images.new_zeros(1, *images.shape[1:]) if is_none else images, self.layout)
+        samples = 0 if is_none else len(batch.images)
         mixes = self._mixup is not None and self.training
         if mixes and target is None:
             _refuse("target", "given where Mixup mixes it", None)
-        keys = self._keys(samples, indices)
-        drawn, assembly = self._assembled(batch, keys)
+        keys = self._checked_keys(samples, indices) if placed is None else self._counted(*placed)
+        of_batch = keys[:1]  # by what one draw is for all
+        if placed is not None:
+            keys = keys[1:]
+        is_alike = self.same_on_batch or is_none
+        own = of_batch.expand(len(batch.images)) if is_alike else keys
+        drawn, assembly = self._assembled(batch, own)
         result: Any = self._run(batch, assembly)
+        if is_none:
+            result, drawn = result[:0], [x[:0] for x in drawn]
         mixed: Any = target
         if mixes:
             assert self._mixup is not None and target is not None
-            draws = _draws.MixDraws(self.seed, self._epoch, keys)
+            of_mixing = of_batch if self._mixup.mode == "batch" else keys
+            draws = _draws.MixDraws(self.seed, self._epoch, of_mixing)
             mixing = unseen(self._mixup.draw)(result.shape, draws)
             drawn += columns_of(mixing, samples)
             result, mixed = self._mixup.mix(result, target, lambda: on_device(mixing, result))
@@ -254,13 +268,32 @@ class Pipeline:
             extra.append(Params(unseen(torch.stack)(drawn, 1), plan.columns, self._described(plan)))
         return (result, *extra) if extra else result
 
-    def _keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
-        """The samples' indices, int64 (N,)."""
-        if indices is None:
-            first = self._position
-            if self.training:
-                self._position += samples
-            return unseen(torch.arange)(first, first + samples)
+    def _placed(self, images: Any) -> tuple[int, int, int]:
+        """The batch's samples, those of the ranks before this one, and those of all."""
+        samples = len(images) if isinstance(images, Tensor | Sequence) else 0  # refused later
+        part = None
+        if self.training:
+            part = _part.of_batch(self._sharding, "Pipeline", samples)
+        return (samples, 0, samples) if part is None else (samples, *part[:2])
+
+    def _has_no_part(self, images: Any) -> bool:
+        """Whether this rank has no images of a batch of which others may have some."""
+        if not (isinstance(images, Tensor) and images.dim() == 4 and len(images) == 0):
+            return False
+        return self._sharding is not None or (_part.used and _part.current() is not None)
+
+    @unseen
+    def _counted(self, samples: int, first: int, total: int) -> Tensor:
+        """The index of the first sample of all ranks, and those of this one's, int64 (1 + N,)."""
+        begin = self._position
+        if self.training:
+            self._position += total
+        keys = torch.arange(begin + first - 1, begin + first + samples)
+        keys[0] = begin
+        return keys
+
+    def _checked_keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
+        """The samples' indices that were given, int64 (N,)."""
         try:
             keys = torch.as_tensor(indices)
         except (OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -271,7 +304,7 @@ class Pipeline:
             _refuse("indices", f"whole numbers of shape ({samples},)", got)
         is_unsigned = keys.dtype == torch.uint64
         keys = keys.to("cpu", torch.int64)
-        if int(keys.min()) < 0:
+        if samples and int(keys.min()) < 0:
             if is_unsigned:  # as hashes of names are
                 must = "below 2**63; of hashes their remainder by 2**63 will do"
                 _refuse("indices", must, int(keys.min()) + 2**64)
@@ -302,8 +335,6 @@ class Pipeline:
             _refuse("images", "uint8 with exact", named(batch.pixels.dtype))
         sizes = batch.images[:, 1:]
         assembly = self._assembly(sizes, batch.channels, is_bytes, sides=batch.sides)
-        if self.same_on_batch:
-            keys = keys[:1].expand(len(keys))
         epoch = torch.full_like(assembly.height, self._epoch)
         rows = [keys.double(), epoch, assembly.height, assembly.width]
         words = _draws.uniform(self.seed, self._epoch, keys, plan.groups)
