@@ -1,5 +1,6 @@
 """What ranks draw of a batch that they share: the bits of one process that has all of it."""
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -11,6 +12,8 @@ import torch
 from process_group import Ranks, running_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -447,6 +450,145 @@ def test_trades_starts_where_it_would_in_one_process() -> None:
     expected = _whole(call)
     for sizes in ((7,), (3, 4)):
         torch.testing.assert_close(sum(_each_rank(sizes, call)), expected)
+
+
+# Real ranks
+
+STEPS = (8, 8, 5, 1)  # samples of each step's batch: the last ones leave ranks with fewer, or none
+
+
+def _deep_net() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Dropout(0.3)) for _ in range(3)]
+    modes = ("subset", "row", "subset")
+    paths = [StochasticDepthBlock(b, 0.4, m) for b, m in zip(blocks, modes, strict=True)]
+    layers = [weight_noise(nn.Linear(6, 8), 0.1), GaussianNoise(0.2), *paths, nn.Linear(8, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def _trained(how: str, wrapped: str) -> tuple[list[float], list[Tensor]]:
+    """The losses of each step, and the parameters at the end."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    net = _deep_net()
+    torch.manual_seed(5)
+    if how == "group" and wrapped != "outside":
+        distributed.shard(net)
+    if wrapped == "fsdp":
+        fully_shard(net)
+    else:
+        net = DistributedDataParallel(net)
+        if wrapped == "outside":
+            distributed.shard(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for total in STEPS:
+        x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
+        y = torch.randn(total, 3, generator=generator, dtype=torch.float64)
+        rows = distributed.part(total)
+        stated: Any = contextlib.nullcontext()
+        if how == "batch":
+            stated = distributed.batch(rows.start, total)
+        with stated:
+            loss = (net(x[rows]) - y[rows]).square().sum() / total
+        optimizer.zero_grad()
+        (loss * size).backward()  # gradients are averaged over ranks
+        optimizer.step()
+        value = loss.detach().clone()
+        dist.all_reduce(value)
+        losses.append(value.item())
+        if rank == 0:
+            with torch.no_grad():  # alone: nothing is communicated
+                if wrapped != "fsdp":
+                    net.eval()(x)
+                    net.train()
+    parameters = [p.detach() for p in net.parameters()]
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    return losses, full
+
+
+def _trained_in_every_way() -> list[tuple[list[float], list[Tensor]]]:
+    ways = (("group", "inside"), ("group", "outside"), ("batch", "inside"), ("group", "fsdp"))
+    return [_trained(*way) for way in ways]
+
+
+def _alone() -> tuple[list[float], list[Tensor]]:
+    """The same in one process that knows of no ranks."""
+    net = _deep_net()
+    torch.manual_seed(5)
+    optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for total in STEPS:
+        x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
+        y = torch.randn(total, 3, generator=generator, dtype=torch.float64)
+        loss = (net(x) - y).square().sum() / total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_train_to_the_losses_of_one_process(ranks: Ranks, size: int) -> None:
+    losses, parameters = _alone()
+    for ways in ranks(size, _trained_in_every_way):
+        for found_losses, found in ways:
+            torch.testing.assert_close(found_losses, losses, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found, parameters, rtol=1e-12, atol=1e-12)
+
+
+def _on_a_group() -> list[str]:
+    """What differs between ranks is said on all of them, and groups are parts of the world."""
+    rank = dist.get_rank()
+    said = []
+
+    def refused(call: Callable[[], Any]) -> None:
+        try:
+            call()
+            said.append("")
+        except (RuntimeError, TypeError, ValueError) as error:
+            said.append(str(error))
+
+    torch.manual_seed(0 if rank != 1 else 9)
+    refused(lambda: distributed.shard(nn.Identity()))
+    torch.manual_seed(rank % 2)
+    refused(lambda: distributed.shard(nn.Identity()))
+    refused(lambda: distributed.shard(augment.Pipeline(augment.CenterCrop(2), seed=4 + (rank == 2))))
+    refused(lambda: distributed.shard(augment.Mixup(seed=rank // 3)))
+    refused(lambda: distributed.shard(augment.Mixup(seed=2)))
+    group = dist.new_group([1, 3])
+    if rank in (1, 3):
+        torch.manual_seed(0)
+        drop = distributed.shard(Dropout(), process_group=group)
+        assert len(copy.deepcopy(drop)(torch.ones(rank, 2))) == rank
+        refused(lambda: pickle.dumps(drop))
+        torch.manual_seed(0)
+        y = drop(torch.ones(rank, 50))
+        torch.manual_seed(0)
+        assert torch.equal(y, F.dropout(torch.ones(4, 50))[1 if rank == 3 else 0 :][:rank])
+    else:
+        refused(lambda: distributed.shard(Dropout(), process_group=group))
+    return said
+
+
+def test_a_group_says_which_ranks_differ(ranks: Ranks) -> None:
+    seed = "call torch.manual_seed with one seed on all ranks"
+    expected = [
+        f"shard: the ranks' generators must be in one state, got another one on rank 1 than on "
+        f"rank 0: {seed}",
+        f"shard: the ranks' generators must be in one state, got another one on ranks 1, 3 than on "
+        f"rank 0: {seed}",
+        "shard: the ranks' pipelines must be in one state, got another one on rank 2 than on rank "
+        "0: give each the same seed=, epoch and position",
+        "shard: the ranks' Mixups must be in one state, got another one on rank 3 than on rank 0: "
+        "give each the same seed=",
+        "",
+    ]
+    for rank, said in enumerate(ranks(4, _on_a_group)):
+        assert said[:5] == expected
+        assert ("is pickled" if rank % 2 else "one that this process is in") in said[5]
 
 
 # Bad input
