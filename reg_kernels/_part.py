@@ -147,6 +147,13 @@ def of_draw(state: Tensor) -> Part | None:
     return _remembered(lambda: tuple(state.tolist()))
 
 
+def offset_of(op: str, shape: Sequence[int], state: Tensor) -> int:
+    """The place of the first draw of a call that has drawn this `rng_state` for each element of a
+    tensor whose samples lie one behind the other."""
+    part = of_draw(state)
+    return 0 if part is None else part.offset(op, shape)
+
+
 def of_order(device: torch.device) -> Part | None:
     """The part for a call that is about to draw from torch's generator of a device."""
     if torch.compiler.is_compiling():

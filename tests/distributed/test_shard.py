@@ -128,6 +128,28 @@ def test_in_place_and_by_samples_of_several_rows(backend: str) -> None:
         assert torch.equal(torch.cat(_each_rank(sizes, call, each=3)), expected), sizes
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dropout_of_a_chain_is_a_part_of_the_whole_ones(backend: str, layout: str) -> None:
+    """By its mask alone, since the statistics are a rank's own."""
+    x = LAYOUTS[layout](torch.rand(TOTAL, 3, 4, 5))
+
+    def call(rows: slice) -> Tensor:
+        part = x[rows].detach().requires_grad_()
+        options: dict[str, Any] = {"activation": None, "drop": 0.4, "backend": backend}
+        bias = torch.full((3,), 1e3)  # far from 0, where nothing was dropped
+        calls = [  # the second by what is known of the first
+            F.batch_norm_act(part, None, None, None, bias, training=True, **options)
+            for _ in range(2)
+        ]
+        return torch.stack(calls, 1) != 0
+
+    expected = _whole(call)
+    assert 0.5 < expected.float().mean() < 0.7
+    for sizes in SIZES:
+        assert torch.equal(torch.cat(_each_rank(sizes, call)), expected), sizes
+
+
 def test_samples_that_lie_side_by_side_draw_as_a_contiguous_tensor_does() -> None:
     x = torch.randn(4, TOTAL)
 
@@ -227,7 +249,7 @@ class _Net(nn.Module):
     def __init__(self, recomputes: bool | None = None) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Linear(6, 8), Dropout(0.3), GaussianNoise(0.2))
-        self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Dropout(0.5))
+        self.second = nn.Sequential(Dropout(0.2), nn.Linear(8, 8), nn.Tanh(), Dropout(0.5))
         self.drop, self.last = DropPath(0.4), nn.Linear(8, 3)
         self.recomputes = recomputes  # None: nothing; else use_reentrant
 
