@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import reg_kernels
 from reg_kernels import _part, adversarial, augment, distributed
 from reg_kernels import functional as F
 from reg_kernels.nn import (
@@ -299,12 +298,12 @@ def test_checkpoints_draw_again_what_they_drew(recomputes: bool, inside: bool) -
             loss.backward()
         return [p.grad for p in net.parameters() if p.grad is not None]
 
-    with _no_group_needed():
+    with _GroupOfOne():
         expected, found = gradients(None), gradients(recomputes)
     assert all(map(torch.equal, found, expected))
 
 
-class _no_group_needed:
+class _GroupOfOne:
     """`shard` of a group, whose sizes are stated by `distributed.batch`."""
 
     def __enter__(self) -> None:
@@ -397,7 +396,7 @@ def test_mixup_has_the_lambdas_of_the_batch_of_all_ranks(mode: str, seed: int | 
             assert torch.equal(found, expected), sizes
         elif mode == "pair":
             pairs = [p[: len(p) // 2].tolist() for p in _each_rank(sizes, drawn)]
-            assert len(set(sum(pairs, []))) == sum(map(len, pairs))
+            assert len(set(itertools.chain(*pairs))) == sum(map(len, pairs))
     shards = [distributed.shard(augment.Mixup(mode=mode), rank, 2) for rank in range(2)]
     lams = [_whole(lambda rows, m=m: m(x[:3], target[:3])[1].lam) for m in shards]  # type: ignore[misc]
     assert torch.equal(*lams) == (mode == "batch")
@@ -411,7 +410,11 @@ def test_a_pipeline_counts_through_the_batches_of_all_ranks(
     images, target = torch.rand(TOTAL, 3, 9, 9), torch.arange(TOTAL)
 
     def made(sizes: tuple[int, ...], first: int) -> Any:
-        transforms = [augment.RandomCrop(7), augment.RandomHorizontalFlip(), augment.ColorJitter(0.5)]
+        transforms = [
+            augment.RandomCrop(7),
+            augment.RandomHorizontalFlip(),
+            augment.ColorJitter(0.5),
+        ]
         pipeline = augment.Pipeline(
             *transforms, *([mixup] if mixup else []), seed=3, same_on_batch=same_on_batch
         )
@@ -438,6 +441,13 @@ def test_a_pipeline_without_images_gives_what_its_batch_would_be_like() -> None:
     assert images.shape == (0, 3, 4, 4) and len(target) == 0
     with pytest.raises(ValueError, match="at least, got an empty one"):
         distributed.unshard(pipeline)(torch.rand(0, 3, 9, 9))
+    mixing = augment.Pipeline(augment.CenterCrop(4), augment.Mixup(num_classes=3), seed=1)
+    for indices in (None, torch.arange(0)):
+        images, mixed = distributed.shard(mixing, 1, 2)(
+            torch.rand(0, 3, 9, 9), torch.arange(0), indices=indices
+        )
+        assert images.shape == (0, 3, 4, 4) and mixed.to_dense(3).shape == (0, 3)
+    distributed.shard(pipeline, 0, 2)
     given = pipeline(torch.rand(2, 3, 9, 9), indices=[4, 9], return_params=True)[1]
     assert given["index"].tolist() == [4, 9] and pipeline.state_dict()["position"] == 0
 
@@ -466,7 +476,11 @@ def test_trades_starts_where_it_would_in_one_process() -> None:
 
     def call(rows: slice) -> Tensor:
         n = rows.stop - rows.start
-        loss = adversarial.trades_loss(net, x[rows], target[rows], perturb_steps=2) if n else x[0, 0] * 0
+        loss = (
+            adversarial.trades_loss(net, x[rows], target[rows], perturb_steps=2)
+            if n
+            else x[0, 0] * 0
+        )
         return loss.detach() * (n / TOTAL)
 
     expected = _whole(call)
@@ -577,7 +591,9 @@ def _on_a_group() -> list[str]:
     refused(lambda: distributed.shard(nn.Identity()))
     torch.manual_seed(rank % 2)
     refused(lambda: distributed.shard(nn.Identity()))
-    refused(lambda: distributed.shard(augment.Pipeline(augment.CenterCrop(2), seed=4 + (rank == 2))))
+    refused(
+        lambda: distributed.shard(augment.Pipeline(augment.CenterCrop(2), seed=4 + (rank == 2)))
+    )
     refused(lambda: distributed.shard(augment.Mixup(seed=rank // 3)))
     refused(lambda: distributed.shard(augment.Mixup(seed=2)))
     group = dist.new_group([1, 3])
@@ -622,7 +638,11 @@ def test_errors_say_which_and_what_to_do() -> None:
         (lambda: distributed.shard(_net(), -1, 2), ValueError, "shard: rank must be from 0 to 1"),
         (lambda: distributed.shard(_net(), 0, 0), ValueError, "world_size must be at least 1"),
         (lambda: distributed.shard(_net(), 0), ValueError, "world_size must be given"),
-        (lambda: distributed.shard(_net()), RuntimeError, "init_process_group called before, got no"),
+        (
+            lambda: distributed.shard(_net()),
+            RuntimeError,
+            "init_process_group called before, got no",
+        ),
         (lambda: distributed.shard(F.dropout, 0, 1), TypeError, "got function"),  # type: ignore[type-var]
         (lambda: distributed.batch(5, 4), ValueError, "first must be at most total, 4, got 5"),
         (lambda: distributed.batch(-1, 4), ValueError, "first must be at least 0"),
