@@ -209,7 +209,8 @@ CASES += [
         ("gelu", True, P),
     )
 ]
-CASES += [  # a part of a larger batch, from the middle of one of the mask's groups on, and whole ones
+# A part of a larger batch: it begins within one of the mask's groups, and with one.
+CASES += [
     _case(shape, layout, drop=P, activation="relu", element_offset=offset)
     for shape, layout in (
         ((4, 6, 5, 3), _contiguous),

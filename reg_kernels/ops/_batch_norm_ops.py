@@ -93,8 +93,8 @@ class Backward(NamedTuple):
 
 _BACKWARD_ARGUMENTS = (
     f"Tensor grad_output, {_VALUES}, Tensor mean, Tensor invstd, Tensor? gate, Tensor? rng_state, "
-    "int element_offset, bool training, int activation, float slope, float p, bool wants_input, bool wants_parameters, "
-    "bool wants_residual"
+    "int element_offset, bool training, int activation, float slope, float p, bool wants_input, "
+    "bool wants_parameters, bool wants_residual"
 )
 
 
