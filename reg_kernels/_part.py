@@ -142,8 +142,8 @@ def of_draw(state: Tensor) -> Part | None:
     """The part for a call that has drawn this `rng_state`."""
     if torch.compiler.is_compiling():
         return _compiled.part
-    if state.device.type != "cpu" or _is_fake():
-        return _here.part  # while a CUDA graph is captured: no value can be looked at
+    if state.device.type != "cpu" or _has_no_values():
+        return _here.part
     return _remembered(lambda: tuple(state.tolist()))
 
 
@@ -161,7 +161,11 @@ def of_order(device: torch.device) -> Part | None:
     return _remembered(lambda: (device, *_upcoming(device)))
 
 
-def _is_fake() -> bool:
+def _has_no_values() -> bool:
+    """Whether no number of a tensor can be looked at, beside while a CUDA graph is captured, which
+    has states on the device."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 

@@ -12,6 +12,7 @@ import torch
 from process_group import Ranks, running_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -195,6 +196,26 @@ def test_whole_is_the_same_on_all_ranks() -> None:
     expected = _whole(call)
     for found in _each_rank((3, 4), call):
         assert torch.equal(found[:5], expected[:5])
+
+
+def test_transforms_fakes_and_traces_inside_and_after() -> None:
+    x = torch.ones(4, 30)
+    vmapped = torch.func.vmap(F.dropout, randomness="different")
+
+    def call() -> None:
+        y = vmapped(x)
+        assert not torch.equal(y[0], y[1])
+        assert set(torch.func.grad(lambda x: F.dropout(x).sum())(x).unique().tolist()) == {0, 2}
+        with FakeTensorMode():
+            assert F.dropout(torch.ones(4, 3)).shape == (4, 3)
+        assert torch.jit.trace(lambda x: F.dropout(x), x, check_trace=False)(x).shape == x.shape
+
+    F.dropout(x)
+    with distributed.batch(4, 8, 4):
+        F.dropout(x)
+        with distributed.whole():
+            call()
+    call()
 
 
 def test_weights_have_the_same_noise_on_all_ranks() -> None:
