@@ -4,7 +4,7 @@ A rank that waits in a collective of gloo gives up when a connection closes, and
 timeout otherwise. gloo has no call that ends a collective (`abort` and `shutdown` leave it waiting,
 torch 2.13), and its connections stay open while anything holds the group, which a model under
 DistributedDataParallel does. So a rank that was told of another's failure closes its connections
-with that rank itself: what waits on them ends as it would if the other process had died.
+with the other ranks itself: what waits on them ends as it would if their processes had died.
 
 Linux lists a process's connections in /proc. Elsewhere there are none to see, and a rank waits for
 the group's timeout.
@@ -55,12 +55,12 @@ def _by_descriptor(except_port: int | None) -> dict[int, tuple[str, str]]:
                     ends[f"socket:[{inode}]"] = (_plain(local), _plain(remote))
     found = {}
     with contextlib.suppress(OSError):
-        for name in os.listdir(_PROC / "fd"):
+        for link in (_PROC / "fd").iterdir():
             # A descriptor may have been closed since the folder was listed.
             with contextlib.suppress(OSError):
-                pair = ends.get(os.readlink(_PROC / "fd" / name))
-                if pair and except_port not in map(_port, pair):
-                    found[int(name)] = pair
+                pair = ends.get(str(link.readlink()))
+                if pair and except_port not in {_port(end) for end in pair}:
+                    found[int(link.name)] = pair
     return found
 
 

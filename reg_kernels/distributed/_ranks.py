@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import distributed as dist
+
+if dist.is_available():
+    from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 T = TypeVar("T")
 
@@ -50,7 +54,11 @@ def named(ranks: Sequence[int]) -> str:
 
 
 class StoreLost(Exception):
-    """The store is gone or does not answer."""
+    """The store is gone, or did not answer."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.gone = seconds is None
+        super().__init__("is gone" if self.gone else f"did not answer within {seconds:g} s")
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Group:
     size: int
     global_ranks: tuple[int, ...]  # what messages name
     timeout: float  # seconds that a collective waits
-    store: dist.Store
+    device: torch.device  # of numbers that a collective sends: the CPU where the group can
+    store: Store
     host: int | str | None  # the global rank that holds the store, torchrun's address, or a file's
     port: int | None  # of the store's server
 
@@ -73,6 +82,8 @@ class Group:
     def of(cls, process_group: dist.ProcessGroup | None, op: str) -> Group | None:
         """None where this process has nobody to talk to: there is no group, it has one rank, or
         it is not this process's."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             if process_group is dist.GroupMember.NON_GROUP_MEMBER:
                 return None
@@ -80,26 +91,27 @@ class Group:
                 f"{op}: process_group must be a ProcessGroup or None, "
                 f"got {type(process_group).__name__}"
             )
-        if not dist.is_available() or not dist.is_initialized():
-            return None
         group = process_group or dist.distributed_c10d._get_default_group()
         if group.size() == 1:
             return None
         server = store = group.get_group_store()
-        while isinstance(server, dist.PrefixStore):
+        while isinstance(server, PrefixStore):
             server = server.underlying_store
         host: int | str | None = None
-        if isinstance(server, dist.TCPStore):
+        if isinstance(server, TCPStore):
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             host = f"{server.host}:{server.port}" if agent else 0
+        devices = {device.type: device for device in group._device_types}
+        device = devices.get("cpu", group._device_types[0])
         return cls(
             rank=group.rank(),
             size=group.size(),
             global_ranks=tuple(dist.get_process_group_ranks(group)),
-            timeout=group._get_backend(group._device_types[0]).options._timeout.total_seconds(),
-            store=dist.PrefixStore("reg_kernels", store.clone()),
+            timeout=group._get_backend(device).options._timeout.total_seconds(),
+            device=device,
+            store=PrefixStore("reg_kernels", store.clone()),  # type: ignore[attr-defined]
             host=host,
-            port=server.port if isinstance(server, dist.TCPStore) else None,
+            port=server.port if isinstance(server, TCPStore) else None,
         )
 
     @property
@@ -131,25 +143,35 @@ class Group:
         if answers:
             return answers[0]
         if not errors:
-            raise StoreLost(f"did not answer within {seconds:g} s")
+            raise StoreLost(seconds)
         # torch raises a bare RuntimeError where it cannot use the file of a FileStore.
         if isinstance(errors[0], RankError) or not isinstance(errors[0], RuntimeError):
             raise errors[0]
-        raise StoreLost("is gone") from errors[0]
+        raise StoreLost from errors[0]
 
     def lost(self, error: StoreLost) -> RankError:
         """What it means that the store is lost."""
         if self.host is None:
-            return RankError(f"the group's store, a file, {error}: it must outlive the ranks")
+            return RankError(f"the group's store, a file, {error}")
         if isinstance(self.host, str):
-            return RankError(f"torchrun's agent at {self.host} ended: the group's store {error}")
-        state = "ended" if str(error) == "is gone" else "hangs"
+            return RankError(f"the group's store, in torchrun's agent at {self.host}, {error}")
+        state = "ended" if error.gone else "hangs"
         return RankError(
             f"rank {self.host} {state}: the group's store, which it holds, {error}", [self.host]
         )
 
 
-def gather(group: Group, key: str, value: str, deadline: float, stop: Callable[[], None]) -> Missing:
+@dataclass(frozen=True)
+class Gathered:
+    """The ranks' values in their order; or else, which of the global ranks brought none."""
+
+    values: list[str]
+    absent: list[int]
+
+
+def gather(
+    group: Group, key: str, value: str, deadline: float, stop: Callable[[], None]
+) -> Gathered:
     """Each rank's `value`, or which ranks brought none before `deadline` (time.monotonic).
 
     All ranks come to the same answer, a late one too: the first that has one writes it down.
@@ -169,21 +191,13 @@ def gather(group: Group, key: str, value: str, deadline: float, stop: Callable[[
         pause = min(2 * pause, 0.05)
     verdict = store.compare_set(f"{key}/verdict", "", "all").decode()
     if verdict != "all":
-        return Missing([], [group.global_ranks[int(rank)] for rank in verdict.split()])
+        return Gathered([], [group.global_ranks[int(rank)] for rank in verdict.split()])
     values = [one.decode() for one in store.multi_get(keys)]
     # The last reader clears the table, so that a job of many epochs does not fill it.
     if store.add(f"{key}/read", 1) == group.size:
         for one in (*keys, f"{key}/verdict", f"{key}/read"):
             store.delete_key(one)
-    return Missing(values, [])
-
-
-@dataclass(frozen=True)
-class Missing:
-    """What `gather` found: the values in the order of ranks, or else who brought none."""
-
-    values: list[str]
-    ranks: list[int]
+    return Gathered(values, [])
 
 
 def digest(text: str) -> str:
