@@ -7,29 +7,24 @@ rank of that number dies, stops (and goes on 15 s later), raises, or ends for wa
 import datetime
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import torch
+from process_group import stop
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from reg_kernels.distributed import guard
 
 
-def stop(seconds: int) -> None:
-    """Stops this process, which another one continues."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 @record
 def main() -> None:
     rank, fault = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+    dist.init_process_group("gloo")
+    group = dist.new_group(timeout=datetime.timedelta(seconds=6))
     total = torch.zeros(1)
-    with guard(timeout=3):
+    with guard(group, timeout=3):
         for step in range(10):
             if step == 3 and dist.get_rank() == rank:
                 if fault == "dies":
@@ -43,7 +38,7 @@ def main() -> None:
                     time.sleep(60)
                 if fault == "ends":
                     break
-            dist.all_reduce(total.add_(1))
+            dist.all_reduce(total.add_(1), group=group)
     print(f"rank {dist.get_rank()}: {total.item():g}", flush=True)
     dist.destroy_process_group()
 
