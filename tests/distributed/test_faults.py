@@ -52,16 +52,15 @@ def _checks() -> list[Any]:
     assert half is not None
     net = nn.Sequential(nn.Linear(4, 10 if rank < 3 else 11), nn.Linear(10, 2, bias=rank != 1))
     store = dist.distributed_c10d._get_default_group().get_group_store()
-    dist.barrier()
-    before = store.num_keys()
-    dist.barrier()
     found = [
         _error(check_alike, batches=12, lr=0.1, dtype=torch.half, nan=float("nan"), seeds=(1, 2)),
         _error(check_alike, **(dict(a=1, b=None) if rank else dict(b=None, a=1))),
         _error(check_alike, parameters=parameters_of(nn.Linear(2, 2)), name="net"),
     ]
     dist.barrier()
-    added = store.num_keys() - before  # each rank's count of calls stays
+    # Each rank's count of calls stays.
+    added = sum(key.startswith("reg_kernels") for key in store.list_keys())
+    dist.barrier()
     found += [
         added,
         _error(check_alike, batches=11 if rank == 1 else 12, epoch=3),
@@ -71,8 +70,8 @@ def _checks() -> list[Any]:
         _error(check_alike, process_group=half, batches=rank),
     ]
     if rank == 2:
-        time.sleep(1.5)
-    found.append(_error(check_alike, timeout=1, epoch=1))
+        time.sleep(3)
+    found.append(_error(check_alike, timeout=2, epoch=1))
     found.append(_error(check_alike, timeout=30, epoch=2))
     return found
 
@@ -98,7 +97,7 @@ def test_facts_that_differ_are_named_on_all_ranks(ranks: Ranks) -> None:
             (3,),
         ),
         None,
-        ("check_alike: rank 2 did not come within 1 s", (2,)),
+        ("check_alike: rank 2 did not come within 2 s", (2,)),
         None,
     ]
     pair = (f"check_alike: batches {alike} 1 on rank 1, 3 on rank 3", (3,))
@@ -289,7 +288,7 @@ def _again() -> list[Any]:
         dist.barrier()
         if dist.get_rank() == 1:
             raise ValueError("too late")
-    dist.barrier()
+    time.sleep(1)
 
     def block() -> None:
         with guard():
@@ -319,20 +318,11 @@ def _torchrun(fault: str) -> subprocess.Popen[str]:
     )
 
 
-def _last(text: str, kind: str) -> str:
-    """The error of a kind that a traceback in the output ends with."""
-    return next(line for line in text.splitlines() if f"{kind}: " in line)
-
-
 def test_what_torchrun_shows() -> None:
     # At once, since most of their time is for waiting.
-    runs = {fault: _torchrun(fault) for fault in ("none", "raises", "dies", "ends", "stops")}
+    runs = {fault: _torchrun(fault) for fault in ("raises", "dies", "ends", "stops")}
     shown = {fault: run.communicate(timeout=120)[0] for fault, run in runs.items()}
-    assert {fault: run.returncode for fault, run in runs.items()} == {
-        **dict.fromkeys(runs, 1),
-        "none": 0,
-    }, shown
-    assert "rank 1: 2046" in shown["none"]
+    assert {run.returncode for run in runs.values()} == {1}, shown
     # The launcher names the first rank that failed, and ends the others.
     assert "ValueError: no such file" in shown["raises"].partition("Root Cause")[2]
     assert re.search(r"Root Cause(.|\n)*rank +: 1 (.|\n)*Signal 9 \(SIGKILL\)", shown["dies"])
@@ -360,19 +350,12 @@ def _on(hosts: tuple[Host, Host], rank: int, fault: str) -> list[subprocess.Pope
     return started
 
 
-def test_two_hosts_train_together(two_hosts: tuple[Host, Host]) -> None:
-    runs = _on(two_hosts, 2, "none")
-    shown = "".join(run.communicate(timeout=120)[0] for run in runs)
-    assert "rank 0: 2046" in shown and "rank 1: 2046" in shown, shown
-    assert [run.returncode for run in runs] == [0, 0]
-
-
-def test_a_host_that_loses_power_is_named_by_the_other(two_hosts: tuple[Host, Host]) -> None:
+def test_two_hosts_train_until_one_loses_power(two_hosts: tuple[Host, Host]) -> None:
     runs = _on(two_hosts, 1, "waits")
     lines = []
     for line in runs[1].stdout or ():
         lines.append(line)
-        if line == "waiting\n":
+        if line == "waiting at 14\n":  # three steps, in which both take part
             break
     else:
         raise AssertionError("".join(lines))
