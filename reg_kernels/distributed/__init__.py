@@ -1,5 +1,6 @@
 """What training on several ranks of `torch.distributed` needs beside the layers and optimizers."""
 
+from ._checkpoint import load_checkpoint, save_checkpoint
 from ._faults import FiniteCheck, check_alike, parameters_of
 from ._guard import guard
 from ._ranks import RankError
@@ -11,8 +12,10 @@ __all__ = [
     "batch",
     "check_alike",
     "guard",
+    "load_checkpoint",
     "parameters_of",
     "part",
+    "save_checkpoint",
     "shard",
     "unshard",
     "whole",
