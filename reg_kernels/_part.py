@@ -8,8 +8,8 @@ drawn there. `reg_kernels.distributed` is what users state a part by.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -119,15 +119,20 @@ def leave(who: Any) -> None:
         _put(_here.entered.pop()[1])
 
 
-@contextmanager
-def stated(part: Part) -> Iterator[Part]:
-    """Puts a part in force."""
-    who = object()
-    enter(who, part)
-    try:
-        yield part
-    finally:
-        leave(who)
+class Stated:
+    """Puts a part in force inside of it; a compiled program may have it inside."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._outside: Part | None = None
+
+    def __enter__(self) -> Part:
+        self._outside = current()
+        _put(self.part)
+        return self.part
+
+    def __exit__(self, *error: object) -> None:
+        _put(self._outside)
 
 
 # Checkpointing calls a part of a model again, in a backward, where no part is in force any more or
@@ -213,4 +218,4 @@ def of_model(model: Any, samples: int) -> AbstractContextManager[Part | None]:
         part = None if owner is None else owner._sharding.part(samples)
     if part is None:
         return nullcontext()
-    return stated(part if part.alike else part._replace(samples=samples))
+    return Stated(part if part.alike else part._replace(samples=samples))

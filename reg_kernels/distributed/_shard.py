@@ -198,14 +198,14 @@ def batch(first: int, total: int, samples: int | None = None) -> AbstractContext
         if not 0 <= samples <= total - first:
             must = f"from 0 to {total - first}, what first leaves of total"
             refuse("batch", "samples", must, samples, ValueError)
-    return _part.stated(Part(first, total, samples))
+    return _part.Stated(Part(first, total, samples))
 
 
 def whole() -> AbstractContextManager[Part]:
     """Inside of it, what is drawn is the same on all ranks: for a tensor of a sharded model whose
     first dimension is not the batch's, and for one that is alike on all ranks."""
     outside = _part.current() or Part(0, 0, None)
-    return _part.stated(outside._replace(alike=True))
+    return _part.Stated(outside._replace(alike=True))
 
 
 def part(total: int, rank: int | None = None, world_size: int | None = None) -> slice:

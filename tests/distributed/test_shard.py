@@ -390,6 +390,28 @@ def test_a_compiled_net_is_compiled_anew_for_another_part_alone(
     torch._dynamo.reset()
 
 
+class _Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with distributed.whole():
+            y = F.dropout(x.t().contiguous()).t()
+        return torch.cat((y, F.dropout(x)), 1)
+
+
+def test_a_compiled_net_may_have_whole_inside() -> None:
+    torch._dynamo.reset()
+    net = torch.compile(_Turned(), backend="eager", fullgraph=True)
+    found = []
+    for first in (0, 4):
+        torch.manual_seed(1)
+        with distributed.batch(first, 8):
+            found.append(net(torch.ones(4, 9)))
+        assert _part.current() is None
+    expected = _whole(lambda rows: net(torch.ones(8, 9)))[:, 9:]
+    assert torch.equal(found[0][:, :9], found[1][:, :9])
+    assert torch.equal(torch.cat(found)[:, 9:], expected)
+    torch._dynamo.reset()
+
+
 def test_a_warning_names_torchs_own_layers() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), Dropout(0.1), nn.Dropout(0.0))
     with pytest.warns(UserWarning, match=r"draw the same on all ranks, got 1: call reg_kernels"):
