@@ -17,11 +17,12 @@ from ._dtypes import DTYPES
 
 ROWS = (
     *("grad", "param", "first_moment", "second_moment", "max_second_moment", "ema"),
-    *("compensation", "step", "numel", "element_offset", "group", "first_chunk", "first_work"),
+    *("compensation", "step", "numel", "element_offset", "run", "run_stride", "group"),
+    *("first_chunk", "first_work"),
 )
 CHUNK = 8192  # elements of a chunk
 # As in csrc/torch/tensor_table.h: the bits of a seal for what it says.
-_SEAL_BITS = 23
+_SEAL_BITS = 25
 _SEAL_FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
 _ROW_BITS = {name: 1 << 10 + i for i, name in enumerate(ROWS)}
 _OVERHEAD = 64  # elements that a tensor's own cost weighs as much as

@@ -266,6 +266,7 @@ def _lists(r: Random) -> tuple[int, list[Any], list[Any]]:
         *(each(moments, algorithm == 0), each(moments, algorithm == 0 and r.random() < 0.3)),
         *(each(compute, algorithm == 2 or r.random() < 0.3), each(dtype, rounding == 2)),
         *([0] * count, [0] * count),
+        *(([r.choice([0, 1, 5])] * count, [7] * count) if r.random() < 0.5 else ([], [])),
     ]
     on_device = r.random() < 0.3
     common = [

@@ -23,8 +23,8 @@ struct OptimizerTask {
   void* ema;
   void* compensation;
   OptimizerConstants constants;
-  int64_t element_offset;  // of element 0 among the draws of Rounding::stochastic
-  uint64_t seed, offset;   // rng_state
+  DrawPlaces places;      // of the draws of Rounding::stochastic
+  uint64_t seed, offset;  // rng_state
 };
 
 // Updates elements [begin, end); `begin` is a multiple of 64.

@@ -167,10 +167,17 @@ void run(const OptimizerTask& task, int64_t begin, int64_t end) {
     update_tile(task, rule, tiles, count);
     if constexpr (sizeof(C) == sizeof(float)) {
       if (stochastic) {
-        const uint16_t* half_words = draws.fill(rng, task.element_offset + first, count);
         auto* to = static_cast<bfloat16*>(task.param) + first;
+        for (int64_t done = 0; done < count;) {
+          const int64_t part = task.places.together(first + done, count - done);
+          const uint16_t* half_words = draws.fill(rng, task.places.of(first + done), part);
+          const C* from = p + done;
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) to[j] = store_stochastic(p[j], half_words[j]);
+          for (int64_t j = 0; j < part; ++j) {
+            to[done + j] = store_stochastic(from[j], half_words[j]);
+          }
+          done += part;
+        }
       }
     }
     if (!stochastic) tiles.param.close();

@@ -72,19 +72,21 @@ static_assert(sizeof(OptimizerStep) <= 4096, "a kernel has 4 KiB of arguments");
 struct OptimizerRounding {
   bool stochastic;
   RngStream stream;
-  int64_t chunk;  // its first element, among all draws: a multiple of kGroup
+  DrawPlaces places;
+  int64_t chunk;  // its first element, in the tensor
 
-  // `i`, in the chunk, is a multiple of kCount, so one draw serves all of the elements.
+  // `i`, in the chunk, is a multiple of kCount.
   template <typename T, int kCount>
   __device__ __forceinline__ Vector<T, kCount> operator()(const compute_t<T> (&p)[kCount],
                                                           int i) const {
     Vector<T, kCount> result;
     if constexpr (std::is_same_v<T, bfloat16>) {
       if (stochastic) {
-        PhiloxWords words = stream(static_cast<uint64_t>(chunk + i) / kGroup);
-        if (kCount <= 4 && (i & 4)) words = {words.w[2], words.w[3], 0, 0};
-        if (kCount <= 2 && (i & 2)) words.w[0] = words.w[1];
-        if (kCount <= 1 && (i & 1)) words.w[0] >>= 16;
+        const int64_t draw = kCount == 1 ? places.of(chunk + i) : places.offset + chunk + i;
+        PhiloxWords words = stream(static_cast<uint64_t>(draw) / kGroup);
+        if (kCount <= 4 && (draw & 4)) words = {words.w[2], words.w[3], 0, 0};
+        if (kCount <= 2 && (draw & 2)) words.w[0] = words.w[1];
+        if (kCount <= 1 && (draw & 1)) words.w[0] >>= 16;
         RK_UNROLL
         for (int j = 0; j < kCount; ++j) {
           result.v[j] = store_stochastic(p[j], half_word(words, j));
@@ -131,6 +133,12 @@ __device__ __forceinline__ bool optimizer_aligned(const TableChunk& chunk) {
     all |= chunk.table.at(row, chunk.tensor);
   }
   return all % kVectorBytes == 0;
+}
+
+// Whether one draw serves all elements of a vector, where draws are needed.
+__device__ __forceinline__ bool optimizer_draws_in_vectors(const OptimizerStep& step,
+                                                           int64_t tensor) {
+  return step.rounding != Rounding::stochastic || draw_places(step.table, tensor).in_whole_groups();
 }
 
 // kSecond: with amsgrad's maximum, or SGD's momentum.
@@ -276,7 +284,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm
       const OptimizerConstants k = optimizer_constants(kAlgorithm, group, next, a.gradient());
       block->rule = OptimizerRule<C>(k, kAlgorithm);
       block->round = {a.rounding == Rounding::stochastic, a.rng.stream(kRoundingTag),
-                      a.table.at(TableRow::element_offset, chunk.tensor) + chunk.first};
+                      draw_places(a.table, chunk.tensor), chunk.first};
       block->coupled = group.decay == Decay::l2 && group.weight_decay != 0;
       block->proximal = k.threshold > 0;
       block->max_second_moment = chunk.address<S>(TableRow::max_second_moment);
@@ -287,7 +295,8 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks<kAlgorithm
         chunk.address<T>(TableRow::param), chunk.address<const T>(TableRow::grad),
         chunk.address<S>(TableRow::first_moment), chunk.address<S>(TableRow::second_moment)};
     constexpr int kCount = kOptimizerVector<T, S>;
-    const int whole = optimizer_aligned(chunk) ? chunk.count / kCount * kCount : 0;
+    const bool vectors = optimizer_aligned(chunk) && optimizer_draws_in_vectors(a, chunk.tensor);
+    const int whole = vectors ? chunk.count / kCount * kCount : 0;
     bool ready = false;
     update_range<kCount, kOptimizerUnits<kAlgorithm>, kAlgorithm>(arrays, 0, whole, *block, ready);
     update_range<1, 1, kAlgorithm>(arrays, whole, chunk.count, *block, ready);

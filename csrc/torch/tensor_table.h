@@ -11,8 +11,8 @@ namespace reg_kernels {
 // A table that reg_kernels/_tensor_table.py has built in this process comes with a seal, which
 // tells it from any other int64 tensor, and says what of it a launcher cannot read, or not on a
 // device: from the lowest bit on the dtypes of the parameters and of the moments, 2 bits each, the
-// number of groups, 6 bits, and the rows of addresses that it has, 13 bits.
-constexpr int kSealBits = 23;
+// number of groups, 6 bits, and the rows that it was given, 15 bits.
+constexpr int kSealBits = 25;
 
 inline int64_t table_seal(uint64_t address, uint64_t numbers, uint64_t count, uint64_t kind) {
   const uint64_t mixed = address * 0x9e3779b97f4a7c15 + numbers * 0xbf58476d1ce4e5b9 +

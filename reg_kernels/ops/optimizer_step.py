@@ -108,7 +108,11 @@ class StepLists(NamedTuple):
     emas: Sequence[Tensor] = ()
     compensations: Sequence[Tensor] = ()
     groups: Sequence[int] = ()
-    element_offsets: Sequence[int] = ()  # multiples of 8
+    element_offsets: Sequence[int] = ()  # of each tensor's first element among the draws
+    # Of a shard, whose elements' draws are those of the whole tensor's: how many of them are side
+    # by side, 0 for all, and how far apart such runs begin. Both lists are empty where none is one.
+    runs: Sequence[int] = ()
+    run_strides: Sequence[int] = ()
 
     def table(self) -> TensorTable:
         """The lists in a table; the tensors have to outlive it."""
@@ -167,9 +171,11 @@ class StepLists(NamedTuple):
             call.check_number(rate, torch.float32, "rates")
         if len(self.groups) != count or not all(0 <= g < groups for g in self.groups):
             call.refuse("groups", f"{count} numbers below {groups}", self.groups)
-        offsets = self.element_offsets
-        if len(offsets) != count or any(not 0 <= o < 2**62 or o % 8 for o in offsets):
-            call.refuse("element_offsets", f"{count} multiples of 8 in [0, 2^62)", offsets)
+        for name in ("element_offsets", "runs", "run_strides"):
+            places = getattr(self, name)
+            needed = name == "element_offsets" or len(self.runs) + len(self.run_strides) > 0
+            if len(places) != count * needed or any(not 0 <= o < 2**62 for o in places):
+                call.refuse(name, f"{count} numbers in [0, 2^62)", places)
         if rounding not in range(len(ROUNDINGS)):
             call.refuse("rounding", "0, 1 or 2", rounding)
         rounded = self.params[0].dtype in (torch.float16, torch.bfloat16)
@@ -229,7 +235,7 @@ OP = register(
     "(int algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, "
     "Tensor(c!)[] first_moments, Tensor(d!)[] second_moments, Tensor(e!)[] max_second_moments, "
     "Tensor(f!)[] emas, Tensor(g!)[] compensations, int[] groups, int[] element_offsets, "
-    f"{_SETTINGS}) -> ()",
+    f"int[] runs, int[] run_strides, {_SETTINGS}) -> ()",
     fake=_fake,
     route=Route(moves=_moved),
     **{backend: _of_lists(backend) for backend in backends.NAMES},

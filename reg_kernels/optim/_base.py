@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from .._dtensor import check_sharded, is_dtensor, placed_like
 from .._dtypes import DTYPES
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
 from ._algorithm import OPTIONS, STATE, Algorithm, option
@@ -185,10 +186,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"got {state_dtype}"
             )
         for i, p in enumerate(group["params"]):
-            if is_traceable_wrapper_subclass(p):
+            if is_dtensor(p):
+                check_sharded(name, f"number {i} of its group", p)
+            elif is_traceable_wrapper_subclass(p):
                 raise RuntimeError(
-                    f"{name}: parameters must be plain tensors, got {type(p).__name__} for number "
-                    f"{i} of its group"
+                    f"{name}: parameters must be plain tensors or DTensors, got "
+                    f"{type(p).__name__} for number {i} of its group"
                 )
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 what = p.dtype if p.layout == torch.strided else p.layout
@@ -466,7 +469,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         # came from, and takes a string to pieces; here state stays as it was, a copy of its own.
         for p, saved in loaded:
             if saved:
-                self.state[p] = {name: _copied(p, name, value) for name, value in saved.items()}
+                self.state[p] = {
+                    key: _copied(f"{type(self).__name__}: {key}", p, key, value)
+                    for key, value in saved.items()
+                }
         for group in self.param_groups:
             self._leave_out_defaults(group)
             for p in group["params"]:
@@ -474,9 +480,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._swapped.append((p, None))
 
 
-def _copied(param: Tensor, name: str, value: Any) -> Any:
-    """A copy of a parameter's state, where the parameter is."""
+def _copied(what: str, param: Tensor, name: str, value: Any) -> Any:
+    """A copy of a parameter's state, where the parameter is and in the same shards."""
     if isinstance(value, Tensor):
+        if name != "step":
+            value = placed_like(value, param, what)
         return value.to(param.device, copy=True)
     if name == "step":
         return torch.tensor(float(value), dtype=torch.float32, device=param.device)

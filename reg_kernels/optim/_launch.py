@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _rng
+from .._dtensor import ShardSums, is_dtensor, is_placed_like, local_of
 from ..ops.optimizer_step import (
     MOST_GROUPS,
     ROUNDINGS,
@@ -39,7 +40,9 @@ class Launch:
         self.device, self.dtype = first.param.device, first.param.dtype
         self.averages = first.averages
         self.rounding = ROUNDINGS.index(first.rounding)
-        self.stochastic = first.rounding == "stochastic" and self.dtype == torch.bfloat16
+        self.stochastic = first.is_stochastic
+        self.column = first.column
+        self._shards = [Shard(m) for m in members if is_dtensor(m.owner)]
         self._algorithm = algorithm
 
         # What is not dense goes through buffers that are, made here once.
@@ -59,7 +62,9 @@ class Launch:
             emas=by_name.get("ema", ()),
             compensations=by_name.get("compensation", ()),
             groups=[index[id(m.group)] for m in members],
-            element_offsets=[m.element_offset for m in members],
+            element_offsets=[m.places.first for m in members],
+            runs=[m.places.run for m in members],
+            run_strides=[m.places.stride for m in members],
             **{row: by_name[name] for row, name in zip(rows, first.moment_names, strict=False)},
         )
         self.step = PreparedStep("average" if self.averages else algorithm.kind, lists)
@@ -75,6 +80,8 @@ class Launch:
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in the gradients, wherever they lie now."""
+        if self._shards and not all([shard.is_current() for shard in self._shards]):
+            return False
         odd = look(*self._watched)
         if odd is None:
             return False
@@ -98,15 +105,18 @@ class Launch:
             dense.copy_(param)
 
     def store(self) -> None:
-        """Writes back what is staged."""
-        if not self.averages:
-            for param, dense in self._staged:
-                param.copy_(dense)
+        """Writes back what is staged, and tells DTensors that they have changed."""
+        for param, dense in self._staged:
+            param.copy_(dense)
+        if self._shards:
+            torch.autograd.graph.increment_version([shard.owner for shard in self._shards])
 
     def let_go(self) -> None:
         """Lets the gradients go."""
         self.grads[:] = [None] * len(self.grads)
         self._copies.clear()
+        for shard in self._shards:
+            shard.let_go()
 
     def hyperparameters(self) -> tuple[list[float], list[int], list[Tensor]]:
         """`numbers`, `flags` and `rates` of the op, as the groups have them now."""
@@ -135,20 +145,60 @@ class Launch:
         return numbers, flags, rates
 
 
+class Shard:
+    """A DTensor and its state, as they were when its shard was taken for a member."""
+
+    def __init__(self, member: Member) -> None:
+        self._member, self.owner, self._local = member, member.owner, local_of(member.owner)
+        self._address = self._local.data_ptr()
+        self._state = [(n, member.owner_state[n], member.state[n]) for n in member.state_names]
+
+    def is_current(self) -> bool:
+        """Whether both still have the shards that they had; hands the gradient's to the member."""
+        if local_of(self.owner) is not self._local or self._local.data_ptr() != self._address:
+            return False
+        state = self._member.owner_state
+        for name, value, local in self._state:
+            if state.get(name) is not value or local_of(value) is not local:
+                return False
+        if self._member.averages:
+            return True
+        grad = self.owner.grad
+        if grad is None or not is_placed_like(grad, self.owner):
+            return False
+        self._member.param.grad = local_of(grad)
+        return True
+
+    def let_go(self) -> None:
+        """Lets the gradient go."""
+        self._member.param.grad = None
+
+
 class Launches:
     """All launches of a step, in their order, and what they share."""
 
-    def __init__(self, algorithm: Algorithm, members: list[Member]) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        members: list[Member],
+        sums: ShardSums | None,
+        draw_together: set[torch.device],
+    ) -> None:
+        """`sums`: of the ranks' shards, where there are DTensors; `draw_together`: on which devices
+        DTensors are rounded by chance, with a gradient or without."""
         self.all = [Launch(algorithm, of) for of in _by_launch(members)]
+        self._sums, self._draw_together = sums, draw_together
         counts = Counter(launch.device for launch in self.all if not launch.averages)
         self._rng_states = {
-            device: torch.empty(2, dtype=torch.int64, device="cpu") for device in counts
+            device: torch.empty(2, dtype=torch.int64, device="cpu")
+            for device in (*counts, *draw_together)
         }
         # A slot for each launch; those of one device add up to its gradients' square.
         self._squares = {
             device: torch.zeros(count, dtype=torch.float64, device=device)
             for device, count in counts.items()
         }
+        self._columns: dict[torch.device, Tensor] = {}  # that they are added to, of each
 
     def is_current(self) -> bool:
         """Whether each of them still holds."""
@@ -173,7 +223,9 @@ class Launches:
         for launch in self.all:
             launch.load()
         squares = None if max_norm is None else self._norm(chosen)
-        states: dict[torch.device, Tensor] = {}
+        # What is rounded by chance on several ranks is rounded by the draws of one of them. Each
+        # rank takes part, also where it has no gradient.
+        states = {device: self._draw(device) for device in self._draw_together}
         for launch, implementation, of_groups in zip(
             self.all, chosen, hyperparameters, strict=True
         ):
@@ -186,7 +238,7 @@ class Launches:
             rng_state = None
             if launch.stochastic:
                 if device not in states:
-                    states[device] = _rng.draw_state(device, self._rng_states[device])
+                    states[device] = self._draw(device)
                 rng_state = states[device]
             settings = StepSettings(
                 *of_groups,
@@ -207,7 +259,8 @@ class Launches:
             launch.let_go()
 
     def _norm(self, chosen: list[str]) -> Tensor:
-        """The parts of the squared norm: one a launch; of the first one's device."""
+        """The parts of the squared norm: one a launch, or what all ranks' shards of a mesh add up
+        to; of the first one's device."""
         slots = dict.fromkeys(self._squares, 0)
         for launch, implementation in zip(self.all, chosen, strict=True):
             if launch.averages:
@@ -215,6 +268,8 @@ class Launches:
             sums, slot = self._squares[launch.device], slots[launch.device]
             slots[launch.device] += 1
             sum_into(launch.step.table, launch.grads, 2, sums, slot, implementation)
+        if self._sums is not None:
+            return self._norm_of_shards(self._sums)
         if len(self._squares) == 1:
             return next(iter(self._squares.values()))
         first = self.all[0].device if self.all else torch.device("cpu")
@@ -222,6 +277,24 @@ class Launches:
             sums.to(first, non_blocking=first.type != "cpu") for sums in self._squares.values()
         ]
         return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64, device="cpu")
+
+    def _norm_of_shards(self, sums: ShardSums) -> Tensor:
+        """Column 0 is of plain tensors, which every rank has; the others are summed over ranks."""
+        own = torch.zeros(1 + len(sums), dtype=torch.float64, device=sums.device)
+        for device, squares in self._squares.items():
+            if device not in self._columns:
+                of = [x.column for x in self.all if x.device == device and not x.averages]
+                self._columns[device] = torch.tensor(of, device=own.device)
+            own.index_add_(0, self._columns[device], squares.to(own.device))
+        own[1:] = sums(own[1:])
+        return own
+
+    def _draw(self, device: torch.device) -> Tensor:
+        """The state that the step's draws are made of."""
+        state = _rng.draw_state(device, self._rng_states[device])
+        if device not in self._draw_together or self._sums is None:
+            return state
+        return self._sums.of_first_rank(state.to(device, non_blocking=True))
 
 
 def _by_launch(members: list[Member]) -> list[list[Member]]:

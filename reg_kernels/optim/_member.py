@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtensor import Places, in_order_of, is_dtensor, local_of, wrapped
 from .._layout import is_dense
 from ._algorithm import Algorithm, Group, option
 from ._checks import is_memoryless
@@ -45,13 +46,25 @@ def _moments_dtype(param: torch.dtype, wanted: torch.dtype | None) -> torch.dtyp
     return param
 
 
-class Member:
-    """A parameter and what its update needs; one without a gradient is only averaged."""
+def rounds_by_chance(group: Group, param: Tensor) -> bool:
+    """Whether the update of a parameter draws."""
+    return option(group, "rounding") == "stochastic" and param.dtype == torch.bfloat16
 
-    def __init__(self, algorithm: Algorithm, group: Group, param: Tensor) -> None:
-        self.param, self.group = param, group
-        self.averages = param.grad is None
+
+class Member:
+    """A parameter and what its update needs; one without a gradient is only averaged.
+
+    Of a DTensor, `owner`, the step takes the shard that this rank holds: `param` and `state` are
+    that shard's, and are no objects of the user's.
+    """
+
+    def __init__(self, algorithm: Algorithm, group: Group, owner: Tensor) -> None:
+        # Detached, a shard has room for a gradient that nobody else sees.
+        param = local_of(owner).detach() if is_dtensor(owner) else owner
+        self.owner, self.param, self.group = owner, param, group
+        self.averages = owner.grad is None
         self.rounding: str = "nearest" if self.averages else option(group, "rounding")
+        self.is_stochastic = not self.averages and rounds_by_chance(group, param)
         self.moment_names = () if self.averages else algorithm.moments(group)
         self._counts_in_state = algorithm.counts
         names = ["step"] if self.moment_names and self._counts_in_state else []
@@ -63,9 +76,11 @@ class Member:
         self.state_names = tuple(names)
         wanted = None if self.averages else option(group, "state_dtype")
         self.moments_dtype = _moments_dtype(param.dtype, wanted)
-        self.element_offset = 0
+        self.places = Places(0)  # among the draws of stochastic rounding
+        self.column = 0  # of the gradients' sums of squares; 0 is that of plain tensors
         self.dense = param
         self.state: dict[str, Tensor] = {}
+        self.owner_state: dict[str, Any] = {}  # the same of a plain tensor
         self.step: Tensor | None = None
 
     def kind(self) -> tuple[Any, ...]:
@@ -77,6 +92,7 @@ class Member:
             self.state_names,
             self.rounding,
             self.averages,
+            self.column,
         )
 
     def prepare(self, state: dict[str, Any], counters: Counters) -> None:
@@ -84,10 +100,24 @@ class Member:
         momentum = state.get("momentum_buffer")
         if not is_dense(self.param) or self.param.is_neg():
             self.dense = self.param.detach().resolve_neg().contiguous()
-        self.state = state
+        if self.is_stochastic and is_dtensor(self.owner):
+            self.dense = in_order_of(self.dense, self.owner)  # that of the draws
+        self._prepare_state(state)
+        if self.moment_names and not self._counts_in_state:
+            # Where there is a momentum a step was taken, unless it is one that was made here.
+            buffer, counter = counters.get(self.owner, (None, None))
+            if counter is None or momentum is not buffer or counter.device != self.param.device:
+                counter = self._counter(momentum is not None)
+            self.step = counter
+            counters[self.owner] = (state["momentum_buffer"], counter)
+
+    def _prepare_state(self, of_owner: dict[str, Any]) -> None:
+        sharded = is_dtensor(self.owner)
+        state = {k: local_of(v) for k, v in of_owner.items()} if sharded else of_owner
+        self.state, self.owner_state = state, of_owner
         for name in self.state_names:
             if name == "step":
-                self.step = state[name] = self._step(state)
+                self.step = state[name] = of_owner[name] = self._step(state)
                 continue
             dtype = self.moments_dtype
             if name == "ema":
@@ -102,13 +132,9 @@ class Member:
                 state[name] = new.copy_(self.param) if name == "ema" else new.zero_()
             else:
                 state[name] = _restrided(value, self.dense, dtype)
-        if self.moment_names and not self._counts_in_state:
-            # Where there is a momentum a step was taken, unless it is one that was made here.
-            buffer, counter = counters.get(self.param, (None, None))
-            if counter is None or momentum is not buffer or counter.device != self.param.device:
-                counter = self._counter(momentum is not None)
-            self.step = counter
-            counters[self.param] = (state["momentum_buffer"], counter)
+            if sharded and state[name] is not value:
+                of_owner[name] = wrapped(state[name], self.owner)
+                state[name] = local_of(of_owner[name])
 
     def _step(self, state: dict[str, Any]) -> Tensor:
         step = state.get("step")

@@ -15,10 +15,20 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import backends
+from .._dtensor import (
+    Places,
+    check_gradient_placement,
+    check_sharded,
+    check_state_placement,
+    is_dtensor,
+    local_of,
+    places_of,
+    shard_sums,
+)
 from ._algorithm import Algorithm, Group, option
 from ._checks import check_gradient, check_param
 from ._launch import Launches
-from ._member import Counters, Member
+from ._member import Counters, Member, rounds_by_chance
 from ._watch import gradient, holds
 
 State = dict[Tensor, dict[str, Any]]  # an optimizer's
@@ -41,6 +51,8 @@ class StepPlan:
         self._idle: list[Tensor] = []  # parameters without a gradient
         self._lazy: list[Tensor] = []  # and those of them that are not there yet
         self._groups = [(g, list(g["params"]), _options(g)) for g in groups]
+        sums = shard_sums(p for g in groups for p in g["params"])
+        draw_together = set()
         offset = 0
         for number, (group, params, _) in enumerate(self._groups):
             for i, param in enumerate(params):
@@ -49,13 +61,18 @@ class StepPlan:
                 averaged = option(group, "ema_decay") is not None and not is_lazy(param)
                 if param.grad is not None or averaged:
                     where = f"parameter {i} of group {number}"
-                    if param.grad is not None:
-                        check_gradient(algorithm.optimizer, where, param, param.grad)
-                    check_param(algorithm, where, param, state.get(param, {}))
+                    _check(algorithm, where, param, state.get(param, {}))
                     backends.choose("optimizer_step", param.device.type, param.dtype, backend)
                     member = Member(algorithm, group, param)
-                    member.element_offset = offset
+                    member.places = Places(offset)
+                    if is_dtensor(param):
+                        assert sums is not None
+                        member.column = 1 + sums.column(param)
+                        if member.is_stochastic:
+                            member.places = places_of(algorithm.optimizer, where, param, offset)
                     members.append(member)
+                if is_dtensor(param) and rounds_by_chance(group, param):
+                    draw_together.add(param.device)
                 if not is_lazy(param):
                     # By whole draws, and past those without a gradient: each keeps its own.
                     offset += -(-param.numel() // 8) * 8
@@ -64,7 +81,7 @@ class StepPlan:
         for member in members:
             # SGD without a momentum keeps nothing, as torch's does not.
             member.prepare(state[member.param] if member.state_names else {}, counters)
-        self.launches = Launches(algorithm, members)
+        self.launches = Launches(algorithm, members, sums, draw_together)
         self._state = state
         self._values = list(state.values())
 
@@ -84,6 +101,19 @@ class StepPlan:
         if not all(is_lazy(p) and p.grad is None for p in self._lazy):
             return False
         return self.launches.is_current()
+
+
+def _check(algorithm: Algorithm, where: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raises unless a step can take a parameter, its gradient and its state."""
+    name, grad = algorithm.optimizer, param.grad
+    if is_dtensor(param):
+        check_sharded(name, where, param)
+        check_state_placement(name, where, param, state)
+        state = {key: local_of(value) for key, value in state.items()}
+    if grad is not None:
+        check_gradient_placement(name, where, param, grad)
+        check_gradient(name, where, local_of(param), local_of(grad))
+    check_param(algorithm, where, local_of(param), state)
 
 
 def _options(group: Group) -> tuple[Any, ...]:

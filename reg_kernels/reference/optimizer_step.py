@@ -32,6 +32,8 @@ def optimizer_step_(
     compensations: list[Tensor],
     groups: list[int],
     element_offsets: list[int],
+    runs: list[int],
+    run_strides: list[int],
     numbers: list[float],
     flags: list[int],
     rates: list[Tensor],
@@ -89,7 +91,8 @@ def optimizer_step_(
             emas[i] += (1 - ema_decay) * (p - emas[i])
         if rounding == _STOCHASTIC and param.dtype == torch.bfloat16:
             assert rng_state is not None
-            param.copy_(_round_stochastically(p, param, rng_state, element_offsets[i]))
+            places = (element_offsets[i], runs[i] if runs else 0, run_strides[i] if runs else 0)
+            param.copy_(_round_stochastically(p, param, rng_state, *places))
         else:
             param.copy_(p)
         if compensations:
@@ -148,13 +151,21 @@ def soft_threshold(p: Tensor, threshold: float) -> Tensor:
     return torch.where(p.abs() <= threshold, torch.zeros_like(p), shrunk)
 
 
-def _round_stochastically(p: Tensor, like: Tensor, rng_state: Tensor, first: int) -> Tensor:
+def _round_stochastically(
+    p: Tensor, like: Tensor, rng_state: Tensor, first: int, run: int, stride: int
+) -> Tensor:
     """p, float32, as one of the two bfloat16 beside it: up with probability what is cut off.
 
-    Element e in storage order takes the 16 bits that a mask's element `first` + e would.
+    Element e in storage order takes the 16 bits that a mask's element `first` + e would; with a
+    `run`, element `first` + (e // run) stride + e % run.
     """
     order = sorted(range(p.dim()), key=lambda d: (like.stride(d), like.size(d)), reverse=True)
-    drawn = half_words(rng_state.to(p.device), _TAG, first, p.numel()).to(torch.int32)
+    rng_state, numel, run = rng_state.to(p.device), p.numel(), run or max(p.numel(), 1)
+    runs = [
+        half_words(rng_state, _TAG, first + i // run * stride, min(run, numel - i))
+        for i in range(0, numel, run)
+    ]
+    drawn = torch.cat(runs or [rng_state[:0]]).to(torch.int32)
     stored = p.permute(order)
     bits = stored.contiguous().view(torch.int32)
     # Sign and magnitude: adding to the magnitude's bits moves away from zero on both sides.

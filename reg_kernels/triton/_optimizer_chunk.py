@@ -26,7 +26,7 @@ from ._optimizer_rule import (
     step_rule,
     stochastic_bfloat16,
 )
-from ._random import half_words, load_state
+from ._random import half_word_at, half_words, load_state
 from ._table import (
     COMPENSATION,
     ELEMENT_OFFSET,
@@ -36,6 +36,8 @@ from ._table import (
     GROUP,
     MAX_SECOND_MOMENT,
     PARAM,
+    RUN,
+    RUN_STRIDE,
     SECOND_MOMENT,
     STEP,
     address_at,
@@ -76,10 +78,14 @@ class Arrays(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A chunk's draws: the stream's key and offset, and the first of the chunk's groups."""
+    """A chunk's draws: the stream's key and offset, where the tensor's first element is among
+    them, the tensor's runs, and the chunk's first element."""
 
     key: Any
     offset: Any
+    place: Any
+    run: Any
+    stride: Any
     first: Any
 
 
@@ -159,8 +165,13 @@ def update_block(
         ema = tl.load(ema_ptr, mask=inside, other=0.0)
         tl.store(ema_ptr, ema_values(rule, ema, p), mask=inside)
     if FORM.ROUNDING == STOCHASTIC:
-        first_group = stream.first + (first + block * BLOCK) // 8
-        drawn = half_words(stream.key, stream.offset, first_group, BLOCK // 8)
+        if ALIGNED:  # and its draws are
+            first_group = (stream.place + stream.first + first + block * BLOCK) // 8
+            drawn = half_words(stream.key, stream.offset, first_group, BLOCK // 8)
+        else:
+            element = stream.first + i
+            place = stream.place + element // stream.run * stream.stride + element % stream.run
+            drawn = half_word_at(stream.key, stream.offset, place)
         stored = stochastic_bfloat16(p, drawn)
     else:
         stored = p.to(T)
@@ -267,14 +278,20 @@ def step_chunk(
     step = tl.load(step_pointer(address), mask=address != 0, other=0.0) + 1.0
     rule = step_rule(group, step.to(tl.int64), factor, FORM.ALGORITHM, COMPUTE)
     arrays = load_arrays(chunk, FORM.T, FORM.S)
-    stream = Stream(0, 0, 0)
+    stream = Stream(0, 0, 0, 0, 0, 0)
     if FORM.ROUNDING == STOCHASTIC:
         seed, offset = load_state(state_ptr, seed, offset)
-        drawn = row_at(chunk, ELEMENT_OFFSET) + chunk.first
-        stream = Stream(seed ^ TAG, offset, drawn // 8)
+        place, run = row_at(chunk, ELEMENT_OFFSET), row_at(chunk, RUN)
+        side_by_side = (run == 0) & (place % 8 == 0)
+        run = tl.where(run == 0, 1 << 62, run)
+        stride = row_at(chunk, RUN_STRIDE)
+        stream = Stream(seed ^ TAG, offset, place, run, stride, chunk.first)
 
     addresses = arrays.param | arrays.grad | arrays.first_moment | arrays.second_moment
     addresses = addresses | arrays.max_second_moment | arrays.ema | arrays.compensation
+    if FORM.ROUNDING == STOCHASTIC:
+        # What goes in vectors is drawn for by whole groups.
+        addresses = addresses | tl.where(side_by_side, 0, 1)
     vectored = vectored_elements(chunk.rest, addresses)
     rest = chunk.rest - vectored
     # The rest goes first, so that the loop over vectors, which needs many registers, is the last.

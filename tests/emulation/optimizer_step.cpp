@@ -58,6 +58,7 @@ struct List {
   std::vector<int64_t> sizes;
   Placement placement = Placement::aligned;
   int64_t groups = 3;
+  int64_t shards = 0;  // above 0: draws are those of parts of tensors
 
   // How many elements past a 16-byte boundary an array of a tensor starts.
   int64_t shift(size_t array, size_t tensor) const {
@@ -204,7 +205,7 @@ void update(const Options& o, bool coupled, const OptimizerRule<C>& rule, C& p, 
 
 // One step, in the kernel's own arithmetic.
 template <typename T, typename S>
-void step_by_elements(const Options& o, const List& list, const std::vector<int64_t>& offsets,
+void step_by_elements(const Options& o, const List& list, const Values<int64_t>& places,
                       Expected<T, S>& e) {
   using C = compute_t<T>;
   for (size_t i = 0; i < list.sizes.size(); ++i) {
@@ -233,7 +234,7 @@ void step_by_elements(const Options& o, const List& list, const std::vector<int6
       e.param[i][j] = reg_kernels::store<T>(p);
       if constexpr (std::is_same_v<T, driver::bfloat16>) {
         if (o.rounding == Rounding::stochastic) {
-          e.param[i][j] = reg_kernels::store_stochastic(p, drawn(offsets[i] + j));
+          e.param[i][j] = reg_kernels::store_stochastic(p, drawn(places[i][j]));
         }
       }
       if (!e.compensation.empty()) {
@@ -373,10 +374,21 @@ void test(const Options& o, const List& list, int launches = 1) {
   fill_row(table, TableRow::second_moment, state.second);
   fill_row(table, TableRow::max_second_moment, state.most);
   fill_row(table, TableRow::ema, state.ema);
-  std::vector<int64_t> offsets;
+  // The draw of each element: of whole tensors, of parts that begin anywhere, and of columns.
+  Values<int64_t> places;
+  int64_t offset = int64_t{1} << 35;
   for (int64_t i = 0; i < count; ++i) {
-    offsets.push_back((i ? offsets.back() + (list.sizes[i - 1] + 7) / 8 * 8 : int64_t{1} << 35));
-    table.set(TableRow::element_offset, i, offsets.back());
+    const int64_t kind = list.shards ? (i + list.shards) % 3 : 0;
+    const int64_t begin = offset + (kind ? 5 : 0), run = kind == 2 ? 13 : 0, stride = 40;
+    std::vector<int64_t> of_tensor;
+    for (int64_t j = 0; j < list.sizes[i]; ++j) {
+      of_tensor.push_back(begin + (run ? j / run * stride + j % run : j));
+    }
+    table.set(TableRow::element_offset, i, begin);
+    table.set(TableRow::run, i, run);
+    table.set(TableRow::run_stride, i, run ? stride : 0);
+    offset += (list.sizes[i] + 7) / 8 * 32;
+    places.push_back(of_tensor);
     table.set(TableRow::group, i, i % list.groups);
     if (o.counted) table.set(TableRow::step, i, state.steps[i].get());
   }
@@ -420,7 +432,7 @@ void test(const Options& o, const List& list, int launches = 1) {
     };
     const Expected<T, S> before(state);
     Expected<T, S> expected = before;
-    if (!o.found_inf) step_by_elements(o, list, offsets, expected);
+    if (!o.found_inf) step_by_elements(o, list, places, expected);
     reg_kernels::cuda::launch_optimizer_step<T, S>(o.algorithm, step, nullptr);
     if (!o.found_inf) expect_formulas(o, list, before, Expected<T, S>(state), describe);
     expect_all(state.param, expected.param, "param", describe);
@@ -510,6 +522,11 @@ void test_lists() {
   test<float, float>(kAll[0], {empty}, 2);
   test<float, float>(kAll[0], {many, Placement::aligned, reg_kernels::cuda::kMostGroups}, 2);
   test<driver::bfloat16, float>(kNarrow[2], {many, Placement::misaligned, 5}, 2);
+  for (const int64_t shards : {1, 2, 3}) {
+    const auto placement = static_cast<Placement>(shards % 3);
+    test<driver::bfloat16, float>(kNarrow[2], {kEdges, placement, 3, shards});
+    test<driver::bfloat16, driver::bfloat16>(kNarrow[3], {kSmall, Placement::aligned, 3, shards});
+  }
 }
 
 }  // namespace

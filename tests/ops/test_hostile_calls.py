@@ -178,6 +178,7 @@ def step_arguments(**changes):
     given["steps"] = [torch.zeros(()), torch.zeros(())]
     given |= dict.fromkeys(("max_second_moments", "emas", "compensations"), ())
     given |= {"groups": [0, 0], "element_offsets": [0, 0]}
+    given |= {"runs": [], "run_strides": []}
     given |= {"numbers": [0.1, 0.1, 0.0, 0.0, 0.9, 0.99, 1e-8, 0.0], "flags": [0], "rates": ()}
     given |= {"rounding": 0, "squares": None, "max_norm": 0.0}
     given |= dict.fromkeys(("grad_scale", "found_inf", "rng_state"))
@@ -208,7 +209,9 @@ def first_of(change):
         ("first_moments", first_of(lambda x: torch.ones(()).expand(4, 3)), r"first_moments\[0\]"),
         ("steps", [torch.zeros(2), torch.zeros(())], r"steps\[0\] must be a tensor of one element"),
         ("groups", [0, 1], "groups must be 2 numbers below 1"),
-        ("element_offsets", [0, 4], "element_offsets must be 2 multiples of 8"),
+        ("element_offsets", [0, -1], "element_offsets must be 2 numbers in"),
+        ("runs", [3, 3], "run_strides must be 2 numbers in"),
+        ("run_strides", [3, 3], "runs must be 2 numbers in"),
         ("flags", [3], "flags must be a decay"),
         ("rounding", 3, "rounding must be 0, 1 or 2"),
     ],

@@ -159,7 +159,8 @@ class Lists:
         return (
             *(ALGORITHMS.index(self.algorithm), s["params"], self.grads, s["steps"], s["first"]),
             *(s["second"], s["max"], s["ema"], s["compensation"]),
-            *(self.lists.groups, self.lists.element_offsets, *self.common(**changes)),
+            *(self.lists.groups, self.lists.element_offsets),
+            *(self.lists.runs, self.lists.run_strides, *self.common(**changes)),
         )
 
     def run(self, backend, **changes):
@@ -329,8 +330,9 @@ def test_stochastic_rounding_draws_as_the_reference(backend, moments):
 
 
 @on_each
-def test_an_element_keeps_its_draw_wherever_its_tensor_is_cut(backend):
-    n, cut = 264, 64
+@pytest.mark.parametrize("cut", [64, 61])
+def test_an_element_keeps_its_draw_wherever_its_tensor_is_cut(backend, cut):
+    n = 264
     lists = Lists((n,), torch.bfloat16, rounding="stochastic")
     whole = lists.run(backend)["params"][0]
     s = lists.copies()
@@ -341,6 +343,33 @@ def test_an_element_keeps_its_draw_wherever_its_tensor_is_cut(backend):
     lists.lists = lists.lists._replace(groups=[0, 0], element_offsets=[0, cut])
     OP.overloads[backend](*lists.arguments(parts))
     assert torch.equal(torch.cat(parts["params"]), whole)
+
+
+@on_each
+@pytest.mark.parametrize("columns", [5, 16])
+def test_an_element_keeps_its_draw_where_its_matrix_is_cut_into_columns(backend, columns):
+    rows, width = 37, 33
+    lists = Lists((rows * width,), torch.bfloat16, rounding="stochastic")
+    lists.lists = lists.lists._replace(element_offsets=[24])
+    whole = lists.run(backend)["params"][0].view(rows, width)
+    s = lists.copies()
+    del s["steps"]
+    parts = {
+        name: [x.contiguous() for t in of for x in t.view(rows, width).tensor_split([columns], 1)]
+        for name, of in s.items()
+    }
+    parts["steps"] = [lists.lists.steps[0].clone() for _ in range(2)]
+    lists.grads = [
+        x.contiguous() for x in lists.grads[0].view(rows, width).tensor_split([columns], 1)
+    ]
+    lists.lists = lists.lists._replace(
+        groups=[0, 0],
+        element_offsets=[24, 24 + columns],
+        runs=[columns, width - columns],
+        run_strides=[width, width],
+    )
+    OP.overloads[backend](*lists.arguments(parts))
+    assert torch.equal(torch.cat(parts["params"], 1), whole)
 
 
 # Scaling, clipping, skipping
@@ -446,7 +475,7 @@ def test_the_tables_layout():
     )
     assert table.count == 5
     # What the seal says: dtypes, groups, the rows that were given.
-    assert table.seal % 2**23 == 1 | 3 << 2 | 5 << 4 | (2 + 1024) << 10
+    assert table.seal % 2**25 == 1 | 3 << 2 | 5 << 4 | (2 + 4096) << 10
     assert table.chunks == 1 + 0 + 1 + 2 + 1
     assert table.scratch.numel() == 1 + table.chunks
     assert table.data.numel() == len(ROWS) * 5 + table.chunks
@@ -600,10 +629,10 @@ def test_bad_tables():
     common = [lists.lists.dtypes(), *lists.common(), table.scratch]
     good = [table.data, table.count, table.seal, 0, *common]
     for place, bad, message in (
-        (0, table.data.double(), "table must be int64 of 13 rows of 2"),
-        (0, table.data[:10], "table must be int64 of 13 rows of 2"),
+        (0, table.data.double(), "table must be int64 of 15 rows of 2"),
+        (0, table.data[:10], "table must be int64 of 15 rows of 2"),
         (0, table.data.clone(), "table must be a TensorTable of this process"),
-        (1, 200, "table must be int64 of 13 rows of 200"),
+        (1, 200, "table must be int64 of 15 rows of 200"),
         (1, -1, "table must be int64 of 13 rows of -1"),
         (1, 2**63 - 1, "table must be int64 of 13 rows of"),
         (1, 1, "table must be a TensorTable of this process"),

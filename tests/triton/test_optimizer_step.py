@@ -85,6 +85,7 @@ class Case:
         self.tensor_groups = [i % len(self.groups) for i in range(len(sizes))]
         rounded_up = [-(-n // 8) * 8 for n in sizes]
         self.element_offsets = list(itertools.accumulate([64, *rounded_up[:-1]]))
+        self.runs, self.run_strides = [], []
 
     def copies(self):
         """On the device, 16-byte aligned but for those that are not to be."""
@@ -107,7 +108,7 @@ class Case:
                 *(self.algorithm, state["params"], state["grads"], state["steps"]),
                 *(state["first_moments"], state["second_moments"], state["max_second_moments"]),
                 *(state["emas"], state["compensations"]),
-                *(self.tensor_groups, self.element_offsets),
+                *(self.tensor_groups, self.element_offsets, self.runs, self.run_strides),
                 [x for g in self.groups for x in g.numbers()],
                 [g.flags() for g in self.groups],
                 *(common.get("rates", []), self.rounding, common.get("squares")),
@@ -394,6 +395,17 @@ def test_stochastic_rounding_draws_as_the_reference(misaligned):
         assert torch.equal(x, y)
     other = case.run("triton", rng_state=rng_state() + 1)["params"]
     assert not torch.equal(ours[-1], other[-1])
+
+
+def test_stochastic_rounding_of_shards_draws_as_the_reference():
+    # Of draws that do not begin with a group's first; of runs, as of a shard of another dimension.
+    case = Case(SGD, BFLOAT, sizes=(5, 67, 2100, 300), momentum=False, rounding=STOCHASTIC)
+    case.groups = [group(lr=0.5, weight_decay=0.0)]  # exact in float32
+    case.element_offsets = [3, 16, 2**35 + 1, 5]
+    case.runs, case.run_strides = [0, 0, 7, 16], [0, 0, 50, 33]
+    ours, theirs = (case.run(b)["params"] for b in ("triton", "reference"))
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_stochastic_rounding_of_the_second_chunk():

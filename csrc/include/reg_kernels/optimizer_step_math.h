@@ -10,6 +10,8 @@
 
 #include "dtypes.h"
 #include "elementary.h"
+#include "philox.h"
+#include "tensor_table.h"
 
 namespace reg_kernels {
 
@@ -20,6 +22,27 @@ enum class Algorithm { adam, sgd, average };
 enum class Decay { decoupled, decoupled_lr, l2 };
 // How a parameter of 16 bits is stored; one of 32 or 64 has nothing to round.
 enum class Rounding { nearest, stochastic, kahan };
+
+// Which draw each element of a tensor takes. The elements of a shard are runs of the whole tensor's
+// elements, `run` each, and their draws are those that the whole tensor's elements have.
+struct DrawPlaces {
+  int64_t offset;       // of element 0
+  int64_t run, stride;  // a run of 0 stands for all elements
+
+  RK_HD int64_t of(int64_t element) const {
+    if (run == 0) return offset + element;
+    return offset + element / run * stride + element % run;
+  }
+
+  // How many elements from this one on, of `count`, are side by side among the draws.
+  RK_HD int64_t together(int64_t element, int64_t count) const {
+    const int64_t left = run == 0 ? count : run - element % run;
+    return left < count ? left : count;
+  }
+
+  // Whether so many elements that begin at a multiple of it take draws of one group.
+  RK_HD bool in_whole_groups() const { return run == 0 && offset % kGroup == 0; }
+};
 
 // The hyperparameters of a group, as Python gives them.
 struct OptimizerGroup {
@@ -54,6 +77,11 @@ struct OptimizerConstants {
 }  // namespace reg_kernels
 
 RK_NAMESPACE_BEGIN
+
+RK_HD DrawPlaces draw_places(const TensorTable& table, int64_t tensor) {
+  return {table.at(TableRow::element_offset, tensor), table.at(TableRow::run, tensor),
+          table.at(TableRow::run_stride, tensor)};
+}
 
 // `step` counts this update, from 1 on; `gradient` is what scaling and clipping multiply by.
 RK_HD OptimizerConstants optimizer_constants(Algorithm algorithm, const OptimizerGroup& group,

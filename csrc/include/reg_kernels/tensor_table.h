@@ -25,13 +25,15 @@ enum class TableRow {
   compensation,
   step,            // one float32 each
   numel,           // a number from here on, no address
-  element_offset,  // of element 0 among all draws; a multiple of kGroup
+  element_offset,  // of element 0 among all draws
+  run,             // elements that lie side by side among the draws, or 0: all; see DrawPlaces
+  run_stride,      // from where one run begins to where the next one does
   group,           // which hyperparameters
   first_chunk,     // chunks of the tensors before
   first_work,      // work units of the tensors before: see work_units
 };
 
-constexpr int kRows = 13;
+constexpr int kRows = 15;
 constexpr int64_t kChunk = 8192;  // elements: what a block takes, and what one partial sum is of
 
 struct TensorTable {

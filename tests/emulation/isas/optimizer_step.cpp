@@ -42,7 +42,7 @@ void call(OptimizerTask task, bool amsgrad, bool average, const char* of_moments
   if (amsgrad) task.max_second_moment = most.data();
   if (average) task.ema = ema.data();
   if (task.rounding == Rounding::kahan) task.compensation = compensation.data();
-  task.element_offset = 77;
+  task.places = {77, 0, 0};
   task.seed = 0x9e3779b97f4a7c15ull;
   task.offset = 0x0000000500000007ull;
   RK_LEAF(optimizer_step_range)(task, 0, 1024);
