@@ -8,7 +8,7 @@ drawn there. `reg_kernels.distributed` is what users state a part by.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -142,40 +142,35 @@ def of_draw(state: Tensor) -> Part | None:
     """The part for a call that has drawn this `rng_state`."""
     if torch.compiler.is_compiling():
         return _compiled.part
-    part, again = _here.part, _is_in_backward()
-    if part is None and not again:
-        return None
     if state.device.type != "cpu" or _is_fake():
-        return part  # while a CUDA graph is captured: no value can be looked at
-    return _remembered(tuple(state.tolist()), part, again)
+        return _here.part  # while a CUDA graph is captured: no value can be looked at
+    return _remembered(lambda: tuple(state.tolist()))
 
 
 def of_order(device: torch.device) -> Part | None:
     """The part for a call that is about to draw from torch's generator of a device."""
     if torch.compiler.is_compiling():
         return _compiled.part
-    part, again = _here.part, _is_in_backward()
-    if part is None and not again:
-        return None
-    return _remembered((device, *_upcoming(device)), part, again)
+    return _remembered(lambda: (device, *_upcoming(device)))
 
 
 def _is_fake() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _remembered(key: Hashable, part: Part | None, again: bool) -> Part | None:
-    if again:
+def _remembered(key_of: Callable[[], Hashable]) -> Part | None:
+    part = _here.part
+    if part is None and not _parts:
+        return None
+    key = key_of()
+    if torch._C._current_graph_task_id() != -1:  # in a backward
         return _parts.get(key, part)
-    assert part is not None  # nothing is kept of what is no part
     with _adding:
-        if len(_parts) >= _MOST:
-            del _parts[next(iter(_parts))]
-        _parts[key] = part
+        _parts.pop(key, None)  # of an earlier call by the same seed
+        if part is not None:
+            if len(_parts) >= _MOST:
+                del _parts[next(iter(_parts))]
+            _parts[key] = part
     return part
 
 

@@ -62,7 +62,7 @@ class Ball(NamedTuple):
         if mixes_samples(x):
             x = x.contiguous()
         shape = (-1, *[1] * (clean.dim() - 1))
-        count = max(clean.numel() // max(len(clean), 1), 1)
+        count = clean.shape[1:].numel()
 
         def drawn(zeros: Tensor, by: Callable[..., Tensor]) -> Tensor:
             """Uniform from -1 to 1, or normal: by ops, which know this rank's part of a batch."""
@@ -85,13 +85,13 @@ class Ball(NamedTuple):
         elif self.norm == "l2":
             # A direction, and a radius whose power d is uniform.
             way = drawn(x, F.gaussian_noise)
-            lengths = torch.linalg.vector_norm(way.reshape(len(way), -1), dim=1).view(shape)
-            radii = shares(each).pow(1 / count).view(shape)
+            lengths = torch.linalg.vector_norm(way.reshape(len(way), count), dim=1).view(shape)
+            radii = shares(each).pow(1 / max(count, 1)).view(shape)
             way = (way / lengths.clamp(min=1e-30) * radii).to(dtype)
         else:
             # d + 1 exponentials over their sum are uniform on the simplex, and d of them below it.
             sizes = -shares(x).log()
-            total = sizes.reshape(len(x), -1).sum(1).view(shape) - shares(each).log().view(shape)
+            total = sizes.reshape(len(x), count).sum(1).view(shape) - shares(each).log().view(shape)
             way = (torch.where(drawn(x, F.uniform_noise) < 0, -sizes, sizes) / total).to(dtype)
         eps = self.eps
         if isinstance(eps, Tensor) and eps.dim():

@@ -177,7 +177,7 @@ class PGD:
         if loss.dim() == 0 or len(loss) != len(adv):
             must = f"of one number for each of the {len(adv)} samples where there are restarts"
             refuse(type(self).__name__, "loss", must, f"shape {tuple(loss.shape)}", ValueError)
-        return loss.reshape(len(adv), -1).sum(1)
+        return loss.reshape(len(adv), loss.shape[1:].numel()).sum(1)
 
     def _output(self, x: Tensor) -> Tensor:
         return checked_logits(type(self).__name__, self.model(x), x, any=self.loss is not None)
