@@ -1,5 +1,9 @@
 """What training on several ranks of `torch.distributed` needs beside the layers and optimizers."""
 
+from ._faults import FiniteCheck, check_alike, parameters_of
+from ._guard import guard
+from ._ranks import RankError
 from ._shard import batch, part, shard, unshard, whole
 
-__all__ = ["batch", "part", "shard", "unshard", "whole"]
+__all__ = ["FiniteCheck", "RankError", "batch", "check_alike", "guard", "parameters_of"]
+__all__ += ["part", "shard", "unshard", "whole"]
