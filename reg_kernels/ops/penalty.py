@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._dtensor import ShardSums, check_sharded, is_dtensor, shard_sums
 from .._dtypes import DTYPES, named
 from .._tensor_table import TensorTable, dtype_number
 from ..reference import penalty as reference
@@ -160,10 +161,48 @@ def _penalty(name: str, params: Any, power: int, backend: str | None) -> Tensor:
             refuse(name, "params", "dense tensors", f"{named(x.layout)} at {i}")
         if x.dtype not in DTYPES:
             check_dtype(name, "params", x.dtype, where=f" at {i}")
+    if any(map(is_dtensor, tensors)):
+        return _penalty_of_shards(name, tensors, power, backend)
+    return _penalty_of(name, tensors, power, backend)
+
+
+def _penalty_of(name: str, tensors: list[Tensor], power: int, backend: str | None) -> Tensor:
     # One implementation for all: where they lie on several devices, one that runs on each.
     names = {backends.choose(name, x.device.type, x.dtype, backend) for x in tensors}
     chosen = names.pop() if len(names) == 1 else "reference"
     return _PENALTY.route.call(watcher(), _PENALTY.overloads[chosen], (tensors,), (power,))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sums of all ranks' shards. What a shard adds to them, it adds on every rank: the gradient
+    comes back as it is, with nothing to be sent."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, sums: ShardSums) -> Tensor:
+        return sums(own).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
+
+
+def _penalty_of_shards(name: str, tensors: list[Any], power: int, backend: str | None) -> Tensor:
+    sums = shard_sums(tensors)
+    assert sums is not None
+    plain: list[Tensor] = []
+    columns: list[list[Tensor]] = [[] for _ in range(len(sums))]
+    for i, x in enumerate(tensors):
+        if is_dtensor(x):
+            check_sharded(name, f"params[{i}]", x)
+            columns[sums.column(x)].append(x.to_local())
+        else:
+            plain.append(x)
+    parts = [_penalty_of(name, of, power, backend).to(sums.device) for of in columns]
+    total = _SumOverRanks.apply(torch.stack(parts).double(), sums).sum()
+    if plain:
+        total = total + _penalty_of(name, plain, power, backend).to(total.device)
+    first = tensors[0].device
+    return total.to(first, _result_dtype(tensors))
 
 
 def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
@@ -174,7 +213,8 @@ def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
 
     Args:
         params: a tensor or an iterable of tensors, of any shapes, layouts and devices; float64,
-            float32, float16 or bfloat16, mixed at will.
+            float32, float16 or bfloat16, mixed at will. Of DTensors every rank gets the sum over
+            the whole tensors, by one all_reduce, and a gradient that is placed as they are.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
@@ -184,7 +224,8 @@ def l1_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
     Raises:
         ValueError: there is no tensor at all, or `backend` is unknown.
         TypeError: an entry is no tensor.
-        RuntimeError: a tensor has another dtype or is sparse, or `backend` cannot run here.
+        RuntimeError: a tensor has another dtype or is sparse, a DTensor is placed as Partial or on
+            other ranks, or `backend` cannot run here.
 
     The sum is taken in float64, in an order that depends on sizes alone: two runs give the same
     bits.
@@ -202,7 +243,8 @@ def l2_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
 
     Args:
         params: a tensor or an iterable of tensors, of any shapes, layouts and devices; float64,
-            float32, float16 or bfloat16, mixed at will.
+            float32, float16 or bfloat16, mixed at will. Of DTensors every rank gets the sum over
+            the whole tensors, by one all_reduce, and a gradient that is placed as they are.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
@@ -212,7 +254,8 @@ def l2_penalty(params: Tensor | Iterable[Tensor], *, backend: str | None = None)
     Raises:
         ValueError: there is no tensor at all, or `backend` is unknown.
         TypeError: an entry is no tensor.
-        RuntimeError: a tensor has another dtype or is sparse, or `backend` cannot run here.
+        RuntimeError: a tensor has another dtype or is sparse, a DTensor is placed as Partial or on
+            other ranks, or `backend` cannot run here.
 
     The sum is taken in float64, in an order that depends on sizes alone: two runs give the same
     bits.

@@ -57,7 +57,7 @@ class Launch:
         index = {id(g): i for i, g in enumerate(self.groups)}
         lists = StepLists(
             params=dense,
-            grads=[] if self.averages else [gradient(m.param) for m in members],
+            grads=[] if self.averages else [local_of(gradient(m.owner)) for m in members],
             steps=[m.step for m in members if m.step is not None],
             emas=by_name.get("ema", ()),
             compensations=by_name.get("compensation", ()),

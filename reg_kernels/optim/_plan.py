@@ -80,7 +80,7 @@ class StepPlan:
             del counters[param]
         for member in members:
             # SGD without a momentum keeps nothing, as torch's does not.
-            member.prepare(state[member.param] if member.state_names else {}, counters)
+            member.prepare(state[member.owner] if member.state_names else {}, counters)
         self.launches = Launches(algorithm, members, sums, draw_together)
         self._state = state
         self._values = list(state.values())
