@@ -136,6 +136,7 @@ def _batch_norm(r: Random) -> list[Any]:
     tracked.append(torch.tensor(r.choice([0, 5, 2**63 - 1])))
     p = r.choice([0.0, 0.5])
     rest += [tracked, r.choice([None, 0.1]), 1e-5, r.randrange(5), 0.01, p, _state(r)]
+    rest.append(r.choice([0, 8, 13]))
     return [x, *rest, r.random() < 0.5]
 
 
@@ -156,7 +157,7 @@ def _batch_norm_backward(r: Random) -> list[Any]:
     p = r.choice([0.0, 0.5])
     statistics = [torch.full((channels,), v, dtype=torch.float64) for v in (0.1, 1.0)]
     return [
-        *(x.clone(), x, *rest, *statistics, gate if p else _maybe(r, gate), _state(r)),
+        *(x.clone(), x, *rest, *statistics, gate if p else _maybe(r, gate), _state(r), 0),
         *(r.random() < 0.5, r.randrange(5), 0.01, p, *(r.random() < 0.7 for _ in range(3))),
     ]
 

@@ -151,11 +151,13 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
-                   double p, const OptionalTensor& rng_state, bool keep_gate) {
+                   double p, const OptionalTensor& rng_state, int64_t element_offset,
+                   bool keep_gate) {
   const Call call("batch_norm", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
   const RunningStatistics running = running_statistics(call, in, tracked, momentum);
+  check_element_offset(element_offset, call.op);
   const bool tracks = running.mean.data != nullptr;
   const double factor = momentum          ? *momentum
                         : running.batches ? 1.0 / (static_cast<double>(*running.batches) + 1.0)
@@ -168,6 +170,7 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
     const int64_t* state = rng_state_data(call, *rng_state);
     task.seed = static_cast<uint64_t>(state[0]);
     task.offset = static_cast<uint64_t>(state[1]);
+    task.mask_offset = element_offset;
   }
   const bool gated = keep_gate && has_gate(in.activation, residual.has_value(), task.drops);
 
@@ -225,9 +228,9 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, const Tensor& mean,
                             const Tensor& invstd, const OptionalTensor& gate,
-                            const OptionalTensor& /*rng_state*/, bool training, int64_t activation,
-                            double slope, double p, bool wants_input, bool wants_parameters,
-                            bool wants_residual) {
+                            const OptionalTensor& /*rng_state*/, int64_t /*element_offset*/,
+                            bool training, int64_t activation, double slope, double p,
+                            bool wants_input, bool wants_parameters, bool wants_residual) {
   const Call call("batch_norm_backward", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);

@@ -49,6 +49,7 @@ struct BatchNormTask {
   uint32_t threshold;  // DropoutRate
   double scale;
   uint64_t seed, offset;  // rng_state
+  int64_t mask_offset;    // the mask index of element 0
   bool training;
 
   // Planes: [units][pairs][2]. Rows: [units of a strip + 1][2][columns], the last for the rest.

@@ -136,6 +136,7 @@ struct TileStages {
   C scale;             // of dropout
   uint16_t last_kept;  // kept: half-word <= last_kept, since the threshold may not fit into 16 bits
   RngStream rng;
+  int64_t mask_offset;
   Draws draws;
 
   explicit TileStages(const BatchNormTask& task)
@@ -145,7 +146,8 @@ struct TileStages {
         keeps_any(task.threshold != 0),
         scale(static_cast<C>(task.drops ? task.scale : 1.0)),
         last_kept(static_cast<uint16_t>(task.threshold ? task.threshold - 1 : 0)),
-        rng(kDropoutTag, task.seed, task.offset) {}
+        rng(kDropoutTag, task.seed, task.offset),
+        mask_offset(task.mask_offset) {}
 
   // Whether a backward needs z, the value that the activation is applied to.
   bool needs_z(const uint8_t* flags) const {
@@ -155,7 +157,7 @@ struct TileStages {
   // Applies the activation and dropout to z in place. One that is linear on both sides of 0 and
   // dropout also set the gate's flags: `flags` has room for them, gate or not.
   RK_STAGE void finish_tile(int64_t first, int64_t count, C* z, uint8_t* flags) {
-    const uint16_t* drawn = drops ? draws.take(rng, first) : nullptr;
+    const uint16_t* drawn = drops ? draws.take(rng, mask_offset + first) : nullptr;
     if (activation == Activation::silu) {
       activate_smooth<Activation::silu>(count, z);
     } else if (activation == Activation::gelu) {
@@ -432,7 +434,8 @@ struct Typed {
 
   // How many elements a forward takes from `first` on: in a buffer up to where draws end.
   int64_t forward_tile_at(int64_t first) const {
-    return buffers_forward() ? min(kTile, kDrawTile - first % kDrawTile) : kColumns;
+    if (!buffers_forward()) return kColumns;
+    return min(kTile, kDrawTile - (loops.mask_offset + first) % kDrawTile);
   }
 
   template <typename P>

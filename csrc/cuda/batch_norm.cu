@@ -46,11 +46,13 @@ cuda::BatchNormForward<T> forward_arguments(const BatchNormInput& in, const Tens
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
-                   double p, const OptionalTensor& rng_state, bool keep_gate) {
+                   double p, const OptionalTensor& rng_state, int64_t element_offset,
+                   bool keep_gate) {
   const Call call("batch_norm", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
   const RunningStatistics running = running_statistics(call, in, tracked, momentum);
+  check_element_offset(element_offset, call.op);
   const int64_t channels = in.layout.channels;
 
   const cuda::Launch launch(input);
@@ -58,6 +60,7 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   if (chain.drops) {
     RK_REQUIRE(rng_state, call.op, "rng_state", "given where something is dropped", "None");
     chain.rng = cuda::read_rng_state(call, *rng_state);
+    chain.mask_offset = element_offset;
   }
   const bool gated = keep_gate && has_gate(in.activation, residual.has_value(), chain.drops);
   Tensor output = empty_like_dense(input);
@@ -103,9 +106,9 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, const Tensor& mean,
                             const Tensor& invstd, const OptionalTensor& gate,
-                            const OptionalTensor& /*rng_state*/, bool training, int64_t activation,
-                            double slope, double p, bool wants_input, bool wants_parameters,
-                            bool wants_residual) {
+                            const OptionalTensor& /*rng_state*/, int64_t /*element_offset*/,
+                            bool training, int64_t activation, double slope, double p,
+                            bool wants_input, bool wants_parameters, bool wants_residual) {
   const Call call("batch_norm_backward", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);

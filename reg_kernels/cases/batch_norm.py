@@ -62,6 +62,7 @@ def _case(
     drop: float = 0.0,
     affine: bool = True,
     training: bool = True,
+    element_offset: int = 0,
     twice: bool = False,
 ) -> Case:
     """`twice`: what is called is the gradient by the input; its gradients are second ones."""
@@ -75,6 +76,7 @@ def _case(
             negative_slope=SLOPE,
             drop=drop,
             rng_state=state(),
+            element_offset=element_offset,
             backend=backend,
         )
 
@@ -86,7 +88,7 @@ def _case(
         y = activate(y, NUMBERS[activation], SLOPE)
         if drop and training:
             ones = torch.ones_like(x if torch.ops.aten.is_non_overlapping_and_dense(x) else y)
-            y = y * reference_dropout(ones, drop, state(x.device))
+            y = y * reference_dropout(ones, drop, state(x.device), element_offset)
         return y
 
     def gradient(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -104,7 +106,7 @@ def _case(
 
     words = ["x".join(map(str, shape)), layout.__name__[1:], "" if affine else "no affine"]
     words += [activation or "", "residual" if residual else "", "drop" if drop else ""]
-    words += ["" if training else "frozen"]
+    words += ["" if training else "frozen", f"offset {element_offset}" if element_offset else ""]
     name = "batch_norm" if training else "batch_norm_inference"
     return Case(
         op="batch_norm_backward" if twice else name,
@@ -207,6 +209,20 @@ CASES += [
         ("gelu", True, P),
     )
 ]
+# A part of a larger batch: it begins within one of the mask's groups, and with one.
+CASES += [
+    _case(shape, layout, drop=P, activation="relu", element_offset=offset)
+    for shape, layout in (
+        ((4, 6, 5, 3), _contiguous),
+        ((4, 6, 5, 3), _channels_last),
+        ((3, 16, 24), _contiguous),
+        ((3, 16, 24), _channels_last),
+        ((30, 19, 17, 7), _contiguous),
+        ((30, 19, 17, 7), _channels_last),
+        ((5, 2, 7001), _contiguous),
+    )
+    for offset in (2**40 + 13, 7 * 4096)
+]
 CASES += [
     _tracked(shape, layout, momentum, activation=activation)
     for shape, layout in (
@@ -231,4 +247,5 @@ CASES += [
     _case((4, 3, 2, 3), _channels_last, twice=True, activation="silu", residual=True, drop=P),
     _case((4, 3, 2, 3), twice=True, activation="relu", residual=True),
     _case((4, 3, 2, 3), twice=True, activation="leaky_relu", drop=P),
+    _case((4, 3, 2, 3), twice=True, activation="silu", drop=P, element_offset=12),
 ]

@@ -39,6 +39,7 @@ class BatchNormCall(NamedTuple):
     p: float
     num_batches_tracked: Tensor | None
     rng_state: Tensor | None
+    element_offset: int
     backend: str | None
 
 
@@ -115,6 +116,8 @@ def check_call(call: BatchNormCall) -> None:
             _check_channel_values(name, what, values, input)
         if values.requires_grad and (values is mean or values is var):
             raise RuntimeError(f"{name}: {what} must not require grad, it has no gradient")
+    if not 0 <= call.element_offset < 2**62:
+        refuse(name, "element_offset", "in [0, 2^62)", call.element_offset, ValueError)
     if call.residual is not None:
         check_like(name, "residual", call.residual, input)
     if counter is not None and (counter.numel() != 1 or counter.device != input.device):
@@ -166,6 +169,7 @@ def check_training(op: str, a: Any) -> None:
             _check_channels(entry, getattr(tracked, name), a.input.shape[1], name)
     if counter is not None:
         entry.check_vector(counter, torch.int64, 1, "num_batches_tracked")
+    entry.check_element_offset(a.element_offset)
     if a.p > 0.0:
         if a.rng_state is None:
             entry.refuse("rng_state", "given where something is dropped", None)

@@ -21,7 +21,7 @@ from ..reference.dropout import dropout as reference_dropout
 from ._batch_norm_checks import check_backward, check_inference, check_training, values_a_channel
 from ._modes import below_autograd
 from ._registry import register, register_by_numbers
-from ._route import Route
+from ._route import Route, in_order
 
 # Schemas and fakes. Each form of the op has a NamedTuple for the arguments behind its values, with
 # the names of its schema.
@@ -42,12 +42,14 @@ class Training(NamedTuple):
     slope: float
     p: float
     rng_state: Tensor | None
+    element_offset: int
     keep_gate: bool
 
 
+_PLACES = len(Training._fields)
 _TRAINING = (
     f"{_VALUES}, Tensor(a!)[] tracked, float? momentum, float eps, int activation, float slope, "
-    "float p, Tensor? rng_state, bool keep_gate"
+    "float p, Tensor? rng_state, int element_offset, bool keep_gate"
 )
 
 
@@ -78,6 +80,7 @@ class Backward(NamedTuple):
     invstd: Tensor
     gate: Tensor | None
     rng_state: Tensor | None
+    element_offset: int
     training: bool
     activation: int
     slope: float
@@ -90,8 +93,8 @@ class Backward(NamedTuple):
 
 _BACKWARD_ARGUMENTS = (
     f"Tensor grad_output, {_VALUES}, Tensor mean, Tensor invstd, Tensor? gate, Tensor? rng_state, "
-    "bool training, int activation, float slope, float p, bool wants_input, bool wants_parameters, "
-    "bool wants_residual"
+    "int element_offset, bool training, int activation, float slope, float p, bool wants_input, "
+    "bool wants_parameters, bool wants_residual"
 )
 
 
@@ -141,15 +144,16 @@ def _train(
 ) -> tuple[Tensor, ...]:
     """The op's results; keeps what a backward needs."""
     route, overload, rest = call
-    _, _, _, activation, slope, p, rng_state, _, *numbers = rest
+    how, numbers = Training(*rest[:_PLACES]), rest[_PLACES:]
     with below_autograd():
         # Only a gradient needs a gate, so one is kept here, whatever the call says.
-        outputs = overload._op(*values, *rest[:7], True, *numbers)
+        outputs = overload._op(*values, *how._replace(keep_gate=True), *numbers)
     route.count_changes(values, rest)
     output, mean, invstd, gate = outputs
     gate = gate if gate.numel() else None
-    tensors = (mean, invstd, gate, rng_state, *numbers)
-    _keep(ctx, call, values, output, tensors, (True, activation, slope, p))
+    tensors = (mean, invstd, gate, how.rng_state, *numbers)
+    draws = (how.element_offset, True, how.activation, how.slope, how.p)
+    _keep(ctx, call, values, output, tensors, draws)
     return outputs
 
 
@@ -214,7 +218,7 @@ class _BatchNormInference(_BatchNormTraining):
         mean = running_mean.to(torch.float64, copy=True)
         invstd = (running_var.double() + (numbers[0][0] if numbers else eps)).rsqrt()
         tensors = (mean, invstd, None, None, *numbers)
-        _keep(ctx, call, values, output, tensors, (False, activation, slope, 0.0))
+        _keep(ctx, call, values, output, tensors, (0, False, activation, slope, 0.0))
         return output
 
 
@@ -230,7 +234,7 @@ def _keep(
     ctx.set_materialize_grads(False)
     route, overload, _ = call
     input, weight, bias, residual = values
-    _, activation, _, p = how
+    _, _, activation, _, p = how
     if not needs_preactivation(activation, tensors[2] is not None, p):
         residual = None
     ctx.save_for_backward(input, weight, bias, residual, *tensors)
@@ -252,7 +256,8 @@ def _training_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor]:
         counter.add_(1)
     y = reference.activate(y if residual is None else y + residual, how.activation, how.slope)
     if how.rng_state is not None:
-        y = y * reference_dropout(torch.ones_like(y), how.p, how.rng_state)
+        ones = torch.ones_like(in_order(input, None))  # by whose order the kernels draw
+        y = y * reference_dropout(ones, how.p, how.rng_state, how.element_offset)
     return (y,)
 
 
@@ -302,7 +307,9 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     else:
         y = reference.activate(z, a.activation, a.slope)
         if a.p > 0.0:
-            y = y * reference_dropout(torch.ones_like(input), a.p, a.rng_state).to(compute)
+            ones = torch.ones_like(input)
+            mask = reference_dropout(ones, a.p, a.rng_state, a.element_offset)
+            y = y * mask.to(compute)
     wanted = (
         *((x, a.wants_input), (w, a.wants_parameters), (b, a.wants_parameters)),
         (r, a.wants_residual),

@@ -274,10 +274,13 @@ class Entry:
             self.refuse(name, f"like the input, {described(x)}", other)
         self.check_memory(other, name)
 
+    def check_element_offset(self, element_offset: int) -> None:
+        if not 0 <= element_offset < 2**62:
+            self.refuse("element_offset", "in [0, 2^62)", element_offset)
+
     def check_drawn(self, a: Any) -> None:
         """Raises unless rng_state and element_offset can be drawn by, and traced_p is a number."""
-        if not 0 <= a.element_offset < 2**62:
-            self.refuse("element_offset", "in [0, 2^62)", a.element_offset)
+        self.check_element_offset(a.element_offset)
         self.check_rng_state(a.rng_state)
         self.check_number(a.traced_p, torch.float64, "traced_p", on_host=True)
 

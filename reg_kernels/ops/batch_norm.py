@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _rng
 from .._activation import NONE
-from .._numbers import number, traced_numbers, varies
+from .._numbers import integer, number, traced_numbers, varies
 from ..backends import forced_by
 from ..reference import batch_norm as reference
 from . import _batch_norm_ops as ops
@@ -98,7 +98,8 @@ def _run(name: str, *given: Any) -> Tensor:
         if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
             tracked[-1] = tracked[-1].to(torch.int64)
         # Whether a gate is kept is up to the route.
-        how = (tracked, momentum, eps, call.activation, slope, p, rng_state, False)
+        draws = (p, rng_state, call.element_offset)
+        how = (tracked, momentum, eps, call.activation, slope, *draws, False)
     else:
         how = (*tracked[:2], eps, call.activation, slope)
     if numbers is not None:
@@ -137,6 +138,7 @@ def _run_again(
     p: float,
     num_batches_tracked: Tensor | None,
     rng_state: Tensor | None,
+    element_offset: int,
     backend: str | None,
 ) -> Tensor:
     """A call of a signature that _KNOWN has, and `found` there."""
@@ -148,7 +150,7 @@ def _run_again(
     tracked = [] if running_mean is None else [running_mean, running_var]
     if num_batches_tracked is not None:
         tracked.append(num_batches_tracked)
-    how = (tracked, momentum, eps, activation, slope, p, rng_state, False)
+    how = (tracked, momentum, eps, activation, slope, p, rng_state, element_offset, False)
     return ops.TRAINING.route.run(overload, gradient, (input, weight, bias, residual), how)[0]
 
 
@@ -220,7 +222,7 @@ def batch_norm(
         return hand_over(batch_norm, locals(), *_TENSORS, by_place=3)
     return _run(
         *("batch_norm", input, running_mean, running_var, weight, bias, None),
-        *(training, momentum, eps, NONE, SLOPE, 0.0, num_batches_tracked, None, backend),
+        *(training, momentum, eps, NONE, SLOPE, 0.0, num_batches_tracked, None, 0, backend),
     )
 
 
@@ -240,6 +242,7 @@ def batch_norm_act(
     drop: float = 0.0,
     num_batches_tracked: Tensor | None = None,
     rng_state: Tensor | None = None,
+    element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     r"""Applies BatchNorm, a residual, an activation and dropout, in one pass after the statistics.
@@ -267,6 +270,7 @@ def batch_norm_act(
         num_batches_tracked: the number of batches so far, as in `batch_norm`.
         rng_state: the state of the mask, int64 `[seed, offset]`, as in `dropout`. None draws it
             from torch's generator.
+        element_offset: the place of the input's first element in the mask, as in `dropout`.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
@@ -274,8 +278,8 @@ def batch_norm_act(
         part of a tensor that is.
 
     Raises:
-        ValueError: `activation` is unknown, `drop` is outside [0, 1], and what else `batch_norm`
-            raises it for.
+        ValueError: `activation` is unknown, `drop` is outside [0, 1], `element_offset` is outside
+            [0, 2^62), and what else `batch_norm` raises it for.
         RuntimeError: `residual` has another shape, dtype or device, and what else `batch_norm`
             raises it for.
 
@@ -291,9 +295,11 @@ def batch_norm_act(
         drop = probability(name, "drop", drop)
     if type(negative_slope) is not float:
         negative_slope = number(name, "negative_slope", negative_slope)
+    if type(element_offset) is not int:
+        element_offset = integer(name, "element_offset", element_offset)
     act = activation_number(name, activation)
     return _run(
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, act, negative_slope, drop, num_batches_tracked, rng_state),
-        backend,
+        *(element_offset, backend),
     )

@@ -77,11 +77,11 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).rsqrt()
 
 
-def _multipliers(like: Tensor, p: float, rng_state: Tensor | None) -> Tensor:
+def _multipliers(like: Tensor, p: float, rng_state: Tensor | None, element_offset: int) -> Tensor:
     """What dropout multiplies the elements of `like` by, drawn in its storage order."""
     if rng_state is None:
         return torch.ones_like(like)
-    return dropout.dropout(torch.ones_like(like), p, rng_state)
+    return dropout.dropout(torch.ones_like(like), p, rng_state, element_offset)
 
 
 def _pack(bits: Tensor, size: int) -> Tensor:
@@ -115,6 +115,7 @@ def batch_norm(
     slope: float,
     p: float,
     rng_state: Tensor | None,
+    element_offset: int,
     keep_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training: (output, mean, invstd, gate), and what is tracked moved on: [running_mean,
@@ -127,7 +128,7 @@ def batch_norm(
     z = affine(x, mean, invstd, weight, bias)
     if residual is not None:
         z = z + residual.double()
-    multipliers = _multipliers(z, p, rng_state)
+    multipliers = _multipliers(z, p, rng_state, element_offset)
     output = torch.empty_like(input).copy_(activate(z, activation, slope) * multipliers)
 
     running = tracked[:2] if len(tracked) > 1 else []
@@ -207,6 +208,7 @@ def batch_norm_backward(
     invstd: Tensor,
     gate: Tensor | None,
     rng_state: Tensor | None,
+    element_offset: int,
     training: bool,
     activation: int,
     slope: float,

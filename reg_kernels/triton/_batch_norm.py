@@ -12,7 +12,7 @@ GIVEN = tl.constexpr(0)
 OWN = tl.constexpr(1)
 MERGED = tl.constexpr(2)
 
-UNSPECIALISED = ["seed", "offset"]  # no recompiling by value
+UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
 
 
 class Chain(NamedTuple):

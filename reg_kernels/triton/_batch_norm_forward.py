@@ -90,6 +90,7 @@ def forward_tile(
     gate_ptr,
     slope,
     draws,
+    element_offset,
     sizes,
     CHAIN: tl.constexpr,
     TILES: tl.constexpr,
@@ -101,7 +102,7 @@ def forward_tile(
     y = activate(z, slope, CHAIN.ACTIVATION)
     kept = inside
     if CHAIN.DROPS:
-        starts = run_starts(m0, c0, sizes, CHAIN.RUN, TILES)
+        starts = run_starts(m0, c0, sizes, CHAIN.RUN, TILES) + element_offset
         drawn = half_word_runs(draws.key, draws.offset, starts, CHAIN.RUN)
         y = dropout_values(y, drawn, draws.threshold, draws.scale)
         kept = kept & (drawn < draws.threshold)
@@ -160,6 +161,7 @@ def forward_kernel(
     p: tl.float64,
     seed: tl.int64,
     offset: tl.int64,
+    element_offset: tl.int64,  # mask index of element 0
     STATISTICS: tl.constexpr,  # GIVEN by the running ones, OWN of a range that is all, or MERGED
     AVERAGES: tl.constexpr,  # the batches counted weigh alike; then the host moves the counter on
     SINGLE: tl.constexpr,  # whether a range is one tile, kept between the passes
@@ -230,7 +232,7 @@ def forward_kernel(
     if SINGLE:
         forward_tile(
             *(x, at, inside, m0, c0, affine, residual_ptr, y_ptr, gate_ptr),
-            *(slope, draws, sizes, CHAIN, TILES),
+            *(slope, draws, element_offset, sizes, CHAIN, TILES),
         )
     else:
         # Half tiles: a tensor more, draws and the activation want their registers.
@@ -242,5 +244,5 @@ def forward_kernel(
             x, at, inside = load_tile(x_ptr, m0, c0, sizes, COMPUTE, HALF)
             forward_tile(
                 *(x, at, inside, m0, c0, affine, residual_ptr, y_ptr, gate_ptr),
-                *(slope, draws, sizes, CHAIN, HALF),
+                *(slope, draws, element_offset, sizes, CHAIN, HALF),
             )

@@ -22,6 +22,8 @@ in an order of its own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -70,6 +72,7 @@ def batch_norm(
     slope: float,
     p: float,
     rng_state: Tensor | None,
+    element_offset: int,
     keep_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op in training: (output, mean, invstd, gate)."""
@@ -93,7 +96,7 @@ def batch_norm(
             plan,
             *(input, residual, output, gate if gated else None, weight, bias, mean, invstd),
             updated,
-            *(partials, momentum, eps, activation, slope, p, rng_state),
+            *(partials, momentum, eps, activation, slope, p, rng_state, element_offset),
             statistics=OWN if partials is None else MERGED,
         )
     if updated.num_batches_tracked is not None and momentum is None:
@@ -122,7 +125,7 @@ def batch_norm_inference(
             plan,
             *(input, residual, output, None, weight, bias, None, None),
             Tracked(running_mean, running_var, None),
-            *(None, 0.0, eps, activation, slope, 0.0, None),
+            *(None, 0.0, eps, activation, slope, 0.0, None, 0),
             statistics=GIVEN,
         )
     return output
@@ -146,18 +149,21 @@ def _launch_forward(
     slope: float,
     p: float,
     rng_state: Tensor | None,
+    element_offset: int,
     statistics: tl.constexpr,
 ) -> None:
     state_ptr, seed, offset = state_arguments(rng_state if p > 0.0 else None)
+    run = math.gcd(plan.run, element_offset)  # what the offset leaves of a run in one mask group
     forward_kernel[(plan.programs,)](
         *(input, residual, output, gate, weight, bias, mean, invstd),
         *(*tracked, partials, state_ptr),
         *(*plan.sizes, 0.0 if momentum is None else momentum, eps, slope, p, seed, offset),
+        element_offset,
         STATISTICS=statistics.value,
         AVERAGES=momentum is None,
         SINGLE=plan.single,
         BLOCK_S=next_power_of_2(plan.splits) if partials is not None else 1,
-        CHAIN=Chain(activation, p > 0.0, plan.gate_axis, plan.run),
+        CHAIN=Chain(activation, p > 0.0, plan.gate_axis, run),
         TILES=plan.blocks,
         num_warps=plan.warps,
     )
@@ -173,6 +179,7 @@ def batch_norm_backward(
     invstd: Tensor,
     gate: Tensor | None,
     rng_state: Tensor | None,
+    element_offset: int,
     training: bool,
     activation: int,
     slope: float,

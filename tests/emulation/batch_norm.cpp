@@ -44,6 +44,7 @@ struct Case {
   bool own_dtype = false;  // channel values in the input's dtype instead of float32
   bool averages = false;   // momentum None
   bool on_device = false;  // rng_state behind a pointer
+  int64_t mask_offset = 0;
 
   int64_t count() const { return N * L; }
   int64_t numel() const { return N * C * L; }
@@ -61,7 +62,8 @@ struct Case {
            std::to_string(static_cast<int>(activation)) + (residual ? " residual" : "") + " p " +
            std::to_string(p) + " data " + std::to_string(static_cast<int>(data)) + " shift " +
            std::to_string(shift) + (affine ? "" : " no affine") + (own_dtype ? " own dtype" : "") +
-           (averages ? " averages" : "") + (on_device ? " on device" : "");
+           (averages ? " averages" : "") + (on_device ? " on device" : "") + " mask offset " +
+           std::to_string(mask_offset);
   }
 };
 
@@ -240,7 +242,8 @@ class Run {
   Chain chain(bool gated) {
     const RngState rng =
         c.on_device ? RngState{state.data(), 1, 2} : RngState{nullptr, kSeed, kRngOffset};
-    return {c.activation, c.slope(), c.p > 0.0, rate(), rng, gated ? gate_bytes() : nullptr};
+    return {c.activation, c.slope(), c.p > 0.0, rate(), rng, gated ? gate_bytes() : nullptr,
+            c.mask_offset};
   }
 
   DropoutRate rate() const { return DropoutRate::from_probability(c.p); }
@@ -509,7 +512,7 @@ class Run {
       double error = 8.0 * kEpsilon<T> * size * 1.2;
       const double actual = reg_kernels::load(y.data()[e]);
       if (drops) {
-        const bool kept = keeps(e, threshold);
+        const bool kept = keeps(c.mask_offset + e, threshold);
         driver::expect(kept || actual == 0.0, [&] { return "mask of " + text(); });
         expected *= kept ? rate().scale : 0.0;
         error *= kept ? rate().scale : 0.0;
@@ -530,7 +533,7 @@ class Run {
       C z = affine(channel, mean.data()[channel],
                    invstd.data()[channel])(reg_kernels::load(x.data()[e]));
       if (c.residual) z += reg_kernels::load(residual.data()[e]);
-      bool bit = !drops || keeps(e, rate().threshold);
+      bool bit = !drops || keeps(c.mask_offset + e, rate().threshold);
       if (c.activation == Activation::relu) bit = bit && !(z <= C(0));
       if (c.activation == Activation::leaky_relu && !drops) bit = z > C(0);
       driver::expect(gate_bit(e) == bit,
@@ -678,7 +681,8 @@ void test_dtype() {
             .affine = t % 11 != 5,
             .own_dtype = t % 4 == 1,
             .averages = t % 5 == 2,
-            .on_device = t % 2 == 0},
+            .on_device = t % 2 == 0,
+            .mask_offset = t % 4 == 3 ? (int64_t{1} << 40) + t : t % 4 * 8},
            t);
   };
 

@@ -82,6 +82,22 @@ def test_masks_follow_torchs_generator(backend):
     assert not torch.equal(a == 0, b == 0)
 
 
+@on_each
+@layouts
+def test_a_part_of_a_batch_gets_its_part_of_the_mask(backend, layout):
+    """By each way that a mask is drawn: groups of it that begin within the part, and elsewhere."""
+    for shape in ((6, 6, 5, 3), (4, 8, 4, 6), (3, 2, 300, 1)):
+        x, *rest = arguments(shape, layout)
+        given = {"training": True, "drop": P, "rng_state": rng_state(), "backend": backend}
+        mask = F.dropout(torch.ones_like(x), P, rng_state=rng_state(), backend=backend) == 0
+        for first, last in ((0, 2), (2, 3), (1, shape[0])):
+            part = x[first:last]
+            y = F.batch_norm_act(
+                *(part, *rest), activation=None, element_offset=first * x[0].numel(), **given
+            )
+            assert torch.equal(y == 0, mask[first:last])
+
+
 def test_no_draw_where_nothing_is_random():
     x, *rest = arguments((4, 6))
     before = torch.get_rng_state()
@@ -348,6 +364,9 @@ def test_bad_input_raises_torchs_type_and_changes_nothing(change, message):
         ({"residual": torch.ones(3, 5)}, RuntimeError, "residual must be like the input"),
         ({"residual": torch.ones(3, 6).double()}, RuntimeError, "residual must be like the input"),
         ({"backend": "cuda"}, ValueError, "backend must be one of native, triton, reference"),
+        ({"element_offset": -1}, ValueError, r"element_offset must be in \[0, 2\^62\), got -1"),
+        ({"element_offset": 2**62}, ValueError, r"element_offset must be in \[0, 2\^62\)"),
+        ({"element_offset": 1.5}, TypeError, "element_offset must be an integer, got float"),
         ({"rng_state": torch.ones(3)}, RuntimeError, "rng_state must be an int64 tensor"),
         ({"residual": 1.0}, TypeError, "residual must be a Tensor or None, got float"),
         ({"momentum": "a"}, TypeError, "momentum must be a float or None, got str"),
@@ -385,7 +404,20 @@ def test_opcheck_of_the_twins_by_numbers(backend):
     leaky_relu = NUMBERS["leaky_relu"]
     opcheck(
         overload_of("batch_norm_by_numbers", backend),
-        (*leaves, None, [mean, var], 0.0, 0.0, leaky_relu, 0.0, 0.5, rng_state(), False, numbers),
+        (
+            *leaves,
+            None,
+            [mean, var],
+            0.0,
+            0.0,
+            leaky_relu,
+            0.0,
+            0.5,
+            rng_state(),
+            0,
+            False,
+            numbers,
+        ),
     )
     numbers = torch.tensor([1e-5, 0.1, 0.0], dtype=torch.float64)
     opcheck(

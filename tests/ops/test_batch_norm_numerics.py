@@ -358,7 +358,7 @@ def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
         tracked_mean, tracked_var, counter = torch.zeros(1), torch.ones(1), torch.tensor(0)
         y, *found, _ = torch.ops.reg_kernels.batch_norm(
             *(x.view(shape), None, None, None, [tracked_mean, tracked_var, counter], 1.0, EPS),
-            *(0, 0.0, 0.0, None, False),
+            *(0, 0.0, 0.0, None, 0, False),
         )
         assert found[0].item() == pytest.approx(mean, rel=1e-12)
         assert found[1].item() == pytest.approx(invstd, rel=1e-12)
@@ -374,7 +374,7 @@ def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
         # The input as the gradient: that of the weight is sum x xhat = m2 invstd.
         wants_input = len(shape) == 3  # once: most of the time goes into new pages
         gradient, of_weight, of_bias, _ = torch.ops.reg_kernels.batch_norm_backward(
-            *(x.view(shape), x.view(shape), ones, ones, None, *found, None, None, True),
+            *(x.view(shape), x.view(shape), ones, ones, None, *found, None, None, 0, True),
             *(0, 0.0, 0.0, wants_input, True, False),
         )
         assert of_bias.item() == pytest.approx(tail * 2.0**20, rel=2**-23)

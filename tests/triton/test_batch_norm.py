@@ -19,6 +19,7 @@ from reg_kernels.triton._plan import PARTIALS, plan_for  # noqa: E402
 
 NONE, RELU, LEAKY_RELU, SILU, GELU = range(5)
 EPS, SLOPE, P = 1e-5, 0.2, 0.3
+OFFSET = 12  # of the mask, which begins within one of its groups
 
 # The interpreter's numpy speaks up where a kernel meets Inf - Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -108,7 +109,7 @@ class Case:
         running = [t.clone() for t in self.running]
         outputs = implementation.batch_norm(
             *(self.x, self.weight, self.bias, self.residual, running, self.momentum, EPS),
-            *(self.activation, SLOPE, self.p, self.state, keep_gate),
+            *(self.activation, SLOPE, self.p, self.state, OFFSET, keep_gate),
         )
         return outputs, running
 
@@ -128,7 +129,7 @@ class Case:
         gate = None if gate is None or gate.numel() == 0 else gate
         return implementation.batch_norm_backward(
             *(self.g, self.x, self.weight, self.bias, self.residual, mean, invstd, gate),
-            *(self.state, outputs is not None, self.activation, SLOPE, self.p, *wants),
+            *(self.state, OFFSET, outputs is not None, self.activation, SLOPE, self.p, *wants),
         )
 
 
@@ -213,7 +214,7 @@ def test_momentum_none_averages_the_batches(tiling):
 def test_untracked():
     case = Case(SMALL)
     case.forward = lambda i: i.batch_norm(
-        *(case.x, case.weight, case.bias, None, [], 0.1, EPS, NONE, SLOPE, 0.0, None, True),
+        *(case.x, case.weight, case.bias, None, [], 0.1, EPS, NONE, SLOPE, 0.0, None, 0, True),
     )
     for a, b in zip(case.forward(kernels)[:3], case.forward(reference)[:3], strict=True):
         assert_close(a, b, FLOAT)

@@ -20,7 +20,8 @@ struct Chain {
   bool drops;
   DropoutRate rate;
   RngState rng;
-  uint8_t* gate;  // or null
+  uint8_t* gate;        // or null
+  int64_t mask_offset;  // the mask index of element 0
 };
 
 // ---- Shared memory beside what is kept: sums, and up to five constants a channel. No barrier
@@ -86,13 +87,15 @@ struct Columns {
 // ---- Gates and masks: the bits of a step's vectors, those of vector k in byte k.
 
 // Whether dropout keeps each element. All lanes of a warp take part in this and in store_gate.
+// Eight elements that lie in two of the mask's groups cost a second draw.
 template <typename T, bool kChannelsLast>
 __device__ __forceinline__ uint32_t draw(const Slice<T, kChannelsLast>& slice, int step,
-                                         bool ragged, uint32_t threshold, const RngStream& stream) {
-  const int64_t first = slice.own_group(step);
+                                         bool ragged, const Chain& chain, const RngStream& stream) {
+  const int64_t first = slice.own_group(step) + chain.mask_offset;
   const auto group = static_cast<uint64_t>(first / kGroup);
+  const uint32_t threshold = chain.rate.threshold;
   uint32_t kept = keep_bits(stream(group), threshold);
-  if (kChannelsLast && ragged) {
+  if ((kChannelsLast && ragged) || chain.mask_offset % kGroup != 0) {
     kept |= keep_bits(stream(group + 1), threshold) << kGroup;
     kept = kept >> first % kGroup & 0xffu;
   }

@@ -157,7 +157,7 @@ struct ForwardMap {
     const bool relu = chain.activation == Activation::relu;
     const bool signs = relu || (chain.activation == Activation::leaky_relu && !chain.drops);
     uint32_t kept = ~0u, passes = ~0u, valid = 0;
-    if (chain.drops) kept = draw(slice, step, ragged, chain.rate.threshold, stream);
+    if (chain.drops) kept = draw(slice, step, ragged, chain, stream);
     slice.for_vectors(step, [&](int k, int64_t element, uint32_t own) {
       Vector<T> vector = x.get(step, k);
       C z[kVector<T>];

@@ -85,6 +85,7 @@ void call(const Shape& shape, const Options& options) {
   task.scale = 65536.0 / 40000;
   task.seed = 0x9e3779b97f4a7c15ull;
   task.offset = 0x0000000500000007ull;
+  task.mask_offset = 700;
   task.training = true;
   const int64_t slices = plan.planes ? 0 : plan.units / plan.strips + 1;
   const int64_t sums = 2 * (plan.units * plan.pairs + slices * plan.columns);
