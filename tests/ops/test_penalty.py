@@ -345,9 +345,9 @@ def test_bad_arguments_of_the_parts():
     part(*good)
     assert float(sums) == 9000
     for place, bad, message in (
-        (0, table.data[:5], "table must be int64 of 13 rows of 1, got int64"),
+        (0, table.data[:5], "table must be int64 of 15 rows of 1, got int64"),
         (0, table.data.clone(), "table must be a TensorTable of this process"),
-        (1, 2**62, "table must be int64 of 13 rows of 4611686018427387904"),
+        (1, 2**62, "table must be int64 of 15 rows of 4611686018427387904"),
         (2, table.seal + 1, "table must be a TensorTable of this process"),
         (3, 4, "dtype must be the table's, 1, got 4"),
         (3, 0, "dtype must be the table's, 1, got 0"),

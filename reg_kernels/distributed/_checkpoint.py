@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or not there: torch.distributed.checkpoint into a folder of its own,
+which takes the old one's place when every rank has written its part."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+
+def save_checkpoint(
+    state: dict[str, Any], path: str | os.PathLike[str], process_group: Any = None
+) -> None:
+    """Saves `state` to the folder `path`, where the old checkpoint is until the new one is whole.
+
+    Every rank writes its own shards to `path` + ".writing"; when all have, the first rank moves
+    `path` to `path` + ".old", the new folder to `path`, and removes the old one. A rank that dies
+    at any time leaves a whole checkpoint behind, which `load_checkpoint` finds: the old one, or the
+    new one. `torch.distributed.checkpoint.save` by itself writes over what is at its `path`.
+
+    Args:
+        state: what torch.distributed.checkpoint takes: a dictionary of tensors, DTensors, values
+            and such dictionaries, as `torch.distributed.checkpoint.state_dict.get_state_dict`
+            makes them. The same keys on every rank.
+        path: the folder, on a file system that all ranks share.
+        process_group: the ranks that save together; None takes all. Without a process group this
+            process saves alone.
+
+    Raises:
+        RuntimeError: a rank could not write its part, or the first one not move the folders; or
+            another rank died.
+    """
+    from torch.distributed import checkpoint
+
+    alone = not dist.is_initialized()
+    first = alone or dist.get_rank(process_group) == 0
+    whole = Path(path)
+    writing = _beside(whole, ".writing")
+    _agree(_clear if first else None, whole, process_group)
+    checkpoint.save(state, checkpoint_id=writing, process_group=process_group, no_dist=alone)
+    _agree(_move if first else None, whole, process_group)
+
+
+def load_checkpoint(
+    state: dict[str, Any], path: str | os.PathLike[str], process_group: Any = None
+) -> None:
+    """Loads the checkpoint that `save_checkpoint` left at `path` into `state`, in place.
+
+    The ranks may be another number than those that saved, and their shards others.
+
+    Args:
+        state: as in `save_checkpoint`; tensors are written to, other values replaced.
+        path: the folder.
+        process_group: the ranks that load together; None takes all.
+
+    Raises:
+        FileNotFoundError: there is no whole checkpoint at `path`.
+    """
+    from torch.distributed import checkpoint
+
+    whole = Path(path)
+    found = next((p for p in (whole, _beside(whole, ".old")) if _is_whole(p)), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {whole}"
+        )
+    alone = not dist.is_initialized()
+    checkpoint.load(state, checkpoint_id=found, process_group=process_group, no_dist=alone)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: its table of contents comes last."""
+    return (path / ".metadata").is_file()
+
+
+def _clear(whole: Path) -> None:
+    """Takes away what a save that did not end has left."""
+    old, writing = _beside(whole, ".old"), _beside(whole, ".writing")
+    if not _is_whole(whole) and _is_whole(old):
+        shutil.rmtree(whole, ignore_errors=True)
+        old.rename(whole)
+    for path in (old, writing):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def _move(whole: Path) -> None:
+    """Puts what is written in its place."""
+    old = _beside(whole, ".old")
+    if whole.exists():
+        whole.rename(old)
+    _beside(whole, ".writing").rename(whole)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _agree(action: Any, whole: Path, process_group: Any) -> None:
+    """Does `action` on the first rank, which has one; each rank goes on when it is done, or raises
+    what it raised."""
+    error: list[str | None] = [None]
+    if action is not None:
+        try:
+            action(whole)
+        except OSError as raised:
+            error = [f"{type(raised).__name__}: {raised}"]
+    if dist.is_initialized():
+        source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+        dist.broadcast_object_list(error, src=source, group=process_group)
+    if error[0] is not None:
+        raise RuntimeError(
+            f"save_checkpoint: path must be a folder that rank 0 can replace, got {error[0]}"
+        )
