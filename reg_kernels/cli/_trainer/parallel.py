@@ -118,6 +118,7 @@ class Group(Ranks):
     def spread(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             from ...nn import SyncBatchNorm
+
             model = SyncBatchNorm.convert_sync_batchnorm(model)
         if self.kind == "ddp":
             trained = nn.parallel.DistributedDataParallel(model)
