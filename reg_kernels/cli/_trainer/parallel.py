@@ -24,6 +24,7 @@ from torch import distributed as dist
 from ... import distributed
 from ..._extras import MissingExtra
 from ...distributed import RankError
+from ...nn import SyncBatchNorm
 from .._errors import UsageError
 
 KINDS = ("ddp", "fsdp")
@@ -116,14 +117,11 @@ class Group(Ranks):
         self._steps = 0
 
     def spread(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            from ...nn import SyncBatchNorm
-
-            model = SyncBatchNorm.convert_sync_batchnorm(model)
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
         if self.kind == "ddp":
             trained = nn.parallel.DistributedDataParallel(model)
             if self.size > 2 and next(model.parameters()).device.type == "cpu":
-                # DDP takes no hook whose annotations are not evaluated.
+                # DDP takes no hook whose annotations are strings, as all are here.
                 trained.register_comm_hook(
                     self.size, lambda ranks, bucket: _mean_in_order(ranks, bucket)
                 )
@@ -242,8 +240,16 @@ class Group(Ranks):
     def check_alike(self, **facts: Any) -> None:
         distributed.check_alike(**facts)
 
-    def guard(self) -> AbstractContextManager[None]:
-        return distributed.guard()
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        error: UsageError | None = None
+        with distributed.guard():
+            try:
+                yield
+            except UsageError as alike:  # by `agree` or `from_first`: nobody is to blame
+                error = alike
+        if error is not None:
+            raise error
 
     def _gathered(self, value: T) -> list[T]:
         """The ranks' values, in their order."""
@@ -252,7 +258,7 @@ class Group(Ranks):
         return values
 
 
-def _mean_in_order(ranks: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_in_order(ranks: int, bucket: Any) -> torch.futures.Future[Tensor]:
     """The mean of the ranks' gradients, added in the order of ranks.
 
     gloo adds those of three and more in an order that goes by a gradient's place in its bucket, and
