@@ -152,7 +152,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     with ranks.guard():
         with ranks.agree():
             job = _job(args)
-        ranks.check_alike(**_facts(job))
+        resumes = args.resume is not None
+        ranks.check_alike(**_facts(job), parallel=ranks.kind, resume=resumes)
         training = Training(
             job.data,
             classes=job.images.classes,
@@ -165,9 +166,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
             ranks=ranks,
         )
         start = Path(args.resume) if args.resume else job.out / CHECKPOINT
-        if args.resume is not None:
+        if resumes:
             resume(training, start, job.options, ranks)
-        resumed = args.resume is not None and start == job.out / CHECKPOINT
+        resumed = resumes and start == job.out / CHECKPOINT
         ranks.from_first(lambda: _prepare(job.out, args.tensorboard, resumed))
 
     curves = Curves(job.out) if args.tensorboard else None

@@ -111,16 +111,17 @@ class Group(Ranks):
         self.kind = kind
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self._weight: float | None = 1.0  # of this rank's mean loss; None: it has no samples
+        self._weight = 1.0  # of this rank's mean loss
         self._all_have_some = True  # samples
         self._finite = distributed.FiniteCheck(every=_NEVER)
         self._steps = 0
 
     def spread(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
+        device = next(model.parameters()).device.type
         if self.kind == "ddp":
             trained = nn.parallel.DistributedDataParallel(model)
-            if self.size > 2 and next(model.parameters()).device.type == "cpu":
+            if self.size > 2 and device == "cpu":
                 # DDP takes no hook whose annotations are strings, as all are here.
                 trained.register_comm_hook(
                     self.size, lambda ranks, bucket: _mean_in_order(ranks, bucket)
@@ -129,11 +130,13 @@ class Group(Ranks):
             # constructor has another name from one release of torch to the next.
             trained.broadcast_buffers = False
             return model, trained
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # One group of all parameters: the nets are small. After an evaluation they would stay whole
-        # otherwise, and hide from an optimizer's state.
-        fully_shard(model, reshard_after_forward=True)
+        # All parameters are one group, since the nets are small. Without resharding they would stay
+        # whole after an evaluation. Without a mesh they would go to a GPU where there is one.
+        mesh = init_device_mesh(device, (self.size,))
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model, model
 
     @contextlib.contextmanager
@@ -141,7 +144,7 @@ class Group(Ranks):
         own = distributed.part(samples, self.rank, self.size)
         count = own.stop - own.start
         # The mean over the ranks is taken by DDP and FSDP, of gradients.
-        self._weight = count * self.size / samples if count else None
+        self._weight = count * self.size / samples
         self._all_have_some = samples >= self.size
         try:
             with distributed.batch(own.start, samples, count):
@@ -151,8 +154,7 @@ class Group(Ranks):
 
     def share(self, loss: L) -> L:
         def weighed(scores: Tensor, *target: Any) -> Tensor:
-            if self._weight is None:
-                return scores.sum() * 0.0  # whose backward meets the other ranks'
+            # The mean of no samples is NaN, and its gradient for each of them is that of none.
             mean: Tensor = loss(scores, *target)
             return mean * self._weight
 
