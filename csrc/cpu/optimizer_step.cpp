@@ -84,7 +84,7 @@ void optimizer_step_table(const Tensor& data, int64_t count, int64_t seal, int64
     task.max_second_moment = table.address(TableRow::max_second_moment, i);
     task.ema = table.address(TableRow::ema, i);
     task.compensation = table.address(TableRow::compensation, i);
-    task.places = draw_places(table, i);
+    if (task.rounding == Rounding::stochastic) task.places = draw_places(table, i);
     leaf(task, begin, end);
   };
   share_out(table, kUnit, [&] {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ def save_checkpoint(
     Every rank writes its own shards to `path` + ".writing"; when all have, the first rank moves
     `path` to `path` + ".old", the new folder to `path`, and removes the old one. A rank that dies
     at any time leaves a whole checkpoint behind, which `load_checkpoint` finds: the old one, or the
-    new one. `torch.distributed.checkpoint.save` by itself writes over what is at its `path`.
+    new one. `torch.distributed.checkpoint.save` by itself writes over what is at its `path`. To
+    save in the background, hand torch's `async_save` a new folder each time, and a process group of
+    its own: what it sends must not come between what the training sends.
 
     Args:
         state: what torch.distributed.checkpoint takes: a dictionary of tensors, DTensors, values
@@ -33,14 +36,12 @@ def save_checkpoint(
         RuntimeError: a rank could not write its part, or the first one not move the folders; or
             another rank died.
     """
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    alone = not dist.is_initialized()
-    first = alone or dist.get_rank(process_group) == 0
+    first = not dist.is_initialized() or dist.get_rank(process_group) == 0
     whole = Path(path)
-    writing = _beside(whole, ".writing")
     _agree(_clear if first else None, whole, process_group)
-    checkpoint.save(state, checkpoint_id=writing, process_group=process_group, no_dist=alone)
+    _call("save_checkpoint", save, state, _beside(whole, ".writing"), process_group)
     _agree(_move if first else None, whole, process_group)
 
 
@@ -58,8 +59,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no whole checkpoint at `path`.
+        RuntimeError: what is asked for is not in it, or of another shape.
     """
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     whole = Path(path)
     found = next((p for p in (whole, _beside(whole, ".old")) if _is_whole(p)), None)
@@ -67,8 +69,25 @@ def load_checkpoint(
         raise FileNotFoundError(
             f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {whole}"
         )
+    _call("load_checkpoint", load, state, found, process_group)
+
+
+def _call(name: str, function: Any, state: dict[str, Any], path: Path, process_group: Any) -> None:
+    """Calls torch's save or load; what a rank raised there becomes an error that names the rank."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     alone = not dist.is_initialized()
-    checkpoint.load(state, checkpoint_id=found, process_group=process_group, no_dist=alone)
+    with warnings.catch_warnings():
+        if alone:  # which torch speaks up about
+            warnings.simplefilter("ignore", UserWarning)
+        try:
+            function(state, checkpoint_id=path, process_group=process_group, no_dist=alone)
+        except CheckpointException as error:  # a BaseException, which nobody would catch
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise RuntimeError(
+                f"{name}: every rank must be able to use {path}, got {type(cause).__name__}: "
+                f"{cause} on rank {rank}"
+            ) from cause
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -120,8 +120,6 @@ def all_runs():
     for name, place in layouts().items():
         for run in RUNS:
             torch.manual_seed(3 if dist.get_rank() == 0 else 4)
-            if name in ("and plain tensors", "several meshes") and run.startswith("stochastic"):
-                torch.manual_seed(3)
             found[name, run] = steps_of(run, place)
     return found
 
