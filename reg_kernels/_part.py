@@ -8,8 +8,8 @@ drawn there. `reg_kernels.distributed` is what users state a part by.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -119,15 +119,20 @@ def leave(who: Any) -> None:
         _put(_here.entered.pop()[1])
 
 
-@contextmanager
-def stated(part: Part) -> Iterator[Part]:
-    """Puts a part in force."""
-    who = object()
-    enter(who, part)
-    try:
-        yield part
-    finally:
-        leave(who)
+class Stated:
+    """Puts a part in force inside of it; a compiled program may have it inside."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._outside: Part | None = None
+
+    def __enter__(self) -> Part:
+        self._outside = current()
+        _put(self.part)
+        return self.part
+
+    def __exit__(self, *error: object) -> None:
+        _put(self._outside)
 
 
 # Checkpointing calls a part of a model again, in a backward, where no part is in force any more or
@@ -142,9 +147,16 @@ def of_draw(state: Tensor) -> Part | None:
     """The part for a call that has drawn this `rng_state`."""
     if torch.compiler.is_compiling():
         return _compiled.part
-    if state.device.type != "cpu" or _is_fake():
-        return _here.part  # while a CUDA graph is captured: no value can be looked at
+    if state.device.type != "cpu" or _has_no_values():
+        return _here.part
     return _remembered(lambda: tuple(state.tolist()))
+
+
+def offset_of(op: str, shape: Sequence[int], state: Tensor) -> int:
+    """The place of the first draw of a call that has drawn this `rng_state` for each element of a
+    tensor whose samples lie one behind the other."""
+    part = of_draw(state)
+    return 0 if part is None else part.offset(op, shape)
 
 
 def of_order(device: torch.device) -> Part | None:
@@ -154,7 +166,11 @@ def of_order(device: torch.device) -> Part | None:
     return _remembered(lambda: (device, *_upcoming(device)))
 
 
-def _is_fake() -> bool:
+def _has_no_values() -> bool:
+    """Whether no number of a tensor can be looked at, beside while a CUDA graph is captured, which
+    has states on the device."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -202,4 +218,4 @@ def of_model(model: Any, samples: int) -> AbstractContextManager[Part | None]:
         part = None if owner is None else owner._sharding.part(samples)
     if part is None:
         return nullcontext()
-    return stated(part if part.alike else part._replace(samples=samples))
+    return Stated(part if part.alike else part._replace(samples=samples))

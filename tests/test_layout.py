@@ -136,6 +136,7 @@ FORBIDDEN = {
     "optim": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
     "adversarial": {"nn", "optim", "augment", "cli", "convert", "cases", "bench", "triton"},
     "augment": {"nn", "optim", "cli", "convert", "cases", "bench", "triton", "reference"},
+    "distributed": {"integrations", "cli", "convert", "cases", "bench", "triton", "reference"},
     "training": {"integrations", "cli", "cases", "bench", "triton", "reference"},
     "integrations": {"cli", "cases", "bench", "triton", "reference"},
     "functional": {"nn", "augment", "cli", "convert", "cases", "bench", "triton", "reference"},
@@ -172,7 +173,8 @@ def test_the_reference_imports_torch_alone():
 
 
 def test_public_names_exist_and_are_documented():
-    for part in ("", ".adversarial", ".augment", ".functional", ".nn", ".optim", ".training"):
+    parts = ("adversarial", "augment", "distributed", "functional", "nn", "optim", "training")
+    for part in ("", *(f".{part}" for part in parts)):
         name = f"reg_kernels{part}"
         module = importlib.import_module(name)
         assert module.__doc__

@@ -13,7 +13,7 @@ from .._augment_program import LARGEST_SIDE, MOST_CHANNELS
 from .._dtypes import DTYPES, SUPPORTED, named
 from .._memory import empty_bytes
 from .._numbers import refuse
-from ..ops._modes import unseen
+from ..ops._modes import unseen, watcher
 
 LAYOUTS = ("NCHW", "NHWC")
 _EXPECTED = "(N, C, H, W), (N, H, W, C), or a list of images (C, H, W) or (H, W, C)"
@@ -158,3 +158,23 @@ def _check_sides(table: Tensor) -> None:
     if int(sides.min()) < 1 or int(sides.max()) > LARGEST_SIDE:
         wrong = int(((sides < 1) | (sides > LARGEST_SIDE)).any(1).nonzero()[0])
         _refuse("images", f"of sides from 1 to {LARGEST_SIDE}", tuple(sides[wrong].tolist()))
+
+
+def checked_indices(indices: Tensor | Sequence[int] | None, samples: int) -> Tensor:
+    """The samples' indices that a call was given, int64 (N,)."""
+    try:
+        keys = torch.as_tensor(indices)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        must = f"whole numbers from 0 to 2**63 - 1, of shape ({samples},)"
+        _refuse("indices", must, f"what torch makes no tensor of ({error})")
+    if keys.shape != (samples,) or keys.is_floating_point() or keys.dtype == torch.bool:
+        got = f"{named(keys.dtype)} of shape {tuple(keys.shape)}"
+        _refuse("indices", f"whole numbers of shape ({samples},)", got)
+    is_unsigned = keys.dtype == torch.uint64
+    keys = keys.to("cpu", torch.int64)
+    if samples and int(keys.min()) < 0:
+        if is_unsigned:  # as hashes of names are
+            must = "below 2**63; of hashes their remainder by 2**63 will do"
+            _refuse("indices", must, int(keys.min()) + 2**64)
+        _refuse("indices", "at least 0", int(keys.min()))
+    return keys if watcher() is None else unseen(torch.tensor)(keys.tolist())

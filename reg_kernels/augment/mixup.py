@@ -251,10 +251,10 @@ class Mixup:
         drawn = self.draw((part.total, *input.shape[1:]), source)
         if self.mode == "elem":
             rows = slice(part.first, part.first + samples)
-            return Mixing(*(x if x is None else x[rows] for x in drawn))
-        first = part.first // 2
-        rows = slice(first, first + (samples + 1) // 2)
-        return Mixing(*(x if x is None else _of_pairs(x[rows], samples) for x in drawn))
+            return Mixing(*(x if x is None else x[rows] for x in drawn))  # type: ignore[arg-type]
+        rows = slice(part.first // 2, part.first // 2 + (samples + 1) // 2)
+        of_pairs = (x if x is None else _of_pairs(x[rows], samples) for x in drawn)
+        return Mixing(*of_pairs)  # type: ignore[arg-type]
 
     @property
     def _draws(self) -> bool:

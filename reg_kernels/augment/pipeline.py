@@ -14,10 +14,10 @@ from .._augment_program import Filter, Op
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
-from ..ops._modes import unseen, watcher
+from ..ops._modes import unseen
 from . import _draws
 from ._assemble import Assembly
-from ._images import LAYOUTS, Batch, _refuse, packed
+from ._images import LAYOUTS, Batch, _refuse, checked_indices, packed
 from ._mix import MIX_COLUMNS, check_unmixed, columns_of, mixed_masks, on_device
 from ._plan import KEYS, Plan, plan_of
 from ._replay import Masks, moved_boxes, moved_points
@@ -90,8 +90,9 @@ class Pipeline:
     begin. In a DataLoader's workers they have to be given; with several ranks too, unless
     `distributed.shard` or `distributed.batch` says where the rank's samples are in the batch of all
     ranks, by which they are counted then. What is drawn once for a batch is drawn by the first
-    index of that, and by each rank's own first one where indices are given. `set_epoch` begins an epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and
-    nothing waits for a GPU.
+    index of that, and by each rank's own first one where indices are given. `set_epoch` begins an
+    epoch, and `state_dict` says where in it a run is. All is drawn on the CPU, and nothing waits
+    for a GPU.
 
     In evaluation, after `eval()`, a `RandomResizedCrop` is a resize and a centre crop, a
     `RandomCrop` a centre crop; `Resize`, `CenterCrop`, `Pad`, `Grayscale`, `Normalize` and
@@ -237,17 +238,21 @@ class Pipeline:
         return_params: bool = False,
     ) -> Any:
         placed = self._placed(images) if indices is None else None
-        is_none = self._has_no_part(images)
-        # Of a rank without samples one image shows what the result is like.
-        batch = packed(images.new_zeros(1, *images.shape[1:]) if is_none else images, self.layout)
+        is_none = isinstance(images, Tensor) and self._has_no_part(images)
+        if is_none:  # one image shows what the result is like
+            assert isinstance(images, Tensor)
+            images = images.new_zeros(1, *images.shape[1:])
+        batch = packed(images, self.layout)
         samples = 0 if is_none else len(batch.images)
         mixes = self._mixup is not None and self.training
         if mixes and target is None:
             _refuse("target", "given where Mixup mixes it", None)
-        keys = self._checked_keys(samples, indices) if placed is None else self._counted(*placed)
-        of_batch = keys[:1]  # by what one draw is for all
-        if placed is not None:
-            keys = keys[1:]
+        # By the first of `of_batch` one draw is for all.
+        if placed is None:
+            keys = checked_indices(indices, samples)
+            of_batch = keys[:1] if samples else unseen(torch.zeros)(1, dtype=torch.int64)
+        else:
+            of_batch, keys = self._counted(*placed)
         is_alike = self.same_on_batch or is_none
         own = of_batch.expand(len(batch.images)) if is_alike else keys
         drawn, assembly = self._assembled(batch, own)
@@ -276,40 +281,19 @@ class Pipeline:
             part = _part.of_batch(self._sharding, "Pipeline", samples)
         return (samples, 0, samples) if part is None else (samples, *part[:2])
 
-    def _has_no_part(self, images: Any) -> bool:
+    def _has_no_part(self, images: Tensor) -> bool:
         """Whether this rank has no images of a batch of which others may have some."""
-        if not (isinstance(images, Tensor) and images.dim() == 4 and len(images) == 0):
+        if images.dim() != 4 or len(images):
             return False
         return self._sharding is not None or (_part.used and _part.current() is not None)
 
     @unseen
-    def _counted(self, samples: int, first: int, total: int) -> Tensor:
-        """The index of the first sample of all ranks, and those of this one's, int64 (1 + N,)."""
+    def _counted(self, samples: int, first: int, total: int) -> tuple[Tensor, Tensor]:
+        """The indices of the first sample of all ranks, (1,), and of this one's, int64 (N,)."""
         begin = self._position
         if self.training:
             self._position += total
-        keys = torch.arange(begin + first - 1, begin + first + samples)
-        keys[0] = begin
-        return keys
-
-    def _checked_keys(self, samples: int, indices: Tensor | Sequence[int] | None) -> Tensor:
-        """The samples' indices that were given, int64 (N,)."""
-        try:
-            keys = torch.as_tensor(indices)
-        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-            must = f"whole numbers from 0 to 2**63 - 1, of shape ({samples},)"
-            _refuse("indices", must, f"what torch makes no tensor of ({error})")
-        if keys.shape != (samples,) or keys.is_floating_point() or keys.dtype == torch.bool:
-            got = f"{named(keys.dtype)} of shape {tuple(keys.shape)}"
-            _refuse("indices", f"whole numbers of shape ({samples},)", got)
-        is_unsigned = keys.dtype == torch.uint64
-        keys = keys.to("cpu", torch.int64)
-        if samples and int(keys.min()) < 0:
-            if is_unsigned:  # as hashes of names are
-                must = "below 2**63; of hashes their remainder by 2**63 will do"
-                _refuse("indices", must, int(keys.min()) + 2**64)
-            _refuse("indices", "at least 0", int(keys.min()))
-        return keys if watcher() is None else unseen(torch.tensor)(keys.tolist())
+        return torch.tensor([begin]), torch.arange(begin + first, begin + first + samples)
 
     @property
     def _fuses(self) -> bool:

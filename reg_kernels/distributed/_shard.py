@@ -54,7 +54,7 @@ class _OfGroup:
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
         every = mine.new_empty(world_size * len(numbers))
         dist.all_gather_into_tensor(every, mine, group=self._group)
-        return every.view(world_size, -1).tolist()  # type: ignore[no-any-return]
+        return every.view(world_size, -1).tolist()
 
     def __deepcopy__(self, memo: Any) -> _OfGroup:
         return self
@@ -89,8 +89,7 @@ def shard(
     Args:
         model_or_pipeline: an `nn.Module` whose first tensor argument is a batch (N, ...), an
             `augment.Pipeline` or an `augment.Mixup`. A module may be wrapped before or afterwards,
-            by DistributedDataParallel, `fully_shard` or `torch.compile`; for `fullgraph=True`, and
-            for the sizes of a group, shard what torch.compile returned.
+            by DistributedDataParallel, `fully_shard` or `torch.compile`.
         rank: this process' number, from 0. With `world_size`, nothing is communicated, and all
             ranks have to have batches of one size at each step.
         world_size: the number of ranks.
@@ -104,22 +103,30 @@ def shard(
         `model_or_pipeline`, which is changed: `unshard` undoes it.
 
     Raises:
-        ValueError: `rank` is not in [0, world_size), `world_size` is below 1, or only one of them is
-            given.
+        ValueError: `rank` is not in [0, world_size), `world_size` is below 1, only one of them is
+            given, or `process_group` as well.
         TypeError: it is no module, pipeline or Mixup.
         RuntimeError: neither rank nor an initialised process group is there; or, with a group, the
             ranks' generators differ. The error names the ranks.
 
-    Of a module, forwards while it is in training mode draw so; evaluation draws and communicates
-    nothing. It is for draws of this package: layers of torch that drop by themselves have the same
-    mask on all ranks then, which a warning says; `convert` the model before. An op's tensor has as
-    many places in its first dimension for each sample: (N, C), (N * T, C). What has another dimension
-    first raises, or, where its length is a multiple of N by chance, draws a part that is none:
-    call it inside of `distributed.whole`, which draws the same on all ranks. So does noise on
-    weights by itself. A tensor whose samples are not one behind the other in memory, as that of `x.t()`,
-    draws as a contiguous one does; one process without a shard draws for it by its own order.
-    A checkpointed part of a model draws again what it drew, but not one that torch.compile compiled by itself: compile
-    around checkpoints.
+    Of a module, forwards while it is in training mode draw so; evaluation draws nothing, and
+    communicates nothing. It is for draws of this package. Layers of torch that drop by themselves
+    have the same mask on all ranks then, of which a warning tells: `convert` the model before.
+
+    An op's input has as many places in its first dimension for each sample, as (N, C) has, and
+    (N T, C). Another one raises; but one that begins with another dimension whose length is a
+    multiple of N by chance draws as if that were the samples'. Call it inside of
+    `distributed.whole`, which draws the same on all ranks. Noise on weights is so by itself.
+
+    Three things are not as in one process that knows of no ranks. Where samples do not lie one
+    behind the other in memory, as in `x.t()`, a contiguous tensor's draws are taken. Inside of
+    torch.func.vmap, where the samples' dimension is out of sight, use `distributed.whole`. And a
+    checkpointed part of a model draws again what it drew, but not what torch.compile made of such a
+    part alone: compile around the checkpoint.
+
+    torch.compile compiles a model anew for another part, and breaks its graph at a sharded module
+    inside of the one that is compiled. torch.nn.DataParallel, whose replicas run in threads of
+    their own, draws as without `shard`.
 
     The partners of a `Mixup` are within a rank. A `Pipeline` counts indices through the batches of
     all ranks; those that a call is given are the samples' own and stay. An attack of
@@ -163,9 +170,7 @@ def unshard(model_or_pipeline: _Subject) -> _Subject:
     return model_or_pipeline
 
 
-def batch(
-    first: int, total: int, samples: int | None = None
-) -> AbstractContextManager[Part]:
+def batch(first: int, total: int, samples: int | None = None) -> AbstractContextManager[Part]:
     """Inside of it, what is drawn is a part of what the batch of all ranks draws: `with
     distributed.batch(first, total): loss = criterion(model(x), y)`.
 
@@ -193,14 +198,14 @@ def batch(
         if not 0 <= samples <= total - first:
             must = f"from 0 to {total - first}, what first leaves of total"
             refuse("batch", "samples", must, samples, ValueError)
-    return _part.stated(Part(first, total, samples))
+    return _part.Stated(Part(first, total, samples))
 
 
 def whole() -> AbstractContextManager[Part]:
-    """Inside of it, what is drawn is the same on all ranks: for a tensor in a sharded model that has
-    something other than the batch first, and for one that is alike on all ranks."""
+    """Inside of it, what is drawn is the same on all ranks: for a tensor of a sharded model whose
+    first dimension is not the batch's, and for one that is alike on all ranks."""
     outside = _part.current() or Part(0, 0, None)
-    return _part.stated(outside._replace(alike=True))
+    return _part.Stated(outside._replace(alike=True))
 
 
 def part(total: int, rank: int | None = None, world_size: int | None = None) -> slice:
@@ -289,10 +294,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if outside is not None and (outside.samples is not None or outside.alike):
         return  # a module around this one has asked, or the caller said it
     samples = _samples(args, kwargs)
-    if outside is None:
-        inside = sharding.part(samples)
-    else:
-        inside = outside._replace(samples=samples)
+    inside = sharding.part(samples) if outside is None else outside._replace(samples=samples)
     _part.enter(module, inside)
 
 

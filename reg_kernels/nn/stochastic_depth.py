@@ -224,7 +224,7 @@ class StochasticDepthBlock(torch.nn.Module):
         dropped[own] = False
         subset = Subset(own, dropped.nonzero().flatten())
         scale = part.total / kept
-        with _part.stated(_part.Part(begin, kept, end - begin)):
+        with _part.Stated(_part.Part(begin, kept, end - begin)):
             return add_of_subset(input, self._of, subset, scale, self.backend)
 
     def extra_repr(self) -> str:

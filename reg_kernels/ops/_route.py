@@ -263,7 +263,7 @@ class Linear(Route):
             check: called as check(name, arguments, in_place=...), otherwise as for `register`.
             keeps: the names of the tensors among the arguments that a gradient needs.
             drops: whether the number of a random op is the probability of dropping an element.
-            draws_of: how many leading dimensions of the input have a draw for each place; None: all.
+            draws_of: how many leading dimensions of the input have a draw a place; None: all.
             reads_dropped: whether a dropped element is multiplied by 0, so that a NaN stays one.
             takes_bytes: whether a random op also takes bytes, which are computed in float32.
             addends: the names of optional tensors that are added to the linear part.

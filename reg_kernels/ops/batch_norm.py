@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import _rng
+from .. import _part, _rng
 from .._activation import NONE
 from .._numbers import integer, number, traced_numbers, varies
 from ..backends import forced_by
@@ -22,7 +22,7 @@ from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._collectives import Group, gathered, group_of
 from ._modes import COMPILE, FUNC, watcher
-from ._route import asked, drawn_state, in_order, wants_gradient
+from ._route import asked, drawn_state, draws_beside_others, in_order, wants_gradient
 from ._signature import Known, is_compiling, signature
 
 _CPU = torch.device("cpu")  # a launcher reads numbers there without waiting
@@ -75,11 +75,16 @@ def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
     overload = op.overload(device, input.dtype, call.backend, looks)
     # A rank without values takes part in what the others exchange, unless none has a channel.
     if asked(looks, input.numel) == 0 and (group is None or input.shape[1] == 0):
+        if rng_state is None and p > 0.0 and draws_beside_others(input):
+            drawn_state(device, looks, draws=p != 1.0)
         return _empty_batch(call)
+    element_offset = call.element_offset
     if p == 0.0:
         rng_state = None
     elif rng_state is None:
         rng_state = drawn_state(device, looks, draws=p != 1.0)
+        if _part.used and element_offset == 0 and p != 1.0:
+            element_offset = _part.offset_of(name, input.shape, rng_state)
     residual, weight, bias = call.residual, call.weight, call.bias
     if looks is not FUNC:
         input = in_order(input, looks)
@@ -103,7 +108,7 @@ def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
         if call.num_batches_tracked is not None and tracked[-1].dtype != torch.int64:
             tracked[-1] = tracked[-1].to(torch.int64)
         # Whether a gate is kept is up to the route.
-        draws = (p, rng_state, call.element_offset)
+        draws = (p, rng_state, element_offset)
         of_ranks = (
             (None, None) if group is None else (_of_all(input, group, call, looks), group.name)
         )
@@ -170,6 +175,8 @@ def _run_again(
         rng_state = None
     elif rng_state is None:
         rng_state = draw_state()
+        if _part.used and element_offset == 0 and p != 1.0:
+            element_offset = _part.offset_of("batch_norm_act", input.shape, rng_state)
     tracked = [] if running_mean is None else [running_mean, running_var]
     if num_batches_tracked is not None:
         tracked.append(num_batches_tracked)

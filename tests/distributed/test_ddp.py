@@ -153,7 +153,9 @@ def test_models_train_as_torchs_do(ranks: Ranks, size: int) -> None:
         for kind in ("converted", "fused"):
             for part in Trained._fields:
                 ours, torchs = getattr(found[kind], part), getattr(found["torch"], part)
-                torch.testing.assert_close(ours, torchs, **close, msg=lambda m: f"{name}, {kind}, {part}: {m}")
+                torch.testing.assert_close(
+                    ours, torchs, **close, msg=f"{name}, {kind}, {part}: ".__add__
+                )
     for index in range(len(names)):  # parameters are the same on all ranks, bit by bit
         first, *others = (trained[index]["fused"].state for trained in by_rank)
         for other in others:
@@ -166,7 +168,9 @@ def _statistics() -> list[Tensor]:
     torch.manual_seed(0)
     found = []
     for make in (lambda x: x, reg_kernels.convert, lambda x: reg_kernels.convert(x, fuse=True)):
-        ddp = DistributedDataParallel(make(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU())))
+        ddp = DistributedDataParallel(
+            make(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU()))
+        )
         generator = torch.Generator().manual_seed(dist.get_rank())
         with torch.no_grad():
             for parameter in ddp.parameters():
@@ -207,7 +211,10 @@ def _moved() -> list[tuple[bool, float]]:
             addresses.append([p.grad.data_ptr() for p in net.parameters()])  # type: ignore[union-attr]
             ours.step()
             torchs.step()
-        error = max(float((p - q).abs().max()) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+        error = max(
+            float((p - q).abs().max())
+            for p, q in zip(net.parameters(), other.parameters(), strict=True)
+        )
         found.append((any(a != addresses[0] for a in addresses), error))
     return found
 

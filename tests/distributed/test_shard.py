@@ -12,12 +12,12 @@ import torch
 from process_group import Ranks, running_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import reg_kernels
 from reg_kernels import _part, adversarial, augment, distributed
 from reg_kernels import functional as F
 from reg_kernels.nn import (
@@ -128,6 +128,28 @@ def test_in_place_and_by_samples_of_several_rows(backend: str) -> None:
         assert torch.equal(torch.cat(_each_rank(sizes, call, each=3)), expected), sizes
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dropout_of_a_chain_is_a_part_of_the_whole_ones(backend: str, layout: str) -> None:
+    """By its mask alone, since the statistics are a rank's own."""
+    x = LAYOUTS[layout](torch.rand(TOTAL, 3, 4, 5))
+
+    def call(rows: slice) -> Tensor:
+        part = x[rows].detach().requires_grad_()
+        options: dict[str, Any] = {"activation": None, "drop": 0.4, "backend": backend}
+        bias = torch.full((3,), 1e3)  # far from 0, where nothing was dropped
+        calls = [  # the second by what is known of the first
+            F.batch_norm_act(part, None, None, None, bias, training=True, **options)
+            for _ in range(2)
+        ]
+        return torch.stack(calls, 1) != 0
+
+    expected = _whole(call)
+    assert 0.5 < expected.float().mean() < 0.7
+    for sizes in SIZES:
+        assert torch.equal(torch.cat(_each_rank(sizes, call)), expected), sizes
+
+
 def test_samples_that_lie_side_by_side_draw_as_a_contiguous_tensor_does() -> None:
     x = torch.randn(4, TOTAL)
 
@@ -174,6 +196,26 @@ def test_whole_is_the_same_on_all_ranks() -> None:
     expected = _whole(call)
     for found in _each_rank((3, 4), call):
         assert torch.equal(found[:5], expected[:5])
+
+
+def test_transforms_fakes_and_traces_inside_and_after() -> None:
+    x = torch.ones(4, 30)
+    vmapped = torch.func.vmap(F.dropout, randomness="different")
+
+    def call() -> None:
+        y = vmapped(x)
+        assert not torch.equal(y[0], y[1])
+        assert set(torch.func.grad(lambda x: F.dropout(x).sum())(x).unique().tolist()) == {0, 2}
+        with FakeTensorMode():
+            assert F.dropout(torch.ones(4, 3)).shape == (4, 3)
+        assert torch.jit.trace(lambda x: F.dropout(x), x, check_trace=False)(x).shape == x.shape
+
+    F.dropout(x)
+    with distributed.batch(4, 8, 4):
+        F.dropout(x)
+        with distributed.whole():
+            call()
+    call()
 
 
 def test_weights_have_the_same_noise_on_all_ranks() -> None:
@@ -227,7 +269,7 @@ class _Net(nn.Module):
     def __init__(self, recomputes: bool | None = None) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Linear(6, 8), Dropout(0.3), GaussianNoise(0.2))
-        self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Dropout(0.5))
+        self.second = nn.Sequential(Dropout(0.2), nn.Linear(8, 8), nn.Tanh(), Dropout(0.5))
         self.drop, self.last = DropPath(0.4), nn.Linear(8, 3)
         self.recomputes = recomputes  # None: nothing; else use_reentrant
 
@@ -277,12 +319,12 @@ def test_checkpoints_draw_again_what_they_drew(recomputes: bool, inside: bool) -
             loss.backward()
         return [p.grad for p in net.parameters() if p.grad is not None]
 
-    with _no_group_needed():
+    with _GroupOfOne():
         expected, found = gradients(None), gradients(recomputes)
     assert all(map(torch.equal, found, expected))
 
 
-class _no_group_needed:
+class _GroupOfOne:
     """`shard` of a group, whose sizes are stated by `distributed.batch`."""
 
     def __enter__(self) -> None:
@@ -348,6 +390,28 @@ def test_a_compiled_net_is_compiled_anew_for_another_part_alone(
     torch._dynamo.reset()
 
 
+class _Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with distributed.whole():
+            y = F.dropout(x.t().contiguous()).t()
+        return torch.cat((y, F.dropout(x)), 1)
+
+
+def test_a_compiled_net_may_have_whole_inside() -> None:
+    torch._dynamo.reset()
+    net = torch.compile(_Turned(), backend="eager", fullgraph=True)
+    found = []
+    for first in (0, 4):
+        torch.manual_seed(1)
+        with distributed.batch(first, 8):
+            found.append(net(torch.ones(4, 9)))
+        assert _part.current() is None
+    expected = _whole(lambda rows: net(torch.ones(8, 9)))[:, 9:]
+    assert torch.equal(found[0][:, :9], found[1][:, :9])
+    assert torch.equal(torch.cat(found)[:, 9:], expected)
+    torch._dynamo.reset()
+
+
 def test_a_warning_names_torchs_own_layers() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), Dropout(0.1), nn.Dropout(0.0))
     with pytest.warns(UserWarning, match=r"draw the same on all ranks, got 1: call reg_kernels"):
@@ -375,7 +439,7 @@ def test_mixup_has_the_lambdas_of_the_batch_of_all_ranks(mode: str, seed: int | 
             assert torch.equal(found, expected), sizes
         elif mode == "pair":
             pairs = [p[: len(p) // 2].tolist() for p in _each_rank(sizes, drawn)]
-            assert len(set(sum(pairs, []))) == sum(map(len, pairs))
+            assert len(set(itertools.chain(*pairs))) == sum(map(len, pairs))
     shards = [distributed.shard(augment.Mixup(mode=mode), rank, 2) for rank in range(2)]
     lams = [_whole(lambda rows, m=m: m(x[:3], target[:3])[1].lam) for m in shards]  # type: ignore[misc]
     assert torch.equal(*lams) == (mode == "batch")
@@ -389,7 +453,11 @@ def test_a_pipeline_counts_through_the_batches_of_all_ranks(
     images, target = torch.rand(TOTAL, 3, 9, 9), torch.arange(TOTAL)
 
     def made(sizes: tuple[int, ...], first: int) -> Any:
-        transforms = [augment.RandomCrop(7), augment.RandomHorizontalFlip(), augment.ColorJitter(0.5)]
+        transforms = [
+            augment.RandomCrop(7),
+            augment.RandomHorizontalFlip(),
+            augment.ColorJitter(0.5),
+        ]
         pipeline = augment.Pipeline(
             *transforms, *([mixup] if mixup else []), seed=3, same_on_batch=same_on_batch
         )
@@ -416,6 +484,13 @@ def test_a_pipeline_without_images_gives_what_its_batch_would_be_like() -> None:
     assert images.shape == (0, 3, 4, 4) and len(target) == 0
     with pytest.raises(ValueError, match="at least, got an empty one"):
         distributed.unshard(pipeline)(torch.rand(0, 3, 9, 9))
+    mixing = augment.Pipeline(augment.CenterCrop(4), augment.Mixup(num_classes=3), seed=1)
+    for indices in (None, torch.arange(0)):
+        images, mixed = distributed.shard(mixing, 1, 2)(
+            torch.rand(0, 3, 9, 9), torch.arange(0), indices=indices
+        )
+        assert images.shape == (0, 3, 4, 4) and mixed.to_dense(3).shape == (0, 3)
+    distributed.shard(pipeline, 0, 2)
     given = pipeline(torch.rand(2, 3, 9, 9), indices=[4, 9], return_params=True)[1]
     assert given["index"].tolist() == [4, 9] and pipeline.state_dict()["position"] == 0
 
@@ -444,7 +519,11 @@ def test_trades_starts_where_it_would_in_one_process() -> None:
 
     def call(rows: slice) -> Tensor:
         n = rows.stop - rows.start
-        loss = adversarial.trades_loss(net, x[rows], target[rows], perturb_steps=2) if n else x[0, 0] * 0
+        loss = (
+            adversarial.trades_loss(net, x[rows], target[rows], perturb_steps=2)
+            if n
+            else x[0, 0] * 0
+        )
         return loss.detach() * (n / TOTAL)
 
     expected = _whole(call)
@@ -555,7 +634,9 @@ def _on_a_group() -> list[str]:
     refused(lambda: distributed.shard(nn.Identity()))
     torch.manual_seed(rank % 2)
     refused(lambda: distributed.shard(nn.Identity()))
-    refused(lambda: distributed.shard(augment.Pipeline(augment.CenterCrop(2), seed=4 + (rank == 2))))
+    refused(
+        lambda: distributed.shard(augment.Pipeline(augment.CenterCrop(2), seed=4 + (rank == 2)))
+    )
     refused(lambda: distributed.shard(augment.Mixup(seed=rank // 3)))
     refused(lambda: distributed.shard(augment.Mixup(seed=2)))
     group = dist.new_group([1, 3])
@@ -600,7 +681,11 @@ def test_errors_say_which_and_what_to_do() -> None:
         (lambda: distributed.shard(_net(), -1, 2), ValueError, "shard: rank must be from 0 to 1"),
         (lambda: distributed.shard(_net(), 0, 0), ValueError, "world_size must be at least 1"),
         (lambda: distributed.shard(_net(), 0), ValueError, "world_size must be given"),
-        (lambda: distributed.shard(_net()), RuntimeError, "init_process_group called before, got no"),
+        (
+            lambda: distributed.shard(_net()),
+            RuntimeError,
+            "init_process_group called before, got no",
+        ),
         (lambda: distributed.shard(F.dropout, 0, 1), TypeError, "got function"),  # type: ignore[type-var]
         (lambda: distributed.batch(5, 4), ValueError, "first must be at most total, 4, got 5"),
         (lambda: distributed.batch(-1, 4), ValueError, "first must be at least 0"),
