@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import tempfile
 import time
 import traceback
@@ -154,3 +156,9 @@ def running_ranks() -> Iterator[Ranks]:
 def die() -> None:
     """Ends this rank's process as a crash would, without a word to the others."""
     os._exit(9)
+
+
+def stop(seconds: int) -> None:
+    """Stops this rank's process, as a debugger would; another one continues it."""
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)

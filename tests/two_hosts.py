@@ -72,13 +72,17 @@ def running_hosts() -> Iterator[tuple[Host, Host]]:
                 _ip("netns", "add", host.name)
                 made.append(host)
             ends = ("name", INTERFACE, "netns")
-            _ip(*("link", "add", *ends, hosts[0].name, "type", "veth"), "peer", *ends, hosts[1].name)
+            _ip(
+                *("link", "add", *ends, hosts[0].name, "type", "veth"), "peer", *ends, hosts[1].name
+            )
             for host in hosts:
                 _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
                 for interface in ("lo", INTERFACE):
                     _ip("-n", host.name, "link", "set", interface, "up")
         except subprocess.CalledProcessError as error:
-            raise NoHosts(f"needs rights to make network namespaces: {error.stderr.strip()}") from None
+            raise NoHosts(
+                f"needs rights to make network namespaces: {error.stderr.strip()}"
+            ) from None
         yield hosts
     finally:
         for host in made:

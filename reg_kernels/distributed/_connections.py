@@ -15,37 +15,37 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 _ESTABLISHED = "01"
 _PROC = Path("/proc/self")
 
 
-def connections(*, except_port: int | None = None) -> list[tuple[str, str]]:
-    """The local and the remote end of each TCP connection of this process, as /proc writes them.
-
-    Connections with `except_port` at either end, the store's, are left out.
-    """
-    return sorted(set(_by_descriptor(except_port).values()))
+Ends = tuple[str, str]  # the local and the remote end, as /proc writes them
 
 
-def hang_up(theirs: Iterable[tuple[str, str]]) -> int:
-    """Shuts down this process's ends of the connections that another process listed as its own,
-    and returns how many they were."""
-    mirrored = {(remote, local) for local, remote in theirs}
-    count = 0
-    for descriptor, ends in _by_descriptor(None).items():
-        if ends in mirrored:
+def connections(*, except_port: int | None = None) -> set[Ends]:
+    """The TCP connections of this process, but for those with `except_port`, the store's, at either
+    end."""
+    return {
+        ends
+        for ends in _by_descriptor().values()
+        if except_port not in {int(end.rpartition(":")[2], 16) for end in ends}
+    }
+
+
+def hang_up(ends: Collection[Ends]) -> None:
+    """Shuts down these connections of this process."""
+    for descriptor, pair in _by_descriptor().items():
+        if pair in ends:
             # A duplicate is shut down and closed: the descriptor itself is left to its owner.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as mine:
                 mine.shutdown(socket.SHUT_RDWR)
-                count += 1
-    return count
 
 
-def _by_descriptor(except_port: int | None) -> dict[int, tuple[str, str]]:
-    """Both ends of the connection that each of this process's descriptors stands for."""
+def _by_descriptor() -> dict[int, Ends]:
+    """The connection that each of this process's descriptors stands for."""
     ends = {}
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def _by_descriptor(except_port: int | None) -> dict[int, tuple[str, str]]:
             # A descriptor may have been closed since the folder was listed.
             with contextlib.suppress(OSError):
                 pair = ends.get(str(link.readlink()))
-                if pair and except_port not in {_port(end) for end in pair}:
+                if pair:
                     found[int(link.name)] = pair
     return found
 
@@ -68,7 +68,3 @@ def _plain(end: str) -> str:
     """An end in IPv4's form if it is an IPv4 address that IPv6's table lists: the two ends of a
     connection may stand in different tables."""
     return end.removeprefix("0000000000000000FFFF0000")
-
-
-def _port(end: str) -> int:
-    return int(end.rpartition(":")[2], 16)

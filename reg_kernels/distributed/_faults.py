@@ -248,5 +248,6 @@ def _listed(values: list[tuple[int, Any]]) -> str:
         ranks.setdefault(str(value), []).append(rank)
     words = [f"{value} on {named(where)}" for value, where in ranks.items()]
     if len(words) > _LISTED:
-        words[_LISTED:] = [f"{len(words) - _LISTED} other values on the others"]
+        others = [rank for where in list(ranks.values())[_LISTED:] for rank in where]
+        words[_LISTED:] = [f"others on {named(sorted(others))}"]
     return ", ".join(words)

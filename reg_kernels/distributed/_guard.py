@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import distributed as dist
 
-from ._connections import connections, hang_up
+from ._connections import Ends, connections, hang_up
 from ._ranks import Group, RankError, StoreLost, named
 
 _POLL = 0.5  # seconds between a watcher's looks at the store
@@ -132,6 +132,8 @@ class _Watch:
         self._group = group
         self._timeout = timeout
         self._faults: dict[int, Fault] = {}
+        self._told_of: set[Ends] = set()
+        self._peers: set[Ends] = set()  # connections with other ranks
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._listen, name="reg_kernels guard", daemon=True)
@@ -142,7 +144,8 @@ class _Watch:
 
         def begin() -> RankError | None:
             store.delete_key(f"fault/left/{self._group.rank}")
-            self._show_connections()
+            self._meet()
+            store.add("fault/entered", 1)
             return self._call_the_roll() if store.check(["fault/alarm"]) else None
 
         try:
@@ -195,16 +198,19 @@ class _Watch:
     def _set(self, what: str, value: str) -> None:
         self._group.store.set(f"fault/{what}/{self._group.rank}", value)
 
-    def _show_connections(self) -> None:
-        """Lists the connections that the others are to close when a rank fails. One that is
-        stopped by then has listed its own before."""
-        self._set("connections", json.dumps(connections(except_port=self._group.port)))
-
-    def _close_connections(self) -> None:
-        for rank in range(self._group.size):
-            theirs = self._group.get(f"fault/connections/{rank}")
-            if theirs is not None and rank != self._group.rank:
-                hang_up((local, remote) for local, remote in json.loads(theirs))
+    def _meet(self) -> None:
+        """Tells of this rank's connections, and finds those of which another rank told from its
+        end: they are to be closed when a rank fails, which may have been stopped by then."""
+        store = self._group.store
+        mine = connections(except_port=self._group.port)
+        for local, remote in mine - self._told_of:
+            store.set(f"fault/ends/{local}-{remote}", "1")
+        self._told_of |= mine
+        self._peers |= {
+            (local, remote)
+            for local, remote in mine - self._peers
+            if store.check([f"fault/ends/{remote}-{local}"])
+        }
 
     def _tell(self, kind: str, error: BaseException) -> None:
         group = self._group
@@ -215,7 +221,7 @@ class _Watch:
             where=_where_raised(error.__traceback__),
             ranks=error.ranks if isinstance(error, RankError) else (),
         )
-        self._show_connections()
+        self._meet()
         self._set("told", json.dumps(asdict(fault)))
         group.store.add("fault/alarm", 1)
 
@@ -259,25 +265,35 @@ class _Watch:
             time.sleep(0.05)
 
     def _listen(self) -> None:
-        """Until the block ends: hangs up on ranks that failed, and answers the roll-call."""
-        # Where the store is lost the collectives find out themselves.
-        with contextlib.suppress(RuntimeError):
-            looks = 0
+        """Until the block ends: hangs up on the others when a rank failed, and answers the
+        roll-call."""
+        store = self._group.store
+        met = False
+        looks = 0
+        try:
             while not self._stop.wait(_POLL):
-                if not self._group.store.check(["fault/alarm"]):
-                    continue
-                where = _where(_frames(sys._current_frames().get(self._main)))
-                self._set("alive", where)
-                if not looks:
-                    self._show_connections()
-                self._close_connections()
-                self._faults.update(_told(self._group))
-                raised = _of_raised(self._group, self._faults)
-                looks += 1
-                # By the second look this rank should have raised. It computes, or waits where no
-                # connection was to be closed: its user hears what happened all the same.
-                if raised is not None and looks == 2:
-                    _log.warning("guard: %s; this rank is still %s", raised, where)
+                if not met and store.add("fault/entered", 0) >= self._group.size:
+                    self._meet()
+                    met = True
+                if store.check(["fault/alarm"]):
+                    looks += 1
+                    self._answer(looks)
+        except RuntimeError:
+            # The rank that held the store is dead, and not each rank waits for that one itself.
+            if self._group.host in self._group.global_ranks and not self._stop.is_set():
+                hang_up(self._peers)
+
+    def _answer(self, looks: int) -> None:
+        where = _where(_frames(sys._current_frames().get(self._main)))
+        self._set("alive", where)
+        self._meet()
+        hang_up(self._peers)
+        self._faults.update(_told(self._group))
+        raised = _of_raised(self._group, self._faults)
+        # By the second look this rank should have raised. It computes, or waits where no
+        # connection was to be closed: its user hears what happened all the same.
+        if raised is not None and looks == 2:
+            _log.warning("guard: %s; this rank is still %s", raised, where)
 
 
 def _told(group: Group) -> dict[int, Fault]:

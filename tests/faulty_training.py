@@ -1,35 +1,30 @@
 """A training script for the tests: `faulty_training.py RANK FAULT`, under torchrun.
 
 Each rank takes ten steps with one all_reduce, a collective waits 6 s at most, and in step 3 the
-rank of that number dies, stops (and goes on 15 s later), raises, or ends for want of batches.
+rank of that number dies, stops (and goes on 11 s later), raises, or ends for want of batches.
 """
 
 import datetime
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import torch
+from process_group import stop
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from reg_kernels.distributed import guard
 
 
-def stop(seconds: int) -> None:
-    """Stops this process, which another one continues."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 @record
 def main() -> None:
     rank, fault = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+    dist.init_process_group("gloo")
+    group = dist.new_group(timeout=datetime.timedelta(seconds=6))
     total = torch.zeros(1)
-    with guard(timeout=3):
+    with guard(group, timeout=3):
         for step in range(10):
             if step == 3 and dist.get_rank() == rank:
                 if fault == "dies":
@@ -37,13 +32,13 @@ def main() -> None:
                 if fault == "raises":
                     raise ValueError("no such file")
                 if fault == "stops":
-                    stop(15)
+                    stop(11)
                 if fault == "waits":  # for the test that ends its host
-                    print("waiting", flush=True)
+                    print(f"waiting at {total.item():g}", flush=True)
                     time.sleep(60)
                 if fault == "ends":
                     break
-            dist.all_reduce(total.add_(1))
+            dist.all_reduce(total.add_(1), group=group)
     print(f"rank {dist.get_rank()}: {total.item():g}", flush=True)
     dist.destroy_process_group()
 
