@@ -52,8 +52,9 @@ def print_table(
     console.print(table, width=min(width or console.width, console.width))
 
 
-def progress() -> Progress:
-    """A bar on standard error, with the task's description behind it; none where nobody looks."""
+def progress(shown: bool = True) -> Progress:
+    """A bar on standard error, with the task's description behind it; none where nobody looks, or
+    it is not to be shown."""
     console = Console(stderr=True)
     return Progress(
         BarColumn(),
@@ -61,7 +62,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )
 
 

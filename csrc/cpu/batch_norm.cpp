@@ -64,7 +64,7 @@ BatchNormTask make_task(const BatchNormInput& in, double p) {
   task.scale = rate.scale;
   // Of one value a sample, channels lie last in either layout.
   task.channels_last = in.layout.channels_last || in.layout.length == 1;
-  task.plan = make_plan(in, task.channels_last, task.drops);
+  if (in.numel) task.plan = make_plan(in, task.channels_last, task.drops);
   task.dtype = in.dtype;
   task.channels = in.layout.channels;
   task.length = in.layout.length;
@@ -96,6 +96,7 @@ void run(const BatchNormTask& task, void (*sums)(const BatchNormTask&, int64_t),
          void (*map)(const BatchNormTask&, int64_t)) {
   const int64_t units = task.plan.units, numel = task.channels * task.count;
   const auto each = [&](void (*leaf)(const BatchNormTask&, int64_t)) {
+    if (units == 0) return;
     const int64_t grain = std::max<int64_t>(1, kGrain * units / numel);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) leaf(task, unit);
@@ -115,7 +116,7 @@ struct Workspace {
 
   Workspace(BatchNormTask& task, bool with_sums) {
     const BatchNormPlan& plan = task.plan;
-    const int64_t slices = plan.planes ? 0 : plan.units / plan.strips + 1;
+    const int64_t slices = plan.planes || !with_sums ? 0 : plan.units / plan.strips + 1;
     const int64_t partials = with_sums ? 2 * (plan.units * plan.pairs + slices * plan.columns) : 0;
     const int64_t channels = task.channels;
     values.reset(new double[partials + 8 * channels]);
@@ -146,17 +147,48 @@ void set_affine(const BatchNormTask& task, const BatchNormInput& in, int64_t c, 
   });
 }
 
+// Of a batch that has values.
+ChannelMoments own_moments(const BatchNormTask& task, const BatchNormInput& in, int64_t c) {
+  return {{static_cast<double>(in.count), task.totals[c], task.totals[task.channels + c]}};
+}
+
+// [3][C]: count, mean and sum of squared deviations of each channel, zeros of an empty batch.
+Tensor moments_of_batch(const Tensor& input) {
+  const Call call("batch_norm_moments", input);
+  const BatchNormInput in = batch_norm_input(call, input, {}, {}, {}, 0, 0.0, 0.0);
+  const int64_t channels = in.layout.channels;
+  Tensor result = empty_matrix(input, 3, channels);
+  auto* moments = static_cast<double*>(result.mutable_data_ptr());
+  if (in.numel == 0) {
+    std::fill_n(moments, 3 * channels, 0.0);
+    return result;
+  }
+  BatchNormTask task = make_task(in, 0.0);
+  const Workspace workspace(task, true);
+  const auto finish = [&](int64_t c) {
+    const ChannelMoments of = own_moments(task, in, c);
+    moments[c] = of.count;
+    moments[channels + c] = of.mean;
+    moments[2 * channels + c] = of.m2;
+  };
+  run(task, RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments), finish, nullptr);
+  return result;
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, int64_t element_offset,
-                   bool keep_gate) {
+                   bool keep_gate, const OptionalTensor& gathered,
+                   const std::optional<std::string>& /*group*/) {
   const Call call("batch_norm", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
-  const RunningStatistics running = running_statistics(call, in, tracked, momentum);
+  const RunningStatistics running =
+      running_statistics(call, in, tracked, momentum, gathered.has_value());
+  const GatheredMoments of_ranks = gathered_moments(call, in, gathered);
   check_element_offset(element_offset, call.op);
   const bool tracks = running.mean.data != nullptr;
   const double factor = momentum          ? *momentum
@@ -181,22 +213,21 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   task.y = output.mutable_data_ptr();
   task.gate = gated ? static_cast<uint8_t*>(gate.mutable_data_ptr()) : nullptr;
   task.stream = is_streamed(output);
-  const Workspace workspace(task, true);
+  const Workspace workspace(task, !gathered);
   auto* means = static_cast<double*>(mean.mutable_data_ptr());
   auto* invstds = static_cast<double*>(invstd.mutable_data_ptr());
 
   const auto finish = [&](int64_t c) {
-    const double m2 = task.totals[task.channels + c];
-    means[c] = task.totals[c];
-    invstds[c] = inverse_deviation(m2 / static_cast<double>(in.count), eps);
+    const ChannelMoments of = gathered ? of_ranks.of(task.channels, c) : own_moments(task, in, c);
+    means[c] = of.mean;
+    invstds[c] = inverse_deviation(of.variance(), eps);
     set_affine(task, in, c, means[c], invstds[c]);
-    if (!tracks) return;
-    const double unbiased = m2 / static_cast<double>(in.count - 1);
+    if (!tracks || !of.moves()) return;
     running.mean.set(c, running_average(running.mean.at(c, 0.0), means[c], factor));
-    running.var.set(c, running_average(running.var.at(c, 0.0), unbiased, factor));
+    running.var.set(c, running_average(running.var.at(c, 0.0), of.unbiased(), factor));
   };
-  run(task, RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments), finish,
-      RK_LEAF(batch_norm_map_forward));
+  run(task, gathered ? nullptr : RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments),
+      finish, RK_LEAF(batch_norm_map_forward));
   if (running.batches) *running.batches = next_count(*running.batches);
   return {output, mean, invstd, gate};
 }
@@ -224,18 +255,63 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
   return output;
 }
 
+void set_affines(const BatchNormTask& task, const BatchNormInput& in, const BatchNormSaved& saved) {
+  each_channel(task, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) set_affine(task, in, c, saved.mean[c], saved.invstd[c]);
+  });
+}
+
+// [2 C + 1]: the sums of d and of d xhat of each channel, which are the gradients of bias and
+// weight, and the number of values.
+Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual,
+                       const Tensor& mean, const Tensor& invstd, const OptionalTensor& gate,
+                       int64_t activation, double slope, double p) {
+  const Call call("batch_norm_sums", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const BatchNormSaved saved =
+      batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
+  const int64_t channels = in.layout.channels;
+  Tensor result = empty_vector(input, 2 * channels + 1, aoti_torch_dtype_float64());
+  auto* sums = static_cast<double*>(result.mutable_data_ptr());
+  if (in.numel == 0) {
+    std::fill_n(sums, 2 * channels + 1, 0.0);
+    return result;
+  }
+  BatchNormTask task = make_task(in, p);
+  task.training = true;
+  task.grad_output = saved.grad_output;
+  task.gate = saved.gate;
+  const Workspace workspace(task, true);
+  set_affines(task, in, saved);
+  const auto finish = [&](int64_t c) {
+    const double d_sum = task.totals[c], dx_sum = task.totals[channels + c];
+    sums[c] = d_sum;
+    for_dtype(task.dtype, [&]<typename T>(T) {
+      sums[channels + c] =
+          ChannelGradient<compute_t<T>>::of_weight(saved.mean[c], saved.invstd[c], d_sum, dx_sum);
+    });
+  };
+  run(task, RK_LEAF(batch_norm_gradient_sums), RK_LEAF(batch_norm_merge_sums), finish, nullptr);
+  sums[2 * channels] = static_cast<double>(in.count);
+  return result;
+}
+
 Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, const Tensor& mean,
                             const Tensor& invstd, const OptionalTensor& gate,
                             const OptionalTensor& /*rng_state*/, int64_t /*element_offset*/,
                             bool training, int64_t activation, double slope, double p,
-                            bool wants_input, bool wants_parameters, bool wants_residual) {
+                            bool wants_input, bool wants_parameters, bool wants_residual,
+                            const OptionalTensor& sums) {
   const Call call("batch_norm_backward", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
   const BatchNormSaved saved =
       batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
+  const double* of_ranks = reduced_sums(call, in, sums, wants_parameters);
   const int64_t channels = in.layout.channels;
   const double *means = saved.mean, *invstds = saved.invstd;
   BatchNormGradients gradients(input, weight, bias, channels, wants_input, wants_parameters,
@@ -254,16 +330,18 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   if (wants_residual) task.grad_residual = gradients.residual.mutable_data_ptr();
   task.stream = is_streamed(input);
 
-  const bool sums = wants_parameters || (wants_input && training);
-  const Workspace workspace(task, sums);
-  each_channel(task, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) set_affine(task, in, c, means[c], invstds[c]);
-  });
+  const bool reduces = wants_parameters || (wants_input && training && !of_ranks);
+  const Workspace workspace(task, reduces);
+  set_affines(task, in, saved);
   const auto finish = [&](int64_t c) {
     const double factor = in.weight.at(c, 1.0);
     const double d_sum = task.totals[c], dx_sum = task.totals[channels + c];
     set_constants(task.dtype, task.gradient, c, channels, [&]<typename C>(C, const auto& put) {
-      if (training) {
+      if (of_ranks && training) {
+        const auto k =
+            ChannelGradient<C>::of_ranks(means[c], invstds[c], factor, of_ranks, channels, c);
+        put(k.k1, k.k2, k.k3);
+      } else if (training) {
         const auto k =
             ChannelGradient<C>::training(means[c], invstds[c], factor, d_sum, dx_sum, in.count);
         put(k.k1, k.k2, k.k3);
@@ -275,9 +353,8 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
       bias_gradient.set(c, d_sum);
     });
   };
-  run(task, sums ? RK_LEAF(batch_norm_gradient_sums) : nullptr,
-      sums ? RK_LEAF(batch_norm_merge_sums) : nullptr, finish,
-      wants_input || wants_residual ? RK_LEAF(batch_norm_map_backward) : nullptr);
+  run(task, reduces ? RK_LEAF(batch_norm_gradient_sums) : nullptr, RK_LEAF(batch_norm_merge_sums),
+      finish, wants_input || wants_residual ? RK_LEAF(batch_norm_map_backward) : nullptr);
   return gradients.all();
 }
 
@@ -286,6 +363,8 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
 STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&batch_norm));
   m.impl("batch_norm_inference", TORCH_BOX(&batch_norm_inference));
+  m.impl("batch_norm_moments", TORCH_BOX(&moments_of_batch));
+  m.impl("batch_norm_sums", TORCH_BOX(&batch_norm_sums));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
 }
 

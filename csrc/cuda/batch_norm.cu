@@ -47,11 +47,14 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
                    const OptionalTensor& residual, const std::vector<Tensor>& tracked,
                    std::optional<double> momentum, double eps, int64_t activation, double slope,
                    double p, const OptionalTensor& rng_state, int64_t element_offset,
-                   bool keep_gate) {
+                   bool keep_gate, const OptionalTensor& gathered,
+                   const std::optional<std::string>& /*group*/) {
   const Call call("batch_norm", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
-  const RunningStatistics running = running_statistics(call, in, tracked, momentum);
+  const RunningStatistics running =
+      running_statistics(call, in, tracked, momentum, gathered.has_value());
+  const GatheredMoments of_ranks = gathered_moments(call, in, gathered);
   check_element_offset(element_offset, call.op);
   const int64_t channels = in.layout.channels;
 
@@ -76,10 +79,34 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
     a.momentum = momentum.value_or(0.0);
     a.mean = static_cast<double*>(mean.mutable_data_ptr());
     a.invstd = static_cast<double*>(invstd.mutable_data_ptr());
+    if (gathered) {
+      cuda::launch_batch_norm_of_ranks(a, of_ranks, in.layout, in.numel, launch.stream);
+      return;
+    }
     OptionalTensor memory;
     cuda::launch_batch_norm(a, in.layout, in.numel, cuda::allocator(input, memory), launch.stream);
   });
   return {output, mean, invstd, gate};
+}
+
+// [3][C]: count, mean and sum of squared deviations of each channel, zeros of an empty batch.
+Tensor moments_of_batch(const Tensor& input) {
+  const Call call("batch_norm_moments", input);
+  const BatchNormInput in = batch_norm_input(call, input, {}, {}, {}, 0, 0.0, 0.0);
+  const cuda::Launch launch(input);
+  Tensor moments = empty_matrix(input, 3, in.layout.channels);
+  if (in.numel == 0) {
+    torch::stable::fill_(moments, 0.0);
+    return moments;
+  }
+  for_dtype(in.dtype, [&]<typename T>(T) {
+    cuda::BatchNormForward<T> a{};
+    a.x = static_cast<const T*>(in.x);
+    a.moments = static_cast<double*>(moments.mutable_data_ptr());
+    OptionalTensor memory;
+    cuda::launch_batch_norm(a, in.layout, in.numel, cuda::allocator(input, memory), launch.stream);
+  });
+  return moments;
 }
 
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
@@ -102,38 +129,78 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
   return output;
 }
 
+template <typename T>
+cuda::BatchNormBackward<T> backward_arguments(const BatchNormInput& in, const BatchNormSaved& saved,
+                                              double p) {
+  cuda::BatchNormBackward<T> a{};
+  a.grad_output = static_cast<const T*>(saved.grad_output);
+  a.x = static_cast<const T*>(in.x);
+  a.weight = in.weight;
+  a.bias = in.bias;
+  a.mean = saved.mean;
+  a.invstd = saved.invstd;
+  a.chain = make_chain(in, p);
+  a.chain.gate = saved.gate;
+  if (needs_preactivation(in.activation, saved.gate != nullptr, a.chain.drops)) {
+    a.residual = static_cast<const T*>(in.residual);
+  }
+  return a;
+}
+
+// [2 C + 1]: the sums of d and of d xhat of each channel, which are the gradients of bias and
+// weight, and the number of values.
+Tensor batch_norm_sums(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual,
+                       const Tensor& mean, const Tensor& invstd, const OptionalTensor& gate,
+                       int64_t activation, double slope, double p) {
+  const Call call("batch_norm_sums", input);
+  const BatchNormInput in =
+      batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
+  const BatchNormSaved saved =
+      batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
+  const int64_t channels = in.layout.channels;
+  const cuda::Launch launch(input);
+  Tensor result = empty_vector(input, 2 * channels + 1, aoti_torch_dtype_float64());
+  if (in.numel == 0) {
+    torch::stable::fill_(result, 0.0);
+    return result;
+  }
+  auto* sums = static_cast<double*>(result.mutable_data_ptr());
+  for_dtype(in.dtype, [&]<typename T>(T) {
+    auto a = backward_arguments<T>(in, saved, p);
+    a.grad_bias = {sums, DType::float64};
+    a.grad_weight = {sums + channels, DType::float64};
+    a.values = sums + 2 * channels;
+    OptionalTensor memory;
+    cuda::launch_batch_norm_backward(a, in.layout, in.numel, cuda::allocator(input, memory),
+                                     launch.stream);
+  });
+  return result;
+}
+
 Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                             const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, const Tensor& mean,
                             const Tensor& invstd, const OptionalTensor& gate,
                             const OptionalTensor& /*rng_state*/, int64_t /*element_offset*/,
                             bool training, int64_t activation, double slope, double p,
-                            bool wants_input, bool wants_parameters, bool wants_residual) {
+                            bool wants_input, bool wants_parameters, bool wants_residual,
+                            const OptionalTensor& sums) {
   const Call call("batch_norm_backward", input);
   const BatchNormInput in =
       batch_norm_input(call, input, weight, bias, residual, activation, slope, p);
   const BatchNormSaved saved =
       batch_norm_saved(call, in, input, grad_output, mean, invstd, gate, p);
-  cuda::Chain chain = make_chain(in, p);
-  chain.gate = saved.gate;
-  const bool needs_z = needs_preactivation(in.activation, gate.has_value(), chain.drops);
-
+  const double* of_ranks = reduced_sums(call, in, sums, wants_parameters);
   const cuda::Launch launch(input);
   BatchNormGradients gradients(input, weight, bias, in.layout.channels, wants_input,
                                wants_parameters, wants_residual);
   if (in.numel == 0) return gradients.of_nothing();
 
   for_dtype(in.dtype, [&]<typename T>(T) {
-    cuda::BatchNormBackward<T> a{};
-    a.grad_output = static_cast<const T*>(saved.grad_output);
-    a.x = static_cast<const T*>(in.x);
-    a.residual = needs_z ? static_cast<const T*>(in.residual) : nullptr;
-    a.weight = in.weight;
-    a.bias = in.bias;
-    a.mean = saved.mean;
-    a.invstd = saved.invstd;
+    auto a = backward_arguments<T>(in, saved, p);
     a.training = training;
-    a.chain = chain;
+    a.sums = training && wants_input ? of_ranks : nullptr;
     if (wants_input) a.grad_input = static_cast<T*>(gradients.input.mutable_data_ptr());
     if (wants_residual) a.grad_residual = static_cast<T*>(gradients.residual.mutable_data_ptr());
     if (wants_parameters) {
@@ -155,6 +222,8 @@ Outputs batch_norm_backward(const Tensor& grad_output, const Tensor& input,
 STABLE_TORCH_LIBRARY_IMPL(reg_kernels, CUDA, m) {
   m.impl("batch_norm", TORCH_BOX(&batch_norm));
   m.impl("batch_norm_inference", TORCH_BOX(&batch_norm_inference));
+  m.impl("batch_norm_moments", TORCH_BOX(&moments_of_batch));
+  m.impl("batch_norm_sums", TORCH_BOX(&batch_norm_sums));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
 }
 

@@ -12,6 +12,8 @@
 //   forward     2 s (3 s)   PyTorch 3 s, plus 3 s residual, 2 s activation, 2 s + 1 dropout
 //   backward    3 s (5 s)   PyTorch 5 s, plus 3 s activation, 2 s + 1 dropout
 //   inference   2 s         PyTorch 2 s, plus 3 s residual, 2 s activation
+// Across ranks a pass comes before the exchange between them, and another one behind it:
+//   forward     1 s + 2 s   backward   2 s + 3 s
 // What limits: memory. A dropout's draws cost about as many instructions as all the rest and bring
 // 16-bit types near the issue limit; none of this has been measured on a GPU yet.
 //
@@ -20,6 +22,8 @@
 // the thread, sums of x - pivot and of its square are added up in double, where nothing is lost:
 // the pivot is one of the values, so at most sqrt(M) deviations off the mean.
 #pragma once
+
+#include <type_traits>
 
 #include "batch_norm/backward.cuh"
 #include "batch_norm/forward.cuh"
@@ -97,43 +101,66 @@ ChannelPlan backward_plan(const BatchNormBackward<T>& a, const ChannelLayout& la
       chip);
 }
 
-// Training. There are elements, and at least two a channel.
+template <typename T>
+void zero_gate(const BatchNormForward<T>& a, cudaStream_t stream, const char* op) {
+  if (!a.chain.gate || !a.plan.ragged) return;
+  cudaMemsetAsync(a.chain.gate, 0, static_cast<size_t>(ceil_div(a.plan.numel, 8)), stream);
+  check_launch(op);
+}
+
+inline void count_if_averaged(const ChannelStatistics& a, cudaStream_t stream, const char* op) {
+  if (!a.num_batches_tracked || !a.averages) return;
+  RK_LAUNCH(count_batch_kernel<int64_t>, dim3(1), dim3(1), 0, stream, a.num_batches_tracked);
+  check_launch(op);
+}
+
+// Training, or the moments alone. There are elements; in training at least two a channel.
 template <typename T, typename Allocate>
 void launch_batch_norm(BatchNormForward<T> a, const ChannelLayout& layout, int64_t numel,
                        Allocate&& allocate, cudaStream_t stream) {
-  const char* op = "batch_norm";
+  const char* op = a.moments ? "batch_norm_moments" : "batch_norm";
   const Chip chip = Chip::current();
   a.plan = forward_plan(a, layout, numel, chip);
-  if (a.chain.gate && a.plan.ragged) {
-    cudaMemsetAsync(a.chain.gate, 0, static_cast<size_t>(ceil_div(numel, 8)), stream);
-    check_launch(op);
-  }
-  if (a.num_batches_tracked && a.averages) {
-    RK_LAUNCH(count_batch_kernel<int64_t>, dim3(1), dim3(1), 0, stream, a.num_batches_tracked);
-    check_launch(op);
-  }
+  zero_gate(a, stream, op);
+  count_if_averaged(a, stream, op);
   launch_reduction(
       a.plan.layout.channels_last ? batch_norm_kernel<T, true> : batch_norm_kernel<T, false>, a,
       a.plan.template channels<T>(), chip, allocate, stream, op);
 }
 
-// With frozen statistics, running_mean and running_var.
+// With frozen statistics, running_mean and running_var, or with those in mean and invstd.
 template <typename T>
 void launch_batch_norm_inference(BatchNormForward<T> a, const ChannelLayout& layout, int64_t numel,
-                                 cudaStream_t stream) {
+                                 cudaStream_t stream, const char* op = "batch_norm_inference") {
   if (numel == 0) return;
   a.plan = plan_map<T>(layout, numel, all_aligned(a.x, a.residual, a.y), a.residual ? 2 : 1,
                        Scratch<T>::kBytes);
+  zero_gate(a, stream, op);
   launch_map(a.plan.layout.channels_last ? batch_norm_inference_kernel<T, true>
                                          : batch_norm_inference_kernel<T, false>,
-             a, stream, "batch_norm_inference");
+             a, stream, op);
+}
+
+// Training by the moments of all ranks; of this one's batch there may be no elements.
+template <typename T>
+void launch_batch_norm_of_ranks(const BatchNormForward<T>& a, const GatheredMoments& gathered,
+                                const ChannelLayout& layout, int64_t numel, cudaStream_t stream) {
+  const char* op = "batch_norm";
+  constexpr int kThreads = 128;
+  if (layout.channels == 0) return;
+  count_if_averaged(a, stream, op);
+  RK_LAUNCH(batch_norm_ranks_kernel<int64_t>,
+            dim3(static_cast<unsigned>(ceil_div(layout.channels, kThreads))), dim3(kThreads), 0,
+            stream, a, gathered, layout.channels);
+  check_launch(op);
+  launch_batch_norm_inference(a, layout, numel, stream, op);
 }
 
 template <typename T, typename Allocate>
 void launch_batch_norm_backward(BatchNormBackward<T> a, const ChannelLayout& layout, int64_t numel,
                                 Allocate&& allocate, cudaStream_t stream) {
   const char* op = "batch_norm_backward";
-  if (a.grad_weight.data || (a.grad_input && a.training)) {
+  if (a.grad_weight.data || (a.grad_input && a.training && !a.sums)) {
     const Chip chip = Chip::current();
     a.plan = backward_plan(a, layout, numel, chip);
     launch_reduction(a.plan.layout.channels_last ? batch_norm_backward_kernel<T, true>
@@ -144,9 +171,12 @@ void launch_batch_norm_backward(BatchNormBackward<T> a, const ChannelLayout& lay
     a.plan = plan_map<T>(layout, numel,
                          all_aligned(a.grad_output, a.x, a.residual, a.grad_input, a.grad_residual),
                          a.residual ? 3 : 2, Scratch<T>::kBytes);
-    launch_map(a.plan.layout.channels_last ? batch_norm_backward_map_kernel<T, true>
-                                           : batch_norm_backward_map_kernel<T, false>,
-               a, stream, op);
+    const auto launch = [&]<bool kOfRanks>(std::bool_constant<kOfRanks>) {
+      launch_map(a.plan.layout.channels_last ? batch_norm_backward_map_kernel<T, true, kOfRanks>
+                                             : batch_norm_backward_map_kernel<T, false, kOfRanks>,
+                 a, stream, op);
+    };
+    a.sums ? launch(std::true_type{}) : launch(std::false_type{});
   }
 }
 

@@ -2,6 +2,7 @@
 // declares, checked for what memory safety rests on, as raw pointers.
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "channel_layout.h"
@@ -67,8 +68,9 @@ struct RunningStatistics {
 // num_batches_tracked.
 inline RunningStatistics running_statistics(const Call& call, const BatchNormInput& in,
                                             const std::vector<Tensor>& tracked,
-                                            const std::optional<double>& momentum) {
-  RK_REQUIRE(in.count > 1, call.op, "input", "of more than 1 value a channel",
+                                            const std::optional<double>& momentum,
+                                            bool of_all_ranks) {
+  RK_REQUIRE(in.count > 1 || of_all_ranks, call.op, "input", "of more than 1 value a channel",
              words(in.count, " of them"));
   RK_REQUIRE(tracked.size() <= 3, call.op, "tracked", "at most 3 tensors", tracked.size());
   const bool averages = tracked.size() > 1, counts = tracked.size() % 2 == 1;
@@ -84,6 +86,27 @@ inline RunningStatistics running_statistics(const Call& call, const BatchNormInp
         call.written_vector(tracked.back(), ScalarType::Long, 1, "num_batches_tracked"));
   }
   return running;
+}
+
+inline GatheredMoments gathered_moments(const Call& call, const BatchNormInput& in,
+                                        const OptionalTensor& gathered) {
+  if (!gathered) return {};
+  const auto sizes = gathered->sizes();
+  const bool fits = sizes.size() == 3 && sizes[0] > 0 && sizes[1] == 3;
+  RK_REQUIRE(fits && sizes[2] == in.layout.channels, call.op, "gathered",
+             words("of shape (ranks, 3, ", in.layout.channels, ")"), *gathered);
+  return {static_cast<const double*>(
+              call.vector(*gathered, ScalarType::Double, gathered->numel(), "gathered")),
+          sizes[0]};
+}
+
+// [2 C + 1]: the sums of d and of d xhat of all ranks and the number of values, or null.
+inline const double* reduced_sums(const Call& call, const BatchNormInput& in,
+                                  const OptionalTensor& sums, bool wants_parameters) {
+  if (!sums) return nullptr;
+  RK_REQUIRE(!wants_parameters, call.op, "wants_parameters", "False where sums are given", "True");
+  return static_cast<const double*>(
+      call.vector(*sums, ScalarType::Double, 2 * in.layout.channels + 1, "sums"));
 }
 
 // What a backward reads beside the input.

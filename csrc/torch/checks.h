@@ -282,6 +282,12 @@ inline Tensor empty_vector(const Tensor& x, int64_t count, int32_t dtype) {
   return empty_strided(x, std::array{count}, std::array{int64_t{1}}, dtype);
 }
 
+// One of shape [rows, columns], of float64.
+inline Tensor empty_matrix(const Tensor& x, int64_t rows, int64_t columns) {
+  return empty_strided(x, std::array{rows, columns}, std::array{columns, int64_t{1}},
+                       aoti_torch_dtype_float64());
+}
+
 // The strides of a dense tensor of these sizes, or with dimension 1 innermost.
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last,
                                           const char* op) {

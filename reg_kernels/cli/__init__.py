@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
@@ -38,7 +39,14 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error here; the usage is a `--help` away."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        said = f"{self.prog}: {message}; see {self.prog} --help\n"
+        self.exit(2, said if _speaks() else None)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one to say what is wrong of all that torchrun has started on this
+    host with the same words."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
@@ -74,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except (UsageError, _extras.MissingExtra) as error:
-        print(f"reg-kernels {command}: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"reg-kernels {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"reg-kernels {command}: interrupted", file=sys.stderr)

@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 LOGS = "tensorboard"
 
 
+def make_room(out: Path, resumed: bool) -> None:
+    """Makes the folder of the curves. What an earlier training left there is removed, or kept
+    where this one goes on with it."""
+    folder = out / LOGS
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    if not resumed:
+        for path in folder.glob("*/events.out.tfevents.*"):
+            path.unlink(missing_ok=True)
+
+
 class Curves:
-    """Writes each run's measures to a folder of its name below `out`, epoch by epoch.
+    """Writes each run's measures to a folder of its name below `out`, epoch by epoch."""
 
-    What an earlier training left there is removed, or kept where this one goes on with it.
-    """
-
-    def __init__(self, out: Path, resumed: bool) -> None:
+    def __init__(self, out: Path) -> None:
         self._folder = out / LOGS
         self._writers: dict[str, SummaryWriter] = {}
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        if not resumed:
-            for path in self._folder.glob("*/events.out.tfevents.*"):
-                path.unlink(missing_ok=True)
 
     def add(self, run: str, epoch: int, row: Mapping[str, float]) -> None:
         """Writes the measures `row` of a run's epoch, which counts from 1."""
@@ -46,12 +49,12 @@ class Curves:
                 self._writers[run].add_scalar(name.replace("_", "/", 1), value, epoch)
             self._writers[run].flush()
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> UsageError:
-        said = error.strerror or error
-        return UsageError(f"--tensorboard: cannot write to {self._folder}: {said}")
+            raise _unwritable(self._folder, error) from None
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"--tensorboard: cannot write to {folder}: {error.strerror or error}")

@@ -6,38 +6,38 @@ third net is regularised alike and sees augmented images. Prints accuracies and 
 and writes curves.png, metrics.json, recipe.toml and model.pt (the state_dict of the net that was
 trained last) to the --out directory.
 Ctrl-C leaves checkpoint.pt there, which --resume continues: on the CPU, to the same result bit for
-bit.
+bit. With --parallel, started by torchrun, all its processes train each net together.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from .. import __version__, _console, _extras
+from ..distributed import RankError
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
 from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
 from ._setting import add_setting_arguments, device_from, implementation_from
-from ._tensorboard import LOGS, Curves
+from ._tensorboard import LOGS, Curves, make_room
+from ._train_checkpoint import CHECKPOINT, Checkpoint, no_interrupt, resume
 from ._train_results import draw, print_results
+from ._trainer import parallel
 from ._trainer.by_torch import BY_TORCH
-from ._trainer.checkpoint import load_checkpoint, save, save_checkpoint
+from ._trainer.checkpoint import save
 from ._trainer.fused import fused_kernels
 from ._trainer.kernels import Kernels
+from ._trainer.parallel import Ranks
 from ._trainer.training import Training
 from ._trial import check_seeds
 
@@ -48,10 +48,9 @@ from ._trial import check_seeds
 # and an alpha of 0.1, 0.2 and 0.4: 97.27, 97.15 and 96.91; with smoothing alone: 97.70.
 REGULARISED = Recipe(dropout=0.5, mixup=0.1, label_smoothing=0.1, weight_decay=2.0)
 
-CHECKPOINT = "checkpoint.pt"
 CURVES, METRICS, MODEL = "curves.png", "metrics.json", "model.pt"
 RESULTS = (CURVES, METRICS, MODEL, RECIPE)
-CHECKPOINT_EVERY = 10.0  # seconds: what a kill may lose
+TIME_EPOCHS = 5
 _HERE = ""  # --resume without a path
 
 
@@ -67,10 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-epochs",
         type=int,
-        default=5,
         metavar="N",
         help="epochs to time with PyTorch's and with the fused kernels, after the training and "
-        "apart from it; 0 for none (default: %(default)s)",
+        f"apart from it; 0 for none (default: {TIME_EPOCHS}; none with --parallel)",
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=parallel.KINDS,
+        help="train on all processes that torchrun has started, each with its part of every batch: "
+        "the weights on each of them (ddp), or cut up between them (fsdp); with fused kernels "
+        f"({parallel.BY_TORCHRUN} ddp)",
     )
     parser.add_argument(
         "--seed",
@@ -124,81 +129,153 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted before training began", file=sys.stderr)
-        return INTERRUPTED
+    with parallel.joined(args.parallel) as ranks:
+        try:
+            return _run(args, ranks)
+        except KeyboardInterrupt:
+            if ranks.first:
+                print("\ninterrupted before training began", file=sys.stderr)
+            return INTERRUPTED
+        except UsageError:
+            if ranks.first:
+                raise
+            return 2
+        except RankError as error:
+            if ranks.rank == min(set(range(ranks.size)).difference(error.ranks), default=0):
+                said = str(error).removeprefix("check_alike: ")
+                print(f"reg-kernels train: {said}", file=sys.stderr)
+            return 1
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     # Everything that can be wrong with the input is found here, before anything is written.
+    with ranks.guard():
+        with ranks.agree():
+            job = _job(args)
+        resumes = args.resume is not None
+        ranks.check_alike(**_facts(job), parallel=ranks.kind, resume=resumes)
+        training = Training(
+            job.data,
+            classes=job.images.classes,
+            recipes=job.recipes,
+            seeds=range(args.seed, args.seed + args.seeds),
+            device=job.device,
+            kernels=job.kinds[args.kernels],
+            watch=tuple(job.data.parts()),
+            attacked_by=job.recipes["regularised"].adversarial,
+            ranks=ranks,
+        )
+        start = Path(args.resume) if args.resume else job.out / CHECKPOINT
+        if resumes:
+            resume(training, start, job.options, ranks)
+        resumed = resumes and start == job.out / CHECKPOINT
+        ranks.from_first(lambda: _prepare(job.out, args.tensorboard, resumed))
+
+    curves = Curves(job.out) if args.tensorboard else None
+    checkpoint = Checkpoint(job.out / CHECKPOINT, job.options, training, ranks, on_disk=resumed)
+    try:
+        with ranks.guard():
+            if ranks.first:
+                print(f"{_sizes(job)}; {_place(args, job, ranks)}", flush=True)
+            with _console.progress(ranks.first) as progress:
+                _train(training, progress, checkpoint, curves, ranks)
+                seconds = _time(training, args.time_epochs, job.kinds, progress)
+            metrics, weights = _metrics(args, job, training, seconds, ranks), training.weights()
+            ranks.from_first(lambda: _write_results(job.out, metrics, weights, job.recipes))
+    except (KeyboardInterrupt, UsageError, RankError) as stop:
+        with no_interrupt():
+            failure = checkpoint.keep()
+        remedy = [f"add --resume to continue from {checkpoint.path}"] if checkpoint.on_disk else []
+        failure = stop if isinstance(stop, UsageError) else failure
+        if isinstance(stop, RankError):
+            raise RankError("; ".join([str(stop), *remedy]), stop.ranks) from None
+        if failure is not None:
+            raise UsageError("; ".join([str(failure), *remedy])) from None
+        if ranks.first:
+            print(f"\ninterrupted: {remedy[0]}", file=sys.stderr)
+        return INTERRUPTED
+    if ranks.first:
+        checkpoint.path.unlink(missing_ok=True)
+        print_results(metrics)
+        for conflict in training.conflicts():
+            print(f"note: {conflict}")
+        print(f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {job.out}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is to be done, once all that was given is found right."""
+
+    device: torch.device
+    implementation: str
+    images: Images
+    data: Split
+    kinds: dict[str, Kernels]
+    recipes: dict[str, Recipe]
+    options: dict[str, str | int | float]  # what the result depends on
+    out: Path
+
+
+def _job(args: argparse.Namespace) -> _Job:
     if args.tensorboard:
         _extras.require("--tensorboard", "tensorboard")
     _check_numbers(args)
     regularised = recipe_from(args, REGULARISED)
     _check_sizes(args, regularised)
-    device = device_from(args.device)
+    device = device_from(parallel.device_of_rank(args.device) if args.parallel else args.device)
     implementation = implementation_from(args, device)
     images = load_images(args.data, args.image_size)
-    data = split(images, args.train_size, args.seed, args.validation_size)
-    out = args.out or Path("runs") / Path(args.data).stem
-
-    kinds = {"eager": BY_TORCH, "fused": fused_kernels(args.backend)}
-    recipes = _recipes(regularised, args.augmented)
-    options = _result_options(args, device, implementation, images, regularised)
-    training = Training(
-        data,
-        classes=images.classes,
-        recipes=recipes,
-        seeds=range(args.seed, args.seed + args.seeds),
+    return _Job(
         device=device,
-        kernels=kinds[args.kernels],
-        watch=tuple(data.parts()),
-        attacked_by=regularised.adversarial,
+        implementation=implementation,
+        images=images,
+        data=split(images, args.train_size, args.seed, args.validation_size),
+        kinds={"eager": BY_TORCH, "fused": fused_kernels(args.backend)},
+        recipes=_recipes(regularised, args.augmented),
+        options=_result_options(args, device, implementation, images, regularised),
+        out=args.out or Path("runs") / Path(args.data).stem,
     )
-    start = Path(args.resume) if args.resume else out / CHECKPOINT
-    if args.resume is not None:
-        _resume(training, start, options)
+
+
+def _prepare(out: Path, tensorboard: bool, resumed: bool) -> None:
     make_writable(out, (*RESULTS, CHECKPOINT))
-
-    resumed = args.resume is not None and start == out / CHECKPOINT
-    curves = Curves(out, resumed) if args.tensorboard else None
-    checkpoint = _Checkpoint(out / CHECKPOINT, options, training, on_disk=resumed)
-    try:
-        print(f"{_sizes(data, images)}; {args.kernels} kernels on {device}", flush=True)
-        with _console.progress() as progress:
-            _train(training, progress, checkpoint, curves)
-            seconds = _time(training, args.time_epochs, kinds, progress)
-        metrics = _metrics(args, options, data, images, training, seconds, implementation)
-        _write_results(out, metrics, training)
-    except (KeyboardInterrupt, UsageError) as stop:
-        with _no_interrupt():
-            failure = checkpoint.keep()
-        remedy = [f"add --resume to continue from {checkpoint.path}"] if checkpoint.on_disk else []
-        failure = stop if isinstance(stop, UsageError) else failure
-        if failure is not None:
-            raise UsageError("; ".join([str(failure), *remedy])) from None
-        print(f"\ninterrupted: {remedy[0]}", file=sys.stderr)
-        return INTERRUPTED
-    checkpoint.path.unlink(missing_ok=True)
-    print_results(metrics)
-    for conflict in training.conflicts():
-        print(f"note: {conflict}")
-    print(f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {out}")
-    return 0
+    if tensorboard:
+        make_room(out, resumed)
 
 
-def _sizes(data: Split, images: Images) -> str:
+def _sizes(job: _Job) -> str:
     verbs = {"train": "train", "validation": "validate", "test": "test"}
-    parts = [f"{len(y)} to {verbs[name]} on" for name, (_, y) in data.parts().items()]
-    return f"{', '.join(parts)}, {images.classes} classes".replace(" to", " images to", 1)
+    parts = [f"{len(y)} to {verbs[name]} on" for name, (_, y) in job.data.parts().items()]
+    return f"{', '.join(parts)}, {job.images.classes} classes".replace(" to", " images to", 1)
+
+
+def _place(args: argparse.Namespace, job: _Job, ranks: Ranks) -> str:
+    if ranks.kind is None:
+        return f"{args.kernels} kernels on {job.device}"
+    count = f"{ranks.size} rank{'s' if ranks.size > 1 else ''}"
+    return f"{args.kernels} kernels on {job.device.type}, {ranks.kind} on {count}"
+
+
+def _facts(job: _Job) -> dict[str, str | int | float]:
+    """What the ranks must have in common, lest they train apart."""
+    versions = {"torch": torch.__version__, "reg_kernels": __version__}
+    return {name.replace(" ", "_"): value for name, value in (versions | job.options).items()}
 
 
 # Checks of the arguments
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    if args.parallel and args.kernels != "fused":
+        raise UsageError(
+            f"--kernels: must be fused with --parallel, since PyTorch has no SyncBatchNorm for the "
+            f"CPU, got {args.kernels}"
+        )
+    if args.time_epochs is None:
+        args.time_epochs = 0 if args.parallel else TIME_EPOCHS
+    elif args.parallel and args.time_epochs:
+        raise UsageError(f"--time-epochs: must be 0 with --parallel, got {args.time_epochs}")
     for name, least in (("train_size", 1), ("time_epochs", 0), ("image_size", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
@@ -233,9 +310,6 @@ def _recipes(regularised: Recipe, magnitude: float) -> dict[str, Recipe]:
         raise UsageError(str(error).replace("Recipe: augment", "--augment:")) from None
 
 
-# Checkpoints
-
-
 def _result_options(
     args: argparse.Namespace,
     device: torch.device,
@@ -259,87 +333,15 @@ def _result_options(
     }
 
 
-class _Checkpoint:
-    """The state at the end of the last epoch: kept in memory, written now and then."""
-
-    def __init__(
-        self, path: Path, options: dict[str, Any], training: Training, on_disk: bool
-    ) -> None:
-        self.path = path
-        self.on_disk = on_disk  # whether the file is of this run, perhaps of an earlier epoch
-        self._options = options
-        self._training = training
-        self._state = training.state()
-        self._written = time.monotonic()
-
-    def take(self) -> None:
-        """Notes the end of an epoch; an interruption from here on goes back no further."""
-        # One assignment: Ctrl-C while the state is copied leaves the previous one whole.
-        self._state = self._training.state()
-        if time.monotonic() - self._written >= CHECKPOINT_EVERY:
-            self.write()
-
-    def write(self) -> None:
-        write_result(self.path, lambda path: save_checkpoint(path, self._options, self._state))
-        self._written = time.monotonic()
-        self.on_disk = True
-
-    def keep(self) -> UsageError | None:
-        """Writes it as the last thing. Returns a failure, which leaves the file as it was."""
-        try:
-            self.write()
-        except UsageError as error:
-            return error
-        return None
-
-
-def _resume(training: Training, path: Path, options: dict[str, Any]) -> None:
-    """Brings `training` to the state of the checkpoint at `path`, which must be of this run."""
-    try:
-        saved, state = load_checkpoint(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"--resume: must name a checkpoint, got {path}: {reason}") from None
-    except ValueError:
-        raise _damaged(path) from None
-    for name, here in options.items():
-        there = saved.get(name)
-        # Only values that print on one line are shown; all of ours do.
-        if type(there) is not type(here) or not str(there)[:100].isprintable():
-            raise _damaged(path)
-        if there != here:
-            where = f"{str(there)[:100]} there, {here} here"
-            raise UsageError(f"--resume: {path} is of another run: {name} {where}")
-    try:
-        training.restore(state)
-    except Exception:  # a wrong state may raise anything
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> UsageError:
-    return UsageError(
-        f"--resume: must name a whole checkpoint of `train`, got a damaged or other file: {path}"
-    )
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Keeps an impatient second Ctrl-C from stopping what saves the work of the first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 # The work
 
 
 def _train(
-    training: Training, progress: Progress, checkpoint: _Checkpoint, curves: Curves | None
+    training: Training,
+    progress: Progress,
+    checkpoint: Checkpoint,
+    curves: Curves | None,
+    ranks: Ranks,
 ) -> None:
     bars: dict[str, Any] = {}
 
@@ -351,11 +353,15 @@ def _train(
         note = f", test accuracy {rows[-1]['test_accuracy']:.1%}" if rows else ""
         progress.update(bars[name], completed=training.epoch, description=f"{name}{note}")
 
-    def after_epoch() -> None:
-        checkpoint.take()
+    def write() -> None:
+        checkpoint.write_in_time()
         if curves is not None:
             name = training.training.name
             curves.add(name, training.epoch, training.history[name][-1])
+
+    def after_epoch() -> None:
+        checkpoint.take()
+        ranks.from_first(write)
         show()
 
     show()
@@ -378,13 +384,12 @@ def _time(
 
 def _metrics(
     args: argparse.Namespace,
-    options: dict[str, Any],
-    data: Split,
-    images: Images,
+    job: _Job,
     training: Training,
     seconds: dict[str, dict[str, float]] | None,
-    implementation: str,
+    ranks: Ranks,
 ) -> dict[str, Any]:
+    images = job.images
     runs: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for run in training.runs:
         final = dict(training.results[run.name])
@@ -399,29 +404,29 @@ def _metrics(
             ],
         }
     return {
-        "options": {"data": args.data, **options},
+        "options": {"data": args.data, **job.options},
         "versions": {"torch": torch.__version__, "reg_kernels": __version__},
-        "device": options["device"],
+        "device": job.device.type,
         "threads": torch.get_num_threads(),
+        "parallel": ranks.kind and {"kind": ranks.kind, "ranks": ranks.size},
         "images": {
             "shape": list(images.x.shape[1:]),
             "classes": images.classes,
             **({"class_names": list(images.names)} if images.names else {}),
-            **{name: len(y) for name, (_, y) in data.parts().items()},
+            **{name: len(y) for name, (_, y) in job.data.parts().items()},
         },
         "runs": runs[False],
         "teachers": runs[True],
         "seconds_per_epoch": seconds
-        and {"median_of": args.time_epochs, "fused_implementation": implementation, **seconds},
+        and {"median_of": args.time_epochs, "fused_implementation": job.implementation, **seconds},
     }
 
 
-def _write_results(out: Path, metrics: dict[str, Any], training: Training) -> None:
-    model = {name: value.cpu() for name, value in training.model.state_dict().items()}
+def _write_results(
+    out: Path, metrics: dict[str, Any], weights: dict[str, Tensor], recipes: dict[str, Recipe]
+) -> None:
     text = json_text(metrics)
     write_result(out / CURVES, lambda path: draw(path, metrics))
-    write_result(out / MODEL, lambda path: save(model, path))
-    write_result(
-        out / RECIPE, lambda path: path.write_text(list(training.recipes.values())[-1].to_toml())
-    )
+    write_result(out / MODEL, lambda path: save(weights, path))
+    write_result(out / RECIPE, lambda path: path.write_text(list(recipes.values())[-1].to_toml()))
     write_result(out / METRICS, lambda path: path.write_text(text))

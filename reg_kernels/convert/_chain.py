@@ -22,14 +22,17 @@ from ..ops.batch_norm import SLOPE
 from ._scaled import Product
 
 # The layers of a chain, by torch's; fused are their twins, and activations, which have none.
-NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    nn.SyncBatchNorm,
+)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
     nn.SiLU: "silu",
     nn.GELU: "gelu",
 }
-TWIN_NORMS = (twins.BatchNorm1d, twins.BatchNorm2d, twins.BatchNorm3d)
+TWIN_NORMS = (twins.BatchNorm1d, twins.BatchNorm2d, twins.BatchNorm3d, twins.SyncBatchNorm)
 
 
 # In the order of a chain, in which each may stand once; a link of place 0 does nothing.
@@ -151,6 +154,7 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
         negative_slope=slope,
         drop=p if dropping and training else 0.0,
         num_batches_tracked=counter,
+        process_group=norm.across(input) if type(norm) is twins.SyncBatchNorm else None,
         backend=norm.backend,
     )
     if dropping and not training:  # frozen statistics do not stop a dropout

@@ -32,6 +32,12 @@ _WITH_ACTIVATION = (
     fused_nn.BatchNormAct1d,
     fused_nn.BatchNormAct2d,
     fused_nn.BatchNormAct3d,
+    fused_nn.SyncBatchNormAct,
+)
+
+_AFTER_LINEAR = (
+    *(nn.BatchNorm1d, nn.SyncBatchNorm),
+    *(fused_nn.SyncBatchNorm, fused_nn.SyncBatchNormAct),
 )
 
 
@@ -240,7 +246,7 @@ def _why_not(forward: Forward, norm: Any, source: Any, uses: _Uses) -> str | Non
     if reason is not None:
         return f"{source.target} {reason}"
     linear = isinstance(layer, nn.Linear)
-    if linear and not isinstance(norm, nn.BatchNorm1d):
+    if linear and not isinstance(norm, _AFTER_LINEAR):
         return "its channels are not the features of the linear layer before it"
     if norm.num_features != (layer.out_features if linear else layer.out_channels):
         return f"its channels are not those of {source.target}"

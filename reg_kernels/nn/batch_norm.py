@@ -177,6 +177,9 @@ class _FusedBatchNormAct(_FusedBatchNorm):
             call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
             if call is not None:
                 return call
+        return self._chain(input, residual)
+
+    def _chain(self, input: Tensor, residual: Tensor | None, process_group: Any = None) -> Tensor:
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm_act(
@@ -187,6 +190,7 @@ class _FusedBatchNormAct(_FusedBatchNorm):
             negative_slope=self.negative_slope,
             drop=self.drop if self.training else 0.0,
             num_batches_tracked=counter,
+            process_group=process_group,
             backend=self.backend,
         )
 

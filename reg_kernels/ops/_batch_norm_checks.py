@@ -79,8 +79,9 @@ def _check_channel_values(name: str, what: str, values: Tensor, input: Tensor) -
         refuse(name, what, f"{allowed} for an input of {named(dtype)}", named(values.dtype))
 
 
-def check_call(call: BatchNormCall) -> None:
-    """What every call has to be given. Nothing is written before all of it holds."""
+def check_call(call: BatchNormCall, across: bool = False) -> None:
+    """What every call has to be given; `across`: by the statistics of several ranks. Nothing is
+    written before all of it holds."""
     name, input, training = call.name, call.input, call.training
     check_tensor(name, "input", input)
     dtype, device, channels = input.dtype, input.device, input.shape[1:2]
@@ -92,7 +93,8 @@ def check_call(call: BatchNormCall) -> None:
         check_dtype(name, "input", dtype, NotImplementedError)
     if call.eps <= 0.0:
         check_eps(name, call.eps, training)
-    if training and input.numel() == input.shape[1] and values_a_channel(input) == 1:
+    alone = training and not across
+    if alone and input.numel() == input.shape[1] and values_a_channel(input) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel when training, "
             f"got input size {tuple(input.shape)}"
@@ -153,10 +155,19 @@ def _check_values(entry: Entry, a: Any, p: float) -> int:
     return x.numel() // channels if channels else 0
 
 
+def _check_gathered(entry: Entry, gathered: Tensor, channels: int) -> None:
+    """Raises unless it is the moments of all ranks."""
+    if gathered.dim() != 3 or len(gathered) == 0 or gathered.shape[1:] != (3, channels):
+        entry.refuse("gathered", f"of shape (ranks, 3, {channels})", gathered)
+    entry.check_vector(gathered, torch.float64, gathered.numel(), "gathered")
+
+
 def check_training(op: str, a: Any) -> None:
     entry = Entry(op, a.input)
     count = _check_values(entry, a, a.p)
-    if count <= 1:
+    if a.gathered is not None:
+        _check_gathered(entry, a.gathered, a.input.shape[1])
+    elif count <= 1:
         entry.refuse("input", "of more than 1 value a channel", f"{count} of them")
     if len(a.tracked) > 3:
         entry.refuse("tracked", "at most 3 tensors", len(a.tracked))
@@ -183,7 +194,27 @@ def check_inference(op: str, a: Any) -> None:
     _check_channels(entry, a.running_var, a.input.shape[1], "running_var")
 
 
+def check_moments(op: str, a: Any) -> None:
+    entry = Entry(op, a.input)
+    entry.check_floats(a.input, "input")
+    entry.check_channels(a.input)
+    entry.check_memory(a.input, "input")
+
+
 def check_backward(op: str, a: Any) -> None:
+    entry = _check_saved(op, a)
+    if a.sums is not None:
+        if a.wants_parameters:
+            entry.refuse("wants_parameters", "False where sums are given", True)
+        entry.check_vector(a.sums, torch.float64, 2 * a.input.shape[1] + 1, "sums")
+
+
+def check_sums(op: str, a: Any) -> None:
+    _check_saved(op, a)
+
+
+def _check_saved(op: str, a: Any) -> Entry:
+    """What a backward reads."""
     entry = Entry(op, a.input)
     count = _check_values(entry, a, a.p)
     entry.check_like(a.input, a.grad_output, "grad_output")
@@ -194,3 +225,4 @@ def check_backward(op: str, a: Any) -> None:
         entry.check_vector(a.gate, torch.uint8, channels * ((count + 7) // 8), "gate")
     elif a.p > 0.0:
         entry.refuse("gate", "the forward's, where something was dropped", None)
+    return entry

@@ -7,6 +7,7 @@ so, one bit an element. Shapes: input [N, C, ...] of M values a channel, channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,15 @@ from .._layout import dense_like, with_strides
 from .._tracked import Tracked
 from ..reference import batch_norm as reference
 from ..reference.dropout import dropout as reference_dropout
-from ._batch_norm_checks import check_backward, check_inference, check_training, values_a_channel
+from ._batch_norm_checks import (
+    check_backward,
+    check_inference,
+    check_moments,
+    check_sums,
+    check_training,
+    values_a_channel,
+)
+from ._collectives import summed
 from ._modes import below_autograd
 from ._registry import register, register_by_numbers
 from ._route import Route, in_order
@@ -44,12 +53,14 @@ class Training(NamedTuple):
     rng_state: Tensor | None
     element_offset: int
     keep_gate: bool
+    gathered: Tensor | None = None  # [ranks, 3, C], the moments of all ranks of the group
+    group: str | None = None
 
 
 _PLACES = len(Training._fields)
 _TRAINING = (
     f"{_VALUES}, Tensor(a!)[] tracked, float? momentum, float eps, int activation, float slope, "
-    "float p, Tensor? rng_state, int element_offset, bool keep_gate"
+    "float p, Tensor? rng_state, int element_offset, bool keep_gate, Tensor? gathered, str? group"
 )
 
 
@@ -88,13 +99,20 @@ class Backward(NamedTuple):
     wants_input: bool
     wants_parameters: bool
     wants_residual: bool
+    sums: Tensor | None = None  # of all ranks, as of batch_norm_sums
     numbers: Tensor | None = None  # only the op by numbers has them
 
 
 _BACKWARD_ARGUMENTS = (
     f"Tensor grad_output, {_VALUES}, Tensor mean, Tensor invstd, Tensor? gate, Tensor? rng_state, "
     "int element_offset, bool training, int activation, float slope, float p, bool wants_input, "
-    "bool wants_parameters, bool wants_residual"
+    "bool wants_parameters, bool wants_residual, Tensor? sums"
+)
+
+
+_SUMS = (
+    f"Tensor grad_output, {_VALUES}, Tensor mean, Tensor invstd, Tensor? gate, int activation, "
+    "float slope, float p"
 )
 
 
@@ -136,6 +154,14 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def _fake_moments(input: Tensor) -> Tensor:
+    return input.new_empty((3, input.shape[1]), dtype=torch.float64)
+
+
+def _fake_sums(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty(2 * input.shape[1] + 1, dtype=torch.float64)
+
+
 # Gradient
 
 
@@ -152,8 +178,8 @@ def _train(
     output, mean, invstd, gate = outputs
     gate = gate if gate.numel() else None
     tensors = (mean, invstd, gate, how.rng_state, *numbers)
-    draws = (how.element_offset, True, how.activation, how.slope, how.p)
-    _keep(ctx, call, values, output, tensors, draws)
+    rest = (how.element_offset, True, how.activation, how.slope, how.p)
+    _keep(ctx, call, values, output, tensors, rest, how.group)
     return outputs
 
 
@@ -169,26 +195,25 @@ class _BatchNormTraining(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None
         input, weight, bias, residual, mean, invstd, gate, rng_state, *numbers = ctx.saved_tensors
-        overload, backward, strides, how = ctx.call
+        overload, backward, strides, how, group = ctx.call
         _, wants_input, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
-        rest = (
-            *(mean, invstd, gate, rng_state, *how),
-            *(wants_input, wants_weight or wants_bias, wants_residual),
+        values = (
+            with_strides(grad_output, strides),  # the kernels walk all in one order
+            # Hooks may bring the saved tensors back in another order.
+            with_strides(input, strides),
+            weight,
+            bias,
+            None if residual is None else with_strides(residual, strides),
         )
+        wants = (wants_input, wants_weight or wants_bias, wants_residual)
         if numbers:
-            rest = (*rest, numbers[0][-2:])  # slope and p, of either forward
-        results = backward.run_like(
-            overload,
-            (
-                with_strides(grad_output, strides),  # the kernels walk all in one order
-                # Hooks may bring the saved tensors back in another order.
-                with_strides(input, strides),
-                weight,
-                bias,
-                None if residual is None else with_strides(residual, strides),
-            ),
-            rest,
-        )
+            numbers = [numbers[0][-2:]]  # slope and p, of either forward
+        if group is not None:
+            statistics = (mean, invstd, gate)
+            results = _across_ranks(overload, group, values, statistics, how, wants, numbers)
+        else:
+            rest = (mean, invstd, gate, rng_state, *how, *wants, None, *numbers)
+            results = backward.run_like(overload, values, rest)
         of_input, of_weight, of_bias, of_residual = results
         return (
             None,
@@ -197,6 +222,39 @@ class _BatchNormTraining(torch.autograd.Function):
             of_bias if wants_bias else None,
             of_residual if wants_residual else None,
         )
+
+
+def _across_ranks(
+    overload: Any,
+    group: str,
+    values: tuple[Tensor | None, ...],
+    statistics: tuple[Tensor | None, ...],
+    how: tuple[Any, ...],
+    wants: tuple[bool, bool, bool],
+    numbers: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a batch that is a part of all ranks': sums of it, of all, and one pass.
+    Those of weight and bias are this rank's, as torch's; DistributedDataParallel averages them."""
+    input: Any
+    _, input, weight, bias, _ = values
+    wants_input, wants_parameters, wants_residual = wants
+    of_sums, of_backward = (
+        (_SUMS_BY_NUMBERS, _BACKWARD_BY_NUMBERS) if numbers else (SUMS, _BACKWARD)
+    )
+    own = reduced = of_weight = of_bias = None
+    if wants_input or wants_parameters:
+        own = of_sums.run_like(overload, values, (*statistics, *how[2:], *numbers))
+    if own is not None and wants_input:
+        reduced = summed(own, group)
+    of_input = of_residual = None
+    if wants_input or wants_residual:
+        rest = (*statistics, None, *how, wants_input, False, wants_residual, reduced, *numbers)
+        of_input, _, _, of_residual = of_backward.run_like(overload, values, rest)
+    if own is not None:
+        of_bias, of_weight = own[:-1].chunk(2)
+        of_weight = of_weight.to((input if weight is None else weight).dtype)
+        of_bias = of_bias.to((input if bias is None else bias).dtype)
+    return of_input, of_weight, of_bias, of_residual
 
 
 class _BatchNormAlone(_BatchNormTraining):
@@ -229,6 +287,7 @@ def _keep(
     output: Tensor,
     tensors: tuple[Tensor | None, ...],
     how: tuple[Any, ...],
+    group: str | None = None,
 ) -> None:
     """Keeps what a backward needs: the tensors, and the arguments that it takes behind them."""
     ctx.set_materialize_grads(False)
@@ -238,7 +297,7 @@ def _keep(
     if not needs_preactivation(activation, tensors[2] is not None, p):
         residual = None
     ctx.save_for_backward(input, weight, bias, residual, *tensors)
-    ctx.call = (overload, route.backward, output.stride(), how)
+    ctx.call = (overload, route.backward, output.stride(), how, group)
 
 
 # The formulas, by operations that torch.func and forward mode can transform, unfused.
@@ -268,9 +327,18 @@ def _inference_by_torch(overload: Any, *arguments: Any) -> Tensor:
     return reference.activate(y if residual is None else y + residual, how.activation, how.slope)
 
 
+def _refuse_second(*arguments: Any) -> Any:
+    raise RuntimeError(
+        "batch_norm: the gradient across ranks has no gradient of its own: call backward without "
+        "create_graph, or leave process_group out"
+    )
+
+
 def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients as torch's own derivative of the formula, which it can derive again."""
     a: Any = Backward(*arguments)
+    if a.sums is not None:
+        _refuse_second()
     if a.numbers is not None:
         slope, p = a.numbers.tolist()
         a = a._replace(slope=slope, p=p, numbers=None)
@@ -302,7 +370,7 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
             wants_residual=True,
         )
         with torch.no_grad():
-            d = overload(*of_ones[:-1])[3]
+            d = overload(*of_ones[:-1])[3]  # all but the numbers
         y = z * d.to(compute)
     else:
         y = reference.activate(z, a.activation, a.slope)
@@ -334,6 +402,25 @@ _BACKWARD = register(
     triton="batch_norm:batch_norm_backward",
     route=Route(5, by_torch=_backward_by_torch),
     check=check_backward,
+)
+SUMS = register(
+    "batch_norm_sums",
+    f"({_SUMS}) -> Tensor",
+    fake=_fake_sums,
+    reference=reference.batch_norm_sums,
+    triton="batch_norm:batch_norm_sums",
+    route=Route(5, by_torch=_refuse_second),
+    check=check_sums,
+)
+_SUMS_BY_NUMBERS = register_by_numbers(SUMS, "slope", "p")
+MOMENTS = register(
+    "batch_norm_moments",
+    "(Tensor input) -> Tensor",
+    fake=_fake_moments,
+    reference=reference.batch_norm_moments,
+    triton="batch_norm:batch_norm_moments",
+    route=Route(0),
+    check=check_moments,
 )
 _BACKWARD_BY_NUMBERS = register_by_numbers(_BACKWARD, "slope", "p")
 TRAINING = register(

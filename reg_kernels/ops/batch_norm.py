@@ -20,7 +20,8 @@ from ..reference import batch_norm as reference
 from . import _batch_norm_ops as ops
 from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
-from ._modes import FUNC, watcher
+from ._collectives import Group, gathered, group_of
+from ._modes import COMPILE, FUNC, watcher
 from ._route import asked, drawn_state, draws_beside_others, in_order, wants_gradient
 from ._signature import Known, is_compiling, signature
 
@@ -48,16 +49,19 @@ def _empty_batch(call: BatchNormCall) -> Tensor:
 _KNOWN = Known()
 
 
-def _run(name: str, *given: Any) -> Tensor:
-    """A call that was given what a BatchNormCall has behind its name."""
+def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
+    """A call that was given what a BatchNormCall has behind its name; in training by the statistics
+    of all ranks of a group, if there is one."""
     key = None
-    if not is_compiling():
+    if group is None and not is_compiling():
         key = signature(*given, forced_by())
         if (found := _KNOWN.get(key)) is not None:
             return _run_again(found, *given)
     call = _checked(name, *given)
     looks = watcher()
-    asked(looks, check_call, call)
+    asked(looks, check_call, call, group is not None)
+    if group is not None and looks not in (None, COMPILE):
+        raise RuntimeError(f"{name}: {looks} cannot look into a call with process_group")
     input, training, device = call.input, call.training, call.input.device
     rng_state = given_state = call.rng_state
     if rng_state is not None:
@@ -69,7 +73,8 @@ def _run(name: str, *given: Any) -> Tensor:
     else:
         op = ops.INFERENCE_BY_NUMBERS if by_numbers else ops.INFERENCE
     overload = op.overload(device, input.dtype, call.backend, looks)
-    if asked(looks, input.numel) == 0:
+    # A rank without values takes part in what the others exchange, unless none has a channel.
+    if asked(looks, input.numel) == 0 and (group is None or input.shape[1] == 0):
         if rng_state is None and p > 0.0 and draws_beside_others(input):
             drawn_state(device, looks, draws=p != 1.0)
         return _empty_batch(call)
@@ -104,7 +109,10 @@ def _run(name: str, *given: Any) -> Tensor:
             tracked[-1] = tracked[-1].to(torch.int64)
         # Whether a gate is kept is up to the route.
         draws = (p, rng_state, element_offset)
-        how = (tracked, momentum, eps, call.activation, slope, *draws, False)
+        of_ranks = (
+            (None, None) if group is None else (_of_all(input, group, call, looks), group.name)
+        )
+        how = (tracked, momentum, eps, call.activation, slope, *draws, False, *of_ranks)
     else:
         how = (*tracked[:2], eps, call.activation, slope)
     if numbers is not None:
@@ -121,6 +129,21 @@ def _run(name: str, *given: Any) -> Tensor:
     ):
         _KNOWN.keep(key, (overload, wants_gradient(values), _rng.drawer(device)))
     return output[0]
+
+
+def _of_all(input: Tensor, group: Group, call: BatchNormCall, looks: str | None) -> Tensor:
+    """The moments of all ranks' batches."""
+    op = ops.MOMENTS
+    overload = op.overload(input.device, input.dtype, call.backend, looks)
+    return gathered(op.route.call(looks, overload, (), (input,)), group)
+
+
+def _across(name: str, process_group: Any, input: Tensor, training: bool) -> Group | None:
+    """The group that a call's statistics are of, or None where they are its own batch's."""
+    if not training:
+        return None
+    group = group_of(name, process_group, input.device)
+    return group if group.size > 1 else None
 
 
 def _are_same(ours: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
@@ -157,7 +180,8 @@ def _run_again(
     tracked = [] if running_mean is None else [running_mean, running_var]
     if num_batches_tracked is not None:
         tracked.append(num_batches_tracked)
-    how = (tracked, momentum, eps, activation, slope, p, rng_state, element_offset, False)
+    draws = (p, rng_state, element_offset)
+    how = (tracked, momentum, eps, activation, slope, *draws, False, None, None)
     return ops.TRAINING.route.run(overload, gradient, (input, weight, bias, residual), how)[0]
 
 
@@ -182,6 +206,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Normalises each channel over the batch.
@@ -205,6 +230,9 @@ def batch_norm(
         eps: a number that is added to the variance.
         num_batches_tracked: the number of batches so far, an int64 tensor on the input's device. A
             training call adds one to it.
+        process_group: the ranks whose batches are normalised together in training, a
+            `torch.distributed.ProcessGroup` that this process is in. None, or a group of one,
+            normalises this rank's own. See `reg_kernels.nn.SyncBatchNorm`.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
@@ -227,10 +255,13 @@ def batch_norm(
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return hand_over(batch_norm, locals(), *_TENSORS, by_place=3)
-    return _run(
+    given = (
         *("batch_norm", input, running_mean, running_var, weight, bias, None),
         *(training, momentum, eps, NONE, SLOPE, 0.0, num_batches_tracked, None, 0, backend),
     )
+    if process_group is None:
+        return _run(*given)
+    return _run(*given, group=_across("batch_norm", process_group, input, training))
 
 
 def batch_norm_act(
@@ -250,6 +281,7 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     rng_state: Tensor | None = None,
     element_offset: int = 0,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Applies BatchNorm, a residual, an activation and dropout, in one pass after the statistics.
@@ -275,6 +307,7 @@ def batch_norm_act(
         negative_slope: the slope of leaky_relu below zero.
         drop: the probability of dropping an element, in [0, 1]. It has no effect unless `training`.
         num_batches_tracked: the number of batches so far, as in `batch_norm`.
+        process_group: the ranks whose batches are normalised together, as in `batch_norm`.
         rng_state: the state of the mask, int64 `[seed, offset]`, as in `dropout`. None draws it
             from torch's generator.
         element_offset: the place of the input's first element in the mask, as in `dropout`.
@@ -305,8 +338,11 @@ def batch_norm_act(
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
     act = activation_number(name, activation)
-    return _run(
+    given = (
         *(name, input, running_mean, running_var, weight, bias, residual),
         *(training, momentum, eps, act, negative_slope, drop, num_batches_tracked, rng_state),
         *(element_offset, backend),
     )
+    if process_group is None:
+        return _run(*given)
+    return _run(*given, group=_across(name, process_group, input, training))

@@ -69,6 +69,37 @@ def activation_derivative(z: Tensor, activation: int, slope: float) -> Tensor:
     return torch.ones_like(z)
 
 
+def batch_norm_moments(input: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of each channel, float64 [3, C]; zeros of no
+    values."""
+    if input.numel() == 0:
+        return input.new_zeros((3, input.shape[1]), dtype=torch.float64)
+    x = input.double()
+    dims = _over_channels(x)
+    mean = x.mean(dims)
+    count = torch.full_like(mean, x.numel() // x.shape[1])
+    return torch.stack([count, mean, (x - per_channel(mean, x)).square().sum(dims)])
+
+
+def merged(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations, [C] each, of the moments of all ranks [ranks, 3,
+    C], merged in their order.
+
+    T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979.
+    """
+    count, mean, m2 = gathered[0]
+    for n, other, other_m2 in gathered[1:]:
+        share = n / (count + n).clamp(min=1.0)
+        # An infinite mean stays so; of a rank of no values the 0 is no mean.
+        delta = torch.where(n > 0, torch.where(count > 0, other - mean, 0.0), 0.0)
+        moved = torch.where(delta.isfinite(), mean + delta * share, mean + other)
+        mean = torch.where(count > 0, moved, other)
+        m2 = m2 + other_m2 + delta * delta * (share * count) + (delta - delta)
+        count = count + n
+    return count, mean, m2
+
+
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(biased variance + eps) of each channel, [C]; differentiable."""
     dims = _over_channels(x)
@@ -117,14 +148,19 @@ def batch_norm(
     rng_state: Tensor | None,
     element_offset: int,
     keep_gate: bool,
+    gathered: Tensor | None,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training: (output, mean, invstd, gate), and what is tracked moved on: [running_mean,
     running_var], and behind them, or by itself, num_batches_tracked.
 
-    With momentum None the running statistics become the average over all batches.
+    With momentum None the running statistics become the average over all batches. The statistics
+    are those of `gathered`, the moments of all ranks [ranks, 3, C], where there are any; those of a
+    single value in all move nothing.
     """
     x = input.double()
-    mean, invstd = statistics(x, eps)
+    count, mean, m2 = merged(batch_norm_moments(x)[None] if gathered is None else gathered)
+    invstd = (m2 / count.clamp(min=1.0) + eps).rsqrt()
     z = affine(x, mean, invstd, weight, bias)
     if residual is not None:
         z = z + residual.double()
@@ -137,10 +173,9 @@ def batch_norm(
         factor: Any = momentum
         if counter is not None and momentum is None:
             factor = 1.0 / (counter.double() + 1.0)
-        dims = _over_channels(x)
-        variance = (x - per_channel(mean, x)).square().sum(dims) / (x.numel() // x.shape[1] - 1)
-        for average, batch in zip(running, (mean, variance), strict=True):
-            average.copy_((1.0 - factor) * average.double() + factor * batch)
+        for average, batch in zip(running, (mean, m2 / (count - 1.0)), strict=True):
+            moved = (1.0 - factor) * average.double() + factor * batch
+            average.copy_(torch.where(count > 1.0, moved, average.double()))
     if counter is not None:
         counter.add_(1)
 
@@ -198,6 +233,39 @@ def _behind_activation(
     return g * activation_derivative(z, activation, slope)
 
 
+def _gradient_sums(
+    d: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised x, and the sums of d and d times that, [C]."""
+    dims = _over_channels(x)
+    normalised = (x - per_channel(mean, x)) * per_channel(invstd, x)
+    return normalised, d.sum(dims), (d * normalised).sum(dims)
+
+
+def batch_norm_sums(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    gate: Tensor | None,
+    activation: int,
+    slope: float,
+    p: float,
+) -> Tensor:
+    """The sums of d and of d xhat of each channel, which are the gradients of bias and weight, and
+    the number of values: float64 [2 C + 1]."""
+    x = input.double()
+    z = affine(x, mean, invstd, weight, bias)
+    if residual is not None:
+        z = z + residual.double()
+    d = _behind_activation(grad_output, z, gate, activation, slope, p)
+    _, d_sum, projection = _gradient_sums(d, x, mean, invstd)
+    return torch.cat([d_sum, projection, d_sum.new_tensor([x.numel() // max(x.shape[1], 1)])])
+
+
 def batch_norm_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -216,17 +284,20 @@ def batch_norm_backward(
     wants_input: bool,
     wants_parameters: bool,
     wants_residual: bool,
+    sums: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of either, [0] where one is not wanted. Ioffe and Szegedy, section 3."""
+    """The gradients of either, [0] where one is not wanted. Ioffe and Szegedy, section 3. In
+    training `sums` of all ranks, as of `batch_norm_sums`, take the place of this batch's."""
     x = input.double()
     z = affine(x, mean, invstd, weight, bias)
     if residual is not None:
         z = z + residual.double()
     d = _behind_activation(grad_output, z, gate, activation, slope, p)
 
-    dims, count = _over_channels(x), x.numel() // max(x.shape[1], 1)
-    normalised = (x - per_channel(mean, x)) * per_channel(invstd, x)
-    d_sum, projection = d.sum(dims), (d * normalised).sum(dims)
+    normalised, d_sum, projection = _gradient_sums(d, x, mean, invstd)
+    count: Any = x.numel() // max(x.shape[1], 1)
+    if sums is not None:
+        d_sum, projection, count = *sums[:-1].chunk(2), sums[-1]
     scale = invstd if weight is None else invstd * weight.double()
     grad = d
     if training:

@@ -11,6 +11,7 @@ import triton.language as tl
 GIVEN = tl.constexpr(0)
 OWN = tl.constexpr(1)
 MERGED = tl.constexpr(2)
+OF_RANKS = tl.constexpr(3)
 
 UNSPECIALISED = ["seed", "offset", "element_offset"]  # no recompiling by value
 

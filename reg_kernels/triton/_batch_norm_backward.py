@@ -14,6 +14,7 @@ from ._activation import LEAKY_RELU, RELU, behind_activation
 from ._batch_norm import (
     GIVEN,
     MERGED,
+    OF_RANKS,
     channel_affine,
     load_channels,
     load_partials,
@@ -39,9 +40,17 @@ def channel_gradient(scale, mean, invstd, d_sum, dx_sum, share, COMPUTE: tl.cons
     """
     rest = mean - mean.to(COMPUTE).to(tl.float64)
     projection = invstd * (dx_sum - rest * d_sum)
+    k1, k2, k3 = gradient_of_sums(scale, mean, invstd, d_sum, projection, share, COMPUTE)
+    return k1, k2, k3, projection
+
+
+@triton.jit
+def gradient_of_sums(scale, mean, invstd, d_sum, projection, share, COMPUTE: tl.constexpr):
+    """The same of `projection`, sum d xhat."""
+    rest = mean - mean.to(COMPUTE).to(tl.float64)
     k2 = -invstd * projection * share
     k3 = -d_sum * share - k2 * rest
-    return rounded(scale, COMPUTE), rounded(k2, COMPUTE), rounded(k3, COMPUTE), projection
+    return rounded(scale, COMPUTE), rounded(k2, COMPUTE), rounded(k3, COMPUTE)
 
 
 @triton.jit
@@ -213,7 +222,7 @@ def backward_kernel(
     grad_residual_ptr,
     grad_weight_ptr,  # [C]
     grad_bias_ptr,
-    partials_ptr,  # what MERGED merges
+    partials_ptr,  # what MERGED merges; [2 C + 1] OF_RANKS: sum d, sum d xhat, and their count
     C,
     M,
     L,
@@ -221,7 +230,7 @@ def backward_kernel(
     splits,
     slope: tl.float64,
     p: tl.float64,
-    SUMS: tl.constexpr,  # GIVEN: none are needed; OWN or MERGED, as forward_kernel's STATISTICS
+    SUMS: tl.constexpr,  # GIVEN: none are needed; the others as forward_kernel's STATISTICS
     SINGLE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TRAINING: tl.constexpr,
@@ -247,7 +256,14 @@ def backward_kernel(
         d, x, at, inside = gradient_tile(source, m0, c0, sizes, NEEDS_Z, CHAIN, TILES)
 
     k1, k2, k3 = affine.scale, affine.scale, affine.scale  # frozen: grad_input = d scale
-    if SUMS != GIVEN:
+    if SUMS == OF_RANKS:
+        d_sum = load_channels(partials_ptr, c, C, 0.0)
+        projection = load_channels(partials_ptr + C, c, C, 0.0)
+        share = 1.0 / tl.load(partials_ptr + 2 * C + tl.zeros([1], tl.int32))
+        k1, k2, k3 = gradient_of_sums(
+            invstd * weight, mean, invstd, d_sum, projection, share, COMPUTE
+        )
+    elif SUMS != GIVEN:
         if SUMS == MERGED:
             d_sums, dx_sums, _ = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
             d_sum, dx_sum = tl.sum(d_sums, M_AXIS), tl.sum(dx_sums, M_AXIS)

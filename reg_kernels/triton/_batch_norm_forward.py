@@ -13,6 +13,7 @@ from ._activation import LEAKY_RELU, RELU, activate
 from ._batch_norm import (
     GIVEN,
     MERGED,
+    OF_RANKS,
     UNSPECIALISED,
     channel_affine,
     load_channels,
@@ -78,6 +79,50 @@ def range_moments(x_ptr, c0, first, last, sizes, COMPUTE: tl.constexpr, TILES: t
 
 
 @triton.jit
+def merged_range_moments(
+    partials_ptr, c, sizes, tiles, splits, share, BLOCK_S: tl.constexpr, TILES: tl.constexpr
+):
+    """(mean, m2) of all parts of channels c that moments_kernel has left."""
+    means, m2s, part = load_partials(partials_ptr, c, sizes.C, splits, BLOCK_S, TILES.M_AXIS)
+    start = position_of(part * tiles, TILES)
+    counts = tl.maximum(tl.minimum(sizes.M - start, tiles * TILES.BLOCK_M), 0).to(tl.float64)
+    counts = tl.where(part < splits, counts, 0.0)
+    return merge_all(counts, means, m2s, share, TILES.M_AXIS)
+
+
+@triton.jit
+def move_statistics(
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    c,
+    C,
+    mean,
+    unbiased,
+    momentum,
+    writes,
+    AVERAGES: tl.constexpr,
+):
+    """Moves the running statistics of channels c, where `writes`."""
+    factor = tl.full([1], momentum, tl.float64)
+    if AVERAGES:
+        factor = 1.0 / (tl.load(batches_ptr) + 1 + tl.zeros([1], tl.float64))
+    average = load_channels(running_mean_ptr, c, C, 0.0)
+    spread = load_channels(running_var_ptr, c, C, 0.0)
+    average = (1.0 - factor) * average + factor * mean
+    spread = (1.0 - factor) * spread + factor * unbiased
+    store_channels(running_mean_ptr, average, c, writes)
+    store_channels(running_var_ptr, spread, c, writes)
+
+
+@triton.jit
+def count_batch(batches_ptr):
+    """One program of all counts."""
+    alone = tl.program_id(0) == 0
+    tl.store(batches_ptr, tl.load(batches_ptr, mask=alone, other=0) + 1, mask=alone)
+
+
+@triton.jit
 def forward_tile(
     x,  # the values at `at`
     at,
@@ -135,6 +180,79 @@ def moments_kernel(
     store_partials(partials_ptr, mean, m2, c, split, sizes.C, splits, TILES.M_AXIS)
 
 
+@triton.jit
+def merge_kernel(
+    partials_ptr,  # of moments_kernel, [2, C, splits]
+    moments_ptr,  # [3, C]: count, mean and m2
+    C,
+    M,
+    L,
+    tiles,
+    splits,
+    BLOCK_S: tl.constexpr,  # at least splits
+    TILES: tl.constexpr,
+):
+    sizes = known_sizes(C, M, L, TILES)
+    c = tl.program_id(0) * TILES.BLOCK_C + tl.arange(0, TILES.BLOCK_C)
+    count = tl.full([TILES.BLOCK_C], sizes.M, tl.float64)
+    mean, m2 = merged_range_moments(
+        *(partials_ptr, c, sizes, tiles, splits, 1.0 / tl.full([1], sizes.M, tl.float64)),
+        *(BLOCK_S, TILES),
+    )
+    inside = c < sizes.C
+    tl.store(moments_ptr + c, count, mask=inside)
+    tl.store(moments_ptr + sizes.C + c, mean, mask=inside)
+    tl.store(moments_ptr + 2 * sizes.C + c, m2, mask=inside)
+
+
+@triton.jit
+def ranks_kernel(
+    gathered_ptr,  # [ranks, 3, C]: count, mean and m2 of each rank
+    mean_ptr,  # [C], as all that follow
+    invstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,  # int64, or None; moved on unless AVERAGES
+    C,
+    ranks,
+    momentum: tl.float64,
+    eps: tl.float64,
+    AVERAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The statistics of all ranks, merged in their order: each rank gets the same bits."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    count = tl.zeros([BLOCK_C], tl.float64)
+    mean = tl.zeros([BLOCK_C], tl.float64)
+    m2 = tl.zeros([BLOCK_C], tl.float64)
+    rank = ranks * 0
+    while rank < ranks:
+        of = gathered_ptr + 3 * rank.to(tl.int64) * C + c
+        n = tl.load(of, mask=inside, other=0.0)
+        other = tl.load(of + C, mask=inside, other=0.0)
+        other_m2 = tl.load(of + 2 * C, mask=inside, other=0.0)
+        share = n / tl.maximum(count + n, 1.0)
+        delta = tl.where((n > 0.0) & (count > 0.0), other - mean, 0.0)
+        # An infinite mean stays so, as in a sum, and leaves no variance.
+        moved = tl.where(delta - delta == 0.0, mean + delta * share, mean + other)
+        mean = tl.where(count > 0.0, moved, other)
+        m2 += other_m2 + delta * delta * (share * count) + (delta - delta)
+        count += n
+        rank += 1
+    tl.store(mean_ptr + c, mean, mask=inside)
+    tl.store(invstd_ptr + c, tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps), mask=inside)
+    if running_mean_ptr is not None:
+        # A single value has no unbiased variance.
+        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+        move_statistics(
+            *(running_mean_ptr, running_var_ptr, batches_ptr, c, C, mean, unbiased, momentum),
+            *(inside & (count > 1.0), AVERAGES),
+        )
+    if batches_ptr is not None and not AVERAGES:
+        count_batch(batches_ptr)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     x_ptr,  # [N, C, L]
@@ -143,7 +261,7 @@ def forward_kernel(
     gate_ptr,  # C ceil(M / 8) bytes, or None
     weight_ptr,  # [C] or None, as all that follow
     bias_ptr,
-    mean_ptr,  # written in training
+    mean_ptr,  # written in training, but read of OF_RANKS
     invstd_ptr,
     running_mean_ptr,  # moved on in training, else the statistics
     running_var_ptr,
@@ -162,7 +280,8 @@ def forward_kernel(
     seed: tl.int64,
     offset: tl.int64,
     element_offset: tl.int64,  # mask index of element 0
-    STATISTICS: tl.constexpr,  # GIVEN by the running ones, OWN of a range that is all, or MERGED
+    # GIVEN by the running ones, OWN of a range that is all, MERGED, or OF_RANKS by ranks_kernel
+    STATISTICS: tl.constexpr,
     AVERAGES: tl.constexpr,  # the batches counted weigh alike; then the host moves the counter on
     SINGLE: tl.constexpr,  # whether a range is one tile, kept between the passes
     BLOCK_S: tl.constexpr,  # at least splits
@@ -190,12 +309,13 @@ def forward_kernel(
     if STATISTICS == GIVEN:
         mean = load_channels(running_mean_ptr, c, C, 0.0)
         variance = load_channels(running_var_ptr, c, C, 0.0)
+    elif STATISTICS == OF_RANKS:
+        mean = load_channels(mean_ptr, c, C, 0.0)
+        variance = mean  # stands for what is not read
     elif STATISTICS == MERGED:
-        means, m2s, part = load_partials(partials_ptr, c, C, splits, BLOCK_S, M_AXIS)
-        start = position_of(part * tiles, TILES)
-        counts = tl.maximum(tl.minimum(M - start, tiles * TILES.BLOCK_M), 0).to(tl.float64)
-        counts = tl.where(part < splits, counts, 0.0)
-        mean, m2 = merge_all(counts, means, m2s, share, M_AXIS)
+        mean, m2 = merged_range_moments(
+            partials_ptr, c, sizes, tiles, splits, share, BLOCK_S, TILES
+        )
         variance = m2 * share
     elif SINGLE:
         pivot = pivot_of(x, M, M_AXIS)
@@ -206,27 +326,24 @@ def forward_kernel(
     else:
         mean, m2 = range_moments(x_ptr, c0, first, last, sizes, COMPUTE, TILES)
         variance = m2 * share
-    invstd = tl.rsqrt(variance + eps)
+    if STATISTICS == OF_RANKS:
+        invstd = load_channels(invstd_ptr, c, C, 0.0)
+    else:
+        invstd = tl.rsqrt(variance + eps)
 
-    if STATISTICS != GIVEN:
+    if STATISTICS != GIVEN and STATISTICS != OF_RANKS:
         # One program of those that know these channels writes them, and alone reads what it moves.
         writes = (c < C) & (split == 0)
         store_channels(mean_ptr, mean, c, writes)
         store_channels(invstd_ptr, invstd, c, writes)
         if running_mean_ptr is not None:
-            factor = tl.full([1], momentum, tl.float64)
-            if AVERAGES:
-                factor = 1.0 / (tl.load(batches_ptr) + 1 + tl.zeros([1], tl.float64))
             unbiased = variance * (M / tl.full([1], M - 1, tl.float64))
-            average = load_channels(running_mean_ptr, c, C, 0.0)
-            spread = load_channels(running_var_ptr, c, C, 0.0)
-            average = (1.0 - factor) * average + factor * mean
-            spread = (1.0 - factor) * spread + factor * unbiased
-            store_channels(running_mean_ptr, average, c, writes)
-            store_channels(running_var_ptr, spread, c, writes)
+            move_statistics(
+                *(running_mean_ptr, running_var_ptr, batches_ptr, c, C, mean, unbiased, momentum),
+                *(writes, AVERAGES),
+            )
         if batches_ptr is not None and not AVERAGES:
-            alone = tl.program_id(0) == 0
-            tl.store(batches_ptr, tl.load(batches_ptr, mask=alone, other=0) + 1, mask=alone)
+            count_batch(batches_ptr)
 
     affine = channel_affine(mean, invstd, weight, bias, COMPUTE)
     if SINGLE:

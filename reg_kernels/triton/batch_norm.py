@@ -31,15 +31,17 @@ from torch import Tensor
 from .._activation import has_gate, needs_preactivation
 from .._layout import dense_like, is_channels_last
 from .._tracked import Tracked
-from ._batch_norm import GIVEN, MERGED, OWN, Chain
+from ._batch_norm import GIVEN, MERGED, OF_RANKS, OWN, Chain
 from ._batch_norm_backward import backward_kernel, gradient_sums_kernel
-from ._batch_norm_forward import forward_kernel, moments_kernel
-from ._launch import device_of, next_power_of_2, processors, state_arguments
+from ._batch_norm_forward import forward_kernel, merge_kernel, moments_kernel, ranks_kernel
+from ._launch import ceil_div, device_of, next_power_of_2, processors, state_arguments
 from ._plan import ChannelPlan, plan_for
 
 FORWARD_TILE = 16384  # bytes of x in a tile: with 8 warps, 4 loads of 16 bytes a thread
 BACKWARD_TILE = 8192  # of x and of g each
 MAP_TILE = 8192
+BLOCK_C = 32  # channels of a program that merges the ranks' moments
+NOTHING_TRACKED = Tracked(None, None, None)
 
 
 def _plan(x: Tensor, tile_bytes: int, merges: bool) -> ChannelPlan:
@@ -74,20 +76,26 @@ def batch_norm(
     rng_state: Tensor | None,
     element_offset: int,
     keep_gate: bool,
+    gathered: Tensor | None,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op in training: (output, mean, invstd, gate)."""
     updated = Tracked.of(tracked)
-    plan = _plan(input, FORWARD_TILE, merges=True)
+    channels = input.shape[1]
     output = dense_like(input)
-    mean = input.new_empty(plan.channels, dtype=torch.float64)
+    mean = input.new_empty(channels, dtype=torch.float64)
     invstd = torch.empty_like(mean)
     gated = keep_gate and has_gate(activation, residual is not None, p)
-    gate = input.new_empty(
-        plan.channels * ((plan.count + 7) // 8) if gated else 0, dtype=torch.uint8
-    )
+    bits = input.numel() // channels if gated and channels else 0
+    gate = input.new_empty(channels * ((bits + 7) // 8), dtype=torch.uint8)
     with device_of(input):
         partials = None
-        if plan.splits > 1:
+        if gathered is not None:
+            _launch_ranks(gathered, mean, invstd, updated, momentum, eps)
+        if input.numel() == 0:
+            return output, mean, invstd, gate
+        plan = _plan(input, FORWARD_TILE if gathered is None else MAP_TILE, gathered is None)
+        if plan.splits > 1 and gathered is None:
             partials = _workspace(input, plan)
             moments_kernel[(plan.programs,)](
                 input, partials, *plan.sizes, plan.blocks, num_warps=plan.warps
@@ -95,13 +103,58 @@ def batch_norm(
         _launch_forward(
             plan,
             *(input, residual, output, gate if gated else None, weight, bias, mean, invstd),
-            updated,
+            updated if gathered is None else NOTHING_TRACKED,
             *(partials, momentum, eps, activation, slope, p, rng_state, element_offset),
-            statistics=OWN if partials is None else MERGED,
+            statistics=OF_RANKS if gathered is not None else OWN if partials is None else MERGED,
         )
-    if updated.num_batches_tracked is not None and momentum is None:
-        updated.num_batches_tracked.add_(1)  # behind all programs that read it
+    if gathered is None:
+        _count_averaged(updated, momentum)
     return output, mean, invstd, gate
+
+
+def _count_averaged(tracked: Tracked, momentum: float | None) -> None:
+    if tracked.num_batches_tracked is not None and momentum is None:
+        tracked.num_batches_tracked.add_(1)  # behind all programs that read it
+
+
+def _launch_ranks(
+    gathered: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    tracked: Tracked,
+    momentum: float | None,
+    eps: float,
+) -> None:
+    """The statistics of all ranks into mean, invstd and what is tracked."""
+    ranks, _, channels = gathered.shape
+    if channels == 0:
+        return
+    ranks_kernel[(ceil_div(channels, BLOCK_C),)](
+        *(gathered, mean, invstd, *tracked, channels, ranks),
+        *(0.0 if momentum is None else momentum, eps),
+        AVERAGES=momentum is None,
+        BLOCK_C=BLOCK_C,
+        num_warps=1,
+    )
+    _count_averaged(tracked, momentum)
+
+
+def batch_norm_moments(input: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of each channel, float64 [3, C]."""
+    if input.numel() == 0:
+        return input.new_zeros((3, input.shape[1]), dtype=torch.float64)
+    plan = _plan(input, FORWARD_TILE, merges=True)
+    moments = input.new_empty((3, plan.channels), dtype=torch.float64)
+    partials = _workspace(input, plan)
+    with device_of(input):
+        moments_kernel[(plan.programs,)](
+            input, partials, *plan.sizes, plan.blocks, num_warps=plan.warps
+        )
+        merge_kernel[(plan.programs // plan.splits,)](
+            *(partials, moments, *plan.sizes, next_power_of_2(plan.splits), plan.blocks),
+            num_warps=plan.warps,
+        )
+    return moments
 
 
 def batch_norm_inference(
@@ -187,8 +240,10 @@ def batch_norm_backward(
     wants_input: bool,
     wants_parameters: bool,
     wants_residual: bool,
+    sums: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of either: (grad_input, grad_weight, grad_bias, grad_residual)."""
+    """The gradients of either: (grad_input, grad_weight, grad_bias, grad_residual). In training
+    `sums` of all ranks, as of `batch_norm_sums`, take the place of this batch's."""
 
     def parameter(values: Tensor | None) -> Tensor:
         dtype = input.dtype if values is None else values.dtype
@@ -206,14 +261,69 @@ def batch_norm_backward(
     grad_input = results[0] if wants_input else None
     grad_parameters = results[1:3] if wants_parameters else (None, None)
     grad_residual = results[3] if wants_residual else None
+    _launch_backward(
+        *(grad_output, input, weight, bias, residual, mean, invstd, gate),
+        *(training, activation, slope, p),
+        *(grad_input, *grad_parameters, grad_residual, sums),
+    )
+    return results
 
-    through_statistics = wants_input and training
-    summed = wants_parameters or through_statistics
+
+def batch_norm_sums(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    gate: Tensor | None,
+    activation: int,
+    slope: float,
+    p: float,
+) -> Tensor:
+    """The sums of d and of d xhat of each channel, and the number of values: float64 [2 C + 1]."""
+    channels = input.shape[1]
+    sums = input.new_empty(2 * channels + 1, dtype=torch.float64)
+    if input.numel() == 0:
+        return sums.zero_()
+    sums[2 * channels :].fill_(input.numel() // channels)
+    _launch_backward(
+        *(grad_output, input, weight, bias, residual, mean, invstd, gate),
+        *(True, activation, slope, p, None, sums[channels:], sums, None, None),
+    )
+    return sums
+
+
+def _launch_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    gate: Tensor | None,
+    training: bool,
+    activation: int,
+    slope: float,
+    p: float,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_residual: Tensor | None,
+    of_ranks: Tensor | None,
+) -> None:
+    """Writes the gradients that are given, of an input that has elements."""
+    grad_parameters = (grad_weight, grad_bias)
+    by_ranks = of_ranks is not None and training and grad_input is not None
+    through_statistics = grad_input is not None and training
+    summed = grad_weight is not None or (through_statistics and not by_ranks)
     needs_z = needs_preactivation(activation, gate is not None, p)
     plan = _plan(input, BACKWARD_TILE if summed else MAP_TILE, merges=summed)
     tensors = (
         grad_output,
-        input if summed or needs_z else None,
+        input if summed or by_ranks or needs_z else None,
         residual if needs_z else None,
         gate,
         weight,
@@ -244,6 +354,8 @@ def batch_norm_backward(
                 grad_input = grad_residual = None
                 programs //= plan.splits
         sums = MERGED if partials is not None else OWN if summed else GIVEN
+        if by_ranks:
+            sums, partials = OF_RANKS, of_ranks
         backward_kernel[(programs,)](
             *tensors,
             *(grad_input, grad_residual, *grad_parameters),
@@ -253,4 +365,3 @@ def batch_norm_backward(
             BLOCK_S=next_power_of_2(plan.splits) if sums is MERGED else 1,
             **constants,
         )
-    return results

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from reg_kernels import backends, nn, optim
 from reg_kernels.augment import MixedTarget
-from reg_kernels.cli import _files, main, train
+from reg_kernels.cli import _files, _train_checkpoint, main, train
 from reg_kernels.cli._data import load_images, split
 from reg_kernels.cli._trainer import by_torch, fused, training
 from reg_kernels.cli._trainer import checkpoint as checkpoints
@@ -590,7 +590,7 @@ class TestResume:
         uninterrupted: Callable[[str], Path],
     ) -> None:
         expected = uninterrupted("fused")
-        monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+        monkeypatch.setattr(_train_checkpoint, "CHECKPOINT_EVERY", 0.0)
         restore = at_step(monkeypatch, STEPS + 4, SystemExit)
         with pytest.raises(SystemExit):
             main(command(data, tmp_path))
@@ -976,9 +976,9 @@ class TestRefusal:
             path.write_bytes(b"half a checkp")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(train, "save_checkpoint", full)
+        monkeypatch.setattr(_train_checkpoint, "save_checkpoint", full)
         if stop is None:
-            monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+            monkeypatch.setattr(_train_checkpoint, "CHECKPOINT_EVERY", 0.0)
         else:
             at_step(monkeypatch, 1, stop)
         remedy = f"; add --resume to continue from {path}" if resumed else ""

@@ -16,10 +16,12 @@ struct BatchNormBackward {
   const double* mean;
   const double* invstd;
   bool training;
+  const double* sums;  // of all ranks, [2 C + 1], instead of this batch's; or null
   Chain chain;
   T* grad_input;                         // each of these three or null
   ChannelValues grad_weight, grad_bias;  // both or none
   T* grad_residual;
+  double* values;  // their number, M, is written here beside the gradients of the two; or null
 
   ChannelPlan plan;
   Exchange exchange;
@@ -52,8 +54,13 @@ struct BackwardMap {
   // And what the map needs in training, from the channel's sums.
   static __device__ void set(const BatchNormBackward<T>& a, const Scratch<T>& scratch, int channel,
                              int64_t c, const Sums& sums) {
-    const auto gradient = ChannelGradient<C>::training(a.mean[c], a.invstd[c], a.weight.at(c, 1.0),
-                                                       sums.a, sums.b, a.plan.count);
+    set(scratch, channel,
+        ChannelGradient<C>::training(a.mean[c], a.invstd[c], a.weight.at(c, 1.0), sums.a, sums.b,
+                                     a.plan.count));
+  }
+
+  static __device__ void set(const Scratch<T>& scratch, int channel,
+                             const ChannelGradient<C>& gradient) {
     scratch.constant(3, channel) = gradient.k2;
     scratch.constant(4, channel) = gradient.k3;
   }
@@ -190,6 +197,9 @@ struct BackwardMap {
 
 // ---- The kernels.
 
+// Two constants a channel more have to stay in registers: 96 a thread.
+template <typename T>
+constexpr int kRankMapBlocks = sizeof(T) == 8 ? 4 : 5;
 template <typename T>
 constexpr int kBackwardRing = kAhead<T> + 1;
 
@@ -247,6 +257,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         a.grad_weight.set(c,
                           ChannelGradient<C>::of_weight(a.mean[c], a.invstd[c], total.a, total.b));
         a.grad_bias.set(c, total.a);
+        if (a.values && c == 0) *a.values = static_cast<double>(plan.count);
       }
     }
     __syncthreads();
@@ -263,9 +274,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   }
 }
 
-// Where no gradient depends on a sum: of the input with frozen statistics, of the residual.
-template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
+// Where no gradient depends on a sum that is not known: of the input with frozen statistics or by
+// the sums of all ranks, of the residual.
+template <typename T, bool kChannelsLast, bool kOfRanks>
+__global__ void __launch_bounds__(kMapThreads, kOfRanks ? kRankMapBlocks<T> : kMapBlocks<T>)
     batch_norm_backward_map_kernel(BatchNormBackward<T> a) {
   RK_SHARED(unsigned char, shared);
   const ChannelPlan& plan = a.plan;
@@ -275,7 +287,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   const Staging<T, 1> residual(scratch.rest(false), plan.kept, 2 * plan.kept);
   const int64_t item = blockIdx.x / plan.blocks;
   const Slice<T, kChannelsLast> slice(plan, item, blockIdx.x % plan.blocks);
-  const bool reads_x = a.needs_z();
+  const bool reads_x = kOfRanks || a.needs_z();
   const auto read = [&](int step) {
     slice.for_vectors(step, [&](int k, int64_t element, uint32_t valid) {
       grad_output.read(a.grad_output, plan.direct, element, valid, step, k);
@@ -285,10 +297,19 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   };
   read_ahead<kFarAhead<T>, false>(slice.steps(), read);
   const int64_t c = finished_channel<T>(plan, item);
-  if (c >= 0) BackwardMap<T, kChannelsLast>::set(a, scratch, threadIdx.x, c);
+  if (c >= 0) {
+    BackwardMap<T, kChannelsLast>::set(a, scratch, threadIdx.x, c);
+    if constexpr (kOfRanks) {
+      BackwardMap<T, kChannelsLast>::set(
+          scratch, threadIdx.x,
+          ChannelGradient<compute_t<T>>::of_ranks(a.mean[c], a.invstd[c], a.weight.at(c, 1.0),
+                                                  a.sums, plan.layout.channels, c));
+    }
+  }
   __syncthreads();
   BackwardMap<T, kChannelsLast> map;
   map.read_affine(scratch, plan);
+  if constexpr (kOfRanks) map.read_gradient(scratch, plan);
   walk<kFarAhead<T>, false, 1>(slice.steps(), read,
                                [&](int step) { map(a, slice, step, grad_output, x, residual); });
 }

@@ -6,22 +6,27 @@
 RK_NAMESPACE_BEGIN
 namespace cuda {
 
-// Tensors of the input's shape have its storage order; channel values are [C].
-template <typename T>
-struct BatchNormForward {
-  const T* x;
-  const T* residual;  // or null
-  T* y;
-  ChannelValues weight, bias;
+// What training writes of a channel, [C] each.
+struct ChannelStatistics {
   // Moved on in training, read in inference; null together.
   ChannelValues running_mean, running_var;
   int64_t* num_batches_tracked;  // or null
   double momentum;
   bool averages;  // over all batches, instead of by the momentum
   double eps;
-  Chain chain;
-  double* mean;  // these two in training
+  double* mean;  // these two in training; in a map that follows it they are read
   double* invstd;
+};
+
+// Tensors of the input's shape have its storage order; channel values are [C].
+template <typename T>
+struct BatchNormForward : ChannelStatistics {
+  const T* x;
+  const T* residual;  // or null
+  T* y;
+  ChannelValues weight, bias;
+  Chain chain;
+  double* moments;  // [3][C]: where only the count, mean and squared deviations are wanted
 
   ChannelPlan plan;  // the rest is the launcher's
   Exchange exchange;
@@ -213,29 +218,32 @@ struct ChannelInputs {
   }
 };
 
-// The affine of channel c from the sums of x - pivot and of its square. The first block of an item
-// writes what the op returns and updates.
-template <typename T>
-__device__ __forceinline__ ChannelAffine<compute_t<T>> finish_statistics(
-    const BatchNormForward<T>& a, int64_t c, const ChannelInputs<T>& inputs, const Sums& sums,
-    double pivot, bool writes) {
-  const auto count = static_cast<double>(a.plan.count);
-  const double shifted = sums.a / count, mean = pivot + shifted;
-  double m2 = sums.b - sums.a * shifted;
-  m2 = m2 < 0.0 ? 0.0 : m2;  // NaN stays
-  const double invstd = inverse_deviation(m2 / count, a.eps);
-  if (writes) {
-    a.mean[c] = mean;
-    a.invstd[c] = invstd;
-    if (a.running_mean.data) {
-      // Counted already: see count_batch_kernel.
-      const double factor =
-          a.averages ? 1.0 / static_cast<double>(*a.num_batches_tracked) : a.momentum;
-      a.running_mean.set(c, running_average(inputs.running_mean, mean, factor));
-      a.running_var.set(c, running_average(inputs.running_var, m2 / (count - 1.0), factor));
-    }
+// The moments of a channel from the sums of x - pivot and of its square.
+__device__ __forceinline__ ChannelMoments finish_moments(int64_t values, const Sums& sums,
+                                                         double pivot) {
+  const auto count = static_cast<double>(values);
+  const double shifted = sums.a / count;
+  const double m2 = sums.b - sums.a * shifted;
+  return {{count, pivot + shifted, m2 < 0.0 ? 0.0 : m2}};  // NaN stays
+}
+
+// What training returns and updates of channel c.
+__device__ __forceinline__ void store_statistics(const ChannelStatistics& a, int64_t c,
+                                                 double running_mean, double running_var,
+                                                 const ChannelMoments& of, double invstd) {
+  a.mean[c] = of.mean;
+  a.invstd[c] = invstd;
+  if (!a.running_mean.data || !of.moves()) return;
+  // Counted already: see count_batch_kernel.
+  const double factor = a.averages ? 1.0 / static_cast<double>(*a.num_batches_tracked) : a.momentum;
+  a.running_mean.set(c, running_average(running_mean, of.mean, factor));
+  a.running_var.set(c, running_average(running_var, of.unbiased(), factor));
+}
+
+__device__ __forceinline__ void count_batch(const ChannelStatistics& a) {
+  if (a.num_batches_tracked && !a.averages && blockIdx.x == 0 && threadIdx.x == 0) {
+    *a.num_batches_tracked = next_count(*a.num_batches_tracked);
   }
-  return ChannelAffine<compute_t<T>>::of(mean, invstd, inputs.weight, inputs.bias);
 }
 
 template <typename T>
@@ -252,9 +260,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
   const int rank = blockIdx.x % plan.blocks, channels = plan.channels<T>();
   const int classes = kChannelsLast ? plan.vectors : 1;
   const RngStream stream = a.chain.rng.stream(kDropoutTag);
-  if (a.num_batches_tracked && !a.averages && blockIdx.x == 0 && threadIdx.x == 0) {
-    *a.num_batches_tracked = next_count(*a.num_batches_tracked);
-  }
+  count_batch(a);
 
   for (int64_t item = blockIdx.x / plan.blocks; item < plan.items; item += plan.groups) {
     const Slice<T, kChannelsLast> slice(plan, item, rank);
@@ -304,11 +310,26 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
       total = exchange_sums(total, channels, a.exchange, item, rank, plan.blocks, scratch.sums);
     }
     if (c >= 0) {
-      const double pivot = scratch.constant(3, threadIdx.x);
-      ForwardMap<T, kChannelsLast>::set(scratch, threadIdx.x,
-                                        finish_statistics(a, c, inputs, total, pivot, rank == 0));
+      const ChannelMoments of = finish_moments(plan.count, total, scratch.constant(3, threadIdx.x));
+      if (a.moments) {
+        if (rank == 0) {
+          a.moments[c] = of.count;
+          a.moments[plan.layout.channels + c] = of.mean;
+          a.moments[2 * plan.layout.channels + c] = of.m2;
+        }
+      } else {
+        // The first block of an item writes.
+        const double invstd = inverse_deviation(of.variance(), a.eps);
+        if (rank == 0) {
+          store_statistics(a, c, inputs.running_mean, inputs.running_var, of, invstd);
+        }
+        ForwardMap<T, kChannelsLast>::set(
+            scratch, threadIdx.x,
+            ChannelAffine<compute_t<T>>::of(of.mean, invstd, inputs.weight, inputs.bias));
+      }
     }
     __syncthreads();
+    if (a.moments) continue;
 
     // Map. What was read last comes first: the caches still have it.
     ForwardMap<T, kChannelsLast> map;
@@ -325,6 +346,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
   }
 }
 
+// With frozen statistics, and with those of all ranks.
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     batch_norm_inference_kernel(BatchNormForward<T> a) {
@@ -347,16 +369,29 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   const int64_t c = finished_channel<T>(plan, item);
   if (c >= 0) {
     const ChannelInputs<T> inputs(a, c);
-    const double invstd = inverse_deviation(inputs.running_var, a.eps);
+    const double mean = a.mean ? a.mean[c] : inputs.running_mean;
+    const double invstd = a.mean ? a.invstd[c] : inverse_deviation(inputs.running_var, a.eps);
     ForwardMap<T, kChannelsLast>::set(
         scratch, threadIdx.x,
-        ChannelAffine<compute_t<T>>::of(inputs.running_mean, invstd, inputs.weight, inputs.bias));
+        ChannelAffine<compute_t<T>>::of(mean, invstd, inputs.weight, inputs.bias));
   }
   __syncthreads();
   ForwardMap<T, kChannelsLast> map;
   map.read(scratch, plan);
   walk<kFarAhead<T>, false, 1>(slice.steps(), read,
                                [&](int step) { map(a, slice, step, x, residual, stream); });
+}
+
+// The statistics of all ranks, a thread for each channel.
+template <typename Count>
+__global__ void batch_norm_ranks_kernel(ChannelStatistics a, GatheredMoments gathered,
+                                        Count channels) {
+  count_batch(a);
+  const Count c = Count{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (c >= channels) return;
+  const ChannelMoments of = gathered.of(channels, c);
+  store_statistics(a, c, a.running_mean.at(c, 0.0), a.running_var.at(c, 1.0), of,
+                   inverse_deviation(of.variance(), a.eps));
 }
 
 // Before the statistics where they are averaged over all batches: everyone then reads the new

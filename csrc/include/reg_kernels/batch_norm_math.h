@@ -13,6 +13,33 @@
 
 RK_NAMESPACE_BEGIN
 
+// The moments of a channel of all values that it is normalised by.
+struct ChannelMoments : Moments<double, double> {
+  // Of no values at all it is 0, so that the constants of the channel are numbers.
+  RK_HD double variance() const { return count > 0.0 ? m2 / count : 0.0; }
+  // Whether the running statistics move: a single value has no unbiased variance.
+  RK_HD bool moves() const { return count > 1.0; }
+  RK_HD double unbiased() const { return m2 / (count - 1.0); }
+};
+
+// The moments of all ranks of a process group, [ranks][3][C]: each rank's count, mean and sum of
+// squared deviations. Null where a rank's own batch is all there is.
+struct GatheredMoments {
+  const double* data;
+  int64_t ranks;
+
+  // Of channel c, merged in the order of ranks, so that every rank gets the same bits. A rank of no
+  // values adds nothing.
+  RK_HD ChannelMoments of(int64_t channels, int64_t c) const {
+    ChannelMoments all{};
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const double* own = data + 3 * rank * channels + c;
+      all.merge({own[0], own[channels], own[2 * channels]});
+    }
+    return all;
+  }
+};
+
 // y = (x - shift) scale + offset. The shift is the mean as C rounds it, and the offset makes up for
 // the rounding: where the deviation is small beside the mean, x - shift is still exact. One
 // multiply-add alone, x scale + offset, would lose as many digits as the mean is larger.
@@ -55,14 +82,23 @@ struct ChannelGradient {
 
   static RK_HD ChannelGradient training(double mean, double invstd, double weight, double d_sum,
                                         double dx_sum, int64_t count) {
-    const C shift = static_cast<C>(mean);
-    const double rest = mean - static_cast<double>(shift);
+    const double rest = mean - static_cast<double>(static_cast<C>(mean));
     const double scale = weight * invstd;
     const double centred = dx_sum - rest * d_sum;  // sum d (x - mean)
     const double m = static_cast<double>(count);
     const double k2 = -invstd * invstd * centred / m;
-    return {shift, static_cast<C>(scale), static_cast<C>(k2),
+    return {static_cast<C>(mean), static_cast<C>(scale), static_cast<C>(k2),
             static_cast<C>(-d_sum / m - k2 * rest)};
+  }
+
+  // The same from sums over all ranks, [2 C + 1]: of d, of d xhat, and their count.
+  static RK_HD ChannelGradient of_ranks(double mean, double invstd, double weight,
+                                        const double* sums, int64_t channels, int64_t c) {
+    const double rest = mean - static_cast<double>(static_cast<C>(mean));
+    const double m = sums[2 * channels];
+    const double k2 = -invstd * sums[channels + c] / m;
+    return {static_cast<C>(mean), static_cast<C>(weight * invstd), static_cast<C>(k2),
+            static_cast<C>(-sums[c] / m - k2 * rest)};
   }
 
   // Frozen statistics do not depend on the input: the gradient is d times this, whatever x is.

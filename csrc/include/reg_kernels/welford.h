@@ -11,10 +11,11 @@
 
 RK_NAMESPACE_BEGIN
 
-// C is the type that the merge computes in; a count of 0 is the neutral element.
-template <typename C>
+// C is the type that the merge computes in; a count of 0 is the neutral element. Counts that come
+// from elsewhere may be of C themselves, since they may be no integers at all.
+template <typename C, typename Count = int64_t>
 struct Moments {
-  int64_t count;
+  Count count;
   C mean;
   C m2;  // sum of (x - mean)^2
 

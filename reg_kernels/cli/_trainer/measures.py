@@ -6,24 +6,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .parallel import ALONE, Ranks
+
 EVALUATION_BATCH = 512
 BINS = 15
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """Mean cross-entropy, accuracy and calibration error of a net in evaluation mode.
 
     Args:
         model: gives scores (N, K) of images; put into evaluation mode.
         images: (N, C, H, W), N at least 1.
         labels: (N,), int64, on the images' device.
+        ranks: who share the work; each of them calls this, and all get the same.
 
     Returns:
         "loss", "accuracy", and "ece" as `expected_calibration_error` has it.
     """
     model.eval()
-    scores = torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)])
+    batches = images.split(EVALUATION_BATCH * ranks.size)
+    scores = torch.cat([ranks.together(model, batch) for batch in batches])
     return {
         "loss": F.cross_entropy(scores.double(), labels).item(),
         "accuracy": (scores.argmax(1) == labels).sum().item() / len(labels),

@@ -26,6 +26,7 @@ from .checkpoint import check_alike
 from .kernels import ATTACK_STEPS, Attack, Augment, Distill, Kernels, Loss, Mix
 from .measures import EVALUATION_BATCH, evaluate
 from .models import build_model, weights_of
+from .parallel import ALONE, Ranks
 
 ATTACKED = "attacked_accuracy"  # on the test set, where trained adversarially
 
@@ -47,6 +48,7 @@ class _Net:
 
     recipe: Recipe
     model: nn.Module
+    trained: nn.Module  # the model, or what has a gradient of its parameters from all ranks
     optimizer: torch.optim.Optimizer
     mix: Mix | None
     noise: nn.Module | None
@@ -76,6 +78,8 @@ class Training:
         kernels: PyTorch's own, or ours.
         watch: the parts of the data that are looked at after each epoch.
         attacked_by: how far the attack goes that the test set is put under, if it is more than 0.
+        ranks: who trains it together. Each calls the same methods; `state()` is the same on all,
+            and `restore()` takes one of any number of ranks.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Training:
         kernels: Kernels,
         watch: tuple[str, ...] = ("train", "test"),
         attacked_by: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipes = dict(recipes)
         self.runs = tuple(run for seed in seeds for run in _runs(self.recipes, seed, len(seeds)))
@@ -106,6 +111,7 @@ class Training:
         self._seeds = seeds
         self._device = device
         self._kernels = kernels
+        self._ranks = ranks
         # Cloned: torch's own allocations are aligned alike in every process and numpy's are not,
         # and a vectorised sum may round differently for it.
         self._parts = {
@@ -144,6 +150,7 @@ class Training:
                 self._train_epoch(self._net, self._epoch)
                 self._wait()
                 self.seconds[self.training.name].append(time.perf_counter() - start)
+                self._ranks.compare_losses(f"epoch {self._epoch + 1} of {self.training.name}")
                 self._look()
                 self._epoch += 1
                 after_epoch()
@@ -176,11 +183,16 @@ class Training:
             found[ATTACKED] = self._attacked_accuracy()
         found["epochs"] = float(self._epoch)
         found["best_epoch"] = float(self._epoch if stop is None else stop.best_check or self._epoch)
-        weights = weights_of(self.model)
+        weights = self._ranks.whole(weights_of(self.model))
         found["zeros"] = float(sum(int((p == 0).sum()) for p in weights))  # what L1 leaves out
         found["weights"] = float(sum(p.numel() for p in weights))
         self.results[run.name] = found
         self._teacher = self.model if run.teaches else None  # in evaluation mode by now
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state_dict, on the CPU."""
+        state = self._ranks.whole(dict(self.model.state_dict()))
+        return {name: value.cpu() for name, value in state.items()}
 
     def conflicts(self) -> list[Conflict]:
         """What of the last recipe is at odds, in the net that was trained last."""
@@ -198,21 +210,20 @@ class Training:
         """A copy of everything that the rest of the training depends on: tensors and primitives."""
         stop, teacher = self._net.stop, self._net.teacher
         on_cuda = self._device.type == "cuda"
-        return copy.deepcopy(
-            {
-                "phase": self._phase,
-                "epoch": self._epoch,
-                "model": dict(self._net.model.state_dict()),
-                "optimizer": self._net.optimizer.state_dict(),
-                "early_stopping": None if stop is None else stop.state_dict(),
-                "teacher": None if teacher is None else dict(teacher.state_dict()),
-                "shuffle": self._net.shuffle.get_state(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self._device) if on_cuda else None,
-                "history": self.history,
-                "results": self.results,
-            }
-        )
+        state = {
+            "phase": self._phase,
+            "epoch": self._epoch,
+            "model": dict(self._net.model.state_dict()),
+            "optimizer": self._net.optimizer.state_dict(),
+            "early_stopping": None if stop is None else stop.state_dict(),
+            "teacher": None if teacher is None else dict(teacher.state_dict()),
+            "shuffle": self._net.shuffle.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "history": self.history,
+            "results": self.results,
+        }
+        return copy.deepcopy(self._ranks.whole(state))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state()` was taken. Raises any type of exception if `state` is wrong.
@@ -240,8 +251,8 @@ class Training:
         moments = {
             index: {
                 "step": torch.tensor(float(steps)),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                "exp_avg": torch.zeros(parameter.shape, dtype=parameter.dtype),
+                "exp_avg_sq": torch.zeros(parameter.shape, dtype=parameter.dtype),
             }
             for index, parameter in enumerate(p for group in groups for p in group["params"])
         }
@@ -251,11 +262,10 @@ class Training:
         like["results"] = {
             r.name: dict.fromkeys(self._result_names(), 0.0) for r in self.runs[:phase]
         }
-        stopping = state["early_stopping"]
         if self._net.stop is not None:
             # It knows what a state of its own is made of, and refuses another.
-            self._net.stop.load_state_dict(stopping)
-            like["early_stopping"] = stopping
+            self._load_stop(state["early_stopping"])
+            like["early_stopping"] = state["early_stopping"]
         check_alike(state, like)
         for group, ours in zip(
             *(s["optimizer"]["param_groups"] for s in (state, like)), strict=True
@@ -275,13 +285,13 @@ class Training:
                 raise ValueError(f"{name} {value}")
 
         if self._teacher is not None:
-            self._teacher.load_state_dict(state["teacher"])
+            self._load(self._teacher, state["teacher"])
             self._teacher.eval()
         self._begin(phase)
-        self._net.model.load_state_dict(state["model"])
-        self._net.optimizer.load_state_dict(state["optimizer"])
+        self._load(self._net.model, state["model"])
+        self._load_optimizer(state["optimizer"])
         if self._net.stop is not None:
-            self._net.stop.load_state_dict(stopping)
+            self._load_stop(state["early_stopping"])
         self._net.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
         if self._device.type == "cuda":
@@ -289,6 +299,23 @@ class Training:
         self._epoch = epoch
         self.history = copy.deepcopy(state["history"])
         self.results = copy.deepcopy(state["results"])
+
+    def _load(self, model: nn.Module, state: dict[str, Any]) -> None:
+        model.load_state_dict(self._ranks.split(state, model.state_dict()))
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        groups = self._net.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        moments = {
+            index: self._ranks.split(of, dict.fromkeys(of, parameters[index]))
+            for index, of in state["state"].items()
+        }
+        self._net.optimizer.load_state_dict(state | {"state": moments})
+
+    def _load_stop(self, state: dict[str, Any]) -> None:
+        assert self._net.stop is not None
+        weights = self._ranks.split(state["weights"], self._net.model.state_dict())
+        self._net.stop.load_state_dict(state | {"weights": weights})
 
     def _result_names(self) -> list[str]:
         names = [f"{part}_{name}" for part in self._parts for name in ("loss", "accuracy", "ece")]
@@ -333,11 +360,12 @@ class Training:
         torch.manual_seed(run.seed)
         shape = tuple(self._parts["train"][0].shape[1:])
         net = build_model(recipe, shape, self._classes, kernels.drop_path)
-        model = kernels.convert(net).to(self._device)
+        model, trained = self._ranks.spread(kernels.convert(net).to(self._device))
         teacher = self._teacher if recipe.distillation > 0 else None
         return _Net(
             recipe=recipe,
             model=model,
+            trained=trained,
             optimizer=kernels.optimizer(model, recipe),
             mix=kernels.mix(recipe, self._classes) if recipe.mixup or recipe.cutmix else None,
             noise=kernels.noise(recipe.noise) if recipe.noise > 0 else None,
@@ -349,14 +377,14 @@ class Training:
             attack=(
                 kernels.attack(recipe.adversarial, self._data) if recipe.adversarial > 0 else None
             ),
-            loss=kernels.loss(recipe.label_smoothing),
+            loss=self._ranks.share(kernels.loss(recipe.label_smoothing)),
             penalty=_l2(recipe.l2, model, kernels) if recipe.l2 > 0 else None,
             stop=(
                 EarlyStopping(model, patience=recipe.early_stopping)
                 if recipe.early_stopping > 0
                 else None
             ),
-            distill=kernels.distill(recipe) if teacher is not None else None,
+            distill=self._ranks.share(kernels.distill(recipe)) if teacher is not None else None,
             teacher=teacher,
             shuffle=torch.Generator().manual_seed(run.seed),
         )
@@ -367,10 +395,9 @@ class Training:
         self._net: _Net = self._start(self.training)
 
     def _train_epoch(self, net: _Net, epoch: int) -> None:
-        net.model.train()
-        x, y = self._parts["train"]
+        net.trained.train()
         recipe = net.recipe
-        order = torch.randperm(len(y), generator=net.shuffle)
+        order = torch.randperm(len(self._parts["train"][1]), generator=net.shuffle)
         # Batches of nearly one size: a last one of a single image would count as much as the
         # others, and BatchNorm cannot train on a single image of one pixel.
         batches = order.tensor_split(math.ceil(len(order) / recipe.batch_size))
@@ -378,50 +405,59 @@ class Training:
             done = (epoch + index / len(batches)) / recipe.epochs
             for group in net.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-            rows = batch.to(self._device)
-            images = x[rows]
-            target: Any = y[rows]
-            if net.augment is not None:
-                images = net.augment(images, batch, epoch)
-            if net.mix is not None:
-                images, target = net.mix(images, target)
-            if net.noise is not None:
-                # They stay between the least and the greatest pixel, as those of a noisy camera
-                # do, and so are images that an attack may begin at.
-                images = torch.clamp(net.noise(images), *self._bounds)
-            if net.attack is not None:
-                images = net.attack(net.model, images, target, net.loss)
-            net.optimizer.zero_grad()
-            scores = net.model(images)
-            if net.teacher is None or net.distill is None:
-                loss = net.loss(scores, target)
-            else:
-                loss = net.distill(scores, _scores_of(net.teacher, images), target)
-            if net.penalty is not None:
-                loss = loss + net.penalty()
-            loss.backward()
-            net.optimizer.step()
+            with self._ranks.part(len(batch)) as own:
+                self._step(net, batch[own], epoch)
+
+    def _step(self, net: _Net, batch: Tensor, epoch: int) -> None:
+        """A step by the images of these numbers."""
+        x, y = self._parts["train"]
+        rows = batch.to(self._device)
+        images = x[rows]
+        target: Any = y[rows]
+        if net.augment is not None:
+            images = net.augment(images, batch, epoch)
+        if net.mix is not None:
+            images, target = net.mix(images, target)
+        if net.noise is not None:
+            # They stay between the least and the greatest pixel, as those of a noisy camera
+            # do, and so are images that an attack may begin at.
+            images = torch.clamp(net.noise(images), *self._bounds)
+        if net.attack is not None:
+            images = net.attack(net.model, images, target, net.loss)
+        net.optimizer.zero_grad()
+        scores = net.trained(images)
+        if net.teacher is None or net.distill is None:
+            loss = net.loss(scores, target)
+        else:
+            loss = net.distill(scores, _scores_of(net.teacher, images), target)
+        if net.penalty is not None:
+            loss = loss + net.penalty()
+        loss.backward()
+        net.optimizer.step()
+        self._ranks.watch(loss)
 
     def _evaluate(self, part: str) -> dict[str, float]:
         """The measures of a part of the data, by its name and theirs."""
-        return {f"{part}_{k}": v for k, v in evaluate(self.model, *self._parts[part]).items()}
+        seen = evaluate(self.model, *self._parts[part], self._ranks)
+        return {f"{part}_{name}": value for name, value in seen.items()}
 
     @torch.no_grad()
     def _attacked_accuracy(self) -> float:
         """The share of the test set that is still told right under attack. What is drawn for it
         does not change what training draws."""
         attack = self._kernels.attack(self._attacked_by, self._data)
-        loss, correct = self._kernels.loss(0.0), 0
+        loss, correct = self._ranks.share(self._kernels.loss(0.0)), 0
         x, y = self._parts["test"]
         batches = (part.split(EVALUATION_BATCH) for part in (x, y))
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._seeds[0])
             for images, labels in zip(*batches, strict=True):
-                with torch.enable_grad():
-                    images = attack(self.model, images, labels, loss)
-                scores: Tensor = self.model(images)
-                correct += int((scores.argmax(1) == labels).sum())
-        return correct / len(y)
+                with self._ranks.part(len(labels)) as own:
+                    with torch.enable_grad():
+                        attacked = attack(self.model, images[own], labels[own], loss)
+                    scores: Tensor = self.model(attacked)
+                correct += int((scores.argmax(1) == labels[own]).sum())
+        return self._ranks.total(correct) / len(y)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

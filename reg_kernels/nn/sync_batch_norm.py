@@ -1,0 +1,262 @@
+"""BatchNorm over the batches of all ranks of a process group, and the chain behind it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
+
+from .. import functional as F
+from .._twins import twin_of
+from ..ops._checks import refuse
+from ..ops._collectives import Group, check_alike, default_group, group_of
+from ..ops.batch_norm import SLOPE
+from ._leaf import call_in_graph, parameter
+from .batch_norm import (
+    ARGUMENTS,
+    ARGUMENTS_ACT,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    _FusedBatchNorm,
+    _FusedBatchNormAct,
+)
+
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# Which layers have found that a group's ranks agree on their channels. Here and not in the layers,
+# which are copied and pickled, and of which no process group can be.
+_agreed: weakref.WeakKeyDictionary[Any, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+class _Synchronised(_FusedBatchNorm):
+    """What the layers share: a process group, asked for at each training call."""
+
+    process_group: Any = None
+    _group: Group | None = None  # of the last training call; None: its own batch alone
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if isinstance(input, Tensor) and not has_torch_function_unary(input) and input.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__}: input must have at least 2 dimensions, (N, C, ...), "
+                f"got {input.dim()}D"
+            )
+
+    def across(self, input: Tensor) -> Group | None:
+        """The group that a call's statistics are of, or None where they are its own batch's."""
+        if not self.training:
+            return None
+        if torch.compiler.is_compiling() and distributed.group.WORLD is None:
+            pass  # asked for its guard: another default group is another program
+        self._ask(str(input.device), input.shape[1])
+        return self._group
+
+    # Dynamo calls it as it makes a program, instead of reading it: so ranks exchange what they have
+    # to before the first call, and the program has a guard on what is found here, `_group`.
+    @torch._dynamo.assume_constant_result
+    def _ask(self, device: str, channels: int) -> None:
+        """Finds the group of a call. At the first call with one, its ranks tell each other their
+        channels, so that none is left alone with an error."""
+        name = type(self).__name__
+        process_group = self.process_group
+        if process_group is None:
+            process_group = default_group(name)
+        group = group_of(name, process_group, torch.device(device))
+        if self._group != (group if group.size > 1 else None):
+            self._group = group if group.size > 1 else None
+        if group.size == 1:
+            return
+        layers = _agreed.get(process_group)
+        if layers is None:
+            layers = _agreed.setdefault(process_group, weakref.WeakSet())
+        if self not in layers:
+            where = torch.device(device)
+            check_alike(name, "the input's channels", channels, process_group, where)
+            layers.add(self)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.process_group is None:
+            return text
+        return f"{text}, process_group of {distributed.get_world_size(self.process_group)} ranks"
+
+
+SYNC_ARGUMENTS = ARGUMENTS.replace(
+    "        device: the device of the parameters.\n",
+    "        process_group: the ranks whose batches are normalised together; None takes all\n"
+    "            ranks that there are at a call.\n"
+    "        device: the device of the parameters.\n",
+)
+SYNC_ARGUMENTS_ACT = ARGUMENTS_ACT.replace(ARGUMENTS.rstrip(), SYNC_ARGUMENTS.rstrip())
+
+
+@twin_of(nn.SyncBatchNorm, base=nn.modules.batchnorm._BatchNorm)
+class SyncBatchNorm(_Synchronised):
+    """Normalises (N, C, ...) over the batches of all ranks, as `torch.nn.SyncBatchNorm` does.
+
+    In training each rank sends 24 bytes a channel to all others, once, and gets what they send: the
+    count, mean and sum of squared deviations of its batch, in float64. It merges them in the order
+    of ranks, so all ranks have the same statistics to the last bit. The backward sums two numbers a
+    channel over all ranks, once. Nothing is read back to the host. Batches may differ in size, and
+    be empty; what a rank has weighs by its number of values. The gradients of weight and bias are
+    those of the rank's own batch: DistributedDataParallel averages them.
+
+    In evaluation, and in a group of one rank, it is a BatchNorm and exchanges nothing. The first
+    training call with a group compares the channels of its ranks, once.
+
+    It runs wherever the group has a backend for the input's device: by gloo on the CPU as well. It
+    is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on the CPU.
+    """
+
+    __doc__ = (
+        f"{__doc__}{SYNC_ARGUMENTS}"
+        """
+    Raises:
+        RuntimeError: there is no process group in training; the group has no backend for the
+            input's device; or the ranks have other numbers of channels, and then on all ranks.
+        ValueError: this process is not in the group; the input has fewer than 2 dimensions; and
+            what `reg_kernels.functional.batch_norm` raises it for.
+
+    Its gradient has no gradient of its own; torch.func and torch.jit.trace refuse it in training.
+    """
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            backend=backend,
+        )
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        if has_torch_function_unary(input) and (call := call_in_graph(self, input)) is not None:
+            return call
+        self._check_input_dim(input)
+        running_mean, running_var, training, momentum, counter = self._statistics()
+        return F.batch_norm(
+            *(input, running_mean, running_var, parameter(self, "weight"), parameter(self, "bias")),
+            *(training, momentum, self.eps),
+            num_batches_tracked=counter,
+            process_group=self.across(input),
+            backend=self.backend,
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: _Module, process_group: Any = None) -> _Module:
+        """Makes every BatchNorm of a model one over all ranks, in the model itself.
+
+        BatchNorm1d, 2d and 3d, torch's and ours, and torch's SyncBatchNorm become a
+        `SyncBatchNorm`, BatchNormAct1d, 2d and 3d a `SyncBatchNormAct`. As in
+        `reg_kernels.convert`, a layer stays the same object and only its class changes: parameters,
+        buffers, hooks, flags and the forced implementation are what they were. What
+        `convert(fuse=True)` has fused stays fused, and may as well be fused afterwards.
+
+        Args:
+            module: a module, itself a layer or made of layers.
+            process_group: the ranks whose batches are normalised together; None takes all ranks.
+
+        Returns:
+            `module`.
+
+        Raises:
+            TypeError: `module` is no nn.Module, or has a subclass of these layers, whose forward
+                may be its own. Nothing is changed then.
+        """
+        if not isinstance(module, nn.Module):
+            got = type(module).__name__
+            refuse("convert_sync_batchnorm", "module", "an nn.Module", got, TypeError)
+        layers = list(_layers_to_convert(module))
+        for layer, target in layers:
+            object.__setattr__(layer, "__class__", target)
+            layer.process_group = process_group
+        return module
+
+
+class SyncBatchNormAct(_Synchronised, _FusedBatchNormAct):
+    """SyncBatchNorm → (+ residual) → activation → dropout of (N, C, ...), in one pass behind the
+    statistics of all ranks."""
+
+    __doc__ = f"{__doc__}{SYNC_ARGUMENTS_ACT}"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = "relu",
+        drop: float = 0.0,
+        negative_slope: float = SLOPE,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            activation=activation,
+            drop=drop,
+            negative_slope=negative_slope,
+            backend=backend,
+        )
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if has_torch_function_variadic(input, residual):
+            call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
+            if call is not None:
+                return call
+        return self._chain(input, residual, self.across(input))
+
+
+_TARGETS: dict[type[nn.Module], type[nn.Module]] = {
+    **dict.fromkeys(
+        (
+            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+            *(BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm),
+        ),
+        SyncBatchNorm,
+    ),
+    **dict.fromkeys(
+        (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct
+    ),
+}
+
+
+def _layers_to_convert(module: nn.Module) -> Iterator[tuple[Any, type[nn.Module]]]:
+    """Each BatchNorm of a model, and the class that it gets."""
+    for name, layer in module.named_modules():
+        if (target := _TARGETS.get(type(layer))) is not None:
+            yield layer, target
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(
+                f"convert_sync_batchnorm: {name or 'module'} must be a BatchNorm of torch or of "
+                f"reg_kernels, got {type(layer).__name__}, whose forward may be its own: replace it"
+            )
