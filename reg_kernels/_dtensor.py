@@ -51,10 +51,10 @@ def wrapped(local: Tensor, like: Any) -> Any:
 
 def is_placed_like(x: Any, like: Any) -> bool:
     """Whether both are plain tensors, or DTensors of one mesh and the same placements."""
-    if not is_dtensor(like):
-        return not is_dtensor(x)
-    same = is_dtensor(x) and x.placements == like.placements
-    return same and x.device_mesh == like.device_mesh
+    if not is_dtensor(like) or not is_dtensor(x):
+        return is_dtensor(like) == is_dtensor(x)
+    same = x.placements == like.placements
+    return same and (x.device_mesh is like.device_mesh or x.device_mesh == like.device_mesh)
 
 
 def described(x: Any) -> str:

@@ -52,8 +52,9 @@ DOCUMENTATION = r"""
     Raises:
         ValueError: an option is out of its range, or a parameter is given twice.
         TypeError: a parameter is no tensor.
-        RuntimeError: parameters are complex, integer or sparse. In `step`: a gradient is sparse, or
-            `backend` cannot run here (`BackendUnavailable`); nothing is changed then.
+        RuntimeError: parameters are complex, integer or sparse, or DTensors placed as `Partial` or
+            on other ranks. In `step`: a gradient is sparse or placed otherwise than its parameter,
+            or `backend` cannot run here (`BackendUnavailable`); nothing is changed then.
 
     All parameters of one device, dtype and kind of state take one launch, whatever their number (of
     up to 32 groups); those that are only averaged take another one. Nothing is allocated after the
@@ -65,6 +66,16 @@ DOCUMENTATION = r"""
     NaN. With `fused=True` it hands scale and verdict to the step, with no synchronisation. The step
     then unscales on the fly (`p.grad` stays scaled), and where the verdict is bad it changes
     nothing, the step counter included. `torch.compile` takes `step` as an opaque call.
+
+    Parameters may be DTensors, as `fully_shard` and `distribute_tensor` make them: in shards, even
+    or not, or in replicas, on several meshes, beside plain tensors. Each rank steps its own shards,
+    and the state is of DTensors as well. Elements get the same bits however they are sharded. A
+    `max_grad_norm` takes one all_reduce, which counts each replica once; the norm is the same on
+    every rank, and may differ in its last two bits (of float64) from that of another number of
+    ranks. For stochastic rounding the first rank sends 16 bytes, which all then draw by. Nothing
+    else is sent. Every rank has to call `step`, and a gradient has to be placed as its parameter
+    is. Under ZeroRedundancyOptimizer `max_grad_norm` sees the gradients of one rank alone: clip
+    them before the step there.
 
     A group, a state and a `state_dict()` hold what torch's of the same name hold. Options and state
     of ours are there only where they are in use, so read them as `group.get("l1", 0.0)`. What

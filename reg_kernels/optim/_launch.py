@@ -151,22 +151,29 @@ class Shard:
     def __init__(self, member: Member) -> None:
         self._member, self.owner, self._local = member, member.owner, local_of(member.owner)
         self._address = self._local.data_ptr()
-        self._state = [(n, member.owner_state[n], member.state[n]) for n in member.state_names]
+        self._state: list[tuple[str, Any, Tensor]] = [
+            (n, member.owner_state[n], member.state[n]) for n in member.state_names
+        ]
 
     def is_current(self) -> bool:
         """Whether both still have the shards that they had; hands the gradient's to the member."""
-        if local_of(self.owner) is not self._local or self._local.data_ptr() != self._address:
+        member = self._member
+        owner: Any = self.owner
+        # By the attribute, since this is asked of each tensor at every step.
+        if owner._local_tensor is not self._local or self._local.data_ptr() != self._address:
             return False
-        state = self._member.owner_state
+        state = member.owner_state
         for name, value, local in self._state:
-            if state.get(name) is not value or local_of(value) is not local:
+            if state.get(name) is not value:
                 return False
-        if self._member.averages:
+            if value is not local and value._local_tensor is not local:
+                return False
+        if member.averages:
             return True
-        grad = self.owner.grad
-        if grad is None or not is_placed_like(grad, self.owner):
+        grad = owner.grad
+        if grad is None or not is_placed_like(grad, owner):
             return False
-        self._member.param.grad = local_of(grad)
+        member.param.grad = local_of(grad)
         return True
 
     def let_go(self) -> None:
