@@ -39,7 +39,7 @@ def check_alike(
     the first element that differs is named.
 
     The ranks compare through the group's store, on any backend, without a collective and without
-    a device: some 0.1 ms a rank, two round trips that are the longer the more facts differ. All
+    a device. It takes a few milliseconds, which is for once an epoch and not for each step. All
     ranks call it equally often. It does nothing without a process group, or in a group of one.
 
     Args:

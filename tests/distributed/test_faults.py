@@ -6,6 +6,7 @@ rank 0, which holds them.
 
 import contextlib
 import datetime
+import logging
 import re
 import socket
 import subprocess
@@ -200,6 +201,8 @@ def _train(rank: int, fault: str, seconds: float, port: int | None) -> Any:
                     _spoil(fault, seconds)
                 dist.all_reduce(total, group=group)
     except (RankError, ValueError, KeyboardInterrupt) as error:
+        if fault == "raises and ends" and dist.get_rank() == rank:
+            die()
         text = re.sub(r"(test_faults.py):\d+", r"\1:_", str(error))
         ranks = error.ranks if isinstance(error, RankError) else None
         return type(error).__name__, text, ranks, time.monotonic() - start
@@ -210,7 +213,7 @@ def _train(rank: int, fault: str, seconds: float, port: int | None) -> Any:
 
 
 def _spoil(fault: str, seconds: float) -> None:
-    if fault == "raises":
+    if fault.startswith("raises"):
         raise ValueError("no such\nfile")
     if fault == "is interrupted":
         raise KeyboardInterrupt
@@ -241,7 +244,7 @@ ABSENT = "check_alike: ranks 0, 2 and 3 did not come within 1 s"
     [
         (1, "raises", 30, False, ("ValueError", "no such\nfile", None),
          f"rank 1 raised ValueError: no such file, {_HERE}", (1,), 10),
-        (0, "raises", 30, True, ("ValueError", "no such\nfile", None),
+        (0, "raises and ends", 30, True, Died(9),
          f"rank 0 raised ValueError: no such file, {_HERE}", (0,), 10),
         (1, "is interrupted", 30, False, ("KeyboardInterrupt", "", None),
          f"rank 1 raised KeyboardInterrupt, {_HERE}", (1,), 10),
@@ -271,6 +274,29 @@ def test_the_others_end_with_an_error_that_names_the_rank(
         assert (itself if isinstance(own, Died) else itself[:3]) == own
     assert [one[:3] for one in outcomes] == [("RankError", told, named)] * 3
     assert max(one[3] for one in outcomes) < within
+
+
+def _computes() -> list[str]:
+    """What the first rank is warned of while it computes, and the second one has raised."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("reg_kernels.distributed")
+    logger.addHandler(handler)
+    with contextlib.suppress(ValueError, RankError), guard(timeout=3):
+        if dist.get_rank() == 1:
+            _spoil("raises", 0)
+        time.sleep(2.5)
+        dist.barrier()
+    logger.removeHandler(handler)
+    return [re.sub(r":\d+", ":_", record.getMessage()) for record in records]
+
+
+def test_a_rank_that_computes_is_warned_of_another_that_raised(ranks: Ranks) -> None:
+    assert ranks(2, _computes)[0] == [
+        f"guard: rank 1 raised ValueError: no such file, {_HERE}; "
+        "this rank is still at test_faults.py:_ in _computes"
+    ]
 
 
 def _free_port() -> int:
