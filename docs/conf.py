@@ -40,6 +40,7 @@ docs/mixing_and_losses
 docs/adversarial
 docs/recipes
 docs/early_stopping
+docs/distributed
 docs/training
 docs/comparing
 docs/tuning
