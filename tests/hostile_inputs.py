@@ -137,7 +137,8 @@ def _batch_norm(r: Random) -> list[Any]:
     p = r.choice([0.0, 0.5])
     rest += [tracked, r.choice([None, 0.1]), 1e-5, r.randrange(5), 0.01, p, _state(r)]
     rest.append(r.choice([0, 8, 13]))
-    return [x, *rest, r.random() < 0.5]
+    moments = torch.full((r.choice([1, 3]), 3, x.shape[1]), 2.0, dtype=torch.float64)
+    return [x, *rest, r.random() < 0.5, _maybe(r, moments), None]
 
 
 def _batch_norm_inference(r: Random) -> list[Any]:
@@ -156,9 +157,12 @@ def _batch_norm_backward(r: Random) -> list[Any]:
     gate = torch.full((channels * ((count + 7) // 8),), 255, dtype=torch.uint8)
     p = r.choice([0.0, 0.5])
     statistics = [torch.full((channels,), v, dtype=torch.float64) for v in (0.1, 1.0)]
+    sums = _maybe(r, torch.ones(2 * channels + 1, dtype=torch.float64))
+    wants = [r.random() < 0.7 for _ in range(3)]
+    wants[1] = wants[1] and sums is None
     return [
         *(x.clone(), x, *rest, *statistics, gate if p else _maybe(r, gate), _state(r), 0),
-        *(r.random() < 0.5, r.randrange(5), 0.01, p, *(r.random() < 0.7 for _ in range(3))),
+        *(r.random() < 0.5, r.randrange(5), 0.01, p, *wants, sums),
     ]
 
 

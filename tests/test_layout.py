@@ -15,8 +15,9 @@ from reg_kernels.ops._registry import OPS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "reg_kernels"
 CSRC = ROOT / "csrc"
-# In-place twins, channel-wise variants, frozen forms and backwards live in their op's files.
-FILES = sorted({re.sub(r"^feature_|_$|_(inference|backward|add)$", "", name) for name in OPS})
+# In-place twins, channel-wise variants, frozen forms, backwards and parts live in their op's files.
+_FORMS = r"^feature_|_$|_(inference|backward|add|moments|sums)$"
+FILES = sorted({re.sub(_FORMS, "", name) for name in OPS})
 
 
 # An op of a family brings its element's function, include/reg_kernels/<family>/<op>.h; the loops,

@@ -227,7 +227,7 @@ def of_cases(op: str, dtype: torch.dtype) -> Iterator[Call]:
     if backends.why_not_op(op, BACKEND, "cpu", torch.promote_types(dtype, torch.float32)):
         return
     for case in all_cases():
-        parts = r"(_|_inference|_backward|_add)?"
+        parts = r"(_|_inference|_backward|_add|_moments|_sums)?"
         if not case.small and re.fullmatch(rf"(feature_)?{op}{parts}", case.op):
             yield f"{case.op}[{case.name}]", lambda case=case: run(case)
 

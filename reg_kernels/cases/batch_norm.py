@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from .. import functional as F
 from .._activation import NUMBERS
+from ..ops import _batch_norm_ops as ops
 from ..reference.batch_norm import activate
 from ..reference.dropout import dropout as reference_dropout
 from . import Case
 from .dropout import P, _channels_last, _contiguous, _misaligned, _strided, _transposed, state
 
+EPS = 1e-5
 SLOPE = 0.2  # not the default, so that it cannot be lost on the way
 
 
@@ -157,6 +160,118 @@ def _tracked(
     )
 
 
+def _of_each_rank(
+    x: Tensor, tensors: tuple[Tensor, ...], activation: str | None, drop: float, backend: str | None
+) -> Iterator[tuple[Any, ...]]:
+    """A batch as three ranks have it, one of them nothing: what each takes its backward by, which
+    is (input, weight, bias, residual, mean, invstd, gate), and its output."""
+    weight, bias, added = _split(tensors, True)
+    cuts = (0, len(x) // 3 + 1, len(x), len(x))
+    parts = [x[a:b] for a, b in itertools.pairwise(cuts)]
+    where = (x.device, x.dtype, backend)
+    gathered = torch.stack([ops.MOMENTS.overload(*where)(part) for part in parts])
+    for part, first in zip(parts, cuts, strict=False):
+        residual = None if added is None else added[first : first + len(part)]
+        values = (part, weight, bias, residual)
+        how = ops.Training(
+            *([], None, EPS, NUMBERS[activation], SLOPE, drop, state() if drop else None),
+            *(first * x[0].numel(), True, gathered),
+        )
+        y, mean, invstd, gate = ops.TRAINING.overload(*where)(*values, *how)
+        yield (*values, mean, invstd, gate if gate.numel() or drop else None), y
+
+
+def _across(
+    op: str,
+    shape: tuple[int, ...],
+    layout: Callable[[Tensor], Tensor] = _contiguous,
+    activation: str | None = None,
+    residual: bool = False,
+    drop: float = 0.0,
+) -> Case:
+    """What the ops for several ranks make of their batches is what one makes of all of them:
+    outputs, or gradients by the input, or sums of the gradient."""
+    number = NUMBERS[activation]
+
+    @torch.no_grad()
+    def function(x: Tensor, *tensors: Tensor, backend: str | None = None) -> Tensor:
+        ranks = list(_of_each_rank(x, tensors, activation, drop, backend))
+        outputs = torch.cat([y for _, y in ranks])
+        if op == "batch_norm":
+            return outputs
+        given = []
+        for (part, *values), g in zip((r[0] for r in ranks), _like(outputs, ranks), strict=True):
+            given.append((g, part, *values))
+        where = (x.device, x.dtype, backend)
+        sums = [ops.SUMS.overload(*where)(*values, number, SLOPE, drop) for values in given]
+        total = torch.stack(sums).sum(0)
+        if op == "batch_norm_sums":
+            return total
+        how = (None, 0, True, number, SLOPE, drop, True, False, False, total)
+        return torch.cat([ops.BACKWARD.overload(*where)(*v, *how)[0] for v in given])
+
+    def oracle(x: Tensor, *tensors: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, *tensors)]
+            weight, bias, added = _split(tuple(leaves[1:]), True)
+            y = TF.batch_norm(leaves[0], None, None, weight, bias, True)
+            y = activate(y if added is None else y + added, number, SLOPE)
+            if drop:
+                y = y * reference_dropout(torch.ones_like(x), drop, state(x.device))
+            g = torch.autograd.grad(y, leaves[:3], _weights(y))
+        if op == "batch_norm":
+            return y.detach()
+        if op == "batch_norm_backward":
+            return g[0]
+        return torch.cat([g[2], g[1], g[1].new_tensor([x.numel() // x.shape[1]])])
+
+    words = ["x".join(map(str, shape)), layout.__name__[1:], "of ranks", activation or ""]
+    words += ["residual" if residual else "", "drop" if drop else ""]
+    return Case(
+        op=op,
+        name=" ".join(word for word in words if word),
+        inputs=_inputs(shape, layout, True, residual),
+        function=function,
+        oracle=oracle,
+        small=torch.Size(shape).numel() <= 2100,
+        exact=False,
+        differentiable=False,
+    )
+
+
+def _weights(y: Tensor) -> Tensor:
+    """A gradient for an output."""
+    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).sin().to(y.dtype)
+    return torch.empty_like(y).copy_(g.view(y.shape))
+
+
+def _like(outputs: Tensor, ranks: list[Any]) -> list[Tensor]:
+    """The gradient of all outputs, as each rank has its part of it."""
+    parts = _weights(outputs).split([len(y) for _, y in ranks])
+    return [torch.empty_like(y).copy_(g) for g, (_, y) in zip(parts, ranks, strict=True)]
+
+
+def _moments(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _contiguous) -> Case:
+    def function(x: Tensor, backend: str | None = None) -> Tensor:
+        return ops.MOMENTS.overload(x.device, x.dtype, backend)(x)
+
+    def oracle(x: Tensor) -> Tensor:
+        dims, count = [d for d in range(x.dim()) if d != 1], x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        return torch.stack([torch.full_like(mean, count), mean, variance * count])
+
+    return Case(
+        op="batch_norm_moments",
+        name=f"{'x'.join(map(str, shape))} {layout.__name__[1:]}",
+        inputs=_inputs(shape, layout, False, False),
+        function=function,
+        oracle=oracle,
+        small=torch.Size(shape).numel() <= 2100,
+        exact=False,
+        differentiable=False,
+    )
+
+
 CASES = [
     _case((2, 1)),
     _case((3, 2, 1)),
@@ -248,4 +363,28 @@ CASES += [
     _case((4, 3, 2, 3), twice=True, activation="relu", residual=True),
     _case((4, 3, 2, 3), twice=True, activation="leaky_relu", drop=P),
     _case((4, 3, 2, 3), twice=True, activation="silu", drop=P, element_offset=12),
+]
+CASES += [
+    _moments(shape, layout)
+    for shape, layout in (
+        ((1, 3), _contiguous),
+        ((130, 2), _contiguous),
+        ((4, 3, 5, 5), _contiguous),
+        ((4, 3, 5, 5), _channels_last),
+        ((5, 2, 7001), _contiguous),
+        ((30, 19, 17, 7), _channels_last),
+    )
+]
+CASES += [
+    _across(op, shape, layout, activation, residual, drop)
+    for op in ("batch_norm", "batch_norm_sums", "batch_norm_backward")
+    for shape, layout, activation, residual, drop in (
+        ((6, 3), _contiguous, None, False, 0.0),
+        ((4, 6, 5, 3), _contiguous, "relu", True, 0.0),
+        ((4, 6, 5, 3), _channels_last, "silu", True, P),
+        ((4, 3, 8, 3), _contiguous, "leaky_relu", False, P),
+        ((30, 19, 17, 7), _contiguous, "gelu", False, 0.0),
+        ((30, 19, 17, 7), _channels_last, None, False, P),
+        ((5, 2, 7001), _contiguous, "relu", True, P),
+    )
 ]

@@ -171,12 +171,14 @@ def _train(
     """The op's results; keeps what a backward needs."""
     route, overload, rest = call
     how, numbers = Training(*rest[:_PLACES]), rest[_PLACES:]
+    if how.gathered is not None and how.group is None:
+        raise RuntimeError("batch_norm: group must be given where gathered is, for the gradient")
     with below_autograd():
         # Only a gradient needs a gate, so one is kept here, whatever the call says.
         outputs = overload._op(*values, *how._replace(keep_gate=True), *numbers)
     route.count_changes(values, rest)
     output, mean, invstd, gate = outputs
-    gate = gate if gate.numel() else None
+    gate = gate if gate.numel() or how.p > 0.0 else None  # of an empty rank it has no bits
     tensors = (mean, invstd, gate, how.rng_state, *numbers)
     rest = (how.element_offset, True, how.activation, how.slope, how.p)
     _keep(ctx, call, values, output, tensors, rest, how.group)
@@ -238,9 +240,7 @@ def _across_ranks(
     input: Any
     _, input, weight, bias, _ = values
     wants_input, wants_parameters, wants_residual = wants
-    of_sums, of_backward = (
-        (_SUMS_BY_NUMBERS, _BACKWARD_BY_NUMBERS) if numbers else (SUMS, _BACKWARD)
-    )
+    of_sums, of_backward = (_SUMS_BY_NUMBERS, _BACKWARD_BY_NUMBERS) if numbers else (SUMS, BACKWARD)
     own = reduced = of_weight = of_bias = None
     if wants_input or wants_parameters:
         own = of_sums.run_like(overload, values, (*statistics, *how[2:], *numbers))
@@ -342,7 +342,7 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     if a.numbers is not None:
         slope, p = a.numbers.tolist()
         a = a._replace(slope=slope, p=p, numbers=None)
-        overload = _BACKWARD.like(overload)
+        overload = BACKWARD.like(overload)
     input = a.input
     compute = torch.promote_types(input.dtype, torch.float32)
     # Views: one tensor may come in two places, and each wants its own gradient.
@@ -393,7 +393,7 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
-_BACKWARD = register(
+BACKWARD = register(
     "batch_norm_backward",
     f"({_BACKWARD_ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
@@ -422,7 +422,7 @@ MOMENTS = register(
     route=Route(0),
     check=check_moments,
 )
-_BACKWARD_BY_NUMBERS = register_by_numbers(_BACKWARD, "slope", "p")
+_BACKWARD_BY_NUMBERS = register_by_numbers(BACKWARD, "slope", "p")
 TRAINING = register(
     "batch_norm",
     f"({_TRAINING}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor gate)",
@@ -434,7 +434,7 @@ TRAINING = register(
         graph=_BatchNormTraining,
         eager=_BatchNormAlone,
         by_torch=_training_by_torch,
-        backward=_BACKWARD,
+        backward=BACKWARD,
         moves=lambda values, rest: rest[0],
     ),
     check=check_training,
@@ -448,7 +448,7 @@ INFERENCE = register(
     fake=_fake_inference,
     reference=reference.batch_norm_inference,
     triton="batch_norm:batch_norm_inference",
-    route=Route(4, _BatchNormInference, by_torch=_inference_by_torch, backward=_BACKWARD),
+    route=Route(4, _BatchNormInference, by_torch=_inference_by_torch, backward=BACKWARD),
     check=check_inference,
 )
 INFERENCE_BY_NUMBERS = register_by_numbers(INFERENCE, "eps", "slope", backward=_BACKWARD_BY_NUMBERS)

@@ -402,23 +402,8 @@ def test_opcheck_of_the_twins_by_numbers(backend):
     numbers = torch.tensor([0.1, 1e-5, 0.1, P], dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     leaky_relu = NUMBERS["leaky_relu"]
-    opcheck(
-        overload_of("batch_norm_by_numbers", backend),
-        (
-            *leaves,
-            None,
-            [mean, var],
-            0.0,
-            0.0,
-            leaky_relu,
-            0.0,
-            0.5,
-            rng_state(),
-            0,
-            False,
-            numbers,
-        ),
-    )
+    how = ([mean, var], 0.0, 0.0, leaky_relu, 0.0, 0.5, rng_state(), 0, False, None, None)
+    opcheck(overload_of("batch_norm_by_numbers", backend), (*leaves, None, *how, numbers))
     numbers = torch.tensor([1e-5, 0.1, 0.0], dtype=torch.float64)
     opcheck(
         overload_of("batch_norm_inference_by_numbers", backend),

@@ -358,7 +358,7 @@ def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
         tracked_mean, tracked_var, counter = torch.zeros(1), torch.ones(1), torch.tensor(0)
         y, *found, _ = torch.ops.reg_kernels.batch_norm(
             *(x.view(shape), None, None, None, [tracked_mean, tracked_var, counter], 1.0, EPS),
-            *(0, 0.0, 0.0, None, 0, False),
+            *(0, 0.0, 0.0, None, 0, False, None, None),
         )
         assert found[0].item() == pytest.approx(mean, rel=1e-12)
         assert found[1].item() == pytest.approx(invstd, rel=1e-12)
@@ -375,7 +375,7 @@ def test_a_channel_of_more_than_2_to_the_31_values(all_threads):
         wants_input = len(shape) == 3  # once: most of the time goes into new pages
         gradient, of_weight, of_bias, _ = torch.ops.reg_kernels.batch_norm_backward(
             *(x.view(shape), x.view(shape), ones, ones, None, *found, None, None, 0, True),
-            *(0, 0.0, 0.0, wants_input, True, False),
+            *(0, 0.0, 0.0, wants_input, True, False, None),
         )
         assert of_bias.item() == pytest.approx(tail * 2.0**20, rel=2**-23)
         assert of_weight.item() == pytest.approx(m2 * invstd, rel=2**-22)

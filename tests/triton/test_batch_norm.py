@@ -109,7 +109,7 @@ class Case:
         running = [t.clone() for t in self.running]
         outputs = implementation.batch_norm(
             *(self.x, self.weight, self.bias, self.residual, running, self.momentum, EPS),
-            *(self.activation, SLOPE, self.p, self.state, OFFSET, keep_gate),
+            *(self.activation, SLOPE, self.p, self.state, OFFSET, keep_gate, None, None),
         )
         return outputs, running
 
@@ -129,7 +129,16 @@ class Case:
         gate = None if gate is None or gate.numel() == 0 else gate
         return implementation.batch_norm_backward(
             *(self.g, self.x, self.weight, self.bias, self.residual, mean, invstd, gate),
-            *(self.state, OFFSET, outputs is not None, self.activation, SLOPE, self.p, *wants),
+            *(
+                self.state,
+                OFFSET,
+                outputs is not None,
+                self.activation,
+                SLOPE,
+                self.p,
+                *wants,
+                None,
+            ),
         )
 
 
@@ -214,7 +223,23 @@ def test_momentum_none_averages_the_batches(tiling):
 def test_untracked():
     case = Case(SMALL)
     case.forward = lambda i: i.batch_norm(
-        *(case.x, case.weight, case.bias, None, [], 0.1, EPS, NONE, SLOPE, 0.0, None, 0, True),
+        *(
+            case.x,
+            case.weight,
+            case.bias,
+            None,
+            [],
+            0.1,
+            EPS,
+            NONE,
+            SLOPE,
+            0.0,
+            None,
+            0,
+            True,
+            None,
+            None,
+        ),
     )
     for a, b in zip(case.forward(kernels)[:3], case.forward(reference)[:3], strict=True):
         assert_close(a, b, FLOAT)
