@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from reg_kernels import _part, adversarial, augment, distributed
 from reg_kernels import functional as F
 from reg_kernels.nn import (
+    BatchNormAct1d,
     Dropout,
     DropPath,
     GaussianNoise,
     StochasticDepthBlock,
+    SyncBatchNorm,
     weight_noise,
 )
 
@@ -533,7 +535,7 @@ def test_trades_starts_where_it_would_in_one_process() -> None:
 
 # Real ranks
 
-STEPS = (8, 8, 5, 1)  # samples of each step's batch: the last ones leave ranks with fewer, or none
+STEPS = (8, 8, 5, 2)  # samples of each step's batch: the last ones leave ranks with fewer, or none
 
 
 def _deep_net() -> nn.Module:
@@ -541,21 +543,23 @@ def _deep_net() -> nn.Module:
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Dropout(0.3)) for _ in range(3)]
     modes = ("subset", "row", "subset")
     paths = [StochasticDepthBlock(b, 0.4, m) for b, m in zip(blocks, modes, strict=True)]
-    layers = [weight_noise(nn.Linear(6, 8), 0.1), GaussianNoise(0.2), *paths, nn.Linear(8, 3)]
-    return nn.Sequential(*layers).double()
+    front = [weight_noise(nn.Linear(6, 8), 0.1), GaussianNoise(0.2)]
+    chain = BatchNormAct1d(8, activation="silu", drop=0.3)
+    return nn.Sequential(*front, *paths, chain, nn.Linear(8, 3)).double()
 
 
 def _trained(how: str, wrapped: str) -> tuple[list[float], list[Tensor]]:
     """The losses of each step, and the parameters at the end."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = _deep_net()
+    net = SyncBatchNorm.convert_sync_batchnorm(_deep_net())
     torch.manual_seed(5)
     if how == "group" and wrapped != "outside":
         distributed.shard(net)
     if wrapped == "fsdp":
         fully_shard(net)
     else:
-        net = DistributedDataParallel(net)
+        # Else it would broadcast them in evaluation as well.
+        net = DistributedDataParallel(net, broadcast_buffers=False)
         if wrapped == "outside":
             distributed.shard(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
