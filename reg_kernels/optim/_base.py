@@ -71,11 +71,10 @@ DOCUMENTATION = r"""
     or not, or in replicas, on several meshes, beside plain tensors. Each rank steps its own shards,
     and the state is of DTensors as well. Elements get the same bits however they are sharded. A
     `max_grad_norm` takes one all_reduce, which counts each replica once; the norm is the same on
-    every rank, and may differ in its last two bits (of float64) from that of another number of
-    ranks. For stochastic rounding the first rank sends 16 bytes, which all then draw by. Nothing
-    else is sent. Every rank has to call `step`, and a gradient has to be placed as its parameter
-    is. Under ZeroRedundancyOptimizer `max_grad_norm` sees the gradients of one rank alone: clip
-    them before the step there.
+    every rank, and another number of ranks may change the last two bits of its float64. For
+    stochastic rounding the first rank sends 16 bytes, which all then draw by. Nothing else is sent.
+    Every rank has to call `step`, and a gradient has to be placed as its parameter is. Under
+    ZeroRedundancyOptimizer `max_grad_norm` sees one rank's gradients alone: clip before the step.
 
     A group, a state and a `state_dict()` hold what torch's of the same name hold. Options and state
     of ours are there only where they are in use, so read them as `group.get("l1", 0.0)`. What

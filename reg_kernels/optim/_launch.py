@@ -164,9 +164,9 @@ class Shard:
             return False
         state = member.owner_state
         for name, value, local in self._state:
-            if state.get(name) is not value:
-                return False
             if value is not local and value._local_tensor is not local:
+                return False
+            if state.get(name) is not value:
                 return False
         if member.averages:
             return True

@@ -138,6 +138,73 @@ def test_a_step_has_the_same_bits_however_its_tensors_are_sharded(ranks, size):
                 assert all(torch.equal(own[key], true[key]) for key in own), (where, own, true)
 
 
+def rounded_by_chance():
+    """What is refused, and of tensors that are no rows of a contiguous one their bits."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    said = []
+    for shape, placements in (
+        ((2, 4, 6), [Shard(1), Shard(2)]),
+        ((6, 3), [Shard(0), Shard(0)]),
+    ):
+        x = distribute_tensor(torch.ones(shape, dtype=BFLOAT), grid, placements)
+        p = nn.Parameter(x)
+        p.grad = torch.ones_like(p)
+        try:
+            AdamW([p], rounding="stochastic").step()
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def stepped(params, grads):
+        torch.manual_seed(3)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        SGD(params, lr=0.1, rounding="stochastic").step()
+        return [whole(p) for p in params]
+
+    same = {}
+    images = values((8, 4, 3, 2), BFLOAT, 0).contiguous(memory_format=torch.channels_last)
+    slopes = values((8, 4, 3, 2), BFLOAT, 1).contiguous(memory_format=torch.channels_last)
+    (expected,) = stepped([nn.Parameter(images.clone())], [slopes])
+    for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Replicate(), Shard(1)]):
+        own, grad = (distribute_tensor(x, grid, placements) for x in (images, slopes))
+        (found,) = stepped([nn.Parameter(own)], [grad])
+        same["channels_last", str(placements)] = torch.equal(found, expected)
+
+    # Tensor parallel layers whose shards are sharded again: the second one's are strided.
+    torch.manual_seed(7)
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)).bfloat16()
+    plain = [nn.Parameter(p.detach().clone()) for p in layers.parameters()]
+    grads = [values(p.shape, BFLOAT, i) for i, p in enumerate(plain)]
+    expected = stepped(plain, grads)
+    parallelize_module(layers, grid["b"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    params = list(fully_shard(layers, mesh=grid["a"]).parameters())
+    placed = [
+        distribute_tensor(g, p.device_mesh, p.placements)
+        for g, p in zip(grads, params, strict=True)
+    ]
+    for i, (own, true) in enumerate(zip(stepped(params, placed), expected, strict=True)):
+        same["tensor parallel", str(params[i].placements)] = torch.equal(own, true)
+    return said, same
+
+
+def test_stochastic_rounding_of_other_shards(ranks):
+    for said, same in ranks(4, rounded_by_chance):
+        assert len(said) == 2
+        assert all(
+            "rounding='stochastic' must go with shards of one dimension, or of the first one and "
+            "another, got placements (Shard" in message
+            for message in said
+        )
+        assert all(same.values()), same
+
+
 # The norm
 
 
@@ -516,17 +583,6 @@ def refusals():
 
     tried("state of another mesh", loaded)
 
-    def places():
-        x = distribute_tensor(torch.ones(2, 4, 6, dtype=BFLOAT), grid, [Shard(2), Shard(1)])
-        square = init_device_mesh("cpu", (2, 1))
-        y = distribute_tensor(torch.ones(3, 4, 5, dtype=BFLOAT), square, [Shard(0), Shard(0)])
-        del y
-        p = nn.Parameter(x)
-        p.grad = torch.ones_like(p)
-        AdamW([p], rounding="stochastic").step()
-        return found
-
-    tried("places", places)
     if dist.get_rank() == 1:
         sub = dist.device_mesh.DeviceMesh("cpu", [0], _init_backend=False)
         x = DTensor.from_local(torch.ones(0), sub, [Shard(0)], run_check=False)
