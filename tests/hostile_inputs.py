@@ -166,6 +166,15 @@ def _batch_norm_backward(r: Random) -> list[Any]:
     ]
 
 
+def _batch_norm_moments(r: Random) -> list[Any]:
+    return [_images(r, r.choice(FLOATS))]
+
+
+def _batch_norm_sums(r: Random) -> list[Any]:
+    a = _batch_norm_backward(r)
+    return [*a[:8], *a[11:14]]
+
+
 def _targets(r: Random, x: Tensor, of_labels: bool) -> list[Any]:
     """target, partner, lam, one_lam, weight, ignore_index, smoothing, reduction, and the smoothing
     as a compiled program may pass it."""
@@ -334,6 +343,7 @@ VALID: dict[str, Callable[[Random], Any]] = {
         function.__name__.removeprefix("_"): function
         for function in (
             *(_batch_norm, _batch_norm_inference, _batch_norm_backward),
+            *(_batch_norm_moments, _batch_norm_sums),
             *(_cross_entropy, _cross_entropy_backward, _distillation, _distillation_backward),
             *(_mixup, _mixup_, _mixup_backward),
             *(_optimizer_step_, _optimizer_step_table),

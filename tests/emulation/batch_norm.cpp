@@ -3,6 +3,7 @@
 // elements, channels, blocks and threads correspond. Masks, gates and signs are exact.
 #include "cuda/batch_norm.cuh"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -16,6 +17,7 @@ using driver::Buffer;
 using reg_kernels::Activation;
 using reg_kernels::ChannelAffine;
 using reg_kernels::ChannelLayout;
+using reg_kernels::ChannelMoments;
 using reg_kernels::ChannelValues;
 using reg_kernels::compute_t;
 using reg_kernels::DropoutRate;
@@ -270,21 +272,119 @@ class Run {
     return ChannelAffine<C>::of(of_mean, of_invstd, w, b);
   }
 
-  BatchNormForward<T> launch_training() {
+  BatchNormForward<T> training_arguments() {
     BatchNormForward<T> a = forward_arguments();
     a.num_batches_tracked = batches.data();
     a.momentum = c.averages ? std::nan("") : 0.125;
     a.averages = c.averages;
     a.mean = mean.data();
     a.invstd = invstd.data();
+    return a;
+  }
+
+  BatchNormForward<T> launch_training() {
+    BatchNormForward<T> a = training_arguments();
     reg_kernels::cuda::launch_batch_norm(a, c.layout(), c.numel(), allocator.function(), nullptr);
     return a;
+  }
+
+  // As the second of three ranks, of which the last has no values.
+  void train_across() {
+    Buffer<double> gathered(9 * c.C, 0);
+    double* own = gathered.data() + 3 * c.C;
+    std::fill_n(own + 3 * c.C, 3 * c.C, 0.0);
+    BatchNormForward<T> a = {};
+    a.x = x.data();
+    a.moments = own;
+    reg_kernels::cuda::launch_batch_norm(a, c.layout(), c.numel(), allocator.function(), nullptr);
+    const auto pool = [&](int64_t channel) {
+      ChannelMoments all{{7.0, 0.5 * static_cast<double>(channel) - 1.0, 3.0}};
+      const ChannelMoments here = exact_moments(channel);
+      const double n = all.count + here.count, delta = here.mean - all.mean;
+      all.mean += delta * here.count / n;
+      all.m2 += here.m2 + delta * delta * all.count * here.count / n;
+      all.count = n;
+      return all;
+    };
+    for (int64_t channel = 0; channel < c.C; ++channel) {
+      gathered.data()[channel] = 7.0;
+      gathered.data()[c.C + channel] = 0.5 * static_cast<double>(channel) - 1.0;
+      gathered.data()[2 * c.C + channel] = 3.0;
+      const ChannelMoments of = exact_moments(channel);
+      const auto describe = [&] { return "moments " + text(); };
+      const double variance = of.m2 / of.count;
+      driver::expect(own[channel] == of.count, describe);
+      expect_near(own[c.C + channel], of.mean,
+                  8.0 * kEpsilon<T> * std::sqrt(variance) + 0x1p-50 * std::abs(of.mean), describe);
+      expect_near(own[2 * c.C + channel], of.m2,
+                  16.0 * kEpsilon<T> * of.m2 + 0x1p-90 * of.mean * of.mean * of.count, describe);
+    }
+    const Channels<T> mean_before = running_mean, var_before = running_var;
+    batches.data()[0] = 3;
+    reg_kernels::cuda::launch_batch_norm_of_ranks(training_arguments(), {gathered.data(), 3},
+                                                  c.layout(), c.numel(), nullptr);
+    check_statistics(mean_before, var_before, pool);
+    check_output(true);
+    check_gate();
+  }
+
+  // With what a training left: by sums of two ranks that have the same batch, what the kernel makes
+  // that sums for itself, but for the order in which factors are multiplied.
+  void backward_across(bool wants_residual) {
+    Buffer<T> grad_output(c.numel(), c.shift), grad_residual(c.numel(), 0);
+    for (int64_t e = 0; e < c.numel(); ++e) {
+      grad_output.data()[e] = reg_kernels::store<T>(static_cast<C>(draw(3, e)));
+    }
+    Buffer<T> expected(c.numel(), 0), grad_input(c.numel(), c.shift);
+    Buffer<double> sums(2 * c.C + 1, 0);
+    BatchNormBackward<T> a = {};
+    a.grad_output = grad_output.data();
+    a.x = x.data();
+    if (c.affine) {
+      a.weight = weight.values();
+      a.bias = bias.values();
+    }
+    a.mean = mean.data();
+    a.invstd = invstd.data();
+    a.training = true;
+    a.chain = chain(has_gate());
+    if (c.residual && a.needs_z()) a.residual = residual.data();
+    const auto launch = [&] {
+      reg_kernels::cuda::launch_batch_norm_backward(a, c.layout(), c.numel(), allocator.function(),
+                                                    nullptr);
+    };
+    a.grad_input = expected.data();
+    launch();
+    a.grad_input = nullptr;
+    a.grad_bias = {sums.data(), DType::float64};
+    a.grad_weight = {sums.data() + c.C, DType::float64};
+    a.values = sums.data() + 2 * c.C;
+    launch();
+    driver::expect(*a.values == static_cast<double>(c.count()),
+                   [&] { return "number of values " + text(); });
+    for (int64_t i = 0; i < sums.size(); ++i) sums.data()[i] *= 2.0;
+    a.grad_bias = a.grad_weight = {};
+    a.values = nullptr;
+    a.sums = sums.data();
+    a.grad_input = grad_input.data();
+    a.grad_residual = wants_residual ? grad_residual.data() : nullptr;
+    launch();
+    double largest = 0.0;
+    for (int64_t e = 0; e < c.numel(); ++e) {
+      largest = std::max<double>(largest, std::abs(reg_kernels::load(expected.data()[e])));
+    }
+    for (int64_t e = 0; e < c.numel(); ++e) {
+      const double value = reg_kernels::load(expected.data()[e]);
+      expect_near(reg_kernels::load(grad_input.data()[e]), value,
+                  4.0 * kEpsilon<T> * largest + 2.0 * kRounding<T> * std::abs(value) + kTiny<T>,
+                  [&] { return "grad_input across " + text() + " element " + std::to_string(e); });
+    }
   }
 
   void train() {
     const Channels<T> mean_before = running_mean, var_before = running_var;
     BatchNormForward<T> a = launch_training();
-    check_statistics(mean_before, var_before);
+    check_statistics(mean_before, var_before, [&](int64_t c) { return exact_moments(c); });
     check_output(true);
     check_gate();
 
@@ -455,21 +555,27 @@ class Run {
 
   static constexpr double kEps = 1e-5;
 
-  void check_statistics(const Channels<T>& mean_before, const Channels<T>& var_before) {
+  ChannelMoments exact_moments(int64_t channel) const {
+    long double sum = 0.0, squares = 0.0;
+    for (int64_t k = 0; k < c.count(); ++k) {
+      sum += reg_kernels::load(x.data()[c.index(k / c.L, channel, k % c.L)]);
+    }
+    const auto m = static_cast<double>(sum / c.count());
+    for (int64_t k = 0; k < c.count(); ++k) {
+      const double value = reg_kernels::load(x.data()[c.index(k / c.L, channel, k % c.L)]);
+      squares += (value - m) * (value - m);
+    }
+    return {{static_cast<double>(c.count()), m, static_cast<double>(squares)}};
+  }
+
+  // `pool`: the moments of a channel that it was normalised by.
+  template <typename Pool>
+  void check_statistics(const Channels<T>& mean_before, const Channels<T>& var_before,
+                        const Pool& pool) {
     driver::expect(batches.data()[0] == 4, [&] { return "num_batches_tracked " + text(); });
     for (int64_t channel = 0; channel < c.C; ++channel) {
-      long double sum = 0.0, squares = 0.0;
-      for (int64_t k = 0; k < c.count(); ++k) {
-        sum += reg_kernels::load(x.data()[c.index(k / c.L, channel, k % c.L)]);
-      }
-      const auto m = static_cast<double>(sum / c.count());
-      for (int64_t k = 0; k < c.count(); ++k) {
-        const double value = reg_kernels::load(x.data()[c.index(k / c.L, channel, k % c.L)]);
-        squares += (value - m) * (value - m);
-      }
-      const auto m2 = static_cast<double>(squares);
-      const double variance = m2 / static_cast<double>(c.count());
-      const double unbiased = m2 / static_cast<double>(c.count() - 1);
+      const ChannelMoments of = pool(channel);
+      const double m = of.mean, variance = of.m2 / of.count, unbiased = of.m2 / (of.count - 1.0);
       const auto describe = [&](const char* what) {
         return std::string(what) + " of channel " + std::to_string(channel) + " " + text();
       };
@@ -559,6 +665,10 @@ void run(const Case& c, int turn) {
   if (turn % 3 == 0) run.backward(true, true, false, false);
   if (turn % 3 == 1) run.backward(true, false, true, true);
   if (turn % 3 == 2) run.backward(true, false, false, true);
+  if (turn % 2 == 0) {
+    run.train_across();
+    run.backward_across(turn % 4 == 0);
+  }
   if (c.data != Data::usual) return;
   run.infer();
   run.backward(false, true, turn % 2 == 0, turn % 3 == 0);
