@@ -290,11 +290,11 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     sharding = getattr(module, "_sharding", None)
     if sharding is None or not module.training:
         return
-    outside = _part.current()
-    if outside is not None and (outside.samples is not None or outside.alike):
-        return  # a module around this one has asked, or the caller said it
-    samples = _samples(args, kwargs)
-    inside = sharding.part(samples) if outside is None else outside._replace(samples=samples)
+    inside = _part.current()
+    # Else a module around this one, which may be itself, has asked, or the caller said it.
+    if inside is None or (inside.samples is None and not inside.alike):
+        samples = _samples(args, kwargs)
+        inside = sharding.part(samples) if inside is None else inside._replace(samples=samples)
     _part.enter(module, inside)
 
 

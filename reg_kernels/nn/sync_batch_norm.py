@@ -82,6 +82,8 @@ class _Synchronised(_FusedBatchNorm):
             where = torch.device(device)
             check_alike(name, "the input's channels", channels, process_group, where)
             layers.add(self)
+        if channels != self.num_features:  # gloo ends the process of a rank that gets other sizes
+            refuse(name, "input", f"of {self.num_features} channels", channels, ValueError)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -178,7 +178,9 @@ def _train(
         outputs = overload._op(*values, *how._replace(keep_gate=True), *numbers)
     route.count_changes(values, rest)
     output, mean, invstd, gate = outputs
-    gate = gate if gate.numel() or how.p > 0.0 else None  # of an empty rank it has no bits
+    # Not by its size: that of an empty rank, whose backward goes as the others' do, has no bytes.
+    gated = has_gate(how.activation, values[3] is not None, how.p)
+    gate = gate if gated else None
     tensors = (mean, invstd, gate, how.rng_state, *numbers)
     rest = (how.element_offset, True, how.activation, how.slope, how.p)
     _keep(ctx, call, values, output, tensors, rest, how.group)

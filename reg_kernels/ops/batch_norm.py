@@ -232,7 +232,9 @@ def batch_norm(
             training call adds one to it.
         process_group: the ranks whose batches are normalised together in training, a
             `torch.distributed.ProcessGroup` that this process is in. None, or a group of one,
-            normalises this rank's own. See `reg_kernels.nn.SyncBatchNorm`.
+            normalises this rank's own. All ranks' inputs have to have as many channels, which is
+            not compared here: gloo ends a process that is sent another number. See
+            `reg_kernels.nn.SyncBatchNorm`, which compares.
         backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:

@@ -88,7 +88,8 @@ def merged(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.
     """
-    count, mean, m2 = gathered[0]
+    # Copies: an op returns fresh tensors.
+    count, mean, m2 = (moments.clone() for moments in gathered[0])
     for n, other, other_m2 in gathered[1:]:
         share = n / (count + n).clamp(min=1.0)
         # An infinite mean stays so; of a rank of no values the 0 is no mean.

@@ -223,3 +223,55 @@ def test_an_optimizer_sees_gradients_move(ranks: Ranks) -> None:
     for found in ranks(2, _moved):
         assert any(moved for moved, _ in found)
         assert all(error < 1e-14 for _, error in found)
+
+
+def _chain_of_an_empty_rank(backend: str, compiled: bool) -> float:
+    """How far a chain with dropout, of all samples on rank 1 and none on rank 0, is from the same
+    without ranks."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    x, state = torch.randn(6, 4, 5, 5, dtype=torch.float64), torch.tensor([1, 2])
+    worst = 0.0
+    for activation, residual in (("relu", False), ("gelu", True)):
+
+        def chain(x: Tensor, group: Any, act: str = activation, adds: bool = residual) -> Tensor:
+            return reg_kernels.functional.batch_norm_act(
+                *(x, None, None, None, None, 2 * x if adds else None, True),
+                activation=act,
+                drop=0.3,
+                rng_state=state,
+                process_group=group,
+                backend=backend,
+            )
+
+        mine = x[: 0 if dist.get_rank() == 0 else 6].clone().requires_grad_()
+        whole = x.clone().requires_grad_()
+        called: Any = torch.compile(chain, backend="aot_eager", fullgraph=True)
+        y = (called if compiled else chain)(mine, dist.group.WORLD)
+        y.square().sum().backward()
+        chain(whole, None).square().sum().backward()
+        assert mine.grad is not None and whole.grad is not None
+        if len(mine):
+            worst = max(worst, float((mine.grad - whole.grad).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_rank_without_samples_drops_nothing_and_waits_for_nobody(
+    ranks: Ranks, backend: str, compiled: bool
+) -> None:
+    assert max(ranks(2, _chain_of_an_empty_rank, backend, compiled)) < 1e-9
+
+
+def _channels_that_change() -> str:
+    layer = reg_kernels.nn.SyncBatchNorm(4, affine=False, track_running_stats=False)
+    layer(torch.randn(3, 4, 2, 2))
+    with pytest.raises(ValueError) as error:
+        layer(torch.randn(3, 5, 2, 2))
+    return str(error.value)
+
+
+def test_channels_that_change_after_the_first_call_are_refused(ranks: Ranks) -> None:
+    said = "SyncBatchNorm: input must be of 4 channels, got 5"
+    assert ranks(2, _channels_that_change) == [said, said]

@@ -718,3 +718,27 @@ def test_part_is_tensor_splits_rule(total: int) -> None:
     for size in (1, 2, 3, 8):
         parts = [x[distributed.part(total, rank, size)] for rank in range(size)]
         assert all(map(torch.equal, parts, x.tensor_split(size)))
+
+
+class _Calls(nn.Module):
+    """Drops by itself after a call of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = Dropout(0.5)
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        if again:
+            self(x, False)
+        result: Tensor = self.drop(x)
+        return result
+
+
+def test_a_model_that_calls_itself_has_its_part_afterwards() -> None:
+    def output(rank: int, world_size: int) -> Tensor:
+        torch.manual_seed(0)
+        model = distributed.shard(_Calls(), rank, world_size)
+        result: Tensor = model(torch.ones(8 // world_size, 16))
+        return result
+
+    assert torch.equal(torch.cat([output(0, 2), output(1, 2)]), output(0, 1))
