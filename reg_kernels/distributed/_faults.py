@@ -114,13 +114,15 @@ class FiniteCheck:
         self._name = name
         self._pending: list[tuple[int, torch.Tensor]] = []
 
-    def __call__(self, value: torch.Tensor, step: int) -> None:
-        """Takes the value of ``step``, a tensor of one element, and reads when it is time.
+    def __call__(self, value: torch.Tensor | float, step: int) -> None:
+        """Takes the value of ``step``, of one element, and reads when it is time.
 
         Raises:
             RankError: As :meth:`read` does.
             ValueError: If ``value`` has not one element.
         """
+        if not isinstance(value, torch.Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
         if value.numel() != 1:
             raise ValueError(
                 f"FiniteCheck: value must have one element, got shape {tuple(value.shape)}"
@@ -138,7 +140,7 @@ class FiniteCheck:
                 are those whose value was so in the first such step.
         """
         steps = [step for step, _ in self._pending]
-        values = torch.stack([value for _, value in self._pending]).tolist() if steps else []
+        values = _read([value for _, value in self._pending])
         self._pending.clear()
         bad = [(s, v) for s, v in zip(steps, values, strict=True) if not math.isfinite(v)]
         faults = self._of_all_ranks(bad[0] if bad else (-1, 0.0))
@@ -251,3 +253,10 @@ def _listed(values: list[tuple[int, Any]]) -> str:
         others = [rank for where in list(ranks.values())[_LISTED:] for rank in where]
         words[_LISTED:] = [f"others on {named(sorted(others))}"]
     return ", ".join(words)
+
+
+def _read(values: list[torch.Tensor]) -> list[float]:
+    """Their values, those of a device and dtype by one wait."""
+    if len({(value.device, value.dtype) for value in values}) == 1:
+        return torch.stack(values).tolist()
+    return [float(value) for value in values]

@@ -390,6 +390,18 @@ def torchrun(*words: object) -> list[object]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def test_ranks_of_torchrun_do_not_train_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "reg-kernels train: --parallel: must be ddp or fsdp where torchrun has started 2 "
+        "processes, got none: each of them would train by itself and write the same files\n"
+    )
+
+
 def test_without_torchrun_the_command_is_told(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

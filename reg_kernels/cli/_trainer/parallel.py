@@ -304,6 +304,12 @@ def joined(kind: str | None) -> Iterator[Ranks]:
     A group that there is already is taken, and left as it is.
     """
     if kind is None:
+        started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        if started > 1:
+            raise UsageError(
+                f"--parallel: must be ddp or fsdp where torchrun has started {started} processes, "
+                "got none: each of them would train by itself and write the same files"
+            )
         yield ALONE
         return
     if not dist.is_available():
