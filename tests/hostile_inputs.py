@@ -137,7 +137,7 @@ def _batch_norm(r: Random) -> list[Any]:
     p = r.choice([0.0, 0.5])
     rest += [tracked, r.choice([None, 0.1]), 1e-5, r.randrange(5), 0.01, p, _state(r)]
     rest.append(r.choice([0, 8, 13]))
-    moments = torch.full((r.choice([1, 3]), 3, x.shape[1]), 2.0, dtype=torch.float64)
+    moments = torch.full((r.choice([1, 3]), 4, x.shape[1]), 2.0, dtype=torch.float64)
     return [x, *rest, r.random() < 0.5, _maybe(r, moments), None]
 
 

@@ -119,10 +119,10 @@ struct Workspace {
     const int64_t slices = plan.planes || !with_sums ? 0 : plan.units / plan.strips + 1;
     const int64_t partials = with_sums ? 2 * (plan.units * plan.pairs + slices * plan.columns) : 0;
     const int64_t channels = task.channels;
-    values.reset(new double[partials + 8 * channels]);
+    values.reset(new double[partials + 9 * channels]);
     task.partials = values.get();
     task.totals = task.partials + partials;
-    task.affine = task.totals + 2 * channels;
+    task.affine = task.totals + 3 * channels;
     task.gradient = task.affine + 3 * channels;
   }
 };
@@ -152,15 +152,15 @@ ChannelMoments own_moments(const BatchNormTask& task, const BatchNormInput& in, 
   return {{static_cast<double>(in.count), task.totals[c], task.totals[task.channels + c]}};
 }
 
-// [3][C]: count, mean and sum of squared deviations of each channel, zeros of an empty batch.
+// [4][C]: what GatheredMoments has of each rank, zeros of an empty batch.
 Tensor moments_of_batch(const Tensor& input) {
   const Call call("batch_norm_moments", input);
   const BatchNormInput in = batch_norm_input(call, input, {}, {}, {}, 0, 0.0, 0.0);
   const int64_t channels = in.layout.channels;
-  Tensor result = empty_matrix(input, 3, channels);
+  Tensor result = empty_matrix(input, 4, channels);
   auto* moments = static_cast<double*>(result.mutable_data_ptr());
   if (in.numel == 0) {
-    std::fill_n(moments, 3 * channels, 0.0);
+    std::fill_n(moments, 4 * channels, 0.0);
     return result;
   }
   BatchNormTask task = make_task(in, 0.0);
@@ -169,7 +169,8 @@ Tensor moments_of_batch(const Tensor& input) {
     const ChannelMoments of = own_moments(task, in, c);
     moments[c] = of.count;
     moments[channels + c] = of.mean;
-    moments[2 * channels + c] = of.m2;
+    moments[2 * channels + c] = task.totals[2 * channels + c];
+    moments[3 * channels + c] = of.m2;
   };
   run(task, RK_LEAF(batch_norm_moments), RK_LEAF(batch_norm_merge_moments), finish, nullptr);
   return result;

@@ -54,7 +54,8 @@ struct BatchNormTask {
 
   // Planes: [units][pairs][2]. Rows: [units of a strip + 1][2][columns], the last for the rest.
   double* partials;
-  // For each channel, [2][C]: mean and sum of squared deviations, or the sums of ChannelGradient.
+  // For each channel, [3][C]: mean, sum of squared deviations and what the mean has lost by its
+  // rounding; or the two sums of ChannelGradient.
   double* totals;
   // Channel constants, [3][C] each, rounded to the compute type already: shift, scale and offset of
   // ChannelAffine; k1, k2 and k3 of ChannelGradient.

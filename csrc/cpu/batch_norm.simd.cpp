@@ -59,11 +59,12 @@ void batch_norm_map_backward(const BatchNormTask& task, int64_t unit) {
 
 void batch_norm_merge_moments(const BatchNormTask& task, int64_t begin, int64_t end) {
   const BatchNormPlan& plan = task.plan;
-  double *means = task.totals, *m2s = task.totals + task.channels;
+  double *means = task.totals, *m2s = means + task.channels, *rests = m2s + task.channels;
   Moments<double> total{};
   const auto put = [&](int64_t c, double base) {
     means[c] = base + total.mean;
     m2s[c] = total.m2;
+    rests[c] = rest_of_sum(base, total.mean, means[c]);
     total = {};
   };
   if (plan.planes) {

@@ -89,12 +89,12 @@ Outputs batch_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   return {output, mean, invstd, gate};
 }
 
-// [3][C]: count, mean and sum of squared deviations of each channel, zeros of an empty batch.
+// [4][C]: what GatheredMoments has of each rank, zeros of an empty batch.
 Tensor moments_of_batch(const Tensor& input) {
   const Call call("batch_norm_moments", input);
   const BatchNormInput in = batch_norm_input(call, input, {}, {}, {}, 0, 0.0, 0.0);
   const cuda::Launch launch(input);
-  Tensor moments = empty_matrix(input, 3, in.layout.channels);
+  Tensor moments = empty_matrix(input, 4, in.layout.channels);
   if (in.numel == 0) {
     torch::stable::fill_(moments, 0.0);
     return moments;

@@ -92,9 +92,9 @@ inline GatheredMoments gathered_moments(const Call& call, const BatchNormInput& 
                                         const OptionalTensor& gathered) {
   if (!gathered) return {};
   const auto sizes = gathered->sizes();
-  const bool fits = sizes.size() == 3 && sizes[0] > 0 && sizes[1] == 3;
+  const bool fits = sizes.size() == 3 && sizes[0] > 0 && sizes[1] == 4;
   RK_REQUIRE(fits && sizes[2] == in.layout.channels, call.op, "gathered",
-             words("of shape (ranks, 3, ", in.layout.channels, ")"), *gathered);
+             words("of shape (ranks, 4, ", in.layout.channels, ")"), *gathered);
   return {static_cast<const double*>(
               call.vector(*gathered, ScalarType::Double, gathered->numel(), "gathered")),
           sizes[0]};

@@ -258,7 +258,8 @@ def _moments(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = _conti
     def oracle(x: Tensor) -> Tensor:
         dims, count = [d for d in range(x.dim()) if d != 1], x.numel() // x.shape[1]
         variance, mean = torch.var_mean(x, dims, correction=0)
-        return torch.stack([torch.full_like(mean, count), mean, variance * count])
+        sizes = torch.full_like(mean, count)
+        return torch.stack([sizes, mean, torch.zeros_like(mean), variance * count])
 
     return Case(
         op="batch_norm_moments",

@@ -33,16 +33,38 @@ __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Which layers have found that a group's ranks agree on their channels. Here and not in the layers,
-# which are copied and pickled, and of which no process group can be.
-_agreed: weakref.WeakKeyDictionary[Any, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+
+class _Agreed:
+    """What ranks of a group have found to be alike, so that they need not ask again.
+
+    A rank that asks must not be alone with it. Without torch.compile all ranks come to a layer's
+    first call at once. A program that was compiled for one layer may run for another one of as many
+    channels, on one rank and not on all: with it, as many channels are asked for once.
+    """
+
+    def __init__(self) -> None:
+        self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.channels: set[int] = set()
+        self.compiles = False
+
+    def needs(self, layer: nn.Module, channels: int, compiling: bool) -> bool:
+        """Whether a call is the first one of its kind."""
+        self.compiles = self.compiles or compiling
+        known = channels in self.channels if self.compiles else layer in self.layers
+        self.channels.add(channels)
+        self.layers.add(layer)
+        return not known
+
+
+# By the group. Not in the layers, which are copied and pickled, as no process group can be.
+_agreed: weakref.WeakKeyDictionary[Any, _Agreed] = weakref.WeakKeyDictionary()
 
 
 class _Synchronised(_FusedBatchNorm):
     """What the layers share: a process group, asked for at each training call."""
 
     process_group: Any = None
-    _group: Group | None = None  # of the last training call; None: its own batch alone
+    _group: Group | None = None  # what process_group is, where there is one
 
     def _check_input_dim(self, input: Tensor) -> None:
         if isinstance(input, Tensor) and not has_torch_function_unary(input) and input.dim() < 2:
@@ -55,35 +77,44 @@ class _Synchronised(_FusedBatchNorm):
         """The group that a call's statistics are of, or None where they are its own batch's."""
         if not self.training:
             return None
-        if torch.compiler.is_compiling() and distributed.group.WORLD is None:
-            pass  # asked for its guard: another default group is another program
-        self._ask(str(input.device), input.shape[1])
-        return self._group
+        compiling = torch.compiler.is_compiling()
+        if compiling and distributed.is_available() and distributed.group.WORLD is None:
+            compiling = True  # for the guard: another default group is another program
+        # Of a compiled program a size may be no constant.
+        channels = self.num_features if compiling else input.shape[1]
+        return self._ask(str(input.device), channels, compiling, self._group)
 
-    # Dynamo calls it as it makes a program, instead of reading it: so ranks exchange what they have
-    # to before the first call, and the program has a guard on what is found here, `_group`.
+    # Dynamo calls it as it makes a program, instead of reading it, and takes the answer for a
+    # constant, with guards on what it was asked.
     @torch._dynamo.assume_constant_result
-    def _ask(self, device: str, channels: int) -> None:
-        """Finds the group of a call. At the first call with one, its ranks tell each other their
-        channels, so that none is left alone with an error."""
-        name = type(self).__name__
+    def _ask(
+        self, device: str, channels: int, compiling: bool, known: Group | None
+    ) -> Group | None:
+        """The group of a call. At the first one its ranks tell each other their channels, so that
+        none is left alone with an error."""
+        name, where = type(self).__name__, torch.device(device)
         process_group = self.process_group
         if process_group is None:
             process_group = default_group(name)
-        group = group_of(name, process_group, torch.device(device))
-        if self._group != (group if group.size > 1 else None):
-            self._group = group if group.size > 1 else None
+        group = group_of(name, process_group, where)
+        if self.process_group is not None and known != group:
+            self._group = group
         if group.size == 1:
-            return
-        layers = _agreed.get(process_group)
-        if layers is None:
-            layers = _agreed.setdefault(process_group, weakref.WeakSet())
-        if self not in layers:
-            where = torch.device(device)
+            return None
+        agreed = _agreed.get(process_group)
+        if agreed is None:
+            agreed = _agreed.setdefault(process_group, _Agreed())
+        if agreed.needs(self, channels, compiling):
             check_alike(name, "the input's channels", channels, process_group, where)
-            layers.add(self)
         if channels != self.num_features:  # gloo ends the process of a rank that gets other sizes
             refuse(name, "input", f"of {self.num_features} channels", channels, ValueError)
+        return group
+
+    def _set_group(self, process_group: Any) -> None:
+        self.process_group = process_group
+        self.__dict__.pop("_group", None)
+        if distributed.is_available() and isinstance(process_group, distributed.ProcessGroup):
+            self._group = Group(str(process_group.group_name), process_group.size())
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -105,12 +136,13 @@ SYNC_ARGUMENTS_ACT = ARGUMENTS_ACT.replace(ARGUMENTS.rstrip(), SYNC_ARGUMENTS.rs
 class SyncBatchNorm(_Synchronised):
     """Normalises (N, C, ...) over the batches of all ranks, as `torch.nn.SyncBatchNorm` does.
 
-    In training each rank sends 24 bytes a channel to all others, once, and gets what they send: the
-    count, mean and sum of squared deviations of its batch, in float64. It merges them in the order
-    of ranks, so all ranks have the same statistics to the last bit. The backward sums two numbers a
-    channel over all ranks, once. Nothing is read back to the host. Batches may differ in size, and
-    be empty; what a rank has weighs by its number of values. The gradients of weight and bias are
-    those of the rank's own batch: DistributedDataParallel averages them.
+    In training each rank sends 32 bytes a channel to all others, once, and gets theirs: the count,
+    mean and sum of squared deviations of its batch in float64, and what the mean has lost by being
+    rounded to that. It merges them in the order of ranks, so all ranks have the same statistics to
+    the last bit. The backward sums two numbers a channel over all ranks, once. Nothing is read back
+    to the host. Batches may differ in size, and be empty: a rank weighs by how many values it has.
+    The gradients of weight and bias are those of the rank's own batch: DistributedDataParallel
+    averages them. A single value in all leaves the running statistics as they are.
 
     In evaluation, and in a group of one rank, it is a BatchNorm and exchanges nothing. The first
     training call with a group compares the channels of its ranks, once.
@@ -151,7 +183,7 @@ class SyncBatchNorm(_Synchronised):
             bias=bias,
             backend=backend,
         )
-        self.process_group = process_group
+        self._set_group(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         if has_torch_function_unary(input) and (call := call_in_graph(self, input)) is not None:
@@ -193,7 +225,7 @@ class SyncBatchNorm(_Synchronised):
         layers = list(_layers_to_convert(module))
         for layer, target in layers:
             object.__setattr__(layer, "__class__", target)
-            layer.process_group = process_group
+            layer._set_group(process_group)
         return module
 
 
@@ -228,7 +260,7 @@ class SyncBatchNormAct(_Synchronised, _FusedBatchNormAct):
             negative_slope=negative_slope,
             backend=backend,
         )
-        self.process_group = process_group
+        self._set_group(process_group)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if has_torch_function_variadic(input, residual):

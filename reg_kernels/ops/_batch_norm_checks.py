@@ -157,8 +157,8 @@ def _check_values(entry: Entry, a: Any, p: float) -> int:
 
 def _check_gathered(entry: Entry, gathered: Tensor, channels: int) -> None:
     """Raises unless it is the moments of all ranks."""
-    if gathered.dim() != 3 or len(gathered) == 0 or gathered.shape[1:] != (3, channels):
-        entry.refuse("gathered", f"of shape (ranks, 3, {channels})", gathered)
+    if gathered.dim() != 3 or len(gathered) == 0 or gathered.shape[1:] != (4, channels):
+        entry.refuse("gathered", f"of shape (ranks, 4, {channels})", gathered)
     entry.check_vector(gathered, torch.float64, gathered.numel(), "gathered")
 
 

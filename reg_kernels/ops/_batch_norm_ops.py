@@ -53,7 +53,7 @@ class Training(NamedTuple):
     rng_state: Tensor | None
     element_offset: int
     keep_gate: bool
-    gathered: Tensor | None = None  # [ranks, 3, C], the moments of all ranks of the group
+    gathered: Tensor | None = None  # [ranks, 4, C], the moments of all ranks of the group
     group: str | None = None
 
 
@@ -155,7 +155,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fake_moments(input: Tensor) -> Tensor:
-    return input.new_empty((3, input.shape[1]), dtype=torch.float64)
+    return input.new_empty((4, input.shape[1]), dtype=torch.float64)
 
 
 def _fake_sums(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:

@@ -70,35 +70,41 @@ def activation_derivative(z: Tensor, activation: int, slope: float) -> Tensor:
 
 
 def batch_norm_moments(input: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations of each channel, float64 [3, C]; zeros of no
-    values."""
+    """Count, mean, what the mean has lost by its rounding, and sum of squared deviations of each
+    channel, float64 [4, C]; zeros of no values."""
     if input.numel() == 0:
-        return input.new_zeros((3, input.shape[1]), dtype=torch.float64)
+        return input.new_zeros((4, input.shape[1]), dtype=torch.float64)
     x = input.double()
-    dims = _over_channels(x)
+    dims, count = _over_channels(x), x.numel() // x.shape[1]
     mean = x.mean(dims)
-    count = torch.full_like(mean, x.numel() // x.shape[1])
-    return torch.stack([count, mean, (x - per_channel(mean, x)).square().sum(dims)])
+    deviation = x - per_channel(mean, x)
+    rest = deviation.mean(dims)
+    m2 = deviation.square().sum(dims) - count * rest.square()
+    rest = torch.where(rest.isfinite(), rest, 0.0)
+    return torch.stack([torch.full_like(mean, count), mean, rest, m2.clamp(min=0.0)])
 
 
 def merged(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations, [C] each, of the moments of all ranks [ranks, 3,
-    C], merged in their order.
+    """Count, mean and sum of squared deviations, [C] each, of the moments of all ranks [ranks, 4,
+    C], merged in their order. Means are merged as differences from the first one: where they are
+    large beside the deviation, that costs them no digits.
 
     T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.
     """
-    # Copies: an op returns fresh tensors.
-    count, mean, m2 = (moments.clone() for moments in gathered[0])
-    for n, other, other_m2 in gathered[1:]:
+    count, mean, m2, base = (torch.zeros_like(gathered[0, 0]) for _ in range(4))
+    for n, other, rest, other_m2 in gathered:
+        base = torch.where(count > 0, base, torch.where(other.isfinite(), other, 0.0))
+        other = (other - base) + rest
         share = n / (count + n).clamp(min=1.0)
-        # An infinite mean stays so; of a rank of no values the 0 is no mean.
-        delta = torch.where(n > 0, torch.where(count > 0, other - mean, 0.0), 0.0)
+        # Of a rank of no values the 0 is no mean.
+        delta = torch.where((n > 0) & (count > 0), other - mean, 0.0)
+        # An infinite mean stays so, as in a sum, and leaves no variance.
         moved = torch.where(delta.isfinite(), mean + delta * share, mean + other)
         mean = torch.where(count > 0, moved, other)
         m2 = m2 + other_m2 + delta * delta * (share * count) + (delta - delta)
         count = count + n
-    return count, mean, m2
+    return count, base + mean, m2
 
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -156,7 +162,7 @@ def batch_norm(
     running_var], and behind them, or by itself, num_batches_tracked.
 
     With momentum None the running statistics become the average over all batches. The statistics
-    are those of `gathered`, the moments of all ranks [ranks, 3, C], where there are any; those of a
+    are those of `gathered`, the moments of all ranks [ranks, 4, C], where there are any; those of a
     single value in all move nothing.
     """
     x = input.double()

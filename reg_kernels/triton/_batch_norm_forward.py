@@ -183,7 +183,7 @@ def moments_kernel(
 @triton.jit
 def merge_kernel(
     partials_ptr,  # of moments_kernel, [2, C, splits]
-    moments_ptr,  # [3, C]: count, mean and m2
+    moments_ptr,  # [4, C]: count, mean, what the mean has lost by its rounding, and m2
     C,
     M,
     L,
@@ -202,12 +202,14 @@ def merge_kernel(
     inside = c < sizes.C
     tl.store(moments_ptr + c, count, mask=inside)
     tl.store(moments_ptr + sizes.C + c, mean, mask=inside)
-    tl.store(moments_ptr + 2 * sizes.C + c, m2, mask=inside)
+    # What the parts have lost, they had lost before they were stored.
+    tl.store(moments_ptr + 2 * sizes.C + c, tl.zeros_like(mean), mask=inside)
+    tl.store(moments_ptr + 3 * sizes.C + c, m2, mask=inside)
 
 
 @triton.jit
 def ranks_kernel(
-    gathered_ptr,  # [ranks, 3, C]: count, mean and m2 of each rank
+    gathered_ptr,  # [ranks, 4, C], as merge_kernel leaves them of each rank
     mean_ptr,  # [C], as all that follow
     invstd_ptr,
     running_mean_ptr,
@@ -220,18 +222,23 @@ def ranks_kernel(
     AVERAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The statistics of all ranks, merged in their order: each rank gets the same bits."""
+    """The statistics of all ranks, merged in their order: each rank gets the same bits. Means are
+    merged as differences from the first one, which costs them no digits where they are large."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     count = tl.zeros([BLOCK_C], tl.float64)
     mean = tl.zeros([BLOCK_C], tl.float64)
     m2 = tl.zeros([BLOCK_C], tl.float64)
+    base = tl.zeros([BLOCK_C], tl.float64)
     rank = ranks * 0
     while rank < ranks:
-        of = gathered_ptr + 3 * rank.to(tl.int64) * C + c
+        of = gathered_ptr + 4 * rank.to(tl.int64) * C + c
         n = tl.load(of, mask=inside, other=0.0)
         other = tl.load(of + C, mask=inside, other=0.0)
-        other_m2 = tl.load(of + 2 * C, mask=inside, other=0.0)
+        rest = tl.load(of + 2 * C, mask=inside, other=0.0)
+        other_m2 = tl.load(of + 3 * C, mask=inside, other=0.0)
+        base = tl.where(count > 0.0, base, tl.where(other - other == 0.0, other, 0.0))
+        other = (other - base) + rest
         share = n / tl.maximum(count + n, 1.0)
         delta = tl.where((n > 0.0) & (count > 0.0), other - mean, 0.0)
         # An infinite mean stays so, as in a sum, and leaves no variance.
@@ -240,6 +247,7 @@ def ranks_kernel(
         m2 += other_m2 + delta * delta * (share * count) + (delta - delta)
         count += n
         rank += 1
+    mean += base
     tl.store(mean_ptr + c, mean, mask=inside)
     tl.store(invstd_ptr + c, tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps), mask=inside)
     if running_mean_ptr is not None:

@@ -140,11 +140,12 @@ def _launch_ranks(
 
 
 def batch_norm_moments(input: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations of each channel, float64 [3, C]."""
+    """Count, mean, what that has lost by its rounding, and sum of squared deviations of each
+    channel, float64 [4, C]."""
     if input.numel() == 0:
-        return input.new_zeros((3, input.shape[1]), dtype=torch.float64)
+        return input.new_zeros((4, input.shape[1]), dtype=torch.float64)
     plan = _plan(input, FORWARD_TILE, merges=True)
-    moments = input.new_empty((3, plan.channels), dtype=torch.float64)
+    moments = input.new_empty((4, plan.channels), dtype=torch.float64)
     partials = _workspace(input, plan)
     with device_of(input):
         moments_kernel[(plan.programs,)](

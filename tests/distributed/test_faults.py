@@ -7,6 +7,7 @@ rank 0, which holds them.
 import contextlib
 import datetime
 import logging
+import math
 import re
 import socket
 import subprocess
@@ -175,6 +176,11 @@ def test_a_loss_is_checked_without_a_group_too() -> None:
     found = _error(finite.read)
     assert found == ("FiniteCheck: penalty must be finite, got inf on rank 0 at step 7", (0,))
     finite.read()
+    finite(0.5, 8)
+    finite(torch.tensor(0.5), 9)
+    finite(math.nan, 10)
+    found = _error(finite.read)
+    assert found == ("FiniteCheck: penalty must be finite, got nan on rank 0 at step 10", (0,))
 
 
 # Ranks that raise, hang, leave or die.

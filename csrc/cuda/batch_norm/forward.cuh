@@ -26,7 +26,7 @@ struct BatchNormForward : ChannelStatistics {
   T* y;
   ChannelValues weight, bias;
   Chain chain;
-  double* moments;  // [3][C]: where only the count, mean and squared deviations are wanted
+  double* moments;  // [4][C], as of a rank in GatheredMoments: where only these are wanted
 
   ChannelPlan plan;  // the rest is the launcher's
   Exchange exchange;
@@ -310,12 +310,15 @@ __global__ void __launch_bounds__(kResidentThreads, 1) batch_norm_kernel(BatchNo
       total = exchange_sums(total, channels, a.exchange, item, rank, plan.blocks, scratch.sums);
     }
     if (c >= 0) {
-      const ChannelMoments of = finish_moments(plan.count, total, scratch.constant(3, threadIdx.x));
+      const double pivot = scratch.constant(3, threadIdx.x);
+      const ChannelMoments of = finish_moments(plan.count, total, pivot);
       if (a.moments) {
         if (rank == 0) {
+          const int64_t channels_of_all = plan.layout.channels;
           a.moments[c] = of.count;
-          a.moments[plan.layout.channels + c] = of.mean;
-          a.moments[2 * plan.layout.channels + c] = of.m2;
+          a.moments[channels_of_all + c] = of.mean;
+          a.moments[2 * channels_of_all + c] = rest_of_sum(pivot, total.a / of.count, of.mean);
+          a.moments[3 * channels_of_all + c] = of.m2;
         }
       } else {
         // The first block of an item writes.

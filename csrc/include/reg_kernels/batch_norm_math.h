@@ -22,20 +22,32 @@ struct ChannelMoments : Moments<double, double> {
   RK_HD double unbiased() const { return m2 / (count - 1.0); }
 };
 
-// The moments of all ranks of a process group, [ranks][3][C]: each rank's count, mean and sum of
-// squared deviations. Null where a rank's own batch is all there is.
+// What a double has lost of a + b, which was rounded to `sum`; of an infinite one nothing is left.
+RK_HD double rest_of_sum(double a, double b, double sum) {
+  const double part = sum - a, rest = (a - (sum - part)) + (b - part);
+  return rest - rest == 0.0 ? rest : 0.0;
+}
+
+// The moments of all ranks of a process group, [ranks][4][C]: each rank's count, mean, what the
+// mean has lost by its rounding, and sum of squared deviations. Null where a rank's own batch is
+// all there is.
 struct GatheredMoments {
   const double* data;
   int64_t ranks;
 
   // Of channel c, merged in the order of ranks, so that every rank gets the same bits. A rank of no
-  // values adds nothing.
+  // values adds nothing. Means are merged as differences from the first one: a mean that is large
+  // beside the deviation costs them no digits.
   RK_HD ChannelMoments of(int64_t channels, int64_t c) const {
     ChannelMoments all{};
+    double base = 0.0;
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      const double* own = data + 3 * rank * channels + c;
-      all.merge({own[0], own[channels], own[2 * channels]});
+      const double* own = data + 4 * rank * channels + c;
+      const double mean = own[channels];
+      if (all.count == 0.0) base = mean - mean == 0.0 ? mean : 0.0;
+      all.merge({own[0], (mean - base) + own[2 * channels], own[3 * channels]});
     }
+    all.mean += base;
     return all;
   }
 };

@@ -89,7 +89,7 @@ void call(const Shape& shape, const Options& options) {
   task.training = true;
   const int64_t slices = plan.planes ? 0 : plan.units / plan.strips + 1;
   const int64_t sums = 2 * (plan.units * plan.pairs + slices * plan.columns);
-  Buffer<double> partials(sums, 0), totals(2 * channels, 0);
+  Buffer<double> partials(sums, 0), totals(3 * channels, 0);
   Buffer<double> affine(3 * channels, 0), gradient(3 * channels, 0);
   task.partials = partials.data();
   task.totals = totals.data();
