@@ -84,12 +84,12 @@ def test_the_report_says_what_and_why():
 
 def test_layers_of_ones_own_choice_are_left():
     reports = []
-    net = nn.Sequential(reg_kernels.nn.BatchNormAct1d(4), nn.SyncBatchNorm(4))
+    net = nn.Sequential(reg_kernels.nn.BatchNormAct1d(4), nn.AlphaDropout(0.5))
     converted = reg_kernels.convert(net, report=reports.append)
     assert [type(m) for m in converted] == [type(m) for m in net]
     assert reports[0].left == [
         ("0", "reg_kernels.nn.BatchNormAct1d", "fused already"),
-        ("1", "torch.nn.SyncBatchNorm", "there is no fused twin of it"),
+        ("1", "torch.nn.AlphaDropout", "there is no fused twin of it"),
     ]
     assert type(reg_kernels.revert(converted)[0]) is reg_kernels.nn.BatchNormAct1d
 

@@ -489,7 +489,7 @@ def test_a_conversion_changes_the_class_and_nothing_else():
         ),
     ):
         layer = make().eval()
-        layer.register_forward_hook(lambda *arguments: calls.append(1))
+        handle = layer.register_forward_hook(lambda *arguments: calls.append(1))
         before, state = dict(layer.__dict__), layer.state_dict()
         net = torch_nn.Sequential(layer, torch_nn.Linear(3, 3))
         assert convert_sync(net) is net and net[0] is layer and type(layer) is target
@@ -497,6 +497,7 @@ def test_a_conversion_changes_the_class_and_nothing_else():
         assert list(layer.state_dict()) == list(state)
         x = torch.randn(2, 3, 1, 1, 1)
         layer(x if target is nn.SyncBatchNormAct else x[..., 0, 0])
+        handle.remove()
         clone = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
         assert type(clone) is target and repr(clone) == repr(layer)
     assert len(calls) == 4
