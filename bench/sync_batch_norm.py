@@ -1,19 +1,14 @@
 """nn.SyncBatchNorm beside one of torch's operations: `python -m bench.sync_batch_norm`.
 
-Two processes of one thread each are the ranks of a gloo group. torch's own layer runs on no CPU, so
-the other contender is what one writes instead: the batch's moments, an all_gather, the
-normalisation, and in the backward two sums, an all_reduce and the gradient, by torch's operations.
-The contenders run interleaved, a forward and backward of each in every round, and start each sample
-together; a sample is of rank 0's clock. What they return is compared first.
+torch's own layer runs on no CPU, so the other contender on the ranks (`ranks.py`) is what one
+writes instead: the batch's moments, an all_gather, the normalisation, and in the backward two sums,
+an all_reduce and the gradient, by torch's operations. A sample is a forward and a backward. What
+the contenders return is compared first. The goal is 1.5 times, at the first shape.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from reg_kernels.nn import SyncBatchNorm
+
+from . import ranks
 
 SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14), (8, 64, 28, 28))  # of each rank
 DIMS = [0, 2, 3]
@@ -84,43 +81,16 @@ def _measured(shape: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
         found = [_step(layer, x, grad) for layer in layers.values()]
         for own, theirs in zip(*found, strict=True):
             torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-3)
-    samples: dict[str, list[float]] = {name: [] for name in layers}
-    for turn in range(rounds):
-        for name in sorted(layers, reverse=bool(turn % 2)):
-            dist.barrier()
-            begin = time.perf_counter()
-            _step(layers[name], x, grad)
-            samples[name].append(time.perf_counter() - begin)
-    return samples
+    calls = {name: partial(_step, layer, x, grad) for name, layer in layers.items()}
+    return ranks.sampled(calls, rounds)
 
 
-def _rank(rank: int, store: str, size: int, rounds: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    if rank == 0:
-        print("| shape of a rank | ours, ms | torch's operations, ms | torch / ours |")
-        print("|---|---|---|---|")
+def measure(rounds: int) -> None:
+    """Prints a table."""
+    ranks.print_head("shape of a rank", "ours, ms", "torch's operations, ms", "torch / ours")
     for shape in SHAPES:
-        samples = _measured(shape, rounds)
-        if rank == 0:
-            medians = [f"{statistics.median(samples[n]) * 1e3:.2f}" for n in ("ours", "torch")]
-            pairs = zip(samples["torch"], samples["ours"], strict=True)
-            ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-            cells = ("x".join(map(str, shape)), *medians, f"{ratio:.2f}")
-            print("| " + " | ".join(cells) + " |", flush=True)
-    dist.destroy_process_group()
-
-
-def main() -> None:
-    """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=50)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(Path(folder) / "store"), options.ranks, options.rounds)
-        torch.multiprocessing.spawn(_rank, arguments, options.ranks)
+        ranks.print_row(("x".join(map(str, shape)),), _measured(shape, rounds), "torch")
 
 
 if __name__ == "__main__":
-    main()
+    ranks.run(measure, __doc__, rounds=50)

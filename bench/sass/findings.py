@@ -137,6 +137,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (NARROW, r"subset subset_kernel<", "A sample's number, int64, is read once a tile."),
     (NARROW, r"count_batch_kernel", "It adds 1 to one number."),
+    (NARROW, r"^cuda/batch_norm batch_norm_ranks_kernel", "Statistics, float64, one a channel."),
     (
         NARROW,
         r"^cuda/augment augment_upload_kernel",
@@ -190,8 +191,8 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         WIDEST,
-        r"^triton/batch_norm backward_kernel<\w+> inference",
-        "It merges sums of channels; the elements have been moved by another kernel.",
+        r"^triton/batch_norm (backward_kernel<\w+> (inference|of ranks)|(merge|ranks)_kernel)",
+        "It merges what is of channels; the elements have been moved by another kernel.",
     ),
     (
         WIDEST,
@@ -205,7 +206,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (
         OCCUPANCY,
-        r"^triton/batch_norm \w+<\w+> batch_norm\[",
+        r"^triton/batch_norm \w+<\w+> batch_norm(_sums|_backward)?\[",
         "Open: a program keeps a tile of the whole chain in registers, with an activation's slope "
         "and dropout's draws; not measured against smaller tiles.",
     ),
@@ -237,7 +238,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "Open: up to 24 bytes, of addresses that rare instructions need.",
     ),
     (SPILLS, r"^triton/adversarial_step (ball|linf)_kernel<float32>", "Open: 8 bytes."),
-    (SPILLS, r"^triton/batch_norm (forward|backward)_kernel", "Open: 8 bytes."),
+    (SPILLS, r"^triton/batch_norm \w+_kernel", "Open: 8 bytes."),
 ]
 
 

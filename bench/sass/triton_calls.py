@@ -15,6 +15,7 @@ from reg_kernels import backends, optim
 from reg_kernels._augment_program import Filter, Op, instruction
 from reg_kernels._mixed_target import MixedTarget
 from reg_kernels.cases import all_cases
+from reg_kernels.ops import _batch_norm_ops as ops
 from reg_kernels.ops import augment
 from reg_kernels.ops.subset import Subset, add_of_subset
 
@@ -156,6 +157,20 @@ def _batch_norm(dtype: torch.dtype) -> Iterator[Call]:
         ("inference large contiguous", large, False, False),
     ):
         yield name, lambda arguments=arguments: norm(*arguments)
+
+    def of_ranks() -> None:
+        """The forward and the backward of a rank, as if there were two like it."""
+        x = _values(dtype, *large).detach()
+        where = (x.device, dtype, BACKEND)
+        gathered = torch.stack([ops.MOMENTS.overload(*where)(x)] * 2)
+        training = ops.Training([], None, 1e-5, 0, 0.0, 0.0, None, 0, False, gathered)
+        y, mean, invstd, _ = ops.TRAINING.overload(*where)(x, None, None, None, *training)
+        saved = (y, x, None, None, None, mean, invstd, None)
+        sums = ops.SUMS.overload(*where)(*saved, 0, 0.0, 0.0)
+        wants = (True, 0, 0.0, 0.0, True, False, False)
+        ops.BACKWARD.overload(*where)(*saved, None, 0, *wants, sums)
+
+    yield "of ranks large contiguous", of_ranks
 
 
 def _loss(dtype: torch.dtype, loss: Callable[..., Tensor]) -> Iterator[Call]:

@@ -64,7 +64,7 @@ class _Synchronised(_FusedBatchNorm):
     """What the layers share: a process group, asked for at each training call."""
 
     process_group: Any = None
-    _group: Group | None = None  # what process_group is, where there is one
+    _group_name: str | None = None  # of process_group, where there is one
 
     def _check_input_dim(self, input: Tensor) -> None:
         if isinstance(input, Tensor) and not has_torch_function_unary(input) and input.dim() < 2:
@@ -82,14 +82,12 @@ class _Synchronised(_FusedBatchNorm):
             compiling = True  # for the guard: another default group is another program
         # Of a compiled program a size may be no constant.
         channels = self.num_features if compiling else input.shape[1]
-        return self._ask(str(input.device), channels, compiling, self._group)
+        return self._ask(str(input.device), channels, compiling, self._group_name)
 
     # Dynamo calls it as it makes a program, instead of reading it, and takes the answer for a
     # constant, with guards on what it was asked.
-    @torch._dynamo.assume_constant_result
-    def _ask(
-        self, device: str, channels: int, compiling: bool, known: Group | None
-    ) -> Group | None:
+    @torch.compiler.assume_constant_result
+    def _ask(self, device: str, channels: int, compiling: bool, known: str | None) -> Group | None:
         """The group of a call. At the first one its ranks tell each other their channels, so that
         none is left alone with an error."""
         name, where = type(self).__name__, torch.device(device)
@@ -97,8 +95,8 @@ class _Synchronised(_FusedBatchNorm):
         if process_group is None:
             process_group = default_group(name)
         group = group_of(name, process_group, where)
-        if self.process_group is not None and known != group:
-            self._group = group
+        if self.process_group is not None and known != group.name:
+            self._group_name = group.name
         if group.size == 1:
             return None
         agreed = _agreed.get(process_group)
@@ -112,9 +110,9 @@ class _Synchronised(_FusedBatchNorm):
 
     def _set_group(self, process_group: Any) -> None:
         self.process_group = process_group
-        self.__dict__.pop("_group", None)
+        self.__dict__.pop("_group_name", None)
         if distributed.is_available() and isinstance(process_group, distributed.ProcessGroup):
-            self._group = Group(str(process_group.group_name), process_group.size())
+            self._group_name = str(process_group.group_name)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -311,6 +311,42 @@ def test_compiled_in_one_graph_it_is_the_eager_one(ranks, dynamic):
                 assert all(map(torch.equal, eager, compiled))
 
 
+_KEPT = {}  # by a rank's process, from one group to the next one
+
+
+def _compiled_before():
+    if not _KEPT:
+        torch._dynamo.reset()
+        layer = nn.SyncBatchNorm(3, momentum=1.0)
+        _KEPT["layer"] = layer, torch.compile(layer, fullgraph=True, backend="aot_eager")
+    layer, program = _KEPT["layer"]
+    x = torch.randn(8, 3).add(dist.get_rank())
+    with torch.no_grad():
+        return torch.equal(program(x), nn.SyncBatchNorm(3)(x)), layer.running_mean
+
+
+def test_a_program_is_made_anew_for_another_default_group(ranks):
+    for size in (2, 3):
+        results = ranks(size, _compiled_before)
+        assert all(equal and torch.equal(mean, results[0][1]) for equal, mean in results)
+
+
+def _compiled_one_by_one():
+    """More layers than programs that Dynamo makes of a forward."""
+    torch._dynamo.reset()
+    x, found = torch.randn(4, 3), []
+    for group in (None, dist.new_group([0, 1])):
+        for _ in range(10):
+            layer = nn.SyncBatchNorm(3, process_group=group)
+            program = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            found.append(torch.equal(program(x), nn.SyncBatchNorm(3)(x)))
+    return found
+
+
+def test_layers_that_are_compiled_one_by_one_share_a_program(ranks):
+    assert all(map(all, ranks(2, _compiled_one_by_one)))
+
+
 def _function_compiled():
     """The function, which is given the group itself; and exchanges counted in the program."""
     group = dist.group.WORLD
@@ -489,7 +525,7 @@ def test_a_conversion_changes_the_class_and_nothing_else():
         ),
     ):
         layer = make().eval()
-        hook = layer.register_forward_hook(lambda *arguments: calls.append(1))
+        handle = layer.register_forward_hook(lambda *arguments: calls.append(1))
         before, state = dict(layer.__dict__), layer.state_dict()
         net = torch_nn.Sequential(layer, torch_nn.Linear(3, 3))
         assert convert_sync(net) is net and net[0] is layer and type(layer) is target
@@ -497,7 +533,7 @@ def test_a_conversion_changes_the_class_and_nothing_else():
         assert list(layer.state_dict()) == list(state)
         x = torch.randn(2, 3, 1, 1, 1)
         layer(x if target is nn.SyncBatchNormAct else x[..., 0, 0])
-        hook.remove()  # it cannot be pickled
+        handle.remove()
         clone = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
         assert type(clone) is target and repr(clone) == repr(layer)
     assert len(calls) == 4
