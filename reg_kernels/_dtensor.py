@@ -216,13 +216,16 @@ class ShardSums:
         members = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
         ranks = set().union(*members)
         if ranks not in members:
-            from torch.distributed.device_mesh import _mesh_resources
-
             # Meshes that overlap: their union is another one on each rank, what they are parts of
             # is the same.
-            for mesh in meshes:
-                root = _mesh_resources.get_root_mesh(mesh)
-                ranks |= set(root.mesh.flatten().tolist())
+            whole = [set(_root_of(mesh).mesh.flatten().tolist()) for mesh in meshes]
+            ranks = set().union(*whole)
+            if ranks not in whole:
+                raise RuntimeError(
+                    "parameters must be on parts of one mesh where their meshes overlap, got "
+                    f"meshes of ranks {' and '.join(str(sorted(x)) for x in members)}: cut them "
+                    "from one init_device_mesh, or give each an optimizer of its own"
+                )
         self.ranks = sorted(ranks)
         self._columns = {column: i for i, column in enumerate(columns)}
         self._row = self.ranks.index(dist.get_rank())
@@ -265,6 +268,15 @@ class ShardSums:
         return numbers
 
 
+def _root_of(mesh: Any) -> Any:
+    """The mesh that a mesh was cut from, or itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # of older torch
+
+    return _mesh_resources.get_root_mesh(mesh)
+
+
 def _group_of(ranks: list[int], meshes: list[Any]) -> Any:
     """The process group of ranks, which all of them ask for; None for that of all."""
     if ranks == list(range(dist.get_world_size())):
@@ -276,7 +288,8 @@ def _group_of(ranks: list[int], meshes: list[Any]) -> Any:
 
 
 # Those made, of the default group that there was then: a new group takes a round of messages.
-_made: dict[Any, tuple[Any, ShardSums]] = {}
+_made: dict[Any, ShardSums] = {}
+_world: Any = None
 
 
 def shard_sums(tensors: Iterable[Any]) -> ShardSums | None:
@@ -286,8 +299,10 @@ def shard_sums(tensors: Iterable[Any]) -> ShardSums | None:
     if not found:
         return None
     columns, device = tuple(dict.fromkeys(map(_column, found))), found[0].device
-    world, sums = _made.get((columns, device), (None, None))
-    if sums is None or world is not dist.group.WORLD:
-        sums = ShardSums(columns, device)
-        _made[columns, device] = dist.group.WORLD, sums
-    return sums
+    global _world
+    if _world is not dist.group.WORLD:
+        _made.clear()
+        _world = dist.group.WORLD
+    if (columns, device) not in _made:
+        _made[columns, device] = ShardSums(columns, device)
+    return _made[columns, device]

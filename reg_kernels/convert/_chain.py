@@ -154,7 +154,7 @@ def run(norm: Any, input: Any, links: Sequence[Any], start: int) -> tuple[Any, i
         negative_slope=slope,
         drop=p if dropping and training else 0.0,
         num_batches_tracked=counter,
-        process_group=norm.across(input) if type(norm) is twins.SyncBatchNorm else None,
+        process_group=norm.across(input),
         backend=norm.backend,
     )
     if dropping and not training:  # frozen statistics do not stop a dropout

@@ -1,9 +1,9 @@
 """What training on several ranks of `torch.distributed` needs beside the layers and optimizers."""
 
+from .._rank_error import RankError
 from ._checkpoint import load_checkpoint, save_checkpoint
 from ._faults import FiniteCheck, check_alike, parameters_of
 from ._guard import guard
-from ._ranks import RankError
 from ._shard import batch, part, shard, unshard, whole
 
 __all__ = [

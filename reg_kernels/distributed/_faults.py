@@ -13,8 +13,9 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from .._rank_error import RankError, named
 from ._guard import raise_known_faults
-from ._ranks import Group, RankError, StoreLost, digest, gather, named
+from ._ranks import Group, StoreLost, digest, gather
 
 _PLAIN = (str, bytes, int, float, type(None), torch.dtype, torch.device)
 _NOTHING = "nothing"

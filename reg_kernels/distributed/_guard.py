@@ -18,8 +18,9 @@ from types import FrameType, TracebackType
 import torch
 from torch import distributed as dist
 
+from .._rank_error import RankError, named
 from ._connections import Ends, connections, hang_up
-from ._ranks import Group, RankError, StoreLost, named
+from ._ranks import Group, StoreLost
 
 _POLL = 0.5  # seconds between a watcher's looks at the store
 _MARGIN = 2.0  # seconds that a roll-call may take past its end, on a machine under load
@@ -77,7 +78,8 @@ def guard(
     - ``rank 1 left the guarded block before the others``: it had fewer batches;
     - ``no rank died or hangs: the collective of rank 0 failed first``: ranks called different ones.
 
-    It does nothing without a process group, or in a group of one. After an error the group is not
+    Ranks wait for each other at the block's begin, ``timeout`` seconds at most. It does nothing
+    without a process group, or in a group of one. After an error the group is not
     usable: end the process, or destroy the group and make another. One block around the loop is
     meant, not one a step: each starts a thread and opens a connection to the store.
 
@@ -146,6 +148,8 @@ class _Watch:
             store.delete_key(f"fault/left/{self._group.rank}")
             self._meet()
             store.add("fault/entered", 1)
+            self._wait_for_the_others()
+            self._meet()
             return self._call_the_roll() if store.check(["fault/alarm"]) else None
 
         try:
@@ -155,6 +159,18 @@ class _Watch:
         if fault is not None:
             raise fault
         self._thread.start()
+
+    def _all_have_entered(self) -> bool:
+        return self._group.store.add("fault/entered", 0) >= self._group.size
+
+    def _wait_for_the_others(self) -> None:
+        """Until each rank has told of its connections, which those that came first could not find:
+        the rank that holds the store may die in the first step, and tell nothing any more."""
+        until = time.monotonic() + self._timeout
+        while not self._all_have_entered() and time.monotonic() < until:
+            if self._group.store.check(["fault/alarm"]):
+                return
+            time.sleep(0.01)
 
     def leave(self) -> None:
         """Says that this rank is through; by then the store may have gone with the rank that
@@ -272,7 +288,7 @@ class _Watch:
         looks = 0
         try:
             while not self._stop.wait(_POLL):
-                if not met and store.add("fault/entered", 0) >= self._group.size:
+                if not met and self._all_have_entered():
                     self._meet()
                     met = True
                 if store.check(["fault/alarm"]):

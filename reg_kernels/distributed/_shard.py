@@ -14,6 +14,7 @@ from torch import distributed as dist
 from .. import _part
 from .._numbers import integer, refuse
 from .._part import Part
+from .._rank_error import RankError, named
 from ..augment import Mixup, Pipeline
 
 _Subject = TypeVar("_Subject", bound=nn.Module | Pipeline | Mixup)
@@ -36,31 +37,31 @@ class _OfGroup:
     """What asks the ranks of a group how large their batches are."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group  # None: the default one, whichever that is at a call
+        self.group = group  # None: the default one, whichever that is at a call
 
     def part(self, samples: int) -> Part:
         sizes = self.gathered([samples])
-        before = sizes[: dist.get_rank(self._group)]
+        before = sizes[: dist.get_rank(self.group)]
         return Part(sum(x for (x,) in before), sum(x for (x,) in sizes), samples)
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
         """Every rank's numbers, on the host where the group can: else the device is waited for."""
-        world_size = dist.get_world_size(self._group)
+        world_size = dist.get_world_size(self.group)
         if world_size == 1:
             return [numbers]
-        backends = dist.get_backend_config(self._group)
+        backends = dist.get_backend_config(self.group)
         on_host = "cpu:" in backends or backends == "gloo"
         device = "cpu" if on_host else torch.accelerator.current_accelerator()
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
         every = mine.new_empty(world_size * len(numbers))
-        dist.all_gather_into_tensor(every, mine, group=self._group)
+        dist.all_gather_into_tensor(every, mine, group=self.group)
         return every.view(world_size, -1).tolist()
 
     def __deepcopy__(self, memo: Any) -> _OfGroup:
         return self
 
     def __reduce__(self) -> Any:
-        if self._group is not None:
+        if self.group is not None:
             raise TypeError(
                 "shard: process_group must be the default one where what is sharded is pickled, "
                 "got another one: call distributed.unshard before"
@@ -68,7 +69,7 @@ class _OfGroup:
         return _OfGroup, (None,)
 
     def __repr__(self) -> str:
-        return "the default process group" if self._group is None else "a process group"
+        return "the default process group" if self.group is None else "a process group"
 
 
 def shard(
@@ -106,8 +107,8 @@ def shard(
         ValueError: `rank` is not in [0, world_size), `world_size` is below 1, only one of them is
             given, or `process_group` as well.
         TypeError: it is no module, pipeline or Mixup.
-        RuntimeError: neither rank nor an initialised process group is there; or, with a group, the
-            ranks' generators differ. The error names the ranks.
+        RuntimeError: neither rank nor an initialised process group is there.
+        RankError: with a group, the ranks' generators differ. The error names the ranks.
 
     Of a module, forwards while it is in training mode draw so; evaluation draws nothing, and
     communicates nothing. It is for draws of this package. Layers of torch that drop by themselves
@@ -265,12 +266,13 @@ def _check_alike(sharding: _OfGroup, subject: nn.Module | Pipeline | Mixup) -> N
         remedy = "call torch.manual_seed with one seed on all ranks"
     digest = int.from_bytes(hashlib.blake2b(values, digest_size=8).digest(), signed=True)
     every = sharding.gathered([digest])
-    others = [rank for rank, value in enumerate(every) if value != every[0]]
+    ranks = dist.get_process_group_ranks(sharding.group)
+    others = [rank for rank, value in zip(ranks, every, strict=True) if value != every[0]]
     if others:
-        ranks = f"rank {others[0]}" if len(others) == 1 else f"ranks {', '.join(map(str, others))}"
-        raise RuntimeError(
-            f"shard: the ranks' {what} must be in one state, got another one on {ranks} than on "
-            f"rank 0: {remedy}"
+        raise RankError(
+            f"shard: the ranks' {what} must be in one state, got another one on {named(others)} "
+            f"than on rank 0: {remedy}",
+            others,
         )
 
 

@@ -87,8 +87,13 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             *(input, running_mean, running_var, parameter(self, "weight"), parameter(self, "bias")),
             *(training, momentum, self.eps),
             num_batches_tracked=counter,
+            process_group=self.across(input),
             backend=self.backend,
         )
+
+    def across(self, input: Tensor) -> Any:
+        """The group whose batches a call normalises together; None: this rank's alone."""
+        return None
 
     def _check_input_dim(self, input: Tensor) -> None:
         # A tracer's proxy has no rank to check; what is no tensor is refused by the function.
@@ -177,9 +182,6 @@ class _FusedBatchNormAct(_FusedBatchNorm):
             call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
             if call is not None:
                 return call
-        return self._chain(input, residual)
-
-    def _chain(self, input: Tensor, residual: Tensor | None, process_group: Any = None) -> Tensor:
         self._check_input_dim(input)
         running_mean, running_var, training, momentum, counter = self._statistics()
         return F.batch_norm_act(
@@ -190,7 +192,7 @@ class _FusedBatchNormAct(_FusedBatchNorm):
             negative_slope=self.negative_slope,
             drop=self.drop if self.training else 0.0,
             num_batches_tracked=counter,
-            process_group=process_group,
+            process_group=self.across(input),
             backend=self.backend,
         )
 

@@ -8,14 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.overrides import has_torch_function_unary, has_torch_function_variadic
+from torch.overrides import has_torch_function_unary
 
-from .. import functional as F
 from .._twins import twin_of
 from ..ops._checks import refuse
 from ..ops._collectives import Group, check_alike, default_group, group_of
 from ..ops.batch_norm import SLOPE
-from ._leaf import call_in_graph, parameter
 from .batch_norm import (
     ARGUMENTS,
     ARGUMENTS_ACT,
@@ -154,7 +152,8 @@ class SyncBatchNorm(_Synchronised):
         """
     Raises:
         RuntimeError: there is no process group in training; the group has no backend for the
-            input's device; or the ranks have other numbers of channels, and then on all ranks.
+            input's device; or, as a `distributed.RankError` on all ranks, these have other numbers
+            of channels.
         ValueError: this process is not in the group; the input has fewer than 2 dimensions; and
             what `reg_kernels.functional.batch_norm` raises it for.
 
@@ -182,19 +181,6 @@ class SyncBatchNorm(_Synchronised):
             backend=backend,
         )
         self._set_group(process_group)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if has_torch_function_unary(input) and (call := call_in_graph(self, input)) is not None:
-            return call
-        self._check_input_dim(input)
-        running_mean, running_var, training, momentum, counter = self._statistics()
-        return F.batch_norm(
-            *(input, running_mean, running_var, parameter(self, "weight"), parameter(self, "bias")),
-            *(training, momentum, self.eps),
-            num_batches_tracked=counter,
-            process_group=self.across(input),
-            backend=self.backend,
-        )
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Module, process_group: Any = None) -> _Module:
@@ -259,13 +245,6 @@ class SyncBatchNormAct(_Synchronised, _FusedBatchNormAct):
             backend=backend,
         )
         self._set_group(process_group)
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if has_torch_function_variadic(input, residual):
-            call = call_in_graph(self, *((input,) if residual is None else (input, residual)))
-            if call is not None:
-                return call
-        return self._chain(input, residual, self.across(input))
 
 
 _TARGETS: dict[type[nn.Module], type[nn.Module]] = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from .._rank_error import RankError, named
 from ._checks import refuse
 
 
@@ -79,13 +80,13 @@ def check_alike(op: str, what: str, value: int, process_group: Any, device: torc
     own = torch.tensor([value], device=device)
     of_ranks = [torch.empty_like(own) for _ in range(process_group.size())]
     distributed.all_gather(of_ranks, own, group=process_group)
-    numbers: dict[int, list[str]] = {}
+    where: dict[int, list[int]] = {}
     ranks = distributed.get_process_group_ranks(process_group)
     for rank, number in zip(ranks, torch.cat(of_ranks).tolist(), strict=True):
-        numbers.setdefault(number, []).append(str(rank))
-    if len(numbers) > 1:
-        got = [
-            f"{number} on {'rank' if len(on) == 1 else 'ranks'} {' and '.join(on)}"
-            for number, on in numbers.items()
-        ]
-        raise RuntimeError(f"{op}: {what} must be the same on all ranks, got {', '.join(got)}")
+        where.setdefault(number, []).append(rank)
+    if len(where) > 1:
+        got = ", ".join(f"{number} on {named(on)}" for number, on in where.items())
+        most = max(where.values(), key=len)
+        raise RankError(
+            f"{op}: {what} must be the same on all ranks, got {got}", set(ranks).difference(most)
+        )

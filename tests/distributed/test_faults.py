@@ -359,7 +359,7 @@ def test_what_torchrun_shows() -> None:
     assert "ValueError: no such file" in shown["raises"].partition("Root Cause")[2]
     assert re.search(r"Root Cause(.|\n)*rank +: 1 (.|\n)*Signal 9 \(SIGKILL\)", shown["dies"])
     for fault, message in (("ends", LEFT), ("stops", DEAD)):
-        assert f"reg_kernels.distributed._ranks.RankError: {message}" in shown[fault]
+        assert f"reg_kernels.distributed.RankError: {message}" in shown[fault]
 
 
 # Two hosts.

@@ -663,8 +663,8 @@ def test_a_group_says_which_ranks_differ(ranks: Ranks) -> None:
     expected = [
         f"shard: the ranks' generators must be in one state, got another one on rank 1 than on "
         f"rank 0: {seed}",
-        f"shard: the ranks' generators must be in one state, got another one on ranks 1, 3 than on "
-        f"rank 0: {seed}",
+        f"shard: the ranks' generators must be in one state, got another one on ranks 1 and 3 than "
+        f"on rank 0: {seed}",
         "shard: the ranks' pipelines must be in one state, got another one on rank 2 than on rank "
         "0: give each the same seed=, epoch and position",
         "shard: the ranks' Mixups must be in one state, got another one on rank 3 than on rank 0: "

@@ -446,7 +446,7 @@ def test_errors_name_the_ranks_and_come_on_all_of_them(ranks):
     results = ranks(3, _errors)
     for rank, found in enumerate(results):
         assert found[0] == (
-            "RuntimeError: SyncBatchNorm: the input's channels must be the same on all ranks, "
+            "RankError: SyncBatchNorm: the input's channels must be the same on all ranks, "
             "got 3 on ranks 0 and 1, 4 on rank 2"
         )
         assert found[1] is None

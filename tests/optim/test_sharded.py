@@ -7,7 +7,7 @@ import torch
 from process_group import running_ranks
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from reg_kernels.optim import SGD, SGDW, Adam, AdamW
@@ -621,3 +621,29 @@ def test_what_is_refused_says_which_and_what_to_do(ranks):
     assert second["not this rank"].startswith(
         "RuntimeError: SGD: a DTensor's mesh must have this rank, 1, in it, got ranks [0] for"
     )
+
+
+def _overlapping():
+    meshes = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [1, 2])]
+    if dist.get_rank() != 1:
+        return ""
+    params = []
+    for mesh in meshes:
+        shard = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)
+        params.append(torch.nn.Parameter(shard))
+        params[-1].grad = torch.zeros_like(shard)
+    try:
+        AdamW(params, max_grad_norm=1.0).step()
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_meshes_that_overlap_and_have_no_common_root_are_refused(ranks):
+    assert ranks(3, _overlapping) == [
+        "",
+        "parameters must be on parts of one mesh where their meshes overlap, got meshes of ranks "
+        "[0, 1] and [1, 2]: cut them from one init_device_mesh, or give each an optimizer of its "
+        "own",
+        "",
+    ]
