@@ -239,6 +239,7 @@ EXPLAINED: list[tuple[str, str, str]] = [
     ),
     (SPILLS, r"^triton/adversarial_step (ball|linf)_kernel<float32>", "Open: 8 bytes."),
     (SPILLS, r"^triton/batch_norm \w+_kernel", "Open: 8 bytes."),
+    (SPILLS, r"^triton/optimizer_step optimizer_step_kernel<bfloat16>", "Open: 8 bytes."),
 ]
 
 
