@@ -12,9 +12,15 @@ REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folde
                        no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
 
-One extension serves torch 2.11 and later (LibTorch's stable ABI); the CUDA kernels are a shared
-library of their own, loaded only where torch has CUDA. What was built, and why something was not,
-is written to reg_kernels/_build.json, which `reg-kernels info` reads.
+What is built, in reg_kernels/, serves Python 3.11 and torch 2.11 and what comes after either:
+
+libreg_kernels_cpu.so   the CPU kernels, and libreg_kernels_cuda.so those for GPUs, which is loaded
+                        only where torch has CUDA: LibTorch's stable ABI, no Python
+libreg_kernels.so       the ops' declarations for programs without Python; it loads the CPU kernels
+_C.abi3.so              what is asked of Python's objects: Python's limited interface
+
+What was built, and why something was not, is written to reg_kernels/_build.json, which
+`reg-kernels info` reads.
 """
 
 import json
@@ -32,7 +38,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
+PYTHON_TARGET = "0x030B0000"  # 3.11, the oldest Python
 CUDA_ARCHITECTURES = "80;90;100"
+LIBRARY, CPU_LIBRARY, CUDA_LIBRARY = (f"libreg_kernels{part}.so" for part in ("", "_cpu", "_cuda"))
+EXTENSION = "_C.abi3.so"
 
 CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
@@ -190,25 +199,28 @@ def build_folder(torch):
 
 
 def quoted(words):
-    return " ".join(f"'{word}'" if " " in str(word) else str(word) for word in words)
+    """For ninja's file, whose commands a shell reads."""
+    return " ".join(f"'{word}'" if {*" $"} & {*str(word)} else str(word) for word in words)
 
 
-def write_ninja(path, torch, compiler, isas, nvcc, extension, cuda_library):
+def write_ninja(path, torch, compiler, isas, nvcc, package):
     """One file for ninja: it rebuilds what changed, headers included."""
     from ninja import ninja_syntax
 
     torch_root = Path(torch.__file__).parent
     torch_includes = torch.utils.cpp_extension.include_paths()
-    system = [sysconfig.get_path("include"), *torch_includes]
     flags = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
-    for directory in system:
+    for directory in torch_includes:
         flags += ["-isystem", directory]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     sanitize = SANITIZE_FLAGS if is_sanitized() else []
-    facts = [
+    python = [
+        *("-isystem", sysconfig.get_path("include"), f"-DPy_LIMITED_API={PYTHON_TARGET}"),
         f'-DRK_COMPILER=\\"{Path(compiler).name}\\"',
         f'-DRK_TORCH_VERSION=\\"{torch.__version__}\\"',
     ]
+    # One of the libraries finds another beside it, wherever the package lies.
+    beside = ["-Wl,-rpath,$$ORIGIN", "-Wl,--no-as-needed"]
 
     with path.open("w") as file:
         ninja = ninja_syntax.Writer(file)
@@ -221,26 +233,43 @@ def write_ninja(path, torch, compiler, isas, nvcc, extension, cuda_library):
             deps="gcc",
             description="CXX $out",
         )
-        ninja.rule("link", f"{compiler} -shared $in -o $out $flags", description="LINK $out")
-        objects = []
+        ninja.rule(
+            "link", f"{compiler} -shared $flags $in -o $out $libraries", description="LINK $out"
+        )
+        libtorch = f"-L{torch_root / 'lib'}"
 
         def compile_cxx(source, name, *options):
-            target = path.parent / f"{name}.o"
-            ninja.build(str(target), "cxx", str(source), variables={"flags": quoted(options)})
-            objects.append(str(target))
+            target = str(path.parent / f"{name}.o")
+            ninja.build(target, "cxx", str(source), variables={"flags": quoted(options)})
+            return target
 
-        for source in sorted(CSRC.glob("*.cpp")):
-            compile_cxx(source, source.stem, *facts)
+        def link(name, *inputs, options=()):
+            """Of objects, and of libraries of this package that it needs."""
+            target = str(package / name)
+            flags = [f"-Wl,-soname,{name}", *options, *sanitize]
+            words = {"flags": quoted(flags), "libraries": f"{libtorch} -ltorch_cpu"}
+            ninja.build(target, "link", list(inputs), variables=words)
+            return target
+
+        objects = []
         for source, name, of_op in compilations("cpu", "*.cpp"):
             if source.name.endswith(".simd.cpp"):
                 for isa, options in isas.items():
-                    compile_cxx(source, f"{name}.{isa}", *of_op, *options, f"-DRK_ISA={isa}")
+                    options = [*of_op, *options, f"-DRK_ISA={isa}"]
+                    objects.append(compile_cxx(source, f"{name}.{isa}", *options))
             elif source.stem == "isa":
-                compile_cxx(source, name, f"-DRK_BUILT_ISAS={','.join(isas)}")
+                of_op = [f"-DRK_BUILT_ISAS={','.join(isas)}"]
+                objects.append(compile_cxx(source, name, *of_op))
             else:
-                compile_cxx(source, name, *of_op)
-        libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *sanitize]
-        ninja.build(str(extension), "link", objects, variables={"flags": quoted(libraries)})
+                objects.append(compile_cxx(source, name, *of_op))
+        cpu = link(CPU_LIBRARY, *objects)
+        schemas = compile_cxx(CSRC / "schemas.cpp", "schemas")
+        link(LIBRARY, schemas, cpu, options=beside)
+        objects = [
+            compile_cxx(source, f"python.{source.stem}", *python)
+            for source in sorted((CSRC / "python").glob("*.cpp"))
+        ]
+        link(EXTENSION, *objects, cpu, options=beside)
 
         if nvcc:
             targets = cuda_architectures(torch)
@@ -267,9 +296,9 @@ def write_ninja(path, torch, compiler, isas, nvcc, extension, cuda_library):
                 cuda_objects.append(target)
             # The stream comes from libtorch_cuda, which libtorch brings along where there is one:
             # it stays a dependency although a CPU torch, enough to build against, lacks it.
-            libraries = ["-Xlinker", "--no-as-needed", *libraries]
+            libraries = ["-Xlinker", "--no-as-needed", libtorch, "-ltorch", "-ltorch_cpu", "-lc10"]
             flags = {"flags": quoted(libraries)}
-            ninja.build(str(cuda_library), "link_cuda", cuda_objects, variables=flags)
+            ninja.build(str(package / CUDA_LIBRARY), "link_cuda", cuda_objects, variables=flags)
 
 
 class Build(build_ext):
@@ -288,23 +317,23 @@ class Build(build_ext):
             print(f"reg_kernels: native: {facts['native_note']}")
 
     def compile(self, package):
-        cuda_library = package / "libreg_kernels_cuda.so"
-        extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        for stale in {*package.glob("_C.*.so")} - {package / EXTENSION}:
+            stale.unlink()  # of one Python's own interface, which would stand before ours
         if setting("REG_KERNELS_BUILD", "auto", ("auto", "none")) == "none":
-            for stale in (extension, cuda_library):
-                stale.unlink(missing_ok=True)
+            for stale in (EXTENSION, LIBRARY, CPU_LIBRARY, CUDA_LIBRARY):
+                (package / stale).unlink(missing_ok=True)
             reason = "installed with REG_KERNELS_BUILD=none"
             return {"native_missing": reason, "native_note": None, "cuda_missing": reason}
         torch = import_torch()
         compiler = find_compiler()
         nvcc, cuda_missing = find_nvcc(torch)
         if nvcc is None:
-            cuda_library.unlink(missing_ok=True)
+            (package / CUDA_LIBRARY).unlink(missing_ok=True)
         isas, note = instruction_sets(compiler)
         build = build_folder(torch)
         build.mkdir(parents=True, exist_ok=True)
         ninja_file = build / "build.ninja"
-        write_ninja(ninja_file, torch, compiler, isas, nvcc, extension, cuda_library)
+        write_ninja(ninja_file, torch, compiler, isas, nvcc, package)
         command = ["ninja", "-f", ninja_file, "-j", os.environ.get("MAX_JOBS", "2")]
         try:
             subprocess.run([sys.executable, "-m", *command], check=True)

@@ -1,4 +1,4 @@
-"""What csrc/module.cpp has beside the kernels, which torch reaches by its dispatcher."""
+"""What csrc/python/module.cpp has."""
 
 from typing import Any
 

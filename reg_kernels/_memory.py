@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from ._extension import extension
 
 
 def empty_bytes(count: int) -> Tensor:
     """An uninitialised uint8 tensor (count,) on the CPU."""
     x = torch.empty(count, dtype=torch.uint8, device="cpu")
-    if backends.why_not("native", "cpu", torch.float32) is None:
-        from . import _C
-
-        _C.hint_huge_pages(x.data_ptr(), count)
+    if (module := extension()) is not None:
+        module.hint_huge_pages(x.data_ptr(), count)
     return x

@@ -10,6 +10,7 @@ cannot run raises `BackendUnavailable` and never falls back.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import json
@@ -79,10 +80,18 @@ def _load_native() -> str | None:
     """Loads the CPU kernels; returns why they are missing, or None."""
     if (missing := build_facts()["native_missing"]) is not None:
         return missing
+    path = Path(__file__).parent / "libreg_kernels_cpu.so"
     try:
-        from . import _C  # noqa: F401  (its import registers the kernels)
-    except ImportError as error:
+        torch.ops.load_library(path)  # registers the kernels
+    except OSError as error:
         return f"the native library does not load ({error})"
+    isa = ctypes.CDLL(str(path)).reg_kernels_isa
+    isa.restype = ctypes.c_char_p
+    if isa() is None:
+        return (
+            "the native library was built for an instruction set that this CPU lacks "
+            "(REG_KERNELS_ISA): build it again here"
+        )
     return None
 
 

@@ -1,9 +1,11 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
-#include <string>
+
+#include "isa_names.h"
 
 namespace reg_kernels {
 namespace {
@@ -26,38 +28,54 @@ bool has_machine([[maybe_unused]] Isa isa) {
   return true;
 }
 
-Isa best_isa() {
-  for (int64_t i = std::size(kIsas); i-- > 0;) {
-    if (has_isa(kIsas[i].isa)) return kIsas[i].isa;
+// The best one's place, -1 where there is none.
+int best_place() {
+  int place = std::size(kIsas);
+  while (--place >= 0 && !has_isa(kIsas[place].isa)) {
   }
-  throw std::runtime_error(
-      "reg_kernels: built for an instruction set that this CPU lacks (REG_KERNELS_ISA): build it "
-      "again here");
+  return place;
 }
 
-std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{best_isa()};
-  return isa;
+std::atomic<int>& chosen() {
+  static std::atomic<int> place{best_place()};
+  return place;
 }
 
 }  // namespace
 
 bool has_isa(Isa isa) { return is_built(isa) && has_machine(isa); }
 
-Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
-
-void set_isa(const char* name) {
-  std::string names;
-  for (const NamedIsa& each : kIsas) {
-    if (!has_isa(each.isa)) continue;
-    if (std::string(name) == each.name) {
-      chosen().store(each.isa, std::memory_order_relaxed);
-      return;
-    }
-    names += (names.empty() ? "" : ", ") + std::string(each.name);
+Isa current_isa() {
+  const int place = chosen().load(std::memory_order_relaxed);
+  if (place < 0) {
+    throw std::runtime_error(
+        "reg_kernels: built for an instruction set that this CPU lacks (REG_KERNELS_ISA): build it "
+        "again here");
   }
-  throw std::invalid_argument("set_isa: name must be one that was built and that this CPU has (" +
-                              names + "), got " + name);
+  return static_cast<Isa>(place);
 }
 
 }  // namespace reg_kernels
+
+using namespace reg_kernels;
+
+const char* reg_kernels_isa() {
+  const int place = chosen().load(std::memory_order_relaxed);
+  return place < 0 ? nullptr : kIsas[place].name;
+}
+
+const char* reg_kernels_isa_at(int place) {
+  for (const auto& [isa, name] : kIsas) {
+    if (has_isa(isa) && place-- == 0) return name;
+  }
+  return nullptr;
+}
+
+int reg_kernels_set_isa(const char* name) {
+  for (int place = 0; place < static_cast<int>(std::size(kIsas)); ++place) {
+    if (!has_isa(kIsas[place].isa) || std::strcmp(name, kIsas[place].name) != 0) continue;
+    chosen().store(place, std::memory_order_relaxed);
+    return 1;
+  }
+  return 0;
+}

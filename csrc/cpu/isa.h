@@ -31,16 +31,12 @@ struct NamedIsa {
 };
 constexpr NamedIsa kIsas[] = {RK_FOR_ISAS(RK_ISA_AND_NAME)};
 
-// The best that there is, or what set_isa was told; throws std::runtime_error where this machine
-// has none of those that were built.
+// The best that there is, or what reg_kernels_set_isa (isa_names.h) was told; throws
+// std::runtime_error where this machine has none of those that were built.
 Isa current_isa();
 
 // Whether it was built (REG_KERNELS_ISA) and this machine has it.
 bool has_isa(Isa isa);
-
-// Takes a less capable one, for tests and measurements; throws std::invalid_argument for a name
-// that is of none that there is.
-void set_isa(const char* name);
 
 // Declares `result name arguments` in each instruction set's namespace. Weak, so that one that was
 // not built is null: what else is compiled does not depend on which are.

@@ -12,6 +12,7 @@ import torch
 import reg_kernels
 
 from .. import _extras, backends
+from .._extension import extension
 from ..ops._registry import OPS
 
 
@@ -56,11 +57,12 @@ def facts() -> dict[str, str]:
     }
     missing = backends.why_not("native", "cpu", torch.float32)
     if missing is None:
-        from .. import _C
-
+        module = extension()
         result["native CPU"] = (
-            f"{_C.isa()} (of {', '.join(_C.isas())}), built by {_C.compiler} "
-            f"for torch 2.11 and later (headers of {_C.torch_version_built_with})"
+            "built, but this Python cannot load what is asked of its objects in C: calls are slower"
+            if module is None
+            else f"{module.isa()} (of {', '.join(module.isas())}), built by {module.compiler} "
+            f"for torch 2.11 and later (headers of {module.torch_version_built_with})"
         )
         if note := backends.build_facts().get("native_note"):
             result["native CPU"] += f"; {note}"

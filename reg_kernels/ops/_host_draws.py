@@ -6,11 +6,10 @@ They are no ops: nothing of them is on a device, has a gradient or is compiled.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from .._extension import extension
 from ..reference import _host_draws as reference
 from ._modes import watcher
 
@@ -57,13 +56,4 @@ def first_rectangle(
     return out, _C.first_rectangle(*places, low, span, is_crop, out.data_ptr())
 
 
-def _built() -> ModuleType | None:
-    """What csrc/host_draws.cpp is in, or None where it is not built."""
-    try:
-        from .. import _C
-    except ImportError:
-        return None
-    return _C if hasattr(_C, "first_rectangle") else None
-
-
-_C = _built()
+_C = extension()

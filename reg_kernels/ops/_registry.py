@@ -24,6 +24,8 @@ from ._modes import COMPILE, below_autograd
 _library = torch.library.Library("reg_kernels", "FRAGMENT")
 
 OPS: dict[str, Op] = {}
+# What csrc/ registers kernels for; csrc/schemas.inc declares it for programs without Python.
+NATIVE_SCHEMAS: list[str] = []
 # The implementation that an overload is, by its id: hashing one is a call into Python.
 _IMPLEMENTATIONS: dict[int, str] = {}
 
@@ -149,7 +151,10 @@ def _define(
     for implementation, kernel in kernels.items():
         suffix = "" if implementation == "native" else f".{implementation}"
         qualified = f"{name}{suffix}"
-        _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        if implementation == "native" and kernel is None:
+            _declare_native(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        else:
+            _library.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"reg_kernels::{qualified}", fake, lib=_library)
         if implementation != "native":
             _library.impl(qualified, kernel, "CompositeExplicitAutograd")
@@ -162,6 +167,24 @@ def _define(
         _IMPLEMENTATIONS[id(overload)] = implementation
         _library.impl(qualified, _bind(route, overload), "Autograd")
     return Op(name, schema, overloads, fake, route, check)
+
+
+def _declare_native(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
+    """Declares an op of csrc/, unless a program has loaded libreg_kernels.so before Python."""
+    NATIVE_SCHEMAS.append(schema)
+    wanted = torch._C.parse_schema(f"reg_kernels::{schema}")
+    declared = [
+        each
+        for each in torch._C._jit_get_schemas_for_operator(wanted.name)
+        if not each.overload_name
+    ]
+    if not declared:
+        _library.define(schema, tags=tags)
+    elif declared != [wanted]:
+        raise ImportError(
+            f"reg_kernels: libreg_kernels.so, which this process has loaded, is of another version "
+            f"(it declares {declared[0]}, not {wanted}): load the one that lies beside this package"
+        )
 
 
 def _bind(route: Callable[..., Any], overload: Any) -> Callable[..., Any]:
@@ -219,5 +242,5 @@ def implementation_of(overload: Any) -> str:
 
 def define_part(name: str, schema: str) -> Any:
     """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
-    _library.define(f"{name}{schema}")
+    _declare_native(f"{name}{schema}")
     return getattr(torch.ops.reg_kernels, name).default

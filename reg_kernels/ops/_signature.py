@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 
+from .._extension import extension
 from ._modes import QUESTIONS
 
 is_compiling = torch.compiler.is_compiling  # which compiles no call of C: ask it before
 
 
 def _find() -> Callable[..., bytes | None]:
+    module = extension()
     try:
-        from .. import _C
-
-        function = functools.partial(_C.signature, QUESTIONS)
+        function = functools.partial(module.signature, QUESTIONS)  # type: ignore[union-attr]
         function()  # raises where torch has no DLPack exchange
-    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return lambda *arguments: None
     return function
 
 
-# What the checks of a call's arguments go by, as bytes (csrc/call_signature.cpp): of a tensor its
-# dtype, device, shape, strides and whether it requires grad; the value of None, a bool, an int, a
-# float or a str; and whether gradients are recorded. None where anything but autograd looks at the
-# call, or an argument is anything else, a subclass for one.
+# What the checks of a call's arguments go by, as bytes (csrc/python/call_signature.cpp): of a tensor
+# its dtype, device, shape, strides and whether it requires grad; the value of None, a bool, an int,
+# a float or a str; and whether gradients are recorded. None where anything but autograd looks at
+# the call, or an argument is anything else, a subclass for one.
 signature: Callable[..., bytes | None] = _find()
 
 

@@ -1,7 +1,7 @@
 """Whether what a step goes by is still what it was: asked of each tensor once, at every step.
 
-csrc/tensor_watch.cpp has the three functions in one pass of C each; these are for where it was not
-built, and say what they do.
+csrc/python/tensor_watch.cpp has the three functions in one pass of C each; these are for where it
+was not built, and say what they do.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension import extension
 from .._tensor_table import addresses
 from ._member import fits
 
@@ -77,14 +78,13 @@ def holds(container: list[Any] | dict[Any, Any], expected: list[Any]) -> bool:
 
 
 def _in_c() -> Any:
-    """The three of csrc/tensor_watch.cpp, or None where they are not there."""
+    """The three of csrc/python/tensor_watch.cpp, or None where they are not there."""
+    module = extension()
     try:
-        from .. import _C
-
-        _C.describe([])  # raises where torch has no DLPack exchange
-    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
+        module.describe([])  # type: ignore[union-attr]  # raises without a DLPack exchange
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-    return _C.describe, _C.look, _C.holds
+    return module.describe, module.look, module.holds  # type: ignore[union-attr]
 
 
 IN_PYTHON = (_facts, look, holds)

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/isa_names.h"
 #include "values.h"
 
 namespace isas {
@@ -148,7 +149,7 @@ double erf(double x) noexcept {
 
 int main(int, char** arguments) {
   try {
-    if (arguments[1]) reg_kernels::set_isa(arguments[1]);
+    if (arguments[1] && !reg_kernels_set_isa(arguments[1])) return 2;
     isas::call_leaves();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -7,6 +7,15 @@ PyObject* attribute(PyObject* of, const char* name) {
   return of ? PyObject_GetAttrString(of, name) : nullptr;
 }
 
+Descriptor descriptor(PyObject* type, const char* name) {
+  Descriptor found{attribute(type, name), nullptr};
+  if (found.object == nullptr) return found;
+  found.getter =
+      reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(found.object), Py_tp_descr_get));
+  if (found.getter == nullptr) PyErr_Format(PyExc_TypeError, "Tensor.%s is no descriptor", name);
+  return found;
+}
+
 }  // namespace
 
 const Exchange* find_exchange() {
@@ -25,8 +34,8 @@ const Exchange* find_exchange() {
   } else if (api) {
     found.tensor = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
     found.parameter = reinterpret_cast<PyTypeObject*>(attribute(nn, "Parameter"));
-    found.grad = attribute(type, "grad");
-    found.requires_grad = attribute(type, "requires_grad");
+    found.grad = descriptor(type, "grad");
+    found.requires_grad = descriptor(type, "requires_grad");
     found.is_neg = attribute(type, "is_neg");
     if (!PyErr_Occurred()) found.tell = api->dltensor_from_py_object_no_sync;
   }

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "tensor_exchange.h"
@@ -58,7 +57,7 @@ static_assert(sizeof(Facts) % sizeof(int64_t) == 0);
 class Described {
  public:
   explicit Described(PyObject* bytes)
-      : at_(PyBytes_AS_STRING(bytes)), end_(at_ + PyBytes_GET_SIZE(bytes)) {}
+      : at_(PyBytes_AsString(bytes)), end_(at_ + PyBytes_Size(bytes)) {}
 
   const Facts* next() {
     const auto* facts = reinterpret_cast<const Facts*>(at_);
@@ -80,13 +79,14 @@ bool has(PyObject* state, PyObject* name, PyObject* value) {
 }
 
 // Whether a parameter's state is that of `known` tensors, which are next among the described.
-bool is_state(const Exchange& exchange, PyObject* state, PyObject* names, PyObject** known,
-              Described& described) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+bool is_state(const Exchange& exchange, PyObject* state, PyObject* names, PyObject* known,
+              Py_ssize_t first, Described& described) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
+    PyObject* tensor = PyList_GetItem(known, first + i);
     const Facts* facts = described.next();
     DLTensor x;
-    if (facts == nullptr || !has(state, PyTuple_GET_ITEM(names, i), known[i]) ||
-        exchange.tell(known[i], &x) != 0 || !facts->are_of(x)) {
+    if (facts == nullptr || tensor == nullptr || !has(state, PyTuple_GetItem(names, i), tensor) ||
+        exchange.tell(tensor, &x) != 0 || !facts->are_of(x)) {
       return false;
     }
   }
@@ -97,8 +97,8 @@ enum class Gradient { none, odd, fits };
 
 // Takes in the gradient of a parameter: the object and where it lies.
 Gradient take_gradient(const Exchange& exchange, PyObject* param, const Facts& like,
-                       PyObject** into, int64_t* address) {
-  PyObject* grad = get(exchange.grad, param);
+                       PyObject* grads, Py_ssize_t place, int64_t* address) {
+  PyObject* grad = exchange.grad.of(param);
   if (grad == nullptr || grad == Py_None) {
     Py_XDECREF(grad);
     return Gradient::none;
@@ -107,27 +107,26 @@ Gradient take_gradient(const Exchange& exchange, PyObject* param, const Facts& l
   PyObject* negated = nullptr;
   if (exchange.tell(grad, &x) == 0) {
     *address = reinterpret_cast<int64_t>(x.data);
-    if (like.fit(x)) negated = PyObject_CallOneArg(exchange.is_neg, grad);
+    if (like.fit(x)) negated = PyObject_CallFunctionObjArgs(exchange.is_neg, grad, nullptr);
   }
   PyErr_Clear();  // of what has no address, a sparse one for example
   Py_XDECREF(negated);
   // At last: is_neg lets other threads run, and what is let go here may run code.
-  Py_XDECREF(std::exchange(*into, grad));
+  if (PyList_SetItem(grads, place, grad) != 0) return Gradient::none;
   return negated == Py_False ? Gradient::fits : Gradient::odd;
 }
 
 // Asks for a parameter and its state, `width` tensors that are next among the described.
-void ask_for(PyObject* state, PyObject** tensors, Py_ssize_t width, Described& described) {
+void ask_for(PyObject* state, PyObject* tensors, Py_ssize_t first, Py_ssize_t width,
+             Described& described) {
   __builtin_prefetch(state);
   for (Py_ssize_t i = 0; i < width; ++i) {
     const Facts* facts = described.next();
     if (facts == nullptr) return;
-    __builtin_prefetch(tensors[i]);
+    __builtin_prefetch(PyList_GetItem(tensors, first + i));
     for (int byte = -64; byte <= 128; byte += 64) __builtin_prefetch(facts->inside + byte);
   }
 }
-
-PyObject** items(PyObject* list) { return reinterpret_cast<PyListObject*>(list)->ob_item; }
 
 }  // namespace
 
@@ -136,9 +135,9 @@ PyObject* describe(PyObject*, PyObject* tensors) {
   if (exchange == nullptr) return nullptr;
   if (!PyList_Check(tensors)) return PyErr_Format(PyExc_TypeError, "describe: expected a list");
   std::vector<char> made;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
     DLTensor x;
-    if (exchange->tell(PyList_GET_ITEM(tensors, i), &x) != 0) return nullptr;
+    if (exchange->tell(PyList_GetItem(tensors, i), &x) != 0) return nullptr;
     const Facts facts{x.data, reinterpret_cast<const char*>(x.shape), x.device, x.dtype, x.ndim};
     const auto append = [&](const void* data, size_t bytes) {
       const auto* chars = static_cast<const char*>(data);
@@ -160,9 +159,9 @@ PyObject* look(PyObject*, PyObject* arguments) {
                         &PyList_Type, &states, &PyTuple_Type, &names, &PyList_Type, &grads, &row)) {
     return nullptr;
   }
-  const Py_ssize_t count = PyList_GET_SIZE(states), width = 2 + PyTuple_GET_SIZE(names);
-  const Py_ssize_t gradients = PyList_GET_SIZE(grads);  // none where there are only averages
-  if (PyList_GET_SIZE(known) != count * width || (gradients != 0 && gradients != count) ||
+  const Py_ssize_t count = PyList_Size(states), width = 2 + PyTuple_Size(names);
+  const Py_ssize_t gradients = PyList_Size(grads);  // none where there are only averages
+  if (PyList_Size(known) != count * width || (gradients != 0 && gradients != count) ||
       row.len != static_cast<Py_ssize_t>(gradients * sizeof(int64_t))) {
     PyBuffer_Release(&row);
     return PyErr_Format(PyExc_ValueError, "look: lists must be of one length");
@@ -173,18 +172,21 @@ PyObject* look(PyObject*, PyObject* arguments) {
   bool same = odd != nullptr;
   for (Py_ssize_t i = -kAhead; i < count && same; ++i) {
     if (i + kAhead < count) {
-      ask_for(items(states)[i + kAhead], items(known) + width * (i + kAhead), width, ahead);
+      const Py_ssize_t next = i + kAhead;
+      ask_for(PyList_GetItem(states, next), known, width * next, width, ahead);
     }
     if (i < 0) continue;
-    PyObject** tensors = items(known) + width * i;
+    // Letting go of a gradient may run code, which may have made a list shorter.
+    PyObject* param = PyList_GetItem(known, width * i);
+    PyObject* state = PyList_GetItem(states, i);
     const Facts* of_param = described.next();
     const Facts* of_dense = described.next();
     DLTensor x;
-    same = of_dense != nullptr && exchange->tell(tensors[0], &x) == 0 && of_param->are_of(x) &&
-           is_state(*exchange, items(states)[i], names, tensors + 2, described);
+    same = of_dense && param && state && exchange->tell(param, &x) == 0 && of_param->are_of(x) &&
+           is_state(*exchange, state, names, known, width * i + 2, described);
     if (!same || gradients == 0) continue;
-    const Gradient found = take_gradient(*exchange, tensors[0], *of_dense, items(grads) + i,
-                                         static_cast<int64_t*>(row.buf) + i);
+    const Gradient found =
+        take_gradient(*exchange, param, *of_dense, grads, i, static_cast<int64_t*>(row.buf) + i);
     PyObject* place = found == Gradient::odd ? PyLong_FromSsize_t(i) : nullptr;
     same = found == Gradient::fits ||
            (found == Gradient::odd && place != nullptr && PyList_Append(odd, place) == 0);
@@ -202,15 +204,18 @@ PyObject* holds(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "OO!:holds", &container, &PyList_Type, &expected)) {
     return nullptr;
   }
-  const Py_ssize_t count = PyList_GET_SIZE(expected);
+  const Py_ssize_t count = PyList_Size(expected);
   if (PyList_Check(container)) {
-    return PyBool_FromLong(PyList_GET_SIZE(container) == count &&
-                           memcmp(items(container), items(expected), count * sizeof(void*)) == 0);
+    bool same = PyList_Size(container) == count;
+    for (Py_ssize_t i = 0; same && i < count; ++i) {
+      same = PyList_GetItem(container, i) == PyList_GetItem(expected, i);
+    }
+    return PyBool_FromLong(same);
   }
-  bool same = PyDict_Check(container) && PyDict_GET_SIZE(container) == count;
+  bool same = PyDict_Check(container) && PyDict_Size(container) == count;
   PyObject* value;
   for (Py_ssize_t at = 0, i = 0; same && PyDict_Next(container, &at, nullptr, &value); ++i) {
-    same = value == items(expected)[i];
+    same = value == PyList_GetItem(expected, i);
   }
   return PyBool_FromLong(same);
 }

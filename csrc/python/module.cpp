@@ -1,15 +1,15 @@
-// reg_kernels._C: loading it registers the CPU kernels; what it holds is build facts and the hooks
-// that tests and measurements need, what an optimizer's step asks Python's objects
-// (tensor_watch.h), and what augmentation draws from (host_draws.h). Python's own interface is
-// enough, and compiles in a tenth of the time that a library over it takes.
+// reg_kernels._C: build facts, the hooks that tests and measurements need, and what is asked of
+// Python's objects: what a call's checks go by (call_signature.h), an optimizer's step
+// (tensor_watch.h), and what augmentation draws from (host_draws.h). No kernel is here. By Python's
+// limited interface alone, so that one build serves every Python from 3.11 on; setup.py holds the
+// compiler to it.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <cstdint>
-#include <exception>
 
 #include "call_signature.h"
-#include "cpu/isa.h"
+#include "cpu/isa_names.h"
 #include "host_draws.h"
 #include "reg_kernels/philox.h"
 #include "tensor_watch.h"
@@ -17,42 +17,37 @@
 
 namespace {
 
-// What f returns, or null with Python's exception for what it throws.
-template <typename F>
-PyObject* guarded(PyObject* exception, const F& f) {
-  try {
-    return f();
-  } catch (const std::exception& error) {
-    PyErr_SetString(exception, error.what());
-    return nullptr;
-  }
-}
-
 PyObject* isa(PyObject*, PyObject*) {
-  return guarded(PyExc_RuntimeError, [] {
-    return PyUnicode_FromString(
-        reg_kernels::kIsas[static_cast<int>(reg_kernels::current_isa())].name);
-  });
+  const char* name = reg_kernels_isa();
+  return name ? PyUnicode_FromString(name) : Py_NewRef(Py_None);
 }
 
 PyObject* isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
-  for (const auto& [isa, name] : reg_kernels::kIsas) {
-    if (names == nullptr || !reg_kernels::has_isa(isa)) continue;
-    PyObject* one = PyUnicode_FromString(name);
+  for (int i = 0; names && reg_kernels_isa_at(i); ++i) {
+    PyObject* one = PyUnicode_FromString(reg_kernels_isa_at(i));
     if (one == nullptr || PyList_Append(names, one) != 0) Py_CLEAR(names);
     Py_XDECREF(one);
   }
   return names;
 }
 
-PyObject* set_isa(PyObject*, PyObject* argument) {
-  const char* wanted = PyUnicode_AsUTF8(argument);
+PyObject* set_isa(PyObject* module, PyObject* argument) {
+  const char* wanted = PyUnicode_AsUTF8AndSize(argument, nullptr);
   if (wanted == nullptr) return nullptr;
-  return guarded(PyExc_ValueError, [=] {
-    reg_kernels::set_isa(wanted);
-    return Py_NewRef(Py_None);
-  });
+  if (reg_kernels_set_isa(wanted)) return Py_NewRef(Py_None);
+  PyObject* names = isas(module, nullptr);
+  PyObject* comma = PyUnicode_FromString(", ");
+  PyObject* joined = names && comma ? PyUnicode_Join(comma, names) : nullptr;
+  if (joined) {
+    PyErr_Format(PyExc_ValueError,
+                 "set_isa: name must be one that was built and that this CPU has (%U), got %U",
+                 joined, argument);
+  }
+  Py_XDECREF(joined);
+  Py_XDECREF(comma);
+  Py_XDECREF(names);
+  return nullptr;
 }
 
 PyObject* hint_huge_pages(PyObject*, PyObject* arguments) {
@@ -107,15 +102,11 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
-  // A build for one instruction set may have come to a machine that lacks it.
-  return guarded(PyExc_ImportError, [] {
-    reg_kernels::current_isa();
-    PyObject* module = PyModule_Create(&definition);
-    if (module &&
-        (PyModule_AddStringConstant(module, "compiler", RK_COMPILER) != 0 ||
-         PyModule_AddStringConstant(module, "torch_version_built_with", RK_TORCH_VERSION) != 0)) {
-      Py_CLEAR(module);
-    }
-    return module;
-  });
+  PyObject* module = PyModule_Create(&definition);
+  if (module &&
+      (PyModule_AddStringConstant(module, "compiler", RK_COMPILER) != 0 ||
+       PyModule_AddStringConstant(module, "torch_version_built_with", RK_TORCH_VERSION) != 0)) {
+    Py_CLEAR(module);
+  }
+  return module;
 }

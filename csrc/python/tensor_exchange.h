@@ -14,22 +14,26 @@
 
 namespace reg_kernels {
 
+// A descriptor of torch.Tensor, as that of `requires_grad`, and what it gets by.
+struct Descriptor {
+  PyObject* object = nullptr;
+  descrgetfunc getter = nullptr;
+
+  PyObject* of(PyObject* x) const {
+    return getter(object, x, reinterpret_cast<PyObject*>(Py_TYPE(x)));
+  }
+};
+
 struct Exchange {
   // 0, or an exception that says why this tensor cannot be told of.
   int (*tell)(void* tensor, DLTensor* out) = nullptr;
   PyTypeObject* tensor = nullptr;  // torch.Tensor
   PyTypeObject* parameter = nullptr;
-  PyObject* grad = nullptr;           // the descriptor of Tensor.grad
-  PyObject* requires_grad = nullptr;  // likewise
-  PyObject* is_neg = nullptr;         // the method
+  Descriptor grad, requires_grad;
+  PyObject* is_neg = nullptr;  // the method
 };
 
 // null with an exception where this torch has no such exchange.
 const Exchange* find_exchange();
-
-// What a descriptor gets of a tensor.
-inline PyObject* get(PyObject* descriptor, PyObject* x) {
-  return Py_TYPE(descriptor)->tp_descr_get(descriptor, x, reinterpret_cast<PyObject*>(Py_TYPE(x)));
-}
 
 }  // namespace reg_kernels

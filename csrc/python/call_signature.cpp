@@ -44,8 +44,8 @@ bool is_nothing(PyObject* x) { return x == Py_None || x == Py_False; }
 
 // Whether the answer to each question is None, False or 0.
 bool all_are_quiet(PyObject* questions) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); ++i) {
-    PyObject* answer = PyObject_CallNoArgs(PyTuple_GET_ITEM(questions, i));
+  for (Py_ssize_t i = 0; i < PyTuple_Size(questions); ++i) {
+    PyObject* answer = PyObject_CallNoArgs(PyTuple_GetItem(questions, i));
     if (answer == nullptr) return false;
     const bool quiet =
         is_nothing(answer) || (PyLong_CheckExact(answer) && !PyObject_IsTrue(answer));
@@ -61,7 +61,7 @@ bool add_tensor(const Exchange& exchange, PyObject* x, Written& out) {
   int64_t elements = 1;
   for (int32_t i = 0; i < of.ndim; ++i) elements *= of.shape[i];
   if (of.data == nullptr && elements != 0) return false;
-  PyObject* requires_grad = get(exchange.requires_grad, x);
+  PyObject* requires_grad = exchange.requires_grad.of(x);
   out.add('T');
   out.add(requires_grad == Py_True);
   out.add(of.dtype);
@@ -84,7 +84,7 @@ bool add_value(const Exchange& exchange, PyObject* x, Written& out) {
   }
   if (PyFloat_CheckExact(x)) {
     out.add('f');
-    out.add(PyFloat_AS_DOUBLE(x));
+    out.add(PyFloat_AsDouble(x));
     return true;
   }
   if (PyLong_CheckExact(x)) {
