@@ -44,7 +44,8 @@ bool is_nothing(PyObject* x) { return x == Py_None || x == Py_False; }
 
 // Whether the answer to each question is None, False or 0.
 bool all_are_quiet(PyObject* questions) {
-  for (Py_ssize_t i = 0; i < PyTuple_Size(questions); ++i) {
+  const Py_ssize_t count = PyTuple_Size(questions);
+  for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* answer = PyObject_CallNoArgs(PyTuple_GetItem(questions, i));
     if (answer == nullptr) return false;
     const bool quiet =

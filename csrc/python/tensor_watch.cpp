@@ -17,7 +17,10 @@ namespace {
 // What `describe` writes of a tensor; its shape and its strides are behind it.
 struct Facts {
   const void* data;
-  const char* inside;  // of what torch keeps of the tensor, to be asked for: nothing is read there
+  // The Python object, and inside of what torch keeps of the tensor: to be asked for, nothing is
+  // read there.
+  const void* object;
+  const char* inside;
   DLDevice device;
   DLDataType dtype;
   int32_t dimensions;
@@ -81,7 +84,8 @@ bool has(PyObject* state, PyObject* name, PyObject* value) {
 // Whether a parameter's state is that of `known` tensors, which are next among the described.
 bool is_state(const Exchange& exchange, PyObject* state, PyObject* names, PyObject* known,
               Py_ssize_t first, Described& described) {
-  for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
+  const Py_ssize_t count = PyTuple_Size(names);
+  for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* tensor = PyList_GetItem(known, first + i);
     const Facts* facts = described.next();
     DLTensor x;
@@ -117,13 +121,12 @@ Gradient take_gradient(const Exchange& exchange, PyObject* param, const Facts& l
 }
 
 // Asks for a parameter and its state, `width` tensors that are next among the described.
-void ask_for(PyObject* state, PyObject* tensors, Py_ssize_t first, Py_ssize_t width,
-             Described& described) {
+void ask_for(PyObject* state, Py_ssize_t width, Described& described) {
   __builtin_prefetch(state);
   for (Py_ssize_t i = 0; i < width; ++i) {
     const Facts* facts = described.next();
     if (facts == nullptr) return;
-    __builtin_prefetch(PyList_GetItem(tensors, first + i));
+    __builtin_prefetch(facts->object);
     for (int byte = -64; byte <= 128; byte += 64) __builtin_prefetch(facts->inside + byte);
   }
 }
@@ -137,8 +140,10 @@ PyObject* describe(PyObject*, PyObject* tensors) {
   std::vector<char> made;
   for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
     DLTensor x;
-    if (exchange->tell(PyList_GetItem(tensors, i), &x) != 0) return nullptr;
-    const Facts facts{x.data, reinterpret_cast<const char*>(x.shape), x.device, x.dtype, x.ndim};
+    PyObject* tensor = PyList_GetItem(tensors, i);
+    if (exchange->tell(tensor, &x) != 0) return nullptr;
+    const auto* inside = reinterpret_cast<const char*>(x.shape);
+    const Facts facts{x.data, tensor, inside, x.device, x.dtype, x.ndim};
     const auto append = [&](const void* data, size_t bytes) {
       const auto* chars = static_cast<const char*>(data);
       made.insert(made.end(), chars, chars + bytes);
@@ -172,8 +177,7 @@ PyObject* look(PyObject*, PyObject* arguments) {
   bool same = odd != nullptr;
   for (Py_ssize_t i = -kAhead; i < count && same; ++i) {
     if (i + kAhead < count) {
-      const Py_ssize_t next = i + kAhead;
-      ask_for(PyList_GetItem(states, next), known, width * next, width, ahead);
+      ask_for(PyList_GetItem(states, i + kAhead), width, ahead);
     }
     if (i < 0) continue;
     // Letting go of a gradient may run code, which may have made a list shorter.

@@ -29,10 +29,10 @@ def _find() -> Callable[..., bytes | None]:
     return function
 
 
-# What the checks of a call's arguments go by, as bytes (csrc/python/call_signature.cpp): of a tensor
-# its dtype, device, shape, strides and whether it requires grad; the value of None, a bool, an int,
-# a float or a str; and whether gradients are recorded. None where anything but autograd looks at
-# the call, or an argument is anything else, a subclass for one.
+# What the checks of a call's arguments go by, as bytes (csrc/python/call_signature.cpp): of a
+# tensor its dtype, device, shape, strides and whether it requires grad; the value of None, a bool,
+# an int, a float or a str; and whether gradients are recorded. None where anything but autograd
+# looks at the call, or an argument is anything else, a subclass for one.
 signature: Callable[..., bytes | None] = _find()
 
 
