@@ -10,6 +10,8 @@ REG_KERNELS_ISA        all (default): the CPU kernels for each instruction set, 
                        less than half the time.
 REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own, and
                        no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
+REG_KERNELS_LOCAL      what the version ends with behind a plus, as cu130, for wheels of another
+                       content under the same version.
 CXX, NVCC, MAX_JOBS    the compilers (g++, nvcc) and how many run at once (2).
 
 What is built, in reg_kernels/, serves Python 3.11 and torch 2.11 and what comes after either:
@@ -33,11 +35,13 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
+OLDEST_TORCH = "2.11"
+TORCH_TARGET = "0x020b000000000000"  # the same
 PYTHON_TARGET = "0x030B0000"  # 3.11, the oldest Python
 CUDA_ARCHITECTURES = "80;90;100"
 LIBRARY, CPU_LIBRARY, CUDA_LIBRARY = (f"libreg_kernels{part}.so" for part in ("", "_cpu", "_cuda"))
@@ -82,6 +86,10 @@ def setting(name, default, allowed):
     return value
 
 
+def is_left_out():
+    return setting("REG_KERNELS_BUILD", "auto", ("auto", "none")) == "none"
+
+
 def is_sanitized():
     return setting("REG_KERNELS_SANITIZE", "0", ("0", "1")) == "1"
 
@@ -96,8 +104,8 @@ def import_torch():
             "`pip install --no-build-isolation .`, or set REG_KERNELS_BUILD=none"
         )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 11):
-        fail(f"torch 2.11 or later is needed, found {torch.__version__}")
+    if version < tuple(map(int, OLDEST_TORCH.split("."))):
+        fail(f"torch {OLDEST_TORCH} or later is needed, found {torch.__version__}")
     return torch
 
 
@@ -319,7 +327,7 @@ class Build(build_ext):
     def compile(self, package):
         for stale in {*package.glob("_C.*.so")} - {package / EXTENSION}:
             stale.unlink()  # of one Python's own interface, which would stand before ours
-        if setting("REG_KERNELS_BUILD", "auto", ("auto", "none")) == "none":
+        if is_left_out():
             for stale in (EXTENSION, LIBRARY, CPU_LIBRARY, CUDA_LIBRARY):
                 (package / stale).unlink(missing_ok=True)
             reason = "installed with REG_KERNELS_BUILD=none"
@@ -345,8 +353,44 @@ class Build(build_ext):
         return []  # setuptools' list would name an object that this command does not make
 
 
+class Wheel(bdist_wheel):
+    """Of no Python's interface and no torch's: one for all, and without native code for any
+    machine."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = is_left_out()
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+def version():
+    text = (ROOT / "reg_kernels" / "__init__.py").read_text()
+    local = os.environ.get("REG_KERNELS_LOCAL")
+    return re.search(r'^__version__ = "(.+)"$', text, re.M)[1] + (f"+{local}" if local else "")
+
+
+def sources():
+    """What a source distribution holds beside the Python package."""
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted(CSRC.rglob("*"))
+        if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh")
+    ]
+
+
+def build_requirements():
+    """What a build in an environment of its own needs there. pip asks for it by the command
+    egg_info; with any other one, torch is there or `import_torch` says what to do."""
+    asked = sys.argv[1:] == ["egg_info"] and not is_left_out()
+    return [f"torch>={OLDEST_TORCH}", "ninja"] if asked else []
+
+
 if __name__ == "__main__":  # tests import this file for what it knows of compilers
     setup(
-        ext_modules=[Extension("reg_kernels._C", sources=[])],
-        cmdclass={"build_ext": Build},
+        version=version(),
+        ext_modules=[Extension("reg_kernels._C", sources=[], depends=sources())],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        setup_requires=build_requirements(),
     )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ._compiler import not_compiled
 from ._numbers import refuse
 
 
@@ -105,14 +106,14 @@ def _put(part: Part | None) -> None:
     _here.part = _compiled.part = part
 
 
-@torch.compiler.disable
+@not_compiled
 def enter(who: Any, part: Part) -> None:
     """Puts a part in force until `leave(who)`."""
     _here.entered.append((who, _here.part))
     _put(part)
 
 
-@torch.compiler.disable
+@not_compiled
 def leave(who: Any) -> None:
     """Puts the part in force that was when `who` entered; does nothing if `who` has not."""
     if _here.entered and _here.entered[-1][0] is who:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ._compiler import constant
 from ._dtypes import DTYPES as DTYPES
 from ._dtypes import SUPPORTED, named
 
@@ -126,7 +127,7 @@ def triton_interpreted() -> bool:
 
 
 # A fact of the process: torch.compile takes it as a constant, not as code to trace.
-@torch.compiler.assume_constant_result
+@constant
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Says why an implementation cannot run, or returns None where it can.
 
@@ -207,7 +208,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     alike = all((op, name) not in _TAKES for name in NAMES)  # most ops are
     return _first_that_runs("" if alike else op, device_type, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _part, backends
 from .._augment_program import Filter, Op
+from .._compiler import not_compiled
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
@@ -38,7 +39,7 @@ def _on_host(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     """What is drawn and written lies on the CPU, whatever torch.set_default_device says; and
     torch.compile calls it as it is, since what is written depends on the values that are drawn."""
 
-    @torch.compiler.disable
+    @not_compiled
     @functools.wraps(method)
     def called(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         if torch.get_default_device().type == "cpu":

@@ -17,6 +17,7 @@ from torch.fx.graph_module import _format_import_block
 from torch.overrides import has_torch_function
 from torch.package.importer import sys_importer
 
+from .._compiler import not_compiled
 from ._chain import chain
 from ._forwards import Forward, is_container
 from ._fused import Fused, subclass
@@ -52,7 +53,7 @@ class FusedBlock(Fused):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new_block, (self._original, self._plan), self.__getstate__()
 
-    @torch.compiler.disable
+    @not_compiled
     def _one_by_one(self) -> Any:
         """Goes back to the block's own forward, for good."""
         warnings.warn(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .. import _part
+from .._compiler import not_compiled
 from .._numbers import integer, refuse
 from .._part import Part
 from .._rank_error import RankError, named
@@ -287,7 +288,7 @@ def _generators() -> bytes:
 # The hooks of a sharded module are functions, which are copied and pickled by their names.
 
 
-@torch.compiler.disable
+@not_compiled
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     sharding = getattr(module, "_sharding", None)
     if sharding is None or not module.training:
@@ -300,7 +301,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     _part.enter(module, inside)
 
 
-@torch.compiler.disable
+@not_compiled
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     _part.leave(module)
 

@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function
 
 from .. import _part, backends
 from .. import functional as F
+from .._compiler import not_compiled
 from .._twins import TWINS, twin_of
 from ..ops._checks import (
     check_batch,
@@ -208,7 +209,7 @@ class StochasticDepthBlock(torch.nn.Module):
         subset = Subset(order[:kept].sort().values, order[kept:])
         return add_of_subset(input, self._of, subset, samples / kept, self.backend)
 
-    @torch.compiler.disable  # how many samples are this rank's is a number to wait for
+    @not_compiled  # how many samples are this rank's is a number to wait for
     def _of_a_subset_of_all(self, input: Tensor, part: _part.Part) -> Tensor:
         """The same where the input is a part of the batch that samples are chosen of. The branch
         gets this rank's, be it none, and draws for them as for a part of what was chosen."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import has_torch_function_unary
 
+from .._compiler import constant
 from .._twins import twin_of
 from ..ops._checks import refuse
 from ..ops._collectives import Group, check_alike, default_group, group_of
@@ -84,7 +85,7 @@ class _Synchronised(_FusedBatchNorm):
 
     # Dynamo calls it as it makes a program, instead of reading it, and takes the answer for a
     # constant, with guards on what it was asked.
-    @torch.compiler.assume_constant_result
+    @constant
     def _ask(self, device: str, channels: int, compiling: bool, known: str | None) -> Group | None:
         """The group of a call. At the first one its ranks tell each other their channels, so that
         none is left alone with an error."""

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
+from .._compiler import not_compiled
 from .._dtensor import check_sharded, is_dtensor, placed_like
 from .._dtypes import DTYPES
 from ..ops.optimizer_step import DECAYS, ROUNDINGS
@@ -217,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step
 
-    @torch.compiler.disable
+    @not_compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
 
