@@ -24,7 +24,7 @@ lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
 	else echo "$(1) is missing from $(VENV): run make clean" >&2; exit 1; fi
 
-.PHONY: demo test test-sanitized lint build docs bench bench-peers bench-compare recipes sass-report gpu-report clean
+.PHONY: demo test test-sanitized test-matrix lint build wheel docs bench bench-peers bench-compare recipes sass-report gpu-report clean
 
 # Of the CPU kernels those that this machine runs, unless told otherwise: the other instruction
 # sets' would double the time. Whatever needs them (test, bench, build) adds them.
@@ -65,6 +65,15 @@ lint: $(READY)
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
+
+# What is published, in dist/; beside it in an environment of its own what checks it.
+wheel: $(READY)
+	$(PY) -m pip install --quiet $(shell sed -n 's/^release = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+	$(PY) -m bench.wheels
+
+# The wheel beside other Pythons and torches, as far as they are at hand; fetches gigabytes.
+test-matrix: $(READY)
+	$(PY) -m bench.matrix $(if $(ONLY),--only $(ONLY))
 
 # The site of README, docs/ and the docstrings; tests/test_docs.py builds it, too.
 docs: $(READY)

@@ -37,6 +37,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -365,6 +366,14 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class Source(sdist):
+    """Of sources alone: what was built in place is part of the package, and of no source."""
+
+    def make_release_tree(self, base_dir, files):
+        kept = [name for name in files if not name.endswith((".so", "_build.json"))]
+        super().make_release_tree(base_dir, kept)
+
+
 def version():
     text = (ROOT / "reg_kernels" / "__init__.py").read_text()
     local = os.environ.get("REG_KERNELS_LOCAL")
@@ -391,6 +400,6 @@ if __name__ == "__main__":  # tests import this file for what it knows of compil
     setup(
         version=version(),
         ext_modules=[Extension("reg_kernels._C", sources=[], depends=sources())],
-        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "sdist": Source},
         setup_requires=build_requirements(),
     )
