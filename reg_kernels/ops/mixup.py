@@ -434,7 +434,11 @@ def cutmix(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pastes a box of its partner into each image, normalises it and casts it, in one pass.
+    r"""Pastes a box of its partner into each image, normalises it and casts it, in one pass.
+
+    The result is :math:`(x_{j(n)} - \mathrm{mean}) / \mathrm{std}` inside of the box of sample
+    :math:`n`, with its partner :math:`j(n)`, and :math:`(x_n - \mathrm{mean}) / \mathrm{std}`
+    outside of it.
 
     Args:
         input: images (N, C, H, W) or (N, H, W), or (N, C, ..., H, W), of the dtypes of `mixup`.
