@@ -14,7 +14,7 @@ from .recipe import Recipe
 class Conflict(NamedTuple):
     """Two methods in each other's way.
 
-    Attributes:
+    Args:
         text: which they are, and what to do.
         page: the page of the documentation that speaks of it.
     """
