@@ -1,7 +1,9 @@
 """README and docs/: what they show runs, and the site builds."""
 
+import ast
 import doctest
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -48,6 +50,39 @@ def test_examples(page, tmp_path, monkeypatch):
     python = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)
     for example in Document.parse(str(page), python, CodeBlockParser("sh", check_shell)):
         example.evaluate()
+
+
+def named(expression):
+    """What a dotted name is, as `nn.Dropout` below reg_kernels, or torch's own; None where its
+    package is not installed."""
+    words = ast.unparse(expression).split(".")
+    root = words[0] if words[0] in ("torch", "timm", "torchvision") else "reg_kernels"
+    needed = "lightning" if "lightning" in words else root
+    if importlib.util.find_spec(needed) is None:
+        return None
+    thing = importlib.import_module(root)
+    for word in words[root == words[0] :]:
+        if not hasattr(thing, word):
+            importlib.import_module(".".join([thing.__name__, word]))
+        thing = getattr(thing, word)
+    return thing
+
+
+def test_names_that_others_are_migrated_to_exist_and_take_these_arguments():
+    page = (ROOT / "docs" / "migration.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    found = 0
+    for _, theirs, ours, *_ in rows:
+        of_theirs = re.findall(r"`((?:torch|timm|torchvision)\.[\w.]+)[`(]", theirs)
+        for code in [*of_theirs, *re.findall(r"`([^`\"]+(?:\(.*?\))?)`", ours)]:
+            call = ast.parse(code, mode="eval").body
+            thing = named(call.func if isinstance(call, ast.Call) else call)
+            if thing is not None and isinstance(call, ast.Call):
+                taken = inspect.signature(thing).parameters
+                unknown = {word.arg for word in call.keywords} - set(taken)
+                assert not unknown or "options" in taken, f"{code}: {unknown}"
+            found += thing is not None
+    assert found > 100
 
 
 def test_readme_is_short_and_says_first_what_has_not_run():
