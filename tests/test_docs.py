@@ -85,6 +85,11 @@ def test_names_that_others_are_migrated_to_exist_and_take_these_arguments():
     assert found > 100
 
 
+def test_every_page_is_in_the_contents():
+    contents = (ROOT / "docs" / "conf.py").read_text().split("{toctree}")[1].split()
+    assert {f"docs/{page.stem}" for page in PAGES[1:]} <= set(contents)
+
+
 def test_readme_is_short_and_says_first_what_has_not_run():
     lines = PAGES[0].read_text().splitlines()
     assert len(lines) <= 150
