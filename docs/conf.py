@@ -33,6 +33,8 @@ CONTENTS = """
 :hidden:
 
 docs/installing
+docs/swap
+docs/migration
 docs/layers
 docs/optimizers
 docs/augmentation
@@ -46,8 +48,11 @@ docs/comparing
 docs/tuning
 docs/implementations
 docs/numerics
+docs/random_numbers
+docs/how_fast
 docs/benchmarks
 docs/figures
+docs/gallery
 docs/limits
 docs/errors
 docs/reference/index

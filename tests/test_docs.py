@@ -1,8 +1,9 @@
-"""README and docs/: what they show runs, what they quote is said, and the site builds."""
+"""README and docs/: what they show runs, and the site builds."""
 
 import ast
 import doctest
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -51,25 +52,42 @@ def test_examples(page, tmp_path, monkeypatch):
         example.evaluate()
 
 
-def messages(path):
-    """Patterns of the messages that a file can print: its strings, anything for what is put in."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-        texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-        if sum(len(text) for text in texts if isinstance(text, str)) >= 20:
-            yield "".join(".+" if text is None else re.escape(text) for text in texts)
+def named(expression):
+    """What a dotted name is, as `nn.Dropout` below reg_kernels, or torch's own; None where its
+    package is not installed."""
+    words = ast.unparse(expression).split(".")
+    root = words[0] if words[0] in ("torch", "timm", "torchvision") else "reg_kernels"
+    needed = "lightning" if "lightning" in words else root
+    if importlib.util.find_spec(needed) is None:
+        return None
+    thing = importlib.import_module(root)
+    for word in words[root == words[0] :]:
+        if not hasattr(thing, word):
+            importlib.import_module(".".join([thing.__name__, word]))
+        thing = getattr(thing, word)
+    return thing
 
 
-def test_quoted_messages_are_in_the_sources():
-    paths = [ROOT / "setup.py", *(ROOT / "reg_kernels").glob("cli/*.py")]
-    paths.append(ROOT / "reg_kernels" / "backends.py")
-    patterns = [re.compile(pattern) for path in paths for pattern in messages(path)]
-    blocks = re.findall(r"```text\n(.*?)```", (ROOT / "docs/errors.md").read_text(), re.S)
-    quoted = [line for block in blocks for line in block.splitlines()]
-    assert len(quoted) > 5
-    for line in quoted:  # who speaks may come first: "reg_kernels: ", "reg-kernels check: "
-        ends = [line, *(line[found.end() :] for found in re.finditer(": ", line))]
-        assert any(pattern.fullmatch(end) for pattern in patterns for end in ends), line
+def test_names_that_others_are_migrated_to_exist_and_take_these_arguments():
+    page = (ROOT / "docs" / "migration.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    found = 0
+    for _, theirs, ours, *_ in rows:
+        of_theirs = re.findall(r"`((?:torch|timm|torchvision)\.[\w.]+)[`(]", theirs)
+        for code in [*of_theirs, *re.findall(r"`([^`\"]+(?:\(.*?\))?)`", ours)]:
+            call = ast.parse(code, mode="eval").body
+            thing = named(call.func if isinstance(call, ast.Call) else call)
+            if thing is not None and isinstance(call, ast.Call):
+                taken = inspect.signature(thing).parameters
+                unknown = {word.arg for word in call.keywords} - set(taken)
+                assert not unknown or "options" in taken, f"{code}: {unknown}"
+            found += thing is not None
+    assert found > 100
+
+
+def test_every_page_is_in_the_contents():
+    contents = (ROOT / "docs" / "conf.py").read_text().split("{toctree}")[1].split()
+    assert {f"docs/{page.stem}" for page in PAGES[1:]} <= set(contents)
 
 
 def test_readme_is_short_and_says_first_what_has_not_run():

@@ -197,6 +197,8 @@ class FGSM(PGD):
         random_start: True starts uniformly distributed in the ball.
         options: further arguments of `PGD`, by their names.
 
+    Formula, shapes and errors are those of `PGD`.
+
     Source: I. Goodfellow et al., "Explaining and harnessing adversarial examples", 2015. From a
     random start: E. Wong et al., "Fast is better than free", 2020.
     """

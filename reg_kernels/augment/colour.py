@@ -34,6 +34,11 @@ class Grayscale(Transform):
     Args:
         num_output_channels: 1, or 3 that are all the same.
         p: the probability that it applies; with one channel it always does.
+
+    Raises:
+        ValueError: `num_output_channels` is neither 1 nor 3, or `p` is out of its range.
+
+    Source: `torchvision.transforms.v2.Grayscale`.
     """
 
     def __init__(self, num_output_channels: int = 1, *, p: float = 1.0) -> None:
@@ -54,7 +59,17 @@ class Grayscale(Transform):
 
 
 class RandomGrayscale(Transform):
-    """Makes all three channels gray, with probability `p`."""
+    """Makes all three channels gray, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomGrayscale`.
+    """
 
     def __init__(self, p: float = 0.1) -> None:
         self._set_p(p)
@@ -111,8 +126,14 @@ class ColorJitter(Transform):
         hue: the range of the shift, in turns, within [-0.5, 0.5], or a number v for (-v, v).
         p: the probability that it applies.
 
-    Each is left out where it is None. Columns: brightness, contrast, saturation, hue, and order,
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
+    A range that is None is left out. Columns: brightness, contrast, saturation, hue, and order,
     the number of the permutation of these four among itertools.permutations.
+
+    Source: `torchvision.transforms.v2.ColorJitter`.
     """
 
     words = 5
@@ -155,6 +176,10 @@ class RandomPhotometricDistort(Transform):
         saturation: the range of the factor.
         hue: the range of the shift, in turns.
         p: the probability of each of the five.
+
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
 
     Columns: brightness, contrast, saturation, hue (1 or 0 where it does not apply), contrast_first,
     permutation: the number of the channels' order among itertools.permutations.
@@ -204,6 +229,12 @@ class RandomChannelPermutation(Transform):
 
     Args:
         p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomChannelPermutation`.
     """
 
     words = 1
@@ -238,19 +269,49 @@ class _Simple(Transform):
 
 
 class RandomInvert(_Simple):
-    """Inverts all values, with probability `p`."""
+    """Inverts all values, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomInvert`.
+    """
 
     op = Op.INVERT
 
 
 class RandomAutocontrast(_Simple):
-    """Stretches each channel to the full range, with probability `p`."""
+    """Stretches each channel to the full range, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomAutocontrast`.
+    """
 
     op = Op.AUTOCONTRAST
 
 
 class RandomEqualize(_Simple):
-    """Equalises the histogram of each channel, as Pillow does, with probability `p`."""
+    """Equalises the histogram of each channel, as Pillow does, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomEqualize`.
+    """
 
     op = Op.EQUALIZE
 
@@ -261,6 +322,12 @@ class RandomSolarize(Transform):
     Args:
         threshold: in the values of the pixels: 0 to 255 of bytes, 0 to 1 of floats.
         p: the probability that it applies.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.RandomSolarize`.
     """
 
     def __init__(self, threshold: float, p: float = 0.5) -> None:
@@ -280,6 +347,12 @@ class RandomPosterize(Transform):
     Args:
         bits: how many, from 0 (black) to 8.
         p: the probability that it applies.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.RandomPosterize`.
     """
 
     def __init__(self, bits: int, p: float = 0.5) -> None:
@@ -296,6 +369,12 @@ class RandomAdjustSharpness(Transform):
     Args:
         sharpness_factor: not negative: 0 smooths, 1 changes nothing, 2 sharpens.
         p: the probability that it applies.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.RandomAdjustSharpness`.
     """
 
     def __init__(self, sharpness_factor: float, p: float = 0.5) -> None:
@@ -315,7 +394,13 @@ class GaussianBlur(Transform):
         sigma: the range of the deviation, or one number.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
     Columns: sigma, in pixels.
+
+    Source: `torchvision.transforms.v2.GaussianBlur`.
     """
 
     words = 1

@@ -31,7 +31,14 @@ class RandomResizedCrop(Transform):
         interpolation: "nearest", "nearest-exact", "bilinear" or "bicubic".
         antialias: whether bilinear and bicubic widen their filters where they shrink an image.
 
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
     Columns: top, left, height, width, in pixels.
+
+    Source: C. Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6;
+    `torchvision.transforms.v2.RandomResizedCrop`.
     """
 
     words = _draws.RECTANGLE_WORDS
@@ -124,7 +131,13 @@ class RandomCrop(Transform):
         padding_mode: "constant", "edge" (the border is repeated), "reflect" (mirrored about the
             border's centre) or "symmetric" (mirrored about its edge).
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: top, left: the region's corner, from that of the image without its padding.
+
+    Source: `torchvision.transforms.v2.RandomCrop`.
     """
 
     words = 2
@@ -180,6 +193,12 @@ class CenterCrop(Transform):
 
     Args:
         size: (height, width) of the region, or one number for both.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.CenterCrop`.
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
@@ -210,6 +229,12 @@ class Resize(Transform):
         interpolation: "nearest", "nearest-exact", "bilinear" or "bicubic".
         max_size: the most that the longer side may be, where `size` is one number or None.
         antialias: as in `RandomResizedCrop`.
+
+    Raises:
+        ValueError: an argument is out of its range, or `size` and `max_size` do not go together.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.Resize`.
     """
 
     def __init__(
@@ -272,6 +297,12 @@ class Pad(Transform):
         padding: as in `RandomCrop`.
         fill: as in `RandomCrop`.
         padding_mode: as in `RandomCrop`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.Pad`.
     """
 
     def __init__(
@@ -308,12 +339,32 @@ class _RandomFlip(Transform):
 
 
 class RandomHorizontalFlip(_RandomFlip):
-    """Mirrors left and right, with probability `p`."""
+    """Mirrors left and right, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomHorizontalFlip`.
+    """
 
     axis = "left_right"
 
 
 class RandomVerticalFlip(_RandomFlip):
-    """Mirrors top and bottom, with probability `p`."""
+    """Mirrors top and bottom, with probability `p`.
+
+    Args:
+        p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
+
+    Source: `torchvision.transforms.v2.RandomVerticalFlip`.
+    """
 
     axis = "up_down"

@@ -84,7 +84,13 @@ class RandomRotation(_Warping):
             the pixels; None is 0.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
     Columns: angle, in degrees.
+
+    Source: `torchvision.transforms.v2.RandomRotation`.
     """
 
     words = 1
@@ -152,7 +158,13 @@ class RandomAffine(_Warping):
         center: as in `RandomRotation`.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
     Columns: angle, translate_x, translate_y (pixels), scale, shear_x, shear_y (degrees).
+
+    Source: `torchvision.transforms.v2.RandomAffine`.
     """
 
     words = 6
@@ -226,7 +238,13 @@ class RandomPerspective(_Warping):
         interpolation: as in `RandomRotation`.
         fill: as in `RandomRotation`.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: x0, y0 to x3, y3: where the corners go, from the upper left one clockwise.
+
+    Source: `torchvision.transforms.v2.RandomPerspective`.
     """
 
     words = 8

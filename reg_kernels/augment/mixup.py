@@ -337,7 +337,10 @@ class MixUp(Mixup):
         options: further arguments of `Mixup`. `label_smoothing` is 0 by default.
 
     The partner is the sample as far from the batch's end, where torchvision's is the one before it;
-    and a call returns a `MixedTarget`, or class probabilities with `dense=True`.
+    and a call returns a `MixedTarget`, or class probabilities with `dense=True`. Formula, shapes
+    and errors are those of `Mixup`.
+
+    Source: H. Zhang et al., "mixup", ICLR 2018; `torchvision.transforms.v2.MixUp`.
     """
 
     def __init__(
@@ -355,7 +358,9 @@ class CutMix(Mixup):
         num_classes: as in `Mixup`.
         options: further arguments of `Mixup`. `label_smoothing` is 0 by default.
 
-    What differs from torchvision is as of `MixUp`.
+    What differs from torchvision is as of `MixUp`. Formula, shapes and errors are those of `Mixup`.
+
+    Source: S. Yun et al., "CutMix", ICCV 2019; `torchvision.transforms.v2.CutMix`.
     """
 
     def __init__(
@@ -375,6 +380,10 @@ class RandomChoice(Mixup):
 
     Raises:
         ValueError: the transforms are others. A transform of images has a `p` of its own.
+
+    Formula and shapes are those of `Mixup`.
+
+    Source: `torchvision.transforms.v2.RandomChoice`.
     """
 
     def __init__(self, transforms: Sequence[Mixup], p: Sequence[float] | None = None) -> None:

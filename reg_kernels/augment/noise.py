@@ -26,7 +26,13 @@ class GaussianNoise(Transform):
         clip: True clamps the result to the range of the pixels.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: key0 to key3, the key of the noise by 16 bits, the lowest first.
+
+    Source: `torchvision.transforms.v2.GaussianNoise`.
     """
 
     words = 2
@@ -59,7 +65,13 @@ class SaltAndPepper(Transform):
         salt_vs_pepper: the share of the largest value among those.
         p: the probability that it applies to an image.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: key0 to key3, as of `GaussianNoise`.
+
+    Source: as for `functional.salt_and_pepper`.
     """
 
     words = 2
@@ -148,6 +160,10 @@ class RandomErasing(_Erasing):
             numbers alone.
         inplace: taken as torchvision takes it, and without effect.
 
+    Raises:
+        ValueError: an argument is out of its range, or a range is not two numbers in order.
+        TypeError: an argument is of another type.
+
     Columns: top, left, height, width, in pixels (a height of 0: nothing), and value0 to value3 of
     "channel", key0 to key3 of "random".
 
@@ -183,6 +199,10 @@ class Cutout(_Erasing):
         value: as in `RandomErasing`.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: as of `RandomErasing`.
 
     Source: T. DeVries, G. Taylor, "Improved regularization of convolutional neural networks with
@@ -217,6 +237,12 @@ class Normalize(Transform):
         mean: one number, or one for each channel.
         std: likewise, positive.
         inplace: taken as torchvision takes it, and without effect.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
+    Source: `torchvision.transforms.v2.Normalize`.
     """
 
     normalizes = True
@@ -254,6 +280,11 @@ class ToDtype(Transform):
     Args:
         dtype: floating point; the `Pipeline`'s result has it where the pipeline's `dtype` is None.
         scale: True.
+
+    Raises:
+        ValueError: `dtype` is no floating-point type, or `scale` is not True.
+
+    Source: `torchvision.transforms.v2.ToDtype`.
     """
 
     def __init__(self, dtype: torch.dtype, scale: bool = True) -> None:

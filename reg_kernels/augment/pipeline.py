@@ -199,10 +199,12 @@ class Pipeline:
     # Where a run is
 
     def train(self, mode: bool = True) -> Pipeline:
+        """Has later calls draw, or with False do what evaluation needs; returns the pipeline."""
         self.training = bool(mode)
         return self
 
     def eval(self) -> Pipeline:
+        """Has later calls draw nothing and do what evaluation needs; returns the pipeline."""
         return self.train(False)
 
     def set_epoch(self, epoch: int) -> None:

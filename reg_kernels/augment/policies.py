@@ -162,6 +162,10 @@ class RandAugment(_Policy):
         fill: as in `RandomRotation`.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: op1, op2, ... and strength1, strength2, ...: the number of an operation in `POLICY_OPS`
     and its strength: the tangent of a shear, pixels of a shift, degrees, an enhancer's factor, the
     bits that Posterize keeps, or Solarize's threshold as a share of the full range.
@@ -213,6 +217,10 @@ class TrivialAugmentWide(_Policy):
         fill: as in `RandomRotation`.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: op1 and strength1, as of `RandAugment`.
 
     Source: S. Müller, F. Hutter, "TrivialAugment: tuning-free yet state-of-the-art data
@@ -256,6 +264,10 @@ class AutoAugment(_Policy):
         interpolation: as in `RandomRotation`.
         fill: as in `RandomRotation`.
         p: the probability that it applies.
+
+    Raises:
+        ValueError: there is no policy of that name, or another argument is out of its range.
+        TypeError: an argument is of another type.
 
     Columns: op1, op2, strength1, strength2, as of `RandAugment`; an operation that is not done is
     Identity.
@@ -371,6 +383,10 @@ class AugMix(_Mixing):
         fill: as in `RandomRotation`.
         p: the probability that it applies.
 
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
+
     Columns: original, the weight of the image; weight1, ..., those of the chains; op1, ... and
     strength1, ... as of `RandAugment`, chain by chain, each three or `chain_depth` long.
 
@@ -425,6 +441,10 @@ class ThreeAugment(_Policy):
 
     Args:
         p: the probability that it applies.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+        TypeError: `p` is no number.
 
     Columns: op1 and strength1, as of `RandAugment`.
 

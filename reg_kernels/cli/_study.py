@@ -124,7 +124,10 @@ class Study:
             found = self.trials()
         there = attributes.get("about")
         if not isinstance(there, dict):
-            raise UsageError(f"--storage {where}: has a study {name} that is not of this command")
+            raise UsageError(
+                f"--storage {where}: has a study {name} that is not of this command; name another "
+                "one"
+            )
         for key in (*about, *there):
             if there.get(key) != about.get(key):
                 raise UsageError(
@@ -472,7 +475,9 @@ def _open(where: str) -> optuna.storages.BaseStorage:
         with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if tables and "studies" not in tables:
-            raise UsageError(f"--storage {where}: is the database of another program")
+            raise UsageError(
+                f"--storage {where}: is the database of another program; name another one"
+            )
     for left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(

@@ -140,7 +140,9 @@ def _chosen_isas(args: argparse.Namespace, device: torch.device) -> tuple[str, .
     if device.type != "cpu":
         raise UsageError(f"--isa: instruction sets are the CPU's, got --device {device.type}")
     if not (here := _isas.here()):
-        raise UsageError("--isa: the native CPU code is not built")
+        raise UsageError(
+            "--isa: the native CPU code is not built: leave it out, or install with a C++ compiler"
+        )
     for name in args.isa:
         if name not in here:
             raise UsageError(

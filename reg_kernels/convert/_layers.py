@@ -161,7 +161,12 @@ def revert(
 ) -> nn.Module:
     """Undoes `convert`: every fused layer becomes torch's again, every chain its layers.
 
-    Arguments, result and errors are those of `convert`. A forced `backend` is forgotten.
+    Result and errors are those of `convert`. A forced `backend` is forgotten.
+
+    Args:
+        model: any module.
+        inplace: True changes `model` itself. False changes a deep copy.
+        report: as in `convert`.
     """
     check_model("revert", model)
     find_twins_of_packages()

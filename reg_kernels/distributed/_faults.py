@@ -71,6 +71,12 @@ def parameters_of(module: nn.Module) -> list[str]:
     """Name, shape and dtype of each parameter of ``module``, as a fact for :func:`check_alike`.
 
     The shape of a DTensor is that of the whole tensor: shards of one model are alike.
+
+    Args:
+        module: A model, wrapped or not.
+
+    Returns:
+        A list of str, one a parameter, in the model's order.
     """
     return [
         f"{name} {tuple(parameter.shape)} {parameter.dtype}"

@@ -157,7 +157,14 @@ def shard(
 
 
 def unshard(model_or_pipeline: _Subject) -> _Subject:
-    """Undoes `shard` and returns its argument, which draws by itself again."""
+    """Undoes `shard`: a model, a `Pipeline` or a `Mixup` draws by itself again.
+
+    Args:
+        model_or_pipeline: what `shard` was given; of another one nothing is changed.
+
+    Returns:
+        `model_or_pipeline`.
+    """
     if not isinstance(model_or_pipeline, nn.Module):
         model_or_pipeline._sharding = None
         return model_or_pipeline
@@ -220,6 +227,12 @@ def part(total: int, rank: int | None = None, world_size: int | None = None) -> 
 
     Returns:
         A slice with a start and a stop: `x[part(len(x), rank, world_size)]`.
+
+    Raises:
+        ValueError: `total` is negative, `rank` is not in [0, world_size), or one of the two is
+            given without the other.
+        TypeError: a number is no integer.
+        RuntimeError: neither is given, and there is no process group.
     """
     total = integer("part", "total", total)
     if total < 0:

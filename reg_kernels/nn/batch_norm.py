@@ -38,19 +38,35 @@ ARGUMENTS = """
         dtype: the dtype of the parameters.
         bias: False leaves out the bias.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
-    """
+"""
 
 ARGUMENTS_ACT = (
-    ARGUMENTS.rstrip()
-    + """
-        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
+    ARGUMENTS
+    + """        activation: "relu", "leaky_relu", "silu", "gelu" (exact) or None.
         drop: the probability of dropping an element of the result in training, in [0, 1].
         negative_slope: the slope of leaky_relu below zero.
 
     Call it as `layer(input, residual=None)`: the result is
-    dropout(activation(batch_norm(input) + residual)). Its `state_dict` is that of a BatchNorm.
-    """
+    `dropout(activation(batch_norm(input) + residual))`. Its `state_dict` is that of a BatchNorm.
+"""
 )
+
+_RAISES = """
+    Raises:
+        ValueError: at a call, the input has another number of dimensions.
+
+    A call raises what `reg_kernels.functional.batch_norm` raises.
+    """
+
+_RAISES_ACT = """
+    Raises:
+        ValueError: `activation` or `backend` is unknown, or `drop` is outside [0, 1]; at a call,
+            the input has another number of dimensions.
+
+    A call raises what `reg_kernels.functional.batch_norm_act` raises.
+
+    Source: as for `reg_kernels.functional.batch_norm_act`.
+    """
 
 
 class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -124,7 +140,7 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
     """Normalises (N, C) or (N, C, L) over the batch, as `torch.nn.BatchNorm1d` does."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS}"
+    __doc__ = f"{__doc__}{ARGUMENTS}{_RAISES}"
 
     _ranks = (2, 3)
 
@@ -133,7 +149,7 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
     """Normalises (N, C, H, W) over the batch, as `torch.nn.BatchNorm2d` does."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS}"
+    __doc__ = f"{__doc__}{ARGUMENTS}{_RAISES}"
 
     _ranks = (4,)
 
@@ -142,7 +158,7 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
     """Normalises (N, C, D, H, W) over the batch, as `torch.nn.BatchNorm3d` does."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS}"
+    __doc__ = f"{__doc__}{ARGUMENTS}{_RAISES}"
 
     _ranks = (5,)
 
@@ -206,7 +222,7 @@ class _FusedBatchNormAct(_FusedBatchNorm):
 class BatchNormAct1d(_FusedBatchNormAct, torch.nn.BatchNorm1d):
     """BatchNorm1d → (+ residual) → activation → dropout of (N, C) or (N, C, L), in one pass."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}{_RAISES_ACT}"
 
     _ranks = (2, 3)
 
@@ -214,7 +230,7 @@ class BatchNormAct1d(_FusedBatchNormAct, torch.nn.BatchNorm1d):
 class BatchNormAct2d(_FusedBatchNormAct, torch.nn.BatchNorm2d):
     """BatchNorm2d → (+ residual) → activation → dropout of (N, C, H, W), in one pass."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}{_RAISES_ACT}"
 
     _ranks = (4,)
 
@@ -222,6 +238,6 @@ class BatchNormAct2d(_FusedBatchNormAct, torch.nn.BatchNorm2d):
 class BatchNormAct3d(_FusedBatchNormAct, torch.nn.BatchNorm3d):
     """BatchNorm3d → (+ residual) → activation → dropout of (N, C, D, H, W), in one pass."""
 
-    __doc__ = f"{__doc__}{ARGUMENTS_ACT}"
+    __doc__ = f"{__doc__}{ARGUMENTS_ACT}{_RAISES_ACT}"
 
     _ranks = (5,)

@@ -23,6 +23,12 @@ ARGUMENTS = """
         p: the probability of dropping, in [0, 1].
         inplace: True writes over the input.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `backend` is unknown.
+        TypeError: `p` is no number.
+
+    A call raises what the function of `reg_kernels.functional` raises.
     """
 
 

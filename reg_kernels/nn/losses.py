@@ -32,7 +32,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: in [0, 1]. A MixedTarget may bring its own instead.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
-    Call it as `loss(input, target)`, with the arguments of `functional.cross_entropy`.
+    Call it as `loss(input, target)`: logits (N, C, ...) or (C,), and a target as in
+    `functional.cross_entropy`.
+
+    Raises:
+        ValueError: `backend` is unknown. A call raises what `functional.cross_entropy` raises, of
+            the other arguments, too.
     """
 
     backend: str | None = None
@@ -90,6 +95,8 @@ class DistillationLoss(torch.nn.modules.loss._WeightedLoss):
     Raises:
         ValueError: an argument is out of its range. A call raises what
             `functional.distillation_loss` raises.
+
+    Source: as for `functional.distillation_loss`.
     """
 
     backend: str | None = None

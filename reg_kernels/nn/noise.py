@@ -50,6 +50,12 @@ class GaussianNoise(_Noise):
         multiplicative: True multiplies the noise by the input.
         inplace: True writes over the input.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Raises:
+        ValueError: `std` is negative, infinite or NaN, or `backend` is unknown.
+        TypeError: `std` is no number.
+
+    Source: as for `functional.gaussian_noise`.
     """
 
     def __init__(
@@ -72,12 +78,16 @@ class GaussianNoise(_Noise):
 class GaussianDropout(_Noise):
     r"""Multiplies by normal noise of mean 1 in training: :math:`x (1 + \sqrt{p / (1 - p)} z)`.
 
-    Mean and variance are those of dropout by `p` with inverted scaling.
+    The input has any shape. Mean and variance are those of dropout by `p` with inverted scaling.
 
     Args:
         p: the probability of the dropout that it stands for, in [0, 1).
         inplace: True writes over the input.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Raises:
+        ValueError: `p` is outside [0, 1), or `backend` is unknown.
+        TypeError: `p` is no number.
 
     Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from
     overfitting", JMLR 15 (2014), section 10; Keras' layer of this name.
@@ -121,7 +131,10 @@ class _Straight(torch.autograd.Function):
 
 
 class WeightNoise(torch.nn.Module):
-    """Noise on a weight in training, as a parametrization; each use of the weight draws anew.
+    r"""Noise on a weight in training, as a parametrization; each use of the weight draws anew.
+
+    In training the weight is :math:`w + \sigma z`, or :math:`w (1 + \sigma z)` where `relative`,
+    with standard normal :math:`z`.
 
     The parameter stays the clean weight: optimizers, weight decay and moving averages see that one,
     and it gets the gradient by the noisy weight as it is. `weight_noise` registers it and keeps the
@@ -133,6 +146,12 @@ class WeightNoise(torch.nn.Module):
             where `relative`.
         relative: True multiplies the noise by the weight.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Shape: the weight may have any shape.
+
+    Raises:
+        ValueError: `std` is negative, infinite or NaN, or `backend` is unknown.
+        TypeError: `std` is no number.
 
     Source: A. Graves, "Practical variational inference for neural networks", NIPS 2011.
     """
@@ -236,6 +255,11 @@ class NoisyLinear(torch.nn.Module):
             std_init / sqrt(out_features).
 
     Shape: input (..., in_features), output (..., out_features).
+
+    Raises:
+        ValueError: `std_init` is negative, infinite or NaN.
+        TypeError: `std_init` is no number.
+        RuntimeError: at a call, the input's last dimension is not `in_features`.
 
     Source: M. Fortunato et al., "Noisy networks for exploration", ICLR 2018, section 3; parameters
     and arguments have the names of torchrl's layer, whose `state_dict` loads.

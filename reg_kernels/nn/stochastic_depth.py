@@ -70,7 +70,16 @@ class DropPath(DropsPaths):
         scale_by_keep: True divides the kept samples by the probability of keeping one.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
 
+    Shape: a branch (N, ...), a residual of its shape and a layer scale as in
+    `functional.drop_path`; the result has the branch's shape.
+
+    Raises:
+        ValueError: `drop_prob` is outside [0, 1], or `backend` is unknown.
+        TypeError: `drop_prob` is no number.
+
     timm's layer of this name has the same arguments; without a residual it gives the same.
+
+    Source: as for `functional.drop_path`.
     """
 
     drop_prob: float
@@ -95,12 +104,20 @@ class DropPath(DropsPaths):
 
 
 class StochasticDepth(DropsPaths):
-    """The same with torchvision's arguments: `layer(input, residual=None, layer_scale=None)`.
+    """`DropPath` with torchvision's arguments: `layer(input, residual=None, layer_scale=None)`.
 
     Args:
         p: the probability of dropping, in [0, 1].
         mode: "row" draws for each sample; "batch" draws once, for all of them.
         backend: "native", "triton" or "reference"; None takes the first that can run at a call.
+
+    Shape: as for `DropPath`: a branch (N, ...), and what has its shape.
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `mode` or `backend` is unknown.
+        TypeError: `p` is no number.
+
+    Source: as for `functional.drop_path`; the arguments are those of torchvision's layer.
     """
 
     p: float
@@ -150,6 +167,13 @@ class StochasticDepthBlock(torch.nn.Module):
         p: the probability of skipping, in [0, 1].
         mode: "batch", "subset" or "row".
         backend: "native", "triton" or "reference", for the modes "row" and "subset".
+
+    Shape: a batch (N, ...), and so is the result.
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `mode` or `backend` is unknown.
+        TypeError: `branch` is no module, or `p` no number.
+        RuntimeError: at a call, the branch's output is not like the input.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016 (the coin of a batch);
     the fixed number of samples is that of M. Oquab et al., "DINOv2", TMLR 2024.
@@ -241,6 +265,10 @@ def drop_path_rates(rate: float, depths: int | Sequence[int]) -> list[Any]:
 
     Returns:
         A list of floats, one a block; of stages a list of such lists.
+
+    Raises:
+        ValueError: `rate` is outside [0, 1], or `depths` are no counts.
+        TypeError: `rate` is no number.
 
     Source: G. Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3 (its linear
     decay of survival, with 0 for the first block as it is in timm).

@@ -126,7 +126,18 @@ SYNC_ARGUMENTS = ARGUMENTS.replace(
     "            ranks that there are at a call.\n"
     "        device: the device of the parameters.\n",
 )
-SYNC_ARGUMENTS_ACT = ARGUMENTS_ACT.replace(ARGUMENTS.rstrip(), SYNC_ARGUMENTS.rstrip())
+SYNC_ARGUMENTS_ACT = ARGUMENTS_ACT.replace(ARGUMENTS, SYNC_ARGUMENTS)
+
+_RAISES = """
+    Raises:
+        RuntimeError: there is no process group in training; the group has no backend for the
+            input's device; or, as a `distributed.RankError` on all ranks, these have other numbers
+            of channels.
+        ValueError: this process is not in the group; the input has fewer than 2 dimensions; and
+            what `reg_kernels.functional.batch_norm` raises it for.
+
+    Its gradient has no gradient of its own; torch.func and torch.jit.trace refuse it in training.
+    """
 
 
 @twin_of(nn.SyncBatchNorm, base=nn.modules.batchnorm._BatchNorm)
@@ -148,19 +159,7 @@ class SyncBatchNorm(_Synchronised):
     is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on the CPU.
     """
 
-    __doc__ = (
-        f"{__doc__}{SYNC_ARGUMENTS}"
-        """
-    Raises:
-        RuntimeError: there is no process group in training; the group has no backend for the
-            input's device; or, as a `distributed.RankError` on all ranks, these have other numbers
-            of channels.
-        ValueError: this process is not in the group; the input has fewer than 2 dimensions; and
-            what `reg_kernels.functional.batch_norm` raises it for.
-
-    Its gradient has no gradient of its own; torch.func and torch.jit.trace refuse it in training.
-    """
-    )
+    __doc__ = f"{str(__doc__).rstrip()}{SYNC_ARGUMENTS}{_RAISES}"
 
     def __init__(
         self,
@@ -218,7 +217,10 @@ class SyncBatchNormAct(_Synchronised, _FusedBatchNormAct):
     """SyncBatchNorm → (+ residual) → activation → dropout of (N, C, ...), in one pass behind the
     statistics of all ranks."""
 
-    __doc__ = f"{__doc__}{SYNC_ARGUMENTS_ACT}"
+    __doc__ = (
+        f"{__doc__}{SYNC_ARGUMENTS_ACT}{_RAISES}\n"
+        "    Source: as for `reg_kernels.functional.batch_norm_act`.\n    "
+    )
 
     def __init__(
         self,

@@ -42,7 +42,10 @@ def group_of(op: str, process_group: Any, device: torch.device) -> Group:
 def default_group(op: str) -> Any:
     """The group of all ranks; raises where there is none."""
     if not distributed.is_available():
-        raise RuntimeError(f"{op}: this build of torch has no torch.distributed")
+        raise RuntimeError(
+            f"{op}: this build of torch has no torch.distributed: install one that has, or use "
+            "BatchNorm"
+        )
     if not distributed.is_initialized():
         raise RuntimeError(
             f"{op}: there is no process group: call torch.distributed.init_process_group before "

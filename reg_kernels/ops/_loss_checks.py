@@ -113,7 +113,7 @@ def checked_call(
             if ignore_index >= 0:
                 raise RuntimeError(
                     f"{name}: ignore_index is for class indices, got {ignore_index} with class "
-                    "probabilities"
+                    "probabilities: leave it out"
                 )
             if target.dtype == torch.float64:
                 input, compute = input.double(), torch.float64

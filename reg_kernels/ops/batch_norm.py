@@ -61,7 +61,9 @@ def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
     looks = watcher()
     asked(looks, check_call, call, group is not None)
     if group is not None and looks not in (None, COMPILE):
-        raise RuntimeError(f"{name}: {looks} cannot look into a call with process_group")
+        raise RuntimeError(
+            f"{name}: {looks} cannot look into a call with process_group: leave it out there"
+        )
     input, training, device = call.input, call.training, call.input.device
     rng_state = given_state = call.rng_state
     if rng_state is not None:

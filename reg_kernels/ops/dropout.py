@@ -161,9 +161,9 @@ def dropout1d(
 ) -> Tensor:
     """Drops whole channels of an input (N, C, L) or (C, L), with one draw for each channel.
 
-    Arguments, result and errors are those of `dropout`, but `element_offset` counts channels:
-    channel c of sample n is number n C + c. An input of another number of dimensions raises
-    RuntimeError.
+    Formula, arguments, result and errors are those of `dropout`, but `element_offset` counts
+    channels: channel c of sample n is number n C + c. An input of another number of dimensions
+    raises RuntimeError.
 
     Source: J. Tompson et al., "Efficient object localization using convolutional networks", CVPR
     2015.
@@ -192,7 +192,8 @@ def dropout2d(
     """Drops whole channels of an input (N, C, H, W), with one draw for each channel.
 
     It takes an input of three dimensions for (N, C, L), as torch does, and warns. It also warns of
-    any other number of dimensions than four. The rest is as in `dropout1d`.
+    any other number of dimensions than four. Formula, arguments, result, errors and source are
+    those of `dropout1d`.
     """
     if has_torch_function_unary(input):
         return hand_over(dropout2d, locals(), "input")
@@ -225,7 +226,7 @@ def dropout3d(
     channel.
 
     It takes an input of another number of dimensions for one without a batch, as torch does, and
-    warns. The rest is as in `dropout1d`.
+    warns. Formula, arguments, result, errors and source are those of `dropout1d`.
     """
     if has_torch_function_unary(input):
         return hand_over(dropout3d, locals(), "input")

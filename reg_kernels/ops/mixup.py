@@ -274,7 +274,8 @@ def _wants_channels_last(
     dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
     if dims.get(memory_format) != input.dim():
         raise RuntimeError(
-            f"{name}: memory_format {memory_format} does not fit {input.dim()} dimensions"
+            f"{name}: memory_format {memory_format} does not fit {input.dim()} dimensions: use "
+            "torch.contiguous_format"
         )
     return True
 
@@ -315,7 +316,9 @@ def blend(
                 f"got dtype {named(dtype)}"
             )
         if channels_last != keeps_channels_last(input):
-            raise RuntimeError(f"{name}: inplace cannot change the memory format")
+            raise RuntimeError(
+                f"{name}: inplace cannot change the memory format: use inplace=False"
+            )
         check_in_place(name, input)
     overload = _MIXUP.fresh.overload(input.device, dtype, backend, looks)
 
@@ -431,7 +434,11 @@ def cutmix(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pastes a box of its partner into each image, normalises it and casts it, in one pass.
+    r"""Pastes a box of its partner into each image, normalises it and casts it, in one pass.
+
+    The result is :math:`(x_{j(n)} - \mathrm{mean}) / \mathrm{std}` inside of the box of sample
+    :math:`n`, with its partner :math:`j(n)`, and :math:`(x_n - \mathrm{mean}) / \mathrm{std}`
+    outside of it.
 
     Args:
         input: images (N, C, H, W) or (N, H, W), or (N, C, ..., H, W), of the dtypes of `mixup`.

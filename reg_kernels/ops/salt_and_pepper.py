@@ -64,10 +64,11 @@ def salt_and_pepper(
     element_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Replaces a share `p` of the elements, some by `high` and the others by `low`.
+    r"""Replaces a share `p` of the elements, some by `high` and the others by `low`.
 
-    The gradient is 0 where an element was replaced and that of the output elsewhere. Both shares
-    are rounded to multiples of 1/65536.
+    With :math:`s` for `salt_vs_pepper`, an element becomes `high` with probability :math:`p s`,
+    `low` with :math:`p (1 - s)`, and stays as it is else. The gradient is 0 where an element was
+    replaced and that of the output elsewhere. Both shares are rounded to multiples of 1/65536.
 
     Args:
         input: a tensor of any shape; float64, float32, float16, bfloat16 or uint8.

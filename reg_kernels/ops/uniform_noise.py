@@ -24,8 +24,11 @@ def uniform_noise(
     r"""Adds uniform noise to each element, or multiplies each by 1 plus such noise.
 
     The result is :math:`x + a u`, or :math:`x + a u x` with `multiplicative`, where :math:`u` is
-    uniform from -1 to 1, of 32 bits. Other arguments, result, gradient and errors are those of
+    uniform from -1 to 1, of 32 bits. Arguments, shapes, result, gradient and errors are those of
     `gaussian_noise`, with the amplitude :math:`a`, half of the distribution's width, for its `std`.
+
+    Source: as regularisation C. Bishop, "Training with noise is equivalent to Tikhonov
+    regularization", Neural Computation 7 (1995).
     """
     if has_torch_function_unary(input):
         return hand_over(uniform_noise, locals(), "input")

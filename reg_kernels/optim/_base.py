@@ -172,7 +172,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(set(map(id, group["params"]))) != len(group["params"]):
             raise ValueError(f"{name}: a parameter must come once in its group, got one twice")
         if group["fused"] and group["foreach"]:
-            raise RuntimeError(f"{name}: fused and foreach cannot both be True")
+            raise RuntimeError(f"{name}: fused and foreach cannot both be True: leave one out")
         if group["differentiable"]:
             raise RuntimeError(f"{name}: differentiable must be False: the step is one kernel")
         decay, rounding = self._algorithm.decay_of(group), option(group, "rounding")
@@ -323,7 +323,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if changed not in (None, "keep", "restore"):
             raise ValueError(f"{name}: changed must be keep, restore or None, got {changed!r}")
         if not self._swapped:
-            raise RuntimeError(f"{name}: no averaged weights are swapped in")
+            raise RuntimeError(
+                f"{name}: no averaged weights are swapped in: call swap_in_ema() before"
+            )
         others = [p for p, version in self._swapped if version not in (None, p._version)]
         if others and changed is None:
             raise RuntimeError(

@@ -76,7 +76,10 @@ class Launch:
         states = [m.state for m in members]
         self._watched = known, describe(known), states, names, self.grads, self._row
         if not self.is_current():
-            raise RuntimeError(f"{algorithm.optimizer}: parameters changed while a step began")
+            raise RuntimeError(
+                f"{algorithm.optimizer}: parameters changed while a step began: call step from one "
+                "thread at a time"
+            )
 
     def is_current(self) -> bool:
         """Whether it still holds; takes in the gradients, wherever they lie now."""

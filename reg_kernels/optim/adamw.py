@@ -158,6 +158,11 @@ class Adam(AdamW):
         amsgrad: as in `AdamW`.
         decoupled_weight_decay: True sets `decay="decoupled"`, as in torch.
         options: the other options of `AdamW`, by name.
+
+    Errors are those of `AdamW`.
+
+    Source: D. Kingma, J. Ba, "Adam: a method for stochastic optimization", ICLR 2015; `AdamW` has
+    the formula.
     """
 
     _algorithm = replace(AdamW._algorithm, decay="l2")

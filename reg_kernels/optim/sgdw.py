@@ -126,7 +126,9 @@ class SGDW(FusedOptimizer):
 class SGD(SGDW):
     """SGD, a drop-in for `torch.optim.SGD`: `SGDW` with `decay="l2"`.
 
-    Arguments, results and errors are those of `SGDW`.
+    Formula, arguments and errors are those of `SGDW`.
+
+    Source: as for `torch.optim.SGD`.
     """
 
     _algorithm = replace(SGDW._algorithm, decay="l2")

@@ -12,8 +12,12 @@ from .recipe import Recipe
 
 
 class Conflict(NamedTuple):
-    """Two methods in each other's way: `text` says which and what to do, `page` where the
-    documentation speaks of it."""
+    """Two methods in each other's way.
+
+    Args:
+        text: which they are, and what to do.
+        page: the page of the documentation that speaks of it.
+    """
 
     text: str
     page: str

@@ -300,7 +300,9 @@ def test_a_storage_of_another_study(where: str) -> None:
     assert said == f"--storage {where}: {expected}"
     optuna.create_study(storage=_study._open(where), study_name="mine").set_user_attr("a", 1)
     said = refusal(lambda: Study(where, "mine", ABOUT, SPACE))
-    assert said == f"--storage {where}: has a study mine that is not of this command"
+    assert (
+        said == f"--storage {where}: has a study mine that is not of this command; name another one"
+    )
 
 
 def test_storages_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +323,7 @@ def test_storages_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with sqlite3.connect(path := tmp_path / "other.db") as other:
         other.execute("CREATE TABLE cats (name)")
     said = refusal(lambda: opened(str(path)))
-    assert said == f"--storage {path}: is the database of another program"
+    assert said == f"--storage {path}: is the database of another program; name another one"
     other.execute("BEGIN EXCLUSIVE")
     said = refusal(lambda: opened(str(path)))
     assert said.startswith(f"--storage {path}: is locked by another process, for more than 0.1 s")
