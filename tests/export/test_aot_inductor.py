@@ -1,0 +1,132 @@
+"""A fused model compiled ahead of time: it runs in Python, and in a C++ program without it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional
+from torch import nn
+
+import reg_kernels
+from reg_kernels import backends
+from reg_kernels import functional as F
+
+from support import run_program
+
+PACKAGE = Path(reg_kernels.__file__).parent
+TORCH = Path(torch.__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    backends.why_not("native", "cpu", torch.float32) is not None or shutil.which("g++") is None,
+    reason="needs the native library and a compiler",
+)
+
+
+class Net(nn.Module):
+    """A fused chain, and what draws where it is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        chain = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1))
+        chain = nn.Sequential(*chain, nn.Flatten(), nn.Linear(512, 10))
+        self.chain = reg_kernels.convert(chain, fuse=True)
+
+    def forward(self, x):
+        return self.chain(x), F.dropout(torch.ones_like(x), 0.5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Net()
+    model(torch.randn(16, 3, 8, 8))  # moves the running statistics
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def package(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=64)
+        x = torch.randn(2, 3, 8, 8)
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=True)
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert {"reg_kernels.batch_norm_inference.default", "reg_kernels.dropout.default"} < targets
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return path
+
+
+def check(outputs, model, x):
+    logits, drawn = outputs
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(x)[0])
+    assert {*drawn.unique().tolist()} == {0.0, 2.0}
+
+
+def test_in_python(package, model):
+    run = torch._inductor.aoti_load_package(str(package))
+    for samples in (3, 7):
+        x = torch.randn(samples, 3, 8, 8)
+        first, second = run(x), run(x)
+        check(first, model, x)
+        assert not first[1].equal(second[1])  # each run draws anew
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The compiled program; a torch that C++ cannot be compiled against is a failure."""
+    path = tmp_path_factory.mktemp("program") / "program"
+    done = run_program(
+        [
+            *("g++", "-std=c++20", Path(__file__).with_name("program.cpp"), "-o", path),
+            *("-isystem", TORCH / "include", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}"),
+            *("-ltorch_cpu", "-lc10"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_in_a_program_without_python(package, program, model):
+    done = run_program([program, package, PACKAGE / "libreg_kernels.so"])
+    assert done.returncode == 0, done.stderr
+    values = torch.tensor([float(line) for line in done.stdout.split()])
+    x = torch.linspace(-1, 1, 5 * 3 * 8 * 8).view(5, 3, 8, 8)
+    check((values[:50].view(5, 10), values[50:]), model, x)
+
+
+def test_without_the_library_the_error_names_the_op(package, program):
+    done = run_program([program, package])
+    assert done.returncode == 1
+    assert "Could not find schema for reg_kernels::" in done.stderr
+
+
+def test_the_libraries_know_no_python():
+    for path in PACKAGE.glob("libreg_kernels*.so"):
+        assert b"PyObject" not in path.read_bytes(), path
+
+
+def test_python_takes_what_a_program_has_declared_before_it():
+    code = (
+        "import torch\n"
+        f"torch.ops.load_library({str(PACKAGE / 'libreg_kernels.so')!r})\n"
+        "import reg_kernels\n"
+        "print(sorted({*reg_kernels.nn.Dropout(0.5)(torch.ones(100)).tolist()}))\n"
+        f"torch.ops.load_library({str(PACKAGE / 'libreg_kernels.so')!r})\n"
+    )
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0.0, 2.0]"
+
+
+def test_python_first_and_the_declarations_after_it():
+    code = (
+        "import torch, reg_kernels\n"
+        f"torch.ops.load_library({str(PACKAGE / 'libreg_kernels.so')!r})\n"
+        "print(sorted({*reg_kernels.nn.Dropout(0.5)(torch.ones(100)).tolist()}))\n"
+    )
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0.0, 2.0]"
