@@ -358,12 +358,8 @@ class Wheel(bdist_wheel):
     """Of no Python's interface and no torch's: one for all, and without native code for any
     machine."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = is_left_out()
-
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", "any" if is_left_out() else super().get_tag()[2]
 
 
 class Source(sdist):

@@ -33,7 +33,7 @@ PAIRS = (
     ("3.13", "newest"),
     ("3.14", "newest"),
 )
-NEEDED = ("numpy", "pytest", "hypothesis", "expecttest")
+NEEDED = ("rich", "numpy", "pytest", "hypothesis", "expecttest")
 # The op suites, the layers and the optimizers, in native code; what is compiled or interpreted is
 # the same Python everywhere.
 TESTS = ("tests/every_op", "tests/ops", "tests/nn", "tests/optim")

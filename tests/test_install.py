@@ -69,7 +69,7 @@ def test_a_wheel_without_any_compiler(tree, tmp_path):
         REG_KERNELS_BUILD="none",
     )
     assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "reg_kernels/ops/dropout.py" in names
     assert "reg_kernels/_build.json" in names

@@ -12,7 +12,8 @@ Descriptor descriptor(PyObject* type, const char* name) {
   if (found.object == nullptr) return found;
   found.getter =
       reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(found.object), Py_tp_descr_get));
-  if (found.getter == nullptr) PyErr_Format(PyExc_TypeError, "Tensor.%s is no descriptor", name);
+  if (found.getter == nullptr)
+    PyErr_Format(PyExc_TypeError, "Tensor.%s must be a descriptor", name);
   return found;
 }
 

@@ -182,8 +182,8 @@ def _declare_native(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
         _library.define(schema, tags=tags)
     elif declared != [wanted]:
         raise ImportError(
-            f"reg_kernels: libreg_kernels.so, which this process has loaded, is of another version "
-            f"(it declares {declared[0]}, not {wanted}): load the one that lies beside this package"
+            "reg_kernels: the libreg_kernels.so that this process has loaded must be the one "
+            f"beside this package: it declares {declared[0]}, expected {wanted}"
         )
 
 
