@@ -66,9 +66,8 @@ lint: $(READY)
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace
 
-# What is published, in dist/; beside it in an environment of its own what checks it.
+# What is published, in dist/.
 wheel: $(READY)
-	$(PY) -m pip install --quiet $(shell sed -n 's/^release = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 	$(PY) -m bench.wheels
 
 # The wheel beside other Pythons and torches, as far as they are at hand; fetches gigabytes.

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from reg_kernels import backends
 
 from support import run_program
 
@@ -114,6 +119,78 @@ def test_without_nvcc_the_cpu_kernels_are_built(tree):
     assert f"reg_kernels: native: {note}" in result.stdout
     assert "native CPU: baseline (of baseline), built by g++-unknown" in info(tree)
     assert note in info(tree)
+
+
+@pytest.mark.skipif(
+    backends.why_not("native", "cpu", torch.float32) is not None, reason="nothing is built"
+)
+def test_a_wheel_for_every_python_and_torch(tmp_path):
+    for module in ("build", "auditwheel"):
+        pytest.importorskip(module)
+    from bench.wheels import build_wheel
+
+    # Of what is compiled here already.
+    wheel = build_wheel(tmp_path, {"REG_KERNELS_CUDA": "0"})
+    assert re.fullmatch(r"reg_kernels-[\d.]+-py3-none-manylinux_2_\d+_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as file:
+        libraries = {name for name in file.namelist() if name.endswith(".so")}
+        names = {"_C.abi3.so", "libreg_kernels.so", "libreg_kernels_cpu.so"}
+        assert libraries == {f"reg_kernels/{name}" for name in names}
+        file.extractall(tmp_path / "installed")
+    code = (
+        "import torch, reg_kernels\n"
+        "from reg_kernels import _C, backends\n"
+        "print(reg_kernels.__file__, backends.why_not('native', 'cpu', torch.float32))\n"
+        "print(*_C.isas(), *sorted({*reg_kernels.nn.Dropout(0.5)(torch.ones(100)).tolist()}))"
+    )
+    path = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = run_program([sys.executable, "-P", "-c", code], cwd=tmp_path, env=path)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == f"{tmp_path / 'installed' / 'reg_kernels' / '__init__.py'} None"
+    assert second.endswith(" 0.0 2.0")
+
+
+def test_a_source_distribution_holds_the_sources_alone(tree, tmp_path):
+    (tree / "reg_kernels" / "libreg_kernels_cpu.so").touch()
+    (tree / "reg_kernels" / "_build.json").touch()
+    result = run(tree, "setup.py", "-q", "sdist", "-d", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(*tmp_path.glob("*.tar.gz")) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[chi]*")}
+    assert {"setup.py", "pyproject.toml", "reg_kernels/ops/dropout.py", *sources} <= names
+    assert not [name for name in names if name.endswith((".so", "_build.json"))]
+
+
+def test_what_a_build_of_its_own_needs_there(tree):
+    done = run(tree, "-c", HOOK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torch>=2.11", "ninja"]
+    done = run(tree, "-c", HOOK, REG_KERNELS_BUILD="none")
+    assert done.stdout.split() == []
+
+
+# What pip calls.
+HOOK = (
+    "import contextlib, io, setuptools.build_meta as hooks\n"
+    "with contextlib.redirect_stdout(io.StringIO()):\n"
+    "    needed = hooks.get_requires_for_build_wheel()\n"
+    "print(*needed, sep='\\n')"
+)
+
+
+def test_importing_leaves_out_what_takes_long():
+    slow = ["torch._dynamo", "torch.distributed.tensor", "triton", "numpy", "sklearn", "matplotlib"]
+    code = (
+        "import sys, torch\n"
+        "there = {*sys.modules}\n"
+        "import reg_kernels\n"
+        f"print(*({{*{slow!r}}} & {{*sys.modules}} - there))"
+    )
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
 
 
 def bare_path(tmp_path, *programs):
