@@ -29,7 +29,7 @@ from .._layout import (
     mixes_samples,
     with_strides,
 )
-from .._numbers import integer, traced_numbers
+from .._numbers import integer, traced_numbers, varies
 from ._checks import check_dense, check_dtype, check_in_place, refuse
 from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
@@ -155,7 +155,8 @@ def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor
         return with_strides(x, like.stride())
     if not (x.is_contiguous() or is_channels_last(x)):
         x = _layout.ordered(x, is_channels_last(torch.empty_like(x)))
-    return x.resolve_neg()
+    # A program needs no such operation: its op gets what is negated from the dispatcher, negated.
+    return x if looks is COMPILE else x.resolve_neg()
 
 
 def drawn_state(device: torch.device, looks: str | None, draws: bool = True) -> Tensor:
@@ -450,8 +451,8 @@ class Draw(NamedTuple):
     backend: str | None
 
 
-# A compiled program passes the number as a float64 tensor, traced_p, which is used instead: a float
-# would be a constant of the program, and each new value a recompile.
+# A compiled program passes a number that varies as a float64 tensor, traced_p, which is used
+# instead: a float would be a constant of the program, and each new value a recompile.
 DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 
 
@@ -506,7 +507,7 @@ def draw(
         if _part.used and draws and element_offset == 0:
             x, element_offset = _as_a_part(op, input, state)
     traced_p = None
-    if looks is COMPILE:
+    if varies(number):
         number, traced_p = 0.0, traced_numbers(device, number)
     arguments = (number, *options, state, element_offset, traced_p)
     dense = looks is None and x is input and (x.is_contiguous() or is_dense(x))
