@@ -1,4 +1,5 @@
-"""Who looks at a call beside autograd: torch.compile, torch.func, torch.jit.trace, fake tensors."""
+"""Who looks at a call beside autograd: torch.compile, torch.func, torch.jit.trace, torch.onnx, fake
+tensors."""
 
 from __future__ import annotations
 
@@ -23,20 +24,24 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
+ONNX = "torch.onnx"
 
 
 def watcher() -> str | None:
-    """COMPILE, FUNC or TRACE where that looks at the call, None where it is an eager one.
+    """COMPILE, FUNC, TRACE or ONNX where that looks at the call, None where it is an eager one.
 
     torch.func stands for forward-mode differentiation as well. torch.jit.trace has to see an op as
     the dispatcher does: what an autograd Function does inside is not for its program, which records
-    gradients anew at each of its runs.
+    gradients anew at each of its runs. torch.onnx exports by either of two, and knows torch's own
+    operations alone.
     """
     if _is_compiling():
-        return COMPILE
+        return ONNX if torch.onnx.is_in_onnx_export() else COMPILE
     if _func_is_active() or forward_ad._current_level >= 0:
         return FUNC
-    return None if _tracing_state() is None else TRACE
+    if _tracing_state() is None:
+        return None
+    return ONNX if torch.onnx.is_in_onnx_export() else TRACE
 
 
 # Nobody looks at a call, nor a mode at its ops, where each answers None, False or 0.
