@@ -27,6 +27,12 @@ COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
 ONNX = "torch.onnx"
 
 
+# torch.compile takes torch's own answer for False, though torch.onnx may be what compiles.
+@torch.compiler.assume_constant_result
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def watcher() -> str | None:
     """COMPILE, FUNC, TRACE or ONNX where that looks at the call, None where it is an eager one.
 
@@ -36,12 +42,12 @@ def watcher() -> str | None:
     operations alone.
     """
     if _is_compiling():
-        return ONNX if torch.onnx.is_in_onnx_export() else COMPILE
+        return ONNX if _for_onnx() else COMPILE
     if _func_is_active() or forward_ad._current_level >= 0:
         return FUNC
     if _tracing_state() is None:
         return None
-    return ONNX if torch.onnx.is_in_onnx_export() else TRACE
+    return ONNX if _for_onnx() else TRACE
 
 
 # Nobody looks at a call, nor a mode at its ops, where each answers None, False or 0.

@@ -69,8 +69,8 @@ class Route:
             backward: the Op or Linear that `graph` computes a gradient with.
             moves: called as moves(inputs, rest), returns what the op writes beside its results.
             lists: whether the first argument is a list of tensors.
-            in_evaluation: the formula of an op that evaluation runs, called as by_torch is, for
-                what knows torch's own operations alone; NotImplemented of a call that draws.
+            in_evaluation: the formula of an op that evaluation runs as operations of core ATen,
+                called as by_torch is; NotImplemented of a call that draws.
         """
         self.by_torch = by_torch
         self.in_evaluation = in_evaluation
@@ -99,10 +99,8 @@ class Route:
     ) -> Any:
         """The op as a public function calls it, with all of its arguments."""
         if looks is not None:
-            if looks is FUNC:
+            if looks is FUNC or looks is ONNX:
                 return self.by_torch(overload, *inputs, *rest)
-            if looks is ONNX:
-                return (self.in_evaluation or self.by_torch)(overload, *inputs, *rest)
             return overload(*inputs, *rest)
         tensors = (*inputs[0], *inputs[1:]) if self._lists else inputs
         if not wants_gradient(tensors):
@@ -304,7 +302,7 @@ class Linear(Route):
             by_torch=by_torch,
             backward=self,
             # Without draws, only what multiplies is left of it to run.
-            in_evaluation=self.without_draws if multiplier else None,
+            in_evaluation=self._without_draws if multiplier else None,
         )
         tensors = "".join(f", Tensor? {name}" for name in beside)
         last = f", {result}" if result else ""
@@ -379,23 +377,12 @@ class Linear(Route):
         `randomness` decides whether the samples share them, by what it makes of the draw of
         rng_state.
         """
-        arguments = rest[self._inputs - 1 :]
-        drawn = overload(filled(input, 1.0), *self._no_beside, *arguments)
-        return self._multiplied(input, drawn, *rest)
-
-    def without_draws(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
-        """The same of a call that drops nothing: a random op's `in_evaluation`."""
-        traced_p = rest[-1]
-        if rest[self._inputs - 1] != 0.0 or traced_p is not None:
-            return NotImplemented
-        return self._multiplied(input, None, *rest)
-
-    def _multiplied(self, input: Tensor, drawn: Tensor | None, *rest: Any) -> Tensor:
-        """The product with what was drawn, and with the tensors beside the input."""
-        compute = computed_in(input.dtype)
+        compute, arguments = computed_in(input.dtype), rest[self._inputs - 1 :]
         addends = rest[: len(self._addends)]
         factors = [x for x in rest[len(self._addends) : self._inputs - 1] if x is not None]
-        if drawn is not None:
+        drawn = None
+        if not self._drops_nothing(arguments):
+            drawn = overload(filled(input, 1.0), *self._no_beside, *arguments)
             factors.append(drawn)
         output = input.to(compute)
         if factors:
@@ -406,6 +393,17 @@ class Linear(Route):
             if addend is not None:
                 output = output + addend.to(compute)
         return output.to(input.dtype)
+
+    def _drops_nothing(self, arguments: tuple[Any, ...]) -> bool:
+        """Of a random op's arguments behind its tensors."""
+        number, *_, traced_p = arguments
+        return bool(number == 0.0 and traced_p is None)
+
+    def _without_draws(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
+        """A random op's `in_evaluation`."""
+        if not self._drops_nothing(rest[self._inputs - 1 :]):
+            return NotImplemented
+        return self._product(overload, input, *rest)
 
 
 def filled(input: Tensor, value: float) -> Tensor:
