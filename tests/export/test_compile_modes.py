@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import reg_kernels
+from reg_kernels import functional
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +38,15 @@ def batch(count):
     return torch.randn(count, 16), torch.randint(4, (count,))
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
-def test_a_training_is_three_programs(mode, fuse):
-    # The values are inductor's business, of which one mode is enough here.
-    options = {"mode": mode} if fuse else {"backend": "aot_eager"}
+@pytest.mark.parametrize(
+    ("fuse", "options"),
+    [
+        (False, {"backend": "aot_eager"}),
+        *((True, {"mode": mode}) for mode in ("default", "reduce-overhead", "max-autotune")),
+    ],
+    ids=lambda x: next(iter(x.values())) if isinstance(x, dict) else "",
+)
+def test_a_training_is_three_programs(fuse, options):
     model = reg_kernels.convert(Net(), fuse=fuse)
     optimizer = reg_kernels.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
     compiled = torch.compile(model, fullgraph=True, **options)
@@ -75,9 +80,9 @@ def test_a_step_breaks_the_graph_where_it_steps():
     model = reg_kernels.convert(Net(), fuse=True)
     optimizer = reg_kernels.optim.AdamW(model.parameters(), lr=1e-3)
 
-    @torch.compile(backend="eager")
+    @torch.compile(backend="aot_eager")
     def step(x, y):
-        reg_kernels.functional.cross_entropy(model(x), y).backward()
+        functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -117,6 +122,8 @@ PROGRAM = """
 
 
 def test_cache_artifacts_serve_another_process(tmp_path, monkeypatch):
+    # They take longer to compile than what would include them.
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     for what, hits, misses in (("save", 0, 2), ("load", 2, 0)):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / what))
         command = [sys.executable, "-c", textwrap.dedent(PROGRAM), what]
@@ -126,3 +133,23 @@ def test_cache_artifacts_serve_another_process(tmp_path, monkeypatch):
         found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
         assert found["aot_autograd"] == f"{hits} {misses}", done.stdout
         assert found["inductor"].endswith(f" {misses}"), done.stdout
+
+
+@pytest.mark.parametrize("backend", reg_kernels.backends.NAMES)
+def test_negated_views_need_no_operation_of_a_program(backend):
+    """The dispatcher negates what an op is given. (Of torch's own operations inductor forgets it.)"""
+    if (why := reg_kernels.backends.why_not(backend, "cpu", torch.float32)) is not None:
+        pytest.skip(why)
+    state, partner = torch.tensor([1, 2]), torch.tensor([1, 2, 0])
+    options = {"backend": backend}
+
+    def function(x):
+        y = torch._neg_view(x.clone())
+        functional.mixup(y, 0.3, partner, inplace=True, **options)
+        dropped = functional.dropout2d(y, 0.5, rng_state=state, **options)
+        return dropped, functional.batch_norm_act(torch._neg_view(y), None, None, training=True)
+
+    x = torch._neg_view(torch.randn(3, 4, 5, 5))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(x), function(x), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0)
