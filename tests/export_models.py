@@ -7,8 +7,8 @@ import reg_kernels
 
 
 class EveryLayer(nn.Module):
-    """Of images (N, 3, H, W); `convert` does the rest. In training the ranks' BatchNorm, which needs
-    a process group then, is a plain one."""
+    """Of images (N, 3, H, W); `convert` does the rest. To train, the BatchNorm across ranks, which
+    needs a process group then, is a plain one."""
 
     def __init__(self, drop=0.2, mode="row", training=False):
         super().__init__()

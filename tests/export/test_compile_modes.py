@@ -5,12 +5,13 @@ import textwrap
 
 import pytest
 import torch
-from support import run_program
 from torch import nn
 from torch._dynamo.utils import counters
 
 import reg_kernels
 from reg_kernels import functional
+
+from support import run_program
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_cache_artifacts_serve_another_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backend", reg_kernels.backends.NAMES)
 def test_negated_views_need_no_operation_of_a_program(backend):
-    """The dispatcher negates what an op is given. (Of torch's own operations inductor forgets it.)"""
+    """The dispatcher negates what an op is given. Not by inductor, which has it wrong of all ops."""
     if (why := reg_kernels.backends.why_not(backend, "cpu", torch.float32)) is not None:
         pytest.skip(why)
     state, partner = torch.tensor([1, 2]), torch.tensor([1, 2, 0])
