@@ -138,7 +138,7 @@ def test_cache_artifacts_serve_another_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backend", reg_kernels.backends.NAMES)
 def test_negated_views_need_no_operation_of_a_program(backend):
-    """The dispatcher negates what an op is given. Not by inductor, which has it wrong of all ops."""
+    """The dispatcher negates what an op is given. Inductor has it wrong of all ops."""
     if (why := reg_kernels.backends.why_not(backend, "cpu", torch.float32)) is not None:
         pytest.skip(why)
     state, partner = torch.tensor([1, 2]), torch.tensor([1, 2, 0])
