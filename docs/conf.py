@@ -43,6 +43,7 @@ docs/adversarial
 docs/recipes
 docs/early_stopping
 docs/distributed
+docs/export
 docs/training
 docs/comparing
 docs/tuning

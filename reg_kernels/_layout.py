@@ -17,12 +17,12 @@ def has_samples_outermost(x: Tensor) -> bool:
     # torch.compile asks a tensor nothing of the other dense orders.
     dense = is_channels_last if torch.compiler.is_compiling() else is_dense
     fills = x.is_contiguous() or dense(x)
-    return fills and (len(x) < 2 or numel == 0 or x.stride(0) * len(x) == numel)
+    return fills and (x.shape[0] < 2 or numel == 0 or x.stride(0) * x.shape[0] == numel)
 
 
 def mixes_samples(x: Tensor) -> bool:
     """Whether x, (N, ...), may be dense with other dimensions outside of that of the samples."""
-    return not x.is_contiguous() and x.stride(0) * len(x) != x.numel()
+    return not x.is_contiguous() and x.stride(0) * x.shape[0] != x.numel()
 
 
 def dense_like(x: Tensor) -> Tensor:

@@ -603,6 +603,21 @@ def test_fx_traces_to_layers_that_follow_the_flags():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+class Marked(torch.Tensor):
+    """A tensor that overrides torch's functions, by what a subclass inherits."""
+
+
+def test_a_mode_leaves_chains_fused_and_a_subclass_sees_the_layers():
+    x = images()
+    for net in (sequential(), disturbed(Block())):
+        converted, _ = convert(net)
+        fused = passes(converted, x)
+        assert fused
+        with torch.device("cpu"):  # a mode of torch's functions, as torch.export has one
+            assert passes(converted, x) == fused
+        assert passes(converted, x.as_subclass(Marked)) == []
+
+
 def test_torch_jit_trace():
     net = disturbed(nn.Sequential(sequential(), Block())).eval()
     converted, _ = convert(net)

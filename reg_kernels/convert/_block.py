@@ -18,6 +18,7 @@ from torch.overrides import has_torch_function
 from torch.package.importer import sys_importer
 
 from .._compiler import not_compiled
+from ..nn._leaf import are_overridden
 from ._chain import chain
 from ._forwards import Forward, is_container
 from ._fused import Fused, subclass
@@ -197,7 +198,7 @@ def _source(traced: Trace, reached: _Reached) -> str:
             code.src.strip().replace("def forward(", "def fused(", 1),
             "",
             f"def forward(self, {', '.join([*traced.required, *defaults])}):",
-            f"    if has_torch_function(({arguments})):",
+            f"    if has_torch_function(({arguments})) and are_overridden({arguments}):",
             # Who overrides torch's functions, such as a tracer of fx, sees the layers.
             f"        return self._original.forward(self, {', '.join(given)})",
             f"    if {' or '.join(differences) or 'False'}:",
@@ -230,6 +231,7 @@ def _block_class(original: type[nn.Module], plan: _Plan) -> type[nn.Module]:
         "_same": _same,
         "_layers_of": layers_of,
         "has_torch_function": has_torch_function,
+        "are_overridden": are_overridden,
         "_optional": dict(plan.optional),
         "_fixed": dict(plan.fixed),
         "_layers": dict(plan.layers),

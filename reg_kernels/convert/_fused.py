@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 from torch import nn
 from torch.overrides import has_torch_function_unary
 
+from ..nn._leaf import are_overridden
 from ._chain import TWIN_NORMS, run
 
 
@@ -44,7 +45,8 @@ class FusedSequential(Fused, nn.Sequential):
     _original = nn.Sequential
 
     def forward(self, input: Any) -> Any:
-        if has_torch_function_unary(input):  # who overrides torch's functions sees the layers
+        # Who overrides torch's functions sees the layers.
+        if has_torch_function_unary(input) and are_overridden(input):
             return nn.Sequential.forward(self, input)
         layers = list(self._modules.values())
         i = 0

@@ -98,7 +98,7 @@ def _goes_along(scale: Any, x: Any) -> bool:
         and isinstance(scale, Tensor)
         and x.dtype in DTYPES
         and scale.dtype in DTYPES
-        and torch.promote_types(x.dtype, scale.dtype) == x.dtype
+        and (x.dtype == scale.dtype or torch.promote_types(x.dtype, scale.dtype) == x.dtype)
         and x.device == scale.device
         and x.dim() > 0
         and broadcasts(scale, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -21,6 +22,20 @@ def call_in_graph(layer: nn.Module, *arguments: Any) -> Any:
                 return None
             return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, {})
     return None
+
+
+def are_overridden(*arguments: Any) -> bool:
+    """Whether one of the arguments overrides torch's functions, as a tracer's proxy does.
+
+    torch's `has_torch_function` is true below a mode as well, such as a default device or
+    torch.export, which changes nothing about the arguments. Ask it before: it is fast.
+    """
+    plain = torch._C._disabled_torch_function_impl
+    return any(
+        type(x) not in (Tensor, nn.Parameter)
+        and getattr(type(x), "__torch_function__", plain) is not plain
+        for x in arguments
+    )
 
 
 # Where a layer's attribute is a parameter or a buffer, Python searches elsewhere first, for half a

@@ -14,7 +14,7 @@ from .._twins import twin_of
 from ..ops._batch_norm_checks import activation_number
 from ..ops._checks import probability
 from ..ops.batch_norm import SLOPE
-from ._leaf import buffer, call_in_graph, parameter
+from ._leaf import are_overridden, buffer, call_in_graph, parameter
 
 __all__ = [
     "BatchNorm1d",
@@ -113,7 +113,9 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         # A tracer's proxy has no rank to check; what is no tensor is refused by the function.
-        if not isinstance(input, Tensor) or has_torch_function_unary(input):
+        if not isinstance(input, Tensor):
+            return
+        if has_torch_function_unary(input) and are_overridden(input):
             return
         if input.dim() not in self._ranks:
             expected = " or ".join(f"{rank}D" for rank in self._ranks)

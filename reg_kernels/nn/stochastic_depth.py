@@ -224,7 +224,7 @@ class StochasticDepthBlock(torch.nn.Module):
         if part is not None and not part.alike:
             rows = part.rows(type(self).__name__, input.shape)
             return self._of_a_subset_of_all(input, rows)
-        samples = len(input)
+        samples = input.shape[0]
         kept = round((1 - self.p) * samples)
         if kept == 0:
             return input

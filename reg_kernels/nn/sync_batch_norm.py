@@ -15,6 +15,7 @@ from .._twins import twin_of
 from ..ops._checks import refuse
 from ..ops._collectives import Group, check_alike, default_group, group_of
 from ..ops.batch_norm import SLOPE
+from ._leaf import are_overridden
 from .batch_norm import (
     ARGUMENTS,
     ARGUMENTS_ACT,
@@ -66,7 +67,11 @@ class _Synchronised(_FusedBatchNorm):
     _group_name: str | None = None  # of process_group, where there is one
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, Tensor) and not has_torch_function_unary(input) and input.dim() < 2:
+        if not isinstance(input, Tensor):
+            return
+        if has_torch_function_unary(input) and are_overridden(input):
+            return
+        if input.dim() < 2:
             raise ValueError(
                 f"{type(self).__name__}: input must have at least 2 dimensions, (N, C, ...), "
                 f"got {input.dim()}D"

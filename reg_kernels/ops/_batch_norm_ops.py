@@ -7,6 +7,7 @@ so, one bit an element. Shapes: input [N, C, ...] of M values a channel, channel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._activation import PIECEWISE_LINEAR, has_gate, needs_preactivation
+from .._dtypes import computed_in
 from .._layout import dense_like, with_strides
 from .._tracked import Tracked
 from ..reference import batch_norm as reference
@@ -322,11 +324,33 @@ def _training_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor]:
     return (y,)
 
 
-def _inference_by_torch(overload: Any, *arguments: Any) -> Tensor:
+def _core_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """F.batch_norm of an evaluation, as the one operation of core ATen, without a gradient."""
+    op = torch.ops.aten._native_batch_norm_legit_no_training
+    return op(x, weight, bias, mean, var, momentum, eps)[0]
+
+
+def _inference_by_torch(overload: Any, *arguments: Any, batch_norm: Any = F.batch_norm) -> Tensor:
     input, weight, bias, residual, *rest = arguments
     how = Inference(*rest)
-    y = F.batch_norm(input, how.running_mean, how.running_var, weight, bias, False, 0.0, how.eps)
-    return reference.activate(y if residual is None else y + residual, how.activation, how.slope)
+    compute = computed_in(input.dtype)
+    of_channels = (
+        None if values is None else values.to(compute)
+        for values in (how.running_mean, how.running_var, weight, bias)
+    )
+    y = batch_norm(input.to(compute), *of_channels, False, 0.0, how.eps)
+    if residual is not None:
+        y = y + residual.to(compute)
+    return reference.activate(y, how.activation, how.slope).to(input.dtype)
 
 
 def _refuse_second(*arguments: Any) -> Any:
@@ -346,7 +370,7 @@ def _backward_by_torch(overload: Any, *arguments: Any) -> tuple[Tensor, ...]:
         a = a._replace(slope=slope, p=p, numbers=None)
         overload = BACKWARD.like(overload)
     input = a.input
-    compute = torch.promote_types(input.dtype, torch.float32)
+    compute = computed_in(input.dtype)
     # Views: one tensor may come in two places, and each wants its own gradient.
     x: Any
     x, w, b = (t if t is None else t.view_as(t) for t in (input, a.weight, a.bias))
@@ -450,7 +474,13 @@ INFERENCE = register(
     fake=_fake_inference,
     reference=reference.batch_norm_inference,
     triton="batch_norm:batch_norm_inference",
-    route=Route(4, _BatchNormInference, by_torch=_inference_by_torch, backward=BACKWARD),
+    route=Route(
+        inputs=4,
+        graph=_BatchNormInference,
+        by_torch=_inference_by_torch,
+        backward=BACKWARD,
+        in_evaluation=functools.partial(_inference_by_torch, batch_norm=_core_batch_norm),
+    ),
     check=check_inference,
 )
 INFERENCE_BY_NUMBERS = register_by_numbers(INFERENCE, "eps", "slope", backward=_BACKWARD_BY_NUMBERS)

@@ -111,7 +111,7 @@ def checked_shares(op: str, lam: Tensor, input: Tensor) -> Tensor:
     """`lam`, one share for all samples or one for each, as the ops take it: (1,) or (N,)."""
     if not lam.is_floating_point():
         refuse(op, "lam", "of a floating-point type", named(lam.dtype), TypeError)
-    if lam.dim() > 1 or lam.numel() not in (1, len(input)):
+    if lam.dim() > 1 or lam.numel() not in (1, input.shape[0]):
         must = f"one number, or one for each of the {len(input)} samples"
         refuse(op, "lam", must, f"shape {tuple(lam.shape)}", ValueError)
     check_has_no_gradient(op, "lam", lam)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import computed_in
 from .._layout import with_strides
 from ._loss_checks import NONE, CheckedLoss, check_values
 from ._modes import COMPILE, FUNC, below_autograd, is_batched, shows_values
@@ -172,7 +173,7 @@ def register_loss(
 
     def fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         reduction, keep_gradient = args[place], args[-1]
-        compute = torch.promote_types(input.dtype, torch.float32)
+        compute = computed_in(input.dtype)
         positions = (input.shape[0], *input.shape[2:])
         return (
             input.new_empty(positions if reduction == NONE else (), dtype=compute),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._dtypes import DTYPES, named
+from .._dtypes import DTYPES, computed_in, named
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import integer, number, traced_numbers, varies
@@ -189,7 +189,7 @@ def _checked_probabilities(name: str, input: Tensor, target: Tensor) -> Tensor:
             f"{name}: target must have the input's shape, {tuple(input.shape)}, for class "
             f"probabilities, got {tuple(target.shape)}"
         )
-    compute = torch.promote_types(input.dtype, torch.float32)
+    compute = computed_in(input.dtype)
     if target.dtype not in (input.dtype, compute, torch.float64):
         target = target.to(compute)
     return target

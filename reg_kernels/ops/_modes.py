@@ -1,4 +1,5 @@
-"""Who looks at a call beside autograd: torch.compile, torch.func, torch.jit.trace, fake tensors."""
+"""Who looks at a call beside autograd: torch.compile, torch.func, torch.jit.trace, torch.onnx, fake
+tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
+from .._compiler import constant
+
 # Inside it an op goes straight to its implementation. By a short name: the hot path looks it up.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -23,20 +26,30 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 COMPILE, FUNC, TRACE = "torch.compile", "torch.func", "torch.jit.trace"
+ONNX = "torch.onnx"
+
+
+# torch.compile takes torch's own answer for False, though torch.onnx may be what compiles.
+@constant
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def watcher() -> str | None:
-    """COMPILE, FUNC or TRACE where that looks at the call, None where it is an eager one.
+    """COMPILE, FUNC, TRACE or ONNX where that looks at the call, None where it is an eager one.
 
     torch.func stands for forward-mode differentiation as well. torch.jit.trace has to see an op as
     the dispatcher does: what an autograd Function does inside is not for its program, which records
-    gradients anew at each of its runs.
+    gradients anew at each of its runs. torch.onnx exports by either of two, and knows torch's own
+    operations alone.
     """
     if _is_compiling():
-        return COMPILE
+        return ONNX if _for_onnx() else COMPILE
     if _func_is_active() or forward_ad._current_level >= 0:
         return FUNC
-    return None if _tracing_state() is None else TRACE
+    if _tracing_state() is None:
+        return None
+    return ONNX if _for_onnx() else TRACE
 
 
 # Nobody looks at a call, nor a mode at its ops, where each answers None, False or 0.

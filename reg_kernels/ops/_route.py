@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _layout, _part, _rng
-from .._dtypes import DTYPES
+from .._dtypes import DTYPES, computed_in
 from .._layout import (
     as_torch_returns,
     dense_like,
@@ -29,9 +29,9 @@ from .._layout import (
     mixes_samples,
     with_strides,
 )
-from .._numbers import integer, traced_numbers
+from .._numbers import integer, traced_numbers, varies
 from ._checks import check_dense, check_dtype, check_in_place, refuse
-from ._modes import COMPILE, FUNC, TRACE, below_autograd, unrecorded, watcher
+from ._modes import COMPILE, FUNC, ONNX, TRACE, below_autograd, unrecorded, watcher
 from ._registry import Op, register
 from ._signature import Known
 
@@ -40,8 +40,9 @@ class Route:
     """The way of an op's calls to a kernel. It depends on who looks at a call.
 
     torch.compile and torch.jit.trace record the op, and for that the dispatcher runs the route
-    later. torch.func gets the formula in torch's own operations. Any other call goes below autograd
-    at once or, where a gradient is wanted, through the op's autograd Function.
+    later. torch.func gets the formula in torch's own operations, and so does torch.onnx. Any other
+    call goes below autograd at once or, where a gradient is wanted, through the op's autograd
+    Function.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Route:
         backward: Any = None,
         moves: Any = None,  # a function
         lists: bool = False,
+        in_evaluation: Any = None,  # a function
     ) -> None:
         """
         Args:
@@ -67,8 +69,11 @@ class Route:
             backward: the Op or Linear that `graph` computes a gradient with.
             moves: called as moves(inputs, rest), returns what the op writes beside its results.
             lists: whether the first argument is a list of tensors.
+            in_evaluation: the formula of an op that evaluation runs as operations of core ATen,
+                called as by_torch is; NotImplemented of a call that draws.
         """
         self.by_torch = by_torch
+        self.in_evaluation = in_evaluation
         self.backward = backward
         self._inputs = inputs
         self._moves = moves
@@ -94,7 +99,7 @@ class Route:
     ) -> Any:
         """The op as a public function calls it, with all of its arguments."""
         if looks is not None:
-            if looks is FUNC:
+            if looks is FUNC or looks is ONNX:
                 return self.by_torch(overload, *inputs, *rest)
             return overload(*inputs, *rest)
         tensors = (*inputs[0], *inputs[1:]) if self._lists else inputs
@@ -137,8 +142,9 @@ def formula(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asked(looks: str | None, question: Callable[..., Any], *arguments: Any) -> Any:
-    """Asks a question about arguments, and keeps it out of what torch.jit.trace records."""
-    if looks is not TRACE:
+    """Asks a question about arguments, and keeps it out of what torch.jit.trace records, which
+    torch.onnx may export."""
+    if looks is not TRACE and looks is not ONNX:
         return question(*arguments)
     with unrecorded():
         return question(*arguments)
@@ -155,7 +161,8 @@ def in_order(x: Tensor, looks: str | None, like: Tensor | None = None) -> Tensor
         return with_strides(x, like.stride())
     if not (x.is_contiguous() or is_channels_last(x)):
         x = _layout.ordered(x, is_channels_last(torch.empty_like(x)))
-    return x.resolve_neg()
+    # A program needs no such operation: its op gets what is negated from the dispatcher, negated.
+    return x if looks is COMPILE or looks is ONNX else x.resolve_neg()
 
 
 def drawn_state(device: torch.device, looks: str | None, draws: bool = True) -> Tensor:
@@ -174,6 +181,12 @@ def state_of_all(input: Tensor, looks: str | None, draws: bool = True) -> Tensor
     if asked(looks, input.numel) == 0 and not draws_beside_others(input):
         return None
     return drawn_state(input.device, looks)
+
+
+def refuse_draws(name: str, looks: str | None) -> None:
+    """Raises where torch.onnx exports a call that draws."""
+    if looks is ONNX:
+        refuse(name, "training", "False in an ONNX export, which has no such draws", True)
 
 
 def draws_beside_others(input: Tensor) -> bool:
@@ -283,7 +296,14 @@ class Linear(Route):
         """
         by_torch = self._product if by_torch is None else by_torch
         beside = (*addends, multiplier) if multiplier else addends
-        super().__init__(1 + len(beside), _Linear, by_torch=by_torch, backward=self)
+        super().__init__(
+            1 + len(beside),
+            _Linear,
+            by_torch=by_torch,
+            backward=self,
+            # Without draws, only what multiplies is left of it to run.
+            in_evaluation=self._without_draws if multiplier else None,
+        )
         tensors = "".join(f", Tensor? {name}" for name in beside)
         last = f", {result}" if result else ""
         self._adjoint = self.by_itself if adjoint is None else adjoint
@@ -357,27 +377,39 @@ class Linear(Route):
         `randomness` decides whether the samples share them, by what it makes of the draw of
         rng_state.
         """
-        beside, arguments = rest[: self._inputs - 1], rest[self._inputs - 1 :]
-        addends, of_op = beside[: len(self._addends)], beside[len(self._addends) :]
-        ones = filled(input, 1.0)
-        multipliers = overload(ones, *self._no_beside, *arguments)
-        factors = multipliers
-        for multiplier in of_op:
-            if multiplier is not None:
-                factors = multiplier * factors
-        output = input.to(ones.dtype) * factors
-        if not self.reads_dropped:
-            output = torch.where(multipliers == 0, 0, output)
+        compute, arguments = computed_in(input.dtype), rest[self._inputs - 1 :]
+        addends = rest[: len(self._addends)]
+        factors = [x for x in rest[len(self._addends) : self._inputs - 1] if x is not None]
+        drawn = None
+        if not self._drops_nothing(arguments):
+            drawn = overload(filled(input, 1.0), *self._no_beside, *arguments)
+            factors.append(drawn)
+        output = input.to(compute)
+        if factors:
+            output = output * functools.reduce(torch.mul, factors)
+        if drawn is not None and not self.reads_dropped:
+            output = torch.where(drawn == 0, 0, output)
         for addend in addends:
             if addend is not None:
-                output = output + addend.to(ones.dtype)
+                output = output + addend.to(compute)
         return output.to(input.dtype)
+
+    def _drops_nothing(self, arguments: tuple[Any, ...]) -> bool:
+        """Of a random op's arguments behind its tensors."""
+        number, *_, traced_p = arguments
+        return bool(number == 0.0 and traced_p is None)
+
+    def _without_draws(self, overload: Any, input: Tensor, *rest: Any) -> Tensor:
+        """A random op's `in_evaluation`."""
+        if not self._drops_nothing(rest[self._inputs - 1 :]):
+            return NotImplemented
+        return self._product(overload, input, *rest)
 
 
 def filled(input: Tensor, value: float) -> Tensor:
     """A tensor of one value in the type that an input is computed in, which draws as the input
     does: with its strides, where those are dense, since draws follow storage order."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
+    dtype = computed_in(input.dtype)
     x = torch.full(input.shape, value, dtype=dtype, device=input.device)
     return with_strides(x, input.stride()) if is_dense(input) else x
 
@@ -450,8 +482,8 @@ class Draw(NamedTuple):
     backend: str | None
 
 
-# A compiled program passes the number as a float64 tensor, traced_p, which is used instead: a float
-# would be a constant of the program, and each new value a recompile.
+# A compiled program passes a number that varies as a float64 tensor, traced_p, which is used
+# instead: a float would be a constant of the program, and each new value a recompile.
 DRAWN = "Tensor rng_state, int element_offset=0, Tensor? traced_p=None"
 
 
@@ -483,6 +515,8 @@ def draw(
     draws = number != 1.0 or not op.drops
     if not draws and op.reads_dropped:
         return input.mul_(0) if inplace else input * 0
+    if number != 0.0:
+        refuse_draws(op.fresh.name, looks)
     name, device, dtype = op.fresh.name, input.device, input.dtype
     if type(element_offset) is not int:
         element_offset = integer(name, "element_offset", element_offset)
@@ -506,7 +540,7 @@ def draw(
         if _part.used and draws and element_offset == 0:
             x, element_offset = _as_a_part(op, input, state)
     traced_p = None
-    if looks is COMPILE:
+    if varies(number):
         number, traced_p = 0.0, traced_numbers(device, number)
     arguments = (number, *options, state, element_offset, traced_p)
     dense = looks is None and x is input and (x.is_contiguous() or is_dense(x))

@@ -21,8 +21,15 @@ from . import _batch_norm_ops as ops
 from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._collectives import Group, gathered, group_of
-from ._modes import COMPILE, FUNC, watcher
-from ._route import asked, drawn_state, draws_beside_others, in_order, wants_gradient
+from ._modes import COMPILE, FUNC, ONNX, watcher
+from ._route import (
+    asked,
+    drawn_state,
+    draws_beside_others,
+    in_order,
+    refuse_draws,
+    wants_gradient,
+)
 from ._signature import Known, is_compiling, signature
 
 _CPU = torch.device("cpu")  # a launcher reads numbers there without waiting
@@ -69,6 +76,8 @@ def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
     if rng_state is not None:
         rng_state = given_state = _rng.checked_state(rng_state, device, call.name)
     p = call.p if training else 0.0
+    if p > 0.0:
+        refuse_draws(name, looks)
     by_numbers = varies(call.momentum, call.eps, call.slope, p)
     if training:
         op = ops.TRAINING_BY_NUMBERS if by_numbers else ops.TRAINING
@@ -88,7 +97,7 @@ def _run(name: str, *given: Any, group: Group | None = None) -> Tensor:
         if _part.used and element_offset == 0 and p != 1.0:
             element_offset = _part.offset_of(name, input.shape, rng_state)
     residual, weight, bias = call.residual, call.weight, call.bias
-    if looks is not FUNC:
+    if looks not in (FUNC, ONNX):
         input = in_order(input, looks)
         residual = None if residual is None else in_order(residual, looks, input)
         weight = None if weight is None else weight.contiguous()

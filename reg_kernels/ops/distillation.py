@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from .._dtypes import named
+from .._dtypes import computed_in, named
 from .._layout import with_strides
 from .._mixed_target import MixedTarget
 from .._numbers import number, traced_numbers, varies
@@ -126,7 +126,7 @@ def distillation_loss(
     check_device(name, "teacher", teacher, input)
     teacher = teacher.detach() if call.batched else teacher.detach().unsqueeze(0)
     if torch.float64 in (teacher.dtype, call.input.dtype):
-        teacher = teacher.to(torch.promote_types(call.input.dtype, torch.float32))
+        teacher = teacher.to(computed_in(call.input.dtype))
     # The kernels walk both in one order.
     teacher = with_strides(teacher.resolve_neg(), call.input.stride())
     last: tuple[Any, ...] = (temperature, alpha, None)

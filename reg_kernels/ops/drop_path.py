@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from .._dtypes import computed_in
 from .._numbers import integer
 from ..reference import drop_path as reference
 from ._checks import (
@@ -39,7 +40,7 @@ def _check(op: str, a: Any, in_place: bool) -> None:
     entry.check_drawn(a)
     entry.check_like(a.input, a.residual, "residual")
     if a.layer_scale is not None:
-        compute = torch.promote_types(a.input.dtype, torch.float32)
+        compute = computed_in(a.input.dtype)
         entry.check_vector(a.layer_scale, compute, a.layer_scale.numel(), "layer_scale")
         if not broadcasts(a.layer_scale, a.input):
             entry.refuse("layer_scale", _BROADCAST, a.layer_scale)
@@ -73,16 +74,16 @@ def _by_layer_scale(
     out of the sum of those: its values count for nothing, be they NaN. Where the host sees what was
     drawn, it is not read either."""
     compute, dims = layer_scale.dtype, input.dim()
-    drawn = _DROP_PATH.drawn(overload, input.new_ones(len(input), dtype=compute), arguments)
+    drawn = _DROP_PATH.drawn(overload, input.new_ones(input.shape[0], dtype=compute), arguments)
     shape = (*[1] * (dims - layer_scale.dim()), *layer_scale.shape)[1:]
     looks = watcher()
-    if looks is None and shows_values(input, looks) and input.numel() >= _LARGE * len(input):
+    if looks is None and shows_values(input, looks) and input.numel() >= _LARGE * input.shape[0]:
         samples = zip(drawn.tolist(), grad_output.unbind(), input.unbind(), strict=True)
         kept = [(g.to(compute) * x.to(compute)).sum_to_size(shape) * m for m, g, x in samples if m]
         if kept:
             return torch.stack(kept).sum(0).view(layer_scale.shape)
     drawn = drawn.view(-1, *[1] * (dims - 1))
-    sums = (grad_output.to(compute) * input.to(compute)).sum_to_size(len(input), *shape)
+    sums = (grad_output.to(compute) * input.to(compute)).sum_to_size(input.shape[0], *shape)
     return torch.where(drawn == 0, 0, sums * drawn).sum(0).view(layer_scale.shape)
 
 
@@ -163,7 +164,7 @@ def drop_path(
         check_like("drop_path", "residual", residual, input)
     if layer_scale is not None:
         _check_layer_scale(layer_scale, input)
-        layer_scale = layer_scale.to(torch.promote_types(input.dtype, torch.float32)).contiguous()
+        layer_scale = layer_scale.to(computed_in(input.dtype)).contiguous()
         p = p if training else 0.0
     elif not training or p == 0.0:
         return input if residual is None else input + residual

@@ -199,7 +199,7 @@ def _checked_boxes(name: str, input: Tensor, boxes: Any) -> Tensor | None:
         raise ValueError(
             f"{name}: input must be images (N, C, H, W) or (N, H, W), got {input.dim()} dimensions"
         )
-    if boxes.shape not in ((4,), (len(input), 4)):
+    if boxes.shape not in ((4,), (input.shape[0], 4)):
         raise ValueError(
             f"{name}: boxes must be (4,) or ({len(input)}, 4), got shape {tuple(boxes.shape)}"
         )

@@ -90,7 +90,7 @@ def program(tmp_path_factory):
 
 
 def test_in_a_program_without_python(package, program, model):
-    done = run_program([program, package, PACKAGE / "libreg_kernels.so"])
+    done = run_program([program, package, reg_kernels.export.library()])
     assert done.returncode == 0, done.stderr
     values = torch.tensor([float(line) for line in done.stdout.split()])
     x = torch.linspace(-1, 1, 5 * 3 * 8 * 8).view(5, 3, 8, 8)
