@@ -10,6 +10,7 @@ Exit code: 0 all that ran has passed, 1 something failed or nothing ran.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from reg_kernels._console import print_lines, print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "matrix"
+SUITE = FOLDER / "suite"  # the repository without the package, which would be imported from there
+OF_SUITE = ("bench", "csrc", "docs", "pyproject.toml", "setup.py", "tests")
 RESULT = ROOT / "bench" / "results" / "matrix.md"
 
 # Each Python that is served, and each torch; the newest torch is what pip finds.
@@ -72,9 +75,9 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def call(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [str(word) for word in words]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True)
+def call(*words: object) -> subprocess.CompletedProcess[str]:
+    command, environment = [str(word) for word in words], os.environ | {"PYTHONPATH": str(SUITE)}
+    return subprocess.run(command, cwd=SUITE, env=environment, text=True, capture_output=True)
 
 
 def last_line(text: str) -> str:
@@ -152,7 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
         what = "no such environment" if wheels else "no wheel in dist/: run `make wheel` first"
         parser.error(what)
     wheel = max(wheels, key=lambda path: path.stat().st_mtime)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    SUITE.mkdir(parents=True, exist_ok=True)
+    for name in OF_SUITE:
+        if not (SUITE / name).exists():
+            (SUITE / name).symlink_to(ROOT / name)
     rows = []
     for i, (version, torch) in enumerate(pairs, start=1):
         print_lines([f"{i} of {len(pairs)}: Python {version}, torch {torch}"])

@@ -88,9 +88,9 @@ class _FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         backend: str | None = None,
     ) -> None:
-        super().__init__(
-            *(num_features, eps, momentum, affine, track_running_stats, device, dtype), bias=bias
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # which not every torch's constructor takes
+            self.register_parameter("bias", None)
         if backend is not None:
             self.backend = backends.check_name(backend, "backend")
 
