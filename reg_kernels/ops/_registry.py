@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .. import backends
 from ._modes import COMPILE, below_autograd
@@ -166,7 +167,28 @@ def _define(
         overloads[implementation] = overload
         _IMPLEMENTATIONS[id(overload)] = implementation
         _library.impl(qualified, _bind(route, overload), "Autograd")
+        if not overload._schema.returns:
+            _library.impl(qualified, _of_negated(name, overload), "Negative")
     return Op(name, schema, overloads, fake, route, check)
+
+
+def _of_negated(name: str, overload: Any) -> Callable[..., None]:
+    """What an op without results does with views that stand for negated values. torch's own way
+    takes results from where there are none, which raises or, in torch 2.11, breaks memory."""
+    arguments = overload._schema.arguments
+    written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+
+    def run(*args: Any) -> None:
+        for argument, writes, value in zip(arguments, written, args, strict=False):
+            for x in value if isinstance(value, list | tuple) else (value,):
+                if writes and isinstance(x, torch.Tensor) and x.is_neg():
+                    raise RuntimeError(
+                        f"{name}: {argument.name} must hold its own values, got a view that "
+                        "negates others: call resolve_neg() before"
+                    )
+        overload(*tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, args))
+
+    return run
 
 
 def _declare_native(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:

@@ -1,6 +1,7 @@
 """The BatchNorm layers beside torch's, and the fused chain beside its layers one by one."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -19,13 +20,15 @@ from support import DEVICE, implementations
 C = 5
 SHAPES = {"1d": (4, C, 7), "2d": (4, C, 3, 2), "3d": (2, C, 2, 3, 3)}
 FLAT = (6, C)  # BatchNorm1d's other rank
+TORCH_TAKES_BIAS = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters
 OPTIONS = {
     "default": {},
     "cumulative": {"momentum": None},
     "momentum 0": {"momentum": 0.0},
     "momentum 1": {"momentum": 1},
     "large eps": {"eps": 0.5},
-    "no bias": {"bias": False},
+    # Not every torch's constructor takes it, as ours does.
+    **({"no bias": {"bias": False}} if TORCH_TAKES_BIAS else {}),
     "no affine": {"affine": False},
     "no statistics": {"track_running_stats": False},
     "nothing": {"affine": False, "track_running_stats": False, "momentum": None},

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from support import implementations
+
 # In a process of its own, since an op is registered for good.
 PROGRAM = """
 import torch
@@ -38,3 +43,19 @@ assert not torch.equal(state, torch.random.get_rng_state())
 
 def test_an_op_of_a_number_that_is_no_probability():
     subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("backend", implementations())
+def test_views_that_negate(backend):
+    suffix = "default" if backend == "native" else backend
+    op = getattr(torch.ops.reg_kernels.dropout_, suffix)
+    state, x = torch.tensor([1, 2]), torch.ones(2, 3, 40)
+    with pytest.raises(RuntimeError, match=r"^dropout_: input must hold its own values"):
+        op(x._neg_view(), 0.5, state)
+    assert x.equal(torch.ones_like(x))
+    step = getattr(torch.ops.reg_kernels.adversarial_step_, suffix)
+    rest = (x.clone(), None, 0.1, None, 0.2, 0, 0.0, 2.0, None)
+    ours, theirs = x.clone(), x.clone()
+    step(ours, x._neg_view(), *rest)  # what is only read may negate
+    step(theirs, -x, *rest)
+    assert ours.equal(theirs) and not ours.equal(x)

@@ -172,6 +172,8 @@ def step_by_large_gradients(pair, steps):
 def test_lower_precision(kind, options, dtype):
     pair = twins(kind, options, [randn(3, 5, dtype=dtype), randn(513, dtype=dtype)])
     step_by_large_gradients(pair, 3)
+    if not all(p.isfinite().all() for p in pair.their_params):
+        pytest.skip("the step of this torch makes NaN in float16")
     unit = torch.finfo(dtype).eps
     pair.check(rtol=16 * unit, atol=16 * unit)
     check_state(pair, rtol=16 * unit, atol=16 * unit)
