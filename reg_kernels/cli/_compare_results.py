@@ -261,8 +261,8 @@ def _particulars(results: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str
         lines.append(
             f"l1: {zeros:,.0f} of {weights:,.0f} weights are exactly 0, {zeros / weights:.0%}"
         )
-    if arm["on"] == ["distillation"]:
-        teachers = [t["teacher"] for t in results["trials"] if "teacher" in t]
+    teachers = [t["teacher"] for t in results["trials"] if "teacher" in t]
+    if arm["on"] == ["distillation"] and teachers:
         seconds = statistics.fmean(t["seconds"] for t in teachers)
         lines.append(f"distillation: training the teacher took {seconds:.1f} s before that")
     return lines

@@ -59,7 +59,6 @@ SILENT_SECONDS = 120.0
 WAIT_SECONDS = 0.5  # between two looks at what other processes do
 
 SQLITE, JOURNAL = (".db", ".sqlite", ".sqlite3"), (".log", ".journal")
-_FAILURES = (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError)
 # Process numbers mean something on one machine, and there in one container.
 _HERE = f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
@@ -204,7 +203,7 @@ class Study:
                 those of a process that is gone.
             show: is told how things stand, before each trial and while waiting.
         """
-        with _storage_errors(self.where, "can no longer be used", _FAILURES):
+        with _storage_errors(self.where, "can no longer be used"):
             while True:
                 trial, standing = None, self.standing(tasks)
                 show(standing)
@@ -426,7 +425,8 @@ def _is_running(trial: FrozenTrial) -> bool:
         return False
     if owner["host"] == _HERE and not _exists(owner["pid"]):
         return False
-    return bool(time.time() - owner["beat"] < SILENT_SECONDS)
+    # One from the time to come would keep everybody waiting.
+    return bool(abs(time.time() - owner["beat"]) < SILENT_SECONDS)
 
 
 def _is_taken(trial: FrozenTrial) -> bool:
@@ -470,6 +470,7 @@ def _open(where: str) -> optuna.storages.BaseStorage:
         )
     output_file("--storage", path)
     if path.suffix in JOURNAL:
+        _check_end(path, where)
         return JournalStorage(JournalFileBackend(str(path)))
     if path.exists():
         # Optuna would put its tables beside those of another program.
@@ -496,16 +497,28 @@ def _open(where: str) -> optuna.storages.BaseStorage:
     raise AssertionError
 
 
+def _check_end(path: Path, where: str) -> None:
+    """Refuses a journal that ends within a line, as after a full disk: the next line would be
+    written behind that, and both be lost."""
+    for _ in range(5):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                time.sleep(WAIT_SECONDS)  # another process may be writing it
+                continue
+        return
+    raise UsageError(f"--storage {where}: must end with a whole line, got a part of one: remove it")
+
+
 @contextlib.contextmanager
-def _storage_errors(
-    where: str, expected: str, kinds: tuple[type[Exception], ...] = (Exception,)
-) -> Iterator[None]:
+def _storage_errors(where: str, expected: str) -> Iterator[None]:
     """Says in one line why a storage cannot be used. What reads a damaged one raises anything."""
     try:
         yield
     except UsageError:
         raise
-    except kinds as error:
+    except Exception as error:
         cause = error.__cause__ or error
         said = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
         if "locked" in said:

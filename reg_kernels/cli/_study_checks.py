@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 OWNER, ERROR, RESULT = "owner", "error", "result"  # user attributes of a trial
 _RATIOS = ("seconds_per_epoch", "peak_bytes")  # measures that are compared by their logarithm
+_COUNTS = ("weights", "zeros", "epochs", "best_epoch")
 
 
 def check_trial(
@@ -59,9 +60,16 @@ def check_measures(trial: FrozenTrial, result: Any) -> None:
 
 
 def check_history(trial: FrozenTrial, result: Any) -> None:
-    """Raises ValueError, unless `result` has a curve for each measure, all of one length."""
+    """Raises ValueError, unless `result`, whose measures are right, has the counts among them and a
+    curve for each measure, all of one length."""
+    counts = [result["measures"].get(name) for name in _COUNTS]
+    teacher = result.get("teacher", {"seconds": 0.0})
+    right = None not in counts and counts[0] > 0
+    right = right and isinstance(teacher, dict) and is_number(teacher.get("seconds"))
     history: Any = result.get("history")
-    right = isinstance(history, dict) and {"train_loss", "validation_loss"} <= history.keys()
+    right = (
+        right and isinstance(history, dict) and {"train_loss", "validation_loss"} <= history.keys()
+    )
     for values in history.values() if right else ():
         right = right and isinstance(values, list)
         right = right and len(values) == len(history["validation_loss"])
@@ -71,7 +79,7 @@ def check_history(trial: FrozenTrial, result: Any) -> None:
 
 def check_strengths(trial: FrozenTrial, names: Mapping[str, Any]) -> None:
     """Raises ValueError, unless a trial of `tune` tells the strength of each method."""
-    strengths = trial.user_attrs.get("strengths")
+    strengths: Any = trial.user_attrs.get("strengths")
     right = isinstance(strengths, dict) and strengths.keys() == names.keys()
     right = right and all(is_number(value) for value in strengths.values())
     _require(trial, right, "other methods than are searched")
