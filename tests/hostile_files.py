@@ -116,6 +116,7 @@ def child(name: str, kind: Kind, seed: int, numbers: range, folder: Path, report
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff speaks there by itself
     sys.addaudithook(_watch)
     refused = wrong = 0
     quiet = io.StringIO()
@@ -140,7 +141,8 @@ def survive(name: str, kind: Kind, seed: int, numbers: range, folder: Path) -> C
             try:
                 child(name, kind, seed, numbers[:BATCH], folder, report)
             except BaseException:
-                traceback.print_exc()
+                traceback.print_exc(file=sys.stdout)
+                sys.stdout.flush()
             os._exit(101)
         os.close(report)
         result = os.read(answer, 16)  # nothing from one that died
