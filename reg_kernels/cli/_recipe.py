@@ -11,8 +11,8 @@ from ..training import METHODS, MODELS, Recipe
 from ..training.recipe import unknown
 from ._errors import UsageError
 
-# Of a recipe's file; one has less than two thousand. The time to read one may grow as its square: five
-# seconds for four times as many.
+# Of a recipe's file; one has less than two thousand. The time to read what somebody made to take
+# long grows as its square: five seconds of 60 kB.
 MOST_BYTES = 2**14
 RECIPE = "recipe.toml"  # as results have it beside them
 
