@@ -470,6 +470,9 @@ def _changed(r: Random, value: Any, kind: str, arguments: list[Any]) -> tuple[An
     if isinstance(value, list):
         return _changed_list(r, value, kind, arguments)
     if value is None or isinstance(value, Tensor):
+        if value is None and "Tensor" not in kind:
+            # Not a tensor: torch's own refusal prints its values, freed or not.
+            return r.choice(["", "0", "x" * 99]), "a word"
         others = tensors_in(arguments)
         if value is None or r.random() < 0.08:
             other = r.choice(others)
