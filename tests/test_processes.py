@@ -96,14 +96,14 @@ def test_threads_that_convert_and_train_models_of_their_own():
 
 
 def test_no_two_threads_draw_alike():
-    x, masks = torch.ones(64), [[] for _ in range(THREADS)]
+    x, masks, count = torch.ones(64), [], 400
 
-    def draw(mine):
-        for _ in range(200):
-            mine.append(tuple(F.dropout(x, 0.5).tolist()))
+    def draw():
+        for _ in range(count):
+            masks.append(F.dropout(x, 0.5))
 
-    at_once(*(lambda mine=mine: draw(mine) for mine in masks))
-    assert len({mask for mine in masks for mask in mine}) == THREADS * 200
+    at_once(*[draw] * THREADS)
+    assert len({tuple(mask.tolist()) for mask in masks}) == THREADS * count
 
 
 def test_threads_whose_pipelines_are_their_own_or_one():
