@@ -96,7 +96,7 @@ def test_threads_that_convert_and_train_models_of_their_own():
 
 
 def test_no_two_threads_draw_alike():
-    x, masks, count = torch.ones(64), [], 400
+    x, masks, count = torch.ones(64), [], 2000
 
     def draw():
         for _ in range(count):
