@@ -39,23 +39,30 @@ test: lint build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(AT_ONCE) tests --ignore=$(TIMED)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TIMED)
 
-# The native CPU kernels under ASan and UBSan: the op suites and many more hostile calls. A package
-# of its own below build/, which -P keeps the one in this folder from standing before. Python itself
-# leaks; libstdc++ comes along since libasan looks for what throws when it is loaded.
-SANITIZED = build/sanitized
+# The native CPU kernels under ASan and UBSan, for this machine's best instruction set and, where that
+# is AVX-512, for AVX2: the op suites and many more hostile calls; then their loops, shared out to
+# threads, under ThreadSanitizer. A package of its own below build/, which -P keeps the one in this
+# folder from standing before. Python itself leaks, so that tests/ops/test_leaks.py counts instead;
+# libstdc++ comes along since libasan looks for what throws when it is loaded.
+SANITIZED_ISAS ?= native$(if $(shell grep -m1 -ow avx512vl /proc/cpuinfo), avx2)
 PRELOADED = $(foreach lib,libasan.so libstdc++.so,$$($${CXX:-g++} -print-file-name=$(lib)))
 SANITIZED_PY = LD_PRELOAD="$(PRELOADED)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
-	PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_WAIT_POLICY=passive $(PY)
+	PYTHONPATH=$(CURDIR)/$$built OMP_WAIT_POLICY=passive $(PY)
 
 test-sanitized: $(READY)
-	REG_KERNELS_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
-	$(SANITIZED_PY) -P -c 'from reg_kernels import _C; assert "$(SANITIZED)" in _C.__file__'
-	$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000)
-	$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) \
-		-o "pythonpath=$(SANITIZED) . tests tests/emulation tests/triton" tests/every_op tests/ops tests/nn tests/optim \
-		-k "not triton and not reference and not compile and not opcheck"
+	@set -ex; for isa in $(SANITIZED_ISAS); do built=build/sanitized-$$isa; \
+		REG_KERNELS_SANITIZE=1 REG_KERNELS_ISA=$$isa $(PY) setup.py -q build --build-lib $$built; \
+		$(SANITIZED_PY) -P -c "from reg_kernels import _C; assert '$$built' in _C.__file__; \
+			assert '$$isa' in ('native', *_C.isas())"; \
+		$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000); \
+		$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) \
+			-o "pythonpath=$$built . tests tests/emulation tests/triton" tests/every_op tests/ops tests/nn \
+			tests/optim tests/augment tests/adversarial \
+			-k "not triton and not reference and not compile and not opcheck"; \
+	done
+	REG_KERNELS_SANITIZE=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -q tests/emulation/test_threads.py
 
 lint: $(READY)
 	@$(call lint_with,ruff,check --quiet .)

@@ -445,7 +445,7 @@ INTEGERS = (-1, 0, 1, 2, 3, 4, 5, 7, 99, 2**31, 2**40, 2**60, 2**62, 2**63 - 1, 
 NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1.0, 2.0, 1e308, 1e-320)
 
 
-def _tensors_in(arguments: list[Any]) -> list[Tensor]:
+def tensors_in(arguments: list[Any]) -> list[Tensor]:
     flat = [v for value in arguments for v in (value if isinstance(value, list) else [value])]
     return [v for v in flat if isinstance(v, Tensor)]
 
@@ -470,7 +470,10 @@ def _changed(r: Random, value: Any, kind: str, arguments: list[Any]) -> tuple[An
     if isinstance(value, list):
         return _changed_list(r, value, kind, arguments)
     if value is None or isinstance(value, Tensor):
-        others = _tensors_in(arguments)
+        if value is None and "Tensor" not in kind:
+            # Not a tensor: torch's own refusal prints its values, freed or not.
+            return r.choice(["", "0", "x" * 99]), "a word"
+        others = tensors_in(arguments)
         if value is None or r.random() < 0.08:
             other = r.choice(others)
             if r.random() < 0.5:

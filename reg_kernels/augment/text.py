@@ -59,7 +59,7 @@ def _transform(part: str) -> Transform | Mixup:
         return from_timm(part)
     try:
         node: Any = ast.parse(part, mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # signs in thousands
         _refuse_part(part)
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
@@ -70,7 +70,7 @@ def _transform(part: str) -> Transform | Mixup:
     try:
         arguments = [ast.literal_eval(value) for value in call.args]
         named = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         _refuse_part(part)
     try:
         made: Transform | Mixup = kind(*arguments, **named)

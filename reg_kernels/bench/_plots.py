@@ -278,5 +278,6 @@ def _write(figure: Figure, path: Path) -> None:
 
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DPI)
-    image = Image.open(drawn).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
+    image = Image.open(drawn, formats=["PNG"]).convert("RGB")
+    image = image.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
     image.save(path, "PNG", optimize=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
 from .. import _extras, backends
-from ._errors import INTERRUPTED, UsageError
+from ._errors import INTERRUPTED, UsageError, said
 
 
 class Command(NamedTuple):
@@ -39,8 +40,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error here; the usage is a `--help` away."""
 
     def error(self, message: str) -> NoReturn:
-        said = f"{self.prog}: {message}; see {self.prog} --help\n"
-        self.exit(2, said if _speaks() else None)
+        text = f"{self.prog}: {message}; see {self.prog} --help\n"
+        self.exit(2, text if _speaks() else None)
 
 
 def _speaks() -> bool:
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input, 130
     interrupted."""
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     command = next((word for word in words if not word.startswith("-")), None)
     try:
         args = build_parser([command] if command else []).parse_args(words)
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (UsageError, _extras.MissingExtra) as error:
         if _speaks():
-            print(f"reg-kernels {command}: {error}", file=sys.stderr)
+            print(f"reg-kernels {command}: {said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"reg-kernels {command}: interrupted", file=sys.stderr)

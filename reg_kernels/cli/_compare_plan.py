@@ -14,7 +14,8 @@ from optuna.trial import Trial
 from ..training import Recipe
 from ._progress import Watch
 from ._study import Standing, Study
-from ._trial import RESULT, Setting, loss_of
+from ._study_checks import RESULT
+from ._trial import Setting, check_done, loss_of
 
 ONE_ON, ONE_OFF, FACTORIAL = DESIGNS = ("one-on", "one-off", "factorial")
 NAME = "compare"  # of the study
@@ -59,7 +60,8 @@ class Plan:
             "seed": IntDistribution(0, 2**32 - 1),  # so that more of them can come
             "fold": IntDistribution(0, max(0, self.setting.folds - 1)),
         }
-        return Study(self.storage, NAME, about | dataclasses.asdict(self.recipe), space)
+        about |= dataclasses.asdict(self.recipe)
+        return Study(self.storage, NAME, about, space, check=check_done)
 
     def work(self, study: Study, watch: Watch | None = None) -> Standing:
         """Trains what is left to train. Without somebody to watch it waits for nobody."""

@@ -17,10 +17,11 @@ from matplotlib.ticker import MaxNLocator
 
 from .. import _console
 from ._compare_plan import ALL, FACTORIAL, Plan
+from ._errors import printable
 from ._statistics import LEVEL, effect, interaction, mean_difference
 from ._study import Standing
+from ._study_checks import RESULT
 from ._trainer.training import ATTACKED
-from ._trial import RESULT
 
 BETTER, WORSE, UNTOLD = "#1b6ca8", "#d95f02", "#888888"
 MOST_PANELS = 24
@@ -97,7 +98,7 @@ def summary(plan: Plan, standing: Standing) -> dict[str, Any]:
             if (fours := _fours(plan, first, second))
         },
         "crashed": [
-            trial.params | {"error": trial.user_attrs["error"]}
+            trial.params | {"error": printable(trial.user_attrs["error"])}
             for trial in standing.crashed.values()
         ],
         "trials": trials,
@@ -126,7 +127,7 @@ def _means(measures: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Of an arm's trials; None of what one of them has none of."""
     found: dict[str, float | None] = {}
     for name in measures[0] if measures else ():
-        there = [value for each in measures if (value := each[name]) is not None]
+        there = [value for each in measures if (value := each.get(name)) is not None]
         found[name] = statistics.fmean(there) if len(there) == len(measures) else None
     return found
 
@@ -260,8 +261,8 @@ def _particulars(results: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str
         lines.append(
             f"l1: {zeros:,.0f} of {weights:,.0f} weights are exactly 0, {zeros / weights:.0%}"
         )
-    if arm["on"] == ["distillation"]:
-        teachers = [t["teacher"] for t in results["trials"] if "teacher" in t]
+    teachers = [t["teacher"] for t in results["trials"] if "teacher" in t]
+    if arm["on"] == ["distillation"] and teachers:
         seconds = statistics.fmean(t["seconds"] for t in teachers)
         lines.append(f"distillation: training the teacher took {seconds:.1f} s before that")
     return lines

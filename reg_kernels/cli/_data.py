@@ -298,6 +298,8 @@ def _check_headers(x: _Array, y: _Array, where: str) -> None:
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise UsageError(f"{where}: x must be uint8 or floating point, got {x.type}")
     _check_memory(x.shape, x.dtype.itemsize, f"{where}: x", x.type)
+    # As stored, sorted and as int64; there may be more of them than of pixels.
+    _check_memory(y.shape, 2 * y.dtype.itemsize + 4, f"{where}: y", y.type)
 
 
 def _check_memory(shape: tuple[int, ...], itemsize: int, what: str, kind: str = "uint8") -> None:
@@ -345,6 +347,6 @@ def _images(source: str, x: np.ndarray, y: Any, names: tuple[str, ...] = ()) -> 
     x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x)
     y = np.ascontiguousarray(y, dtype=np.int64)
     digest = hashlib.sha256(repr(x.shape).encode())
-    digest.update(x.tobytes())
-    digest.update(y.tobytes())
+    digest.update(x.data)  # no copy
+    digest.update(y.data)
     return Images(source, x, y, int(y.max()) + 1, digest.hexdigest(), names)

@@ -16,13 +16,18 @@ from .. import _console, augment
 from ._errors import UsageError, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+# What a file is, its first bytes tell, not its name. Of the other formats that Pillow opens, one
+# starts an interpreter of PostScript.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _BATCH = 64
 
 
 def read_image(path: Path) -> Tensor:
     """(H, W, 3), uint8. Raises OSError, whatever is wrong with the file."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError("must be a file, got a device, a pipe or a socket")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_FORMATS) as image:
             pixels = np.array(image if image.mode.startswith("I;16") else image.convert("RGB"))
     except Exception as error:  # decoders raise many types on a damaged file
         if isinstance(error, OSError) and error.strerror:
@@ -62,12 +67,9 @@ def class_folders(root: Path, where: str) -> tuple[list[str], list[tuple[Path, i
 def load_folder(files: list[tuple[Path, int]], side: int, where: str) -> np.ndarray:
     """The images [N, C, side, side], uint8, in the order of `files`: the shorter side is resized
     and the middle cut out. C is 1 where all of them are gray, else 3. Workers decode."""
-    shrink = augment.Pipeline(
-        augment.Resize(side), augment.CenterCrop(side), dtype=torch.uint8, layout="NHWC"
-    )
     workers = min(len(os.sched_getaffinity(0)), len(files) // _BATCH)
     loader: DataLoader[tuple[Tensor | None, str]] = DataLoader(
-        _Files([path for path, _ in files]), _BATCH, num_workers=workers, collate_fn=list
+        _Files([path for path, _ in files], side), _BATCH, num_workers=workers, collate_fn=list
     )
     parts, broken = [], []
     with _console.progress() as progress:
@@ -76,7 +78,7 @@ def load_folder(files: list[tuple[Path, int]], side: int, where: str) -> np.ndar
             broken += [said for image, said in batch if image is None]
             images = [image for image, _ in batch if image is not None]
             if images and not broken:
-                parts.append(shrink(images))
+                parts += images
             progress.advance(bar, len(batch))
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -87,10 +89,14 @@ def load_folder(files: list[tuple[Path, int]], side: int, where: str) -> np.ndar
 
 
 class _Files(Dataset[tuple[Tensor | None, str]]):
-    """Images by number; one that cannot be read is None, with what is wrong."""
+    """Images (1, C, side, side) by number; one that cannot be read is None, with what is wrong."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], side: int) -> None:
         self._paths = paths
+        # Each by itself: a small file may hold an image that takes half a gigabyte.
+        self._shrink = augment.Pipeline(
+            augment.Resize(side), augment.CenterCrop(side), dtype=torch.uint8, layout="NHWC"
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -98,9 +104,8 @@ class _Files(Dataset[tuple[Tensor | None, str]]):
     def __getitem__(self, number: int) -> tuple[Tensor | None, str]:
         path = self._paths[number]
         try:
-            with warnings.catch_warnings(action="ignore"):  # of Pillow, of a file's odd metadata
-                return read_image(path), ""
-        except OSError as error:
+            return self._shrink([read_image(path)]), ""
+        except (OSError, ValueError, RuntimeError) as error:  # a side may be too long for it
             return None, f"{printable(path)}: {error}"
 
 

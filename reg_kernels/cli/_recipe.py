@@ -11,7 +11,9 @@ from ..training import METHODS, MODELS, Recipe
 from ..training.recipe import unknown
 from ._errors import UsageError
 
-MOST_BYTES = 2**16  # of a recipe's file; one has less than two thousand
+# Of a recipe's file; one has less than two thousand. The time to read what somebody made to take
+# long grows as its square: five seconds of 60 kB.
+MOST_BYTES = 2**14
 RECIPE = "recipe.toml"  # as results have it beside them
 
 _HELP = {

@@ -48,6 +48,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ._errors import UsageError, one_line
 from ._files import output_file
+from ._study_checks import DONE, ERROR, OWNER, check_trial
 
 ATTEMPTS = 2  # of what crashes, before it is left alone and reported
 LOCK_SECONDS = 30.0  # that another process may keep an SQLite file locked
@@ -58,9 +59,6 @@ SILENT_SECONDS = 120.0
 WAIT_SECONDS = 0.5  # between two looks at what other processes do
 
 SQLITE, JOURNAL = (".db", ".sqlite", ".sqlite3"), (".log", ".journal")
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_FAILURES = (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError)
-_OWNER, _ERROR = "owner", "error"
 # Process numbers mean something on one machine, and there in one container.
 _HERE = f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
@@ -90,6 +88,7 @@ class Study:
             on with: a sampler that began anew would draw again what it has drawn. Needed where
             there is no list of tasks.
         pruner: as Optuna has them; by default none.
+        check: looks at a trial that is done, and raises ValueError where the file has it wrong.
 
     Raises:
         UsageError: one line, `--storage` of which cannot be read or written or is of another study.
@@ -103,6 +102,7 @@ class Study:
         space: Mapping[str, BaseDistribution],
         sampler: Callable[[int], BaseSampler] | None = None,
         pruner: BasePruner | None = None,
+        check: Callable[[FrozenTrial], None] | None = None,
     ) -> None:
         self.where, self._space = where, dict(space)
         # Through JSON, as it comes back: a tuple is a list there.
@@ -134,6 +134,9 @@ class Study:
                     f"--storage {where}: is of another study: {key} {one_line(there.get(key))} "
                     f"there, {one_line(about.get(key))} here; name another one"
                 )
+        with _storage_errors(where, f"must be a whole {_kind(where)} of this command's"):
+            for trial in found:
+                check_trial(trial, space, check)
         # Crashes of earlier times are no reason not to try again.
         self._since = len(found)
         if sampler is not None:
@@ -165,7 +168,7 @@ class Study:
             asked = {task_key(params) for params in tasks}
             trials = [trial for trial in trials if task_key(trial.params) in asked]
         running = [trial for trial in trials if _is_running(trial)]
-        done = [trial for trial in trials if trial.state in _DONE]
+        done = [trial for trial in trials if trial.state in DONE]
         taken = {task_key(trial.params) for trial in (*done, *running)}
         crashes = [t for t in trials if t.number >= self._since and _crashed(t)]
         times = Counter(task_key(trial.params) for trial in crashes)
@@ -203,7 +206,7 @@ class Study:
                 those of a process that is gone.
             show: is told how things stand, before each trial and while waiting.
         """
-        with _storage_errors(self.where, "can no longer be used", _FAILURES):
+        with _storage_errors(self.where, "can no longer be used"):
             while True:
                 trial, standing = None, self.standing(tasks)
                 show(standing)
@@ -265,10 +268,10 @@ class Study:
                 state=TrialState.RUNNING,
                 params=dict(params or {}),
                 distributions={} if params is None else self._space,
-                user_attrs={_OWNER: owner},
+                user_attrs={OWNER: owner},
             )
         )
-        found = next(t for t in reversed(self.trials()) if t.user_attrs.get(_OWNER) == owner)
+        found = next(t for t in reversed(self.trials()) if t.user_attrs.get(OWNER) == owner)
         trial = Trial(self._study, found._trial_id)
         for name, distribution in self._space.items() if params is None else ():
             _draw(trial, name, distribution)
@@ -287,7 +290,7 @@ class Study:
         except Exception as error:
             state = TrialState.FAIL
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial.set_user_attr(_ERROR, error_line(error))
+                trial.set_user_attr(ERROR, error_line(error))
         with uninterrupted():
             self._end(trial.number, state, value)
 
@@ -399,13 +402,13 @@ def _owner() -> dict[str, Any]:
 def _beating(trial: Trial) -> Iterator[None]:
     """Gives signs of life meanwhile."""
     over = threading.Event()
-    owner = trial.user_attrs[_OWNER]
+    owner = trial.user_attrs[OWNER]
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
             # A storage that cannot be reached now may be there the next time.
             with contextlib.suppress(Exception):
-                trial.set_user_attr(_OWNER, owner | {"beat": time.time()})
+                trial.set_user_attr(OWNER, owner | {"beat": time.time()})
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -420,20 +423,21 @@ def _is_running(trial: FrozenTrial) -> bool:
     """Whether a process is at work on it."""
     if trial.state != TrialState.RUNNING:
         return False
-    owner = trial.user_attrs.get(_OWNER)
+    owner = trial.user_attrs.get(OWNER)
     if owner is None:  # nothing of ours
         return False
     if owner["host"] == _HERE and not _exists(owner["pid"]):
         return False
-    return bool(time.time() - owner["beat"] < SILENT_SECONDS)
+    # One from the time to come would keep everybody waiting.
+    return bool(abs(time.time() - owner["beat"]) < SILENT_SECONDS)
 
 
 def _is_taken(trial: FrozenTrial) -> bool:
-    return trial.state in _DONE or _is_running(trial)
+    return trial.state in DONE or _is_running(trial)
 
 
 def _crashed(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and _ERROR in trial.user_attrs
+    return trial.state == TrialState.FAIL and ERROR in trial.user_attrs
 
 
 def _exists(pid: int) -> bool:
@@ -469,14 +473,20 @@ def _open(where: str) -> optuna.storages.BaseStorage:
         )
     output_file("--storage", path)
     if path.suffix in JOURNAL:
+        _check_end(path, where)
         return JournalStorage(JournalFileBackend(str(path)))
     if path.exists():
         # Optuna would put its tables beside those of another program.
         with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        if tables and "studies" not in tables:
+            rows = list(connection.execute("SELECT type, name FROM sqlite_master"))
+        if rows and ("table", "studies") not in rows:
             raise UsageError(
                 f"--storage {where}: is the database of another program; name another one"
+            )
+        # Which Optuna does not make, and SQLite would run.
+        if more := [name for kind, name in rows if kind not in ("table", "index")]:
+            raise UsageError(
+                f"--storage {where}: must be without triggers and views, got {one_line(more[0])}"
             )
     for left in reversed(range(5)):
         try:
@@ -492,16 +502,28 @@ def _open(where: str) -> optuna.storages.BaseStorage:
     raise AssertionError
 
 
+def _check_end(path: Path, where: str) -> None:
+    """Refuses a journal that ends within a line, as after a full disk: the next line would be
+    written behind that, and both be lost."""
+    for _ in range(5):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                time.sleep(WAIT_SECONDS)  # another process may be writing it
+                continue
+        return
+    raise UsageError(f"--storage {where}: must end with a whole line, got a part of one: remove it")
+
+
 @contextlib.contextmanager
-def _storage_errors(
-    where: str, expected: str, kinds: tuple[type[Exception], ...] = (Exception,)
-) -> Iterator[None]:
+def _storage_errors(where: str, expected: str) -> Iterator[None]:
     """Says in one line why a storage cannot be used. What reads a damaged one raises anything."""
     try:
         yield
     except UsageError:
         raise
-    except kinds as error:
+    except Exception as error:
         cause = error.__cause__ or error
         said = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
         if "locked" in said:

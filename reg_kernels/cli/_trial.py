@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial
 
 from .. import __version__
 from ..bench._memory import follow_memory
@@ -24,11 +25,11 @@ from ._data import Images, Split, load_images, split
 from ._errors import UsageError
 from ._files import without_nan
 from ._setting import add_setting_arguments, device_from, implementation_from
+from ._study_checks import RESULT, check_history, check_measures
 from ._trainer.by_torch import BY_TORCH
 from ._trainer.fused import fused_kernels
 from ._trainer.training import Training
 
-RESULT = "result"  # the user attribute of a trial that keeps what `Setting.train` returns
 STUDY = "study.db"  # what keeps the trials in the --out directory
 WATCH = ("train", "validation")  # the test set is looked at once, at the end
 Epoch = Callable[[int, list[float]], None]  # (epochs done, the validation losses so far)
@@ -164,6 +165,13 @@ class Setting:
             result["teacher"] = {"epochs": len(seconds), "seconds": sum(seconds)}
         found: dict[str, Any] = without_nan(result)
         return found
+
+
+def check_done(trial: FrozenTrial) -> None:
+    """Raises ValueError, unless a trial that is done keeps what `Setting.train` returned."""
+    result = trial.user_attrs.get(RESULT)
+    check_measures(trial, result)
+    check_history(trial, result)
 
 
 def loss_of(result: Mapping[str, Any]) -> float:

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ._progress import Watch
 from ._study import Standing, Study
-from ._trial import RESULT, Setting, loss_of
+from ._study_checks import RESULT, check_measures, check_strengths
+from ._trial import Setting, loss_of
 from ._tune_space import BASE, Space
 
 NAME = "tune"  # of the study
@@ -71,8 +72,16 @@ class Plan:
 
         drawn = None if self.search == GRID else sampler
         return Study(
-            self.storage, NAME, self.about(), self.space.distributions, drawn, self._pruner()
+            *(self.storage, NAME, self.about(), self.space.distributions, drawn, self._pruner()),
+            check=self._check,
         )
+
+    def _check(self, trial: FrozenTrial) -> None:
+        """Raises ValueError, unless a trial that is done is as the search writes them."""
+        check_strengths(trial, self.space.distributions)
+        results = trial.user_attrs.get(RESULT, [])
+        for result in results if isinstance(results, list) else [results]:
+            check_measures(trial, result)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         steps = self.space.base.epochs * len(self.seeds) * len(self.folds)
@@ -97,7 +106,7 @@ class Plan:
             "seed": IntDistribution(0, 2**32 - 1),
             "fold": IntDistribution(0, len(self.folds) - 1),
         }
-        return Study(self.storage, f"{NAME} confirmed", self.about(), space)
+        return Study(self.storage, f"{NAME} confirmed", self.about(), space, check=check_retrained)
 
     def train(self, study: Study, trial: Trial, watch: Watch | None) -> float:
         """A trial of the search. One whose recipe was tried before has the same result."""
@@ -175,6 +184,11 @@ class Plan:
         first = [space.numbers(recipe) for recipe in (space.base, space.usual)][: self.trials]
         study.work(objective, first, until=until, wait=False, show=show)
         return study.work(objective, most=self.trials, until=until, show=show)
+
+
+def check_retrained(trial: FrozenTrial) -> None:
+    """Raises ValueError, unless a trial of the retraining is as it was written."""
+    check_measures(trial, trial.user_attrs.get(RESULT))
 
 
 def ended_well(trial: FrozenTrial) -> bool:

@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial, TrialState
 from .. import _console
 from ..training import METHODS, Recipe
 from ._compare_results import MEASURES, by_seed, change, effects
+from ._errors import printable
 from ._statistics import LEVEL, mean_difference
 from ._study import Standing, task_key
-from ._trial import RESULT
+from ._study_checks import RESULT
 from ._tune_plan import GRID, Plan, ended_well
 from ._tune_space import BASE
 
@@ -61,7 +62,7 @@ def summary(
         if confirmed is None or best is None
         else _confirmed(plan, confirmed, best),
         "left": _left(plan, standing),
-        "crashed": [t.params | {"error": t.user_attrs["error"]} for t in crashed],
+        "crashed": [t.params | {"error": printable(t.user_attrs["error"])} for t in crashed],
         "trials": [_told(plan, trial) for trial in standing.done],
     }
 

@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import augment, backends
-from ._errors import UsageError
+from ._errors import UsageError, printable
 from ._files import output_file, write_output
 from ._folder import read_image
 
 DEFAULT = "RandomResizedCrop(224), RandomHorizontalFlip(), RandAugment(2, 9), RandomErasing(0.25)"
 _CELL = 2.4  # inches, of an image and the words under it
 _WORDS = 40  # characters of a line under an image
+_MOST_PIXELS = 1024  # a side, of what is drawn: of a larger image rows and columns are left out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
             image = read_image(path)
         except OSError as error:
             failed += 1
-            print(f"reg-kernels augment: {path}: {error}", file=sys.stderr)
+            print(f"reg-kernels augment: {printable(path)}: {error}", file=sys.stderr)
             continue
-        rows.append((path.name, image, *_augmented(pipeline, image, number, args.samples, path)))
+        rows.append(
+            (printable(path.name), image, *_augmented(pipeline, image, number, args.samples, path))
+        )
     if not rows:
         print("reg-kernels augment: no image could be read: nothing was drawn", file=sys.stderr)
         return 1
@@ -161,8 +164,9 @@ def _draw(rows: list[tuple[str, Tensor, Tensor, list[str]]], samples: int) -> Fi
     for axes, (_, image, result, _), words in zip(grid, rows, lines, strict=True):
         cells: list[Any] = [image, *result]
         for each, cell, text in zip(axes, cells, words, strict=True):
-            each.imshow(cell.numpy(), interpolation="nearest")
+            every = max(1, max(cell.shape[:2]) // _MOST_PIXELS)
+            each.imshow(cell[::every, ::every].numpy(), interpolation="nearest")
             each.set_xticks([])
             each.set_yticks([])
-            each.set_xlabel(text, fontsize=6, loc="left")
+            each.set_xlabel(text, fontsize=6, loc="left", parse_math=False)
     return figure

@@ -3,6 +3,7 @@ which takes the old one's place when every rank has written its part."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import warnings
@@ -50,7 +51,9 @@ def load_checkpoint(
 ) -> None:
     """Loads the checkpoint that `save_checkpoint` left at `path` into `state`, in place.
 
-    The ranks may be another number than those that saved, and their shards others.
+    The ranks may be another number than those that saved, and their shards others. Nothing in the
+    folder is run: a value is a tensor or what else `torch.load(..., weights_only=True)` takes, to
+    which `torch.serialization.add_safe_globals` adds.
 
     Args:
         state: as in `save_checkpoint`; tensors are written to, other values replaced.
@@ -59,9 +62,12 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no whole checkpoint at `path`.
-        RuntimeError: what is asked for is not in it, or of another shape.
+        RuntimeError: what is asked for is not in it, of another shape, or of a type that is not
+            taken.
     """
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from ._checkpoint_reader import SafePlanner, SafeReader
 
     whole = Path(path)
     found = next((p for p in (whole, _beside(whole, ".old")) if _is_whole(p)), None)
@@ -69,7 +75,8 @@ def load_checkpoint(
         raise FileNotFoundError(
             f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {whole}"
         )
-    _call("load_checkpoint", load, state, found, process_group)
+    safe = functools.partial(load, storage_reader=SafeReader(found), planner=SafePlanner())
+    _call("load_checkpoint", safe, state, found, process_group)
 
 
 def _call(name: str, function: Any, state: dict[str, Any], path: Path, process_group: Any) -> None:

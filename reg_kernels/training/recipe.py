@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 import sys
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
@@ -173,7 +174,8 @@ class Recipe:
                 value = float(value) if abs(value) < sys.float_info.max else math.inf
                 object.__setattr__(self, name, value)
             if type(value) is not kind:
-                got = f"{value!r} of type {type(value).__name__}"
+                # A file may have brackets within brackets, more than can be shown.
+                got = f"{reprlib.repr(value)} of type {type(value).__name__}"
                 raise TypeError(f"Recipe: {name} must be of type {kind.__name__}, got {got}")
             if name in METHODS:
                 _check_strength(name, value)

@@ -25,10 +25,11 @@ from reg_kernels.cli._progress import sparkline
 from reg_kernels.cli._recipe import recipe_from
 from reg_kernels.cli._statistics import bootstrap
 from reg_kernels.cli._study import Standing
+from reg_kernels.cli._study_checks import RESULT
 from reg_kernels.cli._trainer.fused import fused_kernels
 from reg_kernels.cli._trainer.measures import expected_calibration_error
 from reg_kernels.cli._trainer.training import Training
-from reg_kernels.cli._trial import RESULT, Setting
+from reg_kernels.cli._trial import Setting
 from reg_kernels.training import METHODS, Recipe
 
 RESULTS = ["compare.json", "curves.png", "effects.png", "recipe.toml", "study.log"]

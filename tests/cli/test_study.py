@@ -314,7 +314,7 @@ def test_storages_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, content, kind in (
         ("junk.db", b"no database at all" * 100, "SQLite file"),
         ("junk.log", b"no journal\nat all\n", "journal"),
-        ("bytes.log", b"\xff\n\x80", "journal"),
+        ("bytes.log", b"\xff\n\x80\n", "journal"),
     ):
         (path := tmp_path / name).write_bytes(content)
         said = refusal(lambda path=path: opened(str(path)))

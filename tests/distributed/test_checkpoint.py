@@ -1,6 +1,9 @@
 """Checkpoints of sharded models and optimizers: by other numbers of ranks, into torch's optimizer,
 and with ranks that die while one is written."""
 
+import os
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -175,3 +178,56 @@ def test_a_process_alone_and_what_is_not_there(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RuntimeError, match=r"got NotADirectoryError: .* on rank 0"):
         save_checkpoint(state, tmp_path / "file" / "checkpoint")
+
+
+# Folders that somebody else has written
+
+
+class Trap:
+    """Whoever unpickles this makes a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_a_folder_says_is_run(tmp_path):
+    path, sprung = tmp_path / "checkpoint", tmp_path / "sprung"
+    values = {"x": torch.arange(3.0), "names": ["a", ("b", None)], "lr": 0.5, "deep": {"on": True}}
+
+    def refused(state, match):
+        with pytest.raises(RuntimeError, match=match) as error:
+            load_checkpoint(state, path)
+        assert not sprung.exists()
+        assert str(error.value).startswith("load_checkpoint: every rank must be able to use ")
+
+    # A value, and the table of contents.
+    save_checkpoint({"value": Trap(sprung)}, path)
+    refused({"value": 0}, "weights_only")
+    save_checkpoint(values, path)
+    state = {"x": torch.zeros(3), "names": [0, (0, 0)], "lr": 0, "deep": {"on": 0}}
+    load_checkpoint(state, path)
+    assert torch.equal(state.pop("x"), values["x"])
+    assert state == {k: v for k, v in values.items() if k != "x"}
+    table = path / ".metadata"
+    whole = table.read_bytes()
+    table.write_bytes(pickle.dumps(Trap(sprung)))
+    refused({"lr": 0}, r"its table of contents names posix\.mkdir")
+    table.write_bytes(pickle.dumps([1]))
+    refused({"lr": 0}, "its table of contents is none")
+    assert b"__0_0.distcp" in whole
+    table.write_bytes(whole.replace(b"__0_0.distcp", b"../secret.pt"))
+    (tmp_path / "secret.pt").write_bytes((path / "__0_0.distcp").read_bytes())
+    refused({"lr": 0}, r"its table of contents names the file '\.\./secret\.pt'")
+    for length in range(0, len(whole), 97):
+        table.write_bytes(whole[:length])
+        refused({"lr": 0}, r" on rank 0$")
+
+
+def test_torchs_own_loader_is_what_the_trap_is_made_for(tmp_path):
+    save_checkpoint({"value": Trap(tmp_path / "sprung")}, tmp_path / "checkpoint")
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint.load({"value": 0}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert (tmp_path / "sprung").is_dir()

@@ -57,7 +57,9 @@ void call(BallNorm norm, bool each, int64_t numel) {
       std::memcpy(y.data(), adv.data(), adv.size() * sizeof(T));
       task.adv = y.data();
       task.grad = grad->data();
-      RK_LEAF(adversarial_move)(task, 1, 0, numel);
+      share_out(0, kSamples, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) RK_LEAF(adversarial_move)(task, i, 0, numel);
+      });
       Digest digest;
       digest.add(y.data() + numel, numel);
       digest.report("adversarial_move, %s, norm %d, %d elements, %d%d%d", kName<T>, int(norm),

@@ -144,7 +144,8 @@ void call(const Program& program, int channels, bool channels_last, bool turns, 
   batch.width = program.width;
   batch.exact = exact;
   task.stream = turns;
-  RK_LEAF(augment_range)(task, 0, kSamples);
+  share_out(0, kSamples, 1,
+            [&](int64_t begin, int64_t end) { RK_LEAF(augment_range)(task, begin, end); });
   Digest digest;
   digest.add(result);
   digest.report("%s, %s to %s, %d channels%s%s%s", program.name.c_str(), kName<From>, kName<To>,

@@ -105,14 +105,15 @@ void call(const Shape& shape, const Options& options) {
   };
   const auto each_unit = [&](const char* name, void (*leaf)(const BatchNormTask&, int64_t),
                              const auto&... outputs) {
-    for (int64_t unit = 0; unit < plan.units; ++unit) leaf(task, unit);
+    share_out(0, plan.units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) leaf(task, unit);
+    });
     Digest digest;
     (digest.add(outputs), ...);
     report(name, digest);
   };
   const auto merge = [&](const char* name, void (*leaf)(const BatchNormTask&, int64_t, int64_t)) {
-    leaf(task, 0, channels / 2);
-    leaf(task, channels / 2, channels);
+    share_out(0, channels, 1, [&](int64_t begin, int64_t end) { leaf(task, begin, end); });
     Digest digest;
     digest.add(totals);
     report(name, digest);

@@ -10,8 +10,11 @@ void call_leaves() {
                    Target target, bool weighted, bool stream) {
       Loss<T> loss(samples, classes, length, classes_last, kShortRows, target, weighted, stream, 2);
       loss.call(
-          "cross_entropy", [&] { RK_LEAF(cross_entropy_units)(loss.task, 0, loss.task.units); },
-          [&] { RK_LEAF(cross_entropy_backward_units)(loss.task, 0, loss.task.units); });
+          "cross_entropy",
+          [&](int64_t begin, int64_t end) { RK_LEAF(cross_entropy_units)(loss.task, begin, end); },
+          [&](int64_t begin, int64_t end) {
+            RK_LEAF(cross_entropy_backward_units)(loss.task, begin, end);
+          });
     });
   });
 }

@@ -11,8 +11,9 @@ void call(Loss<T>& loss, double temperature) {
   const DistillationTask task{loss.task, teacher.data(), kDType<Teacher>, temperature, 0.7};
   loss.name += std::string(", teacher ") + kName<Teacher> + ", T " + std::to_string(temperature);
   loss.call(
-      "distillation", [&] { RK_LEAF(distillation_units)(task, 0, task.loss.units); },
-      [&] { RK_LEAF(distillation_backward_units)(task, 0, task.loss.units); });
+      "distillation",
+      [&](int64_t begin, int64_t end) { RK_LEAF(distillation_units)(task, begin, end); },
+      [&](int64_t begin, int64_t end) { RK_LEAF(distillation_backward_units)(task, begin, end); });
 }
 
 void call_leaves() {

@@ -22,7 +22,9 @@ void call(const char* name, const Leaf& leaf, const ElementwiseTask& given, int6
       const auto scales = any_values<compute_t<T>>(given.layer_scale.channels);
       if (given.layer_scale.channels) task.layer_scale.values = scales.data();
       task.stream = stream;
-      leaf(task, begin, end);
+      // As csrc/cpu/elementwise.cpp: whole samples and places, or elements.
+      const int64_t unit = task.channels_last ? 1 : 256;
+      share_out(begin, end, unit, [&](int64_t from, int64_t to) { leaf(task, from, to); });
       Digest digest;
       digest.add(y);
       digest.report(

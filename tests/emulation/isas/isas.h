@@ -10,6 +10,8 @@
 #include <exception>
 #include <limits>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/isa_names.h"
@@ -107,6 +109,32 @@ class Digest {
 
   uint64_t state_ = 0x243f6a8885a308d3ull;
 };
+
+// Calls f(begin, end) for three parts of what there is to do, which begin at multiples of `unit`. A
+// program that ThreadSanitizer is built into does so at once, each from a thread of its own:
+// torch's threads take such parts in any order.
+template <typename F>
+void share_out(int64_t begin, int64_t end, int64_t unit, const F& f) {
+  constexpr int64_t kParts = 3;
+#ifdef RK_PLANT_RACE
+  const int64_t too_many = 1;
+#else
+  const int64_t too_many = 0;
+#endif
+  std::vector<std::thread> threads;
+  const int64_t first = begin / unit, units = ceil_div(end, unit) - first;
+  for (int64_t part = 0; part < kParts; ++part) {
+    const int64_t from = max(begin, (first + units * part / kParts) * unit);
+    const int64_t to = min(end, (first + units * (part + 1) / kParts) * unit + too_many);
+    if (from >= to) continue;
+#ifdef __SANITIZE_THREAD__
+    threads.emplace_back([&f, from, to] { f(from, to); });
+#else
+    f(from, to);
+#endif
+  }
+  for (std::thread& thread : threads) thread.join();
+}
 
 // Calls every leaf, in one program.
 void call_leaves();

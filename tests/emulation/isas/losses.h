@@ -83,10 +83,10 @@ struct Loss {
            (weighted ? ", weighted" : "") + (stream ? ", streamed" : "");
   }
 
-  // Calls the two leaves as `forward()` and `backward()`.
+  // Calls the two leaves as forward(begin, end) and backward(begin, end), of units.
   template <typename Forward, typename Backward>
   void call(const char* op, const Forward& forward, const Backward& backward) {
-    forward();
+    share_out(0, task.units, 1, forward);
     Digest of_forward;
     for (int64_t i = 0; i < stats.size(); ++i) {
       const C of_any_zero =
@@ -97,7 +97,7 @@ struct Loss {
     of_forward.add(partials.get(), task.units);
     of_forward.add(gradient);
     of_forward.report("%s_units, %s", op, name.c_str());
-    backward();
+    share_out(0, task.units, 1, backward);
     Digest of_backward;
     of_backward.add(gradient);
     of_backward.report("%s_backward_units, %s", op, name.c_str());

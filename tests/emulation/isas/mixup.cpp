@@ -87,10 +87,14 @@ void call() {
         const bool boxes = scaled == Scaled::no, stream = scaled == Scaled::by_element;
         Batch<From, To> batch(channels_last, turns, boxes, stream, scaled);
         const MixupTask& task = batch.task;
-        RK_LEAF(mixup_range)(task, 0, kSamples * task.tiles);
+        const int64_t items = kSamples * task.tiles;
+        share_out(0, items, 1,
+                  [&](int64_t begin, int64_t end) { RK_LEAF(mixup_range)(task, begin, end); });
         batch.report("mixup_range");
         if constexpr (!std::is_same_v<From, uint8_t>) {
-          RK_LEAF(mixup_backward_range)(task, 0, kSamples * task.tiles);
+          share_out(0, items, 1, [&](int64_t begin, int64_t end) {
+            RK_LEAF(mixup_backward_range)(task, begin, end);
+          });
           batch.report("mixup_backward_range");
         }
         if constexpr (std::is_same_v<From, To>) {
@@ -99,8 +103,10 @@ void call() {
           MixupTask own = task;
           own.x = own.y;
           own.stream = false;
-          double saved[512];
-          RK_LEAF(mixup_cycle)(own, kOrder, 4, saved, 0, task.tiles);
+          share_out(0, task.tiles, 1, [&](int64_t begin, int64_t end) {
+            double saved[512];
+            RK_LEAF(mixup_cycle)(own, kOrder, 4, saved, begin, end);
+          });
           batch.report("mixup_cycle");
         }
       }

@@ -45,8 +45,8 @@ void call(OptimizerTask task, bool amsgrad, bool average, const char* of_moments
   task.places = {77, 0, 0};
   task.seed = 0x9e3779b97f4a7c15ull;
   task.offset = 0x0000000500000007ull;
-  RK_LEAF(optimizer_step_range)(task, 0, 1024);
-  RK_LEAF(optimizer_step_range)(task, 1024, kCount);
+  share_out(0, kCount, 64,
+            [&](int64_t begin, int64_t end) { RK_LEAF(optimizer_step_range)(task, begin, end); });
   Digest digest;
   digest.add(param);
   digest.add(first);

@@ -18,8 +18,10 @@ void call_leaves() {
 
         const auto any = any_values<T>(count + 3);
         Buffer<T> y(count + 3, 0);
-        RK_LEAF(penalty_gradient_range)
-        (any.data(), y.data(), kDType<T>, penalty, 0.37, 3, count + 3);
+        share_out(3, count + 3, 64, [&](int64_t begin, int64_t end) {
+          RK_LEAF(penalty_gradient_range)
+          (any.data(), y.data(), kDType<T>, penalty, 0.37, begin, end);
+        });
         Digest of_gradient;
         of_gradient.add(y);
         of_gradient.report("penalty_gradient_range, %s, L%d, %d elements", kName<T>, power,

@@ -16,8 +16,8 @@ void call_leaves() {
             Buffer<T> y(5 * numel, 0);
             SubsetTask task{x.data(), nullptr, y.data(), kDType<T>, numel, kSources, scale, stream};
             if (adds) task.residual = residual.data();
-            RK_LEAF(subset_range)(task, 0, 3 * numel - numel / 2);
-            RK_LEAF(subset_range)(task, 3 * numel - numel / 2, 5 * numel);
+            share_out(0, 5 * numel, 1,
+                      [&](int64_t begin, int64_t end) { RK_LEAF(subset_range)(task, begin, end); });
             Digest digest;
             digest.add(y);
             digest.report("subset_range, %s, %d elements, scale %g, %d%d", kName<T>, int(numel),
