@@ -7,7 +7,7 @@ REG_KERNELS_CUDA       auto (default): build the CUDA kernels where nvcc is foun
 REG_KERNELS_CUDA_ARCH  compute capabilities, "80;90;100" by default; "native": this machine's GPU.
 REG_KERNELS_ISA        all (default): the CPU kernels for each instruction set, the best of which is
                        chosen when they are loaded; native: for this machine's best alone, in
-                       less than half the time.
+                       less than half the time; or the name of one of them.
 REG_KERNELS_SANITIZE   1: the CPU kernels under ASan and UBSan, in a build folder of their own, and
                        no CUDA, for `make test-sanitized`; whoever imports them preloads libasan.
 REG_KERNELS_LOCAL      what the version ends with behind a plus, as cu130, for wheels of another
@@ -130,7 +130,6 @@ def instruction_sets(compiler):
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return {line.split()[1] for line in lines.splitlines()}
 
-    only_native = setting("REG_KERNELS_ISA", "all", ("all", "native")) == "native"
     target = macros()
     known = [isas for architecture, isas in ISA_FLAGS.items() if architecture in target]
     if not known:
@@ -140,7 +139,10 @@ def instruction_sets(compiler):
             f"instruction sets are known ({names})"
         )
     isas = known[0]
-    if not (only_native or is_sanitized()) or len(isas) == 1:
+    wanted = setting("REG_KERNELS_ISA", "all", ("all", "native", *isas))
+    if wanted in isas:
+        return {wanted: isas[wanted]}, None
+    if (wanted == "all" and not is_sanitized()) or len(isas) == 1:
         return isas, None
 
     def features(*options):

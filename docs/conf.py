@@ -44,6 +44,7 @@ docs/recipes
 docs/early_stopping
 docs/distributed
 docs/export
+docs/security
 docs/training
 docs/comparing
 docs/tuning
