@@ -25,6 +25,8 @@ PARTS = {
     "cli/_trainer/training.py": "of `--resume: must name ...`",
     "cli/_trainer/parallel.py": "of `--resume: must name ...`, or another rank's message",
     "cli/_folder.py": "of `cannot be read`",
+    "cli/_study_checks.py": "of `--storage ...: must be a whole ...`",
+    "distributed/_checkpoint_reader.py": "of load_checkpoint's `every rank must be able to use`",
 }
 # What says what must be says what to do.
 OF_THE_FORM = re.compile(r"\b(must|expected)\b")
