@@ -28,8 +28,8 @@ _COUNTS = ("weights", "zeros", "epochs", "best_epoch")
 
 
 def check_database(path: Path, where: str, seconds: float) -> None:
-    """Raises UsageError of an SQLite file that is another program's or would run something; waits so
-    long for one that is locked."""
+    """Raises UsageError of an SQLite file that is another program's or would run something. Waits
+    so long for one that is locked."""
     with contextlib.closing(sqlite3.connect(path, timeout=seconds)) as connection:
         rows = list(connection.execute("SELECT type, name FROM sqlite_master"))
     # Optuna would put its tables beside those of another program.
