@@ -30,7 +30,7 @@ RESULT = ROOT / "bench" / "results" / "matrix.md"
 # Each Python that is served, once, and each torch: the oldest, the one that the tests are pinned
 # to, and what pip takes for the newest.
 PAIRS = (("3.11", "2.13.0"), ("3.12", "2.11.0"), ("3.13", "newest"), ("3.14", "newest"))
-NEEDED = ("rich", "numpy", "pytest", "hypothesis", "expecttest")
+NEEDED = ("triton", "rich", "numpy", "pytest", "hypothesis", "expecttest")
 # The op suites, the layers and the optimizers, in native code; what is compiled or interpreted is
 # the same Python everywhere.
 TESTS = ("tests/every_op", "tests/ops", "tests/nn", "tests/optim")

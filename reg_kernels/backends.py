@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,9 @@ _ENVIRONMENT = "REG_KERNELS_BACKEND"
 _NOT_BUILT = "reg_kernels was not built: run `python setup.py build_ext --inplace` or install it"
 # By `backend(...)`, for the whole process; a name from the environment is checked when it is used.
 _forced: str | None = os.environ.get(_ENVIRONMENT) or None
+# The names of the blocks that are open, each in a list of its own; of threads they may overlap.
+_blocks: list[list[str | None]] = [[_forced]]
+_changing = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
@@ -47,7 +51,8 @@ def check_name(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Forces an implementation inside a `with` block, in every thread.
+    """Forces an implementation inside a `with` block, in every thread. Of blocks of several threads
+    the one that was entered last counts, of those that are open.
 
     Args:
         name: "native", "triton" or "reference"; None makes the choice automatic.
@@ -60,11 +65,24 @@ def backend(name: str | None) -> Iterator[None]:
     global _forced
     if name is not None:
         check_name(name, "backend")
-    previous, _forced = _forced, name
+    if torch.compiler.is_compiling():  # the code of one thread, in which a lock cannot be recorded
+        previous, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = previous
+        return
+    block = [name]
+    with _changing:
+        _blocks.append(block)
+        _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _changing:
+            # By what it is, not by its name, which other blocks may have.
+            _blocks[:] = [each for each in _blocks if each is not block]
+            (_forced,) = _blocks[-1]
 
 
 @functools.cache

@@ -164,3 +164,16 @@ def test_devices_without_kernels_of_their_own_run_the_reference():
     assert backends.choose("dropout", "mps", torch.float32) == "reference"
     assert "no native code for mps" in backends.why_not("native", "mps", torch.float32)
     assert "dtype int64 is none of" in backends.why_not("reference", "cpu", torch.int64)
+
+
+def test_blocks_of_two_threads_may_overlap():
+    """Whichever thread leaves its block first, what is left counts, and in the end nothing."""
+    for first_out in (0, 1):
+        blocks = [reg_kernels.backend("triton"), reg_kernels.backend("reference")]
+        for block in blocks:
+            block.__enter__()
+        assert backends.forced_by() == "reference"
+        blocks[first_out].__exit__(None, None, None)
+        assert backends.forced_by() == ("reference", "triton")[first_out]
+        blocks[1 - first_out].__exit__(None, None, None)
+        assert backends.forced_by() is None

@@ -19,7 +19,6 @@ import os
 import random
 import signal
 import socket
-import sqlite3
 import threading
 import time
 import uuid
@@ -48,7 +47,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ._errors import UsageError, one_line
 from ._files import output_file
-from ._study_checks import DONE, ERROR, OWNER, check_trial
+from ._study_checks import DONE, ERROR, OWNER, check_database, check_journal, check_trial
 
 ATTEMPTS = 2  # of what crashes, before it is left alone and reported
 LOCK_SECONDS = 30.0  # that another process may keep an SQLite file locked
@@ -473,21 +472,10 @@ def _open(where: str) -> optuna.storages.BaseStorage:
         )
     output_file("--storage", path)
     if path.suffix in JOURNAL:
-        _check_end(path, where)
+        check_journal(path, where, WAIT_SECONDS)
         return JournalStorage(JournalFileBackend(str(path)))
     if path.exists():
-        # Optuna would put its tables beside those of another program.
-        with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
-            rows = list(connection.execute("SELECT type, name FROM sqlite_master"))
-        if rows and ("table", "studies") not in rows:
-            raise UsageError(
-                f"--storage {where}: is the database of another program; name another one"
-            )
-        # Which Optuna does not make, and SQLite would run.
-        if more := [name for kind, name in rows if kind not in ("table", "index")]:
-            raise UsageError(
-                f"--storage {where}: must be without triggers and views, got {one_line(more[0])}"
-            )
+        check_database(path, where, LOCK_SECONDS)
     for left in reversed(range(5)):
         try:
             return optuna.storages.RDBStorage(
@@ -500,20 +488,6 @@ def _open(where: str) -> optuna.storages.BaseStorage:
                 raise
             time.sleep(WAIT_SECONDS)
     raise AssertionError
-
-
-def _check_end(path: Path, where: str) -> None:
-    """Refuses a journal that ends within a line, as after a full disk: the next line would be
-    written behind that, and both be lost."""
-    for _ in range(5):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if file.read(1) not in (b"", b"\n"):
-                time.sleep(WAIT_SECONDS)  # another process may be writing it
-                continue
-        return
-    raise UsageError(f"--storage {where}: must end with a whole line, got a part of one: remove it")
 
 
 @contextlib.contextmanager

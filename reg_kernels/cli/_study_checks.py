@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sqlite3
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from optuna.distributions import (
@@ -14,10 +19,42 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from ._errors import UsageError, one_line
+
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 OWNER, ERROR, RESULT = "owner", "error", "result"  # user attributes of a trial
 _RATIOS = ("seconds_per_epoch", "peak_bytes")  # measures that are compared by their logarithm
 _COUNTS = ("weights", "zeros", "epochs", "best_epoch")
+
+
+def check_database(path: Path, where: str, seconds: float) -> None:
+    """Raises UsageError of an SQLite file that is another program's or would run something. Waits
+    so long for one that is locked."""
+    with contextlib.closing(sqlite3.connect(path, timeout=seconds)) as connection:
+        rows = list(connection.execute("SELECT type, name FROM sqlite_master"))
+    # Optuna would put its tables beside those of another program.
+    if rows and ("table", "studies") not in rows:
+        raise UsageError(f"--storage {where}: is the database of another program; name another one")
+    # Which Optuna does not make, and SQLite would run.
+    if more := [name for kind, name in rows if kind not in ("table", "index")]:
+        raise UsageError(
+            f"--storage {where}: must be without triggers and views, got {one_line(more[0])}"
+        )
+
+
+def check_journal(path: Path, where: str, seconds: float) -> None:
+    """Raises UsageError of a journal that ends within a line, as after a full disk: the next line
+    would be written behind that, and both be lost. Looks five times, so far apart: another process
+    may be writing."""
+    for _ in range(5):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                time.sleep(seconds)
+                continue
+        return
+    raise UsageError(f"--storage {where}: must end with a whole line, got a part of one: remove it")
 
 
 def check_trial(
