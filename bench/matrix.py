@@ -2,7 +2,8 @@
 
 `make test-matrix` runs it on the CPU wheel in dist/, which `make wheel` builds. An environment is
 build/matrix/<python>-<torch>; it stays for the next time. What is not at hand, a Python or a torch
-for it, is named as skipped. The table is in bench/results/matrix.md as well.
+for it, is named as skipped. The table is in bench/results/matrix.md as well; `--only` tests some of
+the environments and keeps the rows of the others, of the same wheel.
 
 Exit code: 0 all that ran has passed, 1 something failed or nothing ran.
 """
@@ -10,6 +11,8 @@ Exit code: 0 all that ran has passed, 1 something failed or nothing ran.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -123,13 +126,29 @@ def run(version: str, torch: str, wheel: Path, tests: list[str]) -> Row:
     return Row(version, found, outcome, seconds, f"{time.monotonic() - begin:.0f}")
 
 
+def keep(version: str, torch: str, wheel: Path, row: Row) -> None:
+    """For a later run, of which the rows of other environments are."""
+    text = json.dumps({"wheel": digest(wheel), "row": row})
+    (FOLDER / f"{version}-{torch}.json").write_text(text)
+
+
+def kept(version: str, torch: str, wheel: Path) -> Row | None:
+    path = FOLDER / f"{version}-{torch}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return Row(*found["row"]) if found.get("wheel") == digest(wheel) else None
+
+
+def digest(wheel: Path) -> str:
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
 def write(rows: list[Row], wheel: Path) -> None:
     size = wheel.stat().st_size / 2**20
     lines = [
         "# The wheel in other environments",
         "",
         f"`make test-matrix` wrote this on {time.strftime('%Y-%m-%d')} of `{wheel.name}`, "
-        f"{size:.1f} MiB.",
+        f"{size:.1f} MiB. `import`: the seconds beside torch's own.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -157,9 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     for i, (version, torch) in enumerate(pairs, start=1):
         print_lines([f"{i} of {len(pairs)}: Python {version}, torch {torch}"])
         rows.append(run(version, torch, wheel, options.tests))
+        keep(version, torch, wheel, rows[-1])
     print_table(wheel.name, COLUMNS, rows)
-    if options.only is None:
-        write(rows, wheel)
+    write([row for pair in PAIRS if (row := kept(*pair, wheel))], wheel)
     return int(any(row.is_bad for row in rows) or all(not row.seconds for row in rows))
 
 
