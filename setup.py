@@ -390,7 +390,7 @@ def sources():
 def build_requirements():
     """What a build in an environment of its own needs there. pip asks for it by the command
     egg_info; with any other one, torch is there or `import_torch` says what to do."""
-    asked = sys.argv[1:] == ["egg_info"] and not is_left_out()
+    asked = "egg_info" in sys.argv and not is_left_out()
     return [f"torch>={OLDEST_TORCH}", "ninja"] if asked else []
 
 

@@ -51,11 +51,25 @@ def cuda_version() -> str | None:
     return re.search(r"release ([\d.]+)", said)[1]  # type: ignore[index]
 
 
+# What the environment may set for other builds, as a release has it.
+SETTINGS = {
+    "REG_KERNELS_BUILD": "auto",
+    "REG_KERNELS_CUDA": "0",
+    "REG_KERNELS_CUDA_ARCH": "80;90;100",
+    "REG_KERNELS_ISA": "all",
+    "REG_KERNELS_LOCAL": "",
+    "REG_KERNELS_SANITIZE": "0",
+}
+
+
 def build_wheel(folder: Path, environment: Mapping[str, str]) -> Path:
     """A wheel for the oldest Linux that its symbols allow. Built beside the torch that is here,
     which an environment of its own would have to fetch."""
     made, checked = folder / "made", folder / "checked"
-    run("build", "--no-isolation", "--wheel", "--outdir", made, ".", **environment)
+    for stale in (ROOT / "build").glob("lib*"):  # may have modules that there are no more
+        shutil.rmtree(stale)
+    settings = SETTINGS | environment
+    run("build", "--no-isolation", "--wheel", "--outdir", made, ".", **settings)
     (wheel,) = made.glob("*.whl")
     excluded = [word for name in OF_TORCH for word in ("--exclude", name)]
     run("auditwheel", "repair", *excluded, "--wheel-dir", checked, wheel)
@@ -65,12 +79,13 @@ def build_wheel(folder: Path, environment: Mapping[str, str]) -> Path:
 
 def main() -> int:
     cuda = cuda_version()
-    variants: list[dict[str, str]] = [{"REG_KERNELS_CUDA": "0"}]
+    variants: list[dict[str, str]] = [{}]
     if cuda is None:
         print_lines(["nvcc was not found: no wheel with the CUDA kernels"])
     else:
         local = f"cu{cuda.replace('.', '')}"
-        variants.append({"REG_KERNELS_CUDA": "1", "REG_KERNELS_LOCAL": local})
+        # First, so that what setuptools leaves in this folder is of the plain version.
+        variants.insert(0, {"REG_KERNELS_CUDA": "1", "REG_KERNELS_LOCAL": local})
     DIST.mkdir(exist_ok=True)
     found = []
     for variant in variants:

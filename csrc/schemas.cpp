@@ -14,12 +14,14 @@ constexpr const char* kSchemas[] = {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(reg_kernels, m) {
+// A fragment, since another copy of this library may be there.
+STABLE_TORCH_LIBRARY_FRAGMENT(reg_kernels, m) {
   for (const char* schema : kSchemas) {
     try {
       m.def(schema);
     } catch (const std::exception&) {
-      // Python has declared it already.
+      // Python, or another copy, has declared it. Of one that torch takes for none, whoever calls
+      // it is told that there is no such op.
     }
   }
 }

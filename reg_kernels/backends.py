@@ -102,9 +102,9 @@ def _load_native() -> str | None:
     path = Path(__file__).parent / "libreg_kernels_cpu.so"
     try:
         torch.ops.load_library(path)  # registers the kernels
-    except OSError as error:
+        isa = ctypes.CDLL(str(path)).reg_kernels_isa
+    except (OSError, AttributeError) as error:
         return f"the native library does not load ({error})"
-    isa = ctypes.CDLL(str(path)).reg_kernels_isa
     isa.restype = ctypes.c_char_p
     if isa() is None:
         return (

@@ -11,8 +11,7 @@ import torch
 
 import reg_kernels
 
-from .. import _extras, backends
-from .._extension import extension
+from .. import _extension, _extras, backends
 from ..ops._registry import OPS
 
 
@@ -57,9 +56,9 @@ def facts() -> dict[str, str]:
     }
     missing = backends.why_not("native", "cpu", torch.float32)
     if missing is None:
-        module = extension()
+        module = _extension.extension()
         result["native CPU"] = (
-            "built, but this Python cannot load what is asked of its objects in C: calls are slower"
+            f"built; calls cost more, since reg_kernels._C does not load: {_extension.why_not()}"
             if module is None
             else f"{module.isa()} (of {', '.join(module.isas())}), built by {module.compiler} "
             f"for torch 2.11 and later (headers of {module.torch_version_built_with})"

@@ -1,5 +1,6 @@
 """A fused model compiled ahead of time: it runs in Python, and in a C++ program without it."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def program(tmp_path_factory):
         [
             *("g++", "-std=c++20", Path(__file__).with_name("program.cpp"), "-o", path),
             *("-isystem", TORCH / "include", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}"),
-            *("-ltorch_cpu", "-lc10"),
+            # A package needs libtorch itself, of which nothing here does.
+            *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
         ]
     )
     assert done.returncode == 0, done.stderr
@@ -103,9 +105,25 @@ def test_without_the_library_the_error_names_the_op(package, program):
     assert "Could not find schema for reg_kernels::" in done.stderr
 
 
-def test_the_libraries_know_no_python():
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_the_libraries_know_no_python_and_of_torch_its_stable_interface():
+    for path in (*PACKAGE.glob("libreg_kernels*.so"), PACKAGE / "_C.abi3.so"):
+        said = run_program(["nm", "-D", "--undefined-only", path]).stdout
+        names = {line.split()[-1] for line in said.splitlines()}
+        assert any(name.startswith("aoti_torch_") for name in names), path
+        of_torch = {name for name in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name)}
+        assert not of_torch, path
+        if path.name != "_C.abi3.so":
+            assert not {name for name in names if name.startswith(("Py", "_Py"))}, path
+
+
+def test_a_copy_of_the_library_beside_the_first_one(tmp_path):
     for path in PACKAGE.glob("libreg_kernels*.so"):
-        assert b"PyObject" not in path.read_bytes(), path
+        shutil.copy(path, tmp_path)
+    paths = [str(folder / "libreg_kernels.so") for folder in (tmp_path, PACKAGE)]
+    code = f"import torch\nfor path in {paths!r}: torch.ops.load_library(path)"
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_takes_what_a_program_has_declared_before_it():
