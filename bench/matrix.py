@@ -38,7 +38,7 @@ PAIRS = (("3.11", "2.13.0"), ("3.12", "2.11.0"), ("3.13", "newest"), ("3.14", "n
 # tests' folder of this name would stand for it.
 NEEDED = ("rich", "numpy", "pytest", "hypothesis", "expecttest")
 MOST_SECONDS = 0.3  # of the import, beside torch's
-# Values of every op, the op suites, the layers, the optimizers and what is exported, in native code,
+# Values of every op, the op suites, layers, optimizers and what is exported, in native code,
 # compiled and not; the other implementations are the same Python everywhere.
 TESTS = (
     "tests/every_op/test_values.py",
