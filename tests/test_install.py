@@ -17,7 +17,7 @@ from reg_kernels import backends
 from support import run_program
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["setup.py", "pyproject.toml", "README.md", "csrc", "reg_kernels"]
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "reg_kernels"]
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_a_wheel_without_any_compiler(tree, tmp_path):
     assert "reg_kernels/_build.json" in names
     assert {"reg_kernels/py.typed", "reg_kernels/_C.pyi"} <= set(names)  # for type checkers
     assert not [n for n in names if n.endswith(".so")]
+    assert [n for n in names if n.endswith("licenses/LICENSE")]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
