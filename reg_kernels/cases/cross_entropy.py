@@ -11,7 +11,6 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 from .. import functional as F
-from .._compiler import constant
 from .._mixed_target import MixedTarget
 from . import Case
 from .dropout import _channels_last, _contiguous, _misaligned, _strided, _transposed
@@ -92,7 +91,7 @@ class LossCall:
         lam = shares[torch.arange(len(x)) % 5] if self.kind == "shares" else 0.3
         return MixedTarget(labels, self._labels(1).to(x.device), lam)
 
-    @constant  # a generator is nothing to compile
+    @torch.compiler.assume_constant_result  # a generator is nothing to compile
     def probabilities(self) -> Tensor:
         """Multiples of 1/64 whose sum is 1; of many classes most have none. In float64."""
         generator = torch.Generator().manual_seed(3)

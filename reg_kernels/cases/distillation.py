@@ -9,7 +9,6 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 from .. import functional as F
-from .._compiler import constant
 from . import Case
 from .cross_entropy import Layout, LossCall, loss_case
 from .dropout import _channels_last, _contiguous, _misaligned, _strided, _transposed
@@ -28,7 +27,7 @@ def _case(
     """`teacher`: the type of its logits, if not the case's."""
     call = LossCall(shape, layout, **options)
 
-    @constant
+    @torch.compiler.assume_constant_result
     def drawn() -> Tensor:
         """Multiples of 1/8, which every type holds."""
         generator = torch.Generator().manual_seed(len(shape))

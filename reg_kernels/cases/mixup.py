@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compiler import constant
 from ..ops.mixup import blend
 from . import Case, in_place
 from .dropout import _channels_last, _contiguous, _misaligned, _strided, _transposed
@@ -32,7 +31,7 @@ def _one_share(samples: int) -> Tensor:
     return torch.tensor(0.3, dtype=torch.float64)
 
 
-@constant
+@torch.compiler.assume_constant_result
 def _permuted(samples: int) -> Tensor:
     """Cycles of several lengths."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(20))
