@@ -106,7 +106,8 @@ class DropPath(DropsPaths):
 
 
 class StochasticDepth(DropsPaths):
-    """`DropPath` with torchvision's arguments: `layer(input, residual=None, layer_scale=None)`.
+    """`DropPath` with torchvision's arguments, by `functional.drop_path`: `layer(input,
+    residual=None, layer_scale=None)`.
 
     Args:
         p: the probability of dropping, in [0, 1].
