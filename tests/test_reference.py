@@ -8,15 +8,14 @@ import re
 import pytest
 from torch import nn, optim
 
-from reg_kernels.augment import Mixup
+from reg_kernels.augment import Cutout, Mixup
 from reg_kernels.augment._transform import Transform
 from reg_kernels.convert import Conversion
 from reg_kernels.convert._fold import Folding
 
-# How it is seen that a docstring says something. A formula may be another function's, that is
-# named, and a source a function of torch or torchvision.
+# How it is seen that a docstring says something. A formula may be that of a function that is named
+# (`computes`), and a source a function of torch or torchvision.
 SAYS = {
-    "formula": r":math:|\.\. math::|`(reg_kernels\.)?functional\.\w+`|`torch\.nn\.\w+`|`\w+\(.*\)`",
     "shapes": r"\((\.\.\.|[A-Z]), ?[^()]*\)|any shape",
     "arguments": r"^Args:",
     "result": r"^Returns:",
@@ -24,14 +23,16 @@ SAYS = {
     "source": r"^Source: |`torch\.(nn|optim)\.\w+`",
     "attributes": r"^(Attributes|Args):",
 }
+NO_FORMULA = r"(Args|Raises|Returns|Columns|Source|Shape|Example|A call raises)\b"
 # What the docstring of a name has to say, by the kind of the name.
 KINDS = {
     "op": ("formula", "shapes", "arguments", "result", "errors", "source"),
     "layer": ("formula", "shapes", "arguments", "errors", "source"),
     "mixing or attack": ("formula", "shapes", "arguments", "errors", "source"),
     "optimizer": ("formula", "arguments", "errors", "source"),  # of tensors of any shape
-    # The shapes are the images', which Pipeline has; what it does is the first sentence.
-    "transform": ("arguments", "errors", "source"),
+    # The shapes that all have in common are Pipeline's.
+    "transform": ("formula", "arguments", "errors", "source"),
+    "transform of shapes": ("formula", "shapes", "arguments", "errors", "source"),
     "function": ("arguments", "errors"),
     "object": ("arguments", "errors"),
     "record": ("attributes",),
@@ -43,12 +44,15 @@ EXEMPT = {
     ("distributed.unshard", "errors"): "raises none of its own",
     ("distributed.parameters_of", "errors"): "raises none of its own",
     ("distributed.whole", "errors"): "raises none",
+    ("export.decompositions", "errors"): "raises none",
     ("backends.why_not", "errors"): "raises none: it returns the reason",
 }
 MODULES = ("", ".functional", ".nn", ".optim", ".augment", ".adversarial", ".training")
-MODULES += (".distributed", ".integrations.timm", ".backends")
+MODULES += (".distributed", ".export", ".integrations.timm", ".backends")
 if importlib.util.find_spec("lightning"):
     MODULES += (".integrations.lightning",)
+# Arguments of the transforms that change shapes.
+RESHAPES = {"num_output_channels", "size", "padding", "expand"}
 OTHERS = {".integrations.timm": ["register"], ".backends": ["choose", "why_not"]}
 # Methods without a docstring, or whose class says what they do.
 HOOKS = {
@@ -82,6 +86,9 @@ def kind_of(name, thing):
         return "error"
     if issubclass(thing, enum.Enum):
         return "words"
+    if issubclass(thing, Transform) and not issubclass(thing, Cutout):  # its size is no image's
+        changes = RESHAPES & set(inspect.signature(thing).parameters)
+        return "transform of shapes" if changes else "transform"
     known = {Transform: "transform", nn.Module: "layer", optim.Optimizer: "optimizer"}
     for base, kind in known.items():
         if issubclass(thing, base):
@@ -94,10 +101,30 @@ def kind_of(name, thing):
     return "mixing or attack" if is_mixing else "object"
 
 
+def computes(name, text):
+    """Whether a docstring has a formula, or names what computes the same and has one itself. What
+    it says of arguments and errors does not count, nor its source, unless a transform is
+    torchvision's of this name."""
+    if name.startswith("augment."):
+        theirs = rf"`torchvision\.transforms\.v2\.{name.rpartition('.')[2]}`"
+        if re.search(theirs, text):
+            return True
+    parts = [p for p in text.split("\n\n") if not re.match(NO_FORMULA, p)]
+    said = re.sub(r"\s+", " ", "\n\n".join(parts))
+    if re.search(r":math:|\.\. math::|`torch\.(nn|optim)\.\w+`", said):
+        return True
+    named = [f"functional.{other}" for other in re.findall(r"`(?:\w+\.)?functional\.(\w+)`", said)]
+    if name.startswith("augment."):
+        named += [f"augment.{other}" for other in re.findall(r"`(\w+)`", said)]
+    others = (PUBLIC[other] for other in named if other in PUBLIC and other != name)
+    return any(re.search(":math:", inspect.getdoc(other)) for other in others)
+
+
 def told(name):
     """What a docstring says: by itself, or by "... are those of `another`", which says it."""
     text = inspect.getdoc(PUBLIC[name])
     found = {part for part, pattern in SAYS.items() if re.search(pattern, text, re.M)}
+    found |= {"formula"} if computes(name, text) else set()
     for parts, other in re.findall(r"([\w,\s]+?)\s+are\s+those\s+of\s+`(\w+)`", text):
         of = f"{name.rpartition('.')[0]}.{other}".strip(".")
         if of in PUBLIC:

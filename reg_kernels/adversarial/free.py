@@ -16,9 +16,9 @@ class FreeAdversarial:
 
     `for adv in free(input):` gives `replays` times a batch (N, ...) that requires grad. The loop's
     body is a training step on it: its backward leaves the gradient by the parameters, for the
-    optimizer, and that by the batch, for the attack's next step. The perturbation goes on from
-    batch to batch; a shorter last one takes its first samples'. Train for as many epochs fewer:
-    each has `replays` steps a batch.
+    optimizer, and that by the batch, for the attack's next step, which is
+    `functional.adversarial_step_`. The perturbation goes on from batch to batch; a shorter last one
+    takes its first samples'. Train for as many epochs fewer: each has `replays` steps a batch.
 
     Args:
         eps: the ball's radius.

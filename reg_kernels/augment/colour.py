@@ -35,6 +35,8 @@ class Grayscale(Transform):
         num_output_channels: 1, or 3 that are all the same.
         p: the probability that it applies; with one channel it always does.
 
+    Shape: images (N, C, H, W) become (N, num_output_channels, H, W).
+
     Raises:
         ValueError: `num_output_channels` is neither 1 nor 3, or `p` is out of its range.
 
@@ -184,7 +186,8 @@ class RandomPhotometricDistort(Transform):
     Columns: brightness, contrast, saturation, hue (1 or 0 where it does not apply), contrast_first,
     permutation: the number of the channels' order among itertools.permutations.
 
-    Source: W. Liu et al., "SSD: single shot multibox detector", ECCV 2016.
+    Source: W. Liu et al., "SSD: single shot multibox detector", ECCV 2016;
+    `torchvision.transforms.v2.RandomPhotometricDistort`.
     """
 
     words = 11
@@ -269,7 +272,7 @@ class _Simple(Transform):
 
 
 class RandomInvert(_Simple):
-    """Inverts all values, with probability `p`.
+    """Inverts all values, :math:`1 - x` of x in [0, 1], with probability `p`.
 
     Args:
         p: the probability that it applies.
@@ -285,7 +288,9 @@ class RandomInvert(_Simple):
 
 
 class RandomAutocontrast(_Simple):
-    """Stretches each channel to the full range, with probability `p`.
+    r"""Stretches each channel to the full range, with probability `p`.
+
+    Of x in [0, 1] it makes :math:`(x - \min x) / (\max x - \min x)`.
 
     Args:
         p: the probability that it applies.
@@ -317,7 +322,8 @@ class RandomEqualize(_Simple):
 
 
 class RandomSolarize(Transform):
-    """Inverts the values from a threshold on, with probability `p`.
+    """Inverts the values from a threshold on, to :math:`1 - x` of x in [0, 1], with probability
+    `p`.
 
     Args:
         threshold: in the values of the pixels: 0 to 255 of bytes, 0 to 1 of floats.

@@ -31,6 +31,8 @@ class RandomResizedCrop(Transform):
         interpolation: "nearest", "nearest-exact", "bilinear" or "bicubic".
         antialias: whether bilinear and bicubic widen their filters where they shrink an image.
 
+    Shape: images (N, C, H, W) become (N, C, height, width).
+
     Raises:
         ValueError: an argument is out of its range, or a range is not two numbers in order.
         TypeError: an argument is of another type.
@@ -131,6 +133,8 @@ class RandomCrop(Transform):
         padding_mode: "constant", "edge" (the border is repeated), "reflect" (mirrored about the
             border's centre) or "symmetric" (mirrored about its edge).
 
+    Shape: images (N, C, H, W) become (N, C, height, width).
+
     Raises:
         ValueError: an argument is out of its range.
         TypeError: an argument is of another type.
@@ -194,6 +198,8 @@ class CenterCrop(Transform):
     Args:
         size: (height, width) of the region, or one number for both.
 
+    Shape: images (N, C, H, W) become (N, C, height, width).
+
     Raises:
         ValueError: an argument is out of its range.
         TypeError: an argument is of another type.
@@ -229,6 +235,8 @@ class Resize(Transform):
         interpolation: "nearest", "nearest-exact", "bilinear" or "bicubic".
         max_size: the most that the longer side may be, where `size` is one number or None.
         antialias: as in `RandomResizedCrop`.
+
+    Shape: images (N, C, H, W) become (N, C, height, width), by the sides that `size` has or makes.
 
     Raises:
         ValueError: an argument is out of its range, or `size` and `max_size` do not go together.
@@ -297,6 +305,8 @@ class Pad(Transform):
         padding: as in `RandomCrop`.
         fill: as in `RandomCrop`.
         padding_mode: as in `RandomCrop`.
+
+    Shape: images (N, C, H, W) become (N, C, top + H + bottom, left + W + right).
 
     Raises:
         ValueError: an argument is out of its range.

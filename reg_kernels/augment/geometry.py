@@ -84,6 +84,9 @@ class RandomRotation(_Warping):
             the pixels; None is 0.
         p: the probability that it applies.
 
+    Shape: images (N, C, H, W) keep theirs; with `expand` the rotated image's sides take H's and W's
+    place.
+
     Raises:
         ValueError: an argument is out of its range, or a range is not two numbers in order.
         TypeError: an argument is of another type.

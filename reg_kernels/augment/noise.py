@@ -58,7 +58,8 @@ class GaussianNoise(Transform):
 
 
 class SaltAndPepper(Transform):
-    """Replaces a share of the elements by the largest and the least value.
+    """Replaces a share of the elements by the largest and the least value, as
+    `functional.salt_and_pepper` does.
 
     Args:
         amount: the share of the elements, in [0, 1].
@@ -192,7 +193,10 @@ class RandomErasing(_Erasing):
 
 
 class Cutout(_Erasing):
-    """Erases a square around a pixel that is drawn from the image, clipped to the image.
+    r"""Erases a square around a pixel that is drawn from the image, clipped to the image.
+
+    Around pixel :math:`(y, x)` it is rows :math:`y - \lfloor s / 2 \rfloor` to :math:`y - \lfloor
+    s / 2 \rfloor + s - 1` for a side :math:`s`, and columns likewise.
 
     Args:
         size: the square's side.
@@ -229,7 +233,8 @@ class Cutout(_Erasing):
 
 
 class Normalize(Transform):
-    """(x - mean) / std of each channel, x in [0, 1]: bytes are divided by 255 first.
+    r""":math:`(x - \mathrm{mean}) / \mathrm{std}` of each channel, x in [0, 1]: bytes are divided
+    by 255 first.
 
     Only erasing and noise without `clip` may follow.
 

@@ -171,7 +171,7 @@ class RandAugment(_Policy):
     bits that Posterize keeps, or Solarize's threshold as a share of the full range.
 
     Source: E. Cubuk et al., "RandAugment: practical automated data augmentation with a reduced
-    search space", 2019; ranges are torchvision's.
+    search space", 2019; operations and ranges are those of `torchvision.transforms.v2.RandAugment`.
     """
 
     def __init__(
@@ -224,7 +224,8 @@ class TrivialAugmentWide(_Policy):
     Columns: op1 and strength1, as of `RandAugment`.
 
     Source: S. Müller, F. Hutter, "TrivialAugment: tuning-free yet state-of-the-art data
-    augmentation", ICCV 2021; ranges are torchvision's.
+    augmentation", ICCV 2021; operations and ranges are those of
+    `torchvision.transforms.v2.TrivialAugmentWide`.
     """
 
     scale = WIDE
@@ -272,7 +273,8 @@ class AutoAugment(_Policy):
     Columns: op1, op2, strength1, strength2, as of `RandAugment`; an operation that is not done is
     Identity.
 
-    Source: E. Cubuk et al., "AutoAugment: learning augmentation policies from data", CVPR 2019.
+    Source: E. Cubuk et al., "AutoAugment: learning augmentation policies from data", CVPR 2019;
+    operations and ranges are those of `torchvision.transforms.v2.AutoAugment`.
     """
 
     words = 5
@@ -437,7 +439,8 @@ class AugMix(_Mixing):
 
 class ThreeAugment(_Policy):
     r"""Does one of three: makes the image gray, solarises it from half of the range on, or blurs it
-    with a deviation that is uniform from 0.1 to 2 pixels.
+    with a deviation that is uniform from 0.1 to 2 pixels, as `Grayscale`, `RandomSolarize` and
+    `GaussianBlur` do.
 
     Args:
         p: the probability that it applies.

@@ -47,7 +47,8 @@ ARGUMENTS_ACT = (
         negative_slope: the slope of leaky_relu below zero.
 
     Call it as `layer(input, residual=None)`: the result is
-    `dropout(activation(batch_norm(input) + residual))`. Its `state_dict` is that of a BatchNorm.
+    `dropout(activation(batch_norm(input) + residual))`, by `functional.batch_norm_act`. Its
+    `state_dict` is that of a BatchNorm.
 """
 )
 

@@ -24,6 +24,8 @@ from ..ops._checks import (
     probability,
     refuse,
 )
+from ..ops._modes import watcher
+from ..ops._route import asked, refuse_draws
 from ..ops.drop_path import MODES
 from ..ops.subset import Subset, add_of_subset
 from ._leaf import call_in_graph
@@ -104,7 +106,8 @@ class DropPath(DropsPaths):
 
 
 class StochasticDepth(DropsPaths):
-    """`DropPath` with torchvision's arguments: `layer(input, residual=None, layer_scale=None)`.
+    """`DropPath` with torchvision's arguments, by `functional.drop_path`: `layer(input,
+    residual=None, layer_scale=None)`.
 
     Args:
         p: the probability of dropping, in [0, 1].
@@ -201,6 +204,8 @@ class StochasticDepthBlock(torch.nn.Module):
             return call
         if not self.training or self.p == 0.0:
             return input + self._of(input)
+        looks = watcher()
+        refuse_draws(type(self).__name__, looks)
         if self.mode == "row":
             branch = self._of(input)
             return F.drop_path(branch, self.p, residual=input, backend=self.backend)
@@ -208,7 +213,7 @@ class StochasticDepthBlock(torch.nn.Module):
             if torch.rand(()).item() < self.p:
                 return input
             return torch.add(input, self._of(input), alpha=1 / (1 - self.p))
-        return self._of_a_subset(input)
+        return self._of_a_subset(input, looks)
 
     def _of(self, input: Tensor) -> Tensor:
         branch = self.branch(input)
@@ -218,13 +223,14 @@ class StochasticDepthBlock(torch.nn.Module):
         check_like(type(self).__name__, "the branch's output", branch, input)
         return branch
 
-    def _of_a_subset(self, input: Tensor) -> Tensor:
+    def _of_a_subset(self, input: Tensor, looks: str | None) -> Tensor:
         check_batch(type(self).__name__, "input", input)
         part = _part.of_order(input.device) if _part.used else None
         if part is not None and not part.alike:
             rows = part.rows(type(self).__name__, input.shape)
             return self._of_a_subset_of_all(input, rows)
-        samples = input.shape[0]
+        # Not len(input), which in torch.export is a constant.
+        samples = asked(looks, input.size, 0)
         kept = round((1 - self.p) * samples)
         if kept == 0:
             return input

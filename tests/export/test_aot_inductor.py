@@ -1,5 +1,6 @@
 """A fused model compiled ahead of time: it runs in Python, and in a C++ program without it."""
 
+import math
 import re
 import shutil
 import sys
@@ -25,8 +26,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+OPS = (
+    *("batch_norm_inference", "batch_norm", "cross_entropy"),
+    *("dropout", "drop_path", "gaussian_noise"),
+)
+
+
 class Net(nn.Module):
-    """A fused chain, and what draws where it is not trained."""
+    """A fused chain in evaluation, what is exact in training, and what draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +42,21 @@ class Net(nn.Module):
         self.chain = reg_kernels.convert(chain, fuse=True)
 
     def forward(self, x):
-        return self.chain(x), F.dropout(torch.ones_like(x), 0.5)
+        logits = self.chain(x)
+        labels = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+        ones = torch.ones_like(x)
+        # Running statistics there have to be: torch hands an op's empty list on as None.
+        mean, variance = torch.zeros_like(x[0, :, 0, 0]), torch.ones_like(x[0, :, 0, 0])
+        normalised = F.batch_norm(x, mean, variance, training=True)
+        return (
+            logits,
+            normalised,
+            torch.cat((mean, variance)),
+            F.cross_entropy(logits, labels, label_smoothing=0.1),
+            F.dropout(ones, 0.5),
+            F.drop_path(ones, 0.5, residual=ones),
+            F.gaussian_noise(ones, 0.5),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +75,22 @@ def package(model, tmp_path_factory):
         x = torch.randn(2, 3, 8, 8)
         program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=True)
         targets = {str(node.target) for node in program.graph.nodes}
-        assert {"reg_kernels.batch_norm_inference.default", "reg_kernels.dropout.default"} < targets
+        assert {f"reg_kernels.{name}.default" for name in OPS} <= targets, targets
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     return path
 
 
 def check(outputs, model, x):
-    logits, drawn = outputs
+    """Four outputs are the model's own, and the others have the values that their ops draw."""
+    *exact, dropped, paths, noise = outputs
     with torch.no_grad():
-        torch.testing.assert_close(logits, model(x)[0])
-    assert {*drawn.unique().tolist()} == {0.0, 2.0}
+        for ours, expected in zip(exact, model(x)[:4], strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert {*dropped.unique().tolist()} == {0.0, 2.0}
+    assert {*paths.unique().tolist()} <= {1.0, 3.0}
+    assert all(len(sample.unique()) == 1 for sample in paths)
+    # Over four deviations of the mean and of the deviation, of 576 values at least.
+    assert abs(noise.mean() - 1) < 0.1 and abs(noise.std() - 0.5) < 0.08
 
 
 def test_in_python(package, model):
@@ -72,7 +99,8 @@ def test_in_python(package, model):
         x = torch.randn(samples, 3, 8, 8)
         first, second = run(x), run(x)
         check(first, model, x)
-        assert not first[1].equal(second[1])  # each run draws anew
+        for draws in (4, 6):
+            assert not first[draws].equal(second[draws])  # each run draws anew
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +124,9 @@ def test_in_a_program_without_python(package, program, model):
     assert done.returncode == 0, done.stderr
     values = torch.tensor([float(line) for line in done.stdout.split()])
     x = torch.linspace(-1, 1, 5 * 3 * 8 * 8).view(5, 3, 8, 8)
-    check((values[:50].view(5, 10), values[50:]), model, x)
+    shapes = ((5, 10), x.shape, (6,), (), x.shape, x.shape, x.shape)
+    parts = values.split([math.prod(shape) for shape in shapes])
+    check([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], model, x)
 
 
 def test_without_the_library_the_error_names_the_op(package, program):

@@ -197,34 +197,50 @@ def test_a_program_is_loaded_where_reg_kernels_was_imported(tmp_path):
     assert "import the custom op to register it before deserializing" in done.stdout
 
 
-def test_quantisation_after_folding():
-    """torchao's flow sees, of a folded model, torch's convolutions, activations and sums alone."""
+class Block(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(inputs, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.drop(self.act(self.bn(self.conv(x))))
+
+
+def quantised(model, x):
     pytest.importorskip("torchao.quantization.pt2e")
     from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    class Block(nn.Module):
-        def __init__(self, inputs):
-            super().__init__()
-            self.conv, self.bn, self.act = nn.Conv2d(inputs, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
-            self.drop = nn.Dropout(0.2)
+    program = torch.export.export(model, (x,)).module()
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = quantize_pt2e.prepare_pt2e(program, quantizer)
+    prepared(x)
+    return quantize_pt2e.convert_pt2e(prepared)
 
-        def forward(self, x):
-            return self.drop(self.act(self.bn(self.conv(x))))
 
-    def quantised(model):
-        program = torch.export.export(model, (x,)).module()
-        quantizer = x86.X86InductorQuantizer()
-        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-        prepared = quantize_pt2e.prepare_pt2e(program, quantizer)
-        prepared(x)
-        return quantize_pt2e.convert_pt2e(prepared)
+@torch.no_grad()
+def test_quantisation_after_folding():
+    """torchao's flow sees, of a folded model, torch's convolutions, activations and sums alone."""
+    x, net = images(), trained(nn.Sequential(Block(3), Block(8))).eval()
+    model = quantised(reg_kernels.fold_batch_norm(reg_kernels.convert(net, fuse=True)), x)
+    assert not any("reg_kernels" in name for name in calls(model))
+    assert torch.equal(model(x), quantised(reg_kernels.fold_batch_norm(net), x)(x))
+    assert (model(x) - net(x)).norm() < 0.03 * net(x).norm()
 
-    x = images()
-    net = trained(nn.Sequential(Block(3), Block(8))).eval()
-    with torch.no_grad():
-        model = quantised(reg_kernels.fold_batch_norm(reg_kernels.convert(net, fuse=True)))
-        assert not any("reg_kernels" in name for name in calls(model))
-        of_torch = quantised(reg_kernels.fold_batch_norm(net))
-        assert torch.equal(model(x), of_torch(x))
-        assert (model(x) - net(x)).norm() < 0.03 * net(x).norm()
+
+@torch.no_grad()
+def test_quantisation_without_folding():
+    """The chains stay in floating point between what is quantised."""
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x, net = images(), trained(nn.Sequential(Block(3), Block(8), pool, nn.Linear(8, 4))).eval()
+    model = quantised(reg_kernels.convert(net, fuse=True), x)
+    found = [node for node in model.graph.nodes if node.op == "call_function"]
+    inputs = {str(n.target): [str(x.target) for x in n.all_input_nodes[:2]] for n in found}
+    dequantised = "quantized_decomposed.dequantize_per_"
+    for name in ("aten.conv2d.default", "aten.linear.default"):
+        assert all(source.startswith(dequantised) for source in inputs[name]), inputs[name]
+    assert calls(model).count("reg_kernels.batch_norm_inference.default") == 2
+    assert inputs["reg_kernels.batch_norm_inference.default"][0] == "aten.conv2d.default"
+    assert (model(x) - net(x)).norm() < 0.03 * net(x).norm()

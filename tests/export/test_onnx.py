@@ -100,6 +100,10 @@ def test_the_older_exporter():
         (reg_kernels.nn.BatchNormAct2d(3, drop=0.1), "batch_norm_act"),
         (reg_kernels.nn.GaussianNoise(0.1), "gaussian_noise"),
         (reg_kernels.nn.DropPath(0.1), "drop_path"),
+        *(
+            (reg_kernels.nn.StochasticDepthBlock(nn.ReLU(), 0.1, mode), "StochasticDepthBlock")
+            for mode in ("batch", "subset", "row")
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -107,3 +111,6 @@ def test_draws_are_refused(model, name):
     message = f"{name}: training must be False in an ONNX export, which has no such draws"
     with pytest.raises(torch.onnx.OnnxExporterError, match=message):
         onnx(model.train(), images())
+    options = {"training": torch.onnx.TrainingMode.PRESERVE, "dynamo": False}
+    with pytest.raises(RuntimeError, match=message):
+        torch.onnx.export(model, (images(),), io.BytesIO(), **options)

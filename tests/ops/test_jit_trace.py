@@ -136,6 +136,35 @@ def test_each_run_draws_anew_and_its_gradient_has_its_mask(name):
         assert "chain" in name or torch.equal(gradient != 0, second != 0)
 
 
+@pytest.mark.parametrize("mode", ["batch", "subset", "row"])
+def test_a_block_that_skips_its_branch(mode):
+    branch = torch.nn.Conv2d(C, C, 1)
+    block = nn.StochasticDepthBlock(branch, 0.5, mode).to(DEVICE)
+    torch.manual_seed(1)  # the coin of the batch, which the program keeps, lets the branch be
+    program, _ = traced(block, images(8, C, 5, 4), check_trace=False)
+    numbers = []
+    for seed, last in enumerate(((4, 6), (4, 5), (5, 4))):
+        given = images(8, C, *last, seed=seed)
+        channels_last = given.contiguous(memory_format=torch.channels_last)
+        for x in (given, channels_last, given.transpose(2, 3)):
+            x.requires_grad_()
+            y, full = program(x), x + 2 * branch(x)
+            kept = (y != x).flatten(1).any(1)
+            numbers.append(int(kept.sum()))
+            expected = torch.where(kept.view(-1, 1, 1, 1), full, x)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            leaves = (x, program.branch.weight), (x, branch.weight)
+            ours, theirs = (
+                torch.autograd.grad(of.square().sum(), leaf)
+                for of, leaf in zip((y, expected), leaves, strict=True)
+            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if mode == "row":
+        assert len(set(numbers)) > 1  # each run draws anew
+    else:
+        assert set(numbers) == {8 if mode == "batch" else 4}
+
+
 def test_a_trace_for_a_graph_of_the_model():
     """As SummaryWriter.add_graph traces it."""
     model = torch.nn.Sequential(torch.nn.Conv2d(C, C, 1), *chain(), nn.Dropout2d()).to(DEVICE)
