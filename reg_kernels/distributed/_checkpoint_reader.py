@@ -280,7 +280,7 @@ class _Maker:
         known = {"relative_path", "offset", "length", "transform_descriptors"}
         fields = _fields(value, "_StorageInfo", known)
         file = _checked(fields["relative_path"], str, "the name of a file")
-        if PurePath(file).name != file or "\0" in file:
+        if PurePath(file).name != file or file in ("", "..") or "\0" in file:
             raise _wrong(f"names the file {file[:100]!a}")
         if fields["transform_descriptors"]:
             raise _wrong("has values that are packed")
@@ -340,9 +340,10 @@ class _RegularFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise ValueError(f"{Path(path).name} is no regular file")
         with os.fdopen(handle, mode) as stream:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ValueError(f"{Path(path).name} is no regular file")
             yield cast(io.IOBase, stream)
 
 

@@ -337,6 +337,7 @@ def changed_tables(whole):
     yield place(relative_path="../secret.pt"), "names the file '../secret.pt'"
     yield place(relative_path="/etc/passwd"), "names the file '/etc/passwd'"
     yield place(relative_path=".."), "names the file '..'"
+    yield place(relative_path=""), "names the file ''"
     yield place(relative_path="\x1b[2J/"), r"names the file '\x1b[2J/'"
     yield place(relative_path="a\0b"), r"names the file 'a\x00b'"
     yield place(transform_descriptors=["zstd"]), "has values that are packed"
@@ -374,8 +375,11 @@ def test_files_are_a_folders_own(tmp_path):
         (path / name).unlink()
         outside.rename(path / name)
     (path / "__0_0.distcp").unlink()
-    os.mkfifo(path / "__0_0.distcp")
-    assert "__0_0.distcp is no regular file" in refusal(path)
+    for make in (os.mkfifo, os.mkdir):
+        make(path / "__0_0.distcp")
+        assert "__0_0.distcp is no regular file" in refusal(path)
+        if make is os.mkfifo:
+            (path / "__0_0.distcp").unlink()
 
 
 def test_a_table_is_as_torch_reads_it(tmp_path):
