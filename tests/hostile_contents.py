@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hostile_folders import TABLE, VALUES, Folder
 from PIL import Image
 
 from reg_kernels.augment import from_text
@@ -388,6 +389,10 @@ def kinds(folder: Path, only: str | None = None) -> dict[str, Kind]:
         change = made.change_journal if name.endswith(".log") else made.change_database
         return Kind(name, [made.whole.read_bytes()], made.read, change)
 
+    def folder_of(name: str) -> Kind:
+        made = Folder(folder, name)
+        return Kind(name, [made.whole], made.read, made.change)
+
     recipe = Recipe().to_toml().encode()
     makers: dict[str, Callable[[], Kind]] = {
         "npz": npz,
@@ -400,5 +405,7 @@ def kinds(folder: Path, only: str | None = None) -> dict[str, Kind]:
         "journal": lambda: study(compare, "study.log"),
         "database": lambda: study(compare, "study.db"),
         "tune journal": lambda: study(tune, "study.log"),
+        "folder's table": lambda: folder_of(TABLE),
+        "folder's values": lambda: folder_of(VALUES),
     }
     return {name: make() for name, make in makers.items() if only in (None, name)}

@@ -41,9 +41,10 @@ def save_checkpoint(
 
     first = not dist.is_initialized() or dist.get_rank(process_group) == 0
     whole = Path(path)
-    _agree(_clear if first else None, whole, process_group)
+    replace = "save_checkpoint: path must be a folder that rank 0 can replace"
+    _agree(replace, functools.partial(_clear, whole) if first else None, process_group)
     _call("save_checkpoint", save, state, _beside(whole, ".writing"), process_group)
-    _agree(_move if first else None, whole, process_group)
+    _agree(replace, functools.partial(_move, whole) if first else None, process_group)
 
 
 def load_checkpoint(
@@ -75,7 +76,9 @@ def load_checkpoint(
         raise FileNotFoundError(
             f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {whole}"
         )
-    safe = functools.partial(load, storage_reader=SafeReader(found), planner=SafePlanner())
+    reader = SafeReader(found)
+    _agree(_usable("load_checkpoint", found), reader.read_table, process_group)
+    safe = functools.partial(load, storage_reader=reader, planner=SafePlanner())
     _call("load_checkpoint", safe, state, found, process_group)
 
 
@@ -92,9 +95,12 @@ def _call(name: str, function: Any, state: dict[str, Any], path: Path, process_g
         except CheckpointException as error:  # a BaseException, which nobody would catch
             rank, (cause, _) = next(iter(error.failures.items()))
             raise RuntimeError(
-                f"{name}: every rank must be able to use {path}, got {type(cause).__name__}: "
-                f"{cause} on rank {rank}"
+                f"{_usable(name, path)}, got {type(cause).__name__}: {cause} on rank {rank}"
             ) from cause
+
+
+def _usable(name: str, path: Path) -> str:
+    return f"{name}: every rank must be able to use {path}"
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -126,19 +132,19 @@ def _move(whole: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _agree(action: Any, whole: Path, process_group: Any) -> None:
-    """Does `action` on the first rank, which has one; each rank goes on when it is done, or raises
-    what it raised."""
-    error: list[str | None] = [None]
+def _agree(expected: str, action: Any, process_group: Any) -> None:
+    """Does a rank's `action`, where it has one. The ranks go on when all are done, or all raise
+    what the first of them that failed says."""
+    error: str | None = None
     if action is not None:
         try:
-            action(whole)
-        except OSError as raised:
-            error = [f"{type(raised).__name__}: {raised}"]
+            action()
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    errors = [error]
     if dist.is_initialized():
-        source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
-        dist.broadcast_object_list(error, src=source, group=process_group)
-    if error[0] is not None:
-        raise RuntimeError(
-            f"save_checkpoint: path must be a folder that rank 0 can replace, got {error[0]}"
-        )
+        errors = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(errors, error, group=process_group)
+    for rank, said in enumerate(errors):
+        if said is not None:
+            raise RuntimeError(f"{expected}, got {said} on rank {rank}")

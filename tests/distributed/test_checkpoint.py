@@ -2,6 +2,7 @@
 and with ranks that die while one is written."""
 
 import os
+import pathlib
 import pickle
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from reg_kernels.distributed import load_checkpoint, save_checkpoint
+from reg_kernels.distributed._checkpoint_reader import SafeReader, _table
 from reg_kernels.optim import AdamW
 
 
@@ -214,9 +216,9 @@ def test_nothing_that_a_folder_says_is_run(tmp_path):
     table = path / ".metadata"
     whole = table.read_bytes()
     table.write_bytes(pickle.dumps(Trap(sprung)))
-    refused({"lr": 0}, r"its table of contents names posix\.mkdir")
+    refused({"lr": 0}, r"its table of contents names 'posix\.mkdir'")
     table.write_bytes(pickle.dumps([1]))
-    refused({"lr": 0}, "its table of contents is none")
+    refused({"lr": 0}, "its table of contents has a list for a Metadata")
     assert b"__0_0.distcp" in whole
     table.write_bytes(whole.replace(b"__0_0.distcp", b"../secret.pt"))
     (tmp_path / "secret.pt").write_bytes((path / "__0_0.distcp").read_bytes())
@@ -224,6 +226,194 @@ def test_nothing_that_a_folder_says_is_run(tmp_path):
     for length in range(0, len(whole), 97):
         table.write_bytes(whole[:length])
         refused({"lr": 0}, r" on rank 0$")
+
+
+def opcodes(*parts):
+    """A pickle: its opcodes, with texts in between."""
+    texts = (p if isinstance(p, bytes) else b"\x8c" + bytes([len(p)]) + p.encode() for p in parts)
+    return b"\x80\x04" + b"".join(texts) + b"."
+
+
+OF_TORCH = "torch.distributed.checkpoint.metadata"
+# Opcodes that set, call or ask for what is not the table's own, and that ask for memory.
+TABLES = {
+    "state of a path's class": (
+        opcodes("pathlib", "PosixPath", b"\x93N}", "_str", "/victim", b"s\x86b"),
+        "sets the state of what it did not make",
+    ),
+    "state of torch's class": (
+        opcodes(OF_TORCH, "Metadata", b"\x93}", "storage_data", b"Nsb"),
+        "sets the state of what it did not make",
+    ),
+    "a name of a module": (opcodes("os", "system", b"\x93", "true", b"\x85R"), "names 'os.system'"),
+    "a name with a dot": (
+        opcodes(OF_TORCH, "os.system", b"\x93", "true", b"\x85R"),
+        "names 'torch.distributed.checkpoint.metadata.os.system'",
+    ),
+    "a name of another kind": (opcodes(b"N", "system", b"\x93"), "names a str of a NoneType"),
+    "a call of what it made": (opcodes("torch", "Size", b"\x93)R)R"), "calls a _Record"),
+    "the old way to name": (opcodes(b"cos\nsystem\n"), "holds the opcode GLOBAL"),
+    "the old way to make": (opcodes(b"(ios\nsystem\n"), "holds the opcode INST"),
+    "an extension": (opcodes(b"\x82\x01"), "holds the opcode EXT1"),
+    "an object of elsewhere": (opcodes(b"N\x51"), "holds the opcode BINPERSID"),
+    "a place far away": (opcodes(b"Nr\xff\xff\xff\x7f"), "holds the opcode LONG_BINPUT"),
+    "a huge text": (opcodes(b"X\xff\xff\xff\x7f"), "expected 2147483647 bytes"),
+    "nothing but lists": (opcodes(b"(" + b"]" * 100), "more containers than content"),
+    "lists within lists": (opcodes(b"]" * 40 + b"a" * 39), "more containers than content"),
+    "an empty stack": (opcodes(b"a"), "takes more from its stack"),
+    "below a mark": (opcodes(b"N(\x85"), "takes more from its stack"),
+    "keys that are tuples": (opcodes(b"})Ns"), "has keys that are neither texts nor indices"),
+    "items of a record": (opcodes("torch", "Size", b"\x93Na"), "adds to a _Record"),
+    "no end": (opcodes(b"N")[:-1], "its table of contents|pickle exhausted"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_both(tmp_path_factory):
+    path = tmp_path_factory.mktemp("both") / "checkpoint"
+    save_checkpoint({"x": torch.arange(3.0), "lr": 0.5}, path)
+    return path
+
+
+def refusal(path):
+    with pytest.raises(RuntimeError) as error:
+        load_checkpoint({"x": torch.zeros(3), "lr": 0}, path)
+    start = "load_checkpoint: every rank must be able to use "
+    assert str(error.value).startswith(start), error.value
+    return str(error.value)
+
+
+def dictionaries():
+    """What the classes hold that a table may name."""
+    module = checkpoint.metadata
+    names = ("Metadata", "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    classes = [*(getattr(module, name) for name in names), torch.Size, pathlib.PosixPath, Path]
+    return [{name: id(value) for name, value in vars(cls).items()} for cls in classes]
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_sets_and_calls_nothing(checkpoint_of_both, what):
+    table, match = TABLES[what]
+    place = checkpoint_of_both / ".metadata"
+    whole, before = place.read_bytes(), dictionaries()
+    try:
+        place.write_bytes(table)
+        said = refusal(checkpoint_of_both)
+    finally:
+        if "_str" in vars(pathlib.PosixPath) and "_str" not in before[-2]:
+            del pathlib.PosixPath._str  # or the tests after this one were poisoned
+        place.write_bytes(whole)
+    assert any(part in said for part in match.split("|")), said
+    assert dictionaries() == before
+    assert Path("/a") != Path("/b")
+
+
+def changed_tables(whole):
+    """A right table's objects with one field of a wrong type or value, as pickles."""
+
+    def table(**fields):
+        made = pickle.loads(whole)
+        for name, change in fields.items():
+            change(getattr(made, name))
+        return pickle.dumps(made)
+
+    def entry(**values):
+        return table(state_dict_metadata=lambda found: vars(found["x"]).update(values))
+
+    def place(**values):
+        return table(
+            storage_data=lambda found: [vars(info).update(values) for info in found.values()]
+        )
+
+    properties = pickle.loads(whole).state_dict_metadata["x"].properties
+    chunk = pickle.loads(whole).state_dict_metadata["x"].chunks[0]
+    many = [chunk] * 2000
+    deep = torch.Size([0] * 65)
+    yield place(offset=-1), "a number out of range for an offset"
+    yield place(offset=2**80), "a number out of range for an offset"
+    yield place(length=True), "a bool for a length"
+    yield place(length=2**62), "is shorter than its table of contents says"
+    yield place(relative_path=Path("a")), "has a _Record for the name of a file"
+    yield place(relative_path="../secret.pt"), "names the file '../secret.pt'"
+    yield place(relative_path="/etc/passwd"), "names the file '/etc/passwd'"
+    yield place(relative_path=".."), "names the file '..'"
+    yield place(relative_path=""), "names the file ''"
+    yield place(relative_path="\x1b[2J/"), r"names the file '\x1b[2J/'"
+    yield place(relative_path="a\0b"), r"names the file 'a\x00b'"
+    yield place(transform_descriptors=["zstd"]), "has values that are packed"
+    yield entry(size=(3,)), "has a tuple for a Size"
+    yield entry(size=deep), "has a size that is none"
+    yield entry(size=torch.Size([3, 1])), "has a chunk with other dimensions than its tensor"
+    yield entry(chunks=None), "has a NoneType for chunks"
+    yield entry(chunks=[1]), "has a int for a ChunkStorageMetadata"
+    yield entry(properties=chunk), "has a ChunkStorageMetadata for a TensorProperties"
+    yield entry(more=1), "has other fields in a TensorStorageMetadata"
+    yield table(state_dict_metadata=lambda found: found.update(x=found)), "for a TensorStorageMeta"
+    made = checkpoint.metadata.TensorStorageMetadata
+    shared = {f"{i}": made(properties, torch.Size([3]), many) for i in range(2000)}
+    yield table(state_dict_metadata=lambda found: found.update(shared)), "than its bytes hold"
+
+
+def test_each_field_of_a_table_is_looked_at(checkpoint_of_both):
+    place = checkpoint_of_both / ".metadata"
+    whole = place.read_bytes()
+    try:
+        for table, match in changed_tables(whole):
+            place.write_bytes(table)
+            assert match in (said := refusal(checkpoint_of_both)), said
+    finally:
+        place.write_bytes(whole)
+
+
+def test_files_are_a_folders_own(tmp_path):
+    path, outside = tmp_path / "checkpoint", tmp_path / "outside"
+    save_checkpoint({"x": torch.arange(3.0), "lr": 0.5}, path)
+    for name in ("__0_0.distcp", ".metadata"):
+        (path / name).rename(outside)
+        (path / name).symlink_to(outside)
+        assert "OSError" in (said := refusal(path)), said
+        (path / name).unlink()
+        outside.rename(path / name)
+    (path / "__0_0.distcp").unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(path / "__0_0.distcp")
+        assert "__0_0.distcp is no regular file" in refusal(path)
+        if make is os.mkfifo:
+            (path / "__0_0.distcp").unlink()
+
+
+def test_a_table_is_as_torch_reads_it(tmp_path):
+    """Whatever torch writes there, of each kind of tensor and of value."""
+    values = {
+        "x": torch.arange(3.0),
+        "last": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": [torch.ones(1, dtype=torch.bfloat16), torch.tensor(7), torch.zeros(0, 2).bool()],
+        "n" * 300: {"lr": 0.5, "names": ["a", ("b", None)]},
+    }
+    save_checkpoint(values, tmp_path / "checkpoint")
+    place = tmp_path / "checkpoint" / ".metadata"
+    own, theirs = _table(place.read_bytes()), pickle.loads(place.read_bytes())
+    assert own.state_dict_metadata == theirs.state_dict_metadata
+    assert own.storage_data == theirs.storage_data
+    assert [k.index for k in own.storage_data] == [k.index for k in theirs.storage_data]
+
+
+def loads_a_broken_table(path):
+    state = {"x": torch.zeros(3), "lr": 0}
+    if dist.get_rank() == 1:  # which alone reads a table that is none
+        SafeReader.read_table = lambda self: _table(b"N.")
+    try:
+        load_checkpoint(state, path)
+    except RuntimeError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_every_rank_hears_of_a_table_that_one_cannot_read(ranks, checkpoint_of_both):
+    for said in ranks(2, loads_a_broken_table, str(checkpoint_of_both)):
+        assert said.endswith(
+            "got ValueError: its table of contents has a NoneType for a Metadata on rank 1"
+        ), said
 
 
 def test_torchs_own_loader_is_what_the_trap_is_made_for(tmp_path):
