@@ -102,6 +102,18 @@ def test_training_draws_anew_and_by_the_seed(mode, strict):
     assert not torch.equal(seeded(2), first)
 
 
+def test_a_subset_of_a_larger_batch():
+    """A program knows the share of samples that it keeps, and the batch may have more of them."""
+    block = reg_kernels.nn.StochasticDepthBlock(nn.Identity(), 0.5, "subset").train()
+    sizes = ({0: torch.export.Dim.AUTO},)
+    run = torch.export.export(block, (images(6),), dynamic_shapes=sizes).module()
+    x = images(8)
+    y = run(x)
+    kept = (y != x).flatten(1).any(1)
+    assert kept.sum() == 4
+    assert torch.equal(y[kept], 3 * x[kept])
+
+
 # Core ATen
 
 
