@@ -71,7 +71,7 @@ class Folder:
     """A whole folder, one of whose two files is changed."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.folder = name, folder / "checkpoint"
+        self.name, self.folder = name, folder / ".checkpoint"  # no class of images
         values = {"x": torch.arange(6.0), "y": torch.ones(2, 3).bfloat16(), "names": ["a", "b"]}
         save_checkpoint({**values, "deep": {"lr": 0.5, "on": True}}, self.folder)
         self.whole = (self.folder / name).read_bytes()
