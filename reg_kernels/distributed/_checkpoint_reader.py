@@ -41,6 +41,9 @@ _MEMORY_FORMATS = {
     0: torch.contiguous_format,
     1: torch.channels_last,
     2: torch.preserve_format,
+    "TORCH_CONTIGUOUS_FORMAT": torch.contiguous_format,
+    "TORCH_CHANNELS_LAST": torch.channels_last,
+    "TORCH_PRESERVE_FORMAT": torch.preserve_format,
 }
 _OF_TORCH = "torch.distributed.checkpoint.metadata"
 # What a table may name, by the word that a record keeps of it.
@@ -48,6 +51,7 @@ _NAMES = {
     **{("torch", name): f"torch.{name}" for name in _DTYPES},
     ("torch", "Size"): "Size",
     ("torch.serialization", "_get_layout"): "_get_layout",
+    ("builtins", "getattr"): "getattr",  # of an enumeration, by Python 3.11.2
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "_StorageInfo",
     **{
         (_OF_TORCH, name): name
@@ -301,17 +305,28 @@ def _properties(value: Any) -> TensorProperties:
         raise _wrong("has other properties of a tensor than torch has")
     dtype, layout, requires_grad, memory_format, pin_memory = state
     name = dtype.name.removeprefix("torch.") if _is_name(dtype) else ""
-    layouts, formats = _made(layout, "_get_layout"), _made(memory_format, "_MEM_FORMAT_ENCODING")
+    layouts = _made(layout, "_get_layout")
     try:
         return TensorProperties(
             _DTYPES[name],
             _LAYOUTS[_only(layouts, str)],
             _checked(requires_grad, bool, "requires_grad"),
-            _MEMORY_FORMATS[_only(formats, int)],
+            _MEMORY_FORMATS[_memory_format(memory_format)],
             _checked(pin_memory, bool, "pin_memory"),
         )
     except KeyError:
         raise _wrong("has properties of a tensor that torch has not") from None
+
+
+def _memory_format(value: Any) -> int | str:
+    """The number of an enumeration's member, or its name: Python 3.11.2 keeps that, 3.11.7 no more."""
+    if type(value) is _Record and value.name == "getattr":
+        enumeration, *names = value.arguments or (None,)
+        known = _is_name(enumeration) and enumeration.name == "_MEM_FORMAT_ENCODING"
+        if not known or len(names) != 1:
+            raise _wrong("takes an attribute of another thing than a memory format")
+        return cast(str, _checked(names[0], str, "a memory format"))
+    return cast(int, _only(_made(value, "_MEM_FORMAT_ENCODING"), int))
 
 
 def _only(record: _Record, kind: type) -> Any:
