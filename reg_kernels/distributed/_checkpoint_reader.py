@@ -319,7 +319,7 @@ def _properties(value: Any) -> TensorProperties:
 
 
 def _memory_format(value: Any) -> int | str:
-    """The number of an enumeration's member, or its name: Python 3.11.2 keeps that, 3.11.7 no more."""
+    """The number of an enumeration's member, or its name, as Python 3.11.2 keeps it."""
     if type(value) is _Record and value.name == "getattr":
         enumeration, *names = value.arguments or (None,)
         known = _is_name(enumeration) and enumeration.name == "_MEM_FORMAT_ENCODING"
