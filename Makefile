@@ -18,7 +18,7 @@ endif
 # Where nothing may be installed, tests may have to run one by one.
 AT_ONCE = $(shell $(PY) -c 'import xdist; print("-n $(MAX_JOBS) --dist loadfile")' 2>/dev/null)
 
-CXX_SOURCES = $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/emulation tests/export -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # A linter that is missing is an error, except where nothing may be installed: there it is said.
 lint_with = if command -v $(BIN)$(1) >/dev/null; then echo "$(1)"; $(BIN)$(1) $(2); \
 	elif [ '$(VENV)' = none ]; then echo "$(1) is not installed: skipped"; \
