@@ -199,7 +199,9 @@ def test_a_program_is_loaded_where_reg_kernels_was_imported(tmp_path):
             torch.export.load("ours.pt2")
         except RuntimeError:
             import reg_kernels
-            assert torch.equal(torch.export.load("ours.pt2").module()(x), y)
+            # Close, not equal: the other process may have other numbers of threads.
+            again = torch.export.load("ours.pt2").module()(x)
+            torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-5)
             print("after the import")
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
