@@ -265,4 +265,7 @@ def implementation_of(overload: Any) -> str:
 def define_part(name: str, schema: str) -> Any:
     """Declares what csrc/ registers for an op's use: no op by itself, and not to be compiled."""
     _declare_native(f"{name}{schema}")
-    return getattr(torch.ops.reg_kernels, name).default
+    part = getattr(torch.ops.reg_kernels, name).default
+    if not part._schema.returns:
+        _library.impl(name, _of_negated(name, part), "Negative")
+    return part
