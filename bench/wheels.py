@@ -94,7 +94,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             found.append(Path(shutil.copy(build_wheel(Path(folder), variant), DIST)))
     with tempfile.TemporaryDirectory() as folder:
-        run("build", "--no-isolation", "--sdist", "--outdir", folder, ".", REG_KERNELS_BUILD="none")
+        settings = SETTINGS | {"REG_KERNELS_BUILD": "none"}
+        run("build", "--no-isolation", "--sdist", "--outdir", folder, ".", **settings)
         (source,) = Path(folder).glob("*.tar.gz")
         found.append(Path(shutil.copy(source, DIST)))
     run("twine", "check", "--strict", *found)

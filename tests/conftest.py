@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +48,15 @@ if not torch.cuda.is_available():
 # Under `pytest -n`. What a test starts is no worker: pytest-benchmark would time nothing there.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     torch.set_num_threads(1)  # the processes have the cores already
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch shares out even small inputs, and its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

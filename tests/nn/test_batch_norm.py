@@ -46,13 +46,7 @@ activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 options = pytest.mark.parametrize("arguments", OPTIONS.values(), ids=OPTIONS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even such small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(layer):

@@ -37,13 +37,7 @@ CUTS = {
 SMALL_CUTS = {"planes": (2, 260, False), "channels last": (5, 13, True)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -34,13 +34,7 @@ REDUCTIONS = ("none", "mean", "sum")
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SHAPES = [(5,), (1,), (4, 7), (3, 1), (3, 5, 6), (2, 3, 4, 5), (2, 3, 2, 2, 3)]

@@ -29,13 +29,7 @@ REDUCTIONS = ("none", "mean", "sum")
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def results(function, x, target, scale=1.0, **options):

@@ -32,13 +32,7 @@ TEMPERATURES = (1.0, 2.0, 0.5, 4.0, 1.5)
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean", **options):

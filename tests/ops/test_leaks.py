@@ -61,20 +61,13 @@ def is_counted():
 
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is not malloc's"),
     pytest.mark.skipif(
         backends.why_not("native", "cpu", torch.float32) is not None, reason="there are no kernels"
     ),
     pytest.mark.skipif(not is_counted(), reason="malloc does not tell"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def growth(round_, groups=40):

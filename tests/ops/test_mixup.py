@@ -31,13 +31,7 @@ native = pytest.mark.skipif(not isas(), reason="the native library was not built
 MEAN, STD = (0.5, 0.45, -0.4, 0.1), (0.2, 0.25, 2.0, 0.5)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Values

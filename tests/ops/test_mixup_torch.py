@@ -18,13 +18,7 @@ on_each = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's kernels assert values by themselves")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # In place

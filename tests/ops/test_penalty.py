@@ -24,13 +24,7 @@ powers = pytest.mark.parametrize("power", PENALTIES)
 SIZES = (0, 1, 3, 7, 8, 31, 32, 33, 63, 64, 65, 511, 512, 513, 8191, 8192, 8193, 16385, 100_003)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """torch shares out even small inputs, and its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randn(*shape, dtype=torch.float64):
