@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def all_threads(_one_thread):
+def all_threads(one_thread):
     torch.set_num_threads(os.cpu_count() or 1)
 
 
