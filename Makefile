@@ -58,7 +58,7 @@ test-sanitized: $(READY)
 			assert '$$isa' in ('native', *_C.isas())"; \
 		$(SANITIZED_PY) -W ignore tests/hostile_calls.py --seed 1 --calls $(or $(CALLS),40000); \
 		$(SANITIZED_PY) -P -m pytest -q $(AT_ONCE) \
-			-o "pythonpath=$$built . tests tests/emulation tests/triton" tests/every_op tests/ops tests/nn \
+			-o "pythonpath=$$built . tests tests/emulation tests/triton_kernels" tests/every_op tests/ops tests/nn \
 			tests/optim tests/augment tests/adversarial \
 			-k "not triton and not reference and not compile and not opcheck"; \
 	done

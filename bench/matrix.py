@@ -142,7 +142,7 @@ def run(version: str, torch: str, wheel: Path, tests: list[str]) -> Row:
         return Row(version, found, f"FAILED: importing takes {seconds} s beside torch", seconds)
     if not Path(file).is_relative_to(inside.parents[1]):
         return Row(version, found, f"FAILED: {file} was imported, not what was installed")
-    paths = "pythonpath=tests tests/emulation tests/triton"
+    paths = "pythonpath=tests tests/emulation tests/triton_kernels"
     suite = call(inside, "-P", "-m", "pytest", "-q", "-o", paths, *tests, "-k", LEFT_OUT)
     (FOLDER / f"{version}-{torch}.txt").write_text(suite.stdout + suite.stderr)
     outcome = re.sub(r" in .*", "", last_line(suite.stdout)).strip("= ")

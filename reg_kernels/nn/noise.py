@@ -13,9 +13,9 @@ from torch.overrides import has_torch_function_unary
 from .. import backends
 from .. import functional as F
 from ..ops._checks import check_flag, number, refuse
+from ..ops._draw import state_of_all
 from ..ops._modes import watcher
 from ..ops._noise import non_negative
-from ..ops._route import state_of_all
 from ._leaf import call_in_graph
 
 __all__ = ["GaussianDropout", "GaussianNoise", "NoisyLinear", "WeightNoise", "weight_noise"]

@@ -24,8 +24,9 @@ from ..ops._checks import (
     probability,
     refuse,
 )
+from ..ops._draw import refuse_draws
 from ..ops._modes import watcher
-from ..ops._route import asked, refuse_draws
+from ..ops._route import asked
 from ..ops.drop_path import MODES
 from ..ops.subset import Subset, add_of_subset
 from ._leaf import call_in_graph

@@ -14,8 +14,9 @@ from ..reference import gaussian_noise as gaussian
 from ..reference import uniform_noise as uniform
 from ..reference._elementwise import stored
 from ._checks import Entry, check_flag, check_tensor, number, refuse
+from ._draw import DRAWN, Draw, draw
 from ._modes import watcher
-from ._route import DRAWN, Draw, Linear, draw, filled
+from ._route import Linear, filled
 
 
 def check_elements(entry: Entry, a: Any, in_place: bool) -> None:

@@ -21,15 +21,9 @@ from . import _batch_norm_ops as ops
 from ._batch_norm_checks import BatchNormCall, activation_number, check_call
 from ._checks import hand_over, probability
 from ._collectives import Group, gathered, group_of
+from ._draw import drawn_state, draws_beside_others, refuse_draws
 from ._modes import COMPILE, FUNC, ONNX, watcher
-from ._route import (
-    asked,
-    drawn_state,
-    draws_beside_others,
-    in_order,
-    refuse_draws,
-    wants_gradient,
-)
+from ._route import asked, in_order, wants_gradient
 from ._signature import Known, is_compiling, signature
 
 _CPU = torch.device("cpu")  # a launcher reads numbers there without waiting

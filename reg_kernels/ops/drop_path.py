@@ -23,8 +23,9 @@ from ._checks import (
     probability,
     refuse,
 )
+from ._draw import DRAWN, Draw, draw_samples, state_of_all
 from ._modes import shows_values, watcher
-from ._route import DRAWN, Draw, Linear, draw_samples, state_of_all
+from ._route import Linear
 
 MODES = ("row", "batch")
 

@@ -18,8 +18,9 @@ from .._layout import as_torch_returns, is_dense
 from ..backends import forced_by
 from ..reference import dropout as reference
 from ._checks import Entry, check_in_place, check_tensor, hand_over, probability
+from ._draw import DRAWN, Draw, draw, draw_again
 from ._modes import TRACE, watcher
-from ._route import DRAWN, Draw, Linear, draw, draw_again, in_order
+from ._route import Linear, in_order
 from ._signature import is_compiling, signature
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from ._checks import hand_over
+from ._draw import Draw
 from ._noise import GAUSSIAN
-from ._route import Draw
 
 
 def gaussian_noise(

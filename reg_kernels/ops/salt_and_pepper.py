@@ -11,9 +11,10 @@ from torch.overrides import has_torch_function_unary
 from ..reference import salt_and_pepper as reference
 from ..reference._elementwise import stored
 from ._checks import Entry, check_tensor, hand_over, number, probability, refuse
+from ._draw import DRAWN, Draw, draw
 from ._modes import watcher
 from ._noise import check_elements
-from ._route import DRAWN, Draw, Linear, draw, filled
+from ._route import Linear, filled
 
 
 def _check(op: str, a: Any, in_place: bool) -> None:

@@ -18,7 +18,7 @@ from ._softmax import Kind, TargetPointers, label_totals_kernel
 NONE, MEAN = 0, 1  # torch's numbers of these reductions
 
 # The most registers of a tile that holds all classes of its positions. A thread has few positions,
-# since it holds a dozen numbers of each. Nothing spills: tests/triton/.
+# since it holds a dozen numbers of each. Nothing spills: tests/triton_kernels/.
 KEPT = 32768  # of one position
 SMALL = 2048  # of several positions, where the classes lie side by side
 PLANES = 4096  # where the positions lie side by side

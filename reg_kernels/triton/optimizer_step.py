@@ -92,7 +92,7 @@ def write_group_kernel(
 
 
 def _block(algorithm: int, dtype: tl.dtype, moments: tl.dtype, rounding: int) -> int:
-    """Elements at a time, such that nothing spills: tests/triton/test_launches.py.
+    """Elements at a time, such that nothing spills: tests/triton_kernels/test_launches.py.
 
     Adam takes 54 to 79 registers a thread and SGD 45 to 61, in float64 up to 104: three programs of
     256 threads and more on a multiprocessor, two in float64.

@@ -12,7 +12,8 @@ from support import implementations
 PROGRAM = """
 import torch
 from reg_kernels.ops._modes import watcher
-from reg_kernels.ops._route import DRAWN, Linear, draw
+from reg_kernels.ops._draw import DRAWN, draw
+from reg_kernels.ops._route import Linear
 
 def reference(input, width, rng_state, element_offset=0, traced=None):
     return input + (width if traced is None else float(traced))
