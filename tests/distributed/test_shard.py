@@ -548,9 +548,39 @@ def _deep_net() -> nn.Module:
     return nn.Sequential(*front, *paths, chain, nn.Linear(8, 3)).double()
 
 
+def _losses(net: nn.Module, how: str, keeps_whole: bool = True) -> list[float]:
+    """Trains, and returns the losses of each step, of all ranks. `how`: "alone" knows of no ranks,
+    "batch" states the part of each batch, and "group" leaves it to the process group."""
+    alone = how == "alone"
+    size = 1 if alone else dist.get_world_size()
+    optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for total in STEPS:
+        x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
+        y = torch.randn(total, 3, generator=generator, dtype=torch.float64)
+        rows = slice(0, total) if alone else distributed.part(total)
+        stated: Any = contextlib.nullcontext()
+        if how == "batch":
+            stated = distributed.batch(rows.start, total)
+        with stated:
+            loss = (net(x[rows]) - y[rows]).square().sum() / total
+        optimizer.zero_grad()
+        (loss * size).backward()  # gradients are averaged over ranks
+        optimizer.step()
+        value = loss.detach().clone()
+        if not alone:
+            dist.all_reduce(value)
+        losses.append(value.item())
+        if not alone and dist.get_rank() == 0 and keeps_whole:
+            with torch.no_grad():  # one rank alone: nothing is communicated
+                net.eval()(x)
+                net.train()
+    return losses
+
+
 def _trained(how: str, wrapped: str) -> tuple[list[float], list[Tensor]]:
     """The losses of each step, and the parameters at the end."""
-    rank, size = dist.get_rank(), dist.get_world_size()
     net = SyncBatchNorm.convert_sync_batchnorm(_deep_net())
     torch.manual_seed(5)
     if how == "group" and wrapped != "outside":
@@ -562,32 +592,9 @@ def _trained(how: str, wrapped: str) -> tuple[list[float], list[Tensor]]:
         net = DistributedDataParallel(net, broadcast_buffers=False)
         if wrapped == "outside":
             distributed.shard(net)
-    optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
-    generator = torch.Generator().manual_seed(3)
-    losses = []
-    for total in STEPS:
-        x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
-        y = torch.randn(total, 3, generator=generator, dtype=torch.float64)
-        rows = distributed.part(total)
-        stated: Any = contextlib.nullcontext()
-        if how == "batch":
-            stated = distributed.batch(rows.start, total)
-        with stated:
-            loss = (net(x[rows]) - y[rows]).square().sum() / total
-        optimizer.zero_grad()
-        (loss * size).backward()  # gradients are averaged over ranks
-        optimizer.step()
-        value = loss.detach().clone()
-        dist.all_reduce(value)
-        losses.append(value.item())
-        if rank == 0:
-            with torch.no_grad():  # alone: nothing is communicated
-                if wrapped != "fsdp":
-                    net.eval()(x)
-                    net.train()
+    losses = _losses(net, how, keeps_whole=wrapped != "fsdp")
     parameters = [p.detach() for p in net.parameters()]
-    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
-    return losses, full
+    return losses, [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
 
 
 def _trained_in_every_way() -> list[tuple[list[float], list[Tensor]]]:
@@ -596,21 +603,9 @@ def _trained_in_every_way() -> list[tuple[list[float], list[Tensor]]]:
 
 
 def _alone() -> tuple[list[float], list[Tensor]]:
-    """The same in one process that knows of no ranks."""
     net = _deep_net()
     torch.manual_seed(5)
-    optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9)
-    generator = torch.Generator().manual_seed(3)
-    losses = []
-    for total in STEPS:
-        x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
-        y = torch.randn(total, 3, generator=generator, dtype=torch.float64)
-        loss = (net(x) - y).square().sum() / total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, [p.detach() for p in net.parameters()]
+    return _losses(net, "alone"), [p.detach() for p in net.parameters()]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
