@@ -18,13 +18,13 @@ from typing import Any
 from reg_kernels import _console
 from reg_kernels.cli._files import write_whole
 
-from .sass import binary, compiling, table, triton_launches
+from .sass import binary, compiling, table
 from .sass.compiling import Missing
 from .sass.findings import findings
 from .sass.render import render
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def to_json(report: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def main() -> int:
         "schema": SCHEMA,
         "versions": versions,
         "sources": {path.stem: compiling.digest_of_source(path) for path in compiling.CUDA_SOURCES},
-        "triton_sources": {op: table.digest_of_triton(op) for op in triton_launches.OPS},
+        "triton_launches": table.digests_of_triton(),
         "launches": [row for row in rows if "widths" not in row],
         "kernels": [row for row in rows if "widths" in row],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -138,57 +139,41 @@ def cuda_rows(source: Path) -> list[Row]:
     return [row_of(k, f"cuda/{source.stem}", n) for k, n in zip(found, names, strict=True)]
 
 
-def launched(architecture: int, *what: str) -> Iterator[Row]:
-    """The facts that triton_launches.py prints about each kernel that it compiles."""
-    folder = FOLDER / f"sm_{architecture}"
-    folder.mkdir(parents=True, exist_ok=True)
+def _lines_of_launches(*arguments: str) -> list[Any]:
+    """What triton_launches.py prints, each line read as JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(compiling.ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, triton_launches.__file__, str(architecture), str(folder), *what],
+        [sys.executable, triton_launches.__file__, *arguments],
         capture_output=True,
         text=True,
         env=environment,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the Triton kernels do not compile: {done.stderr}")
-    for facts in map(json.loads, done.stdout.splitlines()):
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def launched(architecture: int, *what: str) -> Iterator[Row]:
+    """The facts that triton_launches.py prints about each kernel that it compiles."""
+    folder = FOLDER / f"sm_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for facts in _lines_of_launches("compile", str(architecture), str(folder), *what):
         yield facts | {"name": f"{facts['kernel']}<{facts['dtype']}> {facts['variant']}"}
 
 
-def digest_of_triton(op: str) -> str:
-    """A digest of all that decides an op's launches and their kernels, except Triton's version: its
-    Triton source with all of our package that this imports, its cases, and the calls."""
-    package = compiling.ROOT / "reg_kernels"
-    calls = Path(triton_launches.__file__).with_name("triton_calls.py")
-    texts = {path: path.read_text() for path in (package / "cases" / f"{op}.py", calls)}
-
-    def read(path: Path) -> None:
-        if path in texts or not path.is_file():
-            return
-        texts[path] = path.read_text()
-        for dots, module, names in _IMPORTS.findall(texts[path]):
-            folder = path.parents[len(dots) - 1] / module
-            for each in [
-                folder.with_suffix(".py"),
-                *(folder / f"{n}.py" for n in names.split(", ")),
-            ]:
-                read(each)
-
-    read(package / "triton" / f"{op}.py")
-    files = sorted(texts, key=lambda path: path.relative_to(compiling.ROOT))
-    return compiling.digest(
-        *(f"{path.relative_to(compiling.ROOT)}\0{texts[path]}" for path in files)
-    )
+@functools.cache
+def digests_of_triton() -> dict[str, str]:
+    """A digest for each op of all that decides on its launches and their kernels, except Triton's
+    version. They take seconds, where compiling takes minutes."""
+    (digests,) = _lines_of_launches("digests")
+    return digests
 
 
 def is_current_triton(report: Row, op: str) -> bool:
     """Whether a report's rows of an op's Triton kernels are those that compiling would give."""
     same = report["versions"]["triton"] == importlib.metadata.version("triton")
-    return same and report["triton_sources"][op] == digest_of_triton(op)
-
-
-_IMPORTS = re.compile(r"^from (\.+)(\w*) import ([\w, ]*)", re.MULTILINE)
+    return same and report["triton_launches"].get(op) == digests_of_triton()[op]
 
 
 def faulty_launches(op: str) -> list[Row]:

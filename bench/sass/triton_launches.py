@@ -6,18 +6,23 @@ warps that it would run with there, and runs nothing. So there is no list of sig
 could go stale: triton_calls.py lists calls. This is a program of its own, since the process that
 imports it may have TRITON_INTERPRET set:
 
-    python triton_launches.py ARCHITECTURE DIRECTORY [--cases] [OP ...]
+    python triton_launches.py compile ARCHITECTURE DIRECTORY [--cases] [OP ...]
 
 writes a cubin for each kernel into the directory and prints a JSON line that describes it. With
 --cases an op's large cases (reg_kernels/cases) are called as well.
+
+    python triton_launches.py digests
+
+compiles nothing, and prints for each op a digest of all that these calls would compile.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +48,41 @@ class _Gpu:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
-    """Compiles what the calls launch, and prints each kernel of an op only once."""
-    import torch
+def pretend(architecture: int) -> None:
+    """From here on launchers take CPU tensors, as for the interpreter, but launch for this GPU."""
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    from bench.sass import triton_calls
     from reg_kernels import backends
     from reg_kernels.triton import _launch
 
-    # The launchers then take CPU tensors, as for the interpreter, but compile for a GPU.
     backends.triton_interpreted = lambda: True
     _launch.processors = lambda x: MULTIPROCESSORS[architecture]
     driver.set_active(_Gpu(architecture))
+
+
+def calls(op: str, architecture: int, cases: bool) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """The dtype, the name and the call of each launch, or launches, of an op."""
+    import torch
+
+    from bench.sass import triton_calls
+    from reg_kernels.backends import DTYPES
+
+    for dtype in DTYPES:
+        if cases:
+            of_dtype = triton_calls.some_calls(op, dtype, architecture)
+        elif dtype in (torch.float32, torch.bfloat16):
+            of_dtype = list(triton_calls.calls(op, dtype))
+        else:
+            continue
+        for name, call in of_dtype:
+            yield str(dtype).removeprefix("torch."), name, call
+
+
+def compile_launches(architecture: int, directory: Path, cases: bool, ops: list[str]) -> None:
+    """Compiles what the calls launch, and prints each kernel of an op only once."""
+    from triton.runtime.jit import JITFunction
+
+    pretend(architecture)
     run, launched = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -64,21 +90,15 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
         return launched[-1]
 
     JITFunction.run = compile_only
-    seen = set()
-    for op, dtype in itertools.product(ops or OPS, backends.DTYPES):
-        if cases:
-            calls = triton_calls.some_calls(op, dtype, architecture)
-        elif dtype in (torch.float32, torch.bfloat16):
-            calls = triton_calls.calls(op, dtype)
-        else:
-            continue
-        for name, call in calls:
+    for op in ops or OPS:
+        seen = set()
+        for dtype, name, call in calls(op, architecture, cases):
             launched.clear()
             call()
             for kernel in launched:
-                if (op, kernel.hash) in seen:
+                if kernel.hash in seen:
                     continue
-                seen.add((op, kernel.hash))
+                seen.add(kernel.hash)
                 path = directory / f"{kernel.hash}.cubin"
                 fresh = path.with_suffix(f".{os.getpid()}")  # another process may read it
                 fresh.write_bytes(kernel.asm["cubin"])
@@ -86,7 +106,7 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
                 facts = {
                     "kernel": kernel.metadata.name,
                     "variant": name,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": dtype,
                     "op": op,
                     "threads": 32 * kernel.metadata.num_warps,
                     "shared": kernel.metadata.shared,
@@ -95,8 +115,37 @@ def main(architecture: int, directory: Path, cases: bool, ops: list[str]) -> Non
                 print(json.dumps(facts), flush=True)
 
 
+def print_digests() -> None:
+    """Prints a digest for each op: of each call, and of all that Triton goes by when it compiles
+    what the call launches, but for Triton's version."""
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+
+    def compile_nothing(self: Any, key: str, *others: Any) -> None:
+        launched.append(f"{self.cache_key} {key}")
+
+    JITFunction._do_compile = compile_nothing
+    digests = {}
+    for op in OPS:
+        digest = hashlib.sha256()
+        for architecture in MULTIPROCESSORS:
+            pretend(architecture)
+            for cases in (False, True):
+                for dtype, name, call in calls(op, architecture, cases):
+                    launched.clear()
+                    call()
+                    digest.update(f"{architecture} {dtype} {name}: {launched}\n".encode())
+        digests[op] = digest.hexdigest()
+    print(json.dumps(digests))
+
+
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = str(Path(sys.argv[2]) / "cache")
-    of_cases = sys.argv[3:4] == ["--cases"]
-    main(int(sys.argv[1]), Path(sys.argv[2]), of_cases, sys.argv[3 + of_cases :])
+    if sys.argv[1] == "digests":
+        print_digests()
+    else:
+        _, _, sm, folder, *rest = sys.argv
+        os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
+        of_cases = rest[:1] == ["--cases"]
+        compile_launches(int(sm), Path(folder), of_cases, rest[of_cases:])
