@@ -110,6 +110,14 @@ def import_torch():
     return torch
 
 
+def import_ninja():
+    try:
+        from ninja import ninja_syntax
+    except ImportError:
+        fail("ninja is missing, which runs the compilers: `pip install ninja`")
+    return ninja_syntax
+
+
 def find_compiler():
     name = os.environ.get("CXX", "g++")
     if shutil.which(name.split()[0]) is None:
@@ -216,8 +224,7 @@ def quoted(words):
 
 def write_ninja(path, torch, compiler, isas, nvcc, package):
     """One file for ninja: it rebuilds what changed, headers included."""
-    from ninja import ninja_syntax
-
+    ninja_syntax = import_ninja()
     torch_root = Path(torch.__file__).parent
     torch_includes = torch.utils.cpp_extension.include_paths()
     flags = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
@@ -365,10 +372,12 @@ class Wheel(bdist_wheel):
 
 
 class Source(sdist):
-    """Of sources alone: what was built in place is part of the package, and of no source."""
+    """Of sources alone: what was built in place is part of the package, and of no source. Nor are
+    the tests, of which setuptools takes some by their names: they need the whole repository."""
 
     def make_release_tree(self, base_dir, files):
-        kept = [name for name in files if not name.endswith((".so", "_build.json"))]
+        left_out = (".so", "_build.json")
+        kept = [f for f in files if not f.endswith(left_out) and not f.startswith("tests/")]
         super().make_release_tree(base_dir, kept)
 
 

@@ -155,6 +155,8 @@ def test_a_wheel_for_every_python_and_torch(tmp_path):
 def test_a_source_distribution_holds_the_sources_alone(tree, tmp_path):
     (tree / "reg_kernels" / "libreg_kernels_cpu.so").touch()
     (tree / "reg_kernels" / "_build.json").touch()
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_install.py").touch()
     result = run(tree, "setup.py", "-q", "sdist", "-d", str(tmp_path))
     assert result.returncode == 0, result.stderr
     with tarfile.open(*tmp_path.glob("*.tar.gz")) as file:
@@ -162,6 +164,7 @@ def test_a_source_distribution_holds_the_sources_alone(tree, tmp_path):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[chi]*")}
     assert {"setup.py", "pyproject.toml", "reg_kernels/ops/dropout.py", *sources} <= names
     assert not [name for name in names if name.endswith((".so", "_build.json"))]
+    assert not [name for name in names if name.startswith("tests")]
 
 
 def test_what_a_build_of_its_own_needs_there(tree):
@@ -224,6 +227,15 @@ def test_no_compiler_is_an_error_with_the_remedy(tree, tmp_path):
     message = result.stderr.strip().splitlines()[-1]
     assert "no C++ compiler: 'g++' was not found" in message
     assert "REG_KERNELS_BUILD=none" in message
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_no_ninja_is_an_error_with_the_remedy(tree):
+    hides = "import runpy, sys; sys.modules['ninja'] = None; sys.argv[:1] = []; "
+    hides += "runpy.run_path('setup.py', run_name='__main__')"
+    result = run(tree, "-c", hides, "setup.py", "build_ext", "--inplace", REG_KERNELS_CUDA="0")
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith("reg_kernels: ninja is missing")
 
 
 @pytest.mark.parametrize(
