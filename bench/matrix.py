@@ -34,8 +34,7 @@ RESULT = ROOT / "bench" / "results" / "matrix.md"
 # Each Python that is served, once, and each torch: the oldest, the one that the tests are pinned
 # to, and what pip takes for the newest.
 PAIRS = (("3.11", "2.13.0"), ("3.12", "2.11.0"), ("3.13", "newest"), ("3.14", "newest"))
-# Of pyproject.toml's `dev`, in its versions. Where torch brings no Triton of its own, that too: the
-# tests' folder of this name would stand for it.
+# Of pyproject.toml's `dev`, in its versions.
 NEEDED = ("rich", "numpy", "pytest", "hypothesis", "expecttest")
 MOST_SECONDS = 0.3  # of the import, beside torch's
 # Values of every op, the op suites, layers, optimizers and what is exported, in native code,
@@ -104,8 +103,6 @@ def environment(python: str, version: str, torch: str) -> tuple[Path, str | None
     if NONE_THERE in done.stderr:
         return inside, f"pip finds no {wanted[-1]} for it"
     pins = [pin for pin in pinned() if pin.partition("==")[0] in NEEDED]
-    if call(inside, "-P", "-c", "import triton.language").returncode:
-        pins += [pin for pin in pinned() if pin.startswith("triton==")]
     for step in (done, call(inside, "-m", "pip", "install", "--quiet", *pins)):
         if step.returncode:
             raise RuntimeError(last_line(step.stderr))
