@@ -29,8 +29,8 @@ TORCHS_LOADER = "torch.distributed.checkpoint.state_dict_loader"
 LOADS = {"torch.load", "torch.serialization.load"}
 NUMPYS = re.compile(r"(np|npy|numpy(\.\w+)*)\.(load|read_array)")
 IMAGES = re.compile(r"(PIL\.)?Image\.open")
-# What starts a program, connects or loads a library, and the files of the package that name it. What
-# builds, measures and tests the package calls compilers.
+# What starts a program, connects or loads a library, and the files of the package that name it.
+# What builds, measures and tests the package calls compilers.
 OUTSIDE = re.compile(
     r"(subprocess|socket|ctypes|multiprocessing|asyncio|cffi|pty|torch\.multiprocessing)(\.\w+)*"
     r"|os\.(exec|spawn|posix_spawn|fork)\w*|torch\.(ops\.load_library|utils\.cpp_extension)(\.\w+)*"
