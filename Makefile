@@ -109,7 +109,8 @@ RECIPES_PY = PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(RECIPES)/bin/python
 recipes: build $(RECIPES)/.ready
 	@set -e; for script in $(filter-out %/digits.py,$(wildcard docs/recipes/*.py)); do \
 		echo "$$script"; $(RECIPES_PY) $$script $(if $(STEPS),--steps $(STEPS)); done
-	$(RECIPES_PY) -m pytest -q tests/test_recipes.py tests/integrations tests/optim/test_trainers.py
+	$(RECIPES_PY) -m pytest -q tests/test_recipes.py tests/integrations tests/optim/test_trainers.py \
+		tests/test_reference.py
 
 $(RECIPES)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(RECIPES)

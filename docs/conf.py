@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_argparse_cli",
 ]
+autodoc_mock_imports = ["lightning"]  # which a callback is for
 html_theme = "furo"
 myst_heading_anchors = 3  # GitHub's own, to which pages link
 suppress_warnings = [

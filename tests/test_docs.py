@@ -103,8 +103,13 @@ def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path):
     done = run_program([*command, "-c", "docs", ".", str(tmp_path)], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reference = "".join(page.read_text() for page in tmp_path.glob("docs/reference/*.html"))
-    parts = ("adversarial", "augment", "export", "functional", "nn", "optim", "training")
-    for part in ("", *(f".{part}" for part in parts)):
+    parts = ("adversarial", "augment", "distributed", "export", "functional", "nn", "optim")
+    for part in ("", *(f".{part}" for part in (*parts, "training"))):
         module = importlib.import_module(f"reg_kernels{part}")
         for name in module.__all__:
             assert re.search(rf'id="(module-)?{module.__name__}\.{name}"', reference), name
+    for name in (
+        *("backends.choose", "backends.why_not"),
+        *("integrations.timm.register", "integrations.lightning.EarlyStopping"),
+    ):
+        assert f'id="reg_kernels.{name}"' in reference, name

@@ -23,9 +23,25 @@ NAMES = re.compile(
     r"torch\.distributed\.checkpoint(\.state_dict_loader)?\.(load|load_state_dict|_load_state_dict\w*)"
     r"|torch\.distributed\.checkpoint\.format_utils(\.\w+)?"
     r"|torch\.serialization\.(_load|_legacy_load)"
+    r"|torch\.(jit\.load|hub\.\w+|package\.\w+)|(pd|pandas)\.read_pickle"
 )
 TORCHS_LOADER = "torch.distributed.checkpoint.state_dict_loader"
 LOADS = {"torch.load", "torch.serialization.load"}
+NUMPYS = re.compile(r"(np|npy|numpy(\.\w+)*)\.(load|read_array)")
+IMAGES = re.compile(r"(PIL\.)?Image\.open")
+# What starts a program, connects or loads a library, and the files of the package that name it.
+# What builds, measures and tests the package calls compilers.
+OUTSIDE = re.compile(
+    r"(subprocess|socket|ctypes|multiprocessing|asyncio|cffi|pty|torch\.multiprocessing)(\.\w+)*"
+    r"|os\.(exec|spawn|posix_spawn|fork)\w*|torch\.(ops\.load_library|utils\.cpp_extension)(\.\w+)*"
+)
+REACHES = {
+    "reg_kernels/backends.py": {"ctypes", "torch.ops.load_library"},  # the package's own libraries
+    "reg_kernels/bench/_environment.py": {"subprocess"},
+    "reg_kernels/bench/_run.py": {"os.execve"},
+    "reg_kernels/cli/_study.py": {"multiprocessing", "socket"},  # of socket the host's name
+    "reg_kernels/distributed/_connections.py": {"socket"},  # ends those that torch has made
+}
 # By file: why it is right there.
 ALLOWED = {
     "reg_kernels/convert/_block.py": {"exec", "compile"},  # the forward that was written there
@@ -65,6 +81,7 @@ def wrongs(text, allowed=frozenset()):
         first, dot, rest = ast.unparse(node).partition(".")
         return (origins.get(first, first) + dot + rest).removeprefix("builtins.")
 
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -76,6 +93,8 @@ def wrongs(text, allowed=frozenset()):
                 yield node.lineno, f"imports {name}"
         if isinstance(node, ast.Name | ast.Attribute):
             names = [whole(node)]
+            if is_dangerous(names[0], allowed) and id(node) not in called:
+                yield node.lineno, f"hands {names[0]} on"
         for name in names:
             if NAMES.fullmatch(name) and name not in allowed:
                 yield node.lineno, f"names {name}"
@@ -86,13 +105,34 @@ def wrongs(text, allowed=frozenset()):
             yield node.lineno, f"calls {written}"
         if written in LOADS and keyword(node, "weights_only") != "True":
             yield node.lineno, f"calls {written} without weights_only=True"
-        is_numpys = re.fullmatch(r"(np|numpy|npy|numpy\.lib\.format)\.(load|read_array)", written)
-        if is_numpys and keyword(node, "allow_pickle") != "False":
+        if NUMPYS.fullmatch(written) and keyword(node, "allow_pickle") != "False":
             yield node.lineno, f"calls {written} without allow_pickle=False"
-        if keyword(node, "shell") not in (None, "False"):
-            yield node.lineno, f"calls {written} with a shell"
-        if re.fullmatch(r"(PIL\.)?Image\.open", written) and keyword(node, "formats") is None:
+        if keyword(node, "shell") not in (None, "False") or keyword(node, "pickle_module"):
+            yield node.lineno, f"calls {written} with a shell or a pickle"
+        if IMAGES.fullmatch(written) and keyword(node, "formats") is None:
             yield node.lineno, "opens images of any format"
+
+
+def is_dangerous(name, allowed):
+    """Whether a function may be called alone, where it is seen what it is handed."""
+    is_one = name in (CALLS | LOADS) - allowed
+    return is_one or bool(NUMPYS.fullmatch(name) or IMAGES.fullmatch(name))
+
+
+def outside(text):
+    """What a module names that starts a program, connects or loads a library."""
+    tree = ast.parse(text)
+    origins = imported(tree)
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            first, dot, rest = ast.unparse(node).partition(".")
+            names = [origins.get(first, first) + dot + rest]
+        yield from (name for name in names if OUTSIDE.fullmatch(name))
 
 
 def test_the_sources_run_nothing_that_a_file_says():
@@ -103,6 +143,33 @@ def test_the_sources_run_nothing_that_a_file_says():
         lines = wrongs(path.read_text(), ALLOWED.get(where, frozenset()))
         found += [f"{where}:{line} {what}" for line, what in lines]
     assert not found, "\n".join(found)
+
+
+def test_the_package_reaches_outside_where_the_page_says():
+    found = {}
+    for path in PACKAGE:
+        names = set(outside(path.read_text()))
+        if names:
+            found[str(path.relative_to(ROOT))] = {
+                name if name.startswith(("os.", "torch.")) else name.split(".")[0] for name in names
+            }
+    assert found == REACHES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import subprocess",
+        "from subprocess import run",
+        "import os\nos.execvp('ls', ['ls'])",
+        "from os import posix_spawn as start",
+        "import torch as t\nt.ops.load_library(path)",
+        "from socket import create_connection",
+        "from torch.utils.cpp_extension import load",
+    ],
+)
+def test_what_reaches_outside_is_found(text):
+    assert list(outside(text))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +203,16 @@ def test_the_sources_run_nothing_that_a_file_says():
         "from torch.distributed.checkpoint import load",
         "from torch.distributed.checkpoint.state_dict_loader import load as read",
         "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save",
+        "import torch\nread = torch.load\nread(path)",
+        "partial(torch.load, path)()",
+        "run = eval\nrun(text)",
+        "map(exec, texts)",
+        "from numpy.lib import npyio\nnpyio.load(path)",
+        "import numpy as n\nread = n.load",
+        "torch.jit.load(path)",
+        "torch.hub.load(a, b)",
+        "import pandas\npandas.read_pickle(path)",
+        "torch.load(path, weights_only=True, pickle_module=mine)",
     ],
 )
 def test_what_would_is_found(text):

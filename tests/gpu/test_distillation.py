@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as TF
+from loss_inputs import distillation_by_torch, results
 
 from reg_kernels import functional as F
 from reg_kernels._mixed_target import MixedTarget
@@ -45,30 +45,6 @@ def labels_of(shape, ignored=None, seed=1):
     return labels.to(CUDA)
 
 
-def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean", **options):
-    """alpha T^2 KL + (1 - alpha) CE of torch's own functions."""
-    log_q = (x / temperature).log_softmax(1)
-    p = (teacher.to(x.dtype) / temperature).softmax(1)
-    divergence = TF.kl_div(log_q, p, reduction="none").sum(1)
-    divergence = {"none": divergence, "mean": divergence.mean(), "sum": divergence.sum()}[reduction]
-    if isinstance(target, MixedTarget):
-        a, b, lam = target.labels, target.partner_labels, target.lam
-        of_labels = lam * TF.cross_entropy(x, a, reduction=reduction, **options)
-        of_labels = of_labels + (1 - lam) * TF.cross_entropy(x, b, reduction=reduction, **options)
-    else:
-        of_labels = TF.cross_entropy(x, target, reduction=reduction, **options)
-    return alpha * temperature**2 * divergence + (1 - alpha) * of_labels
-
-
-def results(function, x, *args, **options):
-    """The loss of x, and its gradient for incoming ones that differ."""
-    leaf = x.detach().requires_grad_()
-    y = function(leaf, *args, **options)
-    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
-    g = g.add(0.3).to(y.dtype).view(y.shape)
-    return [y.detach(), *torch.autograd.grad(y, leaf, g)]
-
-
 def assert_close(ours, true, dtype):
     """Within some roundings of what is stored, and of float32 where that is computed in."""
     compute = 2.0**-52 if dtype == torch.float64 else 2.0**-23
@@ -87,7 +63,7 @@ def check(shape, last, dtype, backend, **options):
     target = labels_of(shape, -100)
     args = (x, teacher, target)
     ours = results(F.distillation_loss, *args, backend=backend, **options)
-    truth = results(by_torch, x.double(), teacher, target, **options)
+    truth = results(distillation_by_torch, x.double(), teacher, target, **options)
     assert_close(ours, truth, dtype)
     again = results(F.distillation_loss, *args, backend=backend, **options)
     for a, b in zip(ours, again, strict=True):
@@ -121,7 +97,7 @@ def test_short_pairs_weights_and_smoothing(reduction, shape, backend):
     weight = torch.linspace(0.5, 2, shape[1], device=CUDA, dtype=torch.float64)
     options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
     ours = results(F.distillation_loss, x, teacher, pair, backend=backend, **options)
-    truth = results(by_torch, x, teacher, pair, **options)
+    truth = results(distillation_by_torch, x, teacher, pair, **options)
     assert_close(ours, truth, torch.float64)
 
 
@@ -141,7 +117,7 @@ def test_short_infinite_and_large_logits(excluded, shape, backend):
                 logits[some] = -torch.inf
     args = (x, teacher, labels)
     ours = results(F.distillation_loss, *args, backend=backend, reduction="none")
-    truth = results(by_torch, *args, reduction="none")
+    truth = results(distillation_by_torch, *args, reduction="none")
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True)
 
@@ -216,6 +192,6 @@ def test_more_than_2_to_the_31_elements(classes, backend):
     (gradient,) = torch.autograd.grad(loss, x)
     for row in (0, -1):
         leaf = x[row : row + 1 or None].detach().double().requires_grad_()
-        one = by_torch(leaf, torch.zeros_like(leaf), labels[:1], reduction="sum")
+        one = distillation_by_torch(leaf, torch.zeros_like(leaf), labels[:1], reduction="sum")
         (true,) = torch.autograd.grad(one, leaf)
         torch.testing.assert_close(gradient[row].double(), true[0], rtol=1e-2, atol=1e-6)

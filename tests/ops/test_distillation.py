@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as TF
 from loss_inputs import (
     IGNORED,
     LAYOUTS,
     check_twice,
     chosen,
     compiling,
+    distillation_by_torch,
     draw,
     is_interpreted,
     labels_of,
+    results,
 )
 
 from reg_kernels import functional as F
@@ -33,30 +34,6 @@ INF, NAN = math.inf, math.nan
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def by_torch(x, teacher, target, *, temperature=2.0, alpha=0.5, reduction="mean", **options):
-    """alpha T^2 KL + (1 - alpha) CE of torch's own functions."""
-    dim = min(1, x.dim() - 1)
-    log_q = (x / temperature).log_softmax(dim)
-    p = (teacher.to(x.dtype) / temperature).softmax(dim)
-    divergence = TF.kl_div(log_q, p, reduction="none").sum(dim)
-    divergence = {"none": divergence, "mean": divergence.mean(), "sum": divergence.sum()}[reduction]
-    if isinstance(target, MixedTarget):
-        a, b, lam = target.labels, target.partner_labels, target.lam
-        of_labels = lam * TF.cross_entropy(x, a, reduction=reduction, **options)
-        of_labels = of_labels + (1 - lam) * TF.cross_entropy(x, b, reduction=reduction, **options)
-    else:
-        of_labels = TF.cross_entropy(x, target, reduction=reduction, **options)
-    return alpha * temperature**2 * divergence + (1 - alpha) * of_labels
-
-
-def results(function, x, *args, **options):
-    """The loss of x, and its gradient for incoming ones that differ."""
-    leaf = x.detach().requires_grad_()
-    y = function(leaf, *args, **options)
-    g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).add(0.3).to(y).view(y.shape)
-    return [y.detach(), *torch.autograd.grad(y, leaf, g)]
 
 
 def check_same(ours, theirs, rtol=1e-11, atol=1e-11):
@@ -93,7 +70,7 @@ def test_against_torchs_composition(shape, layout, backend):
         for target in (a, MixedTarget(a, b, 0.25)):
             args = (x, next(teachers), target)
             ours = results(F.distillation_loss, *args, **options, backend=backend)
-            check_same(ours, results(by_torch, *args, **options))
+            check_same(ours, results(distillation_by_torch, *args, **options))
 
 
 @on_each
@@ -106,7 +83,7 @@ def test_a_teacher_of_another_dtype(dtype, of_teacher, backend):
         loss, gradient = results(F.distillation_loss, x, teacher, labels, backend=backend)
         assert (loss.dtype, gradient.dtype) == (dtype, dtype)
         # Beside float64 students a float64 teacher; with others it counts in float32.
-        truth = results(by_torch, x.double(), teacher.double(), labels)
+        truth = results(distillation_by_torch, x.double(), teacher.double(), labels)
         eps = torch.finfo(dtype).eps
         eps += torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 16
         check_same([loss.double(), gradient.double()], truth, eps, eps / 2)
@@ -126,7 +103,9 @@ def test_each_sample_of_its_own_lambda(backend):
         wide = target._replace(lam=each.to(dtype).double().view(-1, 1))
         options = {"reduction": "none", "temperature": 1.5}
         ours = results(F.distillation_loss, x, teacher, given, **options, backend=backend)
-        check_same(ours, results(by_torch, x, teacher, wide, **options, label_smoothing=0.1))
+        check_same(
+            ours, results(distillation_by_torch, x, teacher, wide, **options, label_smoothing=0.1)
+        )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -142,8 +121,8 @@ def test_error_is_at_most_twice_torchs(dtype, shape, temperature, backend):
         for alpha, reduction in itertools.product((0.9, 0.3), REDUCTIONS):
             options = {"temperature": temperature, "alpha": alpha, "reduction": reduction}
             ours = results(F.distillation_loss, x, teacher, labels, **options, backend=backend)
-            theirs = results(by_torch, x, teacher, labels, **options)
-            truth = results(by_torch, x.double(), teacher.double(), labels, **options)
+            theirs = results(distillation_by_torch, x, teacher, labels, **options)
+            truth = results(distillation_by_torch, x.double(), teacher.double(), labels, **options)
             if dtype == torch.float64:
                 check_same(ours, truth)
             else:
@@ -180,7 +159,7 @@ def test_extreme_logits(of_student, of_teacher, backend):
         x, teacher = (torch.tensor(r, dtype=dtype, device=DEVICE) for r in (rows, others))
         options = {"temperature": temperature, "alpha": 0.6, "reduction": reduction}
         ours = results(F.distillation_loss, x, teacher, labels, **options, backend=backend)
-        truth = results(by_torch, x.double(), teacher.double(), labels, **options)
+        truth = results(distillation_by_torch, x.double(), teacher.double(), labels, **options)
         eps = torch.finfo(dtype).eps
         # In float64 the error is that of the truth, which has divided logits of 1e4 first.
         atol = 64 * eps * (1e4 if dtype == torch.float64 else 1)
@@ -196,10 +175,10 @@ def test_an_ignored_label_leaves_the_divergence(backend):
         options = {"reduction": reduction, "alpha": 0.6}
         for target in (labels, MixedTarget(labels, labels, 0.3)):
             ours = results(F.distillation_loss, x, teacher, target, **options, backend=backend)
-            check_same(ours, results(by_torch, x, teacher, labels, **options))
+            check_same(ours, results(distillation_by_torch, x, teacher, labels, **options))
         target = torch.full_like(labels, IGNORED)
         ours = results(F.distillation_loss, x, teacher, target, **options, backend=backend)
-        check_same(ours, results(by_torch, x, teacher, target, **options))
+        check_same(ours, results(distillation_by_torch, x, teacher, target, **options))
         assert ours[1].isfinite().all()  # the divergence's, where the mean of no label is NaN
 
 
@@ -210,7 +189,7 @@ def test_of_nothing(shape, backend):
     labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=DEVICE)
     for reduction in REDUCTIONS:
         ours = results(F.distillation_loss, x, x, labels, reduction=reduction, backend=backend)
-        check_same(ours, results(by_torch, x, x, labels, reduction=reduction))
+        check_same(ours, results(distillation_by_torch, x, x, labels, reduction=reduction))
 
 
 @on_each
@@ -221,7 +200,7 @@ def test_a_loss_scale_keeps_small_gradients_of_float16(backend):
     with torch.autocast(DEVICE, dtype=torch.float16):  # as with a GradScaler
         y = F.distillation_loss(leaf, teacher, labels, backend=backend)
     (gradient,) = torch.autograd.grad(65536.0 * y, leaf)
-    (expected,) = torch.autograd.grad(65536.0 * by_torch(wide, teacher, labels), wide)
+    (expected,) = torch.autograd.grad(65536.0 * distillation_by_torch(wide, teacher, labels), wide)
     largest = float(expected.abs().max())
     assert float((gradient - expected).abs().max()) <= 2**-11 * largest + 1e-4
     assert (gradient != 0).float().mean() > 0.99
@@ -237,7 +216,7 @@ def test_gradient_by_each_way_through_the_graph(reduction, backend):
     def function():
         return F.distillation_loss(x, teacher, labels, **options, backend=backend)
 
-    z = by_torch(x, teacher.detach(), labels, **options)
+    z = distillation_by_torch(x, teacher.detach(), labels, **options)
     g = draw(*z.shape)
     (expected,) = torch.autograd.grad(z, x, g)
     y = function()
@@ -304,7 +283,7 @@ def test_compiled_by_inductor():
     labels = labels_of(x)
     with compiling("inductor") as (compiled, _):
         ours = results(compiled(lambda *args: F.distillation_loss(*args) * 2), x, teacher, labels)
-        theirs = results(lambda *args: by_torch(*args) * 2, x, teacher, labels)
+        theirs = results(lambda *args: distillation_by_torch(*args) * 2, x, teacher, labels)
         check_same(ours, theirs, 1e-5, 1e-6)
 
 
@@ -321,5 +300,5 @@ def test_torch_function_subclasses():
     y = F.distillation_loss(x, teacher.as_subclass(Logged), LABELS.to(DEVICE), alpha=0.3)
     assert F.distillation_loss in Logged.called
     torch.testing.assert_close(
-        y.as_subclass(torch.Tensor), by_torch(x, teacher, LABELS.to(DEVICE), alpha=0.3)
+        y.as_subclass(torch.Tensor), distillation_by_torch(x, teacher, LABELS.to(DEVICE), alpha=0.3)
     )
