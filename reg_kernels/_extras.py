@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 # The base install has torch alone. By the names that are imported.
 EXTRAS = {
@@ -12,10 +13,12 @@ EXTRAS = {
     "compare": ("PIL", "matplotlib", "numpy", "optuna", "rich", "sklearn"),
     "tensorboard": ("tensorboard",),
 }
+# By the name that pip knows, where that is another one.
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 class MissingExtra(ImportError):
-    """Something that an extra would have brought is not installed; the message names the extra."""
+    """Something that an extra would have brought is not there; the message says what to install."""
 
 
 def missing(extra: str) -> list[str]:
@@ -23,9 +26,9 @@ def missing(extra: str) -> list[str]:
     return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 
 
-def remedy(extra: str) -> str:
-    """What brings an extra."""
-    return f"pip install '.[{extra}]' in the folder of reg_kernels"
+def remedy(modules: Sequence[str]) -> str:
+    """What brings modules, however reg_kernels itself was installed."""
+    return " ".join(["pip install", *(_DISTRIBUTIONS.get(name, name) for name in modules)])
 
 
 def require(what: str, extra: str, *modules: str) -> None:
@@ -39,5 +42,5 @@ def require(what: str, extra: str, *modules: str) -> None:
     lacking = [name for name in missing(extra) if not modules or name in modules]
     if lacking:
         raise MissingExtra(
-            f"{what} needs {', '.join(lacking)}, not installed here: {remedy(extra)}"
+            f"{what} needs {', '.join(lacking)}, not installed here: {remedy(lacking)}"
         )

@@ -175,6 +175,20 @@ def test_what_a_build_of_its_own_needs_there(tree):
     assert done.stdout.split() == []
 
 
+def test_an_editable_install_without_a_build_keeps_what_was_built(tree, tmp_path):
+    editable = "import sys, setuptools.build_meta as hooks; hooks.build_editable(sys.argv[1])"
+    package = tree / "reg_kernels"
+    for built in (package / "libreg_kernels_cpu.so", package / "_build.json"):
+        built.touch()
+    done = run(tree, "-c", editable, str(tmp_path), REG_KERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert (package / "libreg_kernels_cpu.so").exists()
+    assert (package / "_build.json").read_text() == ""
+    done = build(tree, REG_KERNELS_BUILD="none")  # which asks for none
+    assert done.returncode == 0, done.stderr
+    assert not (package / "libreg_kernels_cpu.so").exists()
+
+
 # What pip calls.
 HOOK = (
     "import contextlib, io, setuptools.build_meta as hooks\n"

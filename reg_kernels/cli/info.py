@@ -20,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, value in facts().items():
-        print(f"{name + ':':<14}{value}")
+    found = facts()
+    width = max(map(len, found)) + 2
+    for name, value in found.items():
+        print(f"{name + ':':<{width}}{value}")
     for device in devices():
         print(f"\non {device}, the first that can run is used by every op:")
         for name, verdict in implementations(device):
@@ -77,7 +79,7 @@ def facts() -> dict[str, str]:
     else:
         result["GPUs"] = "none that torch sees"
     for extra in _extras.EXTRAS:
-        lacking = ", ".join(_extras.missing(extra))
-        remedy = f"lacks {lacking}: {_extras.remedy(extra)}"
+        lacking = _extras.missing(extra)
+        remedy = f"lacks {', '.join(lacking)}: {_extras.remedy(lacking)}"
         result[f"extra {extra}"] = remedy if lacking else "installed"
     return result
