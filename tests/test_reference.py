@@ -158,7 +158,8 @@ def test_public_methods_are_documented(name):
     for method, value in vars(PUBLIC[name]).items():
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if inspect.isfunction(function) and method[0] != "_" and method not in HOOKS:
-            assert function.__doc__, f"{name}.{method}"
+            # What a base of another package documents says what its override does.
+            assert inspect.getdoc(getattr(PUBLIC[name], method)), f"{name}.{method}"
 
 
 def test_every_exemption_is_needed():
