@@ -114,7 +114,10 @@ def import_ninja():
     try:
         from ninja import ninja_syntax
     except ImportError:
-        fail("ninja is missing, which runs the compilers: `pip install ninja`")
+        fail(
+            "the Python package ninja is missing, which runs the compilers; a program of that name "
+            "on PATH does not do: `pip install ninja`"
+        )
     return ninja_syntax
 
 
@@ -135,8 +138,10 @@ def instruction_sets(compiler):
     def macros(*options):
         """What the compiler takes to be there."""
         command = [*compiler.split(), *options, "-dM", "-E", "-x", "c++", os.devnull]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return {line.split()[1] for line in lines.splitlines()}
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            fail(f"CXX must be a C++ compiler as g++ is, got {compiler!r}: {done.stderr.strip()}")
+        return {line.split()[1] for line in done.stdout.splitlines()}
 
     target = macros()
     known = [isas for architecture, isas in ISA_FLAGS.items() if architecture in target]
@@ -168,7 +173,7 @@ def find_nvcc(torch):
     if is_sanitized():
         return None, "left out by REG_KERNELS_SANITIZE=1"
     if wanted == "0":
-        return None, "left out by REG_KERNELS_CUDA=0"
+        return None, "this build leaves CUDA out (REG_KERNELS_CUDA=0)"
     if wanted == "auto" and torch.version.cuda is None:
         return None, "torch is a CPU build (REG_KERNELS_CUDA=1 builds them all the same)"
     name = os.environ.get("NVCC", "nvcc")
@@ -319,6 +324,14 @@ def write_ninja(path, torch, compiler, isas, nvcc, package):
             ninja.build(str(package / CUDA_LIBRARY), "link_cuda", cuda_objects, variables=flags)
 
 
+def jobs():
+    """How many compilations run at once."""
+    value = os.environ.get("MAX_JOBS", "2")
+    if not value.isdecimal() or int(value) < 1:
+        fail(f"MAX_JOBS must be a number from 1 on, got {value!r}")
+    return int(value)
+
+
 class Build(build_ext):
     """Compiles csrc/ by ninja and writes down what it built."""
 
@@ -354,7 +367,7 @@ class Build(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         ninja_file = build / "build.ninja"
         write_ninja(ninja_file, torch, compiler, isas, nvcc, package)
-        command = ["ninja", "-f", ninja_file, "-j", os.environ.get("MAX_JOBS", "2")]
+        command = ["ninja", "-f", ninja_file, "-j", str(jobs())]
         try:
             subprocess.run([sys.executable, "-m", *command], check=True)
         except subprocess.CalledProcessError as error:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 # The base install has torch alone. By the names that are imported.
 EXTRAS = {
     "cli": ("rich",),
-    "augment": ("PIL", "matplotlib", "numpy"),
+    "augment": ("PIL", "matplotlib", "numpy", "rich"),
     "train": ("PIL", "matplotlib", "numpy", "rich", "sklearn"),
     "compare": ("PIL", "matplotlib", "numpy", "optuna", "rich", "sklearn"),
     "tensorboard": ("tensorboard",),

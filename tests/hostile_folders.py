@@ -20,6 +20,7 @@ from reg_kernels.distributed import load_checkpoint, save_checkpoint
 
 TABLE, VALUES = ".metadata", "__0_0.distcp"
 SECRET = 777.0  # stands in a file outside, and may not come in
+NAMES, DEEP = ["a", "b"], {"lr": 0.5, "on": True}
 _OF_TORCH = "torch.distributed.checkpoint.metadata"
 # The classes that a table names, whose attributes stay as they are.
 _CLASSES = (
@@ -72,8 +73,8 @@ class Folder:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.folder = name, folder / ".checkpoint"  # no class of images
-        values = {"x": torch.arange(6.0), "y": torch.ones(2, 3).bfloat16(), "names": ["a", "b"]}
-        save_checkpoint({**values, "deep": {"lr": 0.5, "on": True}}, self.folder)
+        values = {"x": torch.arange(6.0), "y": torch.ones(2, 3).bfloat16()}
+        save_checkpoint({**values, "names": NAMES, "deep": DEEP}, self.folder)
         self.whole = (self.folder / name).read_bytes()
         torch.save(torch.full((6,), SECRET), folder / "secret.pt")
         self._read()  # copyreg and enum note things on classes when they are first used
@@ -105,6 +106,13 @@ class Folder:
                 raise AssertionError("something was run")
         if isinstance(x := state["x"], torch.Tensor) and (x == SECRET).any():
             raise AssertionError("a file from outside was read")
+        if self.name == VALUES and not self._is_whole(state):
+            raise AssertionError(f"other values than those that were saved: {state}")
+
+    @staticmethod
+    def _is_whole(state: dict[str, Any]) -> bool:
+        tensors = torch.equal(state["x"], torch.arange(6.0)) and bool((state["y"] == 1).all())
+        return tensors and (state["names"], state["deep"]) == (NAMES, DEEP)
 
     def change(self, r: Random, path: Path) -> str:
         """Opcodes, names of files or links of another's choice."""

@@ -505,7 +505,7 @@ def test_the_report():
     net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1))
     _, report = convert(net)
     assert str(report) == (
-        "1 chains fused, 2 swapped, 0 left as they were\n"
+        "1 chain fused, 2 swapped, 0 left as they were\n"
         "  1: 1 → 2 → 3 in one pass\n"
         "  1: torch.nn.BatchNorm2d -> reg_kernels.nn.BatchNorm2d\n"
         "  3: torch.nn.Dropout -> reg_kernels.nn.Dropout"

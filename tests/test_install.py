@@ -249,7 +249,11 @@ def test_no_ninja_is_an_error_with_the_remedy(tree):
     hides += "runpy.run_path('setup.py', run_name='__main__')"
     result = run(tree, "-c", hides, "setup.py", "build_ext", "--inplace", REG_KERNELS_CUDA="0")
     assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1].startswith("reg_kernels: ninja is missing")
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith("reg_kernels: the Python package ninja is missing")
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,6 +261,8 @@ def test_no_ninja_is_an_error_with_the_remedy(tree):
     [
         ("REG_KERNELS_BUILD", "maybe", "REG_KERNELS_BUILD must be one of auto, none, got 'maybe'"),
         ("REG_KERNELS_ISA", "avx", "REG_KERNELS_ISA must be one of all, native, "),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a number from 1 on, got '0'"),
+        ("CXX", "false", "CXX must be a C++ compiler as g++ is, got 'false'"),
         ("REG_KERNELS_CUDA", "yes", "REG_KERNELS_CUDA must be one of auto, 0, 1, got 'yes'"),
     ],
 )

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
-from .. import _extras, backends
-from ._errors import INTERRUPTED, UsageError, said
+from .. import __version__, _extras, backends
+from ._errors import CUT_OFF, INTERRUPTED, UsageError, said
 
 
 class Command(NamedTuple):
@@ -57,6 +57,7 @@ def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
         prog="reg-kernels",
         description="Fused regularisation kernels for PyTorch: what runs here and how well.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, extra) in COMMANDS.items():
         command = commands.add_parser(
@@ -74,20 +75,27 @@ def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input, 130
-    interrupted."""
+    interrupted, 141 its output was cut off."""
     words = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     command = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = build_parser([command] if command else []).parse_args(words)
+        args, unknown = build_parser([command] if command else []).parse_known_args(words)
+        if unknown:
+            which = _Parser(prog=f"reg-kernels {command}")
+            which.error(f"unrecognized arguments: {' '.join(unknown)}")
         check_forced()
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
     except (UsageError, _extras.MissingExtra) as error:
         if _speaks():
             print(f"reg-kernels {command}: {said(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end would fail
+        return CUT_OFF
     except KeyboardInterrupt:
         print(f"reg-kernels {command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 MOST_SAID = 1000  # characters of a message
 INTERRUPTED = 130  # the shell's exit code for a program that Ctrl-C ended
+CUT_OFF = 141  # likewise for one whose output nobody reads any more
 
 
 class UsageError(Exception):

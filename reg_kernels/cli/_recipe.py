@@ -18,7 +18,7 @@ RECIPE = "recipe.toml"  # as results have it beside them
 
 _HELP = {
     "model": "two convolutions and a wide head, residual blocks, two hidden layers, or small MLPs "
-    "that mix patches",
+    "that mix patches (default: the first that goes with the methods asked for)",
     "epochs": "epochs of each net",
     "batch_size": "images of a step",
     "learning_rate": "AdamW's, at the start",

@@ -72,8 +72,22 @@ def implementation_from(args: argparse.Namespace, device: torch.device) -> str:
     """The implementation that the fused kernels run: in training, or at least in the timing."""
     if args.kernels == "eager" and args.backend is not None:
         raise UsageError(f"--backend: goes with --kernels fused, got {args.backend} with eager")
-    try:
-        return backends.choose("dropout", device.type, torch.float32, args.backend)
-    except backends.BackendUnavailable as error:
-        source = "--backend" if args.backend is not None else "REG_KERNELS_BACKEND"
-        raise UsageError(f"{source}: {error}") from None
+    name = backends.forced_by() if args.backend is None else args.backend
+    if name is None:
+        return backends.choose("dropout", device.type, torch.float32)
+    if (reason := backends.why_not(name, device.type, torch.float32)) is not None:
+        source = "--backend " if args.backend is not None else "REG_KERNELS_BACKEND="
+        raise UsageError(f"{source}{name} cannot run on {device.type}: {reason}")
+    return name
+
+
+def check_seeds(first: int, count: int) -> range:
+    """The seeds from `--seed` on."""
+    if count < 1:
+        raise UsageError(f"--seeds: must be at least 1, got {count}")
+    # Several generators are seeded; scikit-learn's takes the narrowest range.
+    if count > 2**32:
+        raise UsageError(f"--seeds: must be at most {2**32}, got {count}")
+    if not 0 <= first <= 2**32 - count:
+        raise UsageError(f"--seed: must be in 0..{2**32 - count}, got {first}")
+    return range(first, first + count)

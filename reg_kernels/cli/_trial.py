@@ -236,15 +236,3 @@ def take_share(processes: int) -> None:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def check_seeds(first: int, count: int) -> range:
-    """The seeds from `--seed` on."""
-    if count < 1:
-        raise UsageError(f"--seeds: must be at least 1, got {count}")
-    # Several generators are seeded; scikit-learn's takes the narrowest range.
-    if count > 2**32:
-        raise UsageError(f"--seeds: must be at most {2**32}, got {count}")
-    if not 0 <= first <= 2**32 - count:
-        raise UsageError(f"--seed: must be in 0..{2**32 - count}, got {first}")
-    return range(first, first + count)

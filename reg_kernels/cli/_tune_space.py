@@ -161,11 +161,11 @@ def _range_from(text: str, methods: Sequence[str]) -> tuple[str, tuple[float, fl
         raise UsageError(f"{where}: must be METHOD=LEAST:MOST, as in dropout=0.1:0.8")
     if name not in METHODS:
         raise UsageError(f"{where}: {unknown('method', name, METHODS)}")
-    if name not in methods:
-        raise UsageError(f"{where}: must be of a method that is searched, of {', '.join(methods)}")
     method = METHODS[name]
     if method.kind is bool:
         raise UsageError(f"{where}: {name} is there or not, without a strength")
+    if name not in methods:
+        raise UsageError(f"{where}: must be of a method that is searched, of {', '.join(methods)}")
     if method.kind is int and not (least.is_integer() and most.is_integer()):
         raise UsageError(f"{where}: must be of whole numbers")
     if not 0 < least < most:

@@ -22,11 +22,11 @@ from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch
 from ._recipe import RECIPE, add_recipe_arguments, methods_from, recipe_from
+from ._setting import check_seeds
 from ._study import workers
 from ._trial import (
     STUDY,
     add_trial_arguments,
-    check_seeds,
     out_from,
     setting_from,
     take_share,

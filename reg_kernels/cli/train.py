@@ -28,7 +28,7 @@ from ._data import Images, Split, load_images, split
 from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
-from ._setting import add_setting_arguments, device_from, implementation_from
+from ._setting import add_setting_arguments, check_seeds, device_from, implementation_from
 from ._tensorboard import LOGS, Curves, make_room
 from ._train_checkpoint import CHECKPOINT, Checkpoint, no_interrupt, resume
 from ._train_results import draw, print_results
@@ -39,7 +39,6 @@ from ._trainer.fused import fused_kernels
 from ._trainer.kernels import Kernels
 from ._trainer.parallel import Ranks
 from ._trainer.training import Training
-from ._trial import check_seeds
 
 # Measured on 300 digits, 60 epochs, seeds 0 to 7, with decay of norms and biases as well: both nets
 # reach 100 % on the training set; on the test set the plain one reaches 95.96 % on average and the
@@ -251,10 +250,11 @@ def _sizes(job: _Job) -> str:
 
 
 def _place(args: argparse.Namespace, job: _Job, ranks: Ranks) -> str:
+    how = f"{job.options['model']}, {args.kernels} kernels"
     if ranks.kind is None:
-        return f"{args.kernels} kernels on {job.device}"
+        return f"{how} on {job.device}"
     count = f"{ranks.size} rank{'s' if ranks.size > 1 else ''}"
-    return f"{args.kernels} kernels on {job.device.type}, {ranks.kind} on {count}"
+    return f"{how} on {job.device.type}, {ranks.kind} on {count}"
 
 
 def _facts(job: _Job) -> dict[str, str | int | float]:

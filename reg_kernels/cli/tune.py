@@ -28,13 +28,12 @@ from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._progress import Watch, duration
 from ._recipe import RECIPE, add_recipe_arguments, methods_from, options_of, recipe_from
-from ._setting import add_setting_arguments
+from ._setting import add_setting_arguments, check_seeds
 from ._study import Standing, workers
 from ._trial import (
     STUDY,
     Setting,
     add_trial_arguments,
-    check_seeds,
     out_from,
     setting_from,
     take_share,

@@ -24,7 +24,8 @@ class Conversion:
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.left)} left as they were"]
         if self.fused or self.apart:
-            lines[0] = f"{len(self.fused)} chains fused, {lines[0]}"
+            chains = "chain" if len(self.fused) == 1 else "chains"
+            lines[0] = f"{len(self.fused)} {chains} fused, {lines[0]}"
         lines += [f"  {name or '(model)'}: {chain} in one pass" for name, chain, _ in self.fused]
         lines += [f"  {name or '(model)'}: {cls}: {why}" for name, cls, why in self.apart]
         lines += [f"  {name or '(model)'}: {old} -> {new}" for name, old, new in self.swapped]

@@ -4,6 +4,7 @@ which takes the old one's place when every rank has written its part."""
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import shutil
 import warnings
@@ -36,6 +37,7 @@ def save_checkpoint(
     Raises:
         RuntimeError: a rank could not write its part, or the first one not move the folders; or
             another rank died.
+        ImportError: there is a process group, but no numpy, by which torch hands objects on.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -63,8 +65,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no whole checkpoint at `path`.
-        RuntimeError: what is asked for is not in it, of another shape, or of a type that is not
-            taken.
+        RuntimeError: what is asked for is not in it, of another shape, of a type that is not
+            taken, or damaged.
+        ImportError: as of `save_checkpoint`.
     """
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -132,6 +135,16 @@ def _move(whole: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _require_numpy() -> None:
+    try:
+        importlib.import_module("numpy")
+    except ImportError as error:
+        raise ImportError(
+            "a checkpoint of several ranks needs numpy, by which torch hands objects from rank to "
+            "rank, not installed here: pip install numpy"
+        ) from error
+
+
 def _agree(expected: str, action: Any, process_group: Any) -> None:
     """Does a rank's `action`, where it has one. The ranks go on when all are done, or all raise
     what the first of them that failed says."""
@@ -143,6 +156,7 @@ def _agree(expected: str, action: Any, process_group: Any) -> None:
             error = f"{type(raised).__name__}: {raised}"
     errors = [error]
     if dist.is_initialized():
+        _require_numpy()
         errors = [None] * dist.get_world_size(process_group)
         dist.all_gather_object(errors, error, group=process_group)
     for rank, said in enumerate(errors):

@@ -4,7 +4,8 @@ torch.distributed.checkpoint keeps its table of contents as a pickle, and what i
 pickles within files. The table is read here by a machine of its own, which knows those opcodes of
 pickle that such a table is made of and makes plain records of them: nothing is imported, called or
 changed by a name that stands in a file. torch's classes are then made of the records, field by
-field. Values are read as `torch.load(..., weights_only=True)` reads them.
+field. Values are read as `torch.load(..., weights_only=True)` reads them, and their checksums have
+to hold, which torch does not look at.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import os
 import pickletools
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -349,6 +351,45 @@ def _table(data: bytes) -> Metadata:
     return _Maker(len(data)).metadata(value)
 
 
+class _Stretch(io.RawIOBase):
+    """A part of a file, read as a file. torch's own cannot be read from its end."""
+
+    def __init__(self, file: Any, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = (0, self._at, self._length)[whence] + offset
+        if at < 0:
+            raise OSError("before the begin")
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._begin + self._at)
+        count: int = self._file.readinto(memoryview(buffer)[: max(self._length - self._at, 0)])
+        self._at += count
+        return count
+
+
+def _check_value(file: Any, place: _StorageInfo) -> None:
+    """Raises ValueError where a value is not as it was written: torch keeps each as an archive with
+    checksums, and does not look at them itself."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        # Members that overlap would be read again and again.
+        if not is_plain or sum(member.file_size for member in members) > place.length:
+            raise ValueError(f"{place.relative_path} has a value that is packed")
+        if archive.testzip() is not None:
+            raise ValueError(f"{place.relative_path} has a value that is damaged")
+
+
 class _RegularFiles(FileSystem):
     """Opens a folder's own files to be read: a link may lead out of it, and a pipe has no end."""
 
@@ -387,6 +428,7 @@ class SafeReader(FileSystemReader):
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
         if sinfo.offset + sinfo.length > os.fstat(file.fileno()).st_size:
             raise ValueError(f"{sinfo.relative_path} is shorter than its table of contents says")
+        _check_value(_Stretch(file, sinfo.offset, sinfo.length), sinfo)
         return super()._slice_file(file, sinfo)
 
 

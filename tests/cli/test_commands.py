@@ -1,12 +1,13 @@
 """The command line as a user meets it: help, info, check."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from reg_kernels import backends, cases
+from reg_kernels import __version__, backends, cases
 from reg_kernels.cli import COMMANDS, check, main
 
 from support import run_program
@@ -29,6 +30,28 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     assert error.startswith("reg-kernels")
     assert "--help" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_wrong_option_names_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "-x"])
+    expected = "reg-kernels info: unrecognized arguments: -x; see reg-kernels info --help\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"reg-kernels {__version__}\n"
+
+
+def test_an_output_that_nobody_reads_is_no_traceback():
+    command = [sys.executable, "-m", "reg_kernels", "info"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.communicate(timeout=60)[1] == ""
+    assert run.returncode == 141
 
 
 def test_as_a_module():

@@ -55,6 +55,17 @@ def test_torch_alone_is_enough_for_the_package_and_info_says_what_to_install():
     assert "  triton      no: triton is not installed\n" in done.stdout
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_needs_no_more_than_its_extra(command: str):
+    """As a program of its own, in which no test has imported anything."""
+    had = _extras.EXTRAS.get(COMMANDS[command].extra or "", ())
+    code = WITHOUT.replace("LACKING))", f"set(LACKING) - {set(had)!r}))")
+    code += f"from reg_kernels.cli import main\nsys.exit(main([{command!r}, '--help']))"
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: reg-kernels {command}")
+
+
 @pytest.mark.parametrize("command", [name for name, of in COMMANDS.items() if of.extra])
 def test_a_command_says_what_to_install(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

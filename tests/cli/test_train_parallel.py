@@ -39,7 +39,7 @@ EPOCHS = 3
 KINDS = ("ddp", "fsdp")
 ROOT = Path(__file__).parents[2]
 RESULTS = ["curves.png", "metrics.json", "model.pt", "recipe.toml"]
-SIZES = "70 images to train on, 30 to test on, 3 classes; fused kernels on cpu"
+SIZES = "70 images to train on, 30 to test on, 3 classes"
 
 # Exit code, standard output and standard error of a command.
 Outcome = tuple[int, str, str]
@@ -432,7 +432,7 @@ def test_torchrun_trains(data: Path, tmp_path: Path) -> None:
     done = run_program([*started, *argv], **options)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
-    assert first == f"{SIZES}, ddp on 2 ranks"
+    assert first == f"{SIZES}; mlp, fused kernels on cpu, ddp on 2 ranks"
     assert last == f"wrote {', '.join(RESULTS[:-1])} and {RESULTS[-1]} to {tmp_path / 'out'}"
     assert done.stdout.count("regularised") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == RESULTS
@@ -454,7 +454,7 @@ def test_torchrun_that_ends_early_leaves_a_checkpoint(data: Path, tmp_path: Path
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"{SIZES}, ddp on 2 ranks\n"
+        assert process.stdout.readline() == f"{SIZES}; mlp, fused kernels on cpu, ddp on 2 ranks\n"
         until = time.monotonic() + 60
         while not list(tmp_path.glob("tensorboard/plain/*")):  # which the first epoch leaves
             assert time.monotonic() < until
@@ -503,6 +503,8 @@ def test_two_hosts_train_together(data: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], said
     # Rank 0 is on the host that the rendezvous gave it.
     assert sorted(bool(out) for out, _ in said) == [False, True]
-    assert max(out for out, _ in said).startswith(f"{SIZES}, fsdp on 4 ranks\n")
+    assert max(out for out, _ in said).startswith(
+        f"{SIZES}; mlp, fused kernels on cpu, fsdp on 4 ranks\n"
+    )
     assert main([str(word) for word in command(data, tmp_path / "one", *SMALL, "--mixup", 0)]) == 0
     assert_close(tmp_path / "out", tmp_path / "one")

@@ -103,6 +103,21 @@ def test_in_python(package, model):
             assert not first[draws].equal(second[draws])  # each run draws anew
 
 
+# A package needs libtorch itself, of which nothing in a program does.
+LINKED = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
+
+
+def test_the_program_of_the_page_compiles(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (source,) = re.findall(r"```cpp\n(.*?)```", page, re.DOTALL)
+    assert " ".join(LINKED) in page
+    path = tmp_path / "program.cpp"
+    path.write_text(source)
+    command = ["g++", "-std=c++20", "-fsyntax-only", path, "-isystem", TORCH / "include"]
+    done = run_program(command)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """The compiled program; a torch that C++ cannot be compiled against is a failure."""
@@ -111,8 +126,7 @@ def program(tmp_path_factory):
         [
             *("g++", "-std=c++20", Path(__file__).with_name("program.cpp"), "-o", path),
             *("-isystem", TORCH / "include", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}"),
-            # A package needs libtorch itself, of which nothing here does.
-            *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+            *LINKED,
         ]
     )
     assert done.returncode == 0, done.stderr
