@@ -53,7 +53,8 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if measure == "accuracy":  # the other panel has the same lines
+            axes.legend(frameon=False)
     # The climb of the first epochs would squeeze the gap, which the chart is about.
     panels[0].set_ylim(max(0.0, min(settled) - 0.02), 1.005)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))

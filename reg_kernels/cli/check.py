@@ -64,11 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = device_argument(args.device)
-    names = args.op or sorted({case.op for case in all_cases()})
-    for name in names:
-        if name not in {case.op for case in all_cases()}:
-            known = ", ".join(sorted({case.op for case in all_cases()}))
-            raise UsageError(f"--op must be one of {known}, got {name!r}")
+    names = _ops(args.op)
     if args.json is not None:
         output_file("--json", args.json)
     chosen = list(_implementations(args.backend, device))
@@ -91,6 +87,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"{r.op} {r.backend} {r.dtype}: {what}")
     print(f"{len(results) - len(over)} passed, {len(over)} failed")
     return 1 if over else 0
+
+
+def _ops(wanted: list[str] | None) -> list[str]:
+    """The ops that `--op` names; one that works in place alone needs no underscore."""
+    known = sorted({case.op for case in all_cases()})
+    found = [name if name in known else f"{name}_" for name in wanted or known]
+    for name, op in zip(wanted or known, found, strict=True):
+        if op not in known:
+            raise UsageError(f"--op must be one of {', '.join(known)}, got {name!r}")
+    return found
 
 
 def device_argument(name: str | None) -> torch.device:

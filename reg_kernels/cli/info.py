@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\non {device}, the first that can run is used by every op:")
         for name, verdict in implementations(device):
             print(f"  {name:<12}{verdict}")
-    ops = [name for name in OPS if not name.endswith(("_", "_backward"))]  # by an op's own name
+    ops = sorted({name.removesuffix("_") for name in OPS if not name.endswith("_backward")})
     print(f"\nops: {', '.join(ops)}")
     print(f"forced by {backends.forced_by() or 'nobody: the choice is automatic'}")
     return 0

@@ -142,6 +142,14 @@ def test_a_crash_is_a_failed_check(monkeypatch, capsys):
     assert "kernel went" in capsys.readouterr().out
 
 
+def test_an_op_that_works_in_place_is_named_without_its_underscore(capsys):
+    arguments = ["check", "--device", "cpu", "--backend", "reference"]
+    assert main([*arguments, "--op", "optimizer_step"]) == 0
+    assert "optimizer_step_" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert ", optimizer_step, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
