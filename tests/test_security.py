@@ -71,6 +71,15 @@ def imported(tree):
     return found
 
 
+def whole_names(node):
+    """What an import names, of this package nothing; none where a node imports nothing."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
 def wrongs(text, allowed=frozenset()):
     """What is not to be in the source of a module, with its line."""
     tree = ast.parse(text)
@@ -83,11 +92,7 @@ def wrongs(text, allowed=frozenset()):
 
     called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        names = whole_names(node)
         for name in names:
             if name.split(".")[0] in MODULES:
                 yield node.lineno, f"imports {name}"
@@ -124,12 +129,8 @@ def outside(text):
     tree = ast.parse(text)
     origins = imported(tree)
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute):
+        names = whole_names(node)
+        if isinstance(node, ast.Attribute):
             first, dot, rest = ast.unparse(node).partition(".")
             names = [origins.get(first, first) + dot + rest]
         yield from (name for name in names if OUTSIDE.fullmatch(name))
