@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import os
+import select
 import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
@@ -73,6 +74,13 @@ def build_parser(chosen: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     return parser
 
 
+def _is_cut_off() -> bool:
+    """Whether nobody reads the output any more, as behind `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 a check failed, 2 bad input, 130
     interrupted, 141 its output was cut off."""
@@ -93,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks():
             print(f"reg-kernels {command}: {said(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as of `| head`: nobody reads on
+    except BrokenPipeError:
+        if not _is_cut_off():  # another pipe, as to a process of ours
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end would fail
         return CUT_OFF
     except KeyboardInterrupt:

@@ -148,6 +148,8 @@ def _require_numpy() -> None:
 def _agree(expected: str, action: Any, process_group: Any) -> None:
     """Does a rank's `action`, where it has one. The ranks go on when all are done, or all raise
     what the first of them that failed says."""
+    if dist.is_initialized():
+        _require_numpy()
     error: str | None = None
     if action is not None:
         try:
@@ -156,7 +158,6 @@ def _agree(expected: str, action: Any, process_group: Any) -> None:
             error = f"{type(raised).__name__}: {raised}"
     errors = [error]
     if dist.is_initialized():
-        _require_numpy()
         errors = [None] * dist.get_world_size(process_group)
         dist.all_gather_object(errors, error, group=process_group)
     for rank, said in enumerate(errors):

@@ -54,6 +54,18 @@ def test_an_output_that_nobody_reads_is_no_traceback():
     assert run.returncode == 141
 
 
+def test_another_pipe_that_breaks_is_said():
+    code = (
+        "from reg_kernels.cli import info, main\n"
+        "def run(args): raise BrokenPipeError('theirs')\n"
+        "info.run = run\n"
+        "main(['info'])"
+    )
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 1
+    assert "BrokenPipeError: theirs" in done.stderr
+
+
 def test_as_a_module():
     result = run_program([sys.executable, "-m", "reg_kernels", "info"])
     assert result.returncode == 0, result.stderr

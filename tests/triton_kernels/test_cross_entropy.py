@@ -23,21 +23,16 @@ from losses import (  # noqa: E402
     KINDS,
     MEAN,
     NONE,
+    QUIET,
     SUM,
-    TILINGS,
     assert_close,
     in_double,
     in_either_tiling,
     logits,
-    small_tiles,
     target_of,
 )
 
-# The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{words} encountered:RuntimeWarning")
-    for words in ("invalid value", "divide by zero", "overflow", "All-NaN slice")
-]
+pytestmark = [*QUIET, pytest.mark.usefixtures("poisoned_memory")]
 FLOAT = torch.float32
 SHAPES = [
     (5, 1),
@@ -53,20 +48,6 @@ SHAPES = [
     (2, 21, 2, 3, 2),
 ]
 IGNORED = -100
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=TILINGS)
-def tiling(request, monkeypatch):
-    if request.param == "looped":
-        small_tiles(monkeypatch)
 
 
 def check(x, *options):

@@ -17,39 +17,20 @@ from reg_kernels.triton import distillation as kernels  # noqa: E402
 from losses import (  # noqa: E402
     MEAN,
     NONE,
+    QUIET,
     SUM,
-    TILINGS,
     assert_close,
     in_double,
     in_either_tiling,
     logits,
-    small_tiles,
     target_of,
 )
 
-# The interpreter's numpy speaks up at Inf - Inf and at the logarithm of nothing.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{words} encountered:RuntimeWarning")
-    for words in ("invalid value", "divide by zero", "overflow", "All-NaN slice")
-]
+pytestmark = [*QUIET, pytest.mark.usefixtures("poisoned_memory")]
 FLOAT = torch.float32
 SHAPES = [(5, 1), (20, 2), (7, 5), (3, 33), (2, 300), (2, 3, 7), (2, 5, 3, 3), (3, 33, 4)]
 KINDS = ["labels", "pair", "one lam"]
 T, ALPHA = 2.5, 0.7
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=TILINGS)
-def tiling(request, monkeypatch):
-    if request.param == "looped":
-        small_tiles(monkeypatch)
 
 
 def check(x, teacher, *options, temperature=T, alpha=ALPHA):
