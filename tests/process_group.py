@@ -159,6 +159,8 @@ def die() -> None:
 
 
 def stop(seconds: int) -> None:
-    """Stops this rank's process, as a debugger would; another one continues it."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    """Stops this rank's process, as a debugger would; another one continues it, in a session of its
+    own, since torchrun ends a rank with all of its session."""
+    continued = f"sleep {seconds}; kill -CONT {os.getpid()}"
+    subprocess.Popen(["sh", "-c", continued], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
