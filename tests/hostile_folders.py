@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from reg_kernels.cli._errors import UsageError
 from reg_kernels.distributed import load_checkpoint, save_checkpoint
+from reg_kernels.distributed._checkpoint_reader import CHECKSUM, TABLE
 
-TABLE, VALUES = ".metadata", "__0_0.distcp"
+VALUES = "__0_0.distcp"
 SECRET = 777.0  # stands in a file outside, and may not come in
 NAMES, DEEP = ["a", "b"], {"lr": 0.5, "on": True}
 _OF_TORCH = "torch.distributed.checkpoint.metadata"
@@ -72,7 +73,7 @@ class Folder:
     """A whole folder, one of whose two files is changed."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.folder = name, folder / ".checkpoint"  # no class of images
+        self.name, self.folder = name, folder / f".checkpoint {name}"  # no class of images
         values = {"x": torch.arange(6.0), "y": torch.ones(2, 3).bfloat16()}
         save_checkpoint({**values, "names": NAMES, "deep": DEEP}, self.folder)
         self.whole = (self.folder / name).read_bytes()
@@ -93,6 +94,9 @@ class Folder:
                 shutil.copy(self.folder / name, path.parent / name)
         try:
             state = self._read(path.parent)
+            if self.name == TABLE:  # which was taken; its checksum tells whether it is the same
+                shutil.copy(self.folder / CHECKSUM, path.parent / CHECKSUM)
+                state = self._read(path.parent)
         except FileNotFoundError as error:  # of a table that is a link to nothing
             raise UsageError(str(error)) from error
         except RuntimeError as error:
@@ -106,7 +110,7 @@ class Folder:
                 raise AssertionError("something was run")
         if isinstance(x := state["x"], torch.Tensor) and (x == SECRET).any():
             raise AssertionError("a file from outside was read")
-        if self.name == VALUES and not self._is_whole(state):
+        if not self._is_whole(state):
             raise AssertionError(f"other values than those that were saved: {state}")
 
     @staticmethod
@@ -116,7 +120,8 @@ class Folder:
 
     def change(self, r: Random, path: Path) -> str:
         """Opcodes, names of files or links of another's choice."""
-        kinds = (self._opcodes, self._file) if self.name == TABLE else (self._link, self._trap)
+        of_table = (self._opcodes, self._opcodes, self._file, self._file, self._exchange)
+        kinds = of_table if self.name == TABLE else (self._link, self._trap)
         return r.choice(kinds)(r, path)
 
     def _opcodes(self, r: Random, path: Path) -> str:
@@ -165,6 +170,15 @@ class Folder:
         with contextlib.suppress(UnicodeEncodeError):  # of half a character
             path.write_bytes(pickle.dumps(table))
         return f"{info}"[:200]
+
+    def _exchange(self, r: Random, path: Path) -> str:
+        """Each of two values in the other's place."""
+        table = pickle.loads(path.read_bytes())
+        one, other = r.sample(list(table.storage_data), 2)
+        places = table.storage_data
+        places[one], places[other] = places[other], places[one]
+        path.write_bytes(pickle.dumps(table))
+        return f"{one} for {other}"
 
     def _link(self, r: Random, path: Path) -> str:
         """A link, a pipe or a folder in the place of the values."""

@@ -8,6 +8,7 @@ import torch
 
 from .. import backends
 from ._data import DIGITS
+from ._device import forced_implementations
 from ._errors import UsageError
 
 
@@ -52,33 +53,12 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def device_from(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            raise UsageError(f"--device: must be there, got {name} where torch finds {found} GPUs")
-    return device
-
-
 def implementation_from(args: argparse.Namespace, device: torch.device) -> str:
     """The implementation that the fused kernels run: in training, or at least in the timing."""
     if args.kernels == "eager" and args.backend is not None:
         raise UsageError(f"--backend: goes with --kernels fused, got {args.backend} with eager")
-    name = backends.forced_by() if args.backend is None else args.backend
-    if name is None:
-        return backends.choose("dropout", device.type, torch.float32)
-    if (reason := backends.why_not(name, device.type, torch.float32)) is not None:
-        source = "--backend " if args.backend is not None else "REG_KERNELS_BACKEND="
-        raise UsageError(f"{source}{name} cannot run on {device.type}: {reason}")
-    return name
+    forced = forced_implementations([args.backend], device)
+    return forced[0] if forced else backends.choose("dropout", device.type, torch.float32)
 
 
 def check_seeds(first: int, count: int) -> range:

@@ -22,9 +22,10 @@ from .. import __version__
 from ..bench._memory import follow_memory
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
+from ._device import device_from
 from ._errors import UsageError
 from ._files import without_nan
-from ._setting import add_setting_arguments, device_from, implementation_from
+from ._setting import add_setting_arguments, implementation_from
 from ._study_checks import RESULT, check_history, check_measures
 from ._trainer.by_torch import BY_TORCH
 from ._trainer.fused import fused_kernels

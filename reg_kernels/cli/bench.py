@@ -21,9 +21,9 @@ import torch
 from .. import _console, _extras, backends, bench
 from .._dtypes import named
 from ..bench import _environment, _isas, _plots, _report, _results, _run
+from ._device import device_from
 from ._errors import UsageError
 from ._files import output_file, write_output
-from .check import device_argument
 
 DTYPES = {named(dtype): dtype for dtype in backends.DTYPES}
 DEFAULT_DTYPES = ("float32", "bfloat16")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = device_argument(args.device)
+    device = device_from(args.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda":

@@ -25,10 +25,11 @@ from .. import __version__, _console, _extras
 from ..distributed import RankError
 from ..training import Recipe
 from ._data import Images, Split, load_images, split
+from ._device import device_from
 from ._errors import INTERRUPTED, UsageError
 from ._files import json_text, make_writable, write_result
 from ._recipe import RECIPE, add_recipe_arguments, recipe_from
-from ._setting import add_setting_arguments, check_seeds, device_from, implementation_from
+from ._setting import add_setting_arguments, check_seeds, implementation_from
 from ._tensorboard import LOGS, Curves, make_room
 from ._train_checkpoint import CHECKPOINT, Checkpoint, no_interrupt, resume
 from ._train_results import draw, print_results

@@ -24,7 +24,8 @@ def save_checkpoint(
     at any time leaves a whole checkpoint behind, which `load_checkpoint` finds: the old one, or the
     new one. `torch.distributed.checkpoint.save` by itself writes over what is at its `path`. To
     save in the background, hand torch's `async_save` a new folder each time, and a process group of
-    its own: what it sends must not come between what the training sends.
+    its own: what it sends must not come between what the training sends. Each value has a checksum,
+    and so has the folder's table of contents.
 
     Args:
         state: what torch.distributed.checkpoint takes: a dictionary of tensors, DTensors, values
@@ -127,11 +128,14 @@ def _clear(whole: Path) -> None:
 
 
 def _move(whole: Path) -> None:
-    """Puts what is written in its place."""
-    old = _beside(whole, ".old")
+    """Puts what is written in its place, with the checksum of its table."""
+    from ._checkpoint_reader import CHECKSUM, TABLE, checksum
+
+    old, writing = _beside(whole, ".old"), _beside(whole, ".writing")
+    (writing / CHECKSUM).write_text(checksum((writing / TABLE).read_bytes()))
     if whole.exists():
         whole.rename(old)
-    _beside(whole, ".writing").rename(whole)
+    writing.rename(whole)
     shutil.rmtree(old, ignore_errors=True)
 
 

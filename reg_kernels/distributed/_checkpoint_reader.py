@@ -5,11 +5,12 @@ pickles within files. The table is read here by a machine of its own, which know
 pickle that such a table is made of and makes plain records of them: nothing is imported, called or
 changed by a name that stands in a file. torch's classes are then made of the records, field by
 field. Values are read as `torch.load(..., weights_only=True)` reads them, and their checksums have
-to hold, which torch does not look at.
+to hold, which torch does not look at; so has that of the table, which `save_checkpoint` adds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickletools
@@ -34,6 +35,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+TABLE = ".metadata"  # torch's name of a folder's table of contents
+CHECKSUM = ".metadata.sha256"  # of the table, as sha256sum writes and checks it
 MOST_BYTES = 1 << 28  # of a table, which takes some 140 for a shard of a tensor
 MOST_DIMS = 64  # of a tensor: torch takes no more
 
@@ -342,6 +345,11 @@ def _only(record: _Record, kind: type) -> Any:
 # Reading
 
 
+def checksum(table: bytes) -> str:
+    """What stands in the file CHECKSUM of a folder with that table."""
+    return f"{hashlib.sha256(table).hexdigest()}  {TABLE}\n"
+
+
 def _table(data: bytes) -> Metadata:
     """The table of contents of a folder."""
     try:
@@ -418,7 +426,21 @@ class SafeReader(FileSystemReader):
             data = cast(IO[bytes], file).read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise _wrong(f"has more than {MOST_BYTES} bytes")
-        self.table = _table(data)
+        table = _table(data)
+        if self._says_otherwise(checksum(data).encode()):
+            raise _wrong(
+                f"is not the one that {CHECKSUM} was written for; remove that file if another "
+                "program than save_checkpoint wrote the folder"
+            )
+        self.table = table
+
+    def _says_otherwise(self, sum_: bytes) -> bool:
+        """Whether the folder has another checksum; one that torch alone wrote has none."""
+        try:
+            with self.fs.create_stream(Path(self.path) / CHECKSUM, "rb") as file:
+                return cast(IO[bytes], file).read(len(sum_) + 1) != sum_
+        except FileNotFoundError:
+            return False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self.table is None:

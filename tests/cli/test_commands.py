@@ -166,9 +166,9 @@ def test_an_op_that_works_in_place_is_named_without_its_underscore(capsys):
     ("arguments", "message"),
     [
         (["--op", "conv"], "--op must be one of adversarial_step_, augment, "),
-        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:9"], "--device cuda:9: torch sees"),
-        (["--device", "cpu:3"], "--device must be cpu or cuda, got 'cpu:3'"),
+        (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--json", "/dev/null/x.json"], "--json: cannot write /dev/null/x.json"),
     ],
 )
@@ -185,6 +185,23 @@ def test_a_bad_environment_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert main(["info"]) == 2
     expected = "REG_KERNELS_BACKEND must be one of native, triton, reference, got 'fast'"
     assert capsys.readouterr().err == f"reg-kernels info: {expected}\n"
+
+
+def test_check_takes_what_the_environment_forces(capsys):
+    arguments = ["check", "--device", "cpu", "--op", "dropout"]
+    with backends.backend("reference"):
+        assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "\n4 passed, 0 failed" in said
+    assert "not checked" not in said
+    why = backends.why_not("triton", "cpu", torch.float32)
+    if why is not None:
+        with backends.backend("triton"):
+            assert main(arguments) == 2
+        said = capsys.readouterr()
+        blamed = "reg-kernels check: REG_KERNELS_BACKEND=triton"
+        assert said.err == f"{blamed} cannot run on cpu: {why}\n"
+        assert said.out == ""
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

@@ -853,9 +853,9 @@ class TestRefusal:
             (["--time-epochs", -1], "--time-epochs: must be at least 0, got -1"),
             (["--train-size", -3], "--train-size: must be at least 1, got -3"),
             (["--train-size", 98], "--train-size: must be in 3..97 for 100 images of 3 classes"),
-            (["--device", "toaster"], "--device: must be cpu, cuda or cuda:N, got 'toaster'"),
-            (["--device", "meta"], "--device: must be cpu, cuda or cuda:N, got 'meta'"),
-            (["--device", "cuda:99"], "--device: must be there, got cuda:99 where torch finds "),
+            (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
+            (["--device", "cpu:3"], "--device must be cpu, cuda or cuda:N, got 'cpu:3'"),
+            (["--device", "cuda:99"], "--device cuda:99: torch sees "),
             (
                 ["--kernels", "eager", "--backend", "native"],
                 "--backend: goes with --kernels fused, got native with eager",

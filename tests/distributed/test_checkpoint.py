@@ -4,6 +4,7 @@ and with ranks that die while one is written."""
 import os
 import pathlib
 import pickle
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from reg_kernels.distributed import load_checkpoint, save_checkpoint
-from reg_kernels.distributed._checkpoint_reader import SafeReader, _table
+from reg_kernels.distributed._checkpoint_reader import CHECKSUM, SafeReader, _table
 from reg_kernels.optim import AdamW
 
 
@@ -270,8 +271,10 @@ TABLES = {
 
 @pytest.fixture(scope="module")
 def checkpoint_of_both(tmp_path_factory):
+    """As torch's own save would leave it, which writes no checksum of a table."""
     path = tmp_path_factory.mktemp("both") / "checkpoint"
     save_checkpoint({"x": torch.arange(3.0), "lr": 0.5}, path)
+    (path / CHECKSUM).unlink()
     return path
 
 
@@ -396,6 +399,32 @@ def test_a_table_is_as_torch_reads_it(tmp_path):
     assert own.state_dict_metadata == theirs.state_dict_metadata
     assert own.storage_data == theirs.storage_data
     assert [k.index for k in own.storage_data] == [k.index for k in theirs.storage_data]
+
+
+def test_a_table_has_a_checksum(tmp_path):
+    """Where two values stand in the file, its own checksums do not tell."""
+    path = tmp_path / "checkpoint"
+    save_checkpoint({"x": torch.zeros(3), "y": torch.ones(3)}, path)
+    subprocess.run(["sha256sum", "--check", "--strict", CHECKSUM], cwd=path, check=True)
+    table = pickle.loads((path / ".metadata").read_bytes())
+    first, second = table.storage_data.values()
+    first.offset, second.offset = second.offset, first.offset
+    (path / ".metadata").write_bytes(pickle.dumps(table))
+    state = {"x": torch.full((3,), 2.0), "y": torch.full((3,), 2.0)}
+    otherwise = r"not the one that \.metadata\.sha256 was written for"
+    for change in (None, b"", b"0" * 76):
+        if change is not None:
+            (path / CHECKSUM).write_bytes(change)
+        with pytest.raises(RuntimeError, match=otherwise):
+            load_checkpoint(state, path)
+        assert all(bool((value == 2).all()) for value in state.values())
+    (path / CHECKSUM).unlink()
+    (path / CHECKSUM).symlink_to("/dev/zero")
+    with pytest.raises(RuntimeError, match="OSError"):
+        load_checkpoint(state, path)
+    (path / CHECKSUM).unlink()
+    load_checkpoint(state, path)
+    assert torch.equal(state["x"], torch.ones(3))
 
 
 def loads_a_broken_table(path):
