@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
-_TIMEOUT = 30.0  # seconds: of a collective that waits for a rank
+_TIMEOUT = 120.0  # seconds: of a collective that waits for a rank
 _STARTING = 60.0  # seconds more, in which a machine under load starts the processes
 
 
@@ -52,6 +52,8 @@ def _serve(tasks: Connection) -> None:
                 timeout=timedelta(seconds=timeout),
             )
             try:
+                # One that ends at once would cut off another that is still connecting.
+                meet("connected")
                 answer = (True, function(*arguments))
             finally:
                 dist.destroy_process_group()
@@ -151,6 +153,17 @@ def running_ranks() -> Iterator[Ranks]:
         yield ranks
     finally:
         ranks.close()
+
+
+def store() -> Any:
+    """Where ranks tell each other how far they are, past all collectives."""
+    return dist.distributed_c10d._get_default_group().get_group_store()
+
+
+def meet(name: str) -> None:
+    """Waits until all ranks have come to the place of this name, without a collective."""
+    store().set(f"{name} {dist.get_rank()}", "1")
+    store().wait([f"{name} {rank}" for rank in range(dist.get_world_size())])
 
 
 def die() -> None:

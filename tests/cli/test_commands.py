@@ -50,7 +50,7 @@ def test_an_output_that_nobody_reads_is_no_traceback():
     command = [sys.executable, "-m", "reg_kernels", "info"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.close()
-    assert run.communicate(timeout=60)[1] == ""
+    assert run.communicate(timeout=120)[1] == ""
     assert run.returncode == 141
 
 

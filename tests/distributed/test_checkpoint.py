@@ -158,7 +158,7 @@ def dies_while_saving(path, rank, when):
 @pytest.mark.parametrize(("rank", "when"), [(1, "writing"), (0, "written"), (0, "moving")])
 def test_a_rank_that_dies_leaves_the_last_whole_checkpoint(ranks, tmp_path, rank, when):
     path = str(tmp_path / "checkpoint")
-    outcomes = ranks.outcomes(2, dies_while_saving, path, rank, when, timeout=15)
+    outcomes = ranks.outcomes(2, dies_while_saving, path, rank, when)
     assert outcomes[rank] == (False, Died(9))
     _, (expected, error) = outcomes[1 - rank]
     assert error != "saved"

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_group import Died, Ranks, die, running_ranks, stop
+from process_group import Died, Ranks, die, running_ranks, stop, store
 from torch import distributed as dist
 from torch import nn
 from two_hosts import Host
@@ -45,11 +45,6 @@ def _error(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     return None
 
 
-def _store() -> Any:
-    """Where ranks tell each other how far they are, so that no order hangs on who is faster."""
-    return dist.distributed_c10d._get_default_group().get_group_store()
-
-
 # Facts.
 
 
@@ -58,7 +53,7 @@ def _checks() -> list[Any]:
     half = dist.new_group([1, 3])
     assert half is not None
     net = nn.Sequential(nn.Linear(4, 10 if rank < 3 else 11), nn.Linear(10, 2, bias=rank != 1))
-    store = _store()
+    keys = store()
     found = [
         _error(check_alike, batches=12, lr=0.1, dtype=torch.half, nan=float("nan"), seeds=(1, 2)),
         _error(check_alike, **(dict(a=1, b=None) if rank else dict(b=None, a=1))),
@@ -66,7 +61,7 @@ def _checks() -> list[Any]:
     ]
     dist.barrier()
     # Each rank's count of calls stays.
-    added = sum(key.startswith("reg_kernels") for key in store.list_keys())
+    added = sum(key.startswith("reg_kernels") for key in keys.list_keys())
     dist.barrier()
     found += [
         added,
@@ -77,9 +72,9 @@ def _checks() -> list[Any]:
         _error(check_alike, process_group=half, batches=rank),
     ]
     if rank == 2:
-        store.wait([f"found {other}" for other in (0, 1, 3)])
+        keys.wait([f"found {other}" for other in (0, 1, 3)])
     found.append(_error(check_alike, timeout=4, epoch=1))
-    store.set(f"found {rank}", "1")
+    keys.set(f"found {rank}", "1")
     found.append(_error(check_alike, timeout=30, epoch=2))
     return found
 
@@ -295,13 +290,13 @@ def _computes() -> list[str]:
     handler.emit = records.append  # type: ignore[method-assign]
     logger = logging.getLogger("reg_kernels.distributed")
     logger.addHandler(handler)
-    store = _store()
+    keys = store()
     with contextlib.suppress(ValueError), guard(timeout=3):
         if dist.get_rank() == 1:
             # In a rank that is still about to enter its block, the block raises.
-            store.wait(["computes"])
+            keys.wait(["computes"])
             _spoil("raises", 0)
-        store.set("computes", "1")
+        keys.set("computes", "1")
         until = time.monotonic() + 20
         while not records and time.monotonic() < until:
             time.sleep(0.05)
@@ -364,7 +359,7 @@ def _torchrun(fault: str) -> subprocess.Popen[str]:
 def test_what_torchrun_shows() -> None:
     # At once, since most of their time is for waiting.
     runs = {fault: _torchrun(fault) for fault in ("raises", "dies", "ends", "stops")}
-    shown = {fault: run.communicate(timeout=120)[0] for fault, run in runs.items()}
+    shown = {fault: run.communicate(timeout=240)[0] for fault, run in runs.items()}
     assert {run.returncode for run in runs.values()} == {1}, shown
     # The launcher names the first rank that failed, and ends the others.
     assert "ValueError: no such file" in shown["raises"].partition("Root Cause")[2]
@@ -405,7 +400,7 @@ def test_two_hosts_train_until_one_loses_power(two_hosts: tuple[Host, Host]) -> 
     # First its cable, so that no closing connection tells of it.
     two_hosts[1].unplug()
     two_hosts[1].kill()
-    shown = runs[0].communicate(timeout=120)[0]
+    shown = runs[0].communicate(timeout=240)[0]
     assert f"RankError: {DEAD}" in shown
     assert runs[0].returncode == 1
     runs[1].communicate()

@@ -43,6 +43,5 @@ def test_an_error_names_its_rank_and_the_pool_lives_on(ranks: Ranks) -> None:
 
 
 def test_a_rank_that_dies_is_told_and_replaced(ranks: Ranks) -> None:
-    # The other one may have been about to connect to it.
-    assert ranks.outcomes(2, _dies_on, 0)[0] == (False, Died(9))
+    assert ranks.outcomes(2, _dies_on, 0) == [(False, Died(9)), (True, "lives")]
     assert ranks(2, _sum, 1) == [(0, 3), (1, 3)]

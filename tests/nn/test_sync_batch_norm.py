@@ -306,7 +306,7 @@ def _compiled(dynamic):
 def test_compiled_in_one_graph_it_is_the_eager_one(ranks, dynamic):
     """Groups differ, also from those of the same names that the processes had before."""
     for size in (2, 3):
-        for of_rank in ranks(size, _compiled, dynamic, timeout=120.0):
+        for of_rank in ranks(size, _compiled, dynamic):
             for eager, compiled in of_rank:
                 assert all(map(torch.equal, eager, compiled))
 

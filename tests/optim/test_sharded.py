@@ -404,7 +404,7 @@ def test_fully_shard(ranks, size, compiled):
     model = net()
     groups = param_groups(model, 0.1, report=said.append)
     expected = train(model, AdamW(groups, lr=0.05, max_grad_norm=0.1))
-    for found in ranks(size, fsdp_runs, compiled, timeout=60):
+    for found in ranks(size, fsdp_runs, compiled):
         for own_said, params in found.values():
             assert own_said == said
             for own, true in zip(params, expected, strict=True):

@@ -215,7 +215,7 @@ def test_steps_are_the_same_by_python(monkeypatch):
 
 def run(program: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-2000:]
 
