@@ -215,4 +215,10 @@ pytree.register_pytree_node(
     lambda target: ([getattr(target, name) for name in _FIELDS], None),
     lambda values, _: MixedTarget(*values),
     serialized_type_name="reg_kernels.augment.MixedTarget",
+    flatten_with_keys_fn=lambda target: (
+        [(pytree.GetAttrKey(name), getattr(target, name)) for name in _FIELDS],
+        None,
+    ),
 )
+# A saved program holds its example inputs, which torch.load reads by weights_only.
+torch.serialization.add_safe_globals([MixedTarget])

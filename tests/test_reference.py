@@ -159,7 +159,12 @@ def test_public_methods_are_documented(name):
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if inspect.isfunction(function) and method[0] != "_" and method not in HOOKS:
             # What a base of another package documents says what its override does.
-            assert inspect.getdoc(getattr(PUBLIC[name], method)), f"{name}.{method}"
+            text = inspect.getdoc(getattr(PUBLIC[name], method))
+            assert text, f"{name}.{method}"
+            kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            taken = inspect.signature(function).parameters.values()
+            names = {p.name for p in taken if p.kind not in kinds} - {"self", "cls"}
+            assert names <= {*re.findall(r"\w+", text)}, f"{name}.{method}"
 
 
 def test_every_exemption_is_needed():

@@ -85,7 +85,7 @@ class Mixup:
     While its attribute `mixup_enabled` is False, as timm's, a batch is normalised and no more. It
     may be part of a DataLoader's collate_fn. As the last transform of a `Pipeline` it draws by the
     pipeline's seed and the samples' indices instead. Without a `seed`,
-    `torch.compile(fullgraph=True)` takes it.
+    `torch.compile(fullgraph=True)` and `torch.export` take it.
 
     With `distributed.shard`, or inside of `distributed.batch`, each sample has the lambda and the
     box that one process would have drawn for its place in the batch of all ranks, and a lambda of
@@ -184,7 +184,8 @@ class Mixup:
     def mix(
         self, input: Tensor, target: Tensor, draw: Callable[[], Mixing]
     ) -> tuple[Tensor, MixedTarget | Tensor]:
-        """A call that mixes by what is drawn for it, once its arguments have been checked."""
+        """What a call does with `input` and `target`: mixes by what `draw` returns, which is called
+        once these two have been checked. A `Pipeline` draws by its own seed."""
         self._check(input, target)
         lam, boxes, label_lam = draw()
         normalisation = (self.mean, self.std, self.dtype)

@@ -15,7 +15,7 @@ from .._compiler import not_compiled
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
-from ..ops._modes import unseen
+from ..ops._modes import FUNC, unseen, watcher
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, _refuse, checked_indices, packed
@@ -199,7 +199,8 @@ class Pipeline:
     # Where a run is
 
     def train(self, mode: bool = True) -> Pipeline:
-        """Has later calls draw, or with False do what evaluation needs; returns the pipeline."""
+        """Has later calls draw, or with a `mode` of False do what evaluation needs; returns the
+        pipeline."""
         self.training = bool(mode)
         return self
 
@@ -219,7 +220,11 @@ class Pipeline:
         return {"seed": self.seed, "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from where `state_dict` was taken, with the same draws."""
+        """Goes on from where `state` was taken, by `state_dict`, with the same draws.
+
+        Raises:
+            ValueError: it is not what `state_dict` returned.
+        """
         if not isinstance(state, dict) or set(state) != {"seed", "epoch", "position"}:
             _refuse("state", "what state_dict returned", state)
         self.seed = integer("Pipeline", "seed", state["seed"])
@@ -240,6 +245,11 @@ class Pipeline:
         indices: Tensor | Sequence[int] | None = None,
         return_params: bool = False,
     ) -> Any:
+        if watcher() not in (None, FUNC):
+            raise RuntimeError(
+                "Pipeline: a pipeline cannot be traced or exported, as the program would hold what "
+                "one call has drawn: call it outside, on the batch that the program gets"
+            )
         placed = self._placed(images) if indices is None else None
         is_none = isinstance(images, Tensor) and self._has_no_part(images)
         if is_none:  # one image shows what the result is like

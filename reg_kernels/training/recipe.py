@@ -198,8 +198,8 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str, base: Recipe | None = None) -> Recipe:
-        """Reads what `to_toml` writes; a field that is not there is `base`'s, by default its own
-        default.
+        """Reads of `text` what `to_toml` writes; a field that is not there is `base`'s, by default
+        its own default.
 
         Raises:
             ValueError: it is no TOML, it has a key that is no field, or a value cannot be.

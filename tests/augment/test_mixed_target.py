@@ -13,6 +13,7 @@ import torch.nn.functional as TF
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from reg_kernels import functional
 from reg_kernels.augment import MixedTarget
 
 from support import DEVICE
@@ -322,3 +323,18 @@ def test_unpickling_alone_registers_the_collation():
     )
     done = subprocess.run([sys.executable, "-c", code], input=blob, capture_output=True, check=True)
     assert done.stdout.decode().split() == ["MixedTarget", "0.0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_takes_it(strict, tmp_path):
+    class Net(torch.nn.Module):
+        def forward(self, logits, target):
+            return functional.cross_entropy(logits, target)
+
+    labels = torch.tensor([0, 1, 2, 3])
+    logits, target = torch.randn(4, 5), MixedTarget(labels, labels.flip(0), torch.rand(4))
+    program = torch.export.export(Net(), (logits, target), strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    again = torch.export.load(tmp_path / "program.pt2").module()
+    torch.testing.assert_close(again(logits, target), Net()(logits, target))

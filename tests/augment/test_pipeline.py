@@ -571,3 +571,24 @@ ARGUMENTS = {
 def test_arguments_that_are_refused(message):
     with pytest.raises((ValueError, TypeError), match=message):
         ARGUMENTS[message]()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_program_that_would_repeat_its_draws_is_refused(training):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pipeline = augment.Pipeline(augment.RandomHorizontalFlip()).train(training)
+
+        def forward(self, x):
+            return self.pipeline(x)
+
+    x = torch.rand(8, 3, 16, 16)
+    message = "Pipeline: a pipeline cannot be traced or exported"
+    with pytest.raises(RuntimeError, match=message):
+        torch.jit.trace(Net(), (x,), check_trace=False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.export.export(Net(), (x,), strict=False)
+    pytest.importorskip("onnx")
+    with pytest.raises(RuntimeError, match=message):
+        torch.onnx.export(Net(), (x,), io.BytesIO(), dynamo=False)

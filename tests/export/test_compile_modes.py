@@ -76,6 +76,15 @@ def test_a_training_is_three_programs(fuse, options):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("convert", [lambda net: net, reg_kernels.convert])
+def test_an_evaluation_before_a_batch_of_another_size_makes_two(convert):
+    model = convert(Net())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for training, count in ((True, 8), (False, 8), (False, 9), (True, 9), (False, 10), (True, 10)):
+        compiled.train(training)(batch(count)[0])
+    assert counters["stats"]["unique_graphs"] == 4
+
+
 def test_a_step_breaks_the_graph_where_it_steps():
     """Beside torch's own breaks, at backward and zero_grad."""
     model = reg_kernels.convert(Net(), fuse=True)
