@@ -245,7 +245,9 @@ def write_ninja(path, torch, compiler, isas, nvcc, package):
     # One of the libraries finds another beside it, wherever the package lies.
     beside = ["-Wl,-rpath,$$ORIGIN", "-Wl,--no-as-needed"]
 
-    with path.open("w") as file:
+    # Moved into place when whole: another process may be reading it.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with fresh.open("w") as file:
         ninja = ninja_syntax.Writer(file)
         ninja.variable("builddir", path.parent)
         ninja.rule(
@@ -322,6 +324,7 @@ def write_ninja(path, torch, compiler, isas, nvcc, package):
             libraries = ["-Xlinker", "--no-as-needed", libtorch, "-ltorch", "-ltorch_cpu", "-lc10"]
             flags = {"flags": quoted(libraries)}
             ninja.build(str(package / CUDA_LIBRARY), "link_cuda", cuda_objects, variables=flags)
+    fresh.replace(path)
 
 
 def jobs():

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +47,13 @@ if not torch.cuda.is_available():
     _patch_the_language_once_a_launch()
 
 
+# Inductor takes what it has compiled whatever the instruction set was, from a folder that outlives
+# the tests: a program for AVX-512, run with AVX2's vectors, writes half of its values.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    f"{tempfile.gettempdir()}/torchinductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}",
+)
+
 # Under `pytest -n`. What a test starts is no worker: pytest-benchmark would time nothing there.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     torch.set_num_threads(1)  # the processes have the cores already
@@ -62,3 +71,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_its_own() -> Iterator[None]:
+    """What a file's tests compile does not count towards the limits of another one's: which files
+    share a process is a matter of chance, and all of torch's own layers share one limit."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,7 +1,7 @@
 """A training script for the tests: `faulty_training.py RANK FAULT`, under torchrun.
 
 Each rank takes ten steps with one all_reduce, a collective waits 6 s at most, and in step 3 the
-rank of that number dies, stops (and goes on 14 s later), raises, or ends for want of batches.
+rank of that number dies, stops (and goes on 18 s later), raises, or ends for want of batches.
 """
 
 import datetime
@@ -32,7 +32,7 @@ def main() -> None:
                 if fault == "raises":
                     raise ValueError("no such file")
                 if fault == "stops":
-                    stop(14)
+                    stop(18)
                 if fault == "waits":  # for the test that ends its host
                     print(f"waiting at {total.item():g}", flush=True)
                     time.sleep(60)

@@ -146,10 +146,12 @@ def test_the_reference_that_nobody_asked_for_is_warned_of_once(monkeypatch, tmp_
             F.dropout(x, backend="reference")
             with reg_kernels.backend("reference"):
                 F.dropout(x)
-            assert not caught
+            assert not [each for each in caught if each.category is not ResourceWarning]
             F.dropout(x)
             F.dropout(x.double())
             F.l2_penalty([x])
+        # Whatever of earlier tests is collected meanwhile may warn of a file that was left open.
+        caught = [each for each in caught if each.category is not ResourceWarning]
         assert [each.filename for each in caught] == [__file__]
         assert [str(each.message) for each in caught] == [
             f"reg_kernels, imported from {tmp_path}, runs its slow reference on the CPU: "

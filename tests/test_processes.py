@@ -173,7 +173,7 @@ def test_workers_augment_as_this_process_does(start):
             collate_fn=Collate(),
             num_workers=workers,
             multiprocessing_context=start if workers else None,
-            timeout=100 if workers else 0,
+            timeout=300 if workers else 0,
         )
         for workers in (0, 2)
     ]
@@ -201,7 +201,7 @@ state = torch.tensor([1, 2])
 mask = test_processes.F.dropout(big, 0.5, rng_state=state)
 for grandchild in (False, True):
     if (pid := os.fork()) == 0:
-        signal.alarm(100)
+        signal.alarm(300)
         torch.set_num_threads(1)
         for case, expected in zip(cases, alone):
             assert same(run(case), expected), case

@@ -6,6 +6,7 @@ To make them takes Linux, root, and `ip` of iproute2.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -51,7 +52,9 @@ class Host:
     def kill(self) -> None:
         """Ends all of its processes at once, as a loss of power does."""
         for pid in _ip("netns", "pids", self.name).split():
-            os.kill(int(pid), signal.SIGKILL)
+            # One may have ended by itself since they were listed, when its parent had gone.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 @contextmanager

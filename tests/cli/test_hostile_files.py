@@ -49,7 +49,7 @@ import hostile_files
 from hostile_contents import Kind
 from reg_kernels.cli._errors import UsageError
 
-hostile_files.SECONDS = 1
+hostile_files.SECONDS = 3
 elsewhere = tempfile.mkdtemp() + "/x"
 
 def refuse():

@@ -177,7 +177,7 @@ def test_what_a_killed_process_left_is_done_by_another(where: str, tmp_path: Pat
 def side_by_side(where: str, folder: str) -> None:
     def noted(trial: Trial) -> float:
         (Path(folder) / str(os.getpid())).touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(list(Path(folder).iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         trial.set_user_attr("pid", os.getpid())

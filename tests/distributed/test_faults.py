@@ -9,7 +9,6 @@ import datetime
 import logging
 import math
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_group import Died, Ranks, die, running_ranks, stop, store
+from process_group import Died, Ranks, die, meet, running_ranks, stop, store
 from torch import distributed as dist
 from torch import nn
 from two_hosts import Host
@@ -189,13 +188,25 @@ def test_a_loss_is_checked_without_a_group_too() -> None:
 _HERE = "at test_faults.py:_ in _spoil"
 
 
-def _train(rank: int, fault: str, seconds: float, port: int | None) -> Any:
+def _held_by_rank_0() -> None:
+    """Makes the default group anew, by a store that rank 0 holds, at a port which the system gives
+    it: one that was looked for before may be somebody else's by then."""
+    me, size, files = dist.get_rank(), dist.get_world_size(), store()
+    if me == 0:
+        held = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        files.set("port", str(held.port))
+    else:
+        held = dist.TCPStore("127.0.0.1", int(files.get("port")), size, is_master=False)
+    meet("held")
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=held, rank=me, world_size=size)
+
+
+def _train(rank: int, fault: str, seconds: float, tcp: bool) -> Any:
     """Steps in which a rank commits a fault, collectives waiting for `seconds`: each rank's error,
-    the ranks that it names, and the seconds it took. With a port, rank 0 holds the store."""
-    if port is not None:
-        me, size = dist.get_rank(), dist.get_world_size()
-        dist.destroy_process_group()
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=me, world_size=size)
+    the ranks that it names, and the seconds it took. With `tcp`, rank 0 holds the store."""
+    if tcp:
+        _held_by_rank_0()
     group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
     total = torch.ones(1000)
     start = time.monotonic()
@@ -250,17 +261,17 @@ ABSENT = "check_alike: ranks 0, 2 and 3 did not come within 1 s"
     ("rank", "fault", "seconds", "tcp", "own", "told", "named", "within"),
     [
         (1, "raises", 30, False, ("ValueError", "no such\nfile", None),
-         f"rank 1 raised ValueError: no such file, {_HERE}", (1,), 15),
+         f"rank 1 raised ValueError: no such file, {_HERE}", (1,), 25),
         (0, "raises and ends", 30, True, Died(9),
-         f"rank 0 raised ValueError: no such file, {_HERE}", (0,), 15),
+         f"rank 0 raised ValueError: no such file, {_HERE}", (0,), 25),
         (1, "is interrupted", 30, False, ("KeyboardInterrupt", "", None),
-         f"rank 1 raised KeyboardInterrupt, {_HERE}", (1,), 15),
-        (1, "ends", 30, False, ("through", "", None), LEFT, (1,), 15),
-        (1, "checks", 30, False, ("RankError", ABSENT, (0, 2, 3)), ABSENT, (0, 2, 3), 15),
-        (1, "hangs", 4, False, ("RankError", HANGS, (1,)), HANGS, (1,), 15),
-        (0, "stops", 4, True, None, f"rank 0 hangs: {GONE} did not answer within 5 s", (0,), 15),
-        (1, "dies", 30, False, Died(9), DEAD, (1,), 15),
-        (0, "dies", 30, True, Died(9), f"rank 0 ended: {GONE} is gone", (0,), 15),
+         f"rank 1 raised KeyboardInterrupt, {_HERE}", (1,), 25),
+        (1, "ends", 30, False, ("through", "", None), LEFT, (1,), 25),
+        (1, "checks", 30, False, ("RankError", ABSENT, (0, 2, 3)), ABSENT, (0, 2, 3), 25),
+        (1, "hangs", 4, False, ("RankError", HANGS, (1,)), HANGS, (1,), 25),
+        (0, "stops", 4, True, None, f"rank 0 hangs: {GONE} did not answer within 5 s", (0,), 25),
+        (1, "dies", 30, False, Died(9), DEAD, (1,), 25),
+        (0, "dies", 30, True, Died(9), f"rank 0 ended: {GONE} is gone", (0,), 25),
     ],
 )  # fmt: skip
 def test_the_others_end_with_an_error_that_names_the_rank(
@@ -274,8 +285,7 @@ def test_the_others_end_with_an_error_that_names_the_rank(
     named: tuple[int, ...],
     within: float,
 ) -> None:
-    port = _free_port() if tcp else None
-    outcomes = [result for _, result in ranks.outcomes(4, _train, rank, fault, seconds, port)]
+    outcomes = [result for _, result in ranks.outcomes(4, _train, rank, fault, seconds, tcp)]
     itself = outcomes.pop(rank)
     if own is not None:
         assert (itself if isinstance(own, Died) else itself[:3]) == own
@@ -311,22 +321,19 @@ def test_a_rank_that_computes_is_warned_of_another_that_raised(ranks: Ranks) -> 
     ]
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def _again() -> list[Any]:
     """A guarded block that ends well, one in which rank 1 raises when the others are through, and
     the next one."""
+    keys, rank = store(), dist.get_rank()
     with guard():
         dist.barrier()
     with contextlib.suppress(ValueError), guard():
         dist.barrier()
-        if dist.get_rank() == 1:
+        if rank == 1:
+            keys.wait(["through"])
             raise ValueError("too late")
-    time.sleep(1)
+    keys.set("raised" if rank == 1 else "through", "1")
+    keys.wait(["raised"])
 
     def block() -> None:
         with guard():

@@ -84,17 +84,19 @@ def test_bits_of_each_instruction_set_and_number_of_threads(case):
             leaves = [x.requires_grad_(case.differentiable) for x in case.inputs(ON_CPU, dtype)]
             return results(case, leaves, "native")
 
-        expected = found()
+        expected, count = found(), torch.get_num_threads()
         try:
             for isa in isas():
                 _C.set_isa(isa)
                 assert same(found(), expected), (isa, dtype)
         finally:
             _C.set_isa(isas()[-1])
-        for threads in (2, 3) if not case.small else ():
-            torch.set_num_threads(threads)
-            assert same(found(), expected), (threads, dtype)
-        torch.set_num_threads(1)
+        try:
+            for threads in (2, 3) if not case.small else ():
+                torch.set_num_threads(threads)
+                assert same(found(), expected), (threads, dtype)
+        finally:
+            torch.set_num_threads(count)
 
 
 @of(CASES if DEVICE == "cuda" else SMALL[::3])

@@ -3,6 +3,7 @@
 The truth is computed by numpy in long double, of the very inputs, by the two-pass formulas.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -328,12 +329,21 @@ def test_a_fused_chain_keeps_nan_as_torch_does(backend):
 
 
 def available_memory():
-    """Bytes that can be had without swapping, or None where the system does not say."""
+    """Bytes that can be had without swapping, or None where the system does not say. A container
+    may have less than the machine."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(v.split()[1]) * 1024 for v in lines if v.startswith("MemAvailable")), None)
+    found = [int(v.split()[1]) * 1024 for v in lines if v.startswith("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            found.append(int((group / most).read_text()) - int((group / used).read_text()))
+    return min(found, default=None)
 
 
 @native

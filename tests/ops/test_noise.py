@@ -171,9 +171,11 @@ def test_bytes_under_compile_vmap_and_threads(name):
     mapped = torch.vmap(lambda x: noise(x, rng_state=rng_state()))(x.view(3, -1))
     assert torch.equal(mapped[0], y[: mapped.shape[1]])
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    assert torch.equal(noise(x, rng_state=rng_state()), y)
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(noise(x, rng_state=rng_state()), y)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # What is asked for
