@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import distributed as dist
 
+from ._ranks import check_group
+
 
 def save_checkpoint(
     state: dict[str, Any], path: str | os.PathLike[str], process_group: Any = None
@@ -38,10 +40,13 @@ def save_checkpoint(
     Raises:
         RuntimeError: a rank could not write its part, or the first one not move the folders; or
             another rank died.
+        ValueError: this process is not in the group.
+        TypeError: `process_group` is none.
         ImportError: there is a process group, but no numpy, by which torch hands objects on.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    check_group("save_checkpoint", process_group)
     first = not dist.is_initialized() or dist.get_rank(process_group) == 0
     whole = Path(path)
     replace = "save_checkpoint: path must be a folder that rank 0 can replace"
@@ -68,12 +73,14 @@ def load_checkpoint(
         FileNotFoundError: there is no whole checkpoint at `path`.
         RuntimeError: what is asked for is not in it, of another shape, of a type that is not
             taken, or damaged.
+        ValueError, TypeError: as of `save_checkpoint`.
         ImportError: as of `save_checkpoint`.
     """
     from torch.distributed.checkpoint.state_dict_loader import load
 
     from ._checkpoint_reader import SafePlanner, SafeReader
 
+    check_group("load_checkpoint", process_group)
     whole = Path(path)
     found = next((p for p in (whole, _beside(whole, ".old")) if _is_whole(p)), None)
     if found is None:
@@ -97,7 +104,8 @@ def _call(name: str, function: Any, state: dict[str, Any], path: Path, process_g
         try:
             function(state, checkpoint_id=path, process_group=process_group, no_dist=alone)
         except CheckpointException as error:  # a BaseException, which nobody would catch
-            rank, (cause, _) = next(iter(error.failures.items()))
+            of_group, (cause, _) = next(iter(error.failures.items()))
+            rank = _global(of_group, process_group)
             raise RuntimeError(
                 f"{_usable(name, path)}, got {type(cause).__name__}: {cause} on rank {rank}"
             ) from cause
@@ -166,4 +174,10 @@ def _agree(expected: str, action: Any, process_group: Any) -> None:
         dist.all_gather_object(errors, error, group=process_group)
     for rank, said in enumerate(errors):
         if said is not None:
-            raise RuntimeError(f"{expected}, got {said} on rank {rank}")
+            where = _global(rank, process_group)
+            raise RuntimeError(f"{expected}, got {said} on rank {where}")
+
+
+def _global(rank: int, process_group: Any) -> int:
+    """The number among all ranks of one that a group counts."""
+    return dist.get_process_group_ranks(process_group)[rank] if dist.is_initialized() else rank

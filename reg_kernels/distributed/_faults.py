@@ -7,12 +7,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
+from .._dtensor import is_dtensor
 from .._rank_error import RankError, named
 from ._guard import raise_known_faults
 from ._ranks import Group, StoreLost, digest, gather
@@ -130,6 +131,8 @@ class FiniteCheck:
         """
         if not isinstance(value, torch.Tensor):
             value = torch.tensor(float(value), dtype=torch.float64)
+        if is_dtensor(value):  # as of torch's loss_parallel
+            value = cast(torch.Tensor, cast(Any, value.detach()).full_tensor())
         if value.numel() != 1:
             raise ValueError(
                 f"FiniteCheck: value must have one element, got shape {tuple(value.shape)}"
@@ -204,7 +207,7 @@ def _compare(group: Group, facts: dict[str, Text], timeout: float) -> None:
     every = [json.loads(text) for text in texts]
     names = dict.fromkeys(name for one in every for name in one)
     differences = [d for name in names for d in _difference(name, [o.get(name) for o in every])]
-    odd = {group.global_ranks[rank] for _, values in differences for rank in _unusual(values)}
+    odd = {group.global_ranks[rank] for _, values in differences for rank in unusual(values)}
     said = [
         f"{name} must be the same on all ranks, "
         f"got {_listed(list(zip(group.global_ranks, values, strict=True)))}"
@@ -244,7 +247,7 @@ def _difference(name: str, values: list[Text | None]) -> Iterator[tuple[str, lis
             return
 
 
-def _unusual(values: list[str]) -> list[int]:
+def unusual(values: list[str]) -> list[int]:
     """The places of what is not the most frequent value; of several such, the first one counts."""
     usual, _ = Counter(values).most_common(1)[0]
     return [place for place, value in enumerate(values) if value != usual]

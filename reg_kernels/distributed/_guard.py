@@ -136,6 +136,7 @@ class _Watch:
         self._faults: dict[int, Fault] = {}
         self._told_of: set[Ends] = set()
         self._peers: set[Ends] = set()  # connections with other ranks
+        self._block = 0  # which one of this rank's this is, from 1
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._listen, name="reg_kernels guard", daemon=True)
@@ -146,6 +147,7 @@ class _Watch:
 
         def begin() -> RankError | None:
             store.delete_key(f"fault/left/{self._group.rank}")
+            self._block = store.add(f"fault/blocks/{self._group.rank}", 1)
             self._meet()
             store.add("fault/entered", 1)
             self._wait_for_the_others()
@@ -266,7 +268,8 @@ class _Watch:
                 break
             time.sleep(0.05)
         alive = {rank: group.get(f"fault/alive/{rank}") for rank in sorted(silent - left)}
-        return _verdict(group, faults, left, alive, self._timeout)
+        behind = {r for r in left if group.store.add(f"fault/blocks/{r}", 0) < self._block}
+        return _verdict(group, faults, left, behind, alive, self._timeout)
 
     def _see_off(self, reason: RankError | None) -> None:
         """The rank that holds the store goes last: until then the others read who is at fault."""
@@ -346,14 +349,16 @@ def _verdict(
     group: Group,
     faults: dict[int, Fault],
     left: set[int],
+    behind: set[int],
     alive: dict[int, str | None],
     timeout: float,
 ) -> RankError:
     """Who is at fault where no rank told of an error of its own.
 
-    `left` are ranks that left the block in peace, `alive` the others that told nothing, with the
-    place where their processes are. One that is dead explains the rest, and one that left explains
-    why others wait; only then has a rank that lives and does not come been found to hang.
+    `left` are ranks that left a block in peace, those of them `behind` one before this, `alive` the
+    others that told nothing, with the place where their processes are. One that is dead explains
+    the rest, and one that left explains why others wait; only then has a rank that lives and does
+    not come been found to hang.
     """
     dead = [group.global_ranks[rank] for rank, where in alive.items() if where is None]
     if dead:
@@ -361,6 +366,13 @@ def _verdict(
         return RankError(
             f"{named(dead)} died or {verb} stopped: {pronoun} did not answer within {timeout:g} s",
             dead,
+        )
+    if behind:
+        gone = [group.global_ranks[rank] for rank in sorted(behind)]
+        return RankError(
+            f"{named(gone)} left an earlier guarded block and did not come to this one: dead, "
+            "ended, or busy between the two",
+            gone,
         )
     if left:
         gone = [group.global_ranks[rank] for rank in sorted(left)]

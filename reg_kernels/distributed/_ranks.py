@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
+from .._numbers import refuse
 from .._rank_error import RankError
 
 if dist.is_available():
@@ -56,13 +57,9 @@ class Group:
         it is not this process's."""
         if not dist.is_available() or not dist.is_initialized():
             return None
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            if process_group is dist.GroupMember.NON_GROUP_MEMBER:
-                return None
-            raise TypeError(
-                f"{op}: process_group must be a ProcessGroup or None, "
-                f"got {type(process_group).__name__}"
-            )
+        if _is_of_others(process_group):
+            return None
+        check_group(op, process_group)
         group = process_group or dist.distributed_c10d._get_default_group()
         if group.size() == 1:
             return None
@@ -131,6 +128,20 @@ class Group:
         return RankError(
             f"rank {self.host} {state}: the group's store, which it holds, {error}", [self.host]
         )
+
+
+def _is_of_others(process_group: Any) -> bool:
+    """Whether it is what new_group returns where this process is not in the group."""
+    return process_group is not None and process_group is dist.GroupMember.NON_GROUP_MEMBER
+
+
+def check_group(op: str, process_group: Any) -> None:
+    """Raises unless it is None, or a group that this process is in."""
+    if _is_of_others(process_group):
+        refuse(op, "process_group", "one that this process is in", "another one", ValueError)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        got = type(process_group).__name__
+        refuse(op, "process_group", "a ProcessGroup or None", got, TypeError)
 
 
 @dataclass(frozen=True)

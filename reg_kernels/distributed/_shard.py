@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from .._numbers import integer, refuse
 from .._part import Part
 from .._rank_error import RankError, named
 from ..augment import Mixup, Pipeline
+from ._faults import unusual
+from ._ranks import check_group
 
 _Subject = TypeVar("_Subject", bound=nn.Module | Pipeline | Mixup)
 
@@ -39,6 +42,7 @@ class _OfGroup:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group  # None: the default one, whichever that is at a call
+        self._process = os.getpid()
 
     def part(self, samples: int) -> Part:
         sizes = self.gathered([samples])
@@ -47,6 +51,15 @@ class _OfGroup:
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
         """Every rank's numbers, on the host where the group can: else the device is waited for."""
+        if os.getpid() != self._process:  # whose collectives would wait without end
+            must = (
+                "called in the process that joined the process group (or sharded by rank and "
+                "world_size, which ask nobody)"
+            )
+            refuse(
+                "shard", "what is sharded", must, "called in a fork, as DataLoader's workers are"
+            )
+        _check_group("shard", self.group)
         world_size = dist.get_world_size(self.group)
         if world_size == 1:
             return [numbers]
@@ -54,9 +67,9 @@ class _OfGroup:
         on_host = "cpu:" in backends or backends == "gloo"
         device = "cpu" if on_host else torch.accelerator.current_accelerator()
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-        every = mine.new_empty(world_size * len(numbers))
-        dist.all_gather_into_tensor(every, mine, group=self.group)
-        return every.view(world_size, -1).tolist()
+        every = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(every, mine, group=self.group)
+        return torch.stack(every).tolist()
 
     def __deepcopy__(self, memo: Any) -> _OfGroup:
         return self
@@ -107,8 +120,9 @@ def shard(
     Raises:
         ValueError: `rank` is not in [0, world_size), `world_size` is below 1, only one of them is
             given, or `process_group` as well.
-        TypeError: it is no module, pipeline or Mixup.
-        RuntimeError: neither rank nor an initialised process group is there.
+        TypeError: it is no module, pipeline or Mixup, or `process_group` is none.
+        RuntimeError: neither rank nor an initialised process group is there. At a call: this is a
+            process that was forked from the one that is in the group.
         RankError: with a group, the ranks' generators differ. The error names the ranks.
 
     Of a module, forwards while it is in training mode draw so; evaluation draws nothing, and
@@ -263,8 +277,7 @@ def _check_group(op: str, group: dist.ProcessGroup | None) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         must = "given with world_size, or torch.distributed.init_process_group called before"
         refuse(op, "rank", must, "no process group")
-    if dist.get_rank(group) < 0:
-        refuse(op, "process_group", "one that this process is in", "another one", ValueError)
+    check_group(op, group)
 
 
 def _check_alike(sharding: _OfGroup, subject: nn.Module | Pipeline | Mixup) -> None:
@@ -279,13 +292,14 @@ def _check_alike(sharding: _OfGroup, subject: nn.Module | Pipeline | Mixup) -> N
         what, values = "generators", _generators()
         remedy = "call torch.manual_seed with one seed on all ranks"
     digest = int.from_bytes(hashlib.blake2b(values, digest_size=8).digest(), signed=True)
-    every = sharding.gathered([digest])
+    every = [str(value) for (value,) in sharding.gathered([digest])]
     ranks = dist.get_process_group_ranks(sharding.group)
-    others = [rank for rank, value in zip(ranks, every, strict=True) if value != every[0]]
-    if others:
+    if odd := unusual(every):
+        others = [ranks[place] for place in odd]
+        usual = next(rank for rank in ranks if rank not in others)
         raise RankError(
             f"shard: the ranks' {what} must be in one state, got another one on {named(others)} "
-            f"than on rank 0: {remedy}",
+            f"than on rank {usual}: {remedy}",
             others,
         )
 

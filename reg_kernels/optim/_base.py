@@ -74,6 +74,8 @@ DOCUMENTATION = r"""
     `max_grad_norm` takes one all_reduce, which counts each replica once; the norm is the same on
     every rank, and another number of ranks may change the last two bits of its float64. For
     stochastic rounding the first rank sends 16 bytes, which all then draw by. Nothing else is sent.
+    Plain parameters, as under DistributedDataParallel, are rounded by each rank's own generator:
+    seed all ranks alike, or the replicas part.
     Every rank has to call `step`, and a gradient has to be placed as its parameter is. Under
     ZeroRedundancyOptimizer `max_grad_norm` sees one rank's gradients alone: clip before the step.
 

@@ -169,6 +169,34 @@ def test_a_rank_that_dies_leaves_the_last_whole_checkpoint(ranks, tmp_path, rank
     same(ranks(1, loaded, path, "ours"), [expected])
 
 
+def _in_a_subgroup(path):
+    group, said = dist.new_group([1, 2]), []
+    state = {"x": torch.ones(4)}
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup or None, got int"):
+        load_checkpoint(state, path, 0)
+    if dist.get_rank() == 0:
+        with pytest.raises(ValueError, match="process_group must be one that this process is in"):
+            save_checkpoint(state, path, group)
+        return said
+    save_checkpoint(state, path, group)
+    if dist.get_rank() == 2:
+        state["x"] = torch.ones(5)
+    for call in (
+        lambda: load_checkpoint(state, path, group),
+        lambda: save_checkpoint(state, "/proc/no/checkpoint", group),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        said.append(str(error.value)[-10:])
+    return said
+
+
+def test_errors_in_a_subgroup_name_the_rank_among_all(ranks, tmp_path):
+    of_each = ["on rank 2", "on rank 1"]
+    expected = [[], *[[f" {x}" for x in of_each]] * 2]
+    assert ranks(3, _in_a_subgroup, str(tmp_path / "checkpoint")) == expected
+
+
 def test_a_process_alone_and_what_is_not_there(tmp_path):
     path = tmp_path / "checkpoint"
     with pytest.raises(FileNotFoundError, match="path must be a folder that save_checkpoint wrote"):

@@ -21,6 +21,8 @@ import torch
 from process_group import Died, Ranks, die, meet, running_ranks, stop, store
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from two_hosts import Host
 
 from reg_kernels.distributed import FiniteCheck, RankError, check_alike, guard, parameters_of
@@ -170,6 +172,18 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_at_once(ranks: Ranks) -> None:
         assert ranks(2, _nan, bad, dtype) == [(step, found)] * 2
 
 
+def _of_a_dtensor() -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    finite = FiniteCheck(every=1)
+    finite(DTensor.from_local(torch.tensor(1.0), mesh, [Replicate()], run_check=False), 0)
+    return _error(lambda: finite(DTensor.from_local(torch.tensor(math.nan), mesh), 1))[0]
+
+
+def test_a_loss_may_be_a_dtensor(ranks: Ranks) -> None:
+    for said in ranks(2, _of_a_dtensor):
+        assert said == "FiniteCheck: loss must be finite, got nan on ranks 0 and 1 at step 1"
+
+
 def test_a_loss_is_checked_without_a_group_too() -> None:
     finite = FiniteCheck(name="penalty")
     finite(torch.tensor(float("inf")), 7)
@@ -291,6 +305,28 @@ def test_the_others_end_with_an_error_that_names_the_rank(
         assert (itself if isinstance(own, Died) else itself[:3]) == own
     assert [one[:3] for one in outcomes] == [("RankError", told, named)] * 3
     assert max(one[3] for one in outcomes) < within
+
+
+def _dies_between() -> str:
+    for _ in range(2):
+        try:
+            with guard(timeout=3):
+                dist.all_reduce(torch.ones(3))
+        except RankError as error:
+            return str(error)
+        meet("through")
+        if dist.get_rank() == 1:
+            die()
+    return "through"
+
+
+def test_a_rank_that_dies_between_two_blocks_is_not_told_to_have_had_fewer_batches(
+    ranks: Ranks,
+) -> None:
+    outcomes = [result for _, result in ranks.outcomes(3, _dies_between)]
+    assert outcomes.pop(1) == Died(9)
+    for told in outcomes:
+        assert told.startswith("rank 1 left an earlier guarded block and did not come to this one")
 
 
 def _computes() -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -629,7 +630,7 @@ def _on_a_group() -> list[str]:
         except (RuntimeError, TypeError, ValueError) as error:
             said.append(str(error))
 
-    torch.manual_seed(0 if rank != 1 else 9)
+    torch.manual_seed(0 if rank != 0 else 9)
     refused(lambda: distributed.shard(nn.Identity()))
     torch.manual_seed(rank % 2)
     refused(lambda: distributed.shard(nn.Identity()))
@@ -650,14 +651,15 @@ def _on_a_group() -> list[str]:
         assert torch.equal(y, F.dropout(torch.ones(4, 50))[1 if rank == 3 else 0 :][:rank])
     else:
         refused(lambda: distributed.shard(Dropout(), process_group=group))
+    refused(lambda: distributed.shard(Dropout(), process_group="all"))  # type: ignore[arg-type]
     return said
 
 
 def test_a_group_says_which_ranks_differ(ranks: Ranks) -> None:
     seed = "call torch.manual_seed with one seed on all ranks"
     expected = [
-        f"shard: the ranks' generators must be in one state, got another one on rank 1 than on "
-        f"rank 0: {seed}",
+        f"shard: the ranks' generators must be in one state, got another one on rank 0 than on "
+        f"rank 1: {seed}",
         f"shard: the ranks' generators must be in one state, got another one on ranks 1 and 3 than "
         f"on rank 0: {seed}",
         "shard: the ranks' pipelines must be in one state, got another one on rank 2 than on rank "
@@ -669,6 +671,65 @@ def test_a_group_says_which_ranks_differ(ranks: Ranks) -> None:
     for rank, said in enumerate(ranks(4, _on_a_group)):
         assert said[:5] == expected
         assert ("is pickled" if rank % 2 else "one that this process is in") in said[5]
+        assert said[6:] == ["shard: process_group must be a ProcessGroup or None, got str"]
+
+
+class _Mixes:
+    def __init__(self, mixup: augment.Mixup) -> None:
+        self.mixup = mixup
+
+    def __call__(self, items: list[Any]) -> Any:
+        return self.mixup(torch.ones(len(items), 3, 4, 4), torch.tensor([0] * len(items)))[0]
+
+
+def _in_workers(how: str) -> str:
+    # Python lets no daemon, which a rank of these tests is, have children.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    mixup = distributed.shard(augment.Mixup(0.2, num_classes=3))
+    loader = torch.utils.data.DataLoader(
+        list(range(4)),  # type: ignore[arg-type]
+        batch_size=2,
+        num_workers=1,
+        collate_fn=_Mixes(mixup),
+        multiprocessing_context=how,
+        timeout=200,
+    )
+    try:
+        next(iter(loader))
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("fork", "shard: what is sharded must be called in the process that joined"),
+        ("spawn", "shard: rank must be given with world_size, or torch.distributed"),
+    ],
+)
+def test_workers_of_a_data_loader_do_not_wait_for_other_ranks(
+    ranks: Ranks, how: str, message: str
+) -> None:
+    for said in ranks(2, _in_workers, how):
+        assert message in said
+
+
+def _in_a_subgroup() -> str:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return ""
+    torch.manual_seed(dist.get_rank())
+    try:
+        distributed.shard(nn.Identity(), process_group=group)
+    except distributed.RankError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_ranks_of_a_subgroup_are_named_by_their_number_among_all(ranks: Ranks) -> None:
+    for said in ranks(3, _in_a_subgroup)[1:]:
+        assert "got another one on rank 2 than on rank 1:" in said
 
 
 # Bad input
