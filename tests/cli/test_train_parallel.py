@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from two_hosts import NoHosts, running_hosts
 
 from reg_kernels import optim
 from reg_kernels.cli import _train_checkpoint, main, train
-from reg_kernels.cli._trainer import training
+from reg_kernels.cli._trainer import parallel, training
 from reg_kernels.training import Recipe
 
 from support import run_program
@@ -312,6 +313,24 @@ def test_bad_input_is_said_once(data: Path, tmp_path: Path, ranks: Ranks) -> Non
     assert first == [(2, "", f"reg-kernels train: {said}\n") for said in refused]
     assert second == [(2, "", "")] * len(refused)
     assert not out.exists()
+
+
+def test_ranks_that_do_not_meet_are_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of two, as where the other one was told that there are three, or of another port."""
+    monkeypatch.setattr(parallel, "TIMEOUT", datetime.timedelta(seconds=1))
+    started = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    argv = command(data, tmp_path / "out", *SMALL, "--parallel", "ddp")
+    assert main([str(word) for word in argv]) == 2
+    said = capsys.readouterr().err
+    start = "reg-kernels train: --parallel: must be started alike on all ranks, as torchrun does, "
+    assert said.startswith(f"{start}got Timed out ")
+    assert "1/2 clients joined" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_one_rank_alone_is_given_names_it(data: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -322,7 +322,12 @@ def joined(kind: str | None) -> Iterator[Ranks]:
     # What is said of input goes by gloo, which every rank has whatever its device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _ended_like_an_interrupt():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise UsageError(
+                f"--parallel: must be started alike on all ranks, as torchrun does, got {error}"
+            ) from error
         try:
             yield Group(kind)
         finally:
