@@ -15,7 +15,7 @@ from .._compiler import not_compiled
 from .._dtypes import DTYPES, named
 from .._numbers import integer, number
 from ..ops import augment as op
-from ..ops._modes import FUNC, unseen, watcher
+from ..ops._modes import FUNC, is_fake, unseen, watcher
 from . import _draws
 from ._assemble import Assembly
 from ._images import LAYOUTS, Batch, _refuse, checked_indices, packed
@@ -245,7 +245,7 @@ class Pipeline:
         indices: Tensor | Sequence[int] | None = None,
         return_params: bool = False,
     ) -> Any:
-        if watcher() not in (None, FUNC):
+        if watcher() not in (None, FUNC) or is_fake():
             raise RuntimeError(
                 "Pipeline: a pipeline cannot be traced or exported, as the program would hold what "
                 "one call has drawn: call it outside, on the batch that the program gets"

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", action="append", help="measure this op only; may be given again (default: all)"
     )
     parser.add_argument(
-        "--device", help="cpu or cuda (default: the GPU where torch sees one, else the CPU)"
+        "--device", help="cpu, cuda or cuda:N (default: the GPU where torch sees one, else the CPU)"
     )
     parser.add_argument(
         "--dtype",

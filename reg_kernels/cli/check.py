@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "REG_KERNELS_BACKEND forces, else all that run here)",
     )
     parser.add_argument(
-        "--device", help="cpu or cuda (default: the GPU where torch sees one, else the CPU)"
+        "--device", help="cpu, cuda or cuda:N (default: the GPU where torch sees one, else the CPU)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 

@@ -140,7 +140,10 @@ def _move(whole: Path) -> None:
     from ._checkpoint_reader import CHECKSUM, TABLE, checksum
 
     old, writing = _beside(whole, ".old"), _beside(whole, ".writing")
-    (writing / CHECKSUM).write_text(checksum((writing / TABLE).read_bytes()))
+    with (writing / CHECKSUM).open("w") as file:
+        file.write(checksum((writing / TABLE).read_bytes()))
+        file.flush()
+        os.fsync(file.fileno())  # as torch does with its own: an empty one would be refused
     if whole.exists():
         whole.rename(old)
     writing.rename(whole)

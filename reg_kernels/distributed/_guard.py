@@ -152,10 +152,15 @@ class _Watch:
             store.add("fault/entered", 1)
             self._wait_for_the_others()
             self._meet()
-            return self._call_the_roll() if store.check(["fault/alarm"]) else None
+            if not store.check(["fault/alarm"]):
+                return None
+            # The thread does not listen yet: the others would take this rank for dead.
+            self._set("alive", "at the begin of its block")
+            return self._call_the_roll()
 
         try:
-            fault = self._group.ask(self._timeout + _MARGIN, begin)
+            # It may wait for the others, and then for their answers.
+            fault = self._group.ask(2 * self._timeout + _MARGIN, begin)
         except StoreLost as error:
             raise self._group.lost(error) from error
         if fault is not None:
@@ -264,11 +269,12 @@ class _Watch:
                 return raised
             silent = set(range(group.size)) - faults.keys()
             left = {rank for rank in silent if group.get(f"fault/left/{rank}")}
-            if silent == left or time.monotonic() > until:
+            # These may be about to come.
+            behind = {r for r in left if group.store.add(f"fault/blocks/{r}", 0) < self._block}
+            if silent == left - behind or time.monotonic() > until:
                 break
             time.sleep(0.05)
         alive = {rank: group.get(f"fault/alive/{rank}") for rank in sorted(silent - left)}
-        behind = {r for r in left if group.store.add(f"fault/blocks/{r}", 0) < self._block}
         return _verdict(group, faults, left, behind, alive, self._timeout)
 
     def _see_off(self, reason: RankError | None) -> None:

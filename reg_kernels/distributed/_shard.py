@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.data import get_worker_info
 
 from .. import _part
 from .._compiler import not_compiled
@@ -51,7 +52,12 @@ class _OfGroup:
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
         """Every rank's numbers, on the host where the group can: else the device is waited for."""
-        if os.getpid() != self._process:  # whose collectives would wait without end
+        _check_group("shard", self.group)
+        world_size = dist.get_world_size(self.group)
+        if world_size == 1:
+            return [numbers]
+        # A fork has the group, and its collectives would wait without end.
+        if os.getpid() != self._process or get_worker_info() is not None:
             must = (
                 "called in the process that joined the process group (or sharded by rank and "
                 "world_size, which ask nobody)"
@@ -59,10 +65,6 @@ class _OfGroup:
             refuse(
                 "shard", "what is sharded", must, "called in a fork, as DataLoader's workers are"
             )
-        _check_group("shard", self.group)
-        world_size = dist.get_world_size(self.group)
-        if world_size == 1:
-            return [numbers]
         backends = dist.get_backend_config(self.group)
         on_host = "cpu:" in backends or backends == "gloo"
         device = "cpu" if on_host else torch.accelerator.current_accelerator()

@@ -187,21 +187,21 @@ def test_a_bad_environment_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == f"reg-kernels info: {expected}\n"
 
 
-def test_check_takes_what_the_environment_forces(capsys):
+def test_check_takes_what_the_environment_forces(monkeypatch, capsys):
     arguments = ["check", "--device", "cpu", "--op", "dropout"]
     with backends.backend("reference"):
         assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "\n4 passed, 0 failed" in said
     assert "not checked" not in said
-    why = backends.why_not("triton", "cpu", torch.float32)
-    if why is not None:
-        with backends.backend("triton"):
-            assert main(arguments) == 2
-        said = capsys.readouterr()
-        blamed = "reg-kernels check: REG_KERNELS_BACKEND=triton"
-        assert said.err == f"{blamed} cannot run on cpu: {why}\n"
-        assert said.out == ""
+    # The interpreter of Triton runs where the tests do: it is said to be missing.
+    monkeypatch.setattr(backends, "why_not", lambda *_: "it is not there")
+    with backends.backend("triton"):
+        assert main(arguments) == 2
+    said = capsys.readouterr()
+    blamed = "reg-kernels check: REG_KERNELS_BACKEND=triton"
+    assert said.err == f"{blamed} cannot run on cpu: it is not there\n"
+    assert said.out == ""
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

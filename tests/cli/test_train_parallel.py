@@ -319,7 +319,7 @@ def test_ranks_that_do_not_meet_are_told(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of two, as where the other one was told that there are three, or of another port."""
-    monkeypatch.setattr(parallel, "TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(parallel, "TIMEOUT", datetime.timedelta(seconds=5))
     started = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in started.items():
         monkeypatch.setenv(name, str(value))

@@ -307,23 +307,26 @@ def test_the_others_end_with_an_error_that_names_the_rank(
     assert max(one[3] for one in outcomes) < within
 
 
-def _dies_between() -> str:
+def _dies_between(late: int) -> str:
     for _ in range(2):
         try:
-            with guard(timeout=3):
+            with guard(timeout=6):
                 dist.all_reduce(torch.ones(3))
         except RankError as error:
             return str(error)
         meet("through")
         if dist.get_rank() == 1:
             die()
+        if dist.get_rank() == late:
+            time.sleep(0.1)  # comes when the others have seen it
     return "through"
 
 
+@pytest.mark.parametrize("late", [0, 2])
 def test_a_rank_that_dies_between_two_blocks_is_not_told_to_have_had_fewer_batches(
-    ranks: Ranks,
+    ranks: Ranks, late: int
 ) -> None:
-    outcomes = [result for _, result in ranks.outcomes(3, _dies_between)]
+    outcomes = [result for _, result in ranks.outcomes(3, _dies_between, late)]
     assert outcomes.pop(1) == Died(9)
     for told in outcomes:
         assert told.startswith("rank 1 left an earlier guarded block and did not come to this one")

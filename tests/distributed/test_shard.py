@@ -675,22 +675,26 @@ def test_a_group_says_which_ranks_differ(ranks: Ranks) -> None:
 
 
 class _Mixes:
-    def __init__(self, mixup: augment.Mixup) -> None:
-        self.mixup = mixup
+    def __init__(self, mixup: augment.Mixup, within: bool) -> None:
+        self.mixup, self.within = mixup, within
 
     def __call__(self, items: list[Any]) -> Any:
+        if self.within:
+            distributed.shard(self.mixup)
         return self.mixup(torch.ones(len(items), 3, 4, 4), torch.tensor([0] * len(items)))[0]
 
 
-def _in_workers(how: str) -> str:
+def _in_workers(how: str, within: bool) -> str:
     # Python lets no daemon, which a rank of these tests is, have children.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    mixup = distributed.shard(augment.Mixup(0.2, num_classes=3))
+    mixup = augment.Mixup(0.2, num_classes=3)
+    if not within:
+        distributed.shard(mixup)
     loader = torch.utils.data.DataLoader(
         list(range(4)),  # type: ignore[arg-type]
         batch_size=2,
         num_workers=1,
-        collate_fn=_Mixes(mixup),
+        collate_fn=_Mixes(mixup, within),
         multiprocessing_context=how,
         timeout=200,
     )
@@ -708,10 +712,11 @@ def _in_workers(how: str) -> str:
         ("spawn", "shard: rank must be given with world_size, or torch.distributed"),
     ],
 )
+@pytest.mark.parametrize("within", [False, True])
 def test_workers_of_a_data_loader_do_not_wait_for_other_ranks(
-    ranks: Ranks, how: str, message: str
+    ranks: Ranks, how: str, message: str, within: bool
 ) -> None:
-    for said in ranks(2, _in_workers, how):
+    for said in ranks(2, _in_workers, how, within):
         assert message in said
 
 
