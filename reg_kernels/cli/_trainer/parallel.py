@@ -324,7 +324,7 @@ def joined(kind: str | None) -> Iterator[Ranks]:
     with _ended_like_an_interrupt():
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:  # of variables
+        except (RuntimeError, ValueError) as error:  # the latter where a variable is no number
             raise UsageError(
                 f"--parallel: must be started alike on all ranks, as torchrun does, got {error}"
             ) from error
